@@ -1,0 +1,83 @@
+"""The table of contents of the commands: a lazy click group.
+
+Invariant: nothing but click is imported before a command runs, so `stillhouse --help` and `stillhouse CMD --help`
+are fast. Each package owns its commands in its commands.py. Run: `stillhouse --help`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+
+import click
+
+# name -> (module:attribute, one line of help); strings, so that no package is imported to print the list.
+COMMANDS = {
+    "demo": ("stillhouse.train.commands:demo", "The whole of it on an embedded corpus, ending in a report."),
+    "corpus": ("stillhouse.data.commands:corpus", "Import, check and split a corpus; features; ASR units."),
+    "extract": ("stillhouse.extract.commands:extract", "Run a language model over the transcripts into a store."),
+    "inspect": ("stillhouse.extract.commands:inspect", "Look into a store."),
+    "train": ("stillhouse.train.commands:train", "Train a transducer, with transfer from a store or without."),
+    "decode": ("stillhouse.train.commands:decode", "Write hypotheses of a trained model."),
+    "score": ("stillhouse.train.commands:score", "WER and CER with bootstrap intervals."),
+}
+
+
+class LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module, attribute = COMMANDS[name][0].split(":")
+        return getattr(importlib.import_module(module), attribute)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+EPILOG = """\b
+Exit codes: 0 done; 1 failed, or findings; 2 usage; 3 some utterances failed;
+10 no store; 11 locked; 12 stale or incompatible; 130 interrupted."""
+
+
+@click.group(cls=LazyGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="stillhouse")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.pass_context
+def cli(ctx: click.Context, debug: bool) -> None:
+    """Stillhouse distils language models into small transducer speech recognisers."""
+    ctx.obj = {"debug": debug}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line; the one place where errors become messages and exit codes."""
+    args = sys.argv[1:] if argv is None else argv
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `stillhouse … | head` ends quietly
+    from stillhouse.data.errors import StillhouseError
+
+    try:
+        code = cli.main(args=args, prog_name="stillhouse", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.exceptions.Exit as e:
+        sys.exit(e.exit_code)
+    except click.ClickException as e:
+        e.show()
+        sys.exit(e.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except StillhouseError as e:
+        if "--debug" in args or os.environ.get("STILLHOUSE_DEBUG"):
+            raise
+        click.echo(f"error: {e}", err=True)
+        sys.exit(e.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The corpus: manifests in; validation, ASR units, acoustic features, batching; the demo corpus."""

@@ -1,0 +1,1 @@
+"""The objective: targets, aligners, heads, distances, mixing of views, the transfer loss."""

