@@ -1,0 +1,100 @@
+"""The guard rails: what a batch must satisfy, and messages that name the batch's row and its lengths.
+
+Checked on the CPU at no cost worth measuring; lengths and targets that live on another device are checked by whoever
+brings them over. Invariant: an index that passes here can't leave its array in a kernel.
+Run: pytest tests/rnnt/test_checks.py
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+REDUCTIONS = ("none", "mean", "sum", "mean_volume", "mean_batch")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch's integers on the CPU: targets int64 [B, Umax], frames T and units U int64 [B], blank in 0..V-1."""
+
+    y: np.ndarray
+    T: np.ndarray
+    U: np.ndarray
+    blank: int
+
+
+def _integers(name: str, tensor: torch.Tensor, dim: int) -> np.ndarray:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"rnnt loss: {name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"rnnt loss: {name} must be int32 or int64, got {tensor.dtype}")
+    if tensor.dim() != dim:
+        raise ValueError(f"rnnt loss: {name} must have {dim} dimension(s), got shape {tuple(tensor.shape)}")
+    return np.ascontiguousarray(tensor.detach().cpu().numpy(), dtype=np.int64)
+
+
+def check_batch(
+    targets: torch.Tensor,
+    logit_lengths: torch.Tensor,
+    target_lengths: torch.Tensor,
+    blank: int,
+    vocabulary: int,
+    max_frames: int | None = None,
+    max_units: int | None = None,
+) -> Batch:
+    """The batch's integers, checked.
+
+    targets [B, Umax], lengths [B]. max_frames and max_units are what the logits have room for (None: packed).
+    Raises TypeError for a wrong dtype, ValueError for anything outside, with the row of the batch and its lengths.
+    """
+    y = _integers("targets", targets, 2)
+    T = _integers("logit_lengths", logit_lengths, 1)
+    U = _integers("target_lengths", target_lengths, 1)
+    B = y.shape[0]
+    if T.size != B or U.size != B:
+        raise ValueError(
+            f"rnnt loss: targets have {B} rows, logit_lengths {T.size}, target_lengths {U.size}: expected one each"
+        )
+    if vocabulary < 1:
+        raise ValueError("rnnt loss: the logits have no vocabulary (last dimension 0)")
+    if not -vocabulary <= blank < vocabulary:
+        raise ValueError(f"rnnt loss: blank {blank} is outside a vocabulary of {vocabulary}")
+    blank %= vocabulary
+    room_t = np.iinfo(np.int64).max if max_frames is None else max_frames
+    room_u = y.shape[1] if max_units is None else min(y.shape[1], max_units)
+    for b in np.flatnonzero((T < 1) | (T > room_t) | (U < 0) | (U > room_u))[:1]:
+        frames = "1 or more" if max_frames is None else f"1..{max_frames}"
+        raise ValueError(
+            f"rnnt loss: row {b} of the batch has logit length {T[b]} and target length {U[b]}: "
+            f"expected {frames} frames and 0..{room_u} units"
+        )
+    inside = np.arange(y.shape[1]) < U[:, None]
+    for b, u in np.argwhere(inside & ((y < 0) | (y >= vocabulary) | (y == blank)))[:1]:
+        why = "the blank" if y[b, u] == blank else f"outside a vocabulary of {vocabulary}"
+        raise ValueError(
+            f"rnnt loss: row {b} of the batch (logit length {T[b]}, target length {U[b]}) has target {y[b, u]} at "
+            f"position {u}, which is {why}"
+        )
+    return Batch(np.where(inside, y, 0), T, U, blank)
+
+
+def check_options(reduction: str, fastemit_lambda: float, delay_penalty: float, eps: float) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"rnnt loss: reduction {reduction!r}: expected one of {', '.join(REDUCTIONS)}")
+    for name, value in (("fastemit_lambda", fastemit_lambda), ("eps", eps)):
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"rnnt loss: {name} {value}: expected 0 or more")
+    if not -float("inf") < delay_penalty < float("inf"):
+        raise ValueError(f"rnnt loss: delay_penalty {delay_penalty}: expected a finite number")
+
+
+def check_blank_room(batch: Batch, rows: int, padded: tuple[int, int] | None) -> None:
+    """A packed matrix must have exactly the rows of its lengths."""
+    if padded is None:
+        expected = int((batch.T * (batch.U + 1)).sum())
+        if rows != expected:
+            raise ValueError(
+                f"rnnt loss: packed logits have {rows} rows; the lengths ask for sum of T*(U+1) = {expected}"
+            )

@@ -1,0 +1,214 @@
+"""The CPU path: three stages over any layout of the logits, each one nogil kernel that threads run together.
+
+1. rows: logsumexp, blank and label log-probability of every cell; nothing else of the logits is kept.
+2. lattice: alphas forwards, then betas and occupancies backwards, along anti-diagonals n = t + u, which are stored
+   contiguously: cell (t, u) of utterance b is number base[at[b] + t + u] + u. An utterance takes T*(U+1) numbers, no more.
+3. gradient: each row from its own logits, logsumexp and two occupancies.
+
+Rows are numbered by layout: cell (t, u) is row first[b] + t*per_frame[b] + u of a matrix [rows, V].
+Invariant: a thread picks its next task from a counter, and no result depends on which thread did it.
+Run: pytest tests/rnnt/test_cpu.py
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit
+
+from .numeric import exp32, fetch_add, log_add, log_add_exact
+from .rows import gradient_row, load, log_sum_exp
+
+f32 = np.float32
+CLOSED = -1e30  # the score of an arc that cannot be taken; finite, so that differences stay numbers
+IMPOSSIBLE = -1e29
+
+
+@njit(cache=True, nogil=True)
+def diagonals(T, U, base, start):
+    """Fill base [T+U] for one utterance whose cells start at `start`: cell (t, u) is number base[t+u] + u."""
+    position = start
+    for n in range(T + U):
+        low, high = max(0, n - T + 1), min(n, U)
+        base[n] = position - low
+        position += high - low + 1
+
+
+@njit(cache=True, nogil=True)
+def lay_out(T, U, at, cells, base):
+    for b in range(T.size):
+        diagonals(T[b], U[b], base[at[b] : at[b + 1]], cells[b])
+
+
+@njit(cache=True, nogil=True)
+def closed_if_less(x):
+    return CLOSED if x < CLOSED else x  # NaN passes
+
+
+@njit(cache=True, nogil=True)
+def row_stage(b, t0, t1, x, y, T, U, first, per_frame, base, lse, blank_lp, label_lp, blank, delay, fused):
+    """Stage 1 for frames t0..t1 of utterance b; base and y are the utterance's own."""
+    reference = load(x[0], 0) * 0
+    for t in range(t0, t1):
+        bonus = delay * ((T - 1) * 0.5 - t)
+        for u in range(U + 1):
+            row = x[first + t * per_frame + u]
+            cell = base[t + u] + u
+            total = 0.0
+            if fused:
+                total = log_sum_exp(row, reference)
+                reference = reference * 0 + (total if -1e30 < total < 1e30 else 0.0)
+            lse[cell] = total
+            blank_lp[cell] = closed_if_less(load(row, blank) - total)
+            label_lp[cell] = closed_if_less(load(row, y[u]) - total + bonus) if u < U else CLOSED
+
+
+@njit(cache=True, nogil=True)
+def alphas(T, U, base, blank_lp, label_lp, alpha, exact):
+    alpha[base[0]] = 0.0
+    for n in range(1, T + U):
+        low, high = max(0, n - T + 1), min(n, U)
+        here, before = base[n], base[n - 1]
+        if low == 0:
+            alpha[here] = alpha[before] + blank_lp[before]
+        if high == n:
+            alpha[here + n] = alpha[before + n - 1] + label_lp[before + n - 1]
+        i, j = max(low, 1), min(high, n - 1) + 1
+        out = alpha[here + i : here + j]
+        up, up_lp = alpha[before + i : before + j], blank_lp[before + i : before + j]
+        left, left_lp = alpha[before + i - 1 : before + j - 1], label_lp[before + i - 1 : before + j - 1]
+        if exact:
+            for k in range(out.size):
+                out[k] = log_add_exact(up[k] + up_lp[k], left[k] + left_lp[k])
+        else:
+            for k in range(out.size):
+                out[k] = log_add(up[k] + up_lp[k], left[k] + left_lp[k])
+
+
+@njit(cache=True, nogil=True)
+def betas(T, U, base, blank_lp, label_lp, alpha, total, scratch, exact):
+    """Backwards through the lattice; blank_lp and label_lp become the occupancies of their arcs. Returns log P(y).
+
+    scratch [2, U+3] holds two diagonals of betas, unit u at u+1, with a closed cell on both sides.
+    """
+    nxt, cur = scratch[0], scratch[1]
+    nxt[:] = CLOSED
+    cur[:] = CLOSED
+    last = base[T + U - 1] + U
+    nxt[U + 1] = 0.0  # behind the last blank, where only the blank arc of (T-1, U) leads
+    for n in range(T + U - 1, -1, -1):
+        low, high = max(0, n - T + 1), min(n, U)
+        here = base[n]
+        size = high - low + 1
+        a = alpha[here + low : here + high + 1]
+        lb, ll = blank_lp[here + low : here + high + 1], label_lp[here + low : here + high + 1]
+        stay, move = nxt[low + 1 : high + 2], nxt[low + 2 : high + 3]
+        out = cur[low + 1 : high + 2]
+        if exact:
+            for k in range(size):
+                s, m = lb[k] + stay[k], ll[k] + move[k]
+                out[k] = log_add_exact(s, m)
+                lb[k] = math.exp(a[k] + s - total)
+                ll[k] = math.exp(a[k] + m - total)
+        else:
+            for k in range(size):
+                s, m = lb[k] + stay[k], ll[k] + move[k]
+                out[k] = log_add(s, m)
+                lb[k] = exp32(f32(a[k] + s - total))
+                ll[k] = exp32(f32(a[k] + m - total))
+        cur[low] = CLOSED
+        cur[high + 2] = CLOSED
+        nxt, cur = cur, nxt
+    ll_last = blank_lp[last]
+    return ll_last
+
+
+@njit(cache=True, nogil=True)
+def lattice_stage(T, U, base, blank_lp, label_lp, alpha, exact):
+    """Stage 2 of one utterance: returns its cost; blank_lp, label_lp become occupancies (0 when it has no alignment)."""
+    alphas(T, U, base, blank_lp, label_lp, alpha, exact)
+    last = base[T + U - 1] + U
+    total = np.float64(alpha[last]) + np.float64(blank_lp[last])
+    if total < IMPOSSIBLE:
+        for n in range(T + U):
+            low, high = max(0, n - T + 1), min(n, U)
+            blank_lp[base[n] + low : base[n] + high + 1] = 0
+            label_lp[base[n] + low : base[n] + high + 1] = 0
+        return np.inf
+    betas(T, U, base, blank_lp, label_lp, alpha, total, np.empty((2, U + 3), np.float64), exact)
+    return -total
+
+
+@njit(cache=True, nogil=True)
+def forward(
+    thread, x, y, T, U, first, per_frame, at, base, tasks, counter, left, lse, blank_lp, label_lp, alpha, costs, blank,
+    delay, fused, exact,
+):  # fmt: skip
+    """Stages 1 and 2. tasks int64 [K, 3]: utterance, frames from, to; whoever ends an utterance's rows does its lattice.
+
+    counter int64 [1] = 0, left int64 [B] = the number of an utterance's tasks, both used up.
+    """
+    while True:
+        k = fetch_add(counter, 0, 1)
+        if k >= tasks.shape[0]:
+            return
+        b = tasks[k, 0]
+        own = base[at[b] : at[b + 1]]
+        row_stage(
+            b, tasks[k, 1], tasks[k, 2], x, y[b], T[b], U[b], first[b], per_frame[b], own, lse, blank_lp, label_lp,
+            blank, delay, fused,
+        )  # fmt: skip
+        if fetch_add(left, b, -1) == 1:
+            costs[b] = lattice_stage(T[b], U[b], own, blank_lp, label_lp, alpha, exact)
+
+
+@njit(cache=True, nogil=True)
+def backward(
+    thread, x, out, inplace, y, T, U, first, per_frame, at, base, tasks, counter, lse, occ_blank, occ_label, scale,
+    blank, clamp, fused, fastemit, eps,
+):  # fmt: skip
+    """Stage 3. tasks as in forward, but they cover the padding too, which is set to 0. scale float64 [B]."""
+    result = x if inplace else out
+    while True:
+        k = fetch_add(counter, 0, 1)
+        if k >= tasks.shape[0]:
+            return
+        b = tasks[k, 0]
+        own = base[at[b] : at[b + 1]]
+        for t in range(tasks[k, 1], tasks[k, 2]):
+            row0 = first[b] + t * per_frame[b]
+            used = 0
+            if t < T[b]:
+                used = U[b] + 1
+                for u in range(used):
+                    cell = own[t + u] + u
+                    q, e = np.float64(occ_blank[cell]), np.float64(occ_label[cell]) * (1 + fastemit)
+                    if q + e <= eps:
+                        result[row0 + u, :] = 0
+                        continue
+                    label = y[b, u] if u < U[b] else -1
+                    gradient_row(
+                        x[row0 + u],
+                        out[row0 + u],
+                        inplace,
+                        lse[cell],
+                        q,
+                        e,
+                        blank,
+                        label,
+                        scale[b],
+                        clamp,
+                        fused,
+                    )
+            result[row0 + used : row0 + per_frame[b], :] = 0
+
+
+@njit(cache=True, nogil=True)
+def unpack_occupancy(T, U, at, base, occ_label, out):
+    """occ_label from diagonals into out [B, Umax, Tmax], which comes zeroed."""
+    for b in range(T.size):
+        own = base[at[b] : at[b + 1]]
+        for u in range(U[b]):
+            for t in range(T[b]):
+                out[b, u, t] = occ_label[own[t + u] + u]

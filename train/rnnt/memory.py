@@ -1,0 +1,40 @@
+"""Tensors as arrays that the kernels take, and fresh memory on huge pages.
+
+Invariant: no copy is made here. Run: pytest tests/rnnt/test_cpu.py
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import torch
+
+_HUGE = 2 << 20
+_MADV_HUGEPAGE = 14
+try:
+    _madvise = ctypes.CDLL(None, use_errno=True).madvise
+    _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+except (AttributeError, OSError):  # no such call here: ordinary pages, slower to fault in
+    _madvise = None
+
+
+def fresh_like(tensor: torch.Tensor) -> torch.Tensor:
+    """torch.empty_like, asking for huge pages: faulting in a fresh result otherwise costs more than computing it."""
+    result = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    size = result.numel() * result.element_size()
+    if _madvise is not None and size >= 2 * _HUGE and result.device.type == "cpu":
+        begin = -(-result.data_ptr() // _HUGE) * _HUGE
+        end = (result.data_ptr() + size) // _HUGE * _HUGE
+        _madvise(begin, end - begin, _MADV_HUGEPAGE)
+    return result
+
+
+def as_rows(tensor: torch.Tensor) -> np.ndarray:
+    """A contiguous tensor [..., V] as a matrix [rows, V] for the kernels; half precision as the integers of its bits."""
+    rows = tensor.detach().view(-1, tensor.shape[-1])
+    if tensor.dtype == torch.bfloat16:
+        return rows.view(torch.int16).numpy().view(np.uint16)
+    if tensor.dtype == torch.float16:
+        return rows.view(torch.int16).numpy()
+    return rows.numpy()

@@ -1,0 +1,173 @@
+"""Arithmetic that the CPU kernels share: exp and log1p that vectorise, half precision, an atomic counter.
+
+Invariant: every function here is compiled without fast-math flags, so that the error bounds in the docstrings hold
+wherever it is inlined (reassociation would undo the rounding trick in exp32). numba's LLVM has no vector maths
+library: a loop that calls math.exp runs one element at a time, a loop that calls exp32 sixteen.
+Run: pytest tests/rnnt/test_numeric.py
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+f32 = np.float32
+
+# exp(r) for |r| <= ln2/2, Chebyshev fit of degree 5: relative error 8e-8
+_E0, _E1, _E2 = f32(1.0000000710715018), f32(0.9999996659625519), f32(0.49998898640584116)
+_E3, _E4, _E5 = f32(0.16667663235097127), f32(0.041915077842656), f32(0.008291708380161897)
+_LOG2E, _LN2_HI, _LN2_LO = f32(1.4426950408889634), f32(0.693359375), f32(-2.12194440e-4)
+_ROUND = f32(12582912.0)  # 1.5 * 2**23: adding it leaves the nearest integer in the low bits of the mantissa
+_LOW, _HIGH = f32(-88.0), f32(88.37)
+
+# log1p(x)/x on [0, 1], degree 8: relative error 3e-8
+_L = tuple(
+    f32(c)
+    for c in (
+        0.9999999705406526,
+        -0.4999950151676538,
+        0.33319271342202444,
+        -0.24844369890612375,
+        0.19111431074442628,
+        -0.13674769693983263,
+        0.07836166789479006,
+        -0.029588507322234742,
+        0.005253457780428041,
+    )
+)
+_L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8 = _L
+
+
+_I16, _I32 = ir.IntType(16), ir.IntType(32)
+_FLOAT = ir.FloatType()
+
+
+def _unary(source, target, emit):
+    """An intrinsic of one argument; numba would widen the integer arithmetic in here to 64 bits."""
+
+    @intrinsic
+    def function(typingctx, value):
+        if value != source:
+            return None
+
+        def codegen(context, builder, signature, args):
+            return emit(builder, args[0])
+
+        return target(source), codegen
+
+    return function
+
+
+def _emit_power(builder, shifted):
+    n = builder.bitcast(shifted, _I32)
+    return builder.bitcast(builder.shl(builder.add(n, _I32(127)), _I32(23)), _FLOAT)
+
+
+def _emit_to_bfloat(builder, value):
+    bits = builder.bitcast(value, _I32)
+    odd = builder.and_(builder.lshr(bits, _I32(16)), _I32(1))
+    rounded = builder.lshr(builder.add(builder.add(bits, _I32(0x7FFF)), odd), _I32(16))
+    nan = builder.fcmp_unordered("uno", value, value)
+    return builder.trunc(builder.select(nan, _I32(0x7FC0), rounded), _I16)
+
+
+# 2**n of a float32 whose low mantissa bits hold n
+power_of_two = _unary(types.float32, types.float32, _emit_power)
+# bfloat16 is given as the uint16 of its bits, IEEE half precision as the int16; to_* round to nearest, ties to even
+bfloat_to_float = _unary(
+    types.uint16, types.float32, lambda b, v: b.bitcast(b.shl(b.zext(v, _I32), _I32(16)), _FLOAT)
+)
+float_to_bfloat = _unary(types.float32, types.uint16, _emit_to_bfloat)
+half_to_float = _unary(types.int16, types.float32, lambda b, v: b.fpext(b.bitcast(v, ir.HalfType()), _FLOAT))
+float_to_half = _unary(types.float32, types.int16, lambda b, v: b.bitcast(b.fptrunc(v, ir.HalfType()), _I16))
+
+
+@intrinsic
+def fma(typingctx, a, b, c):
+    """a*b + c with one rounding, in the arguments' one floating type."""
+    if not (a == b == c) or a not in (types.float32, types.float64):
+        return None
+
+    def codegen(context, builder, signature, args):
+        return builder.fma(*args)
+
+    return a(a, a, a), codegen
+
+
+@intrinsic
+def fetch_add(typingctx, array, index, value):
+    """array[index] += value for int64 arrays, atomically; returns the value before. Orders memory both ways."""
+    if not isinstance(array, types.Array) or array.dtype != types.int64:
+        return None
+    array_type = array
+
+    def codegen(context, builder, signature, args):
+        struct = context.make_array(array_type)(context, builder, args[0])
+        index = context.cast(builder, args[1], signature.args[1], types.intp)
+        value = context.cast(builder, args[2], signature.args[2], types.int64)
+        pointer = cgutils.get_item_pointer(context, builder, array_type, struct, [index])
+        return builder.atomic_rmw("add", pointer, value, "acq_rel")
+
+    return types.int64(array, index, value), codegen
+
+
+@njit(cache=True, nogil=True)
+def exp32(x):
+    """exp of a float32, relative error 2e-7; exactly 0 at -88 and below (-inf too), NaN for NaN.
+
+    Clamped at 88.37, where it is 2.4e38: callers look for sums that are too large, and take them again.
+    """
+    x = _LOW if x < _LOW else x  # this order of operands lets NaN through
+    x = _HIGH if x > _HIGH else x
+    shifted = fma(x, _LOG2E, _ROUND)
+    n = shifted - _ROUND
+    r = fma(n, -_LN2_HI, x)
+    r = fma(n, -_LN2_LO, r)
+    p = fma(_E5, r, _E4)
+    p = fma(p, r, _E3)
+    p = fma(p, r, _E2)
+    p = fma(p, r, _E1)
+    p = fma(p, r, _E0)
+    # the integer sits in the low mantissa bits; a product, not an addition of exponents, keeps NaN
+    return p * power_of_two(shifted)
+
+
+@njit(cache=True, nogil=True)
+def log1p_unit32(x):
+    """log(1 + x) of a float32 in [0, 1], relative error 1e-7."""
+    p = fma(_L8, x, _L7)
+    p = fma(p, x, _L6)
+    p = fma(p, x, _L5)
+    p = fma(p, x, _L4)
+    p = fma(p, x, _L3)
+    p = fma(p, x, _L2)
+    p = fma(p, x, _L1)
+    p = fma(p, x, _L0)
+    return p * x
+
+
+@njit(cache=True, nogil=True)
+def tanh32(x):
+    """tanh of a float32, absolute error 2e-7."""
+    return f32(1) - f32(2) / (f32(1) + exp32(x + x))
+
+
+@njit(cache=True, nogil=True)
+def log_add(a, b):
+    """log(exp(a) + exp(b)) of float64 values; the correction is computed in float32: absolute error 1e-7."""
+    high = a if a > b else b
+    low = b if a > b else a
+    return high + np.float64(log1p_unit32(exp32(f32(low - high))))
+
+
+@njit(cache=True, nogil=True)
+def log_add_exact(a, b):
+    """log(exp(a) + exp(b)) of float64 values to full precision, one at a time."""
+    high = a if a > b else b
+    low = b if a > b else a
+    return high + math.log1p(math.exp(low - high))

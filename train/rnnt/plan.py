@@ -1,0 +1,67 @@
+"""Where everything of one batch lies: rows of the logits, cells of the lattice, tasks of the threads.
+
+Invariant: offsets are 64-bit, and the tasks depend on the lengths alone, never on the number of threads, so that
+results are the same bits for any number. Run: pytest tests/rnnt/test_cpu.py
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .checks import Batch
+
+TASK_ELEMENTS = 65536  # logits of one task: a quarter of a megabyte, much longer than taking a task
+
+
+@dataclass(frozen=True)
+class Plan:
+    """first, per_frame int64 [B]: cell (t, u) of utterance b is row first[b] + t*per_frame[b] + u.
+
+    at int64 [B+1], base int64 [sum of T+U]: it is number base[at[b] + t + u] + u of the lattice's arrays.
+    """
+
+    first: np.ndarray
+    per_frame: np.ndarray
+    frames: np.ndarray  # frames that the layout has room for, int64 [B]
+    at: np.ndarray
+    cells: np.ndarray
+    base: np.ndarray
+
+    @property
+    def total(self) -> int:
+        return int(self.cells[-1])
+
+
+def offsets(counts: np.ndarray) -> np.ndarray:
+    """Running sum that starts with 0, int64 [B+1]."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+
+
+def make_plan(batch: Batch, padded: tuple[int, int] | None) -> Plan:
+    """padded: (Tmax, Umax+1) of the logits, None for packed rows."""
+    from .cpu import lay_out
+
+    T, U = batch.T, batch.U
+    cells = offsets(T * (U + 1))
+    if padded is None:
+        first, per_frame, frames = cells[:-1], U + 1, T
+    else:
+        Tmax, width = padded
+        first = np.arange(T.size, dtype=np.int64) * (Tmax * width)
+        per_frame, frames = np.full_like(T, width), np.full_like(T, Tmax)
+    at = offsets(T + U)
+    base = np.empty(int(at[-1]), np.int64)
+    lay_out(T, U, at, cells, base)
+    return Plan(first, per_frame, frames, at, cells, base)
+
+
+def make_tasks(frames: np.ndarray, per_frame: np.ndarray, V: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tasks int64 [K, 3] (utterance, frames from, to) of about TASK_ELEMENTS logits; their number per utterance [B]."""
+    step = np.maximum(1, TASK_ELEMENTS // np.maximum(1, per_frame * V))
+    count = -(-frames // step)
+    b = np.repeat(np.arange(frames.size, dtype=np.int64), count)
+    k = np.arange(b.size, dtype=np.int64) - np.repeat(offsets(count)[:-1], count)
+    begin = k * step[b]
+    return np.stack([b, begin, np.minimum(begin + step[b], frames[b])], axis=1), count.astype(np.int64)

@@ -1,0 +1,122 @@
+"""The specification: the RNN-T loss, its occupancies and its gradient in float64, in plain loops.
+
+One utterance has T frames and U target units y(0) … y(U-1). The lattice has T x (U+1) cells; cell (t, u) means: frames
+before t are done, u units are out. In every cell the model gives V log-probabilities; two of them leave the cell:
+
+    blank(t, u) = log P(blank | t, u)                       to (t+1, u): the frame is done
+    label(t, u) = log P(y(u) | t, u) + delay(t)             to (t, u+1): unit u is emitted at frame t; none at u = U
+
+An alignment starts in cell (0, 0) and ends by the blank of cell (T-1, U): every alignment has T blanks and U labels.
+
+    alpha(0, 0) = 0
+    alpha(t, u) = logadd( alpha(t-1, u) + blank(t-1, u),  alpha(t, u-1) + label(t, u-1) )
+    beta(T-1, U) = blank(T-1, U)
+    beta(t, u)  = logadd( blank(t, u) + beta(t+1, u),     label(t, u) + beta(t, u+1) )
+    log P(y)    = beta(0, 0) = alpha(T-1, U) + blank(T-1, U)
+    loss        = -log P(y)
+
+Occupancies, the share of the alignments' probability that takes an arc (beta(T, U) = 0 behind the last blank):
+
+    occ_blank(t, u) = exp( alpha(t, u) + blank(t, u) + beta(t+1, u) - log P(y) )
+    occ_label(t, u) = exp( alpha(t, u) + label(t, u) + beta(t, u+1) - log P(y) )     sums to 1 over t for every u
+    gamma(t, u)     = occ_blank(t, u) + occ_label(t, u)                              the share that visits the cell
+
+Gradient with respect to the logits x(t, u, v), where p = softmax(x) (Graves 2012, eq. 20, with the softmax folded in):
+
+    g(t, u, v) = p(v) * gamma(t, u) - [v = blank] occ_blank(t, u) - [v = y(u)] occ_label(t, u)
+
+FastEmit (Yu et al. 2021, eq. 9) counts the gradient of every label arc 1 + lambda times; the loss's value stays
+-log P(y), so that values compare across lambdas. Delay penalty (k2): delay(t) = penalty * ((T-1)/2 - t) is part of
+the scores, of the loss's value and of the occupancies. clamp limits every element of g, before grad_output scales it.
+With fused_log_softmax off, x holds log-probabilities: g has the two subtracted terms alone.
+
+Invariant: nothing here is fast, and every other implementation is tested against it. Run: pytest tests/rnnt
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Reference:
+    """costs [B]; gradient of each cost [B, T, U+1, V]; occupancy of the label arcs [B, U, T]. Padding is 0."""
+
+    costs: np.ndarray
+    gradient: np.ndarray
+    occupancy: np.ndarray
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    shifted = x - x.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def lattice(blank: np.ndarray, label: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+    """log P(y) and the occupancies of the arcs, occ_blank and occ_label [T, U+1].
+
+    blank, label [T, U+1] are the arcs' log-probabilities; label[:, U] is never read; minus infinity closes an arc.
+    """
+    T, U = blank.shape[0], blank.shape[1] - 1
+    alpha = np.full((T, U + 1), -np.inf)
+    alpha[0, 0] = 0.0
+    for t in range(T):
+        for u in range(U + 1):
+            if t > 0:
+                alpha[t, u] = np.logaddexp(alpha[t, u], alpha[t - 1, u] + blank[t - 1, u])
+            if u > 0:
+                alpha[t, u] = np.logaddexp(alpha[t, u], alpha[t, u - 1] + label[t, u - 1])
+
+    beta = np.full((T + 1, U + 2), -np.inf)  # one row and one column more: outside the lattice
+    beta[T, U] = 0.0  # behind the last blank
+    for t in reversed(range(T)):
+        for u in reversed(range(U + 1)):
+            beta[t, u] = blank[t, u] + beta[t + 1, u]
+            if u < U:
+                beta[t, u] = np.logaddexp(beta[t, u], label[t, u] + beta[t, u + 1])
+
+    log_p = beta[0, 0]
+    occ_blank, occ_label = np.zeros((T, U + 1)), np.zeros((T, U + 1))
+    if log_p > -np.inf:
+        occ_blank = np.exp(alpha + blank + beta[1:, : U + 1] - log_p)
+        occ_label[:, :U] = np.exp(alpha[:, :U] + label[:, :U] + beta[:T, 1 : U + 1] - log_p)
+    return float(log_p), occ_blank, occ_label
+
+
+def rnnt_reference(
+    logits: np.ndarray,
+    targets: np.ndarray,
+    logit_lengths: np.ndarray,
+    target_lengths: np.ndarray,
+    blank: int = -1,
+    clamp: float = -1,
+    fused_log_softmax: bool = True,
+    fastemit_lambda: float = 0.0,
+    delay_penalty: float = 0.0,
+) -> Reference:
+    """Costs, gradients and occupancies of a padded batch: logits [B, T, U+1, V], targets [B, U], lengths [B]."""
+    x = np.asarray(logits, dtype=np.float64)
+    B, Tmax, Uplus, V = x.shape
+    blank = blank % V
+    costs, gradient = np.zeros(B), np.zeros_like(x)
+    occupancy = np.zeros((B, Uplus - 1, Tmax))
+    for b in range(B):
+        T, U = int(logit_lengths[b]), int(target_lengths[b])
+        y = np.asarray(targets[b, :U], dtype=np.int64)
+        cells = x[b, :T, : U + 1]
+        log_p = log_softmax(cells) if fused_log_softmax else cells
+        units = np.arange(U)
+        label = np.full((T, U + 1), -np.inf)
+        label[:, :U] = log_p[:, units, y] + delay_penalty * ((T - 1) / 2 - np.arange(T))[:, None]
+        total, occ_blank, occ_label = lattice(log_p[:, :, blank], label)
+
+        costs[b] = -total
+        occupancy[b, :U, :T] = occ_label[:, :U].T
+        occ_label = occ_label * (1 + fastemit_lambda)
+        g = np.exp(log_p) * (occ_blank + occ_label)[:, :, None] if fused_log_softmax else np.zeros_like(cells)
+        g[:, :, blank] -= occ_blank
+        g[:, units, y] -= occ_label[:, :U]
+        gradient[b, :T, : U + 1] = np.clip(g, -clamp, clamp) if clamp > 0 else g
+    return Reference(costs, gradient, occupancy)

@@ -1,0 +1,155 @@
+"""One row of logits at a time: logsumexp in one pass, and the gradient of a row, for every dtype.
+
+Half precision comes in as the integers of its bits: uint16 is bfloat16, int16 is IEEE half. All arithmetic is in
+float32 (in float64 for float64 rows). Invariant: a row is read once and written once.
+Run: pytest tests/rnnt/test_rows.py
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit, types
+from numba.extending import overload
+
+from .numeric import bfloat_to_float, exp32, float_to_bfloat, float_to_half, half_to_float
+
+f32 = np.float32
+# sums may be regrouped so that they vectorise; nnan and ninf stay off: NaN and infinity are inputs here
+SUMS = {"reassoc", "contract", "nsz", "arcp", "afn"}
+# a sum of exponentials outside these bounds has lost digits or overflowed and is taken again around the maximum
+SUM_LOW, SUM_HIGH = 1e-12, 1e25
+
+
+def load(row, i):
+    """row[i] as the type that is computed in."""
+    return row[i]
+
+
+def store(row, i, value):
+    """row[i] = value, rounded to the row's type."""
+    row[i] = value
+
+
+@overload(load, inline="never")
+def _load(row, i):
+    if row.dtype == types.uint16:
+        return lambda row, i: bfloat_to_float(row[i])
+    if row.dtype == types.int16:
+        return lambda row, i: half_to_float(row[i])
+    return lambda row, i: row[i]
+
+
+@overload(store, inline="never")
+def _store(row, i, value):
+    if row.dtype == types.uint16:
+
+        def impl(row, i, value):
+            row[i] = float_to_bfloat(f32(value))
+
+    elif row.dtype == types.int16:
+
+        def impl(row, i, value):
+            row[i] = float_to_half(f32(value))
+
+    else:
+
+        def impl(row, i, value):
+            row[i] = value
+
+    return impl
+
+
+def exp_like(x):
+    """exp in the type of x: fast for float32, exact for float64."""
+    return np.exp(x)
+
+
+@overload(exp_like, inline="never")
+def _exp_like(x):
+    if x == types.float32:
+        return lambda x: exp32(x)
+    return lambda x: math.exp(x)
+
+
+@njit(cache=True, nogil=True, fastmath=SUMS)
+def sum_exp(row, reference):
+    """Sum of exp(row - reference); reference has the type that is computed in."""
+    total = reference * 0
+    for i in range(row.size):
+        total += exp_like(load(row, i) - reference)
+    return total
+
+
+@njit(cache=True, nogil=True)
+def row_max(row):
+    high = load(row, 0)
+    for i in range(1, row.size):
+        value = load(row, i)
+        high = value if not (value <= high) else high  # NaN wins
+    return high
+
+
+@njit(cache=True, nogil=True)
+def log_sum_exp(row, reference):
+    """logsumexp of a row in float64. reference: a guess of the result, best the neighbour's; a bad one costs a pass."""
+    total = np.float64(sum_exp(row, reference))
+    if SUM_LOW <= total <= SUM_HIGH:
+        return np.float64(reference) + math.log(total)
+    high = row_max(row)
+    if not (-np.inf < high < np.inf):
+        return np.float64(np.nan) if high != -np.inf else -np.inf
+    return np.float64(high) + math.log(np.float64(sum_exp(row, high)))
+
+
+@njit(cache=True, nogil=True)
+def scaled_softmax(source, target, lse, weight):
+    """target = softmax(source) * weight; lse and weight have the type that is computed in. Arrays don't overlap."""
+    for i in range(source.size):
+        store(target, i, exp_like(load(source, i) - lse) * weight)
+
+
+@njit(cache=True, nogil=True)
+def scaled_softmax_(row, lse, weight):
+    """The same in place: one array, because a possible overlap would keep the loop from being vectorised."""
+    for i in range(row.size):
+        store(row, i, exp_like(load(row, i) - lse) * weight)
+
+
+@njit(cache=True, nogil=True)
+def clamp_scale_(row, limit, scale):
+    """row = clip(row, -limit, limit) * scale."""
+    for i in range(row.size):
+        value = load(row, i)
+        value = limit if value > limit else value
+        value = -limit if value < -limit else value
+        store(row, i, value * scale)
+
+
+@njit(cache=True, nogil=True)
+def gradient_row(source, target, inplace, lse, occ_blank, occ_label, blank, label, scale, clamp, fused):
+    """One cell's gradient into target (into source when inplace).
+
+    occ_blank, occ_label are the arcs' occupancies (label < 0: no label leaves the cell), scale the output's gradient.
+    """
+    one = lse * 0 + 1
+    gamma = occ_blank + occ_label
+    row = source if inplace else target
+    factor = one * scale if clamp <= 0 else one
+    if not fused or gamma * factor == 0:
+        at_blank, at_label = lse * 0, lse * 0
+        row[:] = 0
+    else:
+        weight = one * (gamma * factor)
+        at_blank = exp_like(load(source, blank) - lse) * weight
+        at_label = exp_like(load(source, max(label, 0)) - lse) * weight
+        if inplace:
+            scaled_softmax_(source, lse, weight)
+        else:
+            scaled_softmax(source, target, lse, weight)
+    store(row, blank, at_blank - one * (occ_blank * factor))
+    if label >= 0:
+        store(row, label, at_label - one * (occ_label * factor))
+    if clamp > 0:
+        clamp_scale_(row, one * clamp, one * scale)
