@@ -1,0 +1,55 @@
+"""Which utterances, at which speed, make up which batch: length buckets filled to a budget of frames.
+
+Invariant: the batches of an epoch depend on (seed, epoch, lengths, settings) alone, so a position in an epoch is all
+the state there is, and a resumed run sees exactly the batches that it would have seen.
+Exercised by `stillhouse train`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """One batch: utterance indices [B] and the index of each one's speed [B]."""
+
+    indices: np.ndarray
+    speeds: np.ndarray
+
+
+class BatchSampler:
+    """Batches of at most `max_frames` padded frames, of utterances of like length, in a shuffled order.
+
+    `frames` int64 [U, S]: the length of every utterance at every speed, in acoustic frames. With `shuffle=False`
+    every utterance comes once at speed 0, longest first (for decoding).
+    """
+
+    def __init__(
+        self, frames: np.ndarray, *, max_frames: int, max_batch: int = 0, seed: int = 0, shuffle: bool = True
+    ) -> None:
+        self.frames = np.asarray(frames, dtype=np.int64)
+        self.max_frames, self.max_batch, self.seed, self.shuffle = max_frames, max_batch, seed, shuffle
+
+    def epoch(self, number: int) -> list[BatchPlan]:
+        count, speeds = self.frames.shape
+        rng = np.random.default_rng([self.seed, number])
+        speed = rng.integers(speeds, size=count) if self.shuffle else np.zeros(count, dtype=np.int64)
+        length = self.frames[np.arange(count), speed]
+        # Jitter of a few per cent: batches differ between epochs while the padding stays small.
+        key = length * rng.uniform(0.95, 1.05, size=count) if self.shuffle else length
+        order = np.argsort(-key, kind="stable")
+        batches, begin, longest = [], 0, 0
+        for i, index in enumerate(order):
+            longest = max(longest, int(length[index]))
+            size = i - begin + 1
+            if size > 1 and (longest * size > self.max_frames or 0 < self.max_batch < size):
+                batches.append(order[begin:i])
+                begin, longest = i, int(length[index])
+        if begin < count:
+            batches.append(order[begin:])
+        if self.shuffle:
+            rng.shuffle(batches)  # type: ignore[arg-type]
+        return [BatchPlan(b, speed[b]) for b in batches]

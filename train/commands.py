@@ -1,0 +1,91 @@
+"""Commands: demo, train, decode, score. Run `stillhouse train --help`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+
+def say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+@click.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option(
+    "--set", "changes", multiple=True, metavar="A.B=VALUE", help="Change one setting; may be repeated."
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder of the run. [default: runs/NAME-OF-CONFIG]"
+)
+def train(config: Path, changes: tuple[str, ...], out: Path | None) -> None:
+    """Train a transducer as CONFIG (TOML) says; goes on where a killed run stopped.
+
+    Example: stillhouse train recipes/kathleen.toml --set optim.steps=4000 --out runs/kathleen
+    """
+    from .config import load_config
+    from .trainer import Trainer
+
+    settings = load_config(config, changes)
+    folder = out or Path("runs") / config.stem
+    Trainer(settings, folder, say).run()
+    click.echo(folder)
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("corpus", type=click.Path(path_type=Path))
+@click.argument("features", type=click.Path(path_type=Path))
+@click.option("--split", help="Only this split; several with commas.")
+@click.option("--checkpoint", default="best", show_default=True, help="best, last or a step.")
+@click.option("--device", default="auto", show_default=True)
+def decode(run: Path, corpus: Path, features: Path, split: str | None, checkpoint: str, device: str) -> None:
+    """Write a hypothesis for each utterance, JSON lines {"id", "hyp", "ref"}, to stdout.
+
+    Example: stillhouse decode runs/kathleen corpus.jsonl features.h5 --split test > hyp.jsonl
+    """
+    import time
+
+    from ..data.manifest import read_manifest
+    from .decode import decoding_loader, transcribe
+    from .trainer import load_run, resolve_device
+
+    where = resolve_device(device)
+    model, units, _, step = load_run(run, checkpoint)
+    loader = decoding_loader(read_manifest(corpus).select(split), features, units)
+    began = time.perf_counter()
+    for found in transcribe(model.to(where), loader, device=where):
+        click.echo(json.dumps({"id": found.id, "hyp": found.hyp, "ref": found.ref}, ensure_ascii=False))
+    seconds, audio = time.perf_counter() - began, loader.frames.sum() / 100
+    say(
+        f"step {step}: {len(loader.utterances)} utterances, {audio:.0f} s of audio in {seconds:.1f} s "
+        f"(real-time factor {seconds / max(audio, 1e-9):.4f})"
+    )
+
+
+@click.command()
+@click.argument("hypotheses", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def score(hypotheses: Path, as_json: bool) -> None:
+    """WER and CER of a file that `stillhouse decode` wrote, with 95 % bootstrap intervals.
+
+    Example: stillhouse score hyp.jsonl
+    """
+    from dataclasses import asdict
+
+    from .score import read_hypotheses
+    from .score import score as compute
+
+    references, found = read_hypotheses(hypotheses)
+    result = compute(references, found)
+    if as_json:
+        click.echo(json.dumps(asdict(result)))
+        return
+    for name, r in (("WER", result.wer), ("CER", result.cer)):
+        click.echo(
+            f"{name} {100 * r.rate:6.2f} %  [{100 * r.low:.2f}, {100 * r.high:.2f}]  "
+            f"{r.substitutions} substituted, {r.deletions} deleted, {r.insertions} inserted of {r.reference}"
+        )
+    click.echo(f"{result.utterances} utterances")

@@ -1,0 +1,196 @@
+"""The settings of a training run: one TOML file, checked by pydantic, changed by --set.
+
+Invariant: a setting that is not known is an error, and a run writes its resolved settings beside its output, so that
+`stillhouse train RUN/config.toml` means the same run. Exercised by `stillhouse train CONFIG --set optim.lr=1e-3`.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..data.errors import ConfigError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Data(Section):
+    """Paths are taken from the folder in which the command runs."""
+
+    corpus: Path = Field(description="corpus.jsonl")
+    features: Path = Field(description="features.h5")
+    units: Path = Field(description="folder of the ASR units")
+    train: str | None = Field(None, description="split to train on; several with commas; none: everything")
+    dev: str | None = Field(None, description="split to evaluate on while training; none: no evaluation")
+    speeds: list[float] = Field([1.0], min_length=1, description="speeds drawn for each utterance and epoch")
+    batch_frames: int = Field(16_000, ge=100, description="padded frames of 10 ms in a batch")
+    max_frames: int = Field(
+        3_000, ge=10, description="longer utterances are left out of training, and counted"
+    )
+
+
+class Model(Section):
+    dim: int = Field(176, ge=8)
+    layers: int = Field(6, ge=0)
+    heads: int = Field(4, ge=1)
+    inner: int = Field(704, ge=8, description="width inside the feed-forward modules")
+    kernel: int = Field(15, ge=1, description="frames that a depthwise convolution spans; odd")
+    subsampling: Literal[2, 3, 4, 6, 8] = 4
+    predictor: Literal["stateless", "lstm"] = "stateless"
+    predictor_dim: int = Field(192, ge=8)
+    predictor_context: int = Field(2, ge=1)
+    joint_dim: int = Field(256, ge=8)
+    dropout: float = Field(0.1, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Model:
+        if self.dim % (2 * self.heads):
+            raise ValueError(f"dim = {self.dim} must be a multiple of 2 x heads = {2 * self.heads}")
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel = {self.kernel} must be odd")
+        return self
+
+
+class Loss(Section):
+    ctc_weight: float = Field(
+        0.3, ge=0, description="weight of the auxiliary CTC loss on the encoder; 0: no CTC head"
+    )
+    fastemit: float = Field(0.0, ge=0, description="FastEmit's lambda")
+    eps: float = Field(1e-6, ge=0, lt=1, description="lattice cells with a smaller occupancy get no gradient")
+
+
+class Optim(Section):
+    steps: int = Field(2_000, ge=1)
+    lr: float = Field(1e-3, gt=0)
+    warmup_steps: int = Field(200, ge=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    final_lr: float = Field(0.02, ge=0, le=1, description="learning rate at the end, as a share of lr")
+    weight_decay: float = Field(0.01, ge=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+
+
+class SpecAugment(Section):
+    frequency_masks: int = Field(2, ge=0)
+    frequency_width: int = Field(20, ge=0, description="bins")
+    time_masks: int = Field(5, ge=0)
+    time_width: int = Field(30, ge=0, description="frames of 10 ms")
+    time_share: float = Field(
+        0.25, ge=0, le=1, description="largest share of an utterance that time masks take"
+    )
+
+
+class TransferSection(Section):
+    store: Path | None = None
+    views: list[str] = Field([], description="view addresses or globs; none: no transfer")
+    aligner: Literal["attention", "occupancy"] = "attention"
+    position: Literal["token", "word", "unit"] = "token"
+    distance: Literal["cosine", "l1", "smooth_l1", "mse", "contrastive"] = "cosine"
+    mixing: Literal["mean"] = "mean"
+    weight: float = Field(1.0, ge=0, description="lambda")
+    warmup_steps: int = Field(0, ge=0, description="steps over which lambda grows from 0")
+    layer: int | None = Field(None, ge=1, description="encoder layer that is tapped; none: the last")
+    on_missing: Literal["error", "skip"] = "error"
+
+    @model_validator(mode="after")
+    def _whole(self) -> TransferSection:
+        if self.views and self.store is None:
+            raise ValueError("views need a store")
+        return self
+
+
+class Run(Section):
+    seed: int = 0
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 where the device computes it fast, else float32"
+    )
+    device: str = Field("auto", description="auto: cuda where there is one, else cpu")
+    threads: int = Field(0, ge=0, description="CPU threads of torch; 0: all cores")
+    log_every: int = Field(20, ge=1)
+    eval_every: int = Field(500, ge=1)
+    checkpoint_every: int = Field(500, ge=1)
+    keep: int = Field(2, ge=1, description="checkpoints kept beside the best one")
+
+
+class Config(Section):
+    data: Data
+    model: Model = Model()
+    loss: Loss = Loss()
+    optim: Optim = Optim()
+    specaugment: SpecAugment = SpecAugment()
+    transfer: TransferSection = TransferSection()
+    run: Run = Run()
+
+    @model_validator(mode="after")
+    def _tap(self) -> Config:
+        if self.transfer.layer is not None and self.transfer.layer > self.model.layers:
+            raise ValueError(
+                f"transfer.layer = {self.transfer.layer}, but the encoder has {self.model.layers} layers"
+            )
+        return self
+
+
+def load_config(path: Path, changes: Sequence[str] = ()) -> Config:
+    """Read a TOML file and apply `a.b=value` changes (values are TOML; a bare word is a string).
+
+    Raises ConfigError naming the file, the setting and what is expected.
+    """
+    try:
+        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError("no such file", where=path) from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+        raise ConfigError(f"not a readable TOML file: {e}", where=path) from None
+    for change in changes:
+        _apply(tree, change)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as e:
+        found = "; ".join(
+            f"{'.'.join(map(str, d['loc'])) or 'file'}: {d['msg']} (got {_short(d['input'])})"
+            for d in e.errors()
+        )
+        raise ConfigError(found, where=path) from None
+
+
+def _apply(tree: dict, change: str) -> None:
+    name, equals, text = change.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {change}", expected="section.name=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"--set {change}: {key} is not a section", expected="section.name=value")
+    tree[keys[-1]] = value
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def dump_config(config: Config) -> str:
+    """The settings as TOML that load_config reads back to an equal Config."""
+    lines = []
+    for section, values in config.model_dump(mode="json").items():
+        lines.append(f"[{section}]")
+        # A JSON scalar or list of scalars is TOML as it stands; TOML has no null, and absent means None here.
+        lines += [
+            f"{key} = {json.dumps(value, ensure_ascii=False)}"
+            for key, value in values.items()
+            if value is not None
+        ]
+        lines.append("")
+    return "\n".join(lines)

@@ -1,0 +1,166 @@
+"""Batches for training: features, ASR units and teacher targets, read one batch ahead in a thread.
+
+Invariant: a batch depends on its plan alone. The thread, not worker processes, because reading is `preadv` into
+arrays that the trainer uses where they lie. Exercised by `stillhouse train`.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.errors import CorpusError
+from ..data.features import FeatureFile
+from ..data.manifest import Corpus, Utterance
+from ..data.sampler import BatchPlan, BatchSampler
+from ..data.text import transform
+from ..data.units import Units
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Features are plain fbank; padding is 0. `transfer` is the target reader's batch, or None."""
+
+    ids: list[str]
+    features: Tensor  # float32 [B, T, bins]
+    feature_lengths: Tensor  # int64 [B]
+    targets: Tensor  # int32 [B, U]
+    target_lengths: Tensor  # int32 [B]
+    transfer: Any
+    read_s: float
+    teacher_s: float
+
+    def to(self, device: torch.device) -> Batch:
+        if device.type == "cpu":
+            return self
+        # Lengths and targets stay on the CPU: the loss checks them there without a synchronisation.
+        features = self.features.pin_memory().to(device, non_blocking=True)
+        transfer = None if self.transfer is None else self.transfer.pin_memory().to(device, non_blocking=True)
+        return replace(self, features=features, transfer=transfer)
+
+
+class BatchLoader:
+    """Makes a Batch of a BatchPlan over `utterances`, in the order given.
+
+    Utterances with empty text or more than `max_frames` frames at some speed are left out; `left_out` counts them.
+    Raises CorpusError where nothing is left, FeatureError for an utterance without features.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        features: FeatureFile,
+        units: Units,
+        *,
+        speeds: Sequence[float] = (1.0,),
+        max_frames: int = 0,
+        targets: Any = None,
+    ) -> None:
+        self.features, self.units, self.speeds, self.targets = features, units, list(speeds), targets
+        everyone = [u.id for u in corpus.utterances]
+        frames = np.stack([features.frames(everyone, [s] * len(everyone)) for s in self.speeds], axis=1)
+        encoded = [units.encode(u.text) for u in corpus.utterances]
+        empty = np.array([len(e.ids) == 0 for e in encoded], dtype=bool)
+        long = (
+            (frames.max(axis=1) > max_frames)
+            if max_frames and len(everyone)
+            else np.zeros(len(everyone), bool)
+        )
+        keep = np.flatnonzero(~(empty | long))
+        self.left_out = {
+            "empty text": int(empty.sum()),
+            f"longer than {max_frames} frames": int((long & ~empty).sum()),
+        }
+        if not len(keep):
+            raise CorpusError(
+                "no utterance to use",
+                where=corpus.path,
+                expected="one with text and fewer frames than data.max_frames",
+            )
+        self.utterances: list[Utterance] = [corpus.utterances[i] for i in keep]
+        self.encoded = [encoded[i] for i in keep]
+        self.frames = frames[keep]
+
+    def load(self, plan: BatchPlan) -> Batch:
+        began = time.perf_counter()
+        utterances = [self.utterances[i] for i in plan.indices]
+        encoded = [self.encoded[i] for i in plan.indices]
+        ids = [u.id for u in utterances]
+        packed, lengths = self.features.gather(ids, [self.speeds[s] for s in plan.speeds])
+        features = np.zeros((len(ids), int(lengths.max()), packed.shape[1]), dtype=np.float32)
+        features[np.arange(features.shape[1]) < lengths[:, None]] = packed
+        target_lengths = np.array([len(e.ids) for e in encoded], dtype=np.int32)
+        targets = np.zeros((len(ids), int(target_lengths.max())), dtype=np.int32)
+        targets[np.arange(targets.shape[1]) < target_lengths[:, None]] = np.concatenate(
+            [e.ids for e in encoded]
+        )
+        read = time.perf_counter()
+        transfer = None
+        if self.targets is not None:
+            transfer = self.targets.read(ids, [u.text for u in utterances], [e.spans for e in encoded])
+        return Batch(
+            ids,
+            torch.from_numpy(features),
+            torch.from_numpy(np.asarray(lengths, dtype=np.int64)),
+            torch.from_numpy(targets),
+            torch.from_numpy(target_lengths),
+            transfer,
+            read - began,
+            time.perf_counter() - read,
+        )
+
+    def references(self, plan: BatchPlan) -> list[str]:
+        """The transcripts as the units spell them: what a hypothesis is compared with."""
+        return [transform(self.utterances[i].text, self.units.transform).text for i in plan.indices]
+
+
+def prefetch(
+    sampler: BatchSampler, load: Callable[[BatchPlan], Batch], *, epoch: int, position: int, depth: int = 4
+) -> Iterator[tuple[int, int, Batch]]:
+    """Endless (epoch, position after this batch, batch), from `position` batches into `epoch` on.
+
+    An exception in the thread is raised here, at the batch where it happened. Closing the iterator ends the thread.
+    """
+    results: queue.Queue = queue.Queue(maxsize=depth)
+    stop = threading.Event()
+
+    def offer(item: object) -> bool:
+        while not stop.is_set():
+            try:
+                results.put(item, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        at_epoch, at = epoch, position
+        try:
+            while True:
+                plans = sampler.epoch(at_epoch)
+                for i in range(at, len(plans)):
+                    if not offer((at_epoch, i + 1, load(plans[i]))):
+                        return
+                at_epoch, at = at_epoch + 1, 0
+        except BaseException as e:
+            offer(e)
+
+    thread = threading.Thread(target=work, name="stillhouse-prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item = results.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join()

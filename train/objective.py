@@ -1,0 +1,102 @@
+"""What a training step minimises: RNN-T loss + CTC on the encoder + λ · transfer.
+
+Invariant: the RNN-T and CTC terms are sums over the batch divided by its units, so that short and long utterances
+weigh alike a unit, in whatever batch they land. Exercised by `stillhouse train`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .config import Config
+from .loader import Batch
+from .model import BLANK, Transducer
+from .rnnt import rnnt_loss
+from .specaugment import spec_augment
+
+Timed = Callable[[str], AbstractContextManager]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """`total` has the graph; `parts` are detached scalars by name."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+
+
+def losses(
+    model: Transducer,
+    transfer: Any,
+    batch: Batch,
+    config: Config,
+    *,
+    precision: str,
+    transfer_weight: float,
+    augment: torch.Generator | None,
+    timed: Timed = lambda _: nullcontext(),
+) -> Losses:
+    """The losses of one batch. `transfer` is a distill.Transfer or None; `augment` None: no SpecAugment."""
+    device = batch.features.device
+    lengths = batch.feature_lengths.to(device)
+    units = int(batch.target_lengths.sum())
+    with timed("encoder"):
+        features = model.encoder.normalise(batch.features, lengths)
+        if augment is not None:
+            features = spec_augment(
+                features, batch.feature_lengths, augment, **config.specaugment.model_dump()
+            )
+        tap = config.transfer.layer
+        with autocast(device, precision):
+            states, state_lengths, taps = model.encoder(features, lengths, taps=() if tap is None else (tap,))
+            e = model.joint.encoder(states)
+            p = model.joint.predictor(model.predictor(batch.targets.to(device)))
+    with timed("loss"):
+        needs_occupancy = transfer is not None and transfer.needs_occupancy
+        with autocast(device, precision):
+            logits = model.joint(e[:, :, None], p[:, None])
+        result = rnnt_loss(
+            logits.float(),
+            batch.targets,
+            state_lengths.to("cpu", torch.int32),
+            batch.target_lengths,
+            blank=BLANK,
+            reduction="sum",
+            fastemit_lambda=config.loss.fastemit,
+            return_occupancy=needs_occupancy,
+        )
+        loss, occupancy = result if needs_occupancy else (result, None)
+        total = loss / units
+        parts = {"rnnt": total.detach()}
+        if model.ctc is not None:
+            ctc = F.ctc_loss(
+                model.ctc(states).float().log_softmax(-1).transpose(0, 1),
+                batch.targets.to(device).long(),
+                state_lengths,
+                batch.target_lengths.to(device).long(),
+                blank=BLANK,
+                reduction="sum",
+                zero_infinity=True,
+            )
+            parts["ctc"] = ctc.detach() / units
+            total = total + config.loss.ctc_weight * ctc / units
+    if transfer is not None:
+        with timed("transfer"):
+            tapped = states if tap is None else taps[tap]
+            found = transfer(tapped.float(), state_lengths, batch.transfer, occupancy)
+            parts["transfer"] = found.loss.detach()
+            parts |= {f"transfer/{view}": value.detach() for view, value in found.per_view.items()}
+            total = total + transfer_weight * found.loss
+    parts["loss"] = total.detach()
+    return Losses(total, parts)

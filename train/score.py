@@ -1,0 +1,108 @@
+"""Word and character error rates with bootstrap intervals.
+
+Invariant: the rate is errors over reference words of the whole set; the interval resamples utterances with a fixed
+seed, so the same hypotheses give the same figures. Exercised by `stillhouse score`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jiwer
+import numpy as np
+
+from ..data.errors import CorpusError
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Errors over reference tokens; `low` and `high` bound the 95 % bootstrap interval over utterances."""
+
+    rate: float
+    low: float
+    high: float
+    substitutions: int
+    deletions: int
+    insertions: int
+    reference: int
+
+
+@dataclass(frozen=True)
+class Score:
+    utterances: int
+    wer: Rate
+    cer: Rate
+
+
+def counts(references: Sequence[str], hypotheses: Sequence[str], *, characters: bool = False) -> np.ndarray:
+    """int64 [utterances, 4]: substitutions, deletions, insertions, reference tokens of each pair."""
+    table = np.zeros((len(references), 4), dtype=np.int64)
+    process = jiwer.process_characters if characters else jiwer.process_words
+    for row, reference, hypothesis in zip(table, references, hypotheses):
+        reference, hypothesis = " ".join(reference.split()), " ".join(hypothesis.split())
+        if not reference:  # jiwer refuses an empty reference; all that was heard is inserted
+            row[2] = len(hypothesis) if characters else len(hypothesis.split())
+            continue
+        found = process(reference, hypothesis)
+        row[:] = (
+            found.substitutions,
+            found.deletions,
+            found.insertions,
+            found.substitutions + found.deletions + found.hits,
+        )
+    return table
+
+
+def rate(table: np.ndarray, *, resamples: int = 1_000, seed: int = 0) -> Rate:
+    """The error rate of a table of `counts`; rates are 0 where there is no reference token."""
+    errors, reference = table[:, :3].sum(axis=1), table[:, 3]
+    rng = np.random.default_rng(seed)
+    low = high = point = float(errors.sum() / max(1, reference.sum()))
+    if len(table) > 1:
+        chosen = rng.integers(len(table), size=(resamples, len(table)))
+        rates = errors[chosen].sum(axis=1) / np.maximum(1, reference[chosen].sum(axis=1))
+        low, high = (float(x) for x in np.quantile(rates, [0.025, 0.975]))
+    substitutions, deletions, insertions, total = (int(x) for x in table.sum(axis=0))
+    return Rate(point, low, high, substitutions, deletions, insertions, total)
+
+
+def score(references: Sequence[str], hypotheses: Sequence[str]) -> Score:
+    return Score(
+        len(references),
+        rate(counts(references, hypotheses)),
+        rate(counts(references, hypotheses, characters=True)),
+    )
+
+
+def read_hypotheses(path: Path) -> tuple[list[str], list[str]]:
+    """(references, hypotheses) of a JSON-lines file with the fields `ref` and `hyp`.
+
+    Raises CorpusError naming the line that is not one.
+    """
+    references, hypotheses = [], []
+    try:
+        with path.open(encoding="utf-8") as f:
+            for number, line in enumerate(f, 1):
+                try:
+                    record = json.loads(line)
+                    reference, hypothesis = record["ref"], record["hyp"]
+                    if not isinstance(reference, str) or not isinstance(hypothesis, str):
+                        raise TypeError("ref and hyp must be text")
+                except (ValueError, KeyError, TypeError) as e:
+                    raise CorpusError(
+                        f"not a hypothesis: {e}",
+                        where=f"{path}:{number}",
+                        expected='{"id": …, "hyp": …, "ref": …}',
+                    ) from None
+                references.append(reference)
+                hypotheses.append(hypothesis)
+    except (OSError, UnicodeDecodeError) as e:
+        raise CorpusError(
+            f"cannot be read: {e}", where=path, remedy="make it with `stillhouse decode`"
+        ) from None
+    if not references:
+        raise CorpusError("no hypothesis", where=path, remedy="make it with `stillhouse decode`")
+    return references, hypotheses
