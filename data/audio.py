@@ -1,0 +1,117 @@
+"""Audio files in: any format that libsndfile reads, any rate, any number of channels, out as mono float32.
+
+Invariant: a segment has round(duration · rate) samples at its own rate and ceil of that times the ratio after
+resampling, or it is an AudioError that says what the file holds. Exercised by `stillhouse corpus features`.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from .errors import AudioError
+
+# A manifest's times are often rounded to hundredths; half a frame past the end of the file is no reason to fail.
+SLACK_S = 0.02
+
+
+def open_audio(path: Path) -> soundfile.SoundFile:
+    """Open an audio file; AudioError says whether it is missing or damaged."""
+    try:
+        return soundfile.SoundFile(path)
+    except (soundfile.SoundFileError, OSError, RuntimeError, TypeError) as e:
+        if not Path(path).exists():
+            raise AudioError(
+                "no such audio file", where=path, remedy="restore it, or run `stillhouse corpus check`"
+            ) from e
+        raise AudioError(
+            f"not readable as audio: {getattr(e, 'error_string', e)}",
+            where=path,
+            expected="wav, flac, ogg, mp3, …",
+        ) from e
+
+
+def audio_length(path: Path | str) -> float:
+    """Seconds of audio in a file, by its header."""
+    with open_audio(Path(path)) as file:
+        return file.frames / file.samplerate
+
+
+def read_audio(
+    path: Path | str, start_s: float = 0.0, duration_s: float | None = None, rate_hz: int = 16000
+) -> np.ndarray:
+    """A segment of a file as float32 [S] in [-1, 1]: mean of the channels, resampled to rate_hz.
+
+    Raises AudioError for a missing or damaged file and for a segment that the file does not have.
+    """
+    samples, own_hz = read_segment(path, start_s, duration_s)
+    return resample(samples, own_hz, rate_hz)
+
+
+def read_segment(
+    path: Path | str, start_s: float = 0.0, duration_s: float | None = None
+) -> tuple[np.ndarray, int]:
+    """As read_audio, at the rate of the file: (float32 [S], its rate in Hz)."""
+    path = Path(path)
+    with open_audio(path) as file:
+        own_hz, total = file.samplerate, file.frames
+        begin = round(start_s * own_hz)
+        count = total - begin if duration_s is None else round(duration_s * own_hz)
+        if begin + count > total or begin >= total > 0:
+            if begin + count - total > SLACK_S * own_hz or begin >= total:
+                end = "end" if duration_s is None else f"{start_s + duration_s:.3f} s"
+                raise AudioError(
+                    f"the segment from {start_s:.3f} s to {end} leaves the audio",
+                    where=path,
+                    expected=f"at most {total / own_hz:.3f} s",
+                    remedy="mend start_s and duration_s in the manifest",
+                )
+            count = total - begin
+        if count <= 0:
+            raise AudioError(
+                "the audio is empty", where=path, remedy="take the utterance out of the manifest"
+            )
+        try:
+            file.seek(begin)
+            samples = file.read(count, dtype="float32", always_2d=True)
+        except (soundfile.SoundFileError, RuntimeError) as e:
+            raise AudioError(f"the audio is damaged: {getattr(e, 'error_string', e)}", where=path) from e
+    if len(samples) != count:
+        raise AudioError(
+            f"the audio ends early: {len(samples)} of {count} samples",
+            where=path,
+            remedy="fetch the file again",
+        )
+    mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32)
+    if not np.isfinite(mono).all():
+        raise AudioError("the audio holds samples that are not numbers", where=path)
+    return np.ascontiguousarray(mono), own_hz
+
+
+def resample(samples: np.ndarray, from_hz: int, to_hz: int, speed: float = 1.0) -> np.ndarray:
+    """float32 [S] -> float32 [ceil(S · to_hz / (from_hz · speed))], by torchaudio's windowed sinc.
+
+    The ratio is an exact fraction (speed is taken as the decimal that it is written as), so a speed costs one
+    polyphase filter: 0.9 at an unchanged rate is 10 phases. Width 6 and a cut-off at 0.99 of the lower Nyquist
+    frequency are torchaudio's defaults and what sherpa-onnx resamples with.
+    """
+    ratio = Fraction(from_hz) * Fraction(str(speed)) / Fraction(to_hz)
+    if ratio <= 0:
+        raise ValueError(f"speed {speed} at {from_hz} Hz")
+    if ratio == 1:
+        return samples
+    import torch
+
+    out = _resampler(ratio.numerator, ratio.denominator)(torch.from_numpy(samples))
+    return out.numpy()
+
+
+@lru_cache(maxsize=32)
+def _resampler(orig: int, new: int):
+    import torchaudio.transforms
+
+    return torchaudio.transforms.Resample(orig, new)

@@ -1,0 +1,210 @@
+"""The manifest, corpus.jsonl: one utterance a line, in order.
+
+Invariant: what read_manifest returns is valid and its ids are unique; whatever is not is a CorpusError that names
+file and line. Audio paths are relative to the manifest's folder, so that a corpus can move. Written atomically.
+Exercised by `stillhouse corpus info CORPUS`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from .errors import CorpusError
+
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Duration = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Utterance(BaseModel):
+    """One transcribed stretch of speech, or a text alone (audio None)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    text: str
+    audio: str | None = None
+    start_s: Seconds = 0.0
+    duration_s: Duration | None = None
+    session: str | None = None
+    speaker: str | None = None
+    split: str | None = None
+    meta: dict[str, str] = {}
+
+    @field_validator("id")
+    @classmethod
+    def _id(cls, value: str) -> str:
+        if not value or value != value.strip():
+            raise ValueError("an id must not be empty, nor begin or end with white space")
+        if any(unicodedata.category(c) in ("Cc", "Cs") for c in value):
+            raise ValueError("an id must not hold control characters")
+        return value
+
+    @field_validator("audio")
+    @classmethod
+    def _audio(cls, value: str | None) -> str | None:
+        if value is not None and (not value or "\0" in value):
+            raise ValueError("audio must be a path, or absent for an utterance of text alone")
+        return value
+
+
+class Corpus:
+    """The utterances of one manifest, in file order."""
+
+    def __init__(self, path: Path, utterances: Sequence[Utterance]) -> None:
+        self.path = Path(path)
+        self.utterances = list(utterances)
+
+    @cached_property
+    def by_id(self) -> dict[str, Utterance]:
+        return {u.id: u for u in self.utterances}
+
+    def __len__(self) -> int:
+        return len(self.utterances)
+
+    def sessions(self) -> list[list[int]]:
+        """Indices of the utterances of each session, in file order; one without session is its own."""
+        groups: dict[tuple[bool, str], list[int]] = {}
+        for k, u in enumerate(self.utterances):
+            key = (True, u.session) if u.session is not None else (False, u.id)
+            groups.setdefault(key, []).append(k)
+        return list(groups.values())
+
+    def audio_path(self, utterance: Utterance) -> Path:
+        if utterance.audio is None:
+            raise CorpusError("the utterance is text alone, it has no audio", where=utterance.id)
+        return self.path.parent / utterance.audio
+
+    def splits(self) -> dict[str | None, int]:
+        """How many utterances each split has."""
+        return dict(Counter(u.split for u in self.utterances))
+
+    def select(self, split: str | None) -> Corpus:
+        """The utterances of a split; "a,b" takes both, None takes all. Raises CorpusError where none match."""
+        if split is None:
+            return self
+        wanted = {name.strip() for name in split.split(",")}
+        known = {name for name in self.splits() if name is not None}
+        if missing := sorted(wanted - known):
+            raise CorpusError(
+                f"no utterance has split {', '.join(missing)}",
+                where=self.path,
+                expected=("one of " + ", ".join(sorted(known))) if known else "a corpus with splits",
+                remedy=None if known else f"make them with `stillhouse corpus split {self.path}`",
+            )
+        return Corpus(self.path, [u for u in self.utterances if u.split in wanted])
+
+
+def scan_manifest(path: Path | str) -> Iterator[tuple[int, Utterance | CorpusError]]:
+    """Every line that is not blank, as (line number, utterance or what is wrong with it)."""
+    path = Path(path)
+    try:
+        file = path.open("rb")
+    except OSError as e:
+        raise CorpusError(
+            f"cannot read the manifest: {e.strerror}",
+            where=path,
+            remedy="make one with `stillhouse corpus import`",
+        ) from e
+    with file:
+        for number, line in enumerate(file, start=1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if not line.strip():
+                continue
+            yield number, _parse(line, f"{path}:{number}")
+
+
+def _parse(line: bytes, where: str) -> Utterance | CorpusError:
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError as e:
+        return CorpusError(
+            f"bytes {e.start}–{e.end} of the line are not UTF-8",
+            where=where,
+            remedy="save the manifest as UTF-8",
+        )
+    try:
+        return Utterance.model_validate_json(line)
+    except ValidationError as e:
+        return CorpusError(
+            describe_validation(e), where=where, expected="one JSON object a line, as `Utterance`"
+        )
+
+
+def describe_validation(error: ValidationError) -> str:
+    """pydantic's findings in one line: field, what is wrong, what was there."""
+    parts = []
+    for item in error.errors(include_url=False, include_context=False):
+        field = ".".join(str(p) for p in item["loc"])
+        given = repr(item["input"])
+        given = "" if item["type"] in ("missing", "json_invalid") else f" (given {given[:60]})"
+        message = item["msg"].removeprefix("Value error, ")
+        parts.append(f"{field}: {message}{given}" if field else f"{message}{given}")
+    return "; ".join(parts)
+
+
+def read_manifest(path: Path | str) -> Corpus:
+    """Read corpus.jsonl. Raises CorpusError at the first line that is not an utterance, or that repeats an id."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "corpus.jsonl"
+    utterances: list[Utterance] = []
+    seen: dict[str, int] = {}
+    for number, found in scan_manifest(path):
+        if isinstance(found, CorpusError):
+            raise found
+        first = seen.setdefault(found.id, number)
+        if first != number:
+            raise CorpusError(
+                f"id {found.id} was used before, on line {first}",
+                where=f"{path}:{number}",
+                remedy=f"see all of them with `stillhouse corpus check {path}`",
+            )
+        utterances.append(found)
+    if not utterances:
+        raise CorpusError(
+            "the manifest is empty", where=path, remedy="make one with `stillhouse corpus import`"
+        )
+    return Corpus(path, utterances)
+
+
+def write_manifest(path: Path | str, utterances: Iterable[Utterance]) -> None:
+    """Write corpus.jsonl whole or not at all. Raises CorpusError when an id is used twice."""
+    path = Path(path)
+    seen: set[str] = set()
+    for u in (utterances := list(utterances)):
+        if u.id in seen:
+            raise CorpusError("the id is used twice", where=u.id, remedy="give every utterance its own id")
+        seen.add(u.id)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(to_line(u) + "\n" for u in utterances)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def to_line(utterance: Utterance) -> str:
+    """The utterance as one line of JSON, without the fields that say nothing."""
+    fields = utterance.model_dump()
+    default = {"start_s": 0.0, "meta": {}}
+    kept = {k: v for k, v in fields.items() if v is not None and (k not in default or v != default[k])}
+    return json.dumps(kept, ensure_ascii=False)
+
+
+def relative_audio(audio: Path, manifest: Path) -> str:
+    """The path of an audio file as the manifest holds it: relative to the manifest's folder."""
+    return Path(os.path.relpath(audio.absolute(), manifest.absolute().parent)).as_posix()

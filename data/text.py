@@ -1,0 +1,236 @@
+"""Text transforms that keep, for every character, the place in the raw text that it came from.
+
+Invariant: `source` never runs backwards and never leaves the raw text, so any span of a transformed text is a span of
+the transcript, in Unicode code points. Exercised by tests/data/test_text.py and by `stillhouse corpus tokenizer`.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from .errors import ConfigError
+
+# A step turns a text into another one. Its map has one row a character of the new text: the range of the old text
+# that the character came from. None says that both texts have the same length and the map is the identity.
+Step = Callable[[str], tuple[str, np.ndarray | None]]
+
+APOSTROPHES = "'\u2019\u02bc\uff07"
+SPACE_MARK = "\u2581"  # sentencepiece's mark for a space; in a transcript it can only mean one
+
+
+@dataclass(frozen=True, eq=False)
+class MappedText:
+    """A transformed text and where each of its characters came from.
+
+    source: int32 [len(text), 2]; row k is the half-open range of code points of `raw` behind `text[k]`.
+    """
+
+    text: str
+    source: np.ndarray
+    raw: str
+
+    def span(self, begin: int, end: int) -> tuple[int, int]:
+        """The range of the raw text behind text[begin:end]; an empty range stays empty, at the nearest place."""
+        if not 0 <= begin <= end <= len(self.text):
+            raise ValueError(f"span {begin}:{end} of a text of {len(self.text)} characters")
+        if begin < end:
+            return int(self.source[begin, 0]), int(self.source[end - 1, 1])
+        at = int(self.source[begin, 0]) if begin < len(self.text) else len(self.raw)
+        return at, at
+
+    def spans(self, ranges: np.ndarray) -> np.ndarray:
+        """`span` of many ranges that are not empty: int [K, 2] -> int32 [K, 2]."""
+        ranges = np.asarray(ranges, dtype=np.int64).reshape(-1, 2)
+        out = np.empty(ranges.shape, np.int32)
+        out[:, 0] = self.source[ranges[:, 0], 0]
+        out[:, 1] = self.source[ranges[:, 1] - 1, 1]
+        return out
+
+
+def transform(raw: str, name: str) -> MappedText:
+    """Apply the transforms named in `name`, joined by "+", from left to right.
+
+    Raises ConfigError for an unknown name; `NAMES` lists them.
+    """
+    steps = _steps(name)
+    text = raw
+    source = _identity(len(raw))
+    for step in steps:
+        text, local = step(text)
+        if local is None:
+            continue
+        if len(source) == 0:
+            source = np.zeros((len(text), 2), np.int32)
+            continue
+        # An empty local range cannot occur: every step maps a character to the characters that it was made of.
+        source = np.stack([source[local[:, 0], 0], source[local[:, 1] - 1, 1]], axis=1).astype(np.int32)
+    return MappedText(text, source, raw)
+
+
+def check_transform(name: str) -> str:
+    """The same name, or ConfigError; for settings that are read long before a text is."""
+    _steps(name)
+    return name
+
+
+def _identity(n: int) -> np.ndarray:
+    at = np.arange(n, dtype=np.int32)
+    return np.stack([at, at + 1], axis=1)
+
+
+@lru_cache(maxsize=64)
+def _steps(name: str) -> tuple[Step, ...]:
+    names = [part.strip() for part in name.split("+")]
+    for part in names:
+        if part not in _STEPS:
+            raise ConfigError(
+                f"unknown text transform {part!r}",
+                where=f"transform {name!r}",
+                expected="names joined by + out of " + ", ".join(NAMES),
+            )
+    return tuple(_STEPS[part] for part in names if part != "none")
+
+
+def _none(text: str) -> tuple[str, None]:
+    return text, None
+
+
+def _per_character(whole: Callable[[str], str]) -> Step:
+    """A step that maps each character to some characters (lower, upper, casefold)."""
+
+    def step(text: str) -> tuple[str, np.ndarray | None]:
+        new = whole(text)
+        if len(new) == len(text) and (text.isascii() or all(len(whole(c)) == 1 for c in text)):
+            return new, None
+        counts = np.array([len(whole(c)) for c in text], dtype=np.int64)
+        # Python's lower() looks at neighbours (the final sigma) but never lets them change the length.
+        if counts.sum() != len(new):
+            new = "".join(whole(c) for c in text)
+        return new, _identity(len(text))[np.repeat(np.arange(len(text)), counts)]
+
+    return step
+
+
+class _Punctuation(dict[int, str]):
+    """str.translate's table: punctuation and symbols become a space, everything else stays."""
+
+    def __missing__(self, code: int) -> str:
+        char = chr(code)
+        self[code] = " " if unicodedata.category(char)[0] in "PS" else char
+        return self[code]
+
+
+_PUNCTUATION = _Punctuation()
+_APOSTROPHE = re.compile(f"[{APOSTROPHES}]")
+
+
+def _wordlike(char: str) -> bool:
+    return unicodedata.category(char)[0] in "LMN"
+
+
+def _no_punct(text: str) -> tuple[str, None]:
+    """Punctuation and symbols to spaces, save an apostrophe inside a word (written ' whatever it was)."""
+    new = text.translate(_PUNCTUATION)
+    for match in _APOSTROPHE.finditer(text):
+        k = match.start()
+        inside = 0 < k < len(text) - 1 and _wordlike(text[k - 1]) and _wordlike(text[k + 1])
+        new = new[:k] + ("'" if inside else " ") + new[k + 1 :]
+    return new, None
+
+
+_SPACE = re.compile(f"[\\s{SPACE_MARK}]+")
+
+
+def _squeeze(text: str) -> tuple[str, np.ndarray | None]:
+    """Runs of white space to one space, none at the ends."""
+    runs = [m.span() for m in _SPACE.finditer(text)]
+    if all(0 < b and e < len(text) and e - b == 1 and text[b] == " " for b, e in runs):
+        return text, None
+    pieces, maps, at = [], [], 0
+    ident = _identity(len(text))
+    for b, e in [*runs, (len(text), len(text))]:
+        pieces.append(text[at:b])
+        maps.append(ident[at:b])
+        if 0 < b and e < len(text):
+            pieces.append(" ")
+            maps.append(np.array([[b, e]], np.int32))
+        at = e
+    return "".join(pieces), np.concatenate(maps)
+
+
+_LONE_I = re.compile(rf"\bi(?=$|[^\w{APOSTROPHES}-]|[{APOSTROPHES}](?:m|ll|ve|d|s)\b)")
+
+
+def _sentence_case(text: str) -> tuple[str, np.ndarray | None]:
+    """An all-upper-case transcript as a sentence: first letters and "I" are upper case, the rest lower.
+
+    A text with any lower-case letter knows its own case and is left alone.
+    """
+    if any(c.islower() for c in text):
+        return text, None
+    new, local = _lower(text)
+    new = _LONE_I.sub("I", new)
+    out, start = [], True
+    for char in new:
+        upper = char.upper()
+        if start and char.isalpha():
+            out.append(upper if len(upper) == 1 else char)
+            start = False
+        else:
+            out.append(char)
+            start = start or char in ".!?"
+    return "".join(out), local
+
+
+def _normal_form(form: str) -> Step:
+    """A Unicode normal form; characters that compose or decompose together share their range."""
+
+    def step(text: str) -> tuple[str, np.ndarray | None]:
+        if unicodedata.is_normalized(form, text):
+            return text, None
+
+        def normal(part: str) -> str:
+            return unicodedata.normalize(form, part)
+
+        cuts = [k for k in range(len(text)) if unicodedata.combining(text[k]) == 0 or k == 0]
+        pieces: list[str] = []
+        maps: list[list[int]] = []
+        begin = 0
+        for k, cut in enumerate(cuts[1:] + [len(text)], start=1):
+            following = text[cut : cuts[k + 1] if k + 1 < len(cuts) else len(text)]
+            mine = text[begin:cut]
+            if following and normal(mine + following) != normal(mine) + normal(following):
+                continue  # a starter that composes with what is before it (Hangul, some Indic vowels)
+            new = normal(mine)
+            pieces.append(new)
+            if new == mine:
+                maps += [[begin + j, begin + j + 1] for j in range(len(mine))]
+            else:
+                maps += [[begin, cut]] * len(new)
+            begin = cut
+        return "".join(pieces), np.array(maps, np.int32).reshape(-1, 2)
+
+    return step
+
+
+_lower = _per_character(str.lower)
+_STEPS: dict[str, Step] = {
+    "none": _none,
+    "lower": _lower,
+    "upper": _per_character(str.upper),
+    "casefold": _per_character(str.casefold),
+    "sentence_case": _sentence_case,
+    "no_punct": _no_punct,
+    "squeeze": _squeeze,
+    "nfc": _normal_form("NFC"),
+    "nfd": _normal_form("NFD"),
+    "nfkc": _normal_form("NFKC"),
+    "nfkd": _normal_form("NFKD"),
+}
+NAMES = tuple(_STEPS)

@@ -1,0 +1,265 @@
+"""ASR units: the output symbols of a recogniser, as characters or sentencepiece pieces.
+
+Invariant: unit 0 is the blank, which no text encodes to; every unit of an encoded text has its span in the RAW
+text, and decode(encode(text)) is the transformed text unless it holds a symbol that training never saw (unit 1).
+Exercised by `stillhouse corpus tokenizer CORPUS UNITS`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import ConfigError, CorpusError
+from .text import SPACE_MARK
+from .text import MappedText, check_transform, transform
+
+FORMAT, VERSION = "stillhouse-units", 1
+BLANK, UNKNOWN = 0, 1
+BLANK_PIECE, UNKNOWN_PIECE, UNKNOWN_TEXT = "<blank>", "<unk>", "⁇"
+KINDS = ("characters", "sentencepiece")
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """ids int32 [U]; spans int32 [U, 2], half-open ranges of code points of the raw text."""
+
+    ids: np.ndarray
+    spans: np.ndarray
+
+
+class Units:
+    """A vocabulary of units. `pieces[k]` is the text of unit k, with ▁ for a space.
+
+    White space is squeezed at the end whatever the transform, since ▁ must mean one space.
+    """
+
+    def __init__(self, kind: str, transform: str, pieces: Sequence[str], model: bytes | None = None) -> None:
+        if kind not in KINDS:
+            raise ConfigError(f"unknown kind of units {kind!r}", expected=" or ".join(KINDS))
+        self.kind, self.transform, self.pieces = kind, check_transform(transform), list(pieces)
+        self._model = model
+        self._steps = transform if transform.split("+")[-1].strip() == "squeeze" else f"{transform}+squeeze"
+        self._id = {piece: k for k, piece in enumerate(self.pieces)}
+
+    @property
+    def size(self) -> int:
+        """V, the blank included."""
+        return len(self.pieces)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides which units a text becomes."""
+        said = json.dumps([self.kind, self.transform, self.pieces], ensure_ascii=False).encode()
+        return blake2b(said + b"\0" + (self._model or b""), digest_size=8).hexdigest()
+
+    def __repr__(self) -> str:
+        return f"Units({self.kind}, size={self.size}, transform={self.transform!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_processor"}
+
+    def normalise(self, text: str) -> MappedText:
+        """The text as the units spell it, with its map to the raw text."""
+        return transform(text, self._steps)
+
+    def encode(self, text: str) -> Encoded:
+        """Units of a raw transcript. A symbol that training never saw is unit 1, `UNKNOWN`."""
+        mapped = self.normalise(text)
+        if self.kind == "characters":
+            ids = np.array(
+                [self._id.get(SPACE_MARK if c == " " else c, UNKNOWN) for c in mapped.text], np.int32
+            )
+            return Encoded(np.where(ids == BLANK, UNKNOWN, ids).astype(np.int32), mapped.source.copy())
+        names: list[str] = self._processor.encode(mapped.text, out_type=str)
+        ids = np.array([self._id.get(name, UNKNOWN) for name in names], np.int32)
+        return Encoded(np.where(ids == BLANK, UNKNOWN, ids).astype(np.int32), self._spans(names, mapped))
+
+    def _spans(self, names: list[str], mapped: MappedText) -> np.ndarray:
+        """Spans by adding up the pieces: they spell the text with ▁ for each space and one more in front."""
+        spelled = SPACE_MARK + mapped.text.replace(" ", SPACE_MARK) if mapped.text else ""
+        if "".join(names) != spelled:
+            raise CorpusError(
+                "sentencepiece changed the text", where=mapped.raw[:60], expected="pieces that spell the text"
+            )
+        ranges = np.empty((len(names), 2), np.int64)
+        at = -1  # the mark in front stands for nothing
+        for k, name in enumerate(names):
+            begin, end = max(at, 0), at + len(name)
+            at = end
+            # The space belongs to the gap between words, unless it is all that the piece has.
+            if name[0] == SPACE_MARK and len(name) > 1 and begin < end and mapped.text[begin] == " ":
+                begin += 1
+            ranges[k] = begin, end
+        empty = ranges[:, 0] >= ranges[:, 1]  # only a piece that is the mark in front
+        out = (
+            mapped.spans(np.where(empty[:, None], [[0, 1]], ranges))
+            if mapped.text
+            else np.empty((0, 2), np.int32)
+        )
+        out[empty, 1] = out[empty, 0]
+        return out
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of some units; blanks say nothing, unknown symbols are ⁇."""
+        parts = []
+        for k in ids:
+            if not 0 <= k < self.size:
+                raise ValueError(f"unit {k} of {self.size}")
+            if k != BLANK:
+                parts.append(UNKNOWN_TEXT if k == UNKNOWN else self.pieces[k])
+        text = "".join(parts).replace(SPACE_MARK, " ")
+        return text.removeprefix(" ") if self.kind == "sentencepiece" else text
+
+    @cached_property
+    def _processor(self) -> Any:
+        import sentencepiece
+
+        return sentencepiece.SentencePieceProcessor(model_proto=self._model)
+
+    def save(self, folder: Path | str) -> None:
+        """Write the folder: units.json and, for sentencepiece, spm.model. Whole or not at all."""
+        folder = Path(folder)
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        head = {
+            "format": FORMAT,
+            "version": VERSION,
+            "kind": self.kind,
+            "transform": self.transform,
+            "size": self.size,
+            "fingerprint": self.fingerprint,
+            "pieces": self.pieces,
+        }
+        text = json.dumps(head, ensure_ascii=False, indent=1)
+        (temporary / "units.json").write_text(text + "\n", encoding="utf-8")
+        if self._model is not None:
+            (temporary / "spm.model").write_bytes(self._model)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
+
+
+def load_units(folder: Path | str) -> Units:
+    """Read a folder that `Units.save` wrote; CorpusError for one that is missing, damaged or of another version."""
+    folder = Path(folder)
+    path = folder / "units.json"
+    remedy = "make it again with `stillhouse corpus tokenizer CORPUS UNITS`"
+    try:
+        head = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(head, dict) or head.get("format") != FORMAT:
+            raise ValueError(f"not {FORMAT}")
+        if head["version"] != VERSION:
+            raise CorpusError(
+                f"units of version {head['version']}", where=path, expected=f"version {VERSION}"
+            )
+        kind, name, pieces = head["kind"], head["transform"], head["pieces"]
+        if not isinstance(pieces, list) or not all(isinstance(p, str) for p in pieces):
+            raise ValueError("pieces is not a list of texts")
+        model = (folder / "spm.model").read_bytes() if kind == "sentencepiece" else None
+        units = Units(kind, name, pieces, model)
+    except FileNotFoundError as e:
+        raise CorpusError("no units there", where=e.filename, remedy=remedy) from e
+    except (OSError, ValueError, KeyError, ConfigError) as e:
+        why = f"{e} is missing" if isinstance(e, KeyError) else str(e)
+        raise CorpusError(f"the units are damaged: {why}", where=path, remedy=remedy) from e
+    if units.fingerprint != head.get("fingerprint"):
+        raise CorpusError(
+            "the units are damaged: they do not have their fingerprint", where=path, remedy=remedy
+        )
+    return units
+
+
+def train_units(
+    texts: Iterable[str],
+    kind: str = "sentencepiece",
+    size: int = 500,
+    transform: str = "lower+no_punct+squeeze",
+    coverage: float = 1.0,
+) -> Units:
+    """Learn units from raw transcripts.
+
+    size: V, the most units, blank and unknown included; a corpus too small for it gets fewer (`Units.size` says
+    how many). coverage: share of the characters of the corpus that get units of their own; less than 1 for Chinese
+    or for transcripts with stray symbols. Raises ConfigError where size cannot even hold the characters.
+    """
+    if not 0.9 <= coverage <= 1.0:
+        raise ConfigError(f"a coverage of {coverage}", expected="0.9 to 1")
+    plain = Units(kind, transform, [BLANK_PIECE, UNKNOWN_PIECE])
+    lines = [line for text in texts if (line := plain.normalise(text).text)]
+    if not lines:
+        raise CorpusError("no text to learn units from", expected="at least one transcript that is not empty")
+    characters = _covered(Counter(c for line in lines for c in line), coverage)
+    needed = 2 + len(characters)
+    if kind == "sentencepiece":
+        needed += " " not in characters  # every word begins with one
+    if size < needed:
+        raise ConfigError(
+            f"{size} units cannot hold the {len(characters)} characters of the transcripts",
+            expected=f"--size {needed} or more",
+            remedy="or a --coverage below 1, or a transform that leaves fewer (casefold, no_punct, nfkc)",
+        )
+    if kind == "characters":
+        return Units(
+            kind,
+            transform,
+            [BLANK_PIECE, UNKNOWN_PIECE, *(SPACE_MARK if c == " " else c for c in characters)],
+        )
+    return _train_sentencepiece(lines, size, transform, coverage)
+
+
+def _covered(counts: Counter[str], coverage: float) -> list[str]:
+    """The most frequent characters that make up `coverage` of the text, most frequent first, ties in code order."""
+    ordered = sorted(counts, key=lambda c: (-counts[c], c))
+    total, kept, seen = sum(counts.values()), [], 0
+    for c in ordered:
+        if seen >= coverage * total:
+            break
+        kept.append(c)
+        seen += counts[c]
+    return kept
+
+
+def _train_sentencepiece(lines: list[str], size: int, transform: str, coverage: float) -> Units:
+    import sentencepiece
+
+    buffer = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=buffer,
+            model_type="unigram",
+            vocab_size=size,
+            hard_vocab_limit=False,
+            character_coverage=coverage,
+            # The transform has normalised the text; more here would break the spans.
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            max_sentence_length=1 << 24,
+            pad_id=BLANK,
+            pad_piece=BLANK_PIECE,
+            unk_id=UNKNOWN,
+            unk_piece=UNKNOWN_PIECE,
+            bos_id=-1,
+            eos_id=-1,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as e:
+        raise ConfigError(f"sentencepiece cannot learn {size} units from {len(lines)} lines: {e}") from e
+    model = buffer.getvalue()
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    pieces = [processor.id_to_piece(k) for k in range(processor.vocab_size())]
+    return Units("sentencepiece", transform, pieces, model)
