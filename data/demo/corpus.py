@@ -1,8 +1,8 @@
 """Builds the demo's corpus: the stories, read by synthetic voices, as FLAC files and a corpus.jsonl.
 
-Invariant: each voice speaks in a fresh process of its own, in one fixed order, so a rebuilt corpus has the same
-audio. The stamp demo.json is written last; a folder stamped with the same stories and voices is left as it is.
-Run: `stillhouse demo`, or `python -m stillhouse.data.demo.corpus FOLDER`.
+Invariant: each voice speaks in a fresh process of its own, in one fixed order: a rebuilt corpus has the same
+audio. The stamp demo.json is written last; a folder stamped with the same stories and voices stays as it is.
+Run: `stillhouse demo`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,6 +25,9 @@ from ..manifest import Utterance, write_manifest
 from .espeak import EspeakVoice
 from .plan import FULL, Reading, Size, Voice, cast, plan
 from .stories import read_stories
+
+if TYPE_CHECKING:
+    import torch
 
 RATE_HZ = 16000
 RECIPE = 1  # raise it when the same stories and voices would give other audio
@@ -116,14 +121,11 @@ def _speak_all(
 def _write(folder: Path, reading: Reading, sentence: int, samples: np.ndarray, rate_hz: int) -> Utterance:
     import soundfile
     import torch
-    import torchaudio
 
     voice, story = reading.voice, reading.story
     session = f"{voice.name}-{story.number:02d}"
     name = f"{session}-{sentence + 1:02d}"
-    wave = torch.from_numpy(samples.astype(np.float32) / 32768)
-    if rate_hz != RATE_HZ:
-        wave = torchaudio.functional.resample(wave, rate_hz, RATE_HZ)
+    wave = _resampler(rate_hz)(torch.from_numpy(samples.astype(np.float32) / 32768))
     audio = Path("audio", voice.name, f"{name}.flac")
     soundfile.write(folder / audio, wave.clamp(-1, 1).numpy(), RATE_HZ, subtype="PCM_16")
     return Utterance(
@@ -138,6 +140,14 @@ def _write(folder: Path, reading: Reading, sentence: int, samples: np.ndarray, r
     )
 
 
+@cache
+def _resampler(rate_hz: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The filter is dear to make: it costs more than all else here if it is made for each sentence."""
+    import torchaudio
+
+    return torchaudio.transforms.Resample(rate_hz, RATE_HZ)
+
+
 def _fingerprint(readings: Sequence[Reading]) -> str:
     facts = [[asdict(r.voice), r.voice.engine, r.split, asdict(r.story)] for r in readings]
     return hashlib.sha256(json.dumps([RECIPE, RATE_HZ, facts], sort_keys=True).encode()).hexdigest()[:16]
@@ -149,9 +159,3 @@ def _stamp(folder: Path) -> dict | None:
     except (OSError, ValueError):
         return None
     return stamp if (folder / "corpus.jsonl").is_file() else None
-
-
-if __name__ == "__main__":
-    import sys
-
-    print(build_demo_corpus(Path(sys.argv[1])))

@@ -2,8 +2,8 @@
 
 espeak-ng is under the GPL, version 3; nothing of it is in this repository, and nothing but the demo calls it.
 
-Invariant: `speak` gives the same samples whenever a fresh process makes the same calls in the same order. Later
-calls in one process differ (the library keeps state), so callers give each voice its own process, as corpus.py does.
+Invariant: `speak` gives the same samples whenever a fresh process makes the same calls in the same order.
+Later calls in one process differ (it keeps state): corpus.speak_fresh gives each voice a process of its own.
 Run: `stillhouse demo`.
 """
 

@@ -1,6 +1,6 @@
 """Who reads which story in the demo, and what for.
 
-Invariant: no voice of the tests or of dev, and no story of stories-dev.txt or stories-test.txt, is in the training.
+Invariant: no voice of the tests or of dev, and no story of stories-dev.txt or stories-test.txt, is in train.
 Run: `stillhouse demo`.
 
     split        stories                      voices

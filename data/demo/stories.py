@@ -1,6 +1,6 @@
 """The demo's stories: written for this project, in order, one sentence a line under a `# Title` line.
 
-Invariant: no sentence of stories-dev.txt or stories-test.txt is in stories-train.txt, but all their words are,
+Invariant: no sentence of stories-dev.txt or stories-test.txt is in stories-train.txt; all their words are,
 several times each (a test holds it), so that a small recogniser can be asked for sentences that are new.
 Run: `stillhouse demo`.
 """
@@ -47,3 +47,9 @@ def parse_stories(text: str, split: str, first: int = 1, where: str = "stories")
         elif line:
             found[-1][1].append(line)
     return [Story(first + k, split, title, tuple(lines)) for k, (title, lines) in enumerate(found)]
+
+
+def homophones() -> list[tuple[str, ...]]:
+    """Groups of words of the stories that sound alike: where only the context decides."""
+    text = (files(__package__) / "homophones.txt").read_text(encoding="ascii")
+    return [tuple(line.split()) for line in text.splitlines() if line]
