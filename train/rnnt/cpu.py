@@ -18,7 +18,7 @@ import numpy as np
 from numba import njit
 
 from .numeric import exp32, fetch_add, log_add, log_add_exact
-from .rows import gradient_row, load, log_sum_exp
+from .rows import computed, gradient_row, load, log_sum_exp
 
 f32 = np.float32
 CLOSED = -1e30  # the score of an arc that cannot be taken; finite, so that differences stay numbers
@@ -49,7 +49,7 @@ def closed_if_less(x):
 @njit(cache=True, nogil=True)
 def row_stage(b, t0, t1, x, y, T, U, first, per_frame, base, lse, blank_lp, label_lp, blank, delay, fused):
     """Stage 1 for frames t0..t1 of utterance b; base and y are the utterance's own."""
-    reference = load(x[0], 0) * 0
+    reference = computed(x[0], 0.0)
     for t in range(t0, t1):
         bonus = delay * ((T - 1) * 0.5 - t)
         for u in range(U + 1):
@@ -58,7 +58,7 @@ def row_stage(b, t0, t1, x, y, T, U, first, per_frame, base, lse, blank_lp, labe
             total = 0.0
             if fused:
                 total = log_sum_exp(row, reference)
-                reference = reference * 0 + (total if -1e30 < total < 1e30 else 0.0)
+                reference = computed(row, total if -1e30 < total < 1e30 else 0.0)
             lse[cell] = total
             blank_lp[cell] = closed_if_less(load(row, blank) - total)
             label_lp[cell] = closed_if_less(load(row, y[u]) - total + bonus) if u < U else CLOSED

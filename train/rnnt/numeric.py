@@ -1,7 +1,8 @@
 """Arithmetic that the CPU kernels share: exp and log1p that vectorise, half precision, an atomic counter.
 
-Invariant: every function here is compiled without fast-math flags, so that the error bounds in the docstrings hold
-wherever it is inlined (reassociation would undo the rounding trick in exp32). numba's LLVM has no vector maths
+Invariant: no function is compiled with fast-math flags, here or in the kernels, so that the error bounds in the
+docstrings hold wherever it is inlined: numba gives a function's flags to all that is inlined into it, and
+reassociation would undo the rounding trick in exp32. Sums that may be regrouped say so one by one (sum_add). numba's LLVM has no vector maths
 library: a loop that calls math.exp runs one element at a time, a loop that calls exp32 sixteen.
 Run: pytest tests/rnnt/test_numeric.py
 """
@@ -97,6 +98,18 @@ def fma(typingctx, a, b, c):
         return builder.fma(*args)
 
     return a(a, a, a), codegen
+
+
+@intrinsic
+def sum_add(typingctx, a, b):
+    """a + b of one floating type that a loop may regroup, so that a sum vectorises; nothing else in it may change."""
+    if a != b or a not in (types.float32, types.float64):
+        return None
+
+    def codegen(context, builder, signature, args):
+        return builder.fadd(*args, flags=("reassoc", "nsz"))
+
+    return a(a, a), codegen
 
 
 @intrinsic

@@ -13,11 +13,9 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from .numeric import bfloat_to_float, exp32, float_to_bfloat, float_to_half, half_to_float
+from .numeric import bfloat_to_float, exp32, float_to_bfloat, float_to_half, half_to_float, sum_add
 
 f32 = np.float32
-# sums may be regrouped so that they vectorise; nnan and ninf stay off: NaN and infinity are inputs here
-SUMS = {"reassoc", "contract", "nsz", "arcp", "afn"}
 # a sum of exponentials outside these bounds has lost digits or overflowed and is taken again around the maximum
 SUM_LOW, SUM_HIGH = 1e-12, 1e25
 
@@ -30,6 +28,18 @@ def load(row, i):
 def store(row, i, value):
     """row[i] = value, rounded to the row's type."""
     row[i] = value
+
+
+def computed(row, value):
+    """value as the type that rows like this one are computed in."""
+    return value
+
+
+@overload(computed, inline="never")
+def _computed(row, value):
+    if row.dtype == types.float64:
+        return lambda row, value: np.float64(value)
+    return lambda row, value: f32(value)
 
 
 @overload(load, inline="never")
@@ -73,12 +83,12 @@ def _exp_like(x):
     return lambda x: math.exp(x)
 
 
-@njit(cache=True, nogil=True, fastmath=SUMS)
+@njit(cache=True, nogil=True)
 def sum_exp(row, reference):
     """Sum of exp(row - reference); reference has the type that is computed in."""
-    total = reference * 0
+    total = computed(row, 0.0)
     for i in range(row.size):
-        total += exp_like(load(row, i) - reference)
+        total = sum_add(total, exp_like(load(row, i) - reference))
     return total
 
 
@@ -133,23 +143,23 @@ def gradient_row(source, target, inplace, lse, occ_blank, occ_label, blank, labe
 
     occ_blank, occ_label are the arcs' occupancies (label < 0: no label leaves the cell), scale the output's gradient.
     """
-    one = lse * 0 + 1
     gamma = occ_blank + occ_label
     row = source if inplace else target
-    factor = one * scale if clamp <= 0 else one
+    factor = scale if clamp <= 0 else 1.0
+    base = computed(row, lse)
+    at_blank, at_label = computed(row, 0.0), computed(row, 0.0)
     if not fused or gamma * factor == 0:
-        at_blank, at_label = lse * 0, lse * 0
         row[:] = 0
     else:
-        weight = one * (gamma * factor)
-        at_blank = exp_like(load(source, blank) - lse) * weight
-        at_label = exp_like(load(source, max(label, 0)) - lse) * weight
+        weight = computed(row, gamma * factor)
+        at_blank = exp_like(load(source, blank) - base) * weight
+        at_label = exp_like(load(source, max(label, 0)) - base) * weight
         if inplace:
-            scaled_softmax_(source, lse, weight)
+            scaled_softmax_(source, base, weight)
         else:
-            scaled_softmax(source, target, lse, weight)
-    store(row, blank, at_blank - one * (occ_blank * factor))
+            scaled_softmax(source, target, base, weight)
+    store(row, blank, at_blank - computed(row, occ_blank * factor))
     if label >= 0:
-        store(row, label, at_label - one * (occ_label * factor))
+        store(row, label, at_label - computed(row, occ_label * factor))
     if clamp > 0:
-        clamp_scale_(row, one * clamp, one * scale)
+        clamp_scale_(row, computed(row, clamp), computed(row, scale))
