@@ -1,0 +1,142 @@
+"""From encoder frames to one student state a transfer position.
+
+Invariant: what a position gets is a mixture of the *values of encoder frames* of its own utterance. The text
+chooses where to look (through queries that know no context) and never enters the state, or a head could tell
+the target from the transcript without hearing anything. Padding of frames and positions changes nothing.
+Exercised by: pytest tests/distill/test_aligners.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data.errors import ConfigError
+from .batch import Positions
+
+ALIGNERS = ("attention", "occupancy")
+_OCTAVES = 6
+
+
+class Attention(nn.Module):
+    """Cross-attention; queries are the positions' stored input embeddings, keys and values the encoder
+    frames.
+
+    `embeddings` holds one float table [K, D] a teacher, frozen and not saved with the model. Keys and values
+    are shared by all teachers, so a teacher more costs its queries and one attention. The same word twice has
+    the same embedding, so queries and keys also carry where they are: the fraction of the transcript, of the
+    frames. After Sunder et al. 2022, "Tokenwise contrastive pretraining".
+    """
+
+    def __init__(
+        self, encoder_dim: int, embeddings: Mapping[str, Tensor], *, dim: int | None = None, heads: int = 4
+    ) -> None:
+        super().__init__()
+        self.dim, self.heads = dim or encoder_dim, heads
+        if self.dim % heads:
+            raise ConfigError(f"the aligner's width {self.dim} is not a multiple of its {heads} heads")
+        self.teachers = list(embeddings)
+        for number, table in enumerate(embeddings.values()):
+            self.register_buffer(f"table{number}", torch.as_tensor(table), persistent=False)
+        widths = [table.shape[1] for table in embeddings.values()]
+        self.query = nn.ModuleList(nn.Linear(width, self.dim) for width in widths)
+        self.key, self.value = nn.Linear(encoder_dim, self.dim), nn.Linear(encoder_dim, self.dim)
+        # One projection for both sides: at the start attention leans to the diagonal, as speech does.
+        self.place = nn.Linear(2 * _OCTAVES, self.dim, bias=False)
+
+    @property
+    def width(self) -> int:
+        return self.dim
+
+    def frames(self, encoder: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """encoder [B, T, H] with zeros in the padding -> keys and values [B, heads, T, A / heads], mask [B,
+        1, 1, T].
+        """
+        batch, frames, _ = encoder.shape
+        frame = torch.arange(frames, device=encoder.device)
+        mask = frame < lengths[:, None]  # (B, T)
+        place = (frame + 0.5) / lengths.clamp_min(1)[:, None]
+        key = self.key(encoder) + self.place(_waves(place)).to(encoder.dtype)
+        split = (batch, frames, self.heads, self.dim // self.heads)
+        key, value = key.view(split).transpose(1, 2), self.value(encoder).view(split).transpose(1, 2)
+        return key, value, mask[:, None, None]
+
+    def forward(self, frames: tuple[Tensor, Tensor, Tensor], positions: Positions, teacher: str) -> Tensor:
+        """What `frames` returned -> states [M, A]."""
+        key, value, mask = frames
+        query = self._query(positions, teacher).to(key.dtype)  # (M, A)
+        grid = query.new_zeros(len(key) * positions.grid, self.dim).index_copy(0, positions.row, query)
+        grid = grid.view(len(key), positions.grid, self.heads, -1).transpose(1, 2)  # (B, heads, P, A / heads)
+        state = F.scaled_dot_product_attention(grid, key, value, attn_mask=mask)
+        return state.transpose(1, 2).reshape(-1, self.dim)[positions.row]
+
+    def weights(self, encoder: Tensor, lengths: Tensor, positions: Positions, teacher: str) -> Tensor:
+        """Where each position looks, averaged over heads: [M, T]; for plots and tests, not for training."""
+        key, _, mask = self.frames(encoder, lengths)
+        query = self._query(positions, teacher).view(-1, self.heads, 1, self.dim // self.heads)
+        of = positions.row // positions.grid
+        scores = (query * key[of]).sum(-1) / math.sqrt(query.shape[-1])  # (M, heads, T)
+        return scores.masked_fill(~mask[of, :, 0], float("-inf")).softmax(-1).mean(1)
+
+    def _query(self, positions: Positions, teacher: str) -> Tensor:
+        number = self.teachers.index(teacher)
+        table: Tensor = getattr(self, f"table{number}")
+        if positions.query_start is None or positions.query_weight is None:
+            embedding = table[positions.query_row]
+        else:
+            embedding = F.embedding_bag(
+                positions.query_row,
+                table,
+                positions.query_start,
+                mode="sum",
+                per_sample_weights=positions.query_weight.to(table.dtype),
+            )
+        # Tables of different teachers differ tenfold in scale; one learning rate serves all.
+        embedding = F.layer_norm(embedding.float(), embedding.shape[-1:])
+        return self.query[number](embedding) + self.place(_waves(positions.place))
+
+
+class Occupancy(nn.Module):
+    """Frames averaged with the transducer's posterior of emitting, there, the units that the position spans.
+
+    No parameters. Gradients reach the frames and stop at the weights: the loss that made the weights is the
+    one to say where a unit is. Source: occupancies γ(b, u, t) of our own RNN-T loss, `return_occupancy=True`.
+    """
+
+    def __init__(self, encoder_dim: int) -> None:
+        super().__init__()
+        self.width = encoder_dim
+
+    def frames(self, encoder: Tensor, occupancy: Tensor) -> Tensor:
+        """encoder [B, T, H], occupancy [B, U, T] with zeros in the padding -> the mean frame of each unit
+        [B, U, H].
+        """
+        weight = occupancy.detach().to(encoder.dtype)
+        # Rows sum to 1 up to rounding; rows of padded units sum to 0 and must stay 0
+        weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-6)
+        return weight @ encoder
+
+    def forward(self, units: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        """What `frames` returned -> states [M', H] and which M' of the M kept positions have units, int64
+        [M'].
+        """
+        if positions.unit_weight is None or positions.unit_rows is None:
+            raise ValueError("the occupancy aligner needs unit_spans: give them to TargetReader.read")
+        padded = units.shape[1] - positions.unit_weight.shape[2]
+        if padded < 0:
+            raise ValueError(
+                f"{positions.unit_weight.shape[2]} units in the spans, {units.shape[1]} in the occupancy"
+            )
+        weight = F.pad(positions.unit_weight, (0, padded)).to(units.dtype)
+        grid = (weight @ units).flatten(0, 1)  # (B * P, H)
+        return grid[positions.row[positions.unit_rows]], positions.unit_rows
+
+
+def _waves(place: Tensor) -> Tensor:
+    """Fractions in [0, 1], any shape -> sines and cosines of 1, 2, 4, … half turns, [..., 12]."""
+    angle = place[..., None] * (math.pi * 2.0 ** torch.arange(_OCTAVES, device=place.device))
+    return torch.cat([angle.sin(), angle.cos()], -1)

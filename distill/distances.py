@@ -1,0 +1,65 @@
+"""Distances between what a head predicts and what the teacher holds, one number a position.
+
+Invariant: a distance is a mean over dimensions (never a sum), so views of different widths weigh the same,
+and it is computed in float32 whatever autocast does. Exercised by: pytest tests/distill/test_distances.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..data.errors import ConfigError
+
+# (prediction [M, D], target [M, D], key int64 [M]) -> [M]
+Distance = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def cosine(prediction: Tensor, target: Tensor, key: Tensor) -> Tensor:
+    """1 - cosine similarity, in [0, 2]."""
+    return 1 - F.cosine_similarity(prediction, target, dim=-1)
+
+
+def l1(prediction: Tensor, target: Tensor, key: Tensor) -> Tensor:
+    return (prediction - target).abs().mean(-1)
+
+
+def smooth_l1(prediction: Tensor, target: Tensor, key: Tensor) -> Tensor:
+    """Huber's: quadratic within 1 of the target (targets have deviation 1), linear outside."""
+    return F.smooth_l1_loss(prediction, target, reduction="none").mean(-1)
+
+
+def mse(prediction: Tensor, target: Tensor, key: Tensor) -> Tensor:
+    return (prediction - target).square().mean(-1)
+
+
+def contrastive(temperature: float) -> Distance:
+    """InfoNCE: which of the batch's M targets is mine, by cosine over `temperature`.
+
+    Other occurrences of the same token (equal keys) are neither positives nor negatives: they are left out.
+    Costs a matrix [M, M] a view. After Sunder et al. 2022, "Tokenwise contrastive pretraining".
+    """
+
+    def distance(prediction: Tensor, target: Tensor, key: Tensor) -> Tensor:
+        logits = F.normalize(prediction, dim=-1) @ F.normalize(target, dim=-1).T / temperature
+        same = key[:, None] == key[None, :]
+        same.fill_diagonal_(False)
+        logits = logits.masked_fill(same, float("-inf"))
+        return torch.logsumexp(logits, -1) - logits.diagonal()
+
+    return distance
+
+
+def distance_named(name: str, *, temperature: float = 0.1) -> Distance:
+    """The distance of that name; `temperature` concerns `contrastive` alone. Unknown name: ConfigError."""
+    if temperature <= 0:
+        raise ConfigError("the temperature must be positive", where=temperature)
+    named: dict[str, Distance] = {"cosine": cosine, "l1": l1, "smooth_l1": smooth_l1, "mse": mse}
+    if name == "contrastive":
+        named[name] = contrastive(temperature)
+    if name not in named:
+        raise ConfigError(f"no distance {name!r}", expected="cosine, l1, smooth_l1, mse or contrastive")
+    return named[name]

@@ -1,0 +1,146 @@
+"""The transfer loss: student states at the transfer positions, pulled towards what the teachers hold there.
+
+Invariant: every head gets a gradient in every step (zero where a batch has nothing for it), so data-parallel
+training never waits for one; each utterance contributes what it would alone; nothing here is part of the
+exported model.
+Exercised by: pytest tests/distill/test_transfer.py; `stillhouse train CONFIG --set transfer.…`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..data.errors import ConfigError
+from .aligners import ALIGNERS, Attention, Occupancy
+from .batch import Positions, TransferBatch
+from .distances import distance_named
+from .mixing import Mixing
+from .targets import ViewSpec
+
+
+@dataclass(frozen=True)
+class TransferLoss:
+    """`loss` is to be multiplied by λ and added; the other tensors are detached scalars for the log."""
+
+    loss: Tensor
+    per_view: dict[str, Tensor]
+    positions: int  # that entered the loss, over all teachers of the batch
+    masked: int  # that no teacher token (`occupancy`: or no ASR unit) overlaps
+    skipped: int = 0  # utterances that a teacher lacked
+    weights: dict[str, Tensor] = field(default_factory=dict)  # of `learned` mixing
+
+
+class Transfer(nn.Module):
+    """One aligner, one linear head a view (student width → teacher width), one distance, one mixing.
+
+    views             what TargetReader.views holds
+    encoder_dim       H of the tapped encoder layer
+    aligner           "attention" (needs `embeddings`, TargetReader.embeddings) or "occupancy"
+    distance          "cosine", "l1", "smooth_l1", "mse" or "contrastive" (`temperature`)
+    mixing            "mean", "learned" or "sample" (the reader draws the views: TargetReader(sample=k))
+    attention_dim, attention_heads     of the attention aligner; None: encoder_dim
+    """
+
+    def __init__(
+        self,
+        views: Sequence[ViewSpec],
+        encoder_dim: int,
+        *,
+        aligner: str = "attention",
+        distance: str = "cosine",
+        mixing: str = "mean",
+        embeddings: Mapping[str, Tensor] | None = None,
+        temperature: float = 0.1,
+        attention_dim: int | None = None,
+        attention_heads: int = 4,
+    ) -> None:
+        super().__init__()
+        if not views:
+            raise ConfigError(
+                "a transfer without views", remedy="name at least one view, or leave the transfer out"
+            )
+        self.addresses = [view.address for view in views]
+        self.of_teacher: dict[str, list[int]] = {}
+        for number, view in enumerate(views):
+            self.of_teacher.setdefault(view.teacher, []).append(number)
+        self.aligner: Attention | Occupancy
+        if aligner == "attention":
+            absent = self.of_teacher.keys() - (embeddings or {}).keys()
+            if embeddings is None or absent:
+                raise ConfigError(
+                    f"no input embeddings of {', '.join(sorted(absent))} for the attention aligner"
+                )
+            tables = {name: torch.as_tensor(embeddings[name]) for name in self.of_teacher}
+            self.aligner = Attention(encoder_dim, tables, dim=attention_dim, heads=attention_heads)
+        elif aligner == "occupancy":
+            self.aligner = Occupancy(encoder_dim)
+        else:
+            raise ConfigError(f"no aligner {aligner!r}", expected=", ".join(ALIGNERS))
+        self.heads = nn.ModuleList(nn.Linear(self.aligner.width, view.width) for view in views)
+        self.distance = distance_named(distance, temperature=temperature)
+        self.mixing = Mixing(mixing, len(views))
+
+    @property
+    def needs_occupancy(self) -> bool:
+        return isinstance(self.aligner, Occupancy)
+
+    def forward(
+        self, encoder: Tensor, encoder_lengths: Tensor, batch: TransferBatch, occupancy: Tensor | None = None
+    ) -> TransferLoss:
+        """encoder float [B, T, H], encoder_lengths int [B] (same device), occupancy float [B, U, T] or None.
+
+        `batch` on the same device. Frames beyond an utterance's length may hold anything, NaN included.
+        """
+        if len(encoder) != batch.utterances:
+            raise ValueError(
+                f"{len(encoder)} utterances in the encoder's output, {batch.utterances} in the targets"
+            )
+        padding = torch.arange(encoder.shape[1], device=encoder.device) >= encoder_lengths[:, None]
+        encoder = encoder.masked_fill(padding[..., None], 0)
+        states, rows = self._align(encoder, encoder_lengths, batch, occupancy)
+        losses: list[Tensor] = []
+        index: list[int] = []
+        idle = encoder.new_zeros((), dtype=torch.float32)  # nothing, with every unused parameter behind it
+        kept = masked = 0
+        for teacher, numbers in self.of_teacher.items():
+            state, row, positions = states[teacher], rows[teacher], batch.positions[teacher]
+            key = positions.key if row is None else positions.key[row]
+            kept += len(state)
+            masked += positions.masked + positions.kept - len(state)
+            for number in numbers:
+                target = batch.targets.get(self.addresses[number])
+                if target is None or not len(state):
+                    idle = idle + self.heads[number](state[:0]).float().sum()
+                    continue
+                prediction = self.heads[number](state).float()
+                with torch.autocast(encoder.device.type, enabled=False):
+                    each = self.distance(prediction, (target if row is None else target[row]).float(), key)
+                losses.append(each.mean())
+                index.append(number)
+        loss = self.mixing(losses, index) + idle if losses else idle + self.mixing.idle()
+        per_view = {self.addresses[n]: value.detach() for n, value in zip(index, losses, strict=True)}
+        weights = self.mixing.logged(self.addresses)
+        return TransferLoss(loss, per_view, kept, masked, batch.skipped, weights)
+
+    def _align(
+        self, encoder: Tensor, lengths: Tensor, batch: TransferBatch, occupancy: Tensor | None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+        """States [M, width] by teacher, and which of its kept positions they are (None: all)."""
+        absent = self.of_teacher.keys() - batch.positions.keys()
+        if absent:
+            raise ValueError(f"the batch holds no positions of {', '.join(sorted(absent))}")
+        used: dict[str, Positions] = {name: batch.positions[name] for name in self.of_teacher}
+        if isinstance(self.aligner, Attention):
+            frames = self.aligner.frames(encoder, lengths)
+            return {name: self.aligner(frames, p, name) for name, p in used.items()}, dict.fromkeys(used)
+        if occupancy is None:
+            raise ValueError(
+                "the occupancy aligner needs the loss's occupancy: rnnt_loss(…, return_occupancy=True)"
+            )
+        units = self.aligner.frames(encoder, occupancy)
+        aligned = {name: self.aligner(units, p) for name, p in used.items()}
+        return {n: state for n, (state, _) in aligned.items()}, {n: row for n, (_, row) in aligned.items()}
