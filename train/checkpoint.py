@@ -1,6 +1,6 @@
 """Checkpoints: folders of safetensors and JSON, whole or not there at all, never unpickled.
 
-    RUN/checkpoints/step-00000500/{model,optimiser[,transfer]}.safetensors, state.json (sizes and checksums of the others)
+    RUN/checkpoints/step-N/{model,optimiser[,transfer]}.safetensors, state.json (checksums of the others)
 
 Invariant: a folder named step-N is complete and fsynced: it is written under a temporary name and renamed.
 Exercised by `stillhouse train`, killed and started again.

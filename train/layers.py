@@ -43,6 +43,9 @@ class Dropout(nn.Module):
         return dropout(x, self.p, self.training)
 
 
+STRIDES = {2: (2,), 3: (3,), 4: (2, 2), 6: (2, 3), 8: (2, 2, 2)}
+
+
 class Subsampling(nn.Module):
     """Strided convolutions over time: [B, T, bins] -> [B, ceil(T / factor), dim].
 
@@ -50,11 +53,9 @@ class Subsampling(nn.Module):
     Conformer blocks.
     """
 
-    STRIDES = {2: (2,), 3: (3,), 4: (2, 2), 6: (2, 3), 8: (2, 2, 2)}
-
     def __init__(self, bins: int, dim: int, factor: int, dropout_p: float) -> None:
         super().__init__()
-        self.strides = self.STRIDES[factor]
+        self.strides = STRIDES[factor]
         widths = [bins] + [dim] * len(self.strides)
         self.convolutions = nn.ModuleList(
             nn.Conv1d(a, b, 2 * (s // 2) + 3, stride=s, padding=s // 2 + 1)
@@ -68,7 +69,8 @@ class Subsampling(nn.Module):
             x = x * length_mask(lengths, x.shape[1])[:, :, None]
             x = F.silu(convolution(x.transpose(1, 2)).transpose(1, 2))
             lengths = (lengths + stride - 1) // stride
-        return self.drop(self.norm(x)), lengths
+        # The residual stream stays in float32 under autocast.
+        return self.drop(self.norm(x.float())), lengths
 
 
 def rotary(positions: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ import numpy as np
 from numba import njit
 
 from .numeric import exp32, fetch_add, log_add, log_add_exact
-from .rows import computed, gradient_row, load, log_sum_exp
+from .rows import computed, gradient_row, load, log_sum_exp_safe, log_sum_exps
 
 f32 = np.float32
 CLOSED = -1e30  # the score of an arc that cannot be taken; finite, so that differences stay numbers
@@ -49,19 +49,26 @@ def closed_if_less(x):
 @njit(cache=True, nogil=True)
 def row_stage(b, t0, t1, x, y, T, U, first, per_frame, base, lse, blank_lp, label_lp, blank, delay, fused):
     """Stage 1 for frames t0..t1 of utterance b; base and y are the utterance's own."""
-    reference = computed(x[0], 0.0)
+    zero = computed(x[0], 0.0)
+    reference, sums, out = np.full(U + 1, zero), np.full(U + 1, zero), np.zeros(U + 1)
     for t in range(t0, t1):
         bonus = delay * ((T - 1) * 0.5 - t)
+        row0 = first + t * per_frame
+        rows = x[row0 : row0 + U + 1]
+        if fused and t > t0:
+            log_sum_exps(rows, reference, sums, out)  # around the frame before
+        elif fused:
+            reference[0] = computed(x[0], log_sum_exp_safe(rows[0]))
+            for u in range(U + 1):  # around the unit before
+                if not -1e30 < reference[max(u - 1, 0)] < 1e30:
+                    reference[max(u - 1, 0)] = zero
+                reference[u] = reference[max(u - 1, 0)]
+                log_sum_exps(rows[u : u + 1], reference[u : u + 1], sums, out[u : u + 1])
         for u in range(U + 1):
-            row = x[first + t * per_frame + u]
             cell = base[t + u] + u
-            total = 0.0
-            if fused:
-                total = log_sum_exp(row, reference)
-                reference = computed(row, total if -1e30 < total < 1e30 else 0.0)
-            lse[cell] = total
-            blank_lp[cell] = closed_if_less(load(row, blank) - total)
-            label_lp[cell] = closed_if_less(load(row, y[u]) - total + bonus) if u < U else CLOSED
+            lse[cell] = out[u]
+            blank_lp[cell] = closed_if_less(load(rows[u], blank) - out[u])
+            label_lp[cell] = closed_if_less(load(rows[u], y[u]) - out[u] + bonus) if u < U else CLOSED
 
 
 @njit(cache=True, nogil=True)
@@ -88,14 +95,13 @@ def alphas(T, U, base, blank_lp, label_lp, alpha, exact):
 
 @njit(cache=True, nogil=True)
 def betas(T, U, base, blank_lp, label_lp, alpha, total, scratch, exact):
-    """Backwards through the lattice; blank_lp and label_lp become the occupancies of their arcs. Returns log P(y).
+    """Backwards through the lattice; blank_lp and label_lp become the occupancies of their arcs.
 
     scratch [2, U+3] holds two diagonals of betas, unit u at u+1, with a closed cell on both sides.
     """
     nxt, cur = scratch[0], scratch[1]
     nxt[:] = CLOSED
     cur[:] = CLOSED
-    last = base[T + U - 1] + U
     nxt[U + 1] = 0.0  # behind the last blank, where only the blank arc of (T-1, U) leads
     for n in range(T + U - 1, -1, -1):
         low, high = max(0, n - T + 1), min(n, U)
@@ -107,21 +113,21 @@ def betas(T, U, base, blank_lp, label_lp, alpha, total, scratch, exact):
         out = cur[low + 1 : high + 2]
         if exact:
             for k in range(size):
-                s, m = lb[k] + stay[k], ll[k] + move[k]
-                out[k] = log_add_exact(s, m)
-                lb[k] = math.exp(a[k] + s - total)
-                ll[k] = math.exp(a[k] + m - total)
-        else:
+                out[k] = log_add_exact(lb[k] + stay[k], ll[k] + move[k])
             for k in range(size):
-                s, m = lb[k] + stay[k], ll[k] + move[k]
-                out[k] = log_add(s, m)
-                lb[k] = exp32(f32(a[k] + s - total))
-                ll[k] = exp32(f32(a[k] + m - total))
+                lb[k] = math.exp(a[k] + lb[k] + stay[k] - total)
+            for k in range(size):
+                ll[k] = math.exp(a[k] + ll[k] + move[k] - total)
+        else:  # three loops: the compiler gives up on one with six arrays that might overlap
+            for k in range(size):
+                out[k] = log_add(lb[k] + stay[k], ll[k] + move[k])
+            for k in range(size):
+                lb[k] = exp32(f32(a[k] + lb[k] + stay[k] - total))
+            for k in range(size):
+                ll[k] = exp32(f32(a[k] + ll[k] + move[k] - total))
         cur[low] = CLOSED
         cur[high + 2] = CLOSED
         nxt, cur = cur, nxt
-    ll_last = blank_lp[last]
-    return ll_last
 
 
 @njit(cache=True, nogil=True)

@@ -12,7 +12,7 @@ import numpy as np
 
 from .checks import Batch
 
-TASK_ELEMENTS = 65536  # logits of one task: a quarter of a megabyte, much longer than taking a task
+TASK_ELEMENTS = 1 << 18  # logits of one task, a megabyte: long beside taking a task, short beside a batch
 
 
 @dataclass(frozen=True)

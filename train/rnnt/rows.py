@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from .numeric import bfloat_to_float, exp32, float_to_bfloat, float_to_half, half_to_float, sum_add
+from .numeric import bfloat_to_float, exp32, float_to_bfloat, float_to_half, half_to_float, log32, sum_add
 
 f32 = np.float32
 # a sum of exponentials outside these bounds has lost digits or overflowed and is taken again around the maximum
@@ -102,15 +102,47 @@ def row_max(row):
 
 
 @njit(cache=True, nogil=True)
-def log_sum_exp(row, reference):
-    """logsumexp of a row in float64. reference: a guess of the result, best the neighbour's; a bad one costs a pass."""
-    total = np.float64(sum_exp(row, reference))
-    if SUM_LOW <= total <= SUM_HIGH:
-        return np.float64(reference) + math.log(total)
+def log_sum_exp_safe(row):
+    """logsumexp of a row in float64, around its maximum: two passes. -inf when all are, NaN for NaN and +inf."""
     high = row_max(row)
     if not (-np.inf < high < np.inf):
         return np.float64(np.nan) if high != -np.inf else -np.inf
     return np.float64(high) + math.log(np.float64(sum_exp(row, high)))
+
+
+def log_of_sum(row, total):
+    """log of a sum over a row like this one, as float64; to float32's digits unless the row is float64."""
+    return np.log(total)
+
+
+@overload(log_of_sum, inline="never")
+def _log_of_sum(row, total):
+    if row.dtype == types.float64:
+        return lambda row, total: math.log(total)
+    return lambda row, total: log32(total)
+
+
+@njit(cache=True, nogil=True)
+def log_sum_exps(rows, reference, sums, out):
+    """logsumexp of every row, float64, into out [R]; one pass over the rows.
+
+    reference [R], of the type that is computed in: guesses, replaced by the results; good ones are neighbours' results.
+    sums [R] is room for the work. The sums come first and the logarithms after them, so that both run without waiting.
+    """
+    count = rows.shape[0]
+    for i in range(count):
+        sums[i] = sum_exp(rows[i], reference[i])
+    worst = False
+    for i in range(count):
+        total = sums[i]
+        out[i] = np.float64(reference[i]) + log_of_sum(rows[0], total)
+        worst |= not (SUM_LOW <= total <= SUM_HIGH)
+    if worst:
+        for i in range(count):
+            if not (SUM_LOW <= sums[i] <= SUM_HIGH):
+                out[i] = log_sum_exp_safe(rows[i])
+    for i in range(count):
+        reference[i] = computed(rows[0], out[i] if -1e30 < out[i] < 1e30 else 0.0)
 
 
 @njit(cache=True, nogil=True)
