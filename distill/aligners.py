@@ -45,8 +45,10 @@ class Attention(nn.Module):
         widths = [table.shape[1] for table in embeddings.values()]
         self.query = nn.ModuleList(nn.Linear(width, self.dim) for width in widths)
         self.key, self.value = nn.Linear(encoder_dim, self.dim), nn.Linear(encoder_dim, self.dim)
-        # One projection for both sides: at the start attention leans to the diagonal, as speech does.
+        # One projection for both sides, of such a scale that at the start the scores are the waves' own kernel
+        # Σ cos(π 2^k (p - t)): attention leans to the diagonal, as speech does, and is free to leave it.
         self.place = nn.Linear(2 * _OCTAVES, self.dim, bias=False)
+        nn.init.normal_(self.place.weight, std=(self.dim / heads) ** -0.25)
 
     @property
     def width(self) -> int:
@@ -128,9 +130,7 @@ class Occupancy(nn.Module):
             raise ValueError("the occupancy aligner needs unit_spans: give them to TargetReader.read")
         padded = units.shape[1] - positions.unit_weight.shape[2]
         if padded < 0:
-            raise ValueError(
-                f"{positions.unit_weight.shape[2]} units in the spans, {units.shape[1]} in the occupancy"
-            )
+            raise ValueError(f"{positions.unit_weight.shape[2]} units in the spans, {units.shape[1]} in the occupancy")
         weight = F.pad(positions.unit_weight, (0, padded)).to(units.dtype)
         grid = (weight @ units).flatten(0, 1)  # (B * P, H)
         return grid[positions.row[positions.unit_rows]], positions.unit_rows

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,8 @@ class TransferBatch:
     def _map(self, move: Callable[[Tensor], Tensor]) -> TransferBatch:
         def moved(p: Positions) -> Positions:
             values = {f.name: getattr(p, f.name) for f in fields(p)}
-            return replace(p, **{k: move(v) for k, v in values.items() if isinstance(v, Tensor)})
+            changes: dict[str, Any] = {k: move(v) for k, v in values.items() if isinstance(v, Tensor)}
+            return replace(p, **changes)
 
         return TransferBatch(
             self.utterances,

@@ -221,9 +221,7 @@ class TargetReader:
         key = token_id
         if self.position != "token":
             # The text under a position is what it is an occurrence of
-            names = [
-                texts[b][i:j].casefold() for b, (i, j) in zip(batch_of, kept_spans.tolist(), strict=True)
-            ]
+            names = [texts[b][i:j].casefold() for b, (i, j) in zip(batch_of, kept_spans.tolist(), strict=True)]
             key = np.unique(np.array(names, object), return_inverse=True)[1] if names else token_id
         one_each = self.position == "token"
         positions = Positions(
@@ -242,11 +240,7 @@ class TargetReader:
         targets = {}
         for number, view in zip(numbers, views, strict=True):
             spec = self.views[number]
-            values = (
-                to_float32(states[view], source.dtype)
-                if view in states
-                else np.zeros((0, spec.width), np.float32)
-            )
+            values = to_float32(states[view], source.dtype) if view in states else np.zeros((0, spec.width), np.float32)
             values = values if one_each else tokens_of.pool(values)
             values = (values - spec.mean) / spec.std
             damaged = ~np.isfinite(values.sum(-1))
@@ -275,9 +269,7 @@ class TargetReader:
             return token_span, token_lengths, identity(len(token_span))
         if self.position == "word":
             none = np.zeros((0, 2), np.int32)
-            spans, lengths = pack(
-                [word_spans(t) if here else none for t, here in zip(texts, present, strict=True)]
-            )
+            spans, lengths = pack([word_spans(t) if here else none for t, here in zip(texts, present, strict=True)])
         else:
             assert units is not None
             spans, lengths = units[0][np.repeat(present, units[1])], np.where(present, units[1], 0)

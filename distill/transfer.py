@@ -60,9 +60,7 @@ class Transfer(nn.Module):
     ) -> None:
         super().__init__()
         if not views:
-            raise ConfigError(
-                "a transfer without views", remedy="name at least one view, or leave the transfer out"
-            )
+            raise ConfigError("a transfer without views", remedy="name at least one view, or leave the transfer out")
         self.addresses = [view.address for view in views]
         self.of_teacher: dict[str, list[int]] = {}
         for number, view in enumerate(views):
@@ -71,9 +69,7 @@ class Transfer(nn.Module):
         if aligner == "attention":
             absent = self.of_teacher.keys() - (embeddings or {}).keys()
             if embeddings is None or absent:
-                raise ConfigError(
-                    f"no input embeddings of {', '.join(sorted(absent))} for the attention aligner"
-                )
+                raise ConfigError(f"no input embeddings of {', '.join(sorted(absent))} for the attention aligner")
             tables = {name: torch.as_tensor(embeddings[name]) for name in self.of_teacher}
             self.aligner = Attention(encoder_dim, tables, dim=attention_dim, heads=attention_heads)
         elif aligner == "occupancy":
@@ -96,9 +92,7 @@ class Transfer(nn.Module):
         `batch` on the same device. Frames beyond an utterance's length may hold anything, NaN included.
         """
         if len(encoder) != batch.utterances:
-            raise ValueError(
-                f"{len(encoder)} utterances in the encoder's output, {batch.utterances} in the targets"
-            )
+            raise ValueError(f"{len(encoder)} utterances in the encoder's output, {batch.utterances} in the targets")
         padding = torch.arange(encoder.shape[1], device=encoder.device) >= encoder_lengths[:, None]
         encoder = encoder.masked_fill(padding[..., None], 0)
         states, rows = self._align(encoder, encoder_lengths, batch, occupancy)
@@ -138,9 +132,7 @@ class Transfer(nn.Module):
             frames = self.aligner.frames(encoder, lengths)
             return {name: self.aligner(frames, p, name) for name, p in used.items()}, dict.fromkeys(used)
         if occupancy is None:
-            raise ValueError(
-                "the occupancy aligner needs the loss's occupancy: rnnt_loss(…, return_occupancy=True)"
-            )
+            raise ValueError("the occupancy aligner needs the loss's occupancy: rnnt_loss(…, return_occupancy=True)")
         units = self.aligner.frames(encoder, occupancy)
         aligned = {name: self.aligner(units, p) for name, p in used.items()}
         return {n: state for n, (state, _) in aligned.items()}, {n: row for n, (_, row) in aligned.items()}

@@ -1,0 +1,178 @@
+"""Aligners: planted alignments are recovered, the text never enters the state, the occupancy is not trained."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from stillhouse.data.errors import ConfigError
+from stillhouse.distill.aligners import Attention, Occupancy
+from stillhouse.distill.batch import Positions
+
+
+def positions_of(tokens: list[list[int]], **more) -> Positions:
+    """Token positions: row n of the embedding table is the token of number n."""
+    lengths = torch.tensor([len(t) for t in tokens])
+    grid = max(1, int(lengths.max()))
+    row = torch.tensor([b * grid + p for b, t in enumerate(tokens) for p in range(len(t))])
+    flat = torch.tensor([n for t in tokens for n in t])
+    place = torch.tensor([(p + 0.5) / len(t) for t in tokens for p in range(len(t))])
+    return Positions(
+        lengths=lengths,
+        grid=grid,
+        row=row,
+        key=flat,
+        place=place,
+        query_row=flat,
+        query_start=None,
+        query_weight=None,
+        unit_weight=more.get("unit_weight"),
+        unit_rows=more.get("unit_rows"),
+        masked=0,
+    )
+
+
+def speak(tokens: list[list[int]], sounds: torch.Tensor, generator: torch.Generator):
+    """Frames in which each token sounds for one to three frames, with noise -> [B, T, H], lengths, frame of token."""
+    where, frames = [], []
+    for utterance in tokens:
+        at, rows = [], []
+        for token in utterance:
+            count = int(torch.randint(1, 4, (), generator=generator))
+            at.append(range(len(rows), len(rows) + count))
+            rows += [sounds[token]] * count
+        where.append(at)
+        frames.append(torch.stack(rows))
+    lengths = torch.tensor([len(f) for f in frames])
+    encoder = nn.utils.rnn.pad_sequence(frames, batch_first=True)
+    encoder = encoder + 0.1 * torch.randn(encoder.shape, generator=generator)
+    return encoder, lengths, where
+
+
+def test_attention_finds_a_planted_alignment_from_the_targets_alone():
+    generator = torch.manual_seed(0)
+    vocabulary, width = 12, 16
+    sounds = torch.randn(vocabulary, width, generator=generator)
+    states = torch.randn(vocabulary, 8, generator=generator)  # what the teacher holds of each token
+    table = torch.randn(vocabulary, 10, generator=generator)
+    aligner = Attention(width, {"t": table}, heads=1)
+    head = nn.Linear(aligner.width, 8)
+    optimiser = torch.optim.Adam([*aligner.parameters(), *head.parameters()], lr=3e-3)
+
+    def batch(size):
+        tokens = [
+            torch.randint(vocabulary, (int(torch.randint(3, 9, (), generator=generator)),), generator=generator)
+            for _ in range(size)
+        ]
+        tokens = [t.tolist() for t in tokens]
+        return positions_of(tokens), *speak(tokens, sounds, generator)
+
+    for _ in range(250):
+        positions, encoder, lengths, _ = batch(12)
+        encoder = encoder.masked_fill(torch.arange(encoder.shape[1])[:, None] >= lengths[:, None, None], 0)
+        state = aligner(aligner.frames(encoder, lengths), positions, "t")
+        loss = (head(state) - states[positions.key]).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    positions, encoder, lengths, where = batch(64)
+    with torch.no_grad():
+        weights = aligner.weights(encoder, lengths, positions, "t")
+    planted = [frames for utterance in where for frames in utterance]
+    inside = torch.stack([w[list(f)].sum() for w, f in zip(weights, planted)])
+    # A token that is said twice can be heard in either place, so the planted frames need not take it all
+    assert inside.mean() > 0.8
+    assert weights.sum(-1).allclose(torch.ones(()))
+
+
+def test_attention_leans_to_the_diagonal_before_it_has_learned():
+    table = torch.randn(5, 8, generator=torch.manual_seed(3))
+    torch.manual_seed(3)
+    aligner = Attention(64, {"t": table}, heads=2)
+    nn.init.zeros_(aligner.key.weight)
+    nn.init.zeros_(aligner.query[0].weight)
+    positions = positions_of([[1] * 10])
+    weights = aligner.weights(torch.zeros(1, 40, 64), torch.tensor([40]), positions, "t")
+    middle = (weights * (torch.arange(40) + 0.5)).sum(-1)
+    assert (middle.diff() > 0).all() and middle[-1] - middle[0] > 20
+
+
+def test_forward_and_weights_agree():
+    generator = torch.manual_seed(4)
+    aligner = Attention(12, {"t": torch.randn(6, 5, generator=generator)}, heads=1)
+    positions = positions_of([[1, 2, 3], [4]])
+    encoder, lengths = torch.randn(2, 7, 12, generator=generator), torch.tensor([7, 4])
+    _, value, _ = aligner.frames(encoder, lengths)
+    weights = aligner.weights(encoder, lengths, positions, "t")
+    expected = torch.einsum("mt,mth->mh", weights, value[[0, 0, 0, 1], 0])
+    torch.testing.assert_close(aligner(aligner.frames(encoder, lengths), positions, "t"), expected)
+
+
+def test_the_text_never_enters_the_state():
+    """With every frame the same, whatever is asked, the state is the same: nothing of the query gets through."""
+    generator = torch.manual_seed(5)
+    aligner = Attention(12, {"t": torch.randn(6, 5, generator=generator)}, heads=4)
+    frame = torch.randn(12, generator=generator)
+    encoder = frame.expand(2, 9, 12)
+    state = aligner(aligner.frames(encoder, torch.tensor([9, 5])), positions_of([[0, 1, 2], [3, 4, 5]]), "t")
+    torch.testing.assert_close(state, state[:1].expand_as(state))
+
+
+def test_words_ask_with_the_mean_of_their_tokens():
+    table = torch.eye(4)
+    aligner = Attention(8, {"t": table}, heads=1)
+    words = positions_of([[0, 1]])
+    pooled = Positions(
+        **{
+            **vars(words),
+            "query_row": torch.tensor([0, 1, 2]),
+            "query_start": torch.tensor([0, 2]),
+            "query_weight": torch.tensor([0.5, 0.5, 1.0]),
+        }
+    )
+    place = aligner.place(torch.zeros(2, 12)) * 0
+    asked = aligner._query(pooled, "t") - aligner._query(words, "t") + place
+    norm = torch.nn.functional.layer_norm
+    mean, first = torch.tensor([0.5, 0.5, 0, 0]), torch.tensor([1.0, 0, 0, 0])
+    expected = aligner.query[0](norm(mean, (4,))) - aligner.query[0](norm(first, (4,)))
+    torch.testing.assert_close(asked[0], expected)
+
+
+def test_a_float16_table_is_not_saved_and_not_trained():
+    aligner = Attention(8, {"t": torch.randn(4, 6).half()}, heads=2)
+    assert not any("table" in name for name in aligner.state_dict())
+    assert aligner(aligner.frames(torch.randn(1, 3, 8), torch.tensor([3])), positions_of([[1, 2]]), "t").dtype == (
+        torch.float32
+    )
+
+
+def test_a_width_that_heads_do_not_divide():
+    with pytest.raises(ConfigError, match="not a multiple of its 4 heads"):
+        Attention(10, {"t": torch.randn(4, 6)})
+
+
+def test_occupancy_averages_the_frames_of_the_units_of_a_position():
+    encoder = torch.arange(12.0).view(1, 4, 3)
+    occupancy = torch.tensor([[[1.0, 0, 0, 0], [0, 0.5, 0.5, 0], [0, 0, 0, 1.0], [0, 0, 0, 0]]])
+    # two positions: the first spans units 0 and 1 by a quarter and three quarters, the second has no unit
+    unit_weight = torch.tensor([[[0.25, 0.75, 0], [0, 0, 0], [0, 0, 1.0]]])
+    positions = positions_of([[0, 1, 2]], unit_weight=unit_weight, unit_rows=torch.tensor([0, 2]))
+    aligner = Occupancy(3)
+    state, rows = aligner(aligner.frames(encoder, occupancy), positions)
+    first = 0.25 * encoder[0, 0] + 0.75 * (encoder[0, 1] + encoder[0, 2]) / 2
+    torch.testing.assert_close(state, torch.stack([first, encoder[0, 3]]))
+    assert rows.tolist() == [0, 2]
+    with pytest.raises(ValueError, match="3 units in the spans, 2 in the occupancy"):
+        aligner(aligner.frames(encoder, occupancy[:, :2]), positions)
+
+
+def test_no_gradient_through_the_occupancy():
+    occupancy = torch.rand(1, 2, 4, requires_grad=True)
+    encoder = torch.randn(1, 4, 3, requires_grad=True)
+    positions = positions_of([[0, 1]], unit_weight=torch.eye(2)[None], unit_rows=torch.tensor([0, 1]))
+    aligner = Occupancy(3)
+    state, _ = aligner(aligner.frames(encoder, occupancy), positions)
+    state.sum().backward()
+    assert occupancy.grad is None and encoder.grad.abs().sum() > 0
+    assert not list(aligner.parameters())

@@ -1,0 +1,193 @@
+"""The transfer loss as a whole: shapes, padding, a gradient in every head, real RNN-T occupancies."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from stillhouse.data.errors import ConfigError
+from stillhouse.distill import TargetReader, Transfer
+from stillhouse.train.rnnt import rnnt_loss
+
+IDS = ["b", "d", "a", "c"]
+H = 8
+# "a" has 4 positions of one teacher and 2 frames: more positions than frames
+FRAMES = [5, 1, 2, 7]
+COMBINATIONS = [(a, p) for a in ("attention", "occupancy") for p in ("token", "word", "unit")]
+
+
+@pytest.fixture
+def make(store, fakes):
+    texts = [store.texts[i] for i in IDS]
+    units = [fakes.characters(t) for t in texts]
+
+    def build(position="token", seed=0, reader=None, **options):
+        reader = TargetReader([(store, store.views)], position=position, **(reader or {}))
+        torch.manual_seed(seed)
+        transfer = Transfer(reader.views, H, embeddings=reader.embeddings, **options)
+        return reader, transfer, texts, units
+
+    return build
+
+
+def speech(units, seed=0):
+    """Encoder [B, T, H], lengths and an occupancy of random rows that sum to 1 over an utterance's frames."""
+    generator = torch.manual_seed(seed)
+    lengths = torch.tensor(FRAMES)
+    encoder = torch.randn(4, max(FRAMES), H, generator=generator)
+    occupancy = torch.rand(4, max(map(len, units)), max(FRAMES), generator=generator)
+    occupancy *= torch.arange(max(FRAMES)) < lengths[:, None, None]
+    occupancy /= occupancy.sum(-1, keepdim=True)
+    for b, u in enumerate(units):
+        occupancy[b, len(u) :] = 0
+    return encoder, lengths, occupancy
+
+
+@pytest.mark.parametrize(("aligner", "position"), COMBINATIONS)
+@pytest.mark.parametrize("distance", ["cosine", "l1", "smooth_l1", "mse", "contrastive"])
+def test_every_parameter_gets_a_gradient_and_so_does_the_encoder(make, aligner, position, distance):
+    reader, transfer, texts, units = make(position, aligner=aligner, distance=distance, mixing="learned")
+    encoder, lengths, occupancy = speech(units)
+    encoder.requires_grad_()
+    found = transfer(encoder, lengths, reader.read(IDS, texts, units), occupancy)
+    found.loss.backward()
+    for name, parameter in transfer.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        # The key's bias shifts all scores alike, which a softmax ignores
+        if name != "aligner.key.bias":
+            assert parameter.grad.abs().max() > 0, name
+    assert encoder.grad[0].abs().sum() > 0
+    assert list(found.per_view) == [v.address for v in reader.views]
+    assert all(value.ndim == 0 and not value.requires_grad for value in found.per_view.values())
+    assert found.loss.item() == pytest.approx(sum(v.item() for v in found.per_view.values()) / 4, rel=1e-5)
+    if position == "token":
+        assert found.positions == 8 + 6 and found.masked == 0
+
+
+@pytest.mark.parametrize(("aligner", "position"), COMBINATIONS)
+def test_padding_of_any_kind_changes_nothing(make, aligner, position):
+    """Each utterance alone, its frames cut to length, against the batch with NaN beyond every utterance's end."""
+    reader, transfer, texts, units = make(position, aligner=aligner, distance="l1")
+    encoder, lengths, occupancy = speech(units)
+    whole = encoder.masked_fill(torch.arange(max(FRAMES))[:, None] >= lengths[:, None, None], float("nan"))
+    batch = transfer(whole, lengths, reader.read(IDS, texts, units), occupancy)
+    totals = dict.fromkeys(batch.per_view, 0.0)
+    counts = dict.fromkeys(batch.per_view, 0)
+    positions = masked = 0
+    for b, i in enumerate(IDS):
+        target = reader.read([i], [texts[b]], [units[b]])
+        part = slice(b, b + 1)
+        alone = transfer(
+            encoder[part, : FRAMES[b]], lengths[part], target, occupancy[part, : len(units[b]), : FRAMES[b]]
+        )
+        positions, masked = positions + alone.positions, masked + alone.masked
+        for address, value in alone.per_view.items():
+            count = len(target.targets[address])
+            totals[address] += value.item() * count
+            counts[address] += count
+    assert (positions, masked) == (batch.positions, batch.masked)
+    for address, value in batch.per_view.items():
+        assert value.item() == pytest.approx(totals[address] / counts[address], rel=1e-5)
+
+
+def test_positions_without_units_leave_the_occupancy_and_are_counted(make):
+    reader, transfer, texts, units = make("token", aligner="occupancy")
+    units[3] = units[3][:0]  # the full stops of "..." are no units
+    encoder, lengths, occupancy = speech(units)
+    found = transfer(encoder, lengths, reader.read(IDS, texts, units), occupancy)
+    assert found.masked == 2 and found.positions == 12
+
+
+@pytest.mark.parametrize("aligner", ["attention", "occupancy"])
+@pytest.mark.parametrize("mixing", ["mean", "learned"])
+def test_a_batch_with_nothing_gives_zero_and_gradients_of_zero(make, aligner, mixing):
+    reader, transfer, _, _ = make("word", aligner=aligner, mixing=mixing)
+    batch = reader.read(["d", "c"], ["", "..."], [torch.zeros(0, 2).int().numpy()] * 2)
+    encoder = torch.randn(2, 3, H)
+    found = transfer(encoder, torch.tensor([3, 1]), batch, torch.zeros(2, 0, 3))
+    assert found.loss.item() == 0 and found.per_view == {} and found.positions == 0
+    found.loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in transfer.parameters())
+
+
+@pytest.mark.parametrize("aligner", ["attention", "occupancy"])
+def test_sampling_views_leaves_no_head_without_a_gradient(make, aligner):
+    reader, transfer, texts, units = make(aligner=aligner, mixing="sample", reader={"sample": 1})
+    encoder, lengths, occupancy = speech(units)
+    found = transfer(encoder, lengths, reader.read(IDS, texts, units, step=4), occupancy)
+    assert len(found.per_view) == 1
+    found.loss.backward()
+    assert all(p.grad is not None for p in transfer.parameters())
+    assert sum(bool(head.weight.grad.any()) for head in transfer.heads) == 1
+
+
+def test_with_the_occupancies_of_the_rnnt_loss(make):
+    """Units and frames of the real loss; what reaches the encoder is finite, the occupancy rows sum to 1."""
+    reader, transfer, texts, units = make("token", aligner="occupancy")
+    assert transfer.needs_occupancy
+    lengths = torch.tensor([9, 8, 12, 10], dtype=torch.int32)
+    generator = torch.manual_seed(0)
+    encoder = torch.randn(4, 12, H, generator=generator, requires_grad=True)
+    counts = torch.tensor([len(u) for u in units], dtype=torch.int32)
+    targets = torch.randint(1, 5, (4, int(counts.max())), generator=generator, dtype=torch.int32)
+    joint = torch.randn(int(counts.max()) + 1, 5, H, generator=generator)
+    logits = torch.einsum("bth,uvh->btuv", encoder, joint)
+    loss, occupancy = rnnt_loss(logits, targets, lengths, counts, blank=0, reduction="sum", return_occupancy=True)
+    sums = occupancy.sum(-1)
+    assert all(torch.allclose(sums[b, :n], torch.ones(n), atol=1e-4) for b, n in enumerate(counts.tolist()))
+    found = transfer(encoder, lengths, reader.read(IDS, texts, units), occupancy)
+    (loss + found.loss).backward()
+    assert encoder.grad.isfinite().all() and found.positions == 14
+
+
+@pytest.mark.parametrize("aligner", ["attention", "occupancy"])
+def test_under_autocast(make, aligner):
+    reader, transfer, texts, units = make(aligner=aligner)
+    encoder, lengths, occupancy = speech(units)
+    batch = reader.read(IDS, texts, units)
+    expected = transfer(encoder, lengths, batch, occupancy)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = transfer(encoder, lengths, batch, occupancy)
+    assert found.loss.dtype == torch.float32
+    assert found.loss.item() == pytest.approx(expected.loss.item(), rel=0.02)
+
+
+def test_a_student_can_learn_what_a_teacher_holds(make):
+    """Random frames, one fixed batch: the heads overfit it, or gradients do not arrive."""
+    reader, transfer, texts, units = make("token", aligner="occupancy", distance="cosine")
+    encoder, lengths, occupancy = speech(units)
+    encoder.requires_grad_()
+    batch = reader.read(IDS, texts, units)
+    optimiser = torch.optim.Adam([encoder, *transfer.parameters()], lr=0.02)
+    first = transfer(encoder, lengths, batch, occupancy).loss.item()
+    for _ in range(150):
+        optimiser.zero_grad()
+        transfer(encoder, lengths, batch, occupancy).loss.backward()
+        optimiser.step()
+    assert first > 0.8 and transfer(encoder, lengths, batch, occupancy).loss.item() < 0.2
+
+
+def test_what_does_not_fit_is_refused(make):
+    reader, transfer, texts, units = make(aligner="occupancy")
+    encoder, lengths, occupancy = speech(units)
+    batch = reader.read(IDS, texts, units)
+    with pytest.raises(ValueError, match="needs the loss's occupancy"):
+        transfer(encoder, lengths, batch)
+    with pytest.raises(ValueError, match="3 utterances in the encoder's output, 4 in the targets"):
+        transfer(encoder[:3], lengths[:3], batch, occupancy)
+    with pytest.raises(ValueError, match="needs unit_spans"):
+        transfer(encoder, lengths, reader.read(IDS, texts), occupancy)
+    with pytest.raises(ConfigError, match="no input embeddings of pieces, words"):
+        Transfer(reader.views, H)
+    with pytest.raises(ConfigError, match="no aligner 'ctc'"):
+        Transfer(reader.views, H, aligner="ctc")
+    with pytest.raises(ConfigError, match="without views"):
+        Transfer([], H, aligner="occupancy")
+
+
+def test_distill_imports_no_language_model():
+    code = "import sys, stillhouse.distill; sys.exit(any(m in sys.modules for m in ('transformers', 'zarr')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
