@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -45,24 +46,21 @@ class Built:
     fresh: bool  # False: it was there already
 
 
-def build_demo_corpus(
-    folder: Path, voices: str = "espeak", size: Size = FULL, workers: int | None = None
-) -> Built:
+def build_demo_corpus(folder: Path, voices: str = "espeak", size: Size = FULL, workers: int | None = None) -> Built:
     """Speak the stories into `folder`; `voices` is "espeak" or "hibari". Raises AudioError, ConfigError."""
     folder = Path(folder)
     readings = plan(read_stories(), cast(voices), size)
     fingerprint = _fingerprint(readings)
     done = _stamp(folder)
     if done is not None and done["fingerprint"] == fingerprint:
-        return Built(
-            folder / "corpus.jsonl", done["seconds"], done["utterances"], done["engine"], fresh=False
-        )
+        return Built(folder / "corpus.jsonl", done["seconds"], done["utterances"], done["engine"], fresh=False)
     (folder / STAMP).unlink(missing_ok=True)
     shutil.rmtree(folder / "audio", ignore_errors=True)
 
     utterances: dict[int, list[Utterance]] = {}  # by place of the reading in the plan
-    for place, made in _speak_all(folder, readings, workers):
-        utterances[place] = made
+    with _one_thread():
+        for place, made in _speak_all(folder, readings, workers):
+            utterances[place] = made
     ordered = [u for place in range(len(readings)) for u in utterances[place]]
     write_manifest(folder / "corpus.jsonl", ordered)
 
@@ -101,9 +99,7 @@ def speak_fresh(
         yield from pool.map(speak, voices, texts)
 
 
-def _speak_all(
-    folder: Path, readings: Sequence[Reading], workers: int | None
-) -> Iterator[tuple[int, list[Utterance]]]:
+def _speak_all(folder: Path, readings: Sequence[Reading], workers: int | None) -> Iterator[tuple[int, list[Utterance]]]:
     of_voice: dict[Voice, list[int]] = {}
     for place, reading in enumerate(readings):
         of_voice.setdefault(reading.voice, []).append(place)
@@ -140,9 +136,22 @@ def _write(folder: Path, reading: Reading, sentence: int, samples: np.ndarray, r
     )
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch's threads wait for each other longer than the resampling of a sentence takes."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @cache
 def _resampler(rate_hz: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The filter is dear to make: it costs more than all else here if it is made for each sentence."""
+    """The filter is kept: making it costs more than using it on a sentence."""
     import torchaudio
 
     return torchaudio.transforms.Resample(rate_hz, RATE_HZ)

@@ -20,6 +20,7 @@ from ..errors import AudioError
 SYNCHRONOUS = 2  # espeak_AUDIO_OUTPUT: samples go to the callback, espeak_Synth returns when it is done
 BUFFER_MS = 200
 CHARS_UTF8 = 1
+SEED = 1  # of the breath and flutter of a voice, which the library seeds with the time of day
 RATE, PITCH, RANGE, WORDGAP = 1, 3, 4, 7  # espeak_PARAMETER
 
 
@@ -55,6 +56,7 @@ def speak(voice: EspeakVoice, texts: Sequence[str]) -> tuple[int, list[np.ndarra
     rate_hz = library.espeak_Initialize(SYNCHRONOUS, BUFFER_MS, _data_path(), 0)
     if rate_hz <= 0:
         raise AudioError("espeak-ng does not start", where=_data_path().decode())
+    library.espeak_ng_SetRandSeed(SEED)
     library.espeak_SetSynthCallback(collect)
     if library.espeak_SetVoiceByName(voice.voice.encode()) != 0:
         raise AudioError(f"espeak-ng has no voice {voice.voice!r}", where=voice.name)
@@ -94,6 +96,7 @@ def _load() -> ctypes.CDLL:
     library.espeak_Initialize.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_int]
     library.espeak_SetVoiceByName.argtypes = [ctypes.c_char_p]
     library.espeak_SetParameter.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int]
+    library.espeak_ng_SetRandSeed.argtypes = [ctypes.c_long]
     library.espeak_Synth.argtypes = [
         ctypes.c_char_p,
         ctypes.c_size_t,

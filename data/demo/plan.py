@@ -123,8 +123,6 @@ def plan(stories: Sequence[Story], cast: Cast, size: Size = FULL) -> list[Readin
         readings += [Reading(voice, story, "test-known") for story in mine]
         readings += [Reading(voice, story, "test-new") for story in by_split["test"]]
     readings += [
-        Reading(voice, story, "test-new")
-        for voice in heard[: size.heard_on_new]
-        for story in by_split["test"]
+        Reading(voice, story, "test-new") for voice in heard[: size.heard_on_new] for story in by_split["test"]
     ]
     return readings

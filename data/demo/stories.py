@@ -41,9 +41,7 @@ def parse_stories(text: str, split: str, first: int = 1, where: str = "stories")
         if line.startswith("#"):
             found.append((line.lstrip("# "), []))
         elif line and not found:
-            raise CorpusError(
-                "a sentence before the first title", where=f"{where}:{number}", expected="# Title"
-            )
+            raise CorpusError("a sentence before the first title", where=f"{where}:{number}", expected="# Title")
         elif line:
             found[-1][1].append(line)
     return [Story(first + k, split, title, tuple(lines)) for k, (title, lines) in enumerate(found)]
