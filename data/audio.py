@@ -52,9 +52,7 @@ def read_audio(
     return resample(samples, own_hz, rate_hz)
 
 
-def read_segment(
-    path: Path | str, start_s: float = 0.0, duration_s: float | None = None
-) -> tuple[np.ndarray, int]:
+def read_segment(path: Path | str, start_s: float = 0.0, duration_s: float | None = None) -> tuple[np.ndarray, int]:
     """As read_audio, at the rate of the file: (float32 [S], its rate in Hz)."""
     path = Path(path)
     with open_audio(path) as file:
@@ -72,9 +70,7 @@ def read_segment(
                 )
             count = total - begin
         if count <= 0:
-            raise AudioError(
-                "the audio is empty", where=path, remedy="take the utterance out of the manifest"
-            )
+            raise AudioError("the audio is empty", where=path, remedy="take the utterance out of the manifest")
         try:
             file.seek(begin)
             samples = file.read(count, dtype="float32", always_2d=True)

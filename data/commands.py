@@ -9,12 +9,15 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
+    from .describing import CorpusFacts
+    from .features import PartDone
     from .importing import Imported
 
 EXISTING = click.Path(exists=True, path_type=Path)
@@ -37,16 +40,14 @@ def say(text: str) -> None:
 
 
 def force_option(command: Callable) -> Callable:
-    return click.option("--force", is_flag=True, help="Replace a manifest that is there and differs.")(
-        command
-    )
+    return click.option("--force", is_flag=True, help="Replace a manifest that is there and differs.")(command)
 
 
 def _column_options(command: Callable) -> Callable:
     for name in reversed(COLUMNS):
-        command = click.option(
-            f"--{name}-column", metavar="COLUMN", help=f"Column of the {name}: name or number."
-        )(command)
+        command = click.option(f"--{name}-column", metavar="COLUMN", help=f"Column of the {name}: name or number.")(
+            command
+        )
     return command
 
 
@@ -56,9 +57,7 @@ def _column_options(command: Callable) -> Callable:
 @_column_options
 @click.option("--session-pattern", metavar="REGEX", help="On the id, with groups `session` and `order`.")
 @click.option("--delimiter", help="By default after the suffix, else the first line.")
-@click.option(
-    "--header/--no-header", default=None, help="Default: a header, unless columns are given by number."
-)
+@click.option("--header/--no-header", default=None, help="Default: a header, unless columns are given by number.")
 @click.option("--quote/--no-quote", default=None, help="Whether double quotes quote; default: not in a TSV.")
 @click.option("--audio-root", type=EXISTING, help="Folder of the audio paths; default: the table's.")
 @click.option("--split", help="Split of rows that have none of their own.")
@@ -76,6 +75,31 @@ def import_csv(table: Path, manifest: Path, force: bool, **options: Any) -> None
     _finish(import_table(table, manifest, columns, **options), manifest, force)
 
 
+@import_.command("librispeech")
+@click.argument("folder", type=EXISTING)
+@click.argument("manifest", type=PATH)
+@force_option
+def import_librispeech(folder: Path, manifest: Path, force: bool) -> None:
+    """A LibriSpeech tree, or any one split, speaker or chapter of it."""
+    from .import_librispeech import import_librispeech as read
+
+    _finish(read(folder, manifest), manifest, force)
+
+
+@import_.command("text")
+@click.argument("files", type=EXISTING, nargs=-1, required=True)
+@click.argument("manifest", type=PATH)
+@click.option("--ids/--no-ids", default=None, help="Lines are UTT<TAB>TEXT; default: if all of them have a tab.")
+@click.option("--session-pattern", metavar="REGEX", help="On the id, with groups `session` and `order`.")
+@click.option("--split", help="Split of all utterances.")
+@force_option
+def import_text(files: tuple[Path, ...], manifest: Path, force: bool, **options: Any) -> None:
+    """Text without audio: UTT<TAB>TEXT, or a sentence a line with blank lines between sessions."""
+    from .import_text import import_text as read
+
+    _finish(read(files, **options), manifest, force)
+
+
 def _finish(result: Imported, manifest: Path, force: bool) -> None:
     from .errors import CorpusError, PartialError, UsageError
     from .manifest import to_line, write_manifest
@@ -89,9 +113,7 @@ def _finish(result: Imported, manifest: Path, force: bool) -> None:
     if manifest.exists() and not force:
         new = "".join(to_line(u) + "\n" for u in result.utterances).encode()
         if manifest.read_bytes() != new:
-            raise UsageError(
-                "a manifest that differs is there already", where=manifest, remedy="--force replaces it"
-            )
+            raise UsageError("a manifest that differs is there already", where=manifest, remedy="--force replaces it")
     write_manifest(manifest, result.utterances)
     hours = sum(u.duration_s or 0 for u in result.utterances) / 3600
     say(f"{manifest}: {len(result.utterances)} utterances, {hours:.2f} h")
@@ -99,18 +121,46 @@ def _finish(result: Imported, manifest: Path, force: bool) -> None:
         raise PartialError(f"{len(result.problems)} utterances were left out, see above", where=manifest)
 
 
+class _Progress:
+    """A bar on a terminal, a line every few seconds elsewhere."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self.rows, self.to_do, self.audio_s, self.said = what, 0, 0, 0.0, 0.0
+        self.bar: Any = None
+
+    def start(self, there: int, to_do: int) -> None:
+        say(f"{self.what}: {there} rows there, {to_do} to do")
+        self.to_do, self.begun = to_do, time.monotonic()
+        if to_do and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self.bar = Progress(console=Console(stderr=True), transient=True)
+            self.task = self.bar.add_task("features", total=to_do)
+            self.bar.start()
+
+    def part(self, part: PartDone) -> None:
+        self.rows, self.audio_s, now = self.rows + part.rows, self.audio_s + part.audio_s, time.monotonic()
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.rows)
+        elif now - self.said > 5:
+            self.said = now
+            speed = self.audio_s / (now - self.begun)
+            say(f"{self.rows}/{self.to_do} rows, {self.audio_s / 3600:.2f} h, {speed:.0f}× real time")
+
+    def stop(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
 @corpus.command()
 @click.argument("manifest", type=EXISTING)
 @click.argument("features_file", metavar="FEATURES", type=PATH)
 @click.option("--speeds", default="1.0", show_default=True, help="Factors, joined by commas: 0.9,1.0,1.1.")
 @click.option("--split", help="Only these splits, joined by commas.")
-@click.option(
-    "--rate", "rate_hz", default=16000, show_default=True, help="Rate in Hz that audio is resampled to."
-)
+@click.option("--rate", "rate_hz", default=16000, show_default=True, help="Rate in Hz that audio is resampled to.")
 @click.option("--bins", default=80, show_default=True, help="Mel bins.")
-@click.option(
-    "--workers", type=int, help="Processes; 0: none but this one. Default: the cores, if it is worth it."
-)
+@click.option("--workers", type=int, help="Processes; 0: none but this one. Default: the cores, if it is worth it.")
 @click.option("--redo-changed", is_flag=True, help="Compute anew what has another audio than it had.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
 def features(
@@ -134,33 +184,21 @@ def features(
     except ValueError as e:
         raise UsageError(f"speeds {speeds!r}", expected="numbers joined by commas") from e
     chosen = read_manifest(manifest).select(split)
-    started, state = time.monotonic(), {"rows": 0, "to_do": 0, "audio_s": 0.0, "said": 0.0}
-
-    def on_start(there: int, to_do: int) -> None:
-        state["to_do"] = to_do
-        say(f"{features_file}: {there} rows there, {to_do} to do")
-
-    def on_part(ids: list[str], audio_s: float) -> None:
-        state["rows"] += len(ids) * len(factors)
-        state["audio_s"] += audio_s
-        now = time.monotonic()
-        if now - state["said"] > (0.5 if sys.stderr.isatty() else 5):
-            state["said"] = now
-            speed = state["audio_s"] / (now - started)
-            say(
-                f"{state['rows']}/{state['to_do']} rows, {state['audio_s'] / 3600:.2f} h, {speed:.0f}× real time"
-            )
-
-    report = compute_features(
-        chosen,
-        features_file,
-        factors,
-        settings=FeatureSettings(rate_hz=rate_hz, bins=bins),
-        workers=workers,
-        redo_changed=redo_changed,
-        on_start=on_start,
-        on_part=on_part,
-    )
+    started = time.monotonic()
+    progress = _Progress(str(features_file))
+    try:
+        report = compute_features(
+            chosen,
+            features_file,
+            factors,
+            settings=FeatureSettings(rate_hz=rate_hz, bins=bins),
+            workers=workers,
+            redo_changed=redo_changed,
+            on_start=progress.start,
+            on_part=progress.part,
+        )
+    finally:
+        progress.stop()
     took = time.monotonic() - started
     if as_json:
         facts = {k: v for k, v in vars(report).items() if k != "failures"}
@@ -175,13 +213,9 @@ def features(
 @corpus.command()
 @click.argument("manifest", type=EXISTING)
 @click.argument("folder", metavar="UNITS", type=PATH)
-@click.option(
-    "--kind", type=click.Choice(["characters", "sentencepiece"]), default="sentencepiece", show_default=True
-)
+@click.option("--kind", type=click.Choice(["characters", "sentencepiece"]), default="sentencepiece", show_default=True)
 @click.option("--size", default=500, show_default=True, help="Most units, blank and unknown included.")
-@click.option(
-    "--transform", default="lower+no_punct+squeeze", show_default=True, help="Of the text, joined by +."
-)
+@click.option("--transform", default="lower+no_punct+squeeze", show_default=True, help="Of the text, joined by +.")
 @click.option("--coverage", default=1.0, show_default=True, help="Share of the characters that get units.")
 @click.option("--split", help="Learn from these splits only, joined by commas.")
 @click.option("--json", "as_json", is_flag=True)
@@ -206,9 +240,113 @@ def tokenizer(
     if as_json:
         click.echo(json.dumps(facts, ensure_ascii=False))
     else:
-        few = (
-            f" ({size} asked for; the corpus has no more)"
-            if units.size < size and kind == "sentencepiece"
-            else ""
-        )
+        few = f" ({size} asked for; the corpus has no more)" if units.size < size and kind == "sentencepiece" else ""
         say(f"{folder}: {units.size} units{few}, fingerprint {units.fingerprint}")
+
+
+@corpus.command()
+@click.argument("manifest", type=EXISTING)
+@click.argument("out", type=PATH, required=False)
+@click.option("--by", default="speaker", show_default=True, help="speaker, session, id, text, or a column of meta.")
+@click.option("--dev", default="5%", show_default=True, help="Share of the groups.")
+@click.option("--test", default="10%", show_default=True, help="Share of the groups.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--only", help="Split up these splits alone, joined by commas; the others stay.")
+@click.option("--json", "as_json", is_flag=True)
+def split(
+    manifest: Path, out: Path | None, by: str, dev: str, test: str, seed: int, only: str | None, as_json: bool
+) -> None:
+    """Set the split of every utterance, so that no group is on two sides; in place, or into OUT.
+
+    A group's side stays when the corpus grows.
+    """
+    from .describing import describe
+    from .manifest import Corpus, read_manifest, relative_audio, write_manifest
+    from .splitting import parse_share, split_corpus
+
+    source = read_manifest(manifest)
+    names = only.split(",") if only else None
+    utterances = split_corpus(source, by, parse_share(dev), parse_share(test), seed, names)
+    target = out or source.path
+    if target.absolute().parent != source.path.absolute().parent:
+        moved = {u.id: relative_audio(source.audio_path(u), target) for u in utterances if u.audio is not None}
+        utterances = [u.model_copy(update={"audio": moved.get(u.id)}) for u in utterances]
+    write_manifest(target, utterances)
+    _show(describe(Corpus(target, utterances)), as_json)
+
+
+@corpus.command()
+@click.argument("manifest", type=EXISTING)
+@click.option("--rate", "rate_hz", type=int, help="Rate in Hz that all audio should have; default: what most has.")
+@click.option("--full", is_flag=True, help="Decode all audio, not only headers and ends.")
+@click.option("--audio/--no-audio", default=True, help="Whether to look at audio files at all.")
+@click.option("--json", "as_json", is_flag=True)
+@click.pass_context
+def check(ctx: click.Context, manifest: Path, rate_hz: int | None, full: bool, audio: bool, as_json: bool) -> None:
+    """Look for what is wrong with a corpus; exit code 1 if something is."""
+    from .checking import check_corpus
+
+    done = check_corpus(manifest, rate_hz=rate_hz, full=full, audio=audio)
+    if as_json:
+        facts = {"utterances": done.utterances, "files": done.files, "findings": [vars(f) for f in done.findings]}
+        click.echo(json.dumps(facts, ensure_ascii=False, indent=1))
+    else:
+        for finding in done.findings:
+            click.echo(str(finding))
+        say(f"{done.utterances} utterances, {done.files} audio files: {len(done.findings) or 'no'} findings")
+    if done.findings:
+        ctx.exit(1)
+
+
+@corpus.command()
+@click.argument("path", metavar="CORPUS|FEATURES", type=EXISTING)
+@click.option("--json", "as_json", is_flag=True)
+def info(path: Path, as_json: bool) -> None:
+    """What a manifest or a feature file holds."""
+    if path.suffix in (".h5", ".hdf5"):
+        _show_features(path, as_json)
+        return
+    from .describing import describe
+    from .manifest import read_manifest
+
+    _show(describe(read_manifest(path)), as_json)
+
+
+def _show(facts: CorpusFacts, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(asdict(facts), ensure_ascii=False, indent=1))
+        return
+    click.echo(facts.path)
+    head = ("split", "utterances", "sessions", "speakers", "hours", "words", "seconds: min 10% 50% 90% max")
+    click.echo("{:16} {:>10} {:>8} {:>8} {:>8} {:>9}  {}".format(*head))
+    for name, part in [*facts.splits.items(), ("all", facts.total)]:
+        numbers = f"{part.utterances:10} {part.sessions:8} {part.speakers:8} {part.hours:8.2f} {part.words:9}"
+        click.echo(f"{name or '(none)':16} {numbers}  {' '.join(f'{q:g}' for q in part.seconds_quantiles)}".rstrip())
+    if facts.total.with_audio < facts.total.utterances:
+        click.echo(f"{facts.total.utterances - facts.total.with_audio} utterances are text alone")
+    if facts.meta:
+        click.echo("meta: " + ", ".join(f"{name} ({n} values)" for name, n in facts.meta.items()))
+    click.echo(f"{len(facts.alphabet)} characters: " + " ".join(facts.alphabet[:80]).replace("\n", "\\n"))
+
+
+def _show_features(path: Path, as_json: bool) -> None:
+    from .feature_file import FeatureFile
+
+    file = FeatureFile(path).open()
+    facts = {
+        "path": str(path),
+        "utterances": len(file.ids),
+        "speeds": file.speeds,
+        "rows": len(file.row_ids),
+        "frames": int(file.offsets[-1]),
+        "bytes": path.stat().st_size,
+        "settings": file.settings,
+        "fingerprint": file.fingerprint,
+    }
+    if as_json:
+        click.echo(json.dumps(facts, ensure_ascii=False, indent=1))
+        return
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k} {v}" for k, v in value.items())
+        click.echo(f"{name:12} {', '.join(f'{v:g}' for v in value) if isinstance(value, list) else value}")

@@ -17,6 +17,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
+from itertools import pairwise
 from pathlib import Path
 
 import google_crc32c
@@ -157,9 +158,7 @@ def _write(
         os.replace(temporary, path)
         sync(path.parent)
     except OSError as e:
-        raise FeatureError(
-            f"cannot write: {e}", where=path, remedy="make room and run the same command again"
-        ) from e
+        raise FeatureError(f"cannot write: {e}", where=path, remedy="make room and run the same command again") from e
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -174,7 +173,7 @@ def sync(path: Path) -> None:
 
 
 def checksum(frames: np.ndarray) -> int:
-    return google_crc32c.value(memoryview(np.ascontiguousarray(frames)).cast("B").tobytes())
+    return google_crc32c.value(np.ascontiguousarray(frames).tobytes())
 
 
 class FeatureFile:
@@ -266,7 +265,7 @@ class FeatureFile:
                 self._fingerprint = str(file.attrs["fingerprint"])
                 self.offsets: np.ndarray = file["offsets"][:]
                 blob, cuts = file["ids"][:].tobytes(), file["id_offsets"][:].tolist()
-                self.row_ids = [blob[a:b].decode("utf-8") for a, b in zip(cuts, cuts[1:], strict=False)]
+                self.row_ids = [blob[a:b].decode("utf-8") for a, b in pairwise(cuts)]
                 self.row_speeds: np.ndarray = file["speeds"][:]
                 self.audio: np.ndarray = file["audio"][:]
                 self.crc32c: np.ndarray = file["crc32c"][:]
@@ -320,9 +319,7 @@ class FeatureFile:
         """Lengths in frames, int64 [B]. Raises FeatureError naming what is not there."""
         return self.open().lengths[self._find(ids, speeds)]
 
-    def gather(
-        self, ids: Sequence[str], speeds: Sequence[float] | float = 1.0
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def gather(self, ids: Sequence[str], speeds: Sequence[float] | float = 1.0) -> tuple[np.ndarray, np.ndarray]:
         """(float16 [ΣT, bins] one utterance after the other, int64 lengths [B])."""
         found = self.open()._find(ids, speeds)
         return self.rows(found), self.lengths[found]
@@ -349,7 +346,7 @@ class FeatureFile:
         """Frames of rows by number: int64 [B] -> float16 [ΣT, bins]."""
         self.open()
         out = np.empty((int(self.lengths[found].sum()), self.width), np.float16)
-        target = memoryview(out).cast("B") if out.size else memoryview(b"")
+        target = out.view(np.uint8).reshape(-1).data
         frame, at = self.width * 2, 0
         starts, sizes = (self.offsets[found] * frame).tolist(), (self.lengths[found] * frame).tolist()
         fd, base, read = self._fd, self._offset, os.preadv

@@ -150,9 +150,7 @@ def _sniff(table: Path, text: str) -> str:
     found = {d: first.count(d) for d in "\t,;|"}
     best = max(found, key=lambda d: found[d])
     if not found[best]:
-        raise CorpusError(
-            "no delimiter in the first line", where=f"{table}:1", remedy="name it with --delimiter"
-        )
+        raise CorpusError("no delimiter in the first line", where=f"{table}:1", remedy="name it with --delimiter")
     return best
 
 

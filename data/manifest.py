@@ -135,9 +135,7 @@ def _parse(line: bytes, where: str) -> Utterance | CorpusError:
     try:
         return Utterance.model_validate_json(line)
     except ValidationError as e:
-        return CorpusError(
-            describe_validation(e), where=where, expected="one JSON object a line, as `Utterance`"
-        )
+        return CorpusError(describe_validation(e), where=where, expected="one JSON object a line, as `Utterance`")
 
 
 def describe_validation(error: ValidationError) -> str:
@@ -171,9 +169,7 @@ def read_manifest(path: Path | str) -> Corpus:
             )
         utterances.append(found)
     if not utterances:
-        raise CorpusError(
-            "the manifest is empty", where=path, remedy="make one with `stillhouse corpus import`"
-        )
+        raise CorpusError("the manifest is empty", where=path, remedy="make one with `stillhouse corpus import`")
     return Corpus(path, utterances)
 
 

@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 
@@ -65,9 +66,6 @@ def transform(raw: str, name: str) -> MappedText:
         text, local = step(text)
         if local is None:
             continue
-        if len(source) == 0:
-            source = np.zeros((len(text), 2), np.int32)
-            continue
         # An empty local range cannot occur: every step maps a character to the characters that it was made of.
         source = np.stack([source[local[:, 0], 0], source[local[:, 1] - 1, 1]], axis=1).astype(np.int32)
     return MappedText(text, source, raw)
@@ -106,12 +104,10 @@ def _per_character(whole: Callable[[str], str]) -> Step:
 
     def step(text: str) -> tuple[str, np.ndarray | None]:
         new = whole(text)
-        if len(new) == len(text) and (text.isascii() or all(len(whole(c)) == 1 for c in text)):
+        if len(new) == len(text):  # no character becomes nothing, so each became one
             return new, None
+        # lower() looks at neighbours (the final sigma), but they change no length.
         counts = np.array([len(whole(c)) for c in text], dtype=np.int64)
-        # Python's lower() looks at neighbours (the final sigma) but never lets them change the length.
-        if counts.sum() != len(new):
-            new = "".join(whole(c) for c in text)
         return new, _identity(len(text))[np.repeat(np.arange(len(text)), counts)]
 
     return step
@@ -150,14 +146,14 @@ _SPACE = re.compile(f"[\\s{SPACE_MARK}]+")
 def _squeeze(text: str) -> tuple[str, np.ndarray | None]:
     """Runs of white space to one space, none at the ends."""
     runs = [m.span() for m in _SPACE.finditer(text)]
-    if all(0 < b and e < len(text) and e - b == 1 and text[b] == " " for b, e in runs):
+    if all(b > 0 and e < len(text) and e - b == 1 and text[b] == " " for b, e in runs):
         return text, None
     pieces, maps, at = [], [], 0
     ident = _identity(len(text))
     for b, e in [*runs, (len(text), len(text))]:
         pieces.append(text[at:b])
         maps.append(ident[at:b])
-        if 0 < b and e < len(text):
+        if b > 0 and e < len(text):
             pieces.append(" ")
             maps.append(np.array([[b, e]], np.int32))
         at = e
@@ -188,7 +184,7 @@ def _sentence_case(text: str) -> tuple[str, np.ndarray | None]:
     return "".join(out), local
 
 
-def _normal_form(form: str) -> Step:
+def _normal_form(form: Literal["NFC", "NFD", "NFKC", "NFKD"]) -> Step:
     """A Unicode normal form; characters that compose or decompose together share their range."""
 
     def step(text: str) -> tuple[str, np.ndarray | None]:
@@ -202,7 +198,7 @@ def _normal_form(form: str) -> Step:
         pieces: list[str] = []
         maps: list[list[int]] = []
         begin = 0
-        for k, cut in enumerate(cuts[1:] + [len(text)], start=1):
+        for k, cut in enumerate([*cuts[1:], len(text)], start=1):
             following = text[cut : cuts[k + 1] if k + 1 < len(cuts) else len(text)]
             mine = text[begin:cut]
             if following and normal(mine + following) != normal(mine) + normal(following):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,8 +21,7 @@ from typing import Any
 import numpy as np
 
 from .errors import ConfigError, CorpusError
-from .text import SPACE_MARK
-from .text import MappedText, check_transform, transform
+from .text import SPACE_MARK, MappedText, check_transform, transform
 
 FORMAT, VERSION = "stillhouse-units", 1
 BLANK, UNKNOWN = 0, 1
@@ -78,9 +76,7 @@ class Units:
         """Units of a raw transcript. A symbol that training never saw is unit 1, `UNKNOWN`."""
         mapped = self.normalise(text)
         if self.kind == "characters":
-            ids = np.array(
-                [self._id.get(SPACE_MARK if c == " " else c, UNKNOWN) for c in mapped.text], np.int32
-            )
+            ids = np.array([self._id.get(SPACE_MARK if c == " " else c, UNKNOWN) for c in mapped.text], np.int32)
             return Encoded(np.where(ids == BLANK, UNKNOWN, ids).astype(np.int32), mapped.source.copy())
         names: list[str] = self._processor.encode(mapped.text, out_type=str)
         ids = np.array([self._id.get(name, UNKNOWN) for name in names], np.int32)
@@ -103,11 +99,7 @@ class Units:
                 begin += 1
             ranges[k] = begin, end
         empty = ranges[:, 0] >= ranges[:, 1]  # only a piece that is the mark in front
-        out = (
-            mapped.spans(np.where(empty[:, None], [[0, 1]], ranges))
-            if mapped.text
-            else np.empty((0, 2), np.int32)
-        )
+        out = mapped.spans(np.where(empty[:, None], [[0, 1]], ranges)) if mapped.text else np.empty((0, 2), np.int32)
         out[empty, 1] = out[empty, 0]
         return out
 
@@ -129,11 +121,12 @@ class Units:
         return sentencepiece.SentencePieceProcessor(model_proto=self._model)
 
     def save(self, folder: Path | str) -> None:
-        """Write the folder: units.json and, for sentencepiece, spm.model. Whole or not at all."""
+        """Write the folder: units.json and, for sentencepiece, spm.model.
+
+        A kill between the two leaves a folder that `load_units` refuses, by its fingerprint.
+        """
         folder = Path(folder)
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         head = {
             "format": FORMAT,
             "version": VERSION,
@@ -143,13 +136,13 @@ class Units:
             "fingerprint": self.fingerprint,
             "pieces": self.pieces,
         }
-        text = json.dumps(head, ensure_ascii=False, indent=1)
-        (temporary / "units.json").write_text(text + "\n", encoding="utf-8")
+        files = {"units.json": (json.dumps(head, ensure_ascii=False, indent=1) + "\n").encode()}
         if self._model is not None:
-            (temporary / "spm.model").write_bytes(self._model)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
+            files = {"spm.model": self._model, **files}
+        for name, data in files.items():
+            temporary = folder / f".{name}.{os.getpid()}.tmp"
+            temporary.write_bytes(data)
+            os.replace(temporary, folder / name)
 
 
 def load_units(folder: Path | str) -> Units:
@@ -162,9 +155,7 @@ def load_units(folder: Path | str) -> Units:
         if not isinstance(head, dict) or head.get("format") != FORMAT:
             raise ValueError(f"not {FORMAT}")
         if head["version"] != VERSION:
-            raise CorpusError(
-                f"units of version {head['version']}", where=path, expected=f"version {VERSION}"
-            )
+            raise CorpusError(f"units of version {head['version']}", where=path, expected=f"version {VERSION}")
         kind, name, pieces = head["kind"], head["transform"], head["pieces"]
         if not isinstance(pieces, list) or not all(isinstance(p, str) for p in pieces):
             raise ValueError("pieces is not a list of texts")
@@ -176,9 +167,7 @@ def load_units(folder: Path | str) -> Units:
         why = f"{e} is missing" if isinstance(e, KeyError) else str(e)
         raise CorpusError(f"the units are damaged: {why}", where=path, remedy=remedy) from e
     if units.fingerprint != head.get("fingerprint"):
-        raise CorpusError(
-            "the units are damaged: they do not have their fingerprint", where=path, remedy=remedy
-        )
+        raise CorpusError("the units are damaged: they do not have their fingerprint", where=path, remedy=remedy)
     return units
 
 
