@@ -86,11 +86,7 @@ def load(path: Path) -> Checkpoint:
         state = json.loads((path / "state.json").read_text())
     except (OSError, ValueError) as e:
         raise CheckpointError(f"not a checkpoint: {e}", where=path, remedy=_REMEDY) from None
-    if (
-        not isinstance(state, dict)
-        or state.get("format") != FORMAT
-        or not isinstance(state.get("sha256"), dict)
-    ):
+    if not isinstance(state, dict) or state.get("format") != FORMAT or not isinstance(state.get("sha256"), dict):
         raise CheckpointError(
             f"format {state.get('format') if isinstance(state, dict) else None}",
             where=path,
@@ -114,7 +110,7 @@ def prune(folder: Path, keep: int, best: int | None) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def optimiser_tensors(optimiser: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> dict[str, Tensor]:
+def optimiser_tensors(optimiser: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:
     """AdamW's state as flat tensors, `PARAMETER/KEY`."""
     return {
         f"{names[p]}/{key}": torch.as_tensor(value)
@@ -123,9 +119,7 @@ def optimiser_tensors(optimiser: torch.optim.Optimizer, names: dict[nn.Parameter
     }
 
 
-def restore_optimiser(
-    optimiser: torch.optim.Optimizer, names: dict[nn.Parameter, str], tensors: dict[str, Tensor]
-) -> None:
+def restore_optimiser(optimiser: torch.optim.Optimizer, names: dict[Tensor, str], tensors: dict[str, Tensor]) -> None:
     """Inverse of optimiser_tensors; raises CheckpointError for state of other parameters."""
     parameters = {name: p for p, name in names.items()}
     for key, value in tensors.items():

@@ -14,12 +14,8 @@ def say(line: str) -> None:
 
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option(
-    "--set", "changes", multiple=True, metavar="A.B=VALUE", help="Change one setting; may be repeated."
-)
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder of the run. [default: runs/NAME-OF-CONFIG]"
-)
+@click.option("--set", "changes", multiple=True, metavar="A.B=VALUE", help="Change one setting; may be repeated.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the run. [default: runs/NAME-OF-CONFIG]")
 def train(config: Path, changes: tuple[str, ...], out: Path | None) -> None:
     """Train a transducer as CONFIG (TOML) says; goes on where a killed run stopped.
 

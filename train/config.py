@@ -31,9 +31,7 @@ class Data(Section):
     dev: str | None = Field(None, description="split to evaluate on while training; none: no evaluation")
     speeds: list[float] = Field([1.0], min_length=1, description="speeds drawn for each utterance and epoch")
     batch_frames: int = Field(16_000, ge=100, description="padded frames of 10 ms in a batch")
-    max_frames: int = Field(
-        3_000, ge=10, description="longer utterances are left out of training, and counted"
-    )
+    max_frames: int = Field(3_000, ge=10, description="longer utterances are left out of training, and counted")
 
 
 class Model(Section):
@@ -59,9 +57,7 @@ class Model(Section):
 
 
 class Loss(Section):
-    ctc_weight: float = Field(
-        0.3, ge=0, description="weight of the auxiliary CTC loss on the encoder; 0: no CTC head"
-    )
+    ctc_weight: float = Field(0.3, ge=0, description="weight of the auxiliary CTC loss on the encoder; 0: no CTC head")
     fastemit: float = Field(0.0, ge=0, description="FastEmit's lambda")
     eps: float = Field(1e-6, ge=0, lt=1, description="lattice cells with a smaller occupancy get no gradient")
 
@@ -82,9 +78,7 @@ class SpecAugment(Section):
     frequency_width: int = Field(20, ge=0, description="bins")
     time_masks: int = Field(5, ge=0)
     time_width: int = Field(30, ge=0, description="frames of 10 ms")
-    time_share: float = Field(
-        0.25, ge=0, le=1, description="largest share of an utterance that time masks take"
-    )
+    time_share: float = Field(0.25, ge=0, le=1, description="largest share of an utterance that time masks take")
 
 
 class TransferSection(Section):
@@ -131,9 +125,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _tap(self) -> Config:
         if self.transfer.layer is not None and self.transfer.layer > self.model.layers:
-            raise ValueError(
-                f"transfer.layer = {self.transfer.layer}, but the encoder has {self.model.layers} layers"
-            )
+            raise ValueError(f"transfer.layer = {self.transfer.layer}, but the encoder has {self.model.layers} layers")
         return self
 
 
@@ -154,8 +146,7 @@ def load_config(path: Path, changes: Sequence[str] = ()) -> Config:
         return Config.model_validate(tree)
     except ValidationError as e:
         found = "; ".join(
-            f"{'.'.join(map(str, d['loc'])) or 'file'}: {d['msg']} (got {_short(d['input'])})"
-            for d in e.errors()
+            f"{'.'.join(map(str, d['loc'])) or 'file'}: {d['msg']} (got {_short(d['input'])})" for d in e.errors()
         )
         raise ConfigError(found, where=path) from None
 
@@ -188,9 +179,7 @@ def dump_config(config: Config) -> str:
         lines.append(f"[{section}]")
         # A JSON scalar or list of scalars is TOML as it stands; TOML has no null, and absent means None here.
         lines += [
-            f"{key} = {json.dumps(value, ensure_ascii=False)}"
-            for key, value in values.items()
-            if value is not None
+            f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items() if value is not None
         ]
         lines.append("")
     return "\n".join(lines)

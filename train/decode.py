@@ -32,9 +32,7 @@ def greedy(model: Transducer, states: Tensor, lengths: Tensor, *, max_symbols: i
     lengths = lengths.to(device)
     state = model.predictor.initial(batch, device)
     predicted = model.joint.predictor(model.predictor.step(state))
-    emitted: list[
-        tuple[Tensor, Tensor]
-    ] = []  # (where [B], units [B]) in order; one transfer to the host at the end
+    emitted: list[tuple[Tensor, Tensor]] = []  # (where [B], units [B]) in order; one transfer to the host at the end
     for t in range(states.shape[1]):
         active = lengths > t
         for _ in range(max_symbols):

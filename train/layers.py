@@ -101,9 +101,7 @@ class SelfAttention(nn.Module):
         q, k = rotate(q, cosine, sine), rotate(k, cosine, sine)
         if x.device.type == "cpu":
             # The fused CPU kernel is 2.7x slower than two products in bfloat16, and no faster in float32.
-            weights = torch.softmax(
-                q @ (k * q.shape[-1] ** -0.5).transpose(-1, -2) + bias.to(q.dtype), dim=-1
-            )
+            weights = torch.softmax(q @ (k * q.shape[-1] ** -0.5).transpose(-1, -2) + bias.to(q.dtype), dim=-1)
             y = weights.to(v.dtype) @ v
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
@@ -116,7 +114,8 @@ class ConvolutionModule(nn.Module):
     def __init__(self, dim: int, kernel: int) -> None:
         super().__init__()
         self.inputs = nn.Linear(dim, 2 * dim)
-        self.depthwise = nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=dim)
+        self.kernel = kernel
+        self.depthwise = nn.Conv1d(dim, dim, kernel, groups=dim)
         self.norm = nn.LayerNorm(dim)
         self.output = nn.Linear(dim, dim)
 
@@ -128,7 +127,7 @@ class ConvolutionModule(nn.Module):
             image,
             self.depthwise.weight.unsqueeze(2),
             self.depthwise.bias,
-            padding=(0, self.depthwise.padding[0]),
+            padding=(0, self.kernel // 2),
             groups=self.depthwise.groups,
         )
         return self.output(F.silu(self.norm(y.squeeze(2).transpose(1, 2))))

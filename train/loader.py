@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,11 +69,7 @@ class BatchLoader:
         frames = np.stack([features.frames(everyone, [s] * len(everyone)) for s in self.speeds], axis=1)
         encoded = [units.encode(u.text) for u in corpus.utterances]
         empty = np.array([len(e.ids) == 0 for e in encoded], dtype=bool)
-        long = (
-            (frames.max(axis=1) > max_frames)
-            if max_frames and len(everyone)
-            else np.zeros(len(everyone), bool)
-        )
+        long = (frames.max(axis=1) > max_frames) if max_frames and len(everyone) else np.zeros(len(everyone), bool)
         keep = np.flatnonzero(~(empty | long))
         self.left_out = {
             "empty text": int(empty.sum()),
@@ -99,9 +95,7 @@ class BatchLoader:
         features[np.arange(features.shape[1]) < lengths[:, None]] = packed
         target_lengths = np.array([len(e.ids) for e in encoded], dtype=np.int32)
         targets = np.zeros((len(ids), int(target_lengths.max())), dtype=np.int32)
-        targets[np.arange(targets.shape[1]) < target_lengths[:, None]] = np.concatenate(
-            [e.ids for e in encoded]
-        )
+        targets[np.arange(targets.shape[1]) < target_lengths[:, None]] = np.concatenate([e.ids for e in encoded])
         read = time.perf_counter()
         transfer = None
         if self.targets is not None:
@@ -124,7 +118,7 @@ class BatchLoader:
 
 def prefetch(
     sampler: BatchSampler, load: Callable[[BatchPlan], Batch], *, epoch: int, position: int, depth: int = 4
-) -> Iterator[tuple[int, int, Batch]]:
+) -> Generator[tuple[int, int, Batch], None, None]:
     """Endless (epoch, position after this batch, batch), from `position` batches into `epoch` on.
 
     An exception in the thread is raised here, at the batch where it happened. Closing the iterator ends the thread.

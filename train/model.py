@@ -7,6 +7,7 @@ transfer. Blank is unit 0. Exercised by `stillhouse train` and `stillhouse decod
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ BLANK = 0
 
 class Encoder(nn.Module):
     """fbank [B, T, bins] and lengths [B] -> states [B, T', dim] and lengths, T' = ceil(T / subsampling)."""
+
+    feature_mean: Tensor
+    feature_std: Tensor
 
     def __init__(
         self,
@@ -33,7 +37,7 @@ class Encoder(nn.Module):
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        self.dim, self.subsampling = dim, subsampling
+        self.dim, self.subsampling, self.head_dim = dim, subsampling, dim // heads
         self.register_buffer("feature_mean", torch.zeros(bins))
         self.register_buffer("feature_std", torch.ones(bins))
         self.front = Subsampling(bins, dim, subsampling, dropout)
@@ -44,19 +48,14 @@ class Encoder(nn.Module):
         mask = length_mask(lengths, features.shape[1])[:, :, None]
         return torch.where(mask, (features - self.feature_mean) / self.feature_std, 0.0)
 
-    def forward(
-        self, features: Tensor, lengths: Tensor, taps: Sequence[int] = ()
-    ) -> tuple[Tensor, Tensor, dict]:
+    def forward(self, features: Tensor, lengths: Tensor, taps: Sequence[int] = ()) -> tuple[Tensor, Tensor, dict]:
         """`features` already normalised. Returns states, lengths and {layer: states [B, T', dim]} of the layers
         in `taps` (1 is the first block's output)."""
         x, lengths = self.front(features, lengths)
         inside = length_mask(lengths, x.shape[1])
         mask = inside[:, :, None].to(x.dtype)
-        bias = torch.zeros(inside.shape, device=x.device).masked_fill_(~inside, float("-inf"))[
-            :, None, None, :
-        ]
-        head_dim = self.dim // self.blocks[0].attention.heads if len(self.blocks) else 2
-        positions = rotary(x.shape[1], head_dim, x.device)
+        bias = torch.zeros(inside.shape, device=x.device).masked_fill_(~inside, float("-inf"))[:, None, None, :]
+        positions = rotary(x.shape[1], self.head_dim, x.device)
         tapped = {}
         for number, block in enumerate(self.blocks, 1):
             x = block(x, mask, bias, positions)
@@ -86,14 +85,14 @@ class StatelessPredictor(nn.Module):
         """targets [B, U] -> states [B, U + 1, dim]; state u has seen the first u units."""
         return self._states(F.pad(targets.long(), (self.context, 0), value=BLANK))
 
-    def initial(self, batch: int, device: torch.device) -> Tensor:
+    def initial(self, batch: int, device: torch.device) -> Any:
         return torch.full((batch, self.context), BLANK, dtype=torch.int64, device=device)
 
-    def step(self, state: Tensor) -> Tensor:
+    def step(self, state: Any) -> Tensor:
         """[B, dim] for the units in `state`."""
         return self._states(state)[:, 0]
 
-    def advance(self, state: Tensor, units: Tensor, where: Tensor) -> Tensor:
+    def advance(self, state: Any, units: Tensor, where: Tensor) -> Any:
         """`state` after `units` [B], only where `where` [B]."""
         moved = torch.cat([state[:, 1:], units[:, None]], dim=1)
         return torch.where(where[:, None], moved, state)
@@ -114,21 +113,19 @@ class LstmPredictor(nn.Module):
         units = F.pad(targets.long(), (1, 0), value=BLANK)
         return self.lstm(self.drop(self.embedding(units)))[0]
 
-    def initial(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    def initial(self, batch: int, device: torch.device) -> Any:
         zero = torch.zeros(batch, self.dim, device=device)
         blank = torch.full((batch,), BLANK, dtype=torch.int64, device=device)
         return self.advance((zero, zero, zero), blank, torch.ones(batch, dtype=torch.bool, device=device))
 
-    def step(self, state: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    def step(self, state: Any) -> Tensor:
         return state[0]
 
-    def advance(
-        self, state: tuple[Tensor, Tensor, Tensor], units: Tensor, where: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def advance(self, state: Any, units: Tensor, where: Tensor) -> Any:
         x = self.embedding(units)[:, None]
         output, (h, c) = self.lstm(x, (state[1][None].contiguous(), state[2][None].contiguous()))
         new = (output[:, 0], h[0], c[0])
-        return tuple(torch.where(where[:, None], n, s) for n, s in zip(new, state))  # type: ignore[return-value]
+        return tuple(torch.where(where[:, None], n, s) for n, s in zip(new, state))
 
 
 class Joint(nn.Module):

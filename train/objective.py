@@ -54,9 +54,7 @@ def losses(
     with timed("encoder"):
         features = model.encoder.normalise(batch.features, lengths)
         if augment is not None:
-            features = spec_augment(
-                features, batch.feature_lengths, augment, **config.specaugment.model_dump()
-            )
+            features = spec_augment(features, batch.feature_lengths, augment, **config.specaugment.model_dump())
         tap = config.transfer.layer
         with autocast(device, precision):
             states, state_lengths, taps = model.encoder(features, lengths, taps=() if tap is None else (tap,))

@@ -100,9 +100,7 @@ def read_hypotheses(path: Path) -> tuple[list[str], list[str]]:
                 references.append(reference)
                 hypotheses.append(hypothesis)
     except (OSError, UnicodeDecodeError) as e:
-        raise CorpusError(
-            f"cannot be read: {e}", where=path, remedy="make it with `stillhouse decode`"
-        ) from None
+        raise CorpusError(f"cannot be read: {e}", where=path, remedy="make it with `stillhouse decode`") from None
     if not references:
         raise CorpusError("no hypothesis", where=path, remedy="make it with `stillhouse decode`")
     return references, hypotheses

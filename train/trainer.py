@@ -91,9 +91,7 @@ def build_transfer(config: Config, encoder_dim: int) -> tuple[Any, Any]:
     assert t.store is not None
     store = Store.open(t.store)
     views = [v for address in t.views for v in store.resolve(address)]
-    targets = TargetReader(
-        [(store, list(dict.fromkeys(views)))], position=t.position, on_missing=t.on_missing
-    )
+    targets = TargetReader([(store, list(dict.fromkeys(views)))], position=t.position, on_missing=t.on_missing)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed + 1)
         transfer = Transfer(
@@ -154,9 +152,7 @@ class Trainer:
         self.dev = None
         if config.data.dev is not None:
             self.dev = BatchLoader(corpus.select(config.data.dev), self.features, self.units)
-        self.sampler = BatchSampler(
-            self.loader.frames, max_frames=config.data.batch_frames, seed=config.run.seed
-        )
+        self.sampler = BatchSampler(self.loader.frames, max_frames=config.data.batch_frames, seed=config.run.seed)
         self.step = self.epoch = self.position = 0
         self.bad_steps = 0
         self.best: dict[str, float] = {}
@@ -184,10 +180,10 @@ class Trainer:
             self._trim_metrics()
             self.report(f"resuming {self.out} at step {self.step}")
         self.model.to(self.device)
-        modules = {"model": self.model} | (
-            {"transfer": self.transfer.to(self.device)} if self.transfer else {}
-        )
-        self.names = {p: f"{m}.{n}" for m, module in modules.items() for n, p in module.named_parameters()}
+        modules = {"model": self.model} | ({"transfer": self.transfer.to(self.device)} if self.transfer else {})
+        self.names: dict[torch.Tensor, str] = {
+            p: f"{m}.{n}" for m, module in modules.items() for n, p in module.named_parameters()
+        }
         self.optimiser = torch.optim.AdamW(
             [
                 {
@@ -262,9 +258,7 @@ class Trainer:
         with (
             SummaryWriter(self.out / "tb", purge_step=self.step or None) as board,
             (self.out / "metrics.jsonl").open("a", encoding="utf-8") as log,
-            closing(
-                prefetch(self.sampler, self.loader.load, epoch=self.epoch, position=self.position)
-            ) as batches,
+            closing(prefetch(self.sampler, self.loader.load, epoch=self.epoch, position=self.position)) as batches,
         ):
 
             def write(record: dict[str, Any]) -> None:
@@ -353,11 +347,9 @@ class Trainer:
         found = list(transcribe(self.model, self.dev, device=self.device))
         result = score([h.ref for h in found], [h.hyp for h in found])
         record = {"kind": "dev", "step": self.step, "wer": result.wer.rate, "cer": result.cer.rate}
-        if not self.best or record["wer"] < self.best["wer"]:
+        if not self.best or result.wer.rate < self.best["wer"]:
             self.best = {"step": self.step, "wer": result.wer.rate}
-        self.report(
-            f"step {self.step}  dev WER {100 * result.wer.rate:.1f} %  CER {100 * result.cer.rate:.1f} %"
-        )
+        self.report(f"step {self.step}  dev WER {100 * result.wer.rate:.1f} %  CER {100 * result.cer.rate:.1f} %")
         return record
 
     def _line(self, record: dict[str, Any]) -> str:
@@ -403,9 +395,7 @@ def _refuse_other_settings(old: Config, new: Config, where: Path) -> None:
         "data.units",
     }
     differ = [
-        f"{k}: {a[k]} in the run, {b[k]} asked for"
-        for k in a
-        if a[k] != b[k] and k not in free | {"transfer.store"}
+        f"{k}: {a[k]} in the run, {b[k]} asked for" for k in a if a[k] != b[k] and k not in free | {"transfer.store"}
     ]
     if differ:
         raise StaleError(

@@ -18,7 +18,7 @@ import numpy as np
 from numba import njit
 
 from .numeric import exp32, fetch_add, log_add, log_add_exact
-from .rows import computed, gradient_row, load, log_sum_exp_safe, log_sum_exps
+from .rows import computed, gradient_row, load, log_sum_exps
 
 f32 = np.float32
 CLOSED = -1e30  # the score of an arc that cannot be taken; finite, so that differences stay numbers
@@ -55,15 +55,11 @@ def row_stage(b, t0, t1, x, y, T, U, first, per_frame, base, lse, blank_lp, labe
         bonus = delay * ((T - 1) * 0.5 - t)
         row0 = first + t * per_frame
         rows = x[row0 : row0 + U + 1]
-        if fused and t > t0:
+        if fused:
+            if t == t0:  # the first row of a task stands for all rows of its frame
+                log_sum_exps(rows[:1], reference, sums, out)
+                reference[:] = reference[0]
             log_sum_exps(rows, reference, sums, out)  # around the frame before
-        elif fused:
-            reference[0] = computed(x[0], log_sum_exp_safe(rows[0]))
-            for u in range(U + 1):  # around the unit before
-                if not -1e30 < reference[max(u - 1, 0)] < 1e30:
-                    reference[max(u - 1, 0)] = zero
-                reference[u] = reference[max(u - 1, 0)]
-                log_sum_exps(rows[u : u + 1], reference[u : u + 1], sums, out[u : u + 1])
         for u in range(U + 1):
             cell = base[t + u] + u
             lse[cell] = out[u]

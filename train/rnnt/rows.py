@@ -85,10 +85,31 @@ def _exp_like(x):
 
 @njit(cache=True, nogil=True)
 def sum_exp(row, reference):
-    """Sum of exp(row - reference); reference has the type that is computed in."""
-    total = computed(row, 0.0)
-    for i in range(row.size):
-        total = sum_add(total, exp_like(load(row, i) - reference))
+    """Sum of exp(row - reference); reference has the type that is computed in.
+
+    The bulk starts on a cache line: vectors that straddle two make this loop, which only reads, half as fast.
+    """
+    total, zero = computed(row, 0.0), computed(row, 0.0)
+    size = row.size
+    if size < 32:
+        for i in range(size):
+            total = sum_add(total, exp_like(load(row, i) - reference))
+        return total
+    head = (-(row.ctypes.data // row.itemsize)) % 16
+    whole = (size - head) // 16 * 16
+    tail = size - head - whole
+    if head:  # one vector whose last elements are the bulk's
+        for i in range(16):
+            value = exp_like(load(row, i) - reference)
+            total = sum_add(total, value if i < head else zero)
+    body = row[head : head + whole]
+    for i in range(body.size):
+        total = sum_add(total, exp_like(load(body, i) - reference))
+    if tail:  # one vector whose first elements are the bulk's
+        rest = row[size - 16 :]
+        for i in range(16):
+            value = exp_like(load(rest, i) - reference)
+            total = sum_add(total, value if i >= 16 - tail else zero)
     return total
 
 

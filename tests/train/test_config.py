@@ -1,0 +1,58 @@
+"""Settings: what is not known or cannot be is an error that names it; what is written reads back equal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from stillhouse.data.errors import ConfigError
+from stillhouse.train.config import dump_config, load_config
+
+MINIMAL = '[data]\ncorpus = "c.jsonl"\nfeatures = "f.h5"\nunits = "u"\n'
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    return path
+
+
+def test_set_and_round_trip(tmp_path: Path) -> None:
+    changes = ["optim.lr=5e-4", "data.train=train,other", "data.speeds=[0.9, 1.0]", "run.device=cpu", "transfer.layer=3"]
+    config = load_config(write(tmp_path, MINIMAL), changes)
+    assert config.optim.lr == 5e-4 and config.data.train == "train,other" and config.data.speeds == [0.9, 1.0]
+    assert load_config(write(tmp_path, dump_config(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "message"),
+    [
+        (MINIMAL, ["optim.learning_rate=1"], "optim.learning_rate"),
+        (MINIMAL, ["optim.lr=-1"], "optim.lr"),
+        (MINIMAL, ["optim.lr"], "section.name=value"),
+        (MINIMAL, ["model.dim=30"], "multiple of 2 x heads"),
+        (MINIMAL, ["model.kernel=4"], "odd"),
+        (MINIMAL, ['transfer.views=["a/alone/1"]'], "views need a store"),
+        (MINIMAL, ["transfer.layer=9"], "the encoder has 6 layers"),
+        (MINIMAL, ["optim.steps=lots"], "optim.steps"),
+        ("[data]\n", [], "data.corpus"),
+        ("[data\n", [], "not a readable TOML"),
+    ],
+)
+def test_what_cannot_be_meant_is_named(tmp_path: Path, text: str, changes: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, text), changes)
+    assert message in str(caught.value) and "run.toml" in str(caught.value) or "--set" in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"gone\.toml"):
+        load_config(tmp_path / "gone.toml")
+
+
+def test_every_recipe_is_valid(root: Path) -> None:
+    recipes = [*root.glob("recipes/*.toml"), *root.glob("data/demo/*.toml")]
+    assert recipes
+    for path in recipes:
+        load_config(path)

@@ -1,0 +1,120 @@
+"""The trainer on a corpus that it can learn; killed and gone on, bit by bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from stillhouse.data.errors import CheckpointError, CorpusError, StaleError
+from stillhouse.data.manifest import read_manifest
+from stillhouse.train.config import load_config
+from stillhouse.train.decode import decoding_loader, transcribe
+from stillhouse.train.score import score
+from stillhouse.train.trainer import Trainer, load_run
+
+
+def train(tones: Path, out: Path, *changes: str) -> list[dict]:
+    Trainer(load_config(tones / "run.toml", changes), out).run()
+    return metrics(out)
+
+
+def metrics(out: Path) -> list[dict]:
+    """The lines of metrics.jsonl without what the clock says."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in {"time", "seconds", "realtime"}} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(tones: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "a"
+    train(tones, out)
+    return out
+
+
+def test_it_learns_to_read_tones(tones: Path, tmp_path: Path) -> None:
+    changes = ["optim.steps=260", "run.eval_every=1000", "run.checkpoint_every=1000", "run.log_every=20"]
+    lines = train(tones, tmp_path / "run", *changes)
+    curve = [line["loss"] for line in lines if line["kind"] == "train"]
+    assert curve[-1] < 0.2 * curve[0]
+    model, units, config, step = load_run(tmp_path / "run")
+    assert step == 260
+    corpus = read_manifest(config.data.corpus).select("dev")
+    loader = decoding_loader(corpus, config.data.features, units)
+    found = list(transcribe(model, loader, device=torch.device("cpu")))
+    assert sorted(h.id for h in found) == sorted(u.id for u in corpus.utterances)
+    assert score([h.ref for h in found], [h.hyp for h in found]).cer.rate < 0.25
+
+
+def test_killed_at_any_step_it_goes_on_bit_by_bit(tones: Path, finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "stillhouse.cli", "train", str(tones / "run.toml"), "--out", str(out)]
+    for kill_after in ("step 6/", "step 15/"):
+        with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if line.startswith(kill_after):
+                    os.kill(process.pid, signal.SIGKILL)
+                    break
+            else:
+                pytest.fail(f"the run ended before {kill_after!r}")
+            process.stderr.read()
+        assert process.returncode == -signal.SIGKILL
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "resuming" in done.stderr and done.stdout.strip() == str(out)
+    assert metrics(out) == metrics(finished)
+    ours, theirs = (load_run(p, "last")[0].state_dict() for p in (out, finished))
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+def test_a_finished_run_does_nothing(tones: Path, finished: Path) -> None:
+    before = (finished / "metrics.jsonl").read_bytes()
+    train(tones, finished)
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_other_settings_in_the_same_folder_are_refused_in_words(tones: Path, finished: Path) -> None:
+    with pytest.raises(StaleError, match=r"optim\.lr: 0\.003 in the run, 0\.5 asked for"):
+        Trainer(load_config(tones / "run.toml", ["optim.lr=0.5"]), finished)
+    Trainer(load_config(tones / "run.toml", ["run.log_every=7"]), finished)  # not a setting of the result
+
+
+def test_other_units_in_the_same_folder_are_refused(tones: Path, finished: Path, tmp_path: Path) -> None:
+    from stillhouse.data.units import train_units
+
+    train_units(["abcd xyz"], "characters").save(tmp_path / "units")
+    with pytest.raises((StaleError, CheckpointError)):
+        Trainer(load_config(tones / "run.toml", [f"data.units={tmp_path}/units"]), finished)
+
+
+def test_a_split_without_utterances_is_an_error(tones: Path, tmp_path: Path) -> None:
+    with pytest.raises(CorpusError):
+        Trainer(load_config(tones / "run.toml", ["data.train=nothing"]), tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_changes_nothing_and_stops_the_run(tones: Path, tmp_path: Path) -> None:
+    from stillhouse.data.errors import StillhouseError
+
+    trainer = Trainer(load_config(tones / "run.toml"), tmp_path / "run")
+    with torch.no_grad():
+        trainer.model.joint.output.bias.fill_(float("nan"))
+    weight = trainer.model.joint.encoder.weight.clone()
+    with pytest.raises(StillhouseError, match="ten steps in a row"):
+        trainer.run()
+    assert torch.equal(weight, trainer.model.joint.encoder.weight)
+
+
+def test_no_language_model_library_is_loaded(tones: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from stillhouse.train.config import load_config;"
+        "from stillhouse.train.trainer import Trainer; import stillhouse.distill.transfer, stillhouse.distill.targets;"
+        f"Trainer(load_config(Path({str(tones / 'run.toml')!r}), ['optim.steps=2']), Path({str(tmp_path / 'r')!r})).run();"
+        "assert 'transformers' not in sys.modules and 'tokenizers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
