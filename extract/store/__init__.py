@@ -1,0 +1,6 @@
+"""The store of teacher states: `from stillhouse.extract.store import Store`. Imports neither torch nor transformers."""
+
+from .layout import hash_text, to_float32
+from .reader import Gathered, Store, TeacherInfo, View
+
+__all__ = ["Gathered", "Store", "TeacherInfo", "View", "hash_text", "to_float32"]

@@ -1,0 +1,189 @@
+"""Writing one unit of work: shard files, their checksums, then the commit.
+
+Invariant: nothing of a unit can be seen before all of it is on disk: files are filled under tmp/, synced, renamed to
+their keys, folders synced, and only then the commit record is linked. Memory: one block of states.
+Run: `pytest tests/extract/test_crash.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from stillhouse.data.errors import StoreError
+
+from .arrays import RawArray
+from .commits import Commit, link_commit
+from .files import allocate, fsync_folder, phase, pwrite_all, room
+from .layout import INNER_ROWS, Dtype, Paths, crc32c, dtype_of, footer, shard_bytes
+from .plan import Teacher, Unit
+
+
+def versions() -> dict[str, str]:
+    """Library versions recorded beside what they made (they are no part of a fingerprint)."""
+    return {name: version(name) for name in ("stillhouse", "torch", "transformers", "tokenizers", "numpy")}
+
+
+def encode(states: np.ndarray, dtype: Dtype) -> np.ndarray:
+    """float32 [N, D] → as stored. bfloat16 rounds to nearest even, as torch does."""
+    if dtype.logical == "bfloat16":
+        bits = np.ascontiguousarray(states, dtype=np.float32).view(np.uint32)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        return np.where(np.isnan(states), np.uint16(0x7FC0), rounded)
+    with np.errstate(over="ignore"):
+        return states.astype(dtype.stored)
+
+
+def is_finite(encoded: np.ndarray, dtype: Dtype) -> bool:
+    if dtype.logical == "bfloat16":
+        return bool(((encoded & 0x7F80) != 0x7F80).all())
+    return bool(np.isfinite(encoded).all())
+
+
+class UnitWriter:
+    """Fills the shard files of a unit. Use: `write` for every utterance and layer, then `commit`.
+
+    `first_row` and `lengths` are the store's start and length of the unit's utterances.
+    """
+
+    def __init__(
+        self,
+        paths: Paths,
+        scratch: Path,
+        teacher: Teacher,
+        unit: Unit,
+        starts: np.ndarray,
+        lengths: np.ndarray,
+        ids: list[str],
+    ) -> None:
+        self.paths, self.scratch, self.teacher, self.unit = paths, scratch, teacher, unit
+        self.dtype = dtype_of(teacher.dtype)
+        self.row_bytes = teacher.width * self.dtype.bytes
+        self.ids, self.lengths = ids, lengths
+        shard, rows = unit.shard, unit.generation.shard_rows
+        self.starts = starts - shard.number * rows
+        self.files: dict[int, Path] = {}
+        self._fds: dict[int, int] = {}
+        self.written = {layer: np.zeros(shard.rows, dtype=bool) for layer in unit.layers}
+        self.crc = {layer: np.zeros(len(lengths), dtype=np.uint32) for layer in unit.layers}
+        self._split: set[tuple[int, int]] = set()
+        size = shard_bytes(shard.rows, rows, self.row_bytes)
+        try:
+            for layer in unit.layers:
+                path = scratch / f"{teacher.name}.{unit.context.replace(':', '-')}.{layer}.{shard.number}"
+                with room(path):
+                    self._fds[layer] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+                    allocate(self._fds[layer], size)
+                self.files[layer] = path
+        except BaseException:
+            self.close()
+            raise
+        phase("allocated")
+
+    def write(self, layer: int, utterance: int, first_token: int, states: np.ndarray) -> None:
+        """Store float32 [n, D] as tokens [first_token, first_token + n) of the unit's `utterance`-th utterance.
+
+        Errors: StoreError naming view and utterance where a value is not finite after the cast.
+        """
+        block = np.ascontiguousarray(encode(states, self.dtype))
+        if not is_finite(block, self.dtype):
+            raise StoreError(
+                f"a value of {self.teacher.name}/{self.unit.context}/{layer} is not finite in {self.dtype.logical}",
+                where=self.ids[utterance],
+                remedy="store this teacher with --dtype bfloat16"
+                if self.dtype.logical == "float16"
+                else "the model itself yields it: try --model-dtype float32",
+            )
+        row = int(self.starts[utterance]) + first_token
+        data = memoryview(block.data).cast("B")
+        with room(self.files[layer]):
+            pwrite_all(self._fds[layer], data, row * self.row_bytes)
+        self.written[layer][row : row + len(block)] = True
+        if len(block) == self.lengths[utterance]:
+            self.crc[layer][utterance] = crc32c(block)
+        else:
+            self._split.add((layer, utterance))
+        phase("mid_write")
+
+    def commit(
+        self, input_hash: np.ndarray, context_left: np.ndarray, context_right: np.ndarray, generation: int
+    ) -> bool:
+        """Make the unit exist. False where another writer's commit came first (its bytes stay)."""
+        teacher, unit = self.teacher, self.unit
+        shard, rows = unit.shard, unit.generation.shard_rows
+        for layer in unit.layers:
+            if not self.written[layer].all():
+                hole = int(np.argmin(self.written[layer]))
+                raise StoreError(f"row {hole} was never written", where=f"{unit} layer {layer}")
+            self._finish_file(layer, shard.rows, rows)
+        phase("before_rename")
+        folders = set()
+        c = teacher.contexts.index(unit.context)
+        for layer in unit.layers:
+            target = self.paths.hidden(teacher.name, c, teacher.layers.index(layer), shard.number)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(self.files[layer], target)
+            folders |= {target.parent, target.parent.parent, target.parent.parent.parent}
+            phase("mid_rename")
+        for folder in folders:
+            fsync_folder(folder)
+        phase("renamed")
+        group = self.paths.data / teacher.name
+        for name, values in (
+            ("input_hash", input_hash),
+            ("context_left", context_left),
+            ("context_right", context_right),
+        ):
+            RawArray(group / name).write_range(values, c, first=shard.first)
+        crc = RawArray(group / "crc32c")
+        for layer in unit.layers:
+            crc.write_range(self.crc[layer], c, teacher.layers.index(layer), first=shard.first)
+        record = Commit(
+            teacher=teacher.name,
+            context=unit.context,
+            shard=shard.number,
+            generation=generation,
+            layers=list(unit.layers),
+            utterances=[shard.first, shard.last],
+            rows=[shard.number * rows, shard.number * rows + shard.rows],
+            files={str(layer): shard_bytes(shard.rows, rows, self.row_bytes) for layer in unit.layers},
+            checksums={str(k): crc32c(v.astype("<u4").tobytes()) for k, v in self.crc.items()},
+            writer={"host": socket.gethostname(), "pid": os.getpid(), "machine": platform.machine()},
+            versions=versions(),
+        )
+        return link_commit(self.paths, self.scratch, record)
+
+    def _finish_file(self, layer: int, used: int, rows: int) -> None:
+        """NaN after the last utterance up to the chunk's end, the index, fsync."""
+        fd = self._fds[layer]
+        for utterance in sorted(u for k, u in self._split if k == layer):
+            size, at = int(self.lengths[utterance]) * self.row_bytes, int(self.starts[utterance]) * self.row_bytes
+            self.crc[layer][utterance] = crc32c(os.pread(fd, size, at))
+        with room(self.files[layer]):
+            tail = -used % INNER_ROWS
+            if tail:
+                fill = self.dtype.fill_rows(tail, self.teacher.width)
+                pwrite_all(fd, memoryview(fill.data).cast("B"), used * self.row_bytes)
+            end = (used + tail) * self.row_bytes
+            pwrite_all(fd, memoryview(footer(used, rows, self.row_bytes)), end)
+            os.fsync(fd)
+        os.close(self._fds.pop(layer))
+
+    def close(self) -> None:
+        """Drop what has not been committed."""
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+        for path in self.files.values():
+            path.unlink(missing_ok=True)
+
+    def __enter__(self) -> UnitWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

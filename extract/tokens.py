@@ -1,0 +1,141 @@
+"""Transcripts to a teacher's token ids, each with its span in the manifest's raw text.
+
+Invariant: an utterance is tokenised once, by itself, so every context has the same token axis; ids equal what the
+tokenizer gives inside running text (with the leading space that byte-BPE expects).
+Run: `pytest tests/extract/test_tokens.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from stillhouse.data.errors import TeacherError
+from stillhouse.data.text import transform
+
+# Words that any vocabulary spells somehow; a word must be spelt at the start of a text as in the middle of it.
+_PROBES = ("the", "a", "of", "and")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of many utterances: ids int32 [ΣN], length int32 [U], span int32 [ΣN, 2] (code points, raw text)."""
+
+    ids: np.ndarray
+    length: np.ndarray
+    span: np.ndarray
+
+
+class Tokeniser:
+    """A Hugging Face fast tokenizer with the settings that a store records.
+
+    `kind` is "encoder" or "decoder": decoders get BOS, or EOS where there is none, before the text.
+    """
+
+    def __init__(self, tokenizer: Any, kind: str) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise TeacherError(
+                f"{type(tokenizer).__name__} cannot say which characters a token came from",
+                expected="a fast tokenizer (tokenizer.json)",
+                remedy="convert it with transformers and save it beside the model",
+            )
+        self._hf = tokenizer
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self.leading_space = self._wants_space()
+        self.prefix, self.suffix = self._around(kind)
+        self.hash = hashlib.blake2b(self._backend.to_str().encode(), digest_size=16).hexdigest()
+
+    def _ids(self, text: str, special: bool = False) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=special).ids
+
+    def _wants_space(self) -> bool:
+        """Whether a first word must get a space to be spelt as the same word is further on."""
+
+        def same(text: str) -> bool:
+            ids = self._ids(text)
+            half = len(ids) // 2
+            return len(ids) % 2 == 0 and ids[:half] == ids[half:]
+
+        bare = sum(same(f"{w} {w}") for w in _PROBES)
+        spaced = sum(same(f" {w} {w}") for w in _PROBES)
+        return spaced > bare
+
+    def _around(self, kind: str) -> tuple[list[int], list[int]]:
+        bare, full = (
+            self._ids(" the" if self.leading_space else "the"),
+            self._ids(" the" if self.leading_space else "the", special=True),
+        )
+        at = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), 0)
+        prefix, suffix = full[:at], full[at + len(bare) :]
+        if kind == "encoder":
+            return prefix, suffix
+        if not prefix:
+            first = self._hf.bos_token_id if self._hf.bos_token_id is not None else self._hf.eos_token_id
+            prefix = [] if first is None else [int(first)]
+        return prefix, []
+
+    def join_ids(self, join: str) -> list[int]:
+        """Ids that stand between two utterances of one window."""
+        return self._ids(join) if join else []
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        return [self._hf.convert_ids_to_tokens(int(i)) or "" for i in ids]
+
+    def encode(self, texts: Sequence[str], transform_name: str) -> Tokens:
+        """Raw transcripts → tokens. Errors: ConfigError for an unknown transform."""
+        ids: list[np.ndarray] = []
+        spans: list[np.ndarray] = []
+        lengths = np.zeros(len(texts), dtype=np.int32)
+        space = " " if self.leading_space else ""
+        for first in range(0, len(texts), 1000):
+            mapped = [transform(t, transform_name) for t in texts[first : first + 1000]]
+            encodings = self._backend.encode_batch(
+                [space + m.text if m.text.strip() else "" for m in mapped], add_special_tokens=False
+            )
+            for u, (m, e) in enumerate(zip(mapped, encodings), first):
+                ids.append(np.array(e.ids, dtype=np.int32))
+                spans.append(raw_spans(np.array(e.offsets, dtype=np.int64).reshape(-1, 2), m, len(space)))
+                lengths[u] = len(e.ids)
+        return Tokens(
+            np.concatenate(ids) if ids else np.zeros(0, np.int32),
+            lengths,
+            np.concatenate(spans) if spans else np.zeros((0, 2), np.int32),
+        )
+
+    def settings(self) -> dict[str, Any]:
+        return json.loads(self._backend.to_str())
+
+
+def raw_spans(offsets: np.ndarray, mapped: Any, shift: int) -> np.ndarray:
+    """Offsets [N, 2] in the tokenised text → spans [N, 2] in the raw text.
+
+    `shift` characters were put before `mapped.text`. White space at a token's ends is no part of its span, and a
+    piece of a character has the whole character's span.
+    """
+    text = mapped.text
+    begin = np.clip(offsets[:, 0] - shift, 0, len(text))
+    end = np.clip(offsets[:, 1] - shift, 0, len(text))
+    if not len(text) or not len(offsets):
+        return np.zeros((len(offsets), 2), dtype=np.int32)
+    black = np.array([not c.isspace() for c in text])
+    where = np.arange(len(text))
+    # next_black[i]: first non-space at or after i; last_black[i]: one past the last non-space before i
+    next_black = np.minimum.accumulate(np.where(black, where, len(text))[::-1])[::-1]
+    next_black = np.append(next_black, len(text))
+    last_black = np.maximum.accumulate(np.append(0, np.where(black, where + 1, 0)))
+    inner_begin, inner_end = next_black[begin], last_black[end]
+    solid = inner_begin < inner_end
+    begin, end = np.where(solid, inner_begin, begin), np.where(solid, inner_end, end)
+    # An empty offset is a later byte of the character that it points into.
+    empty = begin >= end
+    begin = np.where(empty, np.minimum(begin, len(text) - 1), begin)
+    end = np.where(empty, begin + 1, end)
+    source = mapped.source
+    return np.stack([source[begin, 0], source[end - 1, 1]], axis=1).astype(np.int32)
