@@ -15,9 +15,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
-
-from .numeric import exp32, fetch_add, log_add, log_add_exact
+from .numeric import borrow, exp32, fetch_add, kernel, log_add, log_add_exact
 from .rows import computed, gradient_row, load, log_sum_exps
 
 f32 = np.float32
@@ -25,7 +23,7 @@ CLOSED = -1e30  # the score of an arc that cannot be taken; finite, so that diff
 IMPOSSIBLE = -1e29
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def diagonals(T, U, base, start):
     """Fill base [T+U] for one utterance whose cells start at `start`: cell (t, u) is number base[t+u] + u."""
     position = start
@@ -35,22 +33,28 @@ def diagonals(T, U, base, start):
         position += high - low + 1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def lay_out(T, U, at, cells, base):
     for b in range(T.size):
         diagonals(T[b], U[b], base[at[b] : at[b + 1]], cells[b])
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def closed_if_less(x):
     return CLOSED if x < CLOSED else x  # NaN passes
 
 
-@njit(cache=True, nogil=True)
-def row_stage(b, t0, t1, x, y, T, U, first, per_frame, base, lse, blank_lp, label_lp, blank, delay, fused):
-    """Stage 1 for frames t0..t1 of utterance b; base and y are the utterance's own."""
-    zero = computed(x[0], 0.0)
-    reference, sums, out = np.full(U + 1, zero), np.full(U + 1, zero), np.zeros(U + 1)
+@kernel
+def row_stage(
+    t0, t1, x, y, T, U, first, per_frame, base, lse, blank_lp, label_lp, blank, delay, fused, work, work64
+):  # fmt: skip
+    """Stage 1 for frames t0..t1 of one utterance, whose own base, y, first and per_frame these are.
+
+    work [2, U+1 or more] of the type that is computed in and work64 [U+1 or more] are room.
+    """
+    reference, sums, out = work[0, : U + 1], work[1, : U + 1], work64[: U + 1]
+    reference[:] = 0
+    out[:] = 0
     for t in range(t0, t1):
         bonus = delay * ((T - 1) * 0.5 - t)
         row0 = first + t * per_frame
@@ -67,7 +71,7 @@ def row_stage(b, t0, t1, x, y, T, U, first, per_frame, base, lse, blank_lp, labe
             label_lp[cell] = closed_if_less(load(rows[u], y[u]) - out[u] + bonus) if u < U else CLOSED
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def alphas(T, U, base, blank_lp, label_lp, alpha, exact):
     alpha[base[0]] = 0.0
     for n in range(1, T + U):
@@ -89,7 +93,7 @@ def alphas(T, U, base, blank_lp, label_lp, alpha, exact):
                 out[k] = log_add(up[k] + up_lp[k], left[k] + left_lp[k])
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def betas(T, U, base, blank_lp, label_lp, alpha, total, scratch, exact):
     """Backwards through the lattice; blank_lp and label_lp become the occupancies of their arcs.
 
@@ -126,7 +130,7 @@ def betas(T, U, base, blank_lp, label_lp, alpha, total, scratch, exact):
         nxt, cur = cur, nxt
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def lattice_stage(T, U, base, blank_lp, label_lp, alpha, exact):
     """Stage 2 of one utterance: returns its cost; blank_lp, label_lp become occupancies (0 when it has no alignment)."""
     alphas(T, U, base, blank_lp, label_lp, alpha, exact)
@@ -138,19 +142,23 @@ def lattice_stage(T, U, base, blank_lp, label_lp, alpha, exact):
             blank_lp[base[n] + low : base[n] + high + 1] = 0
             label_lp[base[n] + low : base[n] + high + 1] = 0
         return np.inf
-    betas(T, U, base, blank_lp, label_lp, alpha, total, np.empty((2, U + 3), np.float64), exact)
+    betas(T, U, base, blank_lp, label_lp, alpha, total, np.empty((2, U + 3)), exact)
     return -total
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def forward(
-    thread, x, y, T, U, first, per_frame, at, base, tasks, counter, left, lse, blank_lp, label_lp, alpha, costs, blank,
-    delay, fused, exact,
+    thread, x, y, T, U, first, per_frame, at, base, tasks, counter, left, lse, blank_lp, label_lp, alpha,
+    work, work64, costs, blank, delay, fused, exact,
 ):  # fmt: skip
-    """Stages 1 and 2. tasks int64 [K, 3]: utterance, frames from, to; whoever ends an utterance's rows does its lattice.
+    """Stages 1 and 2. tasks int64 [K, 3]: utterance, frames from, to.
 
-    counter int64 [1] = 0, left int64 [B] = the number of an utterance's tasks, both used up.
+    counter int64 [1] = 0 and left int64 [B] = an utterance's number of tasks are used up: whoever ends an utterance's
+    rows does its lattice. work [threads, 2, Umax+1], of the type that is computed in, work64 [threads, Umax+1].
     """
+    x, y, base, tasks = borrow(x), borrow(y), borrow(base), borrow(tasks)
+    lse, blank_lp, label_lp, alpha = borrow(lse), borrow(blank_lp), borrow(label_lp), borrow(alpha)
+    own_work, own_work64 = borrow(work)[thread], borrow(work64)[thread]
     while True:
         k = fetch_add(counter, 0, 1)
         if k >= tasks.shape[0]:
@@ -158,19 +166,21 @@ def forward(
         b = tasks[k, 0]
         own = base[at[b] : at[b + 1]]
         row_stage(
-            b, tasks[k, 1], tasks[k, 2], x, y[b], T[b], U[b], first[b], per_frame[b], own, lse, blank_lp, label_lp,
-            blank, delay, fused,
+            tasks[k, 1], tasks[k, 2], x, y[b], T[b], U[b], first[b], per_frame[b], own, lse, blank_lp, label_lp,
+            blank, delay, fused, own_work, own_work64,
         )  # fmt: skip
         if fetch_add(left, b, -1) == 1:
             costs[b] = lattice_stage(T[b], U[b], own, blank_lp, label_lp, alpha, exact)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def backward(
     thread, x, out, inplace, y, T, U, first, per_frame, at, base, tasks, counter, lse, occ_blank, occ_label, scale,
     blank, clamp, fused, fastemit, eps,
 ):  # fmt: skip
     """Stage 3. tasks as in forward, but they cover the padding too, which is set to 0. scale float64 [B]."""
+    x, out, y, base, tasks = borrow(x), borrow(out), borrow(y), borrow(base), borrow(tasks)
+    lse, occ_blank, occ_label = borrow(lse), borrow(occ_blank), borrow(occ_label)
     result = x if inplace else out
     while True:
         k = fetch_add(counter, 0, 1)
@@ -206,7 +216,7 @@ def backward(
             result[row0 + used : row0 + per_frame[b], :] = 0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def unpack_occupancy(T, U, at, base, occ_label, out):
     """occ_label from diagonals into out [B, Umax, Tmax], which comes zeroed."""
     for b in range(T.size):

@@ -66,9 +66,11 @@ class _CpuLoss(torch.autograd.Function):
         kind = np.float64 if exact else np.float32
         lse, blank_lp, label_lp = (np.empty(plan.total, kind) for _ in range(3))
         alpha, costs = np.empty(plan.total), np.zeros(batch.T.size)
+        count, width = threads.thread_count(), int(batch.U.max(initial=0)) + 1
+        work, work64 = np.empty((count, 2, width), kind), np.empty((count, width))
         threads.run(
-            forward, threads.thread_count(), x, batch.y, batch.T, batch.U, plan.first, plan.per_frame, plan.at,
-            plan.base, tasks, np.zeros(1, np.int64), left, lse, blank_lp, label_lp, alpha, costs, batch.blank,
+            forward, count, x, batch.y, batch.T, batch.U, plan.first, plan.per_frame, plan.at,
+            plan.base, tasks, np.zeros(1, np.int64), left, lse, blank_lp, label_lp, alpha, work, work64, costs, batch.blank,
             float(options.delay), options.fused, exact,
         )  # fmt: skip
         warn_nan(costs, batch)

@@ -10,6 +10,7 @@ Run: pytest tests/rnnt/test_numeric.py
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 from llvmlite import ir
@@ -49,6 +50,29 @@ _M0, _M1, _M2, _M3, _M4 = f32(1.0), f32(-0.49999988), f32(0.33333324), f32(-0.25
 _M5, _M6, _M7 = f32(-0.16609126), f32(0.14180079), f32(-0.13240843)
 _M8, _M9 = f32(0.1291417), f32(-0.076385924)
 _LN2 = 0.6931471805599453
+
+
+
+def _fingerprint() -> tuple[float, int]:
+    """Newest time and total size of this folder's sources."""
+    stats = [path.stat() for path in Path(__file__).parent.glob("*.py")]
+    return max(s.st_mtime for s in stats), sum(s.st_size for s in stats)
+
+
+_STAMP = _fingerprint()
+
+
+def kernel(function):
+    """njit without the interpreter's lock, cached on disk until any source of this folder changes.
+
+    numba by itself looks at the one file of a function, and would keep what it has inlined from another file.
+    """
+    dispatcher = njit(cache=True, nogil=True)(function)
+    index = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
+    if index is not None and hasattr(index, "_source_stamp"):
+        index._source_stamp = _STAMP
+    return dispatcher
+
 
 _I16, _I32 = ir.IntType(16), ir.IntType(32)
 _FLOAT = ir.FloatType()
@@ -133,6 +157,25 @@ def sum_add(typingctx, a, b):
 
 
 @intrinsic
+def borrow(typingctx, array):
+    """The same array without its reference count; the caller keeps the array alive.
+
+    Every slice of an array counts a reference, atomically, on one cache line for all threads: per row that costs more
+    than its arithmetic.
+    """
+    if not isinstance(array, types.Array):
+        return None
+
+    def codegen(context, builder, signature, args):
+        result = context.make_array(signature.return_type)(context, builder, args[0])
+        for name in ("meminfo", "parent"):
+            setattr(result, name, cgutils.get_null_value(getattr(result, name).type))
+        return result._getvalue()
+
+    return array(array), codegen
+
+
+@intrinsic
 def fetch_add(typingctx, array, index, value):
     """array[index] += value for int64 arrays, atomically; returns the value before. Orders memory both ways."""
     if not isinstance(array, types.Array) or array.dtype != types.int64:
@@ -149,7 +192,7 @@ def fetch_add(typingctx, array, index, value):
     return types.int64(array, index, value), codegen
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def exp32(x):
     """exp of a float32, relative error 2e-7; exactly 0 at -88 and below (-inf too), NaN for NaN.
 
@@ -170,7 +213,7 @@ def exp32(x):
     return p * power_of_two(shifted)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def log1p_unit32(x):
     """log(1 + x) of a float32 in [0, 1], relative error 1e-7."""
     p = fma(_L8, x, _L7)
@@ -184,7 +227,7 @@ def log1p_unit32(x):
     return p * x
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def log32(x):
     """log of a positive normal float32, as float64 with the digits of a float32: absolute error 1e-7."""
     m = mantissa(x) - f32(1)
@@ -200,13 +243,13 @@ def log32(x):
     return np.float64(exponent(x)) * _LN2 + np.float64(p * m)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def tanh32(x):
     """tanh of a float32, absolute error 2e-7."""
     return f32(1) - f32(2) / (f32(1) + exp32(x + x))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def log_add(a, b):
     """log(exp(a) + exp(b)) of float64 values; the correction is computed in float32: absolute error 1e-7."""
     high = a if a > b else b
@@ -214,7 +257,7 @@ def log_add(a, b):
     return high + np.float64(log1p_unit32(exp32(f32(low - high))))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def log_add_exact(a, b):
     """log(exp(a) + exp(b)) of float64 values to full precision, one at a time."""
     high = a if a > b else b

@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import overload
 
-from .numeric import bfloat_to_float, exp32, float_to_bfloat, float_to_half, half_to_float, log32, sum_add
+from .numeric import bfloat_to_float, exp32, float_to_bfloat, float_to_half, half_to_float, kernel, log32, sum_add
 
 f32 = np.float32
 # a sum of exponentials outside these bounds has lost digits or overflowed and is taken again around the maximum
@@ -83,7 +83,7 @@ def _exp_like(x):
     return lambda x: math.exp(x)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def sum_exp(row, reference):
     """Sum of exp(row - reference); reference has the type that is computed in.
 
@@ -113,7 +113,7 @@ def sum_exp(row, reference):
     return total
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def row_max(row):
     high = load(row, 0)
     for i in range(1, row.size):
@@ -122,7 +122,7 @@ def row_max(row):
     return high
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def log_sum_exp_safe(row):
     """logsumexp of a row in float64, around its maximum: two passes. -inf when all are, NaN for NaN and +inf."""
     high = row_max(row)
@@ -143,7 +143,7 @@ def _log_of_sum(row, total):
     return lambda row, total: log32(total)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def log_sum_exps(rows, reference, sums, out):
     """logsumexp of every row, float64, into out [R]; one pass over the rows.
 
@@ -166,21 +166,21 @@ def log_sum_exps(rows, reference, sums, out):
         reference[i] = computed(rows[0], out[i] if -1e30 < out[i] < 1e30 else 0.0)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def scaled_softmax(source, target, lse, weight):
     """target = softmax(source) * weight; lse and weight have the type that is computed in. Arrays don't overlap."""
     for i in range(source.size):
         store(target, i, exp_like(load(source, i) - lse) * weight)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def scaled_softmax_(row, lse, weight):
     """The same in place: one array, because a possible overlap would keep the loop from being vectorised."""
     for i in range(row.size):
         store(row, i, exp_like(load(row, i) - lse) * weight)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def clamp_scale_(row, limit, scale):
     """row = clip(row, -limit, limit) * scale."""
     for i in range(row.size):
@@ -190,7 +190,7 @@ def clamp_scale_(row, limit, scale):
         store(row, i, value * scale)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def gradient_row(source, target, inplace, lse, occ_blank, occ_label, blank, label, scale, clamp, fused):
     """One cell's gradient into target (into source when inplace).
 
