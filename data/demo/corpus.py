@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..errors import CorpusError
 from ..manifest import Utterance, write_manifest
 from .espeak import EspeakVoice
 from .plan import FULL, Reading, Size, Voice, cast, plan
@@ -47,14 +48,19 @@ class Built:
 
 
 def build_demo_corpus(folder: Path, voices: str = "espeak", size: Size = FULL, workers: int | None = None) -> Built:
-    """Speak the stories into `folder`; `voices` is "espeak" or "hibari". Raises AudioError, ConfigError."""
+    """Speak the stories into `folder`; `voices` is "espeak" or "hibari". Raises AudioError,
+    ConfigError, and CorpusError where the folder holds another demo.
+    """
     folder = Path(folder)
     readings = plan(read_stories(), cast(voices), size)
     fingerprint = _fingerprint(readings)
     done = _stamp(folder)
     if done is not None and done["fingerprint"] == fingerprint:
         return Built(folder / "corpus.jsonl", done["seconds"], done["utterances"], done["engine"], fresh=False)
-    (folder / STAMP).unlink(missing_ok=True)
+    if done is not None:
+        raise CorpusError(
+            "the folder holds a demo of other stories, voices or size", where=folder, remedy="delete it, or give --out"
+        )
     shutil.rmtree(folder / "audio", ignore_errors=True)
 
     utterances: dict[int, list[Utterance]] = {}  # by place of the reading in the plan

@@ -10,7 +10,7 @@ from stillhouse.data.demo import corpus as demo
 from stillhouse.data.demo.espeak import EspeakVoice
 from stillhouse.data.demo.plan import CASTS, ESPEAK, FULL, QUICK, Size, cast, plan
 from stillhouse.data.demo.stories import read_stories
-from stillhouse.data.errors import AudioError, ConfigError
+from stillhouse.data.errors import AudioError, ConfigError, CorpusError
 from stillhouse.data.manifest import read_manifest
 
 TINY = Size(heard=2, readers=1, unheard=1, known=1, heard_on_new=0)
@@ -103,6 +103,8 @@ def test_corpus_on_disk_and_again(tmp_path) -> None:
     audio = corpus.audio_path(u).read_bytes()
     again = demo.build_demo_corpus(tmp_path, size=TINY)
     assert not again.fresh and again.seconds == built.seconds
+    with pytest.raises(CorpusError, match="other stories, voices or size"):
+        demo.build_demo_corpus(tmp_path, size=FULL)  # features made of the first would be taken for the second's
     (tmp_path / demo.STAMP).unlink()  # as if a run had been killed before its end
     corpus.audio_path(u).write_bytes(b"torn")
     assert demo.build_demo_corpus(tmp_path, size=TINY).fresh

