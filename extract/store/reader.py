@@ -144,13 +144,14 @@ class Store:
             commits.has(u.shard.number, [view.layer], u.generation.number) for u in wanted
         )
 
-    def resolve(self, patterns: str | Sequence[str]) -> list[View]:
+    def resolve(self, patterns: str | Sequence[str], among: Sequence[View] | None = None) -> list[View]:
         """Views that match an address: globs for teacher and context, layers by number, `last`, negative or `*`,
-        several with commas: "minilm/*/3,6". Errors: NoStoreError listing what there is.
+        several with commas: "minilm/*/3,6". `among`: other views than the complete ones, as in `planned_views`.
+        Errors: NoStoreError listing what there is.
         """
         if not isinstance(patterns, str):
-            return list(dict.fromkeys(v for p in patterns for v in self.resolve(p)))
-        have = self.views
+            return list(dict.fromkeys(v for p in patterns for v in self.resolve(p, among)))
+        have = self.views if among is None else among
         parts = [*patterns.split("/"), "*", "*"][:3] if patterns.count("/") < 3 else []
         found = [v for v in have if parts and self._matches(v, *parts)]
         if not found:
