@@ -244,6 +244,14 @@ class Store:
 
     # --- reading ---
 
+    def tokens(self, ids: Sequence[str], teacher: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What the plan knows before any state exists: lengths int32 [B], token ids int32 [ΣN], spans int32 [ΣN, 2].
+
+        Errors: NoStoreError for an unknown id or teacher.
+        """
+        t, rows = self._rows_of(teacher), self.rows(ids)
+        return t.length[rows], t.tokens(t.token_id, rows), t.tokens(t.span, rows)
+
     def gather(self, ids: Sequence[str], views: Sequence[View]) -> Gathered:
         """States, lengths, token ids and spans of utterances, packed in the order of `ids`.
 
@@ -253,10 +261,7 @@ class Store:
         rows = self.rows(ids)
         lengths, states, token_id, span = {}, {}, {}, {}
         for name in dict.fromkeys(v.teacher for v in views):
-            t = self._rows_of(name)
-            lengths[name] = t.length[rows]
-            token_id[name] = t.tokens(t.token_id, rows)
-            span[name] = t.tokens(t.span, rows)
+            lengths[name], token_id[name], span[name] = self.tokens(ids, name)
         for view in dict.fromkeys(views):
             states[view] = self._states(view, rows)
         return Gathered(lengths, states, token_id, span)
