@@ -1,0 +1,176 @@
+"""Verifying a store: does it hold what its commits say, bit for bit?
+
+Invariant: read only; every finding names a place (view, shard, utterance) and what mends it. An intact store, also
+one whose extraction is not finished, has no findings. Run: `stillhouse inspect verify STORE`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from stillhouse.data.errors import StillhouseError
+
+from .arrays import RawArray
+from .commits import Commit
+from .files import Lock
+from .layout import INNER_ROWS, crc32c, dtype_of, footer_bytes, identity_rows
+from .plan import Unit
+from .reader import Store, View
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something wrong: what, where ("VIEW shard S utterance U" or a path), and what to do about it."""
+
+    what: str
+    where: str
+    remedy: str
+
+
+_REPAIR = "stillhouse extract CORPUS STORE … --repair re-extracts just this"
+
+
+def verify(store: Store, data: bool = True) -> list[Finding]:
+    """All findings. With `data`, every stored byte is read and compared with its checksum; without, sizes and
+    records alone.
+    """
+    return list(findings(store, data))
+
+
+def findings(store: Store, data: bool = True) -> Iterator[Finding]:
+    """The same as they are found."""
+    yield from _check_index(store)
+    for name in store.plan.teachers:
+        yield from _check_tokens(store, name)
+        yield from _check_units(store, name, data)
+    yield from _check_litter(store)
+
+
+def damaged_units(store: Store, data: bool = True) -> list[tuple[Unit, list[Finding]]]:
+    """Committed units with something wrong in their files: what a repair makes anew."""
+    out = []
+    for name in store.plan.teachers:
+        for unit in store.plan.units(name):
+            found = list(_check_unit(store, unit, data))
+            if found:
+                out.append((unit, found))
+    return out
+
+
+def _check_index(store: Store) -> Iterator[Finding]:
+    where = str(store.paths.data / "utterances")
+    try:
+        index = store.index
+        rows = index.rows(index.ids())
+    except (StillhouseError, OSError, ValueError) as e:
+        yield Finding(f"the index of utterances cannot be read: {e}", where, "extract into a new store")
+        return
+    if not np.array_equal(rows, np.arange(len(index))):
+        yield Finding("ids do not lead to their own rows", where, "extract into a new store")
+
+
+def _check_tokens(store: Store, name: str) -> Iterator[Finding]:
+    group = store.paths.data / name
+    try:
+        length, start = RawArray(group / "length").read(), RawArray(group / "start").read()
+        token_id, latest = RawArray(group / "token_id").read(), store.plan.latest(name)
+    except (StillhouseError, OSError, ValueError) as e:
+        yield Finding(f"the tokens cannot be read: {e}", str(group), "extract into a new store")
+        return
+    for shard in latest.shards:
+        rows = length[shard.first : shard.last].astype(np.int64)
+        begins = shard.number * latest.shard_rows + np.cumsum(rows) - rows
+        if int(rows.sum()) != shard.rows or not np.array_equal(start[shard.first : shard.last], begins):
+            yield Finding("start and length contradict the plan", f"{name} shard {shard.number}", "a new store")
+    for first, n in zip(start.tolist(), length.tolist()):
+        if (token_id[first : first + n] < 0).any():
+            yield Finding("an utterance has rows without token ids", f"{name} row {first}", "a new store")
+            return
+
+
+def _check_units(store: Store, name: str, data: bool) -> Iterator[Finding]:
+    for unit in store.plan.units(name):
+        yield from _check_unit(store, unit, data)
+    for view in store.views:
+        if view.teacher == name:
+            mean, std = store.norm(view)
+            if not (np.isfinite(mean).all() and (std > 0).all()):
+                yield Finding("norm_mean or norm_std is not finite", view.address, "extract into a new store")
+
+
+def _check_unit(store: Store, unit: Unit, data: bool) -> Iterator[Finding]:
+    commits = store.commits(unit.teacher, unit.context)
+    for layer in unit.layers:
+        commit = commits.of.get((unit.shard.number, layer))
+        if commit is None or commit.generation < unit.generation.number:
+            continue  # not extracted yet: no finding
+        view = View(unit.teacher, unit.context, layer)
+        place = f"{view.address} shard {unit.shard.number}"
+        c, axis = store._axes(view)
+        path = store.paths.hidden(unit.teacher, c, axis, unit.shard.number)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as e:
+            yield Finding(f"its file cannot be opened: {e.strerror}", f"{place}: {path}", _REPAIR)
+            continue
+        try:
+            yield from _check_file(store, unit, view, commit, fd, place, data)
+        finally:
+            os.close(fd)
+
+
+def _check_file(
+    store: Store, unit: Unit, view: View, commit: Commit, fd: int, place: str, data: bool
+) -> Iterator[Finding]:
+    record, shard = store.teacher(view.teacher).settings, unit.shard
+    dtype = dtype_of(record.dtype)
+    row_bytes, rows = record.width * dtype.bytes, unit.generation.shard_rows
+    size, tail = os.fstat(fd).st_size, footer_bytes(rows)
+    try:
+        held = identity_rows(os.pread(fd, tail, max(0, size - tail)), rows, row_bytes)
+    except (StillhouseError, ValueError):
+        yield Finding("the index at the end of its file is damaged", place, _REPAIR)
+        return
+    if held is None:
+        return  # a copy in another layout: zarr reads it, and its own checksums, if any, are zarr's business
+    if size != commit.files[str(view.layer)]:
+        yield Finding(f"its file has {size:,} bytes, committed {commit.files[str(view.layer)]:,}", place, _REPAIR)
+        return
+    c, axis = store._axes(view)
+    stored = np.asarray(RawArray(store.paths.data / view.teacher / "crc32c").read(c, axis))[shard.first : shard.last]
+    if crc32c(stored.astype("<u4").tobytes()) != commit.checksums[str(view.layer)]:
+        yield Finding("the checksums of its utterances are damaged themselves", place, _REPAIR)
+        return
+    if not data:
+        return
+    group = store.paths.data / view.teacher
+    start = np.asarray(RawArray(group / "start").read())[shard.first : shard.last] - shard.number * rows
+    length = np.asarray(RawArray(group / "length").read())[shard.first : shard.last]
+    for u, (at, n, want) in enumerate(zip(start.tolist(), length.tolist(), stored.tolist())):
+        if n and crc32c(os.pread(fd, n * row_bytes, at * row_bytes)) != want:
+            name = store.index.id(shard.first + u)
+            yield Finding("stored bytes differ from their checksum", f"{place} utterance {name}", _REPAIR)
+    padding = np.frombuffer(os.pread(fd, (held - shard.rows) * row_bytes, shard.rows * row_bytes), dtype=dtype.stored)
+    if held - shard.rows >= INNER_ROWS or padding.tobytes() != dtype.fill_rows(len(padding), 1).tobytes():
+        yield Finding("rows behind its last utterance are not the fill value", place, _REPAIR)
+
+
+def _check_litter(store: Store) -> Iterator[Finding]:
+    tmp = store.paths.tmp
+    for folder in sorted(tmp.iterdir()) if tmp.is_dir() else []:
+        if _is_dead(folder):
+            yield Finding("left by a writer that died", str(folder), "the next `stillhouse extract` removes it")
+
+
+def _is_dead(folder: Path) -> bool:
+    if not (folder / "lock").exists():
+        return True
+    lock = Lock(folder / "lock")
+    free = lock.acquire()
+    lock.release()
+    return free
