@@ -13,8 +13,9 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -58,18 +59,17 @@ class Demo:
 
     out: Path
     say: Callable[[str], None]
-    stages: list[Stage] = field(default_factory=list)
 
     def command(self, stage: str, *args: str, to: str | None = None) -> None:
         """Run `stillhouse ARGS` in the folder, its data (stdout) into the file `to`. DemoError where it fails."""
         shown = shlex.join(["stillhouse", *args]) + (f" > {to}" if to else "")
         self.say(f"\n[{stage}]\n$ {shown}")
-        began = time.monotonic()
-        if to is None:
-            code = self._run(args, 2)  # what it prints is for the reader of the demo, not the demo's own data
-        else:
-            with (self.out / to).open("wb") as f:
-                code = self._run(args, f.fileno())
+        with self.timed(stage, shown):
+            if to is None:
+                code = self._run(args, 2)  # what it prints is for the reader of the demo, not the demo's own data
+            else:
+                with (self.out / to).open("wb") as f:
+                    code = self._run(args, f.fileno())
         if code == 130 or code < 0:
             raise KeyboardInterrupt
         if code:
@@ -78,7 +78,27 @@ class Demo:
                 where=self.out,
                 remedy="what it says is above; the same demo again goes on from here",
             )
-        self.stages.append(Stage(stage, shown, time.monotonic() - began))
+
+    @contextmanager
+    def timed(self, stage: str, command: str = "") -> Iterator[None]:
+        """Add to the time of a stage, over all runs of a demo that was stopped and went on."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            record = self.out / "stages.json"
+            stages = self.stages
+            past = next((s.seconds for s in stages if s.name == stage), 0.0)
+            stages = [s for s in stages if s.name != stage]
+            stages.append(Stage(stage, command, past + time.monotonic() - began))
+            record.write_text(json.dumps([asdict(s) for s in stages], indent=1) + "\n")
+
+    @property
+    def stages(self) -> list[Stage]:
+        try:
+            return [Stage(**s) for s in json.loads((self.out / "stages.json").read_text())]
+        except (OSError, ValueError, TypeError):
+            return []
 
     def _run(self, args: Sequence[str], stdout: int) -> int:
         return subprocess.run(
@@ -128,9 +148,8 @@ def run_demo(
 
     say(f"The demo works in {out}; its commands run there.")
     say("\n[corpus]\nStories of this project, read aloud by synthetic voices" + _speech(voices))
-    began = time.monotonic()
-    corpus = build_demo_corpus(out, voices, size or (QUICK if quick else FULL))
-    demo.stages.append(Stage("corpus", "", time.monotonic() - began))
+    with demo.timed("corpus"):
+        corpus = build_demo_corpus(out, voices, size or (QUICK if quick else FULL))
     for split, seconds in corpus.seconds.items():
         say(f"  {split:<11} {corpus.utterances[split]:>5} utterances {seconds / 60:>6.1f} min")
 
@@ -241,10 +260,10 @@ def _finish(demo: Demo, corpus: Built, quick: bool, recipe: Path) -> Result:
 
 
 def read_triples(path: Path) -> list[tuple[str, str, str]]:
-    """(id, reference, hypothesis) of what `stillhouse decode` wrote."""
+    """(id, reference, hypothesis) of what `stillhouse decode` wrote, by id: in the order of the stories."""
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [(x["id"], x["ref"], x["hyp"]) for x in lines]
+        return sorted((x["id"], x["ref"], x["hyp"]) for x in lines)
     except (ValueError, KeyError, TypeError) as e:
         raise CorpusError(f"not hypotheses: {e}", where=path, remedy="make it with `stillhouse decode`") from None
 

@@ -144,7 +144,7 @@ def store_facts(store: Store) -> dict[str, Any]:
         teachers.append(
             {
                 "name": name,
-                "model": Path(info.model).name,
+                "model": "/".join(Path(info.model).parts[-2:]),  # of a folder the end, a hub's name whole
                 "kind": info.kind,
                 "width": info.width,
                 "depth": info.depth,
