@@ -5,7 +5,8 @@
    contiguously: cell (t, u) of utterance b is number base[at[b] + t + u] + u. An utterance takes T*(U+1) numbers, no more.
 3. gradient: each row from its own logits, logsumexp and two occupancies.
 
-Rows are numbered by layout: cell (t, u) is row first[b] + t*per_frame[b] + u of a matrix [rows, V].
+Rows are numbered by layout: cell (t, u) is row first[b] + t*per_frame[b] + u - band[b, t] of a matrix [rows, V]. Without
+pruning band is 0; with it only units band[b, t] … band[b, t] + per_frame[b] - 1 have rows at frame t.
 Invariant: a thread picks its next task from a counter, and no result depends on which thread did it.
 Run: pytest tests/rnnt/test_cpu.py
 """
@@ -46,29 +47,32 @@ def closed_if_less(x):
 
 @kernel
 def row_stage(
-    t0, t1, x, y, T, U, first, per_frame, base, lse, blank_lp, label_lp, blank, delay, fused, work, work64
+    t0, t1, x, y, T, U, first, per_frame, band, base, lse, blank_lp, label_lp, blank, delay, fused, work, work64
 ):  # fmt: skip
-    """Stage 1 for frames t0..t1 of one utterance, whose own base, y, first and per_frame these are.
+    """Stage 1 for frames t0..t1 of one utterance, whose own y, first, per_frame, band [T] and base these are.
 
     work [2, U+1 or more] of the type that is computed in and work64 [U+1 or more] are room.
     """
-    reference, sums, out = work[0, : U + 1], work[1, : U + 1], work64[: U + 1]
-    reference[:] = 0
-    out[:] = 0
+    work[0] = 0
+    work64[:] = 0
     for t in range(t0, t1):
-        bonus = delay * ((T - 1) * 0.5 - t)
+        low = band[t]
+        count = min(per_frame, U + 1 - low)
+        reference, sums, out = work[0, :count], work[1, :count], work64[:count]
         row0 = first + t * per_frame
-        rows = x[row0 : row0 + U + 1]
+        rows = x[row0 : row0 + count]
         if fused:
             if t == t0:  # the first row of a task stands for all rows of its frame
                 log_sum_exps(rows[:1], reference, sums, out)
-                reference[:] = reference[0]
+                work[0] = reference[0]
             log_sum_exps(rows, reference, sums, out)  # around the frame before
-        for u in range(U + 1):
+        bonus = delay * ((T - 1) * 0.5 - t)
+        for i in range(count):
+            u = low + i
             cell = base[t + u] + u
-            lse[cell] = out[u]
-            blank_lp[cell] = closed_if_less(load(rows[u], blank) - out[u])
-            label_lp[cell] = closed_if_less(load(rows[u], y[u]) - out[u] + bonus) if u < U else CLOSED
+            lse[cell] = out[i]
+            blank_lp[cell] = closed_if_less(load(rows[i], blank) - out[i])
+            label_lp[cell] = closed_if_less(load(rows[i], y[u]) - out[i] + bonus) if u < U else CLOSED
 
 
 @kernel
@@ -148,7 +152,7 @@ def lattice_stage(T, U, base, blank_lp, label_lp, alpha, exact):
 
 @kernel
 def forward(
-    thread, x, y, T, U, first, per_frame, at, base, tasks, counter, left, lse, blank_lp, label_lp, alpha,
+    thread, x, y, T, U, first, per_frame, band, at, base, tasks, counter, left, lse, blank_lp, label_lp, alpha,
     work, work64, costs, blank, delay, fused, exact,
 ):  # fmt: skip
     """Stages 1 and 2. tasks int64 [K, 3]: utterance, frames from, to.
@@ -156,7 +160,7 @@ def forward(
     counter int64 [1] = 0 and left int64 [B] = an utterance's number of tasks are used up: whoever ends an utterance's
     rows does its lattice. work [threads, 2, Umax+1], of the type that is computed in, work64 [threads, Umax+1].
     """
-    x, y, base, tasks = borrow(x), borrow(y), borrow(base), borrow(tasks)
+    x, y, base, tasks, band = borrow(x), borrow(y), borrow(base), borrow(tasks), borrow(band)
     lse, blank_lp, label_lp, alpha = borrow(lse), borrow(blank_lp), borrow(label_lp), borrow(alpha)
     own_work, own_work64 = borrow(work)[thread], borrow(work64)[thread]
     while True:
@@ -166,8 +170,8 @@ def forward(
         b = tasks[k, 0]
         own = base[at[b] : at[b + 1]]
         row_stage(
-            tasks[k, 1], tasks[k, 2], x, y[b], T[b], U[b], first[b], per_frame[b], own, lse, blank_lp, label_lp,
-            blank, delay, fused, own_work, own_work64,
+            tasks[k, 1], tasks[k, 2], x, y[b], T[b], U[b], first[b], per_frame[b], band[b], own, lse, blank_lp,
+            label_lp, blank, delay, fused, own_work, own_work64,
         )  # fmt: skip
         if fetch_add(left, b, -1) == 1:
             costs[b] = lattice_stage(T[b], U[b], own, blank_lp, label_lp, alpha, exact)
@@ -175,11 +179,12 @@ def forward(
 
 @kernel
 def backward(
-    thread, x, out, inplace, y, T, U, first, per_frame, at, base, tasks, counter, lse, occ_blank, occ_label, scale,
+    thread, x, out, inplace, y, T, U, first, per_frame, band, at, base, tasks, counter, lse, occ_blank, occ_label, scale,
     blank, clamp, fused, fastemit, eps,
 ):  # fmt: skip
     """Stage 3. tasks as in forward, but they cover the padding too, which is set to 0. scale float64 [B]."""
     x, out, y, base, tasks = borrow(x), borrow(out), borrow(y), borrow(base), borrow(tasks)
+    band = borrow(band)
     lse, occ_blank, occ_label = borrow(lse), borrow(occ_blank), borrow(occ_label)
     result = x if inplace else out
     while True:
@@ -192,28 +197,31 @@ def backward(
             row0 = first[b] + t * per_frame[b]
             used = 0
             if t < T[b]:
-                used = U[b] + 1
-                for u in range(used):
+                low = band[b, t]
+                used = min(per_frame[b], U[b] + 1 - low)
+                for i in range(used):
+                    u = low + i
                     cell = own[t + u] + u
                     q, e = np.float64(occ_blank[cell]), np.float64(occ_label[cell]) * (1 + fastemit)
                     if q + e <= eps:
-                        result[row0 + u, :] = 0
+                        result[row0 + i, :] = 0
                         continue
                     label = y[b, u] if u < U[b] else -1
                     gradient_row(
-                        x[row0 + u],
-                        out[row0 + u],
-                        inplace,
-                        lse[cell],
-                        q,
-                        e,
-                        blank,
-                        label,
-                        scale[b],
-                        clamp,
-                        fused,
+                        x[row0 + i], out[row0 + i], inplace, lse[cell], q, e, blank, label, scale[b], clamp, fused
                     )
             result[row0 + used : row0 + per_frame[b], :] = 0
+
+
+@kernel
+def lattices(thread, T, U, at, base, counter, blank_lp, label_lp, alpha, costs, exact):
+    """Stage 2 of all utterances."""
+    base, blank_lp, label_lp, alpha = borrow(base), borrow(blank_lp), borrow(label_lp), borrow(alpha)
+    while True:
+        b = fetch_add(counter, 0, 1)
+        if b >= T.size:
+            return
+        costs[b] = lattice_stage(T[b], U[b], base[at[b] : at[b + 1]], blank_lp, label_lp, alpha, exact)
 
 
 @kernel

@@ -69,8 +69,8 @@ class _CpuLoss(torch.autograd.Function):
         count, width = threads.thread_count(), int(batch.U.max(initial=0)) + 1
         work, work64 = np.empty((count, 2, width), kind), np.empty((count, width))
         threads.run(
-            forward, count, x, batch.y, batch.T, batch.U, plan.first, plan.per_frame, plan.at,
-            plan.base, tasks, np.zeros(1, np.int64), left, lse, blank_lp, label_lp, alpha, work, work64, costs, batch.blank,
+            forward, count, x, batch.y, batch.T, batch.U, plan.first, plan.per_frame, plan.band,
+            plan.at, plan.base, tasks, np.zeros(1, np.int64), left, lse, blank_lp, label_lp, alpha, work, work64, costs, batch.blank,
             float(options.delay), options.fused, exact,
         )  # fmt: skip
         warn_nan(costs, batch)
@@ -107,7 +107,7 @@ class _CpuLoss(torch.autograd.Function):
         tasks, _ = make_tasks(plan.frames, plan.per_frame, x.shape[1])
         threads.run(
             backward, threads.thread_count(), x, as_rows(gradient), options.inplace, batch.y, batch.T, batch.U,
-            plan.first, plan.per_frame, plan.at, plan.base, tasks, np.zeros(1, np.int64), lse, occ_blank, occ_label,
+            plan.first, plan.per_frame, plan.band, plan.at, plan.base, tasks, np.zeros(1, np.int64), lse, occ_blank, occ_label,
             grad_costs.detach().double().contiguous().numpy(), batch.blank, float(options.clamp), options.fused,
             float(options.fastemit), float(options.eps),
         )  # fmt: skip

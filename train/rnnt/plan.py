@@ -17,14 +17,18 @@ TASK_ELEMENTS = 1 << 18  # logits of one task, a megabyte: long beside taking a 
 
 @dataclass(frozen=True)
 class Plan:
-    """first, per_frame int64 [B]: cell (t, u) of utterance b is row first[b] + t*per_frame[b] + u.
+    """first, per_frame int64 [B]: cell (t, u) of utterance b is row first[b] + t*per_frame[b] + u - band[b, t].
 
-    at int64 [B+1], base int64 [sum of T+U]: it is number base[at[b] + t + u] + u of the lattice's arrays.
+    band int64 [B, Tmax] is the first unit that has a row at a frame (0 unless pruned); frames int64 [B] is the room.
+    at int64 [B+1], base int64 [sum of T+U]: it is number base[at[b] + t + u] + u of the lattice's arrays, where
+    utterance b has those from cells[b] on.
     """
 
     first: np.ndarray
     per_frame: np.ndarray
-    frames: np.ndarray  # frames that the layout has room for, int64 [B]
+    frames: np.ndarray
+    band: np.ndarray
+    pruned: bool
     at: np.ndarray
     cells: np.ndarray
     base: np.ndarray
@@ -39,8 +43,8 @@ def offsets(counts: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
 
 
-def make_plan(batch: Batch, padded: tuple[int, int] | None) -> Plan:
-    """padded: (Tmax, Umax+1) of the logits, None for packed rows."""
+def make_plan(batch: Batch, padded: tuple[int, int] | None, band: np.ndarray | None = None) -> Plan:
+    """padded: (Tmax, rows a frame) of the logits, None for packed rows. band [B, Tmax]: see Plan."""
     from .cpu import lay_out
 
     T, U = batch.T, batch.U
@@ -54,7 +58,10 @@ def make_plan(batch: Batch, padded: tuple[int, int] | None) -> Plan:
     at = offsets(T + U)
     base = np.empty(int(at[-1]), np.int64)
     lay_out(T, U, at, cells, base)
-    return Plan(first, per_frame, frames, at, cells, base)
+    pruned = band is not None
+    if band is None:
+        band = np.zeros((T.size, int(frames.max(initial=0))), np.int64)
+    return Plan(first, per_frame, frames, band, pruned, at, cells, base)
 
 
 def make_tasks(frames: np.ndarray, per_frame: np.ndarray, V: int) -> tuple[np.ndarray, np.ndarray]:
