@@ -4,6 +4,7 @@ Invariant: imports torch, numpy and numba alone, and numba's kernels only when a
 Run: pytest tests/rnnt; see docs/rnnt-loss.md.
 """
 
+from .joint import rnnt_loss_joint
 from .loss import rnnt_loss
 
-__all__ = ["rnnt_loss"]
+__all__ = ["rnnt_loss", "rnnt_loss_joint"]

@@ -98,3 +98,56 @@ def check_blank_room(batch: Batch, rows: int, padded: tuple[int, int] | None) ->
             raise ValueError(
                 f"rnnt loss: packed logits have {rows} rows; the lengths ask for sum of T*(U+1) = {expected}"
             )
+
+
+def check_joint(encoder, predictor, weight, bias, activation: str, combine: str) -> None:
+    """encoder [B, T, H], predictor [B, U+1, H], weight [V, H], bias [V] or None: floating, on one device."""
+    tensors = {"encoder": (encoder, 3), "predictor": (predictor, 3), "weight": (weight, 2), "bias": (bias, 1)}
+    for name, (tensor, dim) in tensors.items():
+        if tensor is None and name == "bias":
+            continue
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            raise TypeError(f"rnnt loss: {name} must be a tensor of floating numbers")
+        if tensor.dim() != dim:
+            raise ValueError(f"rnnt loss: {name} must have {dim} dimension(s), got shape {tuple(tensor.shape)}")
+        if tensor.device != encoder.device:
+            raise ValueError(f"rnnt loss: {name} is on {tensor.device}, encoder on {encoder.device}")
+    widths = {encoder.shape[2], predictor.shape[2], weight.shape[1]}
+    if len(widths) > 1 or encoder.shape[0] != predictor.shape[0]:
+        raise ValueError(
+            f"rnnt loss: encoder {tuple(encoder.shape)}, predictor {tuple(predictor.shape)} and weight "
+            f"{tuple(weight.shape)} don't fit: expected [B, T, H], [B, U+1, H], [V, H]"
+        )
+    if bias is not None and bias.shape[0] != weight.shape[0]:
+        raise ValueError(f"rnnt loss: bias has {bias.shape[0]} units, weight {weight.shape[0]}")
+    if predictor.shape[1] < 1:
+        raise ValueError("rnnt loss: predictor must have U+1 states: one before the first unit, too")
+    if activation not in ("tanh", "relu"):
+        raise ValueError(f"rnnt loss: activation {activation!r}: expected tanh or relu")
+    if combine not in ("add", "mul"):
+        raise ValueError(f"rnnt loss: combine {combine!r}: expected add or mul")
+
+
+def check_band(ranges: torch.Tensor, batch: Batch, max_frames: int) -> tuple[np.ndarray, int]:
+    """ranges int [B, T, S], runs of S units, as first units int64 [B, T] and S.
+
+    Every utterance's band must start at unit 0, reach unit U, and never go back or leave a gap: else it holds no
+    alignment.
+    """
+    if ranges.dim() != 3 or ranges.shape[0] != batch.T.size or ranges.shape[1] != max_frames or ranges.shape[2] < 1:
+        raise ValueError(
+            f"rnnt loss: ranges must be [B, T, S] = [{batch.T.size}, {max_frames}, 1 or more], got "
+            f"{tuple(ranges.shape)}"
+        )
+    width = ranges.shape[2]
+    band = _integers("ranges", ranges[:, :, 0], 2).copy()
+    for b, (T, U) in enumerate(zip(batch.T, batch.U)):
+        steps = np.diff(band[b, :T])
+        bad = (steps < 0).any() or (steps >= max(2, width)).any()
+        if bad or band[b, 0] != 0 or not U + 1 - width <= band[b, T - 1] <= U:
+            raise ValueError(
+                f"rnnt loss: row {b} of the batch (logit length {T}, target length {U}): its band of {width} units a "
+                f"frame holds no alignment: it must start at unit 0, reach unit {U} and move 0..{width - 1} a frame"
+            )
+        band[b, T:] = 0
+    return band, width
