@@ -10,6 +10,7 @@ Run: `stillhouse demo`.
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -90,7 +91,7 @@ def _load() -> ctypes.CDLL:
     except ImportError as e:
         raise AudioError(
             "the demo speaks with espeak-ng (GPL-3), which is not installed",
-            remedy="pip install espeakng-loader",
+            remedy=f"{sys.executable} -m pip install espeakng-loader",
         ) from e
     library = ctypes.CDLL(str(espeakng_loader.get_library_path()))
     library.espeak_Initialize.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_int]

@@ -9,6 +9,7 @@ Run: `DEMO_VOICE=hibari stillhouse demo`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,7 +41,7 @@ def speak(voice: HibariVoice, texts: Sequence[str]) -> tuple[int, list[np.ndarra
         raise AudioError(
             "DEMO_VOICE=hibari needs the package hibari-tts",
             where=voice.name,
-            remedy="pip install hibari-tts",
+            remedy=f"{sys.executable} -m pip install hibari-tts",
         ) from e
     engine = Hibari()
     # Playing at rate x warp shortens as well; the speed undoes that part of it.
