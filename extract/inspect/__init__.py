@@ -1,0 +1,1 @@
+"""Looking into a store: facts as dataclasses, their renderings apart. Imports neither torch nor zarr nor click."""

@@ -7,7 +7,7 @@ one whose extraction is not finished, has no findings. Run: `stillhouse inspect 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,23 +35,23 @@ class Finding:
 _REPAIR = "stillhouse extract CORPUS STORE … --repair re-extracts just this"
 
 
-def verify(store: Store, data: bool = True) -> list[Finding]:
+def verify(store: Store, data: float = True) -> list[Finding]:
     """All findings. With `data`, every stored byte is read and compared with its checksum; without, sizes and
-    records alone.
+    records alone; with a share, as 0.05, that share of each shard's utterances, the same at every call.
     """
     return list(findings(store, data))
 
 
-def findings(store: Store, data: bool = True) -> Iterator[Finding]:
-    """The same as they are found."""
+def findings(store: Store, data: float = True, report: Callable[[Unit], None] | None = None) -> Iterator[Finding]:
+    """The same as they are found. `report` is called with each unit before it is looked at."""
     yield from _check_index(store)
     for name in store.plan.teachers:
         yield from _check_tokens(store, name)
-        yield from _check_units(store, name, data)
+        yield from _check_units(store, name, data, report)
     yield from _check_litter(store)
 
 
-def damaged_units(store: Store, data: bool = True) -> list[tuple[Unit, list[Finding]]]:
+def damaged_units(store: Store, data: float = True) -> list[tuple[Unit, list[Finding]]]:
     """Committed units with something wrong in their files: what a repair makes anew."""
     out = []
     for name in store.plan.teachers:
@@ -93,8 +93,10 @@ def _check_tokens(store: Store, name: str) -> Iterator[Finding]:
             return
 
 
-def _check_units(store: Store, name: str, data: bool) -> Iterator[Finding]:
+def _check_units(store: Store, name: str, data: float, report: Callable[[Unit], None] | None) -> Iterator[Finding]:
     for unit in store.plan.units(name):
+        if report is not None:
+            report(unit)
         yield from _check_unit(store, unit, data)
     for view in store.views:
         if view.teacher == name:
@@ -103,7 +105,7 @@ def _check_units(store: Store, name: str, data: bool) -> Iterator[Finding]:
                 yield Finding("norm_mean or norm_std is not finite", view.address, "extract into a new store")
 
 
-def _check_unit(store: Store, unit: Unit, data: bool) -> Iterator[Finding]:
+def _check_unit(store: Store, unit: Unit, data: float) -> Iterator[Finding]:
     commits = store.commits(unit.teacher, unit.context)
     for layer in unit.layers:
         commit = commits.of.get((unit.shard.number, layer))
@@ -125,7 +127,7 @@ def _check_unit(store: Store, unit: Unit, data: bool) -> Iterator[Finding]:
 
 
 def _check_file(
-    store: Store, unit: Unit, view: View, commit: Commit, fd: int, place: str, data: bool
+    store: Store, unit: Unit, view: View, commit: Commit, fd: int, place: str, data: float
 ) -> Iterator[Finding]:
     record, shard = store.teacher(view.teacher).settings, unit.shard
     dtype = dtype_of(record.dtype)
@@ -151,8 +153,9 @@ def _check_file(
     group = store.paths.data / view.teacher
     start = np.asarray(RawArray(group / "start").read())[shard.first : shard.last] - shard.number * rows
     length = np.asarray(RawArray(group / "length").read())[shard.first : shard.last]
-    for u, (at, n, want) in enumerate(zip(start.tolist(), length.tolist(), stored.tolist())):
-        if n and crc32c(os.pread(fd, n * row_bytes, at * row_bytes)) != want:
+    drawn = np.random.default_rng([shard.number, c, axis]).random(len(start)) < data
+    for u, (at, n, want, read) in enumerate(zip(start.tolist(), length.tolist(), stored.tolist(), drawn.tolist())):
+        if n and read and crc32c(os.pread(fd, n * row_bytes, at * row_bytes)) != want:
             name = store.index.id(shard.first + u)
             yield Finding("stored bytes differ from their checksum", f"{place} utterance {name}", _REPAIR)
     padding = np.frombuffer(os.pread(fd, (held - shard.rows) * row_bytes, shard.rows * row_bytes), dtype=dtype.stored)

@@ -1,0 +1,170 @@
+"""`stillhouse inspect`: look into a store. Facts come from the modules beside this one; here they are printed.
+
+Invariant: data goes to stdout, everything else to stderr; `--json` prints what docs/inspect.md describes; what can be
+told without reading states is told without reading them. Run: `stillhouse inspect info STORE`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from ..store import View
+
+F = TypeVar("F", bound=Callable[..., Any])
+STORE = click.Path(path_type=Path)
+REPORT_EVERY_S = 5.0
+
+
+@click.group(epilog="STORE is the folder that stillhouse extract wrote. Exit codes: 1 findings, 10 no store.")
+def inspect() -> None:
+    """Look into a store, without a language model and without reading more than is shown."""
+
+
+def json_option(command: F) -> F:
+    return click.option("--json", "as_json", is_flag=True, help="Facts as JSON (docs/inspect.md).")(command)
+
+
+def views_option(command: F) -> F:
+    return click.option(
+        "--view",
+        "views",
+        multiple=True,
+        metavar="VIEW",
+        help="As in minilm/alone/6, minilm/*/3,6 or */*/last. May be given several times. Default: all.",
+    )(command)
+
+
+@inspect.command(epilog="Example: stillhouse inspect info corpus.zarr")
+@click.argument("store", type=STORE)
+@json_option
+def info(store: Path, as_json: bool) -> None:
+    """What STORE holds: teachers, contexts, layers, sizes, and whether it is complete."""
+    from ..store import Store
+    from . import facts, rendering
+
+    found = facts.store_facts(Store.open(store))
+    _print(found, "info", as_json, rendering.store)
+
+
+@inspect.command(epilog="Example: stillhouse inspect ls corpus.zarr --utterances '84-*'")
+@click.argument("store", type=STORE)
+@click.argument("patterns", nargs=-1)
+@click.option("--utterances", is_flag=True, help="List utterances; PATTERNS are globs on their ids.")
+@json_option
+@click.option("--jsonl", is_flag=True, help="One JSON object a line.")
+def ls(store: Path, patterns: tuple[str, ...], utterances: bool, as_json: bool, jsonl: bool) -> None:
+    """The views of STORE, those that match PATTERNS; or its utterances."""
+    from ..store import Store
+    from . import facts, rendering
+
+    opened = Store.open(store)
+    if utterances:
+        listed: list[Any] = list(facts.utterance_facts(opened, patterns))
+        kind, text = "utterance", rendering.utterances(listed)
+    else:
+        planned = opened.planned_views
+        views = opened.resolve(patterns, planned) if patterns else planned
+        listed = facts.view_facts(opened, views)
+        kind, text = "view", rendering.views(listed)
+    if jsonl:
+        for fact in listed:
+            click.echo(json.dumps(facts.as_json(fact, kind), ensure_ascii=False))
+    elif as_json:
+        entries = [facts.as_json(fact, kind) for fact in listed]
+        name = "utterances" if utterances else "views"
+        _dump({"schema": "stillhouse.inspect.ls/1", name: entries})
+    else:
+        click.echo(text)
+
+
+@inspect.command(epilog="Example: stillhouse inspect show corpus.zarr 84-121123-0001 --view 'minilm/*/6'")
+@click.argument("store", type=STORE)
+@click.argument("utterance")
+@views_option
+@click.option("--values", is_flag=True, help="The states themselves, too.")
+@click.option("--corpus", type=click.Path(path_type=Path), help="The manifest, to show the transcript as it is there.")
+@json_option
+def show(store: Path, utterance: str, views: tuple[str, ...], values: bool, corpus: Path | None, as_json: bool) -> None:
+    """Tokens of UTTERANCE in its transcript, the context that was seen, and how long the states are."""
+    from ..store import Store
+    from . import rendering, showing
+
+    opened = Store.open(store)
+    chosen = _views(opened, views, planned=True)
+    found = showing.show(opened, utterance, chosen, values=values, corpus=corpus)
+    _print(found, "show", as_json, rendering.shown)
+
+
+class Share(click.ParamType):
+    """ "5%" or "0.05" as 0.05."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        try:
+            number = float(value.rstrip("%")) / (100 if value.endswith("%") else 1)
+        except ValueError:
+            number = -1.0
+        if not 0 < number <= 1:
+            self.fail(f"{value!r} is no share; give 5% or 0.05", param, ctx)
+        return number
+
+
+@inspect.command(epilog="Example: stillhouse inspect verify corpus.zarr --sample 5%")
+@click.argument("store", type=STORE)
+@click.option("--data", is_flag=True, help="Read all states and compare checksums.")
+@click.option("--sample", type=Share(), help="Read this share of the utterances, as in 5%.")
+@json_option
+@click.pass_context
+def verify(ctx: click.Context, store: Path, data: bool, sample: float | None, as_json: bool) -> None:
+    """Check that STORE is whole: its structure, and with --data or --sample its bytes. Exit code 1: findings."""
+    from ..store import Store
+    from . import facts, rendering
+
+    found = facts.verified(Store.open(store), 1.0 if data else sample or 0.0, _progress())
+    _print(found, "verify", as_json, rendering.verified)
+    if found.findings:
+        ctx.exit(1)
+
+
+def _views(store: Any, patterns: tuple[str, ...], planned: bool = False) -> list[View]:
+    """The views that patterns name; all, complete or (`planned`) not, where there are none."""
+    among = store.planned_views if planned else store.views
+    return store.resolve(patterns, among) if patterns else store.resolve("*/*/*", among)
+
+
+def _print(fact: Any, kind: str, as_json: bool, render: Callable[[Any], str]) -> None:
+    from .facts import as_json as to_json
+
+    if as_json:
+        _dump(to_json(fact, kind))
+    else:
+        click.echo(render(fact))
+
+
+def _dump(value: Any) -> None:
+    click.echo(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def _progress() -> Callable[[Any], None]:
+    """A line on stderr every few seconds."""
+    last = time.perf_counter()
+
+    def report(what: Any) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        if now - last >= REPORT_EVERY_S:
+            last = now
+            click.echo(f"looking at {what}", file=sys.stderr)
+
+    return report

@@ -1,0 +1,246 @@
+"""What a store is, how much of it is there, and whether it is whole: `info`, `ls`, `verify`.
+
+Invariant: nothing is said to exist that is not committed; only `verify --data` reads states.
+Exercised by: `stillhouse inspect info STORE`, `stillhouse inspect ls STORE`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stillhouse.data.errors import NoStoreError
+
+from ..store import Store, View
+from ..store.arrays import RawArray
+from ..store.layout import VERSION
+from ..store.plan import Unit
+from ..store.verify import Finding, findings
+
+
+def as_json(fact: Any, kind: str) -> dict[str, Any]:
+    """A fact with the name and version of its schema first; the schemas are in docs/inspect.md and only grow."""
+    return {"schema": f"stillhouse.inspect.{kind}/1", **asdict(fact)}
+
+
+@dataclass(frozen=True)
+class ViewFacts:
+    """One view. `units` are units of work (shards); `tokens` and `utterances` count what is committed."""
+
+    view: str
+    teacher: str
+    context: str
+    layer: int
+    complete: bool
+    units: int
+    units_planned: int
+    utterances: int
+    utterances_planned: int
+    tokens: int
+    tokens_planned: int
+    bytes: int
+    fingerprint: str | None
+
+
+@dataclass(frozen=True)
+class TeacherFacts:
+    name: str
+    kind: str
+    model: str
+    architecture: str
+    revision: str | None
+    weights_hash: str
+    tokenizer_hash: str
+    transform: str
+    join: str
+    window: int
+    width: int
+    depth: int
+    dtype: str
+    model_dtype: str
+    contexts: list[str]
+    layers: list[int]
+    vocabulary: int
+    tokens: int
+    units: int
+    units_planned: int
+    views: int
+    views_planned: int
+    hidden_bytes: int
+
+
+@dataclass(frozen=True)
+class StoreFacts:
+    path: str
+    version: int
+    created: str
+    complete: bool
+    utterances: int
+    sessions: int
+    tokens: int
+    bytes: int
+    hidden_bytes: int
+    generations: int
+    teachers: list[TeacherFacts]
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class UtteranceFacts:
+    """One utterance; `views` are the views in which it is committed, `tokens` its length by teacher."""
+
+    utterance: str
+    row: int
+    session: int
+    tokens: dict[str, int]
+    views: int
+    views_planned: int
+
+
+def store_facts(store: Store) -> StoreFacts:
+    """Errors: StoreError where the plan or an array is damaged."""
+    views = view_facts(store, store.planned_views)
+    teachers = [_teacher_facts(store, name, [v for v in views if v.teacher == name]) for name in store.plan.teachers]
+    session = store.index.session
+    return StoreFacts(
+        path=str(store.path),
+        version=VERSION,
+        created=store.plan.created,
+        complete=all(v.complete for v in views),
+        utterances=len(store.index),
+        sessions=int(session.max(initial=-1)) + 1,
+        tokens=sum(t.tokens for t in teachers),
+        bytes=sum(n for _, n in files(store.path)),
+        hidden_bytes=sum(t.hidden_bytes for t in teachers),
+        generations=len(store.plan.generations),
+        teachers=teachers,
+        versions=store.plan.versions,
+    )
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What `verify` looked at and found; `data` is the share of the utterances whose states were read."""
+
+    path: str
+    complete: bool
+    units: int  # committed, counted for each layer
+    units_planned: int
+    data: float
+    findings: list[Finding]
+
+
+def verified(store: Store, data: float = 0.0, report: Callable[[Unit], None] | None = None) -> Verified:
+    """Errors: StoreError where the plan itself cannot be read."""
+    views = view_facts(store, store.planned_views)
+    return Verified(
+        path=str(store.path),
+        complete=all(v.complete for v in views),
+        units=sum(v.units for v in views),
+        units_planned=sum(v.units_planned for v in views),
+        data=data,
+        findings=list(findings(store, data, report)),
+    )
+
+
+def _teacher_facts(store: Store, name: str, views: list[ViewFacts]) -> TeacherFacts:
+    t, info = store.plan.teachers[name], store.teacher(name)
+    return TeacherFacts(
+        name=name,
+        kind=t.kind,
+        model=t.model,
+        architecture=t.architecture,
+        revision=t.revision,
+        weights_hash=t.weights_hash,
+        tokenizer_hash=t.tokenizer_hash,
+        transform=t.transform,
+        join=t.join,
+        window=t.window,
+        width=t.width,
+        depth=t.depth,
+        dtype=t.dtype,
+        model_dtype=t.model_dtype,
+        contexts=t.contexts,
+        layers=t.layers,
+        vocabulary=RawArray(store.paths.array(name, "vocab_id")).shape[0],
+        tokens=info.tokens,
+        units=sum(v.units for v in views),
+        units_planned=sum(v.units_planned for v in views),
+        views=sum(v.complete for v in views),
+        views_planned=len(views),
+        hidden_bytes=sum(v.bytes for v in views),
+    )
+
+
+def view_facts(store: Store, views: Sequence[View]) -> list[ViewFacts]:
+    complete = set(store.views)
+    return [_view_facts(store, view, view in complete) for view in views]
+
+
+def _view_facts(store: Store, view: View, complete: bool) -> ViewFacts:
+    teacher, commits = store.plan.teachers[view.teacher], store.commits(view.teacher, view.context)
+    planned = [u for u in store.plan.units(view.teacher) if u.context == view.context and view.layer in u.layers]
+    # A later generation may make a shard anew; the shard counts once
+    shards = {u.shard.number: u.shard for u in planned}
+    need = {u.shard.number: u.generation.number for u in planned}
+    done = [s for s in shards.values() if commits.has(s.number, [view.layer], need[s.number])]
+    records = [commits.of[s.number, view.layer] for s in done]
+    return ViewFacts(
+        view=view.address,
+        teacher=view.teacher,
+        context=view.context,
+        layer=view.layer,
+        complete=complete,
+        units=len(done),
+        units_planned=len(shards),
+        utterances=sum(s.last - s.first for s in done),
+        utterances_planned=sum(s.last - s.first for s in shards.values()),
+        tokens=sum(s.rows for s in done),
+        tokens_planned=sum(s.rows for s in shards.values()),
+        bytes=sum(r.files.get(str(view.layer), 0) for r in records),
+        fingerprint=teacher.fingerprints.get(f"{view.context}/{view.layer}"),
+    )
+
+
+def utterance_facts(store: Store, patterns: Sequence[str] = ()) -> Iterator[UtteranceFacts]:
+    """Utterances whose id matches one of the globs (none: all), in the order of the store.
+
+    Errors: NoStoreError where patterns are given and nothing matches.
+    """
+    ids, views = store.utterance_ids, store.planned_views
+    rows = [r for r, i in enumerate(ids) if not patterns or any(fnmatch.fnmatchcase(i, p) for p in patterns)]
+    if patterns and not rows:
+        raise NoStoreError(
+            f"no utterance matches {' or '.join(patterns)}",
+            where=store.path,
+            remedy="stillhouse inspect ls --utterances",
+        )
+    chosen = [ids[r] for r in rows]
+    lengths = {name: RawArray(store.paths.array(name, "length")).read() for name in store.plan.teachers}
+    held = np.zeros(len(rows), np.int64)
+    for view in views:
+        held += store.has(chosen, view)
+    for number, row in enumerate(rows):
+        tokens = {name: int(length[row]) for name, length in lengths.items()}
+        yield UtteranceFacts(ids[row], row, int(store.index.session[row]), tokens, int(held[number]), len(views))
+
+
+def files(folder: Path) -> Iterator[tuple[Path, int]]:
+    """Every file under a folder with its size in bytes; what vanishes meanwhile (a writer's) is left out."""
+    pending = [str(folder)]
+    while pending:
+        with os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                try:
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(entry.path)
+                    else:
+                        yield Path(entry.path), entry.stat(follow_symlinks=False).st_size
+                except FileNotFoundError:
+                    continue

@@ -1,0 +1,116 @@
+"""The text that people read for each fact.
+
+Invariant: fits 80 columns where ids and names allow it; the same text on a terminal and in a pipe.
+Exercised by: pytest tests/inspect/test_commands.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .facts import StoreFacts, TeacherFacts, UtteranceFacts, Verified, ViewFacts
+from .showing import Shown, ShownTeacher
+from .text import printable, share, size, table
+
+NORMS_ACROSS = 6  # views beside each other in a table of tokens
+
+
+def store(s: StoreFacts) -> str:
+    planned = sum(t.views_planned for t in s.teachers)
+    complete = sum(t.views for t in s.teachers)
+    units, units_planned = sum(t.units for t in s.teachers), sum(t.units_planned for t in s.teachers)
+    state = "complete" if s.complete else f"in the making: {share(units, units_planned)} of the units of work"
+    rows: list[tuple[str, str]] = [
+        ("store", f"{s.path} (format {s.version}, made {s.created})"),
+        ("state", f"{state}; {complete} of {planned} views"),
+        ("corpus", f"{s.utterances:,} utterances in {s.sessions:,} sessions"),
+        ("size", f"{size(s.bytes)}, of which states {size(s.hidden_bytes)}"),
+        ("made with", ", ".join(f"{k} {v}" for k, v in s.versions.items())),
+    ]
+    return "\n\n".join([table(rows), *(_teacher(t) for t in s.teachers)])
+
+
+def _teacher(t: TeacherFacts) -> str:
+    kind = "bidirectional encoder" if t.kind == "encoder" else "causal decoder"
+    text = "the transcripts as they are" if t.transform == "none" else f"the transcripts through {t.transform}"
+    join = f", utterances joined by {t.join!r}" if t.join else ""
+    revision = "" if t.revision is None else f" at {t.revision}"
+    rows = [
+        ("teacher", t.name),
+        ("  model", f"{t.architecture}, {kind}, {t.depth} layers, {t.width} wide"),
+        ("  from", f"{t.model}{revision}"),
+        ("  saw", f"{text}{join}; up to {t.window} tokens a pass"),
+        ("  contexts", ", ".join(t.contexts)),
+        ("  layers", ", ".join(map(str, t.layers))),
+        ("  tokens", f"{t.tokens:,}, {t.vocabulary:,} different"),
+        ("  numbers", f"{t.dtype}, computed in {t.model_dtype}; {size(t.hidden_bytes)}"),
+        ("  done", f"{t.units:,} of {t.units_planned:,} units of work; {t.views} of {t.views_planned} views"),
+    ]
+    return table(rows)
+
+
+def views(listed: Sequence[ViewFacts]) -> str:
+    rows = [
+        (v.view, share(v.tokens, v.tokens_planned), f"{v.utterances:,}", f"{v.tokens:,}", size(v.bytes),
+         "complete" if v.complete else "not complete")
+        for v in listed
+    ]  # fmt: skip
+    return table(rows, header=("view", "done", "utterances", "tokens", "states", ""), right="lrrrr")
+
+
+def utterances(listed: Sequence[UtteranceFacts]) -> str:
+    teachers = list(listed[0].tokens) if listed else []
+    rows = [
+        (u.utterance, u.session, *(f"{u.tokens[t]:,}" for t in teachers), f"{u.views} of {u.views_planned}")
+        for u in listed
+    ]
+    return table(
+        rows, header=("utterance", "session", *(f"{t} tokens" for t in teachers), "views"), right="l" + "r" * 9
+    )
+
+
+def shown(s: Shown) -> str:
+    where = f"number {s.session_row + 1} of {s.session_utterances} in session {s.session}, row {s.row}"
+    source = "" if s.text_from == "corpus" else "  (spelt from the tokens; --corpus shows the transcript itself)"
+    head = f"{s.utterance}: {where}\n{printable(s.text)}{source}"
+    return "\n\n".join([head, *(_shown_teacher(t) for t in s.teachers)])
+
+
+def _shown_teacher(t: ShownTeacher) -> str:
+    parts = [f"{t.name}: {len(t.tokens)} tokens"]
+    parts += [f"  {c.context} saw {c.left} tokens before and {c.right} after" for c in t.contexts]
+    missing = [v.view for v in t.views if not v.held]
+    if missing:
+        parts.append(f"  not extracted yet: {', '.join(missing)}")
+    held = [v for v in t.views if v.held]
+    for first in range(0, max(1, len(held)), NORMS_ACROSS):
+        group = held[first : first + NORMS_ACROSS]
+        # The teacher's name stands above the table
+        names = [v.view.split("/", 1)[1] for v in group]
+        rows = []
+        for i, token in enumerate(t.tokens):
+            text = [] if token.text is None else [token.text]
+            norms = [f"{v.norms[i]:.2f}" for v in group]
+            rows.append((i, token.piece, f"{token.begin}:{token.end}", *text, *norms))
+        text_header = ["text"] if t.tokens and t.tokens[0].text is not None else []
+        header = ("#", "token", "span", *text_header, *names)
+        parts.append("\n" + table(rows, header=header, right="rll" + "l" * len(text_header) + "r" * len(names)))
+        if group:
+            parts.append("norm of each state, by context/layer")
+    for v in held:
+        if v.values is not None:
+            parts.append(f"\n{v.view}")
+            parts += [" ".join(f"{x:.5g}" for x in row) for row in v.values]
+    return "\n".join(parts)
+
+
+def verified(v: Verified) -> str:
+    lines = [f"{f.where}: {f.what}; {f.remedy}" for f in v.findings]
+    read = f", {v.data:.4g} of their utterances read" if v.data else ", states not read (--data reads them)"
+    if v.data >= 1:
+        read = ", every byte of them read"
+    state = "" if v.complete else "; its extraction is not finished"
+    count = len(v.findings)
+    found = "no findings" if not count else "1 finding" if count == 1 else f"{count} findings"
+    lines.append(f"{v.path}: {v.units:,} of {v.units_planned:,} units of work are there{read}: {found}{state}")
+    return "\n".join(lines)
