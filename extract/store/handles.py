@@ -57,6 +57,9 @@ class Handles:
         self._fds[path] = entry
         return entry
 
+    def __del__(self) -> None:
+        self.close()
+
     def close(self) -> None:
         if self._pid == os.getpid():
             for fd in self._fds.values():

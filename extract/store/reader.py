@@ -311,6 +311,7 @@ class Store:
         c, layer = self._axes(view)
         row_bytes = t.row_bytes
         order = np.argsort(start, kind="stable")
+        order = order[length[order] > 0]
         offsets = ((start - shard * t.shard_rows) * row_bytes)[order].tolist()
         sizes = (length * row_bytes)[order].tolist()
         targets = (into * row_bytes)[order].tolist()

@@ -54,10 +54,10 @@ def byte_bpe() -> object:
 
 
 def metaspace_bpe() -> object:
-    from tokenizers import Tokenizer, models, normalizers, trainers
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     tok = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
-    tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tok.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     special = ["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)]
     plain = [s.encode("ascii", "ignore").decode() for s in sentences()]
     trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=special)
