@@ -88,7 +88,7 @@ class Size:
 
 
 FULL = Size()
-QUICK = Size(heard=4, readers=2, unheard=2, known=2, heard_on_new=0)
+QUICK = Size(heard=3, readers=1, unheard=2, known=2, heard_on_new=0)
 
 
 @dataclass(frozen=True)
