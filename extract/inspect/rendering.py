@@ -52,7 +52,7 @@ def _teacher(t: TeacherFacts) -> str:
 def views(listed: Sequence[ViewFacts]) -> str:
     rows = [
         (v.view, share(v.tokens, v.tokens_planned), f"{v.utterances:,}", f"{v.tokens:,}", size(v.bytes),
-         "complete" if v.complete else "not complete")
+         "complete" if v.complete else "norms not fixed yet" if v.tokens == v.tokens_planned else "not complete")
         for v in listed
     ]  # fmt: skip
     return table(rows, header=("view", "done", "utterances", "tokens", "states", ""), right="lrrrr")

@@ -1,0 +1,193 @@
+"""info, ls, show and verify on whole, partial and damaged stores: facts against what is known, and the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from stillhouse.extract.inspect import facts, showing
+from stillhouse.extract.inspect.text import share, size, table, width
+from stillhouse.extract.store import Store, View
+
+
+def test_info_of_a_whole_store(store):
+    found = facts.store_facts(store)
+    assert (found.utterances, found.sessions, found.complete) == (6, 2, True)
+    [teacher] = found.teachers
+    assert (teacher.name, teacher.width, teacher.depth, teacher.dtype) == ("known", 12, 4, "float16")
+    assert teacher.contexts == ["alone", "both:8"] and teacher.layers == [0, 2, 4]
+    # 26 words in all; 26 rows in one chunk of 64, 12 wide, 2 bytes, and 2048/64 index entries with their crc
+    assert teacher.tokens == 26 and teacher.hidden_bytes == 6 * (64 * 12 * 2 + 32 * 16 + 4)
+    assert teacher.vocabulary == 19
+    assert found.bytes == sum(p.stat().st_size for p in store.path.rglob("*") if p.is_file())
+    assert (teacher.units, teacher.units_planned, teacher.views) == (6, 6, 6)
+
+
+def test_info_and_ls_of_a_store_in_the_making(partial, stillhouse):
+    views = facts.view_facts(partial, partial.planned_views)
+    alone, both = views[0], views[-1]
+    assert (alone.view, alone.tokens, alone.utterances, alone.units) == ("known/alone/0", 9000, 450, 5)
+    assert not alone.complete  # its norms wait for the end of the run
+    assert (both.units, both.units_planned) == (2, 5) and 0 < both.tokens < both.tokens_planned == 9000
+    assert not facts.store_facts(partial).complete
+    assert "in the making: 70.0 % of the units of work; 0 of 6 views" in stillhouse("inspect", "info", partial.path).out
+    listed = stillhouse("inspect", "ls", partial.path, "known/both:8/*", "--jsonl").out.splitlines()
+    assert [json.loads(x)["view"] for x in listed] == ["known/both:8/0", "known/both:8/2", "known/both:8/4"]
+    assert json.loads(listed[0])["tokens"] == both.tokens
+    held = {u.utterance: u.views for u in facts.utterance_facts(partial)}
+    assert set(held.values()) == {3, 6} and sum(v == 6 for v in held.values()) == both.utterances
+    # what is there can be shown, what is not is said not to be
+    missing = next(u for u, v in held.items() if v == 3)
+    found = showing.show(partial, missing, partial.planned_views)
+    assert [v.held for v in found.teachers[0].views] == [True] * 3 + [False] * 3
+    assert "not extracted yet: known/both:8/0" in stillhouse("inspect", "show", partial.path, missing).out
+    assert stillhouse("inspect", "verify", partial.path, "--data").code == 0
+
+
+def test_show_says_what_the_teacher_saw(store, known):
+    utterance = "s00-0001"  # HE SAT ON THE BANK, second of three
+    view = View("known", "both:8", 2)
+    found = showing.show(store, utterance, [View("known", "alone", 2), view], values=True)
+    [teacher] = found.teachers
+    assert [t.piece for t in teacher.tokens] == ["he", "sat", "on", "the", "bank"]
+    assert [(t.begin, t.end) for t in teacher.tokens] == [(0, 2), (3, 6), (7, 9), (10, 13), (14, 18)]
+    assert (found.text, found.text_from) == ("he sat on the bank", "tokens")
+    assert (found.session_row, found.session_utterances) == (1, 3)
+    seen = {c.context: (c.left, c.right) for c in teacher.contexts}
+    assert seen == {"alone": (0, 0), "both:8": (5, 4)}  # all of the neighbours there are
+    states = store.gather([utterance], [view]).states[view].astype(np.float32)
+    np.testing.assert_array_equal(teacher.views[1].values, states)
+    np.testing.assert_allclose(teacher.views[1].norms, np.sqrt((states**2).sum(1)), rtol=1e-6)
+
+
+def test_show_takes_the_transcript_from_the_manifest_and_refuses_another(store, stillhouse, tmp_path):
+    corpus = store.path.parent / "corpus.jsonl"
+    shown = stillhouse("inspect", "show", store.path, "s01-0005", "--corpus", corpus, "--view", "*/alone/0")
+    assert shown.code == 0 and "MONEY IN THE BANK IS 😀 SAFE" in shown.out and "spelt from" not in shown.out
+    found = json.loads(stillhouse("inspect", "show", store.path, "s01-0005", "--corpus", corpus, "--json").out)
+    assert [t["text"] for t in found["teachers"][0]["tokens"]] == ["MONEY", "IN", "THE", "BANK", "IS", "😀", "SAFE"]
+    other = tmp_path / "other.jsonl"
+    other.write_text(corpus.read_text().replace("MONEY IN", "HONEY IN"))
+    refused = stillhouse("inspect", "show", store.path, "s01-0005", "--corpus", other)
+    assert refused.code == 12 and "has changed" in refused.err and refused.out == ""
+    other.write_text('{"id": "s01-0005", "text"\n')
+    assert "other.jsonl:1" in stillhouse("inspect", "show", store.path, "s01-0005", "--corpus", other).err
+    assert stillhouse("inspect", "show", store.path, "s01-0005", "--corpus", tmp_path / "no").code == 1
+
+
+def test_an_utterance_without_tokens_can_be_shown(store, stillhouse):
+    shown = stillhouse("inspect", "show", store.path, "s01-0004")
+    assert shown.code == 0 and "0 tokens" in shown.out
+
+
+def test_ls_utterances(store, stillhouse):
+    found = stillhouse("inspect", "ls", store.path, "s01-*", "--utterances", "--json")
+    entries = json.loads(found.out)["utterances"]
+    assert [e["utterance"] for e in entries] == ["s01-0003", "s01-0004", "s01-0005"]
+    assert [e["tokens"]["known"] for e in entries] == [5, 0, 7] and {e["views"] for e in entries} == {6}
+    nothing = stillhouse("inspect", "ls", store.path, "x*", "--utterances")
+    assert nothing.code == 10 and "no utterance matches x*" in nothing.err
+
+
+@pytest.fixture
+def copy(store, tmp_path):
+    """A copy that may be damaged, and the file of known/both:8/2."""
+    path = tmp_path / "copy.zarr"
+    shutil.copytree(store.path, path)
+    return path, path / "data.zarr" / "known" / "hidden" / "c" / "1" / "1" / "0" / "0"
+
+
+def test_verify_finds_a_flipped_bit_only_in_the_data(copy, stillhouse):
+    path, shard = copy
+    row = Store.open(path).rows(["s01-0003"])[0]
+    start = np.asarray(Store.open(path)._rows_of("known").start)[row]
+    data = bytearray(shard.read_bytes())
+    data[start * 24 + 5] ^= 1
+    shard.write_bytes(data)
+    assert stillhouse("inspect", "verify", path).code == 0
+    found = stillhouse("inspect", "verify", path, "--data", "--json")
+    assert found.code == 1
+    [finding] = json.loads(found.out)["findings"]
+    assert finding["where"] == "known/both:8/2 shard 0 utterance s01-0003"
+    assert "--repair" in finding["remedy"]
+    text = stillhouse("inspect", "verify", path, "--data")
+    assert text.code == 1 and "s01-0003" in text.out and "1 finding" in text.out
+
+
+def test_verify_finds_a_missing_and_a_short_file_without_reading_states(copy, stillhouse):
+    path, shard = copy
+    data = shard.read_bytes()
+    shard.unlink()
+    assert stillhouse("inspect", "verify", path).code == 1
+    shard.write_bytes(data[:24] + data[48:])
+    found = stillhouse("inspect", "verify", path)
+    assert found.code == 1 and "known/both:8/2 shard 0" in found.out
+
+
+def test_a_sample_reads_that_share_of_the_utterances(partial, tmp_path):
+    """All utterances but one are damaged: a tenth of them is found, the same tenth at every call."""
+    path = tmp_path / "copy.zarr"
+    shutil.copytree(partial.path, path)
+    shard = path / "data.zarr" / "known" / "hidden" / "c" / "0" / "0" / "1" / "0"
+    data = np.frombuffer(shard.read_bytes(), np.uint8).copy()
+    rows = Store.open(path).plan.latest("known").shards[1].rows
+    data[: rows * 24] ^= 1
+    shard.write_bytes(data.tobytes())
+    count = rows // 20
+    found = facts.verified(Store.open(path), 0.1).findings
+    assert 0 < len(found) < count / 4
+    assert found == facts.verified(Store.open(path), 0.1).findings
+    assert len(facts.verified(Store.open(path), 1.0).findings) == count
+
+
+@pytest.mark.parametrize("command", [["info"], ["ls"], ["show", "x"], ["verify"]])
+def test_no_store_is_exit_code_10(command, stillhouse, tmp_path):
+    found = stillhouse("inspect", command[0], tmp_path / "none", *command[1:])
+    assert found.code == 10 and found.out == "" and "there is no store" in found.err
+
+
+@pytest.mark.parametrize("value", ["0", "-5%", "120%", "few"])
+def test_shares_that_are_none(store, stillhouse, value):
+    assert stillhouse("inspect", "verify", store.path, f"--sample={value}").code == 2
+
+
+def test_json_is_data_alone_on_stdout(store, stillhouse):
+    for arguments in (["info"], ["ls"], ["ls", "--utterances"], ["show", "s00-0000"], ["verify", "--sample", "50%"]):
+        found = stillhouse("inspect", arguments[0], store.path, *arguments[1:], "--json")
+        assert found.code == 0 and found.err == ""
+        assert json.loads(found.out)["schema"].startswith("stillhouse.inspect.")
+
+
+def test_neither_torch_nor_zarr_is_imported(store):
+    program = (
+        "import sys; from stillhouse.cli import main\n"
+        "for command in (['info'], ['ls'], ['ls', '--utterances'], ['show', 's00-0000'], ['verify', '--data']):\n"
+        "    try: main(['inspect', command[0], sys.argv[1], *command[1:]])\n"
+        "    except SystemExit as e: assert not e.code, command\n"
+        "heavy = {'torch', 'zarr', 'pydantic', 'h5py', 'numba', 'transformers'} & set(sys.modules)\n"
+        "sys.exit(f'imports {heavy}' if heavy else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, store.path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_tables_count_terminal_columns():
+    assert width("ab") == 2 and width("你好") == 4 and width("😀") == 2 and width("e\u0301") == 1
+    drawn = table([("你好", 5), ("abc", None)], header=("a", "n"), right="lr")
+    assert drawn == "a     n\n你好  5\nabc   -"
+    assert table([("a\tb\x1b[2J",)]) == "a\\tb\\x1b[2J"
+    assert table([]) == ""
+
+
+def test_sizes_and_shares():
+    assert [size(n) for n in (0, 999, 1000, 1_500_000, 2 * 10**9, 3 * 10**12)] == [
+        "0 B", "999 B", "1.0 kB", "1.5 MB", "2.0 GB", "3.0 TB",
+    ]  # fmt: skip
+    assert [share(a, b) for a, b in ((0, 5), (5, 5), (1, 10**6), (999_999, 10**6), (0, 0), (1, 3))] == [
+        "0 %", "100 %", "0.1 %", "99.9 %", "100 %", "33.3 %",
+    ]  # fmt: skip
