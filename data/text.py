@@ -160,7 +160,7 @@ def _squeeze(text: str) -> tuple[str, np.ndarray | None]:
     return "".join(pieces), np.concatenate(maps)
 
 
-_LONE_I = re.compile(rf"\bi(?=$|[^\w{APOSTROPHES}-]|[{APOSTROPHES}](?:m|ll|ve|d|s)\b)")
+_LONE_I = re.compile(rf"(?<![\w{APOSTROPHES}-])i(?=$|[^\w{APOSTROPHES}-]|[{APOSTROPHES}](?:m|ll|ve|d|s)\b)")
 
 
 def _sentence_case(text: str) -> tuple[str, np.ndarray | None]:
