@@ -228,6 +228,10 @@ class Store:
         rows = self.index.rows(ids)
         return (rows >= 0) & self._present(view)[np.maximum(self._rows_of(view.teacher).shard_of(rows), 0)]
 
+    def held(self, view: View) -> np.ndarray:
+        """bool [U]: the same of every utterance, by row."""
+        return self._present(view)[self._rows_of(view.teacher).shard_of(np.arange(len(self.index)))]
+
     def text_hash(self, ids: Sequence[str]) -> np.ndarray:
         """uint64 [B]: hashes (`hash_text`) of the raw texts that were extracted."""
         return self.index.text_hash[self.rows(ids)]
