@@ -42,9 +42,7 @@ def test_it_is_joint_and_loss(dtype, tolerance, activation, combine, tile, monke
 
     costs, occupancy = rnnt_loss(logits_of(parts, activation, combine), *rest, **options)
     expected = torch.autograd.grad((costs * weight).sum(), parts)
-    fused, fused_occupancy = rnnt_loss_joint(
-        *parts, *rest, **options, eps=0, activation=activation, combine=combine
-    )
+    fused, fused_occupancy = rnnt_loss_joint(*parts, *rest, **options, eps=0, activation=activation, combine=combine)
     found = torch.autograd.grad((fused * weight).sum(), parts)
     close(fused, costs, tolerance)
     close(fused_occupancy, occupancy, 1e-6)

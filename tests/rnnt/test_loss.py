@@ -26,9 +26,7 @@ def make_batch(seed=0, B=4, T=11, U=6, V=9, blank=-1, dtype=torch.float32, full=
 
 
 def pack(logits, T, U):
-    return torch.cat(
-        [logits[b, :t, : u + 1].reshape(-1, logits.shape[-1]) for b, (t, u) in enumerate(zip(T, U))]
-    )
+    return torch.cat([logits[b, :t, : u + 1].reshape(-1, logits.shape[-1]) for b, (t, u) in enumerate(zip(T, U))])
 
 
 def close(a, b, tolerance=1e-5):

@@ -57,9 +57,7 @@ def _forward(e, p, weight, bias, batch: Batch, plan, o: JointOptions, lse, blank
     rows = tile_rows(weight.shape[0])
     width = np.minimum(batch.U + 1, o.width) if o.band is not None else batch.U + 1
     tiles = [
-        (b, start, min(start + rows, int(n)))
-        for b, n in enumerate(batch.T * width)
-        for start in range(0, int(n), rows)
+        (b, start, min(start + rows, int(n))) for b, n in enumerate(batch.T * width) for start in range(0, int(n), rows)
     ]
     number = itertools.count()
     transposed = weight.t()

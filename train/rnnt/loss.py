@@ -148,16 +148,12 @@ def rnnt_loss(
     """
     check_options(reduction, fastemit_lambda, delay_penalty, eps)
     if logits.dtype not in DTYPES:
-        raise TypeError(
-            f"rnnt loss: logits must be float16, bfloat16, float32 or float64, got {logits.dtype}"
-        )
+        raise TypeError(f"rnnt loss: logits must be float16, bfloat16, float32 or float64, got {logits.dtype}")
     if layout not in ("padded", "packed"):
         raise ValueError(f"rnnt loss: layout {layout!r}: expected padded or packed")
     dim = 4 if layout == "padded" else 2
     if logits.dim() != dim:
-        raise ValueError(
-            f"rnnt loss: {layout} logits must have {dim} dimensions, got shape {tuple(logits.shape)}"
-        )
+        raise ValueError(f"rnnt loss: {layout} logits must have {dim} dimensions, got shape {tuple(logits.shape)}")
     if logits.device.type != "cpu":
         raise ValueError(f"rnnt loss: no implementation for device {logits.device}")
     padded = (logits.shape[1], logits.shape[2]) if layout == "padded" else None

@@ -53,7 +53,12 @@ def _grow(count: int) -> None:
 
 
 def thread_count() -> int:
-    """How many threads a call may use: torch's number, and one in a forked process."""
+    """How many threads a call may use: torch's number, and one in a forked process.
+
+    There torch gets one, too: OpenMP's threads did not survive the fork, and a matrix product would wait for them.
+    """
+    if _forked and torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
     return 1 if _forked else max(1, torch.get_num_threads())
 
 

@@ -1,0 +1,125 @@
+"""Property tests: any batch, any options, every implementation against the reference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from stillhouse.train.rnnt import joint, rnnt_loss, rnnt_loss_joint
+from stillhouse.train.rnnt.reference import rnnt_reference
+
+SETTINGS = settings(
+    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@st.composite
+def batches(draw):
+    """Shapes, lengths, blank, scale of the logits, options."""
+    B, T, U = draw(st.integers(1, 4)), draw(st.integers(1, 9)), draw(st.integers(0, 6))
+    V = draw(st.sampled_from([2, 3, 7, 16, 17, 31, 33, 48, 65, 100]))
+    blank = draw(st.integers(-V, V - 1))
+    T_b = draw(st.lists(st.integers(1, T), min_size=B, max_size=B))
+    U_b = draw(st.lists(st.integers(0, U), min_size=B, max_size=B))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    scale = draw(st.sampled_from([0.0, 0.1, 3.0, 20.0]))
+    logits = torch.randn(B, T, U + 1, V, generator=g, dtype=torch.float64) * scale
+    units = torch.tensor([v for v in range(V) if v != blank % V])
+    targets = units[torch.randint(0, V - 1, (B, U), generator=g)]
+    options = dict(
+        blank=blank,
+        clamp=draw(st.sampled_from([-1.0, 0.02, 0.5])),
+        fastemit_lambda=draw(st.sampled_from([0.0, 0.01, 1.5])),
+        delay_penalty=draw(st.sampled_from([0.0, 0.05, -0.3])),
+    )
+    weight = torch.randn(B, generator=g)
+    integer = draw(st.sampled_from([torch.int32, torch.int64]))
+    lengths = torch.tensor(T_b, dtype=integer), torch.tensor(U_b, dtype=integer)
+    return logits, targets.to(integer), *lengths, options, weight
+
+
+def packed(logits, T, U):
+    return torch.cat([logits[b, :t, : u + 1].reshape(-1, logits.shape[-1]) for b, (t, u) in enumerate(zip(T, U))])
+
+
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+@SETTINGS
+@given(
+    case=batches(), dtype=st.sampled_from(list(TOLERANCE)), inplace=st.booleans(), is_packed=st.booleans(),
+    fused=st.booleans(),
+)  # fmt: skip
+def test_loss_is_the_reference(case, dtype, inplace, is_packed, fused):
+    logits, y, T, U, options, weight = case
+    if not fused:
+        logits = logits.log_softmax(-1)
+    x = logits.to(dtype)
+    expected = rnnt_reference(x.double(), y, T, U, fused_log_softmax=fused, **options)
+    gradient = torch.from_numpy(expected.gradient) * weight.double().view(-1, 1, 1, 1)
+    if is_packed:
+        x, gradient = packed(x, T, U), packed(gradient, T, U)
+    x = x.clone().requires_grad_()
+    costs, occupancy = rnnt_loss(
+        x, y, T, U, reduction="none", inplace=inplace, layout="packed" if is_packed else "padded",
+        fused_log_softmax=fused, return_occupancy=True, **options,
+    )  # fmt: skip
+    costs.backward(weight.to(costs.dtype))
+    np.testing.assert_allclose(costs.detach(), expected.costs, rtol=min(TOLERANCE[dtype], 1e-5), atol=1e-5)
+    size = max(1.0, float(gradient.abs().max()) if gradient.numel() else 0.0)
+    # float32 logits of size s carry s * 6e-8 of rounding into every score
+    slack = TOLERANCE[dtype] * size * (1 + float(logits.abs().max()) / 20 if dtype != torch.float64 else 1)
+    np.testing.assert_allclose(x.grad.double(), gradient, rtol=0, atol=slack)
+    found = occupancy.numpy()[:, :, : expected.occupancy.shape[2]]
+    np.testing.assert_allclose(found, expected.occupancy[:, :, : found.shape[2]], atol=3e-5)
+
+
+@SETTINGS
+@given(case=batches(), tile=st.integers(1, 40), mul=st.booleans(), relu=st.booleans(), seed=st.integers(0, 1000))
+def test_joint_is_the_loss(case, tile, mul, relu, seed):
+    logits, y, T, U, options, weight = case
+    B, Tmax, U1, V = logits.shape
+    g = torch.Generator().manual_seed(seed)
+    parts = [
+        torch.randn(*s, generator=g, dtype=torch.float64).requires_grad_()
+        for s in ((B, Tmax, 5), (B, U1, 5), (V, 5), (V,))
+    ]
+    e, p, w, c = parts
+    hidden = e[:, :, None] * p[:, None] if mul else e[:, :, None] + p[:, None]
+    full = (torch.relu(hidden) if relu else torch.tanh(hidden)) @ w.t() + c
+    expected = torch.autograd.grad(rnnt_loss(full, y, T, U, reduction="none", **options), parts, weight.double())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(joint, "tile_rows", lambda vocabulary: tile)
+        costs = rnnt_loss_joint(
+            *parts, y, T, U, reduction="none", eps=0, combine="mul" if mul else "add",
+            activation="relu" if relu else "tanh", **options,
+        )  # fmt: skip
+        found = torch.autograd.grad(costs, parts, weight.double())
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@SETTINGS
+@given(case=batches(), eps=st.sampled_from([1e-6, 1e-3, 1e-2]))
+def test_eps_changes_the_gradient_by_about_eps(case, eps):
+    logits, y, T, U, options, _ = case
+    options = {**options, "clamp": -1.0}
+    grads = []
+    for value in (0.0, eps):
+        x = logits.clone().requires_grad_()
+        rnnt_loss(x, y, T, U, reduction="sum", eps=value, **options).backward()
+        grads.append(x.grad)
+    assert (grads[0] - grads[1]).abs().max() <= eps * 1.0001
+
+
+@SETTINGS
+@given(case=batches())
+def test_occupancies_are_probabilities(case):
+    logits, y, T, U, _, _ = case
+    _, occupancy = rnnt_loss(logits.float(), y, T, U, return_occupancy=True)
+    inside = torch.arange(y.shape[1]) < U[:, None]
+    torch.testing.assert_close(occupancy.sum(2), inside.float(), rtol=0, atol=1e-4)
+    assert (occupancy >= 0).all()
