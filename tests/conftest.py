@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as cli.py does; before torch is loaded
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

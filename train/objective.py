@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .config import Config
 from .loader import Batch
 from .model import BLANK, Transducer
-from .rnnt import rnnt_loss
+from .rnnt import rnnt_loss_joint
 from .specaugment import spec_augment
 
 Timed = Callable[[str], AbstractContextManager]
@@ -26,9 +26,10 @@ Timed = Callable[[str], AbstractContextManager]
 
 @dataclass(frozen=True)
 class Losses:
-    """`total` has the graph; `parts` are detached scalars by name."""
+    """`total` has the graph; `parts` are detached scalars by name; `costs` [B] the RNN-T loss of each utterance."""
 
     total: Tensor
+    costs: Tensor
     parts: dict[str, Tensor]
 
 
@@ -62,20 +63,22 @@ def losses(
             p = model.joint.predictor(model.predictor(batch.targets.to(device)))
     with timed("loss"):
         needs_occupancy = transfer is not None and transfer.needs_occupancy
-        with autocast(device, precision):
-            logits = model.joint(e[:, :, None], p[:, None])
-        result = rnnt_loss(
-            logits.float(),
+        result = rnnt_loss_joint(
+            e.float(),
+            p.float(),
+            model.joint.output.weight,
+            model.joint.output.bias,
             batch.targets,
             state_lengths.to("cpu", torch.int32),
             batch.target_lengths,
             blank=BLANK,
-            reduction="sum",
+            reduction="none",
+            eps=config.loss.eps,
             fastemit_lambda=config.loss.fastemit,
             return_occupancy=needs_occupancy,
         )
-        loss, occupancy = result if needs_occupancy else (result, None)
-        total = loss / units
+        costs, occupancy = result if needs_occupancy else (result, None)
+        total = costs.sum() / units
         parts = {"rnnt": total.detach()}
         if model.ctc is not None:
             ctc = F.ctc_loss(
@@ -97,4 +100,4 @@ def losses(
             parts |= {f"transfer/{view}": value.detach() for view, value in found.per_view.items()}
             total = total + transfer_weight * found.loss
     parts["loss"] = total.detach()
-    return Losses(total, parts)
+    return Losses(total, costs.detach(), parts)

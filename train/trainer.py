@@ -329,9 +329,8 @@ class Trainer:
                 self.optimiser.step()
         self.bad_steps = 0 if finite else self.bad_steps + 1
         if not finite:
-            self.report(
-                f"step {step}: loss {float(found.total):.4g} is not finite; skipped: {', '.join(batch.ids[:4])} …"
-            )
+            bad = [id for id, cost in zip(batch.ids, found.costs.tolist()) if not math.isfinite(cost)]
+            self.report(f"step {step}: the loss or its gradient is not finite; skipped {', '.join(bad or batch.ids)}")
             if self.bad_steps >= 10:
                 raise StillhouseError(
                     "ten steps in a row without a finite loss",

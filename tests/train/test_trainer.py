@@ -98,6 +98,7 @@ def test_a_split_without_utterances_is_an_error(tones: Path, tmp_path: Path) -> 
         Trainer(load_config(tones / "run.toml", ["data.train=nothing"]), tmp_path / "run")
 
 
+@pytest.mark.filterwarnings("ignore:rnnt loss")  # it names the rows; the trainer names the utterances
 def test_a_loss_that_is_not_finite_changes_nothing_and_stops_the_run(tones: Path, tmp_path: Path) -> None:
     from stillhouse.data.errors import StillhouseError
 
