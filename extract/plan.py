@@ -150,6 +150,8 @@ def teacher_record(teacher: Teacher, request: Request) -> plans.Teacher:
     room = teacher.window - len(t.prefix) - len(t.suffix)
     for name in contexts:
         check_context(parse_context(name), teacher.kind, room)
+        if parse_context(name).block:
+            teacher.check_blocks()
     if not layers or not contexts:
         raise UsageError("nothing to extract", expected="a layer and a context at least")
     record = plans.Teacher(

@@ -125,6 +125,21 @@ class Teacher:
         dtype = DTYPES[self.dtype]
         return torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
 
+    def check_blocks(self) -> None:
+        """Errors: TeacherError where the model does not obey a mask of blocks, so that `+block` would leak."""
+        blocks = np.array([0, 0, 1, 2, 2], dtype=np.int32)
+        ids = _PROBE[0].numpy().astype(np.int32)
+        other = np.where(blocks == 2, 9, ids).astype(np.int32)
+        both = []
+        for row in (ids, other):
+            try:
+                both.append(self.states([Window(row, blocks, [])], [self.depth])[self.depth][0])
+            except (ValueError, RuntimeError, IndexError) as e:
+                raise TeacherError(f"it takes no mask of blocks: {e}", where=self.source, remedy=_NO_BLOCK) from e
+        change = (both[0] - both[1]).abs().amax(dim=-1)
+        if float(change[:3].max()) > 1e-5 * float(both[0].abs().max()) or float(change[3:].min()) == 0:
+            raise TeacherError("it does not obey a mask of blocks", where=self.source, remedy=_NO_BLOCK)
+
     def _hooked(self, ids: torch.Tensor, mask: torch.Tensor, layers: Sequence[int] | range) -> dict[int, torch.Tensor]:
         """One pass up to the highest of `layers`; the states are taken from hooks on the blocks."""
         wanted, top = set(layers), max(layers)
@@ -256,5 +271,6 @@ def load_teacher(
     return Teacher(model, tokenizer, source=source, device=device, dtype=dtype, window=window)
 
 
+_NO_BLOCK = "use past:N, which needs no such mask"
 _CONVERT = "convert it: AutoModel.from_pretrained(…).save_pretrained(FOLDER), on a machine where you trust the file"
 _TRUST = "read that code, then allow it by name: --trust-remote-code MODEL"

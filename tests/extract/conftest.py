@@ -72,7 +72,16 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("gpt2")
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=400, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        vocab_size=400,
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        n_positions=64,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     GPT2Model(config).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=byte_bpe(), eos_token="<|end|>").save_pretrained(folder)
     return folder
@@ -93,6 +102,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
+        initializer_range=0.2,
     )
     LlamaModel(config).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=metaspace_bpe(), bos_token="<s>", eos_token="</s>").save_pretrained(folder)
@@ -118,6 +128,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_attention_heads=2,
         intermediate_size=32,
         max_position_embeddings=48,
+        initializer_range=0.2,  # so that context matters to it
     )
     BertModel(config).save_pretrained(folder)
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -30,7 +31,7 @@ def slow_gather(root: Path, ids: list[str], view: View) -> np.ndarray:
     group = zarr.open_group(root / "data.zarr", mode="r")
     everything = bytes(group["utterances/id_bytes"][:])
     offset = group["utterances/id_offset"][:]
-    where = {everything[a:b].decode(): u for u, (a, b) in enumerate(zip(offset, offset[1:]))}
+    where = {everything[a:b].decode(): u for u, (a, b) in enumerate(itertools.pairwise(offset))}
     record = group[view.teacher].attrs["stillhouse"]
     c, k = record["contexts"].index(view.context), record["layers"].index(view.layer)
     start, length = group[view.teacher]["start"][:], group[view.teacher]["length"][:]
