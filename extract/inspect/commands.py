@@ -137,6 +137,152 @@ def verify(ctx: click.Context, store: Path, data: bool, sample: float | None, as
         ctx.exit(1)
 
 
+def sample_options(tokens: int) -> Callable[[F], F]:
+    """--tokens and --seed of what is computed from a sample."""
+
+    def both(command: F) -> F:
+        command = click.option("--seed", default=0, show_default=True, help="Of the sample.")(command)
+        least = click.IntRange(min=4)
+        return click.option("--tokens", default=tokens, show_default=True, type=least, help="In the sample.")(command)
+
+    return both
+
+
+@inspect.command(epilog="Example: stillhouse inspect stats corpus.zarr --view 'minilm/*/*'")
+@click.argument("store", type=STORE)
+@views_option
+@sample_options(20_000)
+@click.option("--full", is_flag=True, help="All tokens instead of a sample.")
+@json_option
+def stats(store: Path, views: tuple[str, ...], tokens: int, seed: int, full: bool, as_json: bool) -> None:
+    """Norms, dead and outlier dimensions, anisotropy, effective rank of each view."""
+    from ..store import Store
+    from . import facts, rendering, statistics
+
+    opened = Store.open(store)
+    chosen = _views(opened, views)
+    found = statistics.statistics(opened, chosen, None if full else tokens, seed, _progress())
+    if as_json:
+        entries = [facts.as_json(f, "statistics") for f in found]
+        _dump({"schema": "stillhouse.inspect.stats/1", "views": entries})
+    else:
+        click.echo(rendering.statistics(found))
+
+
+@inspect.command(epilog="Example: stillhouse inspect similarity corpus.zarr --view '*/alone/*'")
+@click.argument("store", type=STORE)
+@views_option
+@sample_options(2_000)
+@json_option
+def similarity(store: Path, views: tuple[str, ...], tokens: int, seed: int, as_json: bool) -> None:
+    """Linear CKA between views: which of them say the same."""
+    from ..store import Store
+    from . import rendering
+    from .similarity import similarity as compute
+
+    opened = Store.open(store)
+    found = compute(opened, _views(opened, views), tokens, seed, _progress())
+    _print(found, "similarity", as_json, rendering.similarity)
+
+
+@inspect.command(
+    epilog="Example: stillhouse inspect neighbours corpus.zarr 84-121123-0001:staircase --view minilm/both:64/6"
+)
+@click.argument("store", type=STORE)
+@click.argument("word", metavar="UTT:WORD")
+@click.option("--view", required=True, metavar="VIEW", help="One view; or several by a pattern, one after the other.")
+@click.option("--count", default=10, show_default=True, type=click.IntRange(min=1))
+@click.option("--standardise", is_flag=True, help="With the view's norms, so that outlier dimensions do not decide.")
+@click.option("--same-utterance", is_flag=True, help="Look in the utterance itself, too.")
+@json_option
+def neighbours(
+    store: Path, word: str, view: str, count: int, standardise: bool, same_utterance: bool, as_json: bool
+) -> None:
+    """The tokens nearest to a word within a view, with their sentences.
+
+    WORD is a word of the utterance UTT as its tokens spell it (bank, or bank#2 for the second), or a token's number.
+    """
+    import shutil
+
+    from ..store import Store
+    from . import facts, rendering
+    from .neighbours import nearest
+
+    utterance, colon, name = word.rpartition(":")
+    if not colon:
+        raise click.BadParameter(f"{word!r} is not UTT:WORD", param_hint="UTT:WORD")
+    opened = Store.open(store)
+    found = [
+        nearest(
+            opened,
+            v,
+            utterance,
+            name,
+            count,
+            standardise=standardise,
+            same_utterance=same_utterance,
+            report=_progress(),
+        )
+        for v in opened.resolve(view)
+    ]
+    if as_json:
+        entries = [facts.as_json(f, "neighbours") for f in found]
+        _dump({"schema": "stillhouse.inspect.neighbours/1", "views": entries})
+    else:
+        columns = shutil.get_terminal_size((100, 24)).columns
+        click.echo("\n\n".join(rendering.neighbours(f, columns) for f in found))
+
+
+@inspect.command(
+    epilog="Example: stillhouse inspect compare corpus.zarr 84-121123-0001 --views minilm/alone/6,minilm/both:64/6"
+)
+@click.argument("store", type=STORE)
+@click.argument("utterance")
+@click.option("--views", required=True, metavar="A,B", help="View addresses with commas, or a pattern.")
+@json_option
+def compare(store: Path, utterance: str, views: str, as_json: bool) -> None:
+    """How the tokens of UTTERANCE move from the first view to the others."""
+    from ..store import Store
+    from . import facts, rendering
+    from .neighbours import compare as compute
+
+    opened = Store.open(store)
+    found = compute(opened, utterance, opened.resolve(split_views(views)))
+    if as_json:
+        entries = [facts.as_json(f, "comparison") for f in found]
+        _dump({"schema": "stillhouse.inspect.compare/1", "views": entries})
+    else:
+        click.echo(rendering.compared(found))
+
+
+def split_views(views: str) -> list[str]:
+    """ "a/alone/3,6,b/*/last" as ["a/alone/3,6", "b/*/last"]: a comma before a slash parts addresses."""
+    found: list[str] = []
+    for word in views.split(","):
+        if "/" in word or not found:
+            found.append(word)
+        else:
+            found[-1] += f",{word}"
+    return found
+
+
+@inspect.command(epilog="Example: stillhouse inspect tree corpus.zarr")
+@click.argument("store", type=STORE)
+@json_option
+def tree(store: Path, as_json: bool) -> None:
+    """What lies where in STORE's folder."""
+    from ..store import Store
+    from . import facts, layout, rendering
+
+    opened = Store.open(store)
+    found = layout.tree(opened)
+    if as_json:
+        entries = [facts.as_json(f, "node") for f in found]
+        _dump({"schema": "stillhouse.inspect.tree/1", "nodes": entries})
+    else:
+        click.echo(rendering.tree(str(store), found))
+
+
 def _views(store: Any, patterns: tuple[str, ...], planned: bool = False) -> list[View]:
     """The views that patterns name; all, complete or (`planned`) not, where there are none."""
     among = store.planned_views if planned else store.views

@@ -9,9 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .facts import StoreFacts, TeacherFacts, UtteranceFacts, Verified, ViewFacts
+from .layout import Node
+from .neighbours import Comparison, Neighbours
 from .showing import Shown, ShownTeacher
-from .text import printable, share, size, table
+from .similarity import Similarity
+from .statistics import Statistics
+from .text import printable, share, size, table, width
 
+MOST_NAMED = 8
 NORMS_ACROSS = 6  # views beside each other in a table of tokens
 
 
@@ -114,3 +119,87 @@ def verified(v: Verified) -> str:
     found = "no findings" if not count else "1 finding" if count == 1 else f"{count} findings"
     lines.append(f"{v.path}: {v.units:,} of {v.units_planned:,} units of work are there{read}: {found}{state}")
     return "\n".join(lines)
+
+
+def statistics(listed: Sequence[Statistics]) -> str:
+    rows = []
+    for s in listed:
+        ratio = s.first_norm_mean / s.norm_mean if s.norm_mean else 0.0
+        rows.append(
+            (s.view, f"{s.norm_mean:.2f} ±{s.norm_std:.2f}", f"{ratio:.2f}x", f"{s.anisotropy:.3f}",
+             f"{s.effective_rank:.0f} of {s.width}", len(s.dead), len(s.outliers), s.not_finite)
+        )  # fmt: skip
+    header = ("view", "norm", "first", "alike", "rank", "dead", "outliers", "not finite")
+    lines = [table(rows, header=header, right="lrrrrrrr"), ""]
+    for s in listed:
+        if s.outliers:
+            named = ", ".join(f"{d.dimension} (mean {d.mean:.2f}, rms {d.rms:.2f})" for d in s.outliers[:MOST_NAMED])
+            lines.append(f"{s.view} outliers: {named}{_more(len(s.outliers))}")
+        if s.dead:
+            lines.append(f"{s.view} dead: {', '.join(map(str, s.dead[:MOST_NAMED]))}{_more(len(s.dead))}")
+    tokens = ", ".join(dict.fromkeys(f"{s.tokens:,}" for s in listed))
+    lines.append(f"of {tokens} tokens a view; first: norm of first tokens over the others'; alike: mean cosine of two")
+    lines.append("tokens; rank: effective; first tokens are in none of the other columns")
+    return "\n".join(lines)
+
+
+def _more(count: int) -> str:
+    return f" and {count - MOST_NAMED} more" if count > MOST_NAMED else ""
+
+
+def similarity(s: Similarity) -> str:
+    rows = [
+        (f"{i + 1}", view, *(f"{x:.2f}" for x in row[: i + 1])) for i, (view, row) in enumerate(zip(s.views, s.cka))
+    ]
+    header = ("", "linear CKA", *(str(i + 1) for i in range(len(s.views))))
+    drawn = table(rows, header=header, right="rl" + "r" * len(s.views))
+    return f"{drawn}\nat {s.places:,} tokens; 1: the same up to rotation and scale, 0: unrelated"
+
+
+def neighbours(n: Neighbours, columns: int) -> str:
+    room = max(30, columns - 9 - max((width(x.utterance) for x in n.neighbours), default=0))
+    rows = [(f"{x.cosine:.3f}", x.utterance, around(x.sentence, x.begin, x.end, room)) for x in n.neighbours]
+    head = f"{n.word!r} in {n.utterance} ({n.view}):\n{printable(n.sentence)}\n"
+    return f"{head}\n{table(rows)}\n\nnearest of {n.searched:,} tokens by cosine"
+
+
+def around(sentence: str, begin: int, end: int, columns: int) -> str:
+    """A window of the sentence with the word in brackets, no wider than `columns` where the word allows it."""
+    word = f"[{sentence[begin:end]}]"
+    left, right = sentence[:begin], sentence[end:]
+    room = max(0, columns - width(word))
+    keep = max(room // 2, room - width(right))
+    while width(left) > keep:
+        left = "…" + left.removeprefix("…")[1:]
+        if left == "…":
+            break
+    while width(right) > max(0, room - width(left)):
+        right = right.removesuffix("…")[:-1] + "…"
+        if right == "…":
+            break
+    return printable(left + word + right)
+
+
+def compared(listed: Sequence[Comparison]) -> str:
+    first = listed[0]
+    rows = [
+        (m.token, m.piece, *(f"{x.cosine:.3f}" for x in moved), *(f"{x.distance:.2f}" for x in moved))
+        for m, *moved in zip(first.tokens, *(c.tokens for c in listed))
+    ]
+    names = [c.b.split("/", 1)[1] for c in listed]
+    header = ("#", "token", *(f"cos {n}" for n in names), *(f"moved {n}" for n in names))
+    drawn = table(rows, header=header, right="rl" + "r" * 2 * len(names))
+    means = ", ".join(f"{c.b} {c.cosine:.3f}" for c in listed)
+    return f"against {first.a}\n{drawn}\nmean cosine: {means}; moved: length of the difference over {first.a}'s"
+
+
+def tree(path: str, nodes: Sequence[Node]) -> str:
+    rows = []
+    for n in nodes:
+        name = "  " * (n.depth + 1) + n.path.rsplit("/", 1)[-1] + ("/" if n.kind in ("folder", "group") else "")
+        about = n.about or ""
+        if n.kind == "array":
+            axes = n.dimensions or ["?"] * len(n.shape or [])
+            about = f"{n.dtype} [" + ", ".join(f"{a} {s:,}" for a, s in zip(axes, n.shape or [])) + "]"
+        rows.append((name, f"{n.files:,}", size(n.bytes), about))
+    return f"{path}\n" + table(rows, header=("", "files", "size", ""), right="lrrl")
