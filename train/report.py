@@ -65,7 +65,15 @@ class Section:
     what: str
     pairs: tuple[Pair, ...]
     shown: tuple[Pair, ...]
-    confusions: tuple[tuple[str, str, int, bool], ...]
+    confusions: tuple[tuple[str, str, int, bool], ...]  # (ref, hyp, how often, whether they sound alike)
+
+    @property
+    def substitutions(self) -> int:
+        return sum(c.kind == "substitute" for p in self.pairs for c in p.chunks)
+
+    @property
+    def alike(self) -> int:
+        return sum(c.alike for p in self.pairs for c in p.chunks)
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ def test_a_section_shows_an_even_spread_and_counts_confusions() -> None:
     )
     assert [p.id for p in found.shown] == [f"u{k}" for k in range(0, 100, 10)]
     assert found.confusions == (("sea", "see", 50, True),)
+    assert (found.substitutions, found.alike) == (50, 50)
     assert [p.errors for p in found.pairs[:2]] == [1, 1]
 
 
