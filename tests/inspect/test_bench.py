@@ -21,15 +21,16 @@ def big(known, tmp_path_factory):
 
 
 @pytest.mark.bench
-@pytest.mark.parametrize("command", [["info"], ["show", "s007-0123"], ["ls"], ["ls", "--utterances", "s007-01*"]])
+@pytest.mark.parametrize("command", [["info"], ["show", "ID"], ["ls"], ["ls", "--utterances", "s50-*"]])
 def test_a_look_takes_less_than_a_second(big, command):
-    program = [sys.executable, "-m", "stillhouse.cli", "inspect", command[0], str(big.path), *command[1:]]
+    rest = [big.utterance_ids[100] if c == "ID" else c for c in command[1:]]
+    program = [sys.executable, "-m", "stillhouse.cli", "inspect", command[0], str(big.path), *rest]
     best = 9.0
     for _ in range(3):
         began = time.perf_counter()
         done = subprocess.run(program, capture_output=True, text=True, check=False)
         best = min(best, time.perf_counter() - began)
-        assert done.returncode in (0, 10), done.stderr
+        assert done.returncode == 0, done.stderr
     print(f"stillhouse inspect {command[0]}: {best:.2f} s")
     assert best < 1.0
 
