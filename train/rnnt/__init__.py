@@ -6,8 +6,9 @@ Run: pytest tests/rnnt; see docs/rnnt-loss.md.
 
 from .joint import rnnt_loss_joint
 from .loss import rnnt_loss
+from .tdt import tdt_loss
 
-__all__ = ["precompile", "rnnt_loss", "rnnt_loss_joint"]
+__all__ = ["precompile", "rnnt_loss", "rnnt_loss_joint", "tdt_loss"]
 
 
 def precompile(*dtypes: str) -> None:

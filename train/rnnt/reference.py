@@ -120,3 +120,60 @@ def rnnt_reference(
         g[:, units, y] -= occ_label[:, :U]
         gradient[b, :T, : U + 1] = np.clip(g, -clamp, clamp) if clamp > 0 else g
     return Reference(costs, gradient, occupancy)
+
+
+@dataclass(frozen=True)
+class TdtReference:
+    """costs [B]; gradients of each cost [B, T, U+1, V] and [B, T, U+1, D]; occupancy of the label arcs [B, U, T]."""
+
+    costs: np.ndarray
+    gradient: np.ndarray
+    duration_gradient: np.ndarray
+    occupancy: np.ndarray
+
+
+def tdt_reference(
+    token_logits, duration_logits, targets, logit_lengths, target_lengths, blank=-1, durations=(0, 1, 2, 3, 4),
+    sigma=0.0, fastemit_lambda=0.0, delay_penalty=0.0,
+) -> TdtReference:  # fmt: skip
+    """The token-and-duration transducer, arc by arc; tdt.py has the recursion. Shapes as in tdt_loss."""
+    x, z = np.asarray(token_logits, dtype=np.float64), np.asarray(duration_logits, dtype=np.float64)
+    B, Tmax, Uplus, V = x.shape
+    blank %= V
+    costs, grad, dur_grad = np.zeros(B), np.zeros_like(x), np.zeros_like(z)
+    occupancy = np.zeros((B, Uplus - 1, Tmax))
+    for b in range(B):
+        T, U = int(logit_lengths[b]), int(target_lengths[b])
+        log_p, log_d = log_softmax(x[b, :T, : U + 1]), log_softmax(z[b, :T, : U + 1])
+        arcs = []  # (from, to, unit, duration index, score); ends in cell (T, U)
+        for t in range(T):
+            delay = delay_penalty * ((T - 1) / 2 - t)
+            for u in range(U + 1):
+                for i, d in enumerate(durations):
+                    score = log_d[t, u, i] - sigma
+                    if d > 0 and (t + d < T or (t + d == T and u == U)):
+                        arcs.append(((t, u), (t + d, u), blank, i, score + log_p[t, u, blank]))
+                    if u < U and t + d < T:
+                        y = int(targets[b, u])
+                        arcs.append(((t, u), (t + d, u + 1), y, i, score + log_p[t, u, y] + delay))
+        alpha, beta = np.full((T + 1, U + 1), -np.inf), np.full((T + 1, U + 1), -np.inf)
+        alpha[0, 0], beta[T, U] = 0.0, 0.0
+        arcs.sort(key=lambda arc: arc[0])
+        for source, to, _, _, score in arcs:
+            alpha[to] = np.logaddexp(alpha[to], alpha[source] + score)
+        for source, to, _, _, score in reversed(arcs):
+            beta[source] = np.logaddexp(beta[source], beta[to] + score)
+        total = beta[0, 0]
+        costs[b] = -total
+        if total == -np.inf:
+            continue
+        for (t, u), to, unit, i, score in arcs:
+            share = np.exp(alpha[t, u] + score + beta[to] - total)
+            if unit != blank:
+                occupancy[b, u, t] += share
+                share *= 1 + fastemit_lambda
+            grad[b, t, u] += share * np.exp(log_p[t, u])
+            grad[b, t, u, unit] -= share
+            dur_grad[b, t, u] += share * np.exp(log_d[t, u])
+            dur_grad[b, t, u, i] -= share
+    return TdtReference(costs, grad, dur_grad, occupancy)
