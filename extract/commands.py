@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from .run import Progress, Report, Summary
+    from .progress import Progress, Report, Summary
 
 REPORT_EVERY_S = 5.0
 
@@ -38,7 +38,7 @@ def parse_layers(ctx: click.Context, param: click.Parameter, value: str) -> list
 @click.command()
 @click.argument("corpus", type=click.Path(exists=True, path_type=Path))
 @click.argument("store", type=click.Path(path_type=Path))
-@click.option("--teacher", required=True, help="A model: a folder, or a name on the Hugging Face hub.")
+@click.option("--teacher", help="A model: a folder, or a name on the Hugging Face hub.")
 @click.option("--name", help="What the store calls it. Default: the last part of the model's name.")
 @click.option("--layers", default="-1", show_default=True, callback=parse_layers, help="As in 0,3,6 or 0-6 or -1.")
 @click.option(
@@ -77,34 +77,48 @@ def parse_layers(ctx: click.Context, param: click.Parameter, value: str) -> list
 @click.option("--revision", help="Of a model on the hub.")
 @click.option("--trust-remote-code", metavar="MODEL", help="Run the code of this model; name it again here.")
 @click.option("--seed", default=0, show_default=True, help="Of the order of sessions.")
-@click.option("--json", "as_json", is_flag=True, help="The summary as JSON.")
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(min=1), help="Processes on this machine.")
+@click.option("--shard", metavar="I/N", help="Only the I-th of N parts (I from 0): for job arrays.")
+@click.option("--status", is_flag=True, help="Only tell what of STORE is done, running and missing.")
+@click.option("--dry-run", is_flag=True, help="Only tell what it will cost in tokens, bytes and time.")
+@click.option("--force", is_flag=True, help="Start although the disk has not the room.")
+@click.option("--repair", "mend", is_flag=True, help="Only extract again what is damaged in STORE.")
+@click.option("--json", "as_json", is_flag=True, help="The outcome as JSON.")
 def extract(**options: Any) -> None:
     """Run a language model over CORPUS and keep its hidden states in STORE.
 
     Interrupted or killed, the same command resumes. Several at once share the work.
     """
-    from stillhouse.data.errors import UsageError
+    outcome, text = _status(options["store"]) if options["status"] else _run(options)
+    click.echo(json.dumps(outcome, indent=1) if options["as_json"] else text)
+
+
+def _status(store: Path) -> tuple[Any, str]:
+    from .status import render as render_status
+    from .status import status
+
+    found = status(store)
+    return found.as_json(), render_status(found)
+
+
+def _run(options: dict[str, Any]) -> tuple[Any, str]:
     from stillhouse.data.manifest import read_manifest
 
     from .plan import Request
     from .run import extract as run
+    from .sizing import check_room, size_up
+    from .sizing import render as render_sizing
     from .teacher import load_teacher
+    from .workers import make_crew, parse_part, threads_each
 
-    source = options["teacher"]
-    trusted = options["trust_remote_code"]
-    if trusted is not None and trusted != source:
-        raise UsageError(f"--trust-remote-code {trusted} is not the teacher", expected=source)
+    store, part, workers = options["store"], parse_part(options["shard"]), options["workers"]
+    if options["mend"]:
+        return _repair(options)
+    load = _load_options(options)
     corpus = read_manifest(options["corpus"]).select(options["split"])
-    teacher = load_teacher(
-        source,
-        device=options["device"],
-        dtype=options["model_dtype"],
-        window=options["window"],
-        revision=options["revision"],
-        trust_remote_code=trusted is not None,
-    )
+    teacher = load_teacher(**load)
     request = Request(
-        name=options["name"] or default_name(source),
+        name=options["name"] or default_name(load["source"]),
         layers=options["layers"],
         contexts=options["contexts"],
         transform=options["transform"],
@@ -113,11 +127,58 @@ def extract(**options: Any) -> None:
         batch_tokens=options["batch_tokens"],
         seed=options["seed"],
     )
-    summary = run(options["store"], corpus, teacher, request, progress_lines())
-    if options["as_json"]:
-        click.echo(json.dumps(summary.as_json(), indent=1))
+    if options["dry_run"]:
+        sizing = size_up(store, corpus, teacher, request)
+        return sizing.as_json(), render_sizing(sizing)
+    if workers > 1:
+        import torch
+
+        crew = make_crew(request.name, load, workers, part)
+        torch.set_num_threads(threads_each(workers))
     else:
-        click.echo(render(summary))
+        crew = None
+    summary = run(
+        store, corpus, teacher, request, progress_lines(), part, crew, None if options["force"] else check_room
+    )
+    return summary.as_json(), render(summary)
+
+
+def _load_options(options: dict[str, Any], source: str | None = None) -> dict[str, Any]:
+    """Arguments of `load_teacher`. Errors: UsageError for a missing teacher, or other code than its own trusted."""
+    from stillhouse.data.errors import UsageError
+
+    source, trusted = options["teacher"] or source, options["trust_remote_code"]
+    if source is None:
+        raise UsageError("no teacher", expected="--teacher FOLDER, or a name on the hub")
+    if trusted is not None and trusted != source:
+        raise UsageError(f"--trust-remote-code {trusted} is not the teacher", expected=source)
+    return {
+        "source": source,
+        "device": options["device"],
+        "dtype": options["model_dtype"],
+        "window": options["window"],
+        "revision": options["revision"],
+        "trust_remote_code": trusted is not None,
+    }
+
+
+def _repair(options: dict[str, Any]) -> tuple[Any, str]:
+    """Mend every teacher of the store (or --name); models and settings are those that the store names."""
+    from dataclasses import asdict
+
+    from .repair import repair
+    from .store.plan import read_plan
+    from .teacher import load_teacher
+
+    plan = read_plan(options["store"])
+    mended = []
+    for name, record in plan.teachers.items():
+        if options["name"] in (None, name):
+            load = _load_options(options, record.model) | {"dtype": record.model_dtype, "window": record.window}
+            mended += repair(options["store"], load_teacher(**load), name, progress_lines())
+    facts = [{"unit": str(unit), "findings": [asdict(f) for f in found]} for unit, found in mended]
+    lines = [f"extracted again: {unit} ({'; '.join(f.what for f in found)})" for unit, found in mended]
+    return facts, "\n".join(lines) or "nothing is damaged"
 
 
 def default_name(source: str) -> str:

@@ -6,12 +6,11 @@ last commit left off, and several of them share the work. Run: `stillhouse extra
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
@@ -20,131 +19,100 @@ from stillhouse.data.manifest import Corpus
 
 from .batches import make_batches
 from .norms import fix_norms
+from .ordering import Layout
 from .plan import Request, make_plan
+from .progress import Progress, Report, Summary, summarise
 from .store.commits import Commits
 from .store.files import Lock, Scratch
 from .store.index import Index
 from .store.plan import Plan, Unit
-from .store.reader import TeacherRows
+from .store.rows import TeacherRows
 from .store.writer import UnitWriter
 from .teacher import Teacher
-from .windows import Frame, Window, parse_context, passes
+from .windows import Frame, Passes, Texts, Window, parse_context, passes
 
 
-@dataclass
-class Progress:
-    """Where a run stands. Rows are tokens of text × contexts; fed tokens count specials and context, too."""
+def extract(
+    root: Path,
+    corpus: Corpus,
+    teacher: Teacher,
+    request: Request,
+    report: Report | None = None,
+    part: tuple[int, int] = (0, 1),
+    helpers: Callable[[Plan], Helpers] | None = None,
+    before: Callable[[Plan, Layout], None] | None = None,
+) -> Summary:
+    """Extract all that is asked for and not there yet; of `part` (i, n), only every n-th unit from the i-th on.
 
-    units: int = 0
-    units_total: int = 0
-    units_found: int = 0  # committed before this run
-    rows: int = 0
-    rows_total: int = 0
-    fed_tokens: int = 0
-    padded_tokens: int = 0
-    model_s: float = 0.0
-    started: float = field(default_factory=time.perf_counter)
-    unit: str = ""
-
-    @property
-    def wall_s(self) -> float:
-        return time.perf_counter() - self.started
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.rows / max(self.wall_s, 1e-9)
-
-    @property
-    def padding_share(self) -> float:
-        return 1 - self.fed_tokens / self.padded_tokens if self.padded_tokens else 0.0
-
-    @property
-    def eta_s(self) -> float:
-        return (self.rows_total - self.rows) / self.tokens_per_s if self.rows else float("nan")
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a run did and what the store holds now."""
-
-    store: str
-    teacher: str
-    views: list[str]
-    utterances: int
-    tokens: int
-    units: int
-    units_done_now: int
-    rows_done_now: int
-    fed_tokens: int
-    tokens_per_s: float
-    fed_tokens_per_s: float
-    padding_share: float
-    model_share: float
-    wall_s: float
-    store_bytes: int
-    hidden_bytes: int
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-Report = Callable[[Progress], None]
-
-
-def extract(root: Path, corpus: Corpus, teacher: Teacher, request: Request, report: Report | None = None) -> Summary:
-    """Extract all that is asked for and not there yet.
-
-    Errors: StaleError where the store was made with other settings; StoreError where a value is not finite or the
-    disk is full.
+    `helpers` starts other processes once the plan is written (see workers.py); `before` sees the plan of a new store
+    before anything is written, and may refuse. Errors: StaleError where the store
+    was made with other settings; StoreError where a value is not finite or the disk is full.
     """
-    plan = make_plan(root, corpus, teacher, request)
+    plan = make_plan(root, corpus, teacher, request, before)
     progress = Progress()
     with Scratch(plan.paths) as scratch:
-        run_units(plan, request.name, teacher, scratch.folder, progress, report)
+        crew = helpers(plan) if helpers is not None else None
+        try:
+            run_units(plan, request.name, teacher, scratch.folder, progress, report, part)
+        finally:
+            if crew is not None:
+                crew.finish()
         for context in plan.teachers[request.name].contexts:
             fix_norms(plan, request.name, context, scratch.folder)
     return summarise(plan, request.name, progress)
 
 
+class Helpers(Protocol):
+    """Processes that work on the same store; `finish` waits for them and raises what they raised."""
+
+    def finish(self) -> None: ...
+
+
 def run_units(
-    plan: Plan, name: str, teacher: Teacher, scratch: Path, progress: Progress, report: Report | None
+    plan: Plan,
+    name: str,
+    teacher: Teacher,
+    scratch: Path,
+    progress: Progress,
+    report: Report | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> None:
     """Run every unit that is not committed. Those that another process holds are waited for at the end."""
-    rows = TeacherRows(plan, name)
-    maker = UnitMaker(plan, teacher, rows, scratch, progress, report)
     todo = []
-    progress.units_total = len(plan.units(name))
-    for unit in plan.units(name):
-        if _committed(plan, unit):
+    units = plan.units(name)[part[0] :: part[1]]
+    progress.units_total = len(units)
+    for unit in units:
+        if committed(plan, unit):
             progress.units_found += 1
         else:
             todo.append(unit)
             progress.rows_total += unit.shard.rows
+    if not todo:
+        return
     held: list[Unit] = []
-    for wait in (False, True):
-        for unit in todo if not wait else held:
-            lock = Lock(plan.paths.lock(unit.teacher, unit.context, unit.shard.number))
-            if not lock.acquire(wait=wait):
-                held.append(unit)
-                continue
-            with lock:
-                if _committed(plan, unit):
-                    progress.rows_total -= unit.shard.rows
-                    progress.units_found += 1
-                else:
-                    maker.make(unit)
-                    progress.units += 1
-    if report is not None:
-        report(progress)
+    with UnitMaker(plan, teacher, TeacherRows(plan, name), scratch, progress, report) as maker:
+        for wait in (False, True):
+            for unit in todo if not wait else held:
+                lock = Lock(plan.paths.lock(unit.teacher, unit.context, unit.shard.number))
+                if not lock.acquire(wait=wait):
+                    held.append(unit)
+                    continue
+                with lock:
+                    if committed(plan, unit):
+                        progress.rows_total -= unit.shard.rows
+                        progress.units_found += 1
+                    else:
+                        maker.make(unit)
+                        progress.units += 1
 
 
-def _committed(plan: Plan, unit: Unit) -> bool:
+def committed(plan: Plan, unit: Unit) -> bool:
     commits = Commits(plan.paths, unit.teacher, unit.context)
     return commits.has(unit.shard.number, unit.layers, unit.generation.number)
 
 
 class UnitMaker:
-    """Makes units of work with a loaded teacher."""
+    """Makes units of work with a loaded teacher; one thread writes a batch while the model runs the next."""
 
     def __init__(
         self,
@@ -159,33 +127,42 @@ class UnitMaker:
         self.progress, self.report = progress, report
         self.index = Index(plan.paths.data / "utterances")
         self.session = np.asarray(self.index.session)
-        self.texts = _Texts(rows)
+        self.texts = StoredTexts(rows)
+        self._thread = ThreadPoolExecutor(1, "stillhouse-writer")
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> UnitMaker:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._thread.shutdown(wait=True)
 
     def make(self, unit: Unit, generation: int | None = None) -> bool:
         """Run a unit and commit it; the caller holds its lock. False where a commit was there before."""
-        record = self.plan.teachers[unit.teacher]
         shard, g = unit.shard, unit.generation
-        frame = Frame(
-            record.prefix_ids,
-            record.suffix_ids,
-            record.join_ids,
-            record.window,
-            g.core_tokens,
-            record.kind == "decoder",
-        )
-        work = passes(parse_context(unit.context), frame, self.texts, self.session, shard.first, shard.last)
+        work = unit_passes(self.plan, unit, self.texts, self.session)
         ids = [self.index.id(u) for u in range(shard.first, shard.last)]
         starts, lengths = self.rows.start[shard.first : shard.last], self.rows.length[shard.first : shard.last]
         self.progress.unit = str(unit)
+        record = self.plan.teachers[unit.teacher]
         with UnitWriter(self.plan.paths, self.scratch, record, unit, starts, lengths, ids) as writer:
-            for batch in make_batches(work.windows, g.batch_tokens, g.batch_overhead_tokens):
-                self._run(writer, batch, unit.layers)
+            try:
+                for batch in make_batches(work.windows, g.batch_tokens, g.batch_overhead_tokens):
+                    self._run(writer, batch, unit.layers)
+            finally:
+                self._written()
             return writer.commit(
                 work.input_hash,
                 work.context_left,
                 work.context_right,
                 g.number if generation is None else generation,
             )
+
+    def _written(self) -> None:
+        """Wait for the batch that is being written, and raise what went wrong with it."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def _run(self, writer: UnitWriter, batch: list[Window], layers: tuple[int, ...]) -> None:
         import torch
@@ -208,11 +185,8 @@ class UnitMaker:
             return
         p = self.progress
         p.model_s += time.perf_counter() - began
-        for layer, block in host.items():
-            for row, window in enumerate(batch):
-                for piece in window.pieces:
-                    n = piece.last - piece.first
-                    writer.write(layer, piece.utterance, piece.first, block[row, piece.at : piece.at + n])
+        self._written()
+        self._writing = self._thread.submit(_write_batch, writer, batch, host)
         p.rows += sum(piece.last - piece.first for w in batch for piece in w.pieces)
         p.fed_tokens += sum(len(w.ids) for w in batch)
         p.padded_tokens += len(batch) * max(len(w.ids) for w in batch)
@@ -220,7 +194,23 @@ class UnitMaker:
             self.report(p)
 
 
-class _Texts:
+def unit_passes(plan: Plan, unit: Unit, texts: Texts, session: np.ndarray) -> Passes:
+    """The windows of a unit of work, from its plan and the tokens of the store."""
+    t = plan.teachers[unit.teacher]
+    core = unit.generation.core_tokens
+    frame = Frame(t.prefix_ids, t.suffix_ids, t.join_ids, t.window, core, t.kind == "decoder")
+    return passes(parse_context(unit.context), frame, texts, session, unit.shard.first, unit.shard.last)
+
+
+def _write_batch(writer: UnitWriter, batch: list[Window], states: dict[int, np.ndarray]) -> None:
+    for layer, block in states.items():
+        for row, window in enumerate(batch):
+            for piece in window.pieces:
+                n = piece.last - piece.first
+                writer.write(layer, piece.utterance, piece.first, block[row, piece.at : piece.at + n])
+
+
+class StoredTexts:
     """Token ids by utterance: a slice gives a list of arrays."""
 
     def __init__(self, rows: TeacherRows) -> None:
@@ -229,36 +219,3 @@ class _Texts:
     def __getitem__(self, which: slice) -> list[np.ndarray]:
         rows = self._rows
         return [rows.tokens(rows.token_id, np.array([u])) for u in range(which.start, which.stop)]
-
-
-def folder_bytes(folder: Path) -> int:
-    total = 0
-    for base, _, names in os.walk(folder):
-        for name in names:
-            total += os.lstat(os.path.join(base, name)).st_size
-    return total
-
-
-def summarise(plan: Plan, name: str, progress: Progress) -> Summary:
-    from .store.reader import Store
-
-    store = Store.open(plan.paths.root)
-    wall = progress.wall_s
-    return Summary(
-        store=str(plan.paths.root),
-        teacher=name,
-        views=[v.address for v in store.views if v.teacher == name],
-        utterances=len(store.index),
-        tokens=store.teacher(name).tokens,
-        units=progress.units_total,
-        units_done_now=progress.units,
-        rows_done_now=progress.rows,
-        fed_tokens=progress.fed_tokens,
-        tokens_per_s=progress.rows / wall,
-        fed_tokens_per_s=progress.fed_tokens / wall,
-        padding_share=progress.padding_share,
-        model_share=progress.model_s / wall,
-        wall_s=wall,
-        store_bytes=folder_bytes(plan.paths.root),
-        hidden_bytes=folder_bytes(plan.paths.data / name / "hidden"),
-    )

@@ -1,0 +1,196 @@
+"""What an extraction will cost: tokens, units, bytes, free disk, and time measured on a few batches.
+
+Invariant: nothing is written; bytes are what the layout will really take, not an estimate.
+Run: `stillhouse extract CORPUS STORE --teacher … --dry-run`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stillhouse.data.errors import StoreError
+from stillhouse.data.manifest import Corpus
+
+from .batches import make_batches
+from .ordering import Layout
+from .plan import Request, check_plan, draft_plan, teacher_record
+from .run import StoredTexts, committed, unit_passes
+from .store.index import Index
+from .store.layout import dtype_of, shard_bytes
+from .store.plan import Plan, Unit, read_plan
+from .store.plan import Teacher as Record
+from .store.rows import TeacherRows
+from .teacher import Teacher
+from .windows import Texts
+
+PROBED_BATCHES = 6
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """Bytes are those still to be written. `seconds` is None where nothing was measured."""
+
+    store: str
+    teacher: str
+    utterances: int
+    tokens: int
+    longest_tokens: int
+    units: int
+    units_missing: int
+    bytes_per_view: dict[str, int]
+    other_bytes: int
+    bytes: int
+    free_bytes: int
+    fed_tokens: int
+    fed_tokens_per_s: float | None
+    seconds: float | None
+
+    @property
+    def fits(self) -> bool:
+        return self.bytes <= self.free_bytes
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"fits": self.fits}
+
+
+class _Tokens:
+    """Token ids of a layout that is not on disk yet: a slice gives a list of arrays."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._ids = layout.tokens.ids
+        self._end = np.cumsum(layout.tokens.length)
+        self._length = layout.tokens.length
+
+    def __getitem__(self, which: slice) -> list[np.ndarray]:
+        ends, lengths = self._end[which].tolist(), self._length[which].tolist()
+        return [self._ids[e - n : e] for e, n in zip(ends, lengths)]
+
+
+def size_up(root: Path, corpus: Corpus, teacher: Teacher, request: Request, measure: bool = True) -> Sizing:
+    """Errors: as `run.extract` has before it starts."""
+    record = teacher_record(teacher, request)
+    if (root / "store.json").exists():
+        plan = read_plan(root)
+        check_plan(plan, record, corpus)
+        record = plan.teachers[record.name]
+        rows = TeacherRows(plan, record.name)
+        texts: Texts = StoredTexts(rows)
+        length = np.asarray(rows.length)
+        session = np.asarray(Index(plan.paths.data / "utterances").session)
+        other = 0
+    else:
+        plan, layout = draft_plan(root, corpus, teacher, record, request)
+        texts, length, session = _Tokens(layout), layout.tokens.length, layout.session
+        other = _other_bytes(plan, layout, record.width)
+    units = plan.units(record.name)
+    todo = [u for u in units if not committed(plan, u)]
+    per_view = view_bytes(record, todo)
+    fed, speed, seconds = _measure(plan, teacher, todo, texts, session) if measure and todo else (0, None, None)
+    return Sizing(
+        store=str(root),
+        teacher=record.name,
+        utterances=len(length),
+        tokens=int(length.sum()),
+        longest_tokens=int(length.max()),
+        units=len(units),
+        units_missing=len(todo),
+        bytes_per_view=per_view,
+        other_bytes=other,
+        bytes=sum(per_view.values()) + other,
+        free_bytes=free_bytes(root),
+        fed_tokens=fed,
+        fed_tokens_per_s=speed,
+        seconds=seconds,
+    )
+
+
+def view_bytes(record: Record, units: list[Unit]) -> dict[str, int]:
+    """Bytes of `hidden` that units will take, by view."""
+    row_bytes = record.width * dtype_of(record.dtype).bytes
+    out: dict[str, int] = {}
+    for u in units:
+        for layer in u.layers:
+            address = f"{record.name}/{u.context}/{layer}"
+            out[address] = out.get(address, 0) + shard_bytes(u.shard.rows, u.generation.shard_rows, row_bytes)
+    return out
+
+
+def check_room(plan: Plan, layout: Layout) -> None:
+    """For `run.extract`. Errors: StoreError where the disk has no room for a new store."""
+    record = plan.teachers[plan.generations[0].teacher]
+    need = sum(view_bytes(record, plan.units()).values()) + _other_bytes(plan, layout, record.width)
+    free = free_bytes(plan.paths.root)
+    if need > free:
+        raise StoreError(
+            f"{need / 1e9:,.2f} GB are needed and {free / 1e9:,.2f} GB are free",
+            where=plan.paths.root,
+            remedy="make room, ask for fewer layers or contexts, or start all the same with --force",
+        )
+
+
+def free_bytes(root: Path) -> int:
+    """Free room on the disk where `root` is or will be."""
+    folder = root.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _other_bytes(plan: Plan, layout: Layout, width: int) -> int:
+    """All but `hidden`: tokens, index, checksums, embedding."""
+    g = plan.generations[0]
+    record = plan.teachers[g.teacher]
+    u, c, k = len(layout.ids), len(record.contexts), len(record.layers)
+    tokens = 12 * len(layout.shards) * layout.shard_rows
+    utterances = (8 + 8 + 4 + 8 + 4 + 8 + 4 + 16 * c + 4 * c * k) * u + sum(len(i.encode()) for i in layout.ids)
+    vocabulary = len(np.unique(layout.tokens.ids)) * (4 + 10 + 2 * width)
+    return tokens + utterances + vocabulary + 50_000
+
+
+def _measure(
+    plan: Plan, teacher: Teacher, todo: list[Unit], texts: Texts, session: np.ndarray
+) -> tuple[int, float, float]:
+    """(tokens to be fed, fed tokens a second, seconds), from a few batches of one unit of each context."""
+    fed_total, seconds_total = 0.0, 0.0
+    for context in dict.fromkeys(u.context for u in todo):
+        mine = [u for u in todo if u.context == context]
+        unit = mine[len(mine) // 2]
+        work = unit_passes(plan, unit, texts, session)
+        batches = make_batches(work.windows, unit.generation.batch_tokens, unit.generation.batch_overhead_tokens)
+        if not batches:
+            continue
+        chosen = [batches[i] for i in np.unique(np.linspace(0, len(batches) - 1, PROBED_BATCHES).round().astype(int))]
+        teacher.states(chosen[0], unit.layers)  # the first call pays for what later ones find ready
+        began = time.perf_counter()
+        for batch in chosen:
+            for v in teacher.states(batch, unit.layers).values():
+                v.float().cpu()
+        speed = sum(len(w.ids) for b in chosen for w in b) / (time.perf_counter() - began)
+        fed = work.tokens * sum(u.shard.rows for u in mine) / max(1, unit.shard.rows)
+        fed_total, seconds_total = fed_total + fed, seconds_total + fed / speed
+    return int(fed_total), fed_total / max(seconds_total, 1e-9), seconds_total
+
+
+def render(s: Sizing) -> str:
+    """For people."""
+    views = [f"  {address:<32} {size / 1e6:>12,.1f} MB" for address, size in s.bytes_per_view.items()]
+    lines = [
+        f"corpus       {s.utterances:,} utterances, {s.tokens:,} tokens of {s.teacher}, longest {s.longest_tokens:,}",
+        f"units        {s.units_missing} of {s.units} to do",
+        *views,
+        f"to write     {s.bytes / 1e6:,.1f} MB, of which tokens, index and vocabulary {s.other_bytes / 1e6:,.1f} MB",
+        f"free         {s.free_bytes / 1e6:,.1f} MB: {'enough' if s.fits else 'NOT ENOUGH'}",
+    ]
+    if s.seconds is not None:
+        lines.append(
+            f"time         about {s.seconds / 60:,.1f} min ({s.fed_tokens:,} tokens fed, {s.fed_tokens_per_s:,.0f} a "
+            f"second, one process, {os.cpu_count()} cores)"
+        )
+    return "\n".join(lines)
