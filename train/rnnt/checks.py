@@ -90,7 +90,7 @@ def check_options(reduction: str, fastemit_lambda: float, delay_penalty: float, 
         raise ValueError(f"rnnt loss: delay_penalty {delay_penalty}: expected a finite number")
 
 
-def check_blank_room(batch: Batch, rows: int, padded: tuple[int, int] | None) -> None:
+def check_packed_rows(batch: Batch, rows: int, padded: tuple[int, int] | None) -> None:
     """A packed matrix must have exactly the rows of its lengths."""
     if padded is None:
         expected = int((batch.T * (batch.U + 1)).sum())
@@ -143,7 +143,7 @@ def check_band(ranges: torch.Tensor, batch: Batch, max_frames: int) -> tuple[np.
     band = _integers("ranges", ranges[:, :, 0], 2).copy()
     for b, (T, U) in enumerate(zip(batch.T, batch.U)):
         steps = np.diff(band[b, :T])
-        bad = (steps < 0).any() or (steps >= max(2, width)).any()
+        bad = (steps < 0).any() or (steps >= width).any()
         if bad or band[b, 0] != 0 or not U + 1 - width <= band[b, T - 1] <= U:
             raise ValueError(
                 f"rnnt loss: row {b} of the batch (logit length {T}, target length {U}): its band of {width} units a "

@@ -15,7 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import threads
-from .checks import Batch, check_batch, check_blank_room, check_options
+from .checks import Batch, check_band, check_batch, check_options, check_packed_rows
 from .memory import as_rows, fresh_like
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -55,16 +55,19 @@ def warn_nan(costs: np.ndarray, batch: Batch) -> None:
 
 class _CpuLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits, batch: Batch, padded, options: Options, want_occupancy: bool):
-        from .cpu import forward, unpack_occupancy
+    def forward(ctx: Any, logits, batch: Batch, padded, band, options: Options, want_occupancy: bool):
+        from .cpu import CLOSED, forward, unpack_occupancy
         from .plan import make_plan, make_tasks
 
         x = as_rows(logits)
-        plan = make_plan(batch, padded)
+        plan = make_plan(batch, padded, band)
         tasks, left = make_tasks(batch.T, batch.U + 1, x.shape[1])
         exact = logits.dtype == torch.float64
         kind = np.float64 if exact else np.float32
         lse, blank_lp, label_lp = (np.empty(plan.total, kind) for _ in range(3))
+        if plan.pruned:
+            blank_lp.fill(CLOSED)
+            label_lp.fill(CLOSED)
         alpha, costs = np.empty(plan.total), np.zeros(batch.T.size)
         count, width = threads.thread_count(), int(batch.U.max(initial=0)) + 1
         work, work64 = np.empty((count, 2, width), kind), np.empty((count, width))
@@ -111,7 +114,7 @@ class _CpuLoss(torch.autograd.Function):
             grad_costs.detach().double().contiguous().numpy(), batch.blank, float(options.clamp), options.fused,
             float(options.fastemit), float(options.eps),
         )  # fmt: skip
-        return gradient, None, None, None, None
+        return gradient, None, None, None, None, None
 
 
 def rnnt_loss(
@@ -129,6 +132,7 @@ def rnnt_loss(
     layout: Literal["padded", "packed"] = "padded",
     inplace: bool = False,
     eps: float = 0.0,
+    ranges: torch.Tensor | None = None,
     return_occupancy: bool = False,
 ) -> Any:
     """RNN-T loss (Graves 2012); torchaudio.functional.rnnt_loss's signature and results, then more.
@@ -140,6 +144,7 @@ def rnnt_loss(
     fused_log_softmax: off when logits are log-probabilities already.
     fastemit_lambda, delay_penalty: see reference.py. inplace: the gradient is written over the logits.
     eps: rows whose occupancy is eps or less get a gradient of 0.
+    ranges: int [B, T, S], units of every frame (see pruned.py): logits are then [B, T, S, V], of those units alone.
     return_occupancy: returns (loss, occupancy float32 [B, U, T]): P(unit u emitted at frame t), detached, padding 0.
 
     Returns float32 (float64 for float64). An utterance without any alignment costs infinity and has gradient 0; one
@@ -159,12 +164,19 @@ def rnnt_loss(
     padded = (logits.shape[1], logits.shape[2]) if layout == "padded" else None
     if padded and logits.shape[0] != targets.shape[0]:
         raise ValueError(f"rnnt loss: logits have {logits.shape[0]} rows, targets {targets.shape[0]}")
-    room = (padded[0], padded[1] - 1) if padded else (None, None)
+    if ranges is not None and padded is None:
+        raise ValueError("rnnt loss: ranges need padded logits [B, T, S, V]")
+    room = (padded[0], padded[1] - 1 if ranges is None else None) if padded else (None, None)
     batch = check_batch(targets, logit_lengths, target_lengths, blank, logits.shape[-1], *room)
-    check_blank_room(batch, logits.shape[0], padded)
+    check_packed_rows(batch, logits.shape[0], padded)
+    band = None
+    if ranges is not None and padded is not None:
+        band, width = check_band(ranges, batch, padded[0])
+        if width != padded[1]:
+            raise ValueError(f"rnnt loss: ranges are {width} units wide, logits {padded[1]}")
     if inplace and not logits.is_contiguous():
         raise ValueError("rnnt loss: inplace needs contiguous logits: their memory becomes the gradient")
     options = Options(clamp, fused_log_softmax, fastemit_lambda, delay_penalty, inplace, eps)
-    costs, occupancy = _CpuLoss.apply(logits.contiguous(), batch, padded, options, return_occupancy)
+    costs, occupancy = _CpuLoss.apply(logits.contiguous(), batch, padded, band, options, return_occupancy)
     loss = reduce(costs, target_lengths, reduction)
     return (loss, occupancy) if return_occupancy else loss
