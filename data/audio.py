@@ -88,22 +88,32 @@ def read_segment(path: Path | str, start_s: float = 0.0, duration_s: float | Non
     return np.ascontiguousarray(mono), own_hz
 
 
-def resample(samples: np.ndarray, from_hz: int, to_hz: int, speed: float = 1.0) -> np.ndarray:
-    """float32 [S] -> float32 [ceil(S · to_hz / (from_hz · speed))], by torchaudio's windowed sinc.
+def resample(samples: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
+    """float32 [S] -> float32 [ceil(S · to_hz / from_hz)], by torchaudio's windowed sinc.
 
-    The ratio is an exact fraction (speed is taken as the decimal that it is written as), so a speed costs one
-    polyphase filter: 0.9 at an unchanged rate is 10 phases. Width 6 and a cut-off at 0.99 of the lower Nyquist
-    frequency are torchaudio's defaults and what sherpa-onnx resamples with.
+    Width 6 and a cut-off at 0.99 of the lower Nyquist frequency: torchaudio's defaults, and what sherpa-onnx uses.
     """
-    ratio = Fraction(from_hz) * Fraction(str(speed)) / Fraction(to_hz)
+    return _filtered(samples, Fraction(from_hz, to_hz))
+
+
+def change_speed(samples: np.ndarray, speed: float) -> np.ndarray:
+    """float32 [S] -> float32 [ceil(S / speed)]: played `speed` times as fast, pitch and all, at the same rate.
+
+    The same filter, with speed as the exact fraction that its decimals say: 0.9 has ten phases. Apart from `resample`,
+    which is then done once for all speeds: in one step, 22,050 Hz at 0.95 would need 6,400 phases of 8,391 taps.
+    """
+    return _filtered(samples, Fraction(str(speed)))
+
+
+def _filtered(samples: np.ndarray, ratio: Fraction) -> np.ndarray:
     if ratio <= 0:
-        raise ValueError(f"speed {speed} at {from_hz} Hz")
+        raise ValueError(f"a ratio of {ratio}")
     if ratio == 1:
         return samples
     import torch
 
-    out = _resampler(ratio.numerator, ratio.denominator)(torch.from_numpy(samples))
-    return out.numpy()
+    with torch.inference_mode():
+        return _resampler(ratio.numerator, ratio.denominator)(torch.from_numpy(samples)).numpy()
 
 
 @lru_cache(maxsize=32)

@@ -213,29 +213,22 @@ class FeatureFile:
     def open(self) -> FeatureFile:
         if self._pid == os.getpid():
             return self
-        while True:
-            try:
-                fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as e:
-                raise FeatureError(
-                    f"cannot open the features: {e.strerror}",
-                    where=self.path,
-                    remedy="make them with `stillhouse corpus features CORPUS FEATURES`",
-                ) from e
-            try:
-                self._load()
-                same = os.path.samestat(os.fstat(fd), os.stat(self.path))
-                size = os.fstat(fd).st_size
-            except BaseException:
-                os.close(fd)
-                raise
-            if same:
-                break
-            os.close(fd)  # replaced between the two looks
-        end = self._offset + int(self.offsets[-1]) * self.width * 2
-        if size < end:
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as e:
+            raise FeatureError(
+                f"cannot open the features: {e.strerror}",
+                where=self.path,
+                remedy="make them with `stillhouse corpus features CORPUS FEATURES`",
+            ) from e
+        try:
+            self._load(fd)
+            end = self._offset + int(self.offsets[-1]) * self.width * 2
+            if (size := os.fstat(fd).st_size) < end:
+                raise self._damaged(f"{size} bytes of {end}")
+        except BaseException:
             os.close(fd)
-            raise self._damaged(f"{size} bytes of {end}")
+            raise
         self._fd, self._pid = fd, os.getpid()
         return self
 
@@ -246,9 +239,10 @@ class FeatureFile:
             remedy="delete it and make it again with `stillhouse corpus features CORPUS FEATURES`",
         )
 
-    def _load(self) -> None:
+    def _load(self, fd: int) -> None:
+        """Read the tables through the descriptor that later reads use, so that both see one file."""
         try:
-            with h5py.File(self.path, "r", locking=False) as file:
+            with os.fdopen(fd, "rb", closefd=False) as stream, h5py.File(stream, "r") as file:
                 if file.attrs.get("format") != FORMAT:
                     raise FeatureError(
                         "not a feature file of Stillhouse",

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, cast
 
-from .audio import read_segment, resample
+from .audio import change_speed, read_segment, resample
 from .errors import AudioError, FeatureError, StillhouseError
 from .fbank import fbank
 from .feature_file import FeatureSettings, Rows, write_rows
@@ -74,9 +74,10 @@ def compute_part(target: Path, jobs: list[Job], settings: FeatureSettings) -> Pa
         try:
             samples, own_hz = read_segment(job.path, job.start_s, job.duration_s)
             name = identity(job.path, job.start_s, job.duration_s)
+            samples, seconds = resample(samples, own_hz, settings.rate_hz), len(samples) / own_hz
             made = []
             for speed in job.speeds:
-                mel = fbank(resample(samples, own_hz, settings.rate_hz, speed), settings.rate_hz, settings.bins)
+                mel = fbank(change_speed(samples, speed), settings.rate_hz, settings.bins)
                 made.append((job.id, speed, name, mel))
         except (AudioError, OSError) as e:
             failures[job.id] = str(e)
@@ -84,7 +85,7 @@ def compute_part(target: Path, jobs: list[Job], settings: FeatureSettings) -> Pa
         for row in made:
             rows.add(*row)
         ids.append(job.id)
-        audio_s += sum(len(samples) / own_hz / s for s in job.speeds)
+        audio_s += sum(seconds / s for s in job.speeds)
     if ids:
         write_rows(target, settings, rows)
     return PartDone(ids, len(rows.ids), audio_s, failures)

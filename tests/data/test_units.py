@@ -52,7 +52,9 @@ def test_spans_are_inside_the_raw_text_and_decode_gives_the_transformed_text(uni
 
 @given(
     words=st.lists(
-        st.sampled_from("Hello World's STRASSE straße café cafe\u0301 你好 the line".split()), min_size=1, max_size=5
+        st.sampled_from(["Hello", "World's", "STRASSE", "straße", "café", "cafe\u0301", "你好", "the", "line"]),
+        min_size=1,
+        max_size=5,
     )
 )
 def test_the_units_of_a_word_cover_the_word(words: list[str]) -> None:
@@ -178,5 +180,5 @@ def test_real_transcripts_round_trip(corpora: Path) -> None:
         encoded = units.encode(text)
         assert units.decode(encoded.ids.tolist()) == units.normalise(text).text
         for k, (a, b) in zip(encoded.ids, encoded.spans, strict=True):
-            piece = units.pieces[k].strip("▁")
-            assert units.normalise(text[a:b]).text == piece
+            piece = units.pieces[k].strip("▁'")  # an apostrophe at the edge is part of a word only in context
+            assert units.normalise(text[a:b]).text.strip("'") == piece
