@@ -283,6 +283,65 @@ def tree(store: Path, as_json: bool) -> None:
         click.echo(rendering.tree(str(store), found))
 
 
+@inspect.command(epilog="Example: stillhouse inspect export corpus.zarr states.npz --view minilm/alone/6 '84-*'")
+@click.argument("store", type=STORE)
+@click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("patterns", nargs=-1)
+@views_option
+@click.option("--float32", is_flag=True, help="As float32 whatever is stored.")
+@click.option("--force", is_flag=True, help="Replace OUT.")
+@json_option
+def export(
+    store: Path, out: Path, patterns: tuple[str, ...], views: tuple[str, ...], float32: bool, force: bool, as_json: bool
+) -> None:
+    """States, token ids and spans into OUT: .npz, .safetensors or .csv. PATTERNS are globs on utterance ids."""
+    import numpy as np
+
+    from ..store import Store
+    from . import exporting, facts, rendering
+
+    opened = Store.open(store)
+    rows = np.array([u.row for u in facts.utterance_facts(opened, patterns)]) if patterns else None
+    chosen = _views(opened, views, planned=True)
+    found = exporting.export(opened, chosen, out, rows=rows, float32=float32, force=force)
+    _print(found, "export", as_json, rendering.exported)
+
+
+@inspect.command(epilog="Example: stillhouse inspect plot corpus.zarr bank.png --kind word --word bank --view '*/*/6'")
+@click.argument("store", type=STORE)
+@click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
+@click.option(
+    "--kind",
+    type=click.Choice(["similarity", "norms", "word"]),
+    default="similarity",
+    show_default=True,
+    help="A heat map of CKA; norms by layer; a word's occurrences on a plane.",
+)
+@click.option("--word", help="For --kind word.")
+@views_option
+@click.option("--seed", default=0, show_default=True, help="Of the sample.")
+@click.option("--force", is_flag=True, help="Replace OUT.")
+def plot(store: Path, out: Path, kind: str, word: str | None, views: tuple[str, ...], seed: int, force: bool) -> None:
+    """Draw a picture of STORE into OUT: .png, .svg or .pdf."""
+    from ..store import Store
+    from . import occurrences, plots, statistics
+    from .similarity import similarity as compute
+
+    plots.check_path(out, force)
+    if kind == "word" and word is None:
+        raise click.UsageError("--kind word needs --word")
+    opened = Store.open(store)
+    chosen = _views(opened, views)
+    if kind == "similarity":
+        figure = plots.similarity(compute(opened, chosen, seed=seed, report=_progress()))
+    elif kind == "norms":
+        figure = plots.norms(statistics.statistics(opened, chosen, seed=seed, report=_progress()))
+    else:
+        figure = plots.word(occurrences.word_map(opened, chosen, str(word), seed=seed))
+    plots.save(figure, out)
+    click.echo(str(out))
+
+
 def _views(store: Any, patterns: tuple[str, ...], planned: bool = False) -> list[View]:
     """The views that patterns name; all, complete or (`planned`) not, where there are none."""
     among = store.planned_views if planned else store.views

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .exporting import Exported
 from .facts import StoreFacts, TeacherFacts, UtteranceFacts, Verified, ViewFacts
 from .layout import Node
 from .neighbours import Comparison, Neighbours
@@ -203,3 +204,9 @@ def tree(path: str, nodes: Sequence[Node]) -> str:
             about = f"{n.dtype} [" + ", ".join(f"{a} {s:,}" for a, s in zip(axes, n.shape or [])) + "]"
         rows.append((name, f"{n.files:,}", size(n.bytes), about))
     return f"{path}\n" + table(rows, header=("", "files", "size", ""), right="lrrl")
+
+
+def exported(e: Exported) -> str:
+    tokens = ", ".join(f"{n:,} tokens of {name}" for name, n in e.tokens.items())
+    left = f"; {e.left_out:,} utterances without all these views left out" if e.left_out else ""
+    return f"{e.path}: {e.utterances:,} utterances, {tokens}, {len(e.views)} views, {size(e.bytes)}{left}"
