@@ -342,6 +342,23 @@ def plot(store: Path, out: Path, kind: str, word: str | None, views: tuple[str, 
     click.echo(str(out))
 
 
+@inspect.command(epilog="Example: stillhouse inspect report corpus.zarr store.html --word bank --word light")
+@click.argument("store", type=STORE)
+@click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--word", "words", multiple=True, help="Words to look at, several times. Default: frequent ones.")
+@sample_options(2_000)
+@click.option("--force", is_flag=True, help="Replace OUT.")
+def report(store: Path, out: Path, words: tuple[str, ...], tokens: int, seed: int, force: bool) -> None:
+    """All of it as one HTML page that needs nothing else."""
+    from ..store import Store
+    from . import report as page
+
+    page.check_path(out, force)
+    found = page.collect(Store.open(store), words=words, tokens=tokens, seed=seed, report=_progress())
+    page.write(found, out)
+    click.echo(str(out))
+
+
 def _views(store: Any, patterns: tuple[str, ...], planned: bool = False) -> list[View]:
     """The views that patterns name; all, complete or (`planned`) not, where there are none."""
     among = store.planned_views if planned else store.views

@@ -1,0 +1,151 @@
+"""A store as one HTML page that needs nothing else: `report`.
+
+Invariant: the page holds no link, script or picture from anywhere; every number in it comes from the facts that the
+other commands print. Exercised by: `stillhouse inspect report STORE store.html`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stillhouse.data.errors import NoStoreError, StoreError, UsageError
+
+from ..store import Store, View
+from . import facts, neighbours, occurrences, showing, statistics
+from . import similarity as cka
+from .reading import held_rows
+from .text import share, size
+
+COLOURS = 6  # that the page's style names
+MOST_UTTERANCES = 3
+MOST_READ = 5000  # utterances that are looked through for frequent words
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the page shows; `maps` are of words in the last layer of each teacher."""
+
+    store: facts.StoreFacts
+    views: list[facts.ViewFacts]
+    statistics: list[statistics.Statistics]
+    similarity: cka.Similarity | None
+    utterances: list[showing.Shown]
+    maps: list[occurrences.WordMap]
+    neighbours: list[neighbours.Neighbours]
+    findings: list[Any]
+
+
+def collect(
+    store: Store,
+    *,
+    words: Sequence[str] = (),
+    tokens: int = 2000,
+    seed: int = 0,
+    report: Callable[[View], None] | None = None,
+) -> Report:
+    """All facts of a page. Views of which nothing is committed are listed and no more; words None has are left out."""
+    planned = store.planned_views
+    listed = facts.view_facts(store, planned)
+    there = [v for v, f in zip(planned, listed) if f.tokens]
+    maps, near = [], []
+    for view in _last_views(store, there):
+        among = [v for v in there if v.teacher == view.teacher and v.layer == view.layer]
+        for word in words or _words(store, view):
+            try:
+                maps.append(occurrences.word_map(store, among, word, seed=seed))
+                row, token = occurrences.occurrences(store, view.teacher, word, held_rows(store, among))[0]
+                near.append(neighbours.nearest(store, view, store.index.id(row), str(token), 6, report=report))
+            except NoStoreError:
+                continue
+    similar = None
+    if len(there) > 1 and len(held_rows(store, there)):
+        similar = cka.similarity(store, there, tokens, seed, report)
+    shown = []
+    if there:
+        for row in held_rows(store, there)[:MOST_UTTERANCES]:
+            shown.append(showing.show(store, store.index.id(int(row)), there))
+    return Report(
+        store=facts.store_facts(store),
+        views=listed,
+        statistics=statistics.statistics(store, there, 5 * tokens, seed, report),
+        similarity=similar,
+        utterances=shown,
+        maps=maps,
+        neighbours=near,
+        findings=facts.verified(store).findings,
+    )
+
+
+def _last_views(store: Store, views: Sequence[View]) -> list[View]:
+    """Of each teacher the deepest layer in its context with most text."""
+    found: dict[str, View] = {}
+    for view in views:
+        best = found.get(view.teacher)
+        if best is None or (view.layer, view.context != "alone") >= (best.layer, best.context != "alone"):
+            found[view.teacher] = view
+    return list(found.values())
+
+
+def _words(store: Store, view: View, count: int = 3) -> list[str]:
+    """The most frequent words of six letters or more that are tokens by themselves; shorter ones mean too little."""
+    rows = held_rows(store, [view])
+    _, token_id, _ = store.tokens([store.index.id(int(r)) for r in rows[:MOST_READ]], view.teacher)
+    different, times = np.unique(token_id, return_counts=True)
+    good = [
+        (-n, plain)
+        for n, piece in zip(times.tolist(), showing.pieces_of(store, view.teacher, different))
+        if n >= 4 and not piece.startswith("##") and len(plain := showing.plain(piece)) >= 6 and plain.isalpha()
+    ]
+    return list(dict.fromkeys(word for _, word in sorted(good)))[:count]
+
+
+def render(report: Report) -> str:
+    """The page."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"size": size}
+    environment.globals |= {"share": share, "plane": plane, "COLOURS": COLOURS}
+    return environment.get_template("report.html.j2").render(r=report)
+
+
+def plane(points: Sequence[occurrences.Point], width: int = 360, height: int = 260) -> list[tuple[float, float]]:
+    """Points in the coordinates of a drawing of that size, both axes at one scale, a margin around."""
+    x, y = np.array([p.x for p in points]), np.array([p.y for p in points])
+    spread = max(float(np.ptp(x)) / (width - 30), float(np.ptp(y)) / (height - 30), 1e-9)
+    left = (width - np.ptp(x) / spread) / 2
+    top = (height - np.ptp(y) / spread) / 2
+    drawn = np.stack([left + (x - x.min()) / spread, top + (y.max() - y) / spread], 1)
+    return [(a, b) for a, b in drawn.round(1).tolist()]
+
+
+def check_path(path: Path, force: bool) -> None:
+    """Errors: UsageError for a file that is there already or does not end in .html."""
+    if path.suffix != ".html":
+        raise UsageError("a report is a page", where=path, expected=".html")
+    if path.exists() and not force:
+        raise UsageError("is there already", where=path, remedy="remove it or give --force")
+
+
+def write(report: Report, path: Path) -> None:
+    """The page appears whole or not at all."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_text(render(report), encoding="utf-8")
+        os.replace(scratch, path)
+    except OSError as e:
+        raise StoreError(f"cannot be written: {e.strerror}", where=path) from e
+    finally:
+        scratch.unlink(missing_ok=True)
