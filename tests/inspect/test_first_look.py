@@ -191,3 +191,29 @@ def test_sizes_and_shares():
     assert [share(a, b) for a, b in ((0, 5), (5, 5), (1, 10**6), (999_999, 10**6), (0, 0), (1, 3))] == [
         "0 %", "100 %", "0.1 %", "99.9 %", "100 %", "33.3 %",
     ]  # fmt: skip
+
+
+def test_help_of_every_command_imports_nothing_heavy(stillhouse):
+    from stillhouse.extract.inspect.commands import inspect
+
+    program = (
+        "import sys; from stillhouse.cli import main\n"
+        "for command in sys.argv[1:]:\n"
+        "    try: main(['inspect', command, '--help'])\n"
+        "    except SystemExit as e: assert not e.code, command\n"
+        "heavy = {'torch', 'zarr', 'numpy', 'jinja2', 'matplotlib', 'pydantic', 'numba'} & set(sys.modules)\n"
+        "sys.exit(f'imports {heavy}' if heavy else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *inspect.commands], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Example: stillhouse inspect ") == len(inspect.commands) == 12
+
+
+def test_a_pipe_that_closes_is_quiet(store):
+    done = subprocess.run(
+        f"{sys.executable} -m stillhouse.cli inspect show {store.path} s00-0001 --values | head -1",
+        shell=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.startswith("s00-0001: number 2 of 3") and done.stderr == ""

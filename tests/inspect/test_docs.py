@@ -1,0 +1,99 @@
+"""docs/inspect.md says what every command prints: its schemas are these dataclasses, its examples run.
+
+Write the schemas anew after a field has been added: python tests/inspect/test_docs.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from stillhouse.extract.inspect import exporting, facts, layout, neighbours, showing, similarity, statistics
+from stillhouse.extract.inspect.commands import inspect as group
+from stillhouse.extract.store import verify
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "inspect.md"
+BEGIN, END = "<!-- schemas: written by tests/inspect/test_docs.py -->", "<!-- end of schemas -->"
+SCHEMAS = {
+    "info": [facts.StoreFacts, facts.TeacherFacts],
+    "view": [facts.ViewFacts],
+    "utterance": [facts.UtteranceFacts],
+    "show": [showing.Shown, showing.ShownTeacher, showing.TokenFacts, showing.ContextFacts, showing.ShownView],
+    "verify": [facts.Verified, verify.Finding],
+    "statistics": [statistics.Statistics, statistics.Dimension],
+    "similarity": [similarity.Similarity],
+    "neighbours": [neighbours.Neighbours, neighbours.Neighbour],
+    "comparison": [neighbours.Comparison, neighbours.Moved],
+    "node": [layout.Node],
+    "export": [exporting.Exported],
+}
+
+
+def schemas() -> str:
+    parts = []
+    for kind, classes in SCHEMAS.items():
+        parts.append(f"### `stillhouse.inspect.{kind}/1`")
+        for number, cls in enumerate(classes):
+            source, about = inspect.getsource(cls), inspect.getdoc(cls) or ""
+            name = "" if number == 0 else f"`{cls.__name__}`: "
+            about = "" if about.startswith(f"{cls.__name__}(") else about
+            if name or about:
+                parts.append(f"{name}{about}".strip().removesuffix(":") if about else f"`{cls.__name__}`:")
+            rows = ["| field | type | |", "|---|---|---|"]
+            for field in dataclasses.fields(cls):
+                comment = re.search(rf"^    {field.name}: [^#\n]*#\s*(.*)$", source, re.MULTILINE)
+                kind_of = str(field.type).replace("|", "\\|")
+                rows.append(f"| `{field.name}` | {kind_of} | {comment[1] if comment else ''} |")
+            parts.append("\n".join(rows))
+    return "\n\n".join(parts)
+
+
+def test_the_schemas_are_the_dataclasses():
+    text = DOCS.read_text(encoding="utf-8")
+    written = text[text.index(BEGIN) + len(BEGIN) : text.index(END)].strip()
+    assert written == schemas(), "python tests/inspect/test_docs.py"
+
+
+def test_every_command_and_option_is_told():
+    text = DOCS.read_text(encoding="utf-8")
+    for name, command in group.commands.items():
+        assert f"stillhouse inspect {name} " in text, name
+        for option in command.params:
+            for flag in (o for o in option.opts if o.startswith("--")):
+                assert flag in text, f"{name} {flag}"
+        assert command.epilog and command.epilog.startswith("Example: stillhouse inspect "), name
+
+
+def examples() -> list[str]:
+    blocks = re.findall(r"```console\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    return [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")]
+
+
+@pytest.mark.parametrize("line", examples())
+def test_examples_run(line, store, stillhouse, tmp_path, monkeypatch):
+    """The examples' store, corpus and words are stood in for by this test's own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus.zarr").symlink_to(store.path)
+    (tmp_path / "corpus.jsonl").symlink_to(store.path.parent / "corpus.jsonl")
+    line = line.replace("minilm", "known").replace("both:64", "both:8").replace("/6", "/4").replace("/3,", "/2,")
+    line = line.replace("84-121123-0001", "s00-0001").replace("84-*", "s00-*").replace("night", "bank")
+    words = shlex.split(line.replace("staircase", "bank"))
+    assert words[:2] == ["stillhouse", "inspect"]
+    done = stillhouse(*words[1:])
+    assert done.code == 0, done.err
+    if "--json" in words:
+        assert json.loads(done.out)["schema"].startswith("stillhouse.inspect.")
+
+
+if __name__ == "__main__":
+    text = DOCS.read_text(encoding="utf-8")
+    head, rest = text.split(BEGIN)
+    DOCS.write_text(f"{head}{BEGIN}\n\n{schemas()}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    sys.stdout.write(f"{DOCS}\n")
