@@ -222,7 +222,7 @@ def utterance_facts(store: Store, patterns: Sequence[str] = ()) -> Iterator[Utte
             remedy="stillhouse inspect ls --utterances",
         )
     chosen = [ids[r] for r in rows]
-    lengths = {name: RawArray(store.paths.array(name, "length")).read() for name in store.plan.teachers}
+    lengths = {name: store.lengths(name) for name in store.plan.teachers}
     held = np.zeros(len(rows), np.int64)
     for view in views:
         held += store.has(chosen, view)

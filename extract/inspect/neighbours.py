@@ -17,7 +17,6 @@ import numpy as np
 from stillhouse.data.errors import NoStoreError, UsageError
 
 from ..store import Gathered, Store, View, to_float32
-from ..store.arrays import RawArray
 from .reading import BLOCK_TOKENS, cut, held_rows
 from .showing import TokenFacts, plain, spelt, tokens_of
 
@@ -127,7 +126,7 @@ def nearest(
         found = sorted([*found, *zip((-cosine).tolist(), of.tolist(), token.tolist())])[:count]
         if report is not None and number % 8 == 0:
             report(view)
-    length = np.asarray(RawArray(store.paths.array(view.teacher, "length")).read())
+    length = store.lengths(view.teacher)
     return Neighbours(
         view=view.address,
         utterance=utterance,

@@ -13,7 +13,6 @@ import numpy as np
 from stillhouse.data.errors import NoStoreError
 
 from ..store import Store, View, to_float32
-from ..store.arrays import RawArray
 
 BLOCK_TOKENS = 16_384
 
@@ -22,7 +21,7 @@ def held_rows(store: Store, views: Sequence[View]) -> np.ndarray:
     """Rows of the utterances that have tokens and are committed in every view: int64 [≤ U], ascending."""
     held = np.ones(len(store.index), bool)
     for teacher in dict.fromkeys(v.teacher for v in views):
-        held &= np.asarray(RawArray(store.paths.array(teacher, "length")).read()) > 0
+        held &= store.lengths(teacher) > 0
     for view in views:
         held &= store.held(view)
     return np.flatnonzero(held)
@@ -40,7 +39,7 @@ def sample_rows(store: Store, views: Sequence[View], tokens: int | None, seed: i
     if tokens is None:
         return rows
     order = np.random.default_rng(seed).permutation(rows)
-    length = np.asarray(RawArray(store.paths.array(views[0].teacher, "length")).read())[order]
+    length = store.lengths(views[0].teacher)[order]
     return np.sort(order[: int(np.searchsorted(np.cumsum(length), tokens)) + 1])
 
 
@@ -54,6 +53,6 @@ def blocks(store: Store, view: View, rows: np.ndarray, block_tokens: int = BLOCK
 
 def cut(store: Store, teacher: str, rows: np.ndarray, block_tokens: int) -> list[np.ndarray]:
     """Runs of rows of about `block_tokens` tokens each."""
-    length = np.asarray(RawArray(store.paths.array(teacher, "length")).read())[rows]
+    length = store.lengths(teacher)[rows]
     number = np.cumsum(length, dtype=np.int64) // block_tokens
     return np.split(rows, np.flatnonzero(np.diff(number)) + 1) if len(rows) else []

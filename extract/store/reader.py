@@ -24,7 +24,7 @@ from .commits import Commits
 from .handles import Handles
 from .index import Index
 from .layout import crc32c, hash_text
-from .rows import TeacherRows, read_runs
+from .rows import Places, Run, TeacherRows, read_cold, read_hot
 
 
 @dataclass(frozen=True, order=True)
@@ -225,12 +225,13 @@ class Store:
 
     def has(self, ids: Sequence[str], view: View) -> np.ndarray:
         """bool [B]: which utterances are committed in this view."""
-        rows = self.index.rows(ids)
-        return (rows >= 0) & self._present(view)[np.maximum(self._rows_of(view.teacher).shard_of(rows), 0)]
+        rows, t = self.index.rows(ids), self._rows_of(view.teacher)
+        return (rows >= 0) & self._present(view)[t.start[np.maximum(rows, 0)] // t.shard_rows]
 
     def held(self, view: View) -> np.ndarray:
         """bool [U]: the same of every utterance, by row."""
-        return self._present(view)[self._rows_of(view.teacher).shard_of(np.arange(len(self.index)))]
+        t = self._rows_of(view.teacher)
+        return self._present(view)[t.start // t.shard_rows]
 
     def text_hash(self, ids: Sequence[str]) -> np.ndarray:
         """uint64 [B]: hashes (`hash_text`) of the raw texts that were extracted."""
@@ -248,13 +249,18 @@ class Store:
 
     # --- reading ---
 
+    def lengths(self, teacher: str) -> np.ndarray:
+        """Tokens of every utterance, by row: int32 [U]. Errors: NoStoreError for an unknown teacher."""
+        return np.asarray(self._rows_of(teacher).length)
+
     def tokens(self, ids: Sequence[str], teacher: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What the plan knows before any state exists: lengths int32 [B], token ids int32 [ΣN], spans int32 [ΣN, 2].
 
         Errors: NoStoreError for an unknown id or teacher.
         """
         t, rows = self._rows_of(teacher), self.rows(ids)
-        return t.length[rows], t.tokens(t.token_id, rows), t.tokens(t.span, rows)
+        places = Places(t.start[rows], t.length[rows], t.shard_rows, t.row_bytes)
+        return t.length[rows], t.tokens(t.token_id, places), t.tokens(t.span, places)
 
     def gather(self, ids: Sequence[str], views: Sequence[View]) -> Gathered:
         """States, lengths, token ids and spans of utterances, packed in the order of `ids`.
@@ -265,13 +271,17 @@ class Store:
         rows = self.rows(ids)
         lengths, states, token_id, span = {}, {}, {}, {}
         for name in dict.fromkeys(v.teacher for v in views):
-            lengths[name], token_id[name], span[name] = self.tokens(ids, name)
-        for view in dict.fromkeys(views):
-            states[view] = self._states(view, rows)
+            t = self._rows_of(name)
+            places = Places(t.start[rows], t.length[rows], t.shard_rows, t.row_bytes)
+            lengths[name] = t.length[rows]
+            token_id[name], span[name] = t.tokens(t.token_id, places), t.tokens(t.span, places)
+            for view in dict.fromkeys(v for v in views if v.teacher == name):
+                states[view] = self._states(view, rows, t, places)
         return Gathered(lengths, states, token_id, span)
 
     def _axes(self, view: View) -> tuple[int, int]:
-        t = self.teacher(view.teacher).settings
+        """Positions of a view on the axes C and L."""
+        t = self._rows_of(view.teacher).record
         if view.context not in t.contexts or view.layer not in t.layers:
             raise NoStoreError(f"no view {view}", where=self.path, remedy="stillhouse inspect ls STORE")
         return t.contexts.index(view.context), t.layers.index(view.layer)
@@ -298,63 +308,48 @@ class Store:
             )
         return t.present[key]
 
-    def _states(self, view: View, rows: np.ndarray) -> np.ndarray:
-        t = self._rows_of(view.teacher)
-        start, length = t.start[rows], t.length[rows].astype(np.int64)
-        shard = start // t.shard_rows
+    def _states(self, view: View, rows: np.ndarray, t: TeacherRows, places: Places) -> np.ndarray:
         present = self._present(view)
-        if not present[shard[length > 0]].all():
-            missing = [self.index.id(int(r)) for r, s in zip(rows, shard) if not present[s]]
+        c, layer = self._axes(view)
+        if not present[places.shard[places.length > 0]].all():
+            missing = [self.index.id(int(r)) for r, s in zip(rows, places.shard) if not present[s]]
             raise NoStoreError(
                 f"not extracted yet: {_some(missing)}", where=view.address, remedy="finish it: stillhouse extract"
             )
-        out = np.empty((int(length.sum()), t.width), dtype=t.dtype.stored)
-        into = np.zeros(len(rows), dtype=np.int64)
-        np.cumsum(length[:-1], out=into[1:])
+        out = np.empty((places.total, t.width), dtype=t.dtype.stored)
         buffer = memoryview(out.data).cast("B") if out.size else memoryview(b"")
-        c, layer = self._axes(view)
-        row_bytes = t.row_bytes
-        order = np.argsort(start, kind="stable")
-        order = order[length[order] > 0]
-        offsets = ((start - shard * t.shard_rows) * row_bytes)[order].tolist()
-        sizes = (length * row_bytes)[order].tolist()
-        targets = (into * row_bytes)[order].tolist()
-        shards = shard[order].tolist()
-        i, n = 0, len(order)
-        while i < n:
-            number = shards[i]
-            j = i
-            while j < n and shards[j] == number:
-                j += 1
-            entry = t.shards[number]
-            path = self.paths.hidden(view.teacher, c, layer, number)
-            fd = self._handles.open(path, t.shard_rows, row_bytes, entry.rows)
+        cold: list[tuple[int, Path, Run]] = []
+        for number, runs in places.runs:
+            path = t.path(c, layer, number)
+            fd = self._handles.open(path, t.shard_rows, t.row_bytes, t.shards[number].rows)
             if fd is None:
-                self._read_with_zarr(view, start[order[i:j]], length[order[i:j]], into[order[i:j]], out)
+                self._read_with_zarr(view, places, number, out)
             else:
-                read_runs(fd, path, offsets[i:j], sizes[i:j], targets[i:j], buffer)
-            i = j
+                cold += [(fd, path, run) for run in read_hot(fd, runs, buffer)]
+        if cold:
+            read_cold(cold, buffer)
         if self.checksums:
-            self._check(view, rows, into * row_bytes, length * row_bytes, out.reshape(-1).view(np.uint8))
+            self._check(view, rows, places, out.reshape(-1).view(np.uint8))
         return out
 
-    def _read_with_zarr(
-        self, view: View, start: np.ndarray, length: np.ndarray, into: np.ndarray, out: np.ndarray
-    ) -> None:
+    def _read_with_zarr(self, view: View, places: Places, shard: int, out: np.ndarray) -> None:
         import zarr
 
         array = zarr.open_array(self.paths.array(view.teacher, "hidden"), mode="r")
         c, layer = self._axes(view)
-        for s, n, at in zip(start, length, into):
+        for u in np.flatnonzero((places.shard == shard) & (places.length > 0)):
+            s, n, at = int(places.start[u]), int(places.length[u]), int(places.into[u])
             out[at : at + n] = array[c, layer, s : s + n]
 
-    def _check(self, view: View, rows: np.ndarray, at: np.ndarray, size: np.ndarray, buffer: np.ndarray) -> None:
-        stored = self._rows_of(view.teacher).crc32c(*self._axes(view))
-        for row, a, n in zip(rows.tolist(), at.tolist(), size.tolist()):
-            if n and crc32c(buffer[a : a + n]) != stored[row]:
+    def _check(self, view: View, rows: np.ndarray, places: Places, buffer: np.ndarray) -> None:
+        t = self._rows_of(view.teacher)
+        stored = t.crc32c(*self._axes(view))[rows].tolist()
+        at, size = (places.into * t.row_bytes).tolist(), (places.length * t.row_bytes).tolist()
+        for u, (a, n, want) in enumerate(zip(at, size, stored)):
+            if n and crc32c(buffer[a : a + n]) != want:
                 raise StoreError(
                     "stored bytes are damaged",
-                    where=f"{view.address} {self.index.id(row)}",
+                    where=f"{view.address} {self.index.id(int(rows[u]))}",
                     remedy="stillhouse inspect verify STORE names all that is damaged",
                 )
 
