@@ -51,5 +51,5 @@ class BatchSampler:
         if begin < count:
             batches.append(order[begin:])
         if self.shuffle:
-            rng.shuffle(batches)  # type: ignore[arg-type]
+            batches = [batches[i] for i in rng.permutation(len(batches))]
         return [BatchPlan(b, speed[b]) for b in batches]

@@ -63,7 +63,7 @@ def test_a_foreign_state_is_refused(tmp_path: Path, state: str) -> None:
 
 def test_weights_of_another_model_are_named() -> None:
     net = nn.Linear(3, 2)
-    with pytest.raises(CheckpointError, match="bias missing.*other unknown.*weight is"):
+    with pytest.raises(CheckpointError, match=r"bias missing.*other unknown.*weight is"):
         checkpoint.load_weights(net, {"weight": torch.zeros(2, 4), "other": torch.zeros(1)}, Path("x"))
 
 

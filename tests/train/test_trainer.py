@@ -115,7 +115,8 @@ def test_no_language_model_library_is_loaded(tones: Path, tmp_path: Path) -> Non
     program = (
         "import sys; from pathlib import Path; from stillhouse.train.config import load_config;"
         "from stillhouse.train.trainer import Trainer; import stillhouse.distill.transfer, stillhouse.distill.targets;"
-        f"Trainer(load_config(Path({str(tones / 'run.toml')!r}), ['optim.steps=2']), Path({str(tmp_path / 'r')!r})).run();"
+        f"config = load_config(Path({str(tones / 'run.toml')!r}), ['optim.steps=2']);"
+        f"Trainer(config, Path({str(tmp_path / 'r')!r})).run();"
         "assert 'transformers' not in sys.modules and 'tokenizers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
