@@ -26,7 +26,7 @@ from .store.commits import Commits
 from .store.files import Lock, Scratch
 from .store.index import Index
 from .store.plan import Plan, Unit
-from .store.rows import TeacherRows
+from .store.rows import Places, TeacherRows
 from .store.writer import UnitWriter
 from .teacher import Teacher
 from .windows import Frame, Passes, Texts, Window, parse_context, passes
@@ -217,5 +217,6 @@ class StoredTexts:
         self._rows = rows
 
     def __getitem__(self, which: slice) -> list[np.ndarray]:
-        rows = self._rows
-        return [rows.tokens(rows.token_id, np.array([u])) for u in range(which.start, which.stop)]
+        t = self._rows
+        places = Places(t.start[which], t.length[which], t.shard_rows, t.row_bytes)
+        return np.split(t.tokens(t.token_id, places), places.into[1:])

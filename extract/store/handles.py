@@ -6,7 +6,9 @@ import, at `Store.open` or while unpickling. Run: `pytest tests/extract/test_rea
 
 from __future__ import annotations
 
+import mmap
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from stillhouse.data.errors import StoreError
@@ -16,56 +18,73 @@ from .layout import footer_bytes, identity_rows
 MOST_HANDLES = 512
 
 
+@dataclass(frozen=True)
+class Handle:
+    """An open shard file: a descriptor to `pread` from, and its memory map for what is in memory already."""
+
+    path: Path
+    fd: int
+    map: memoryview
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
 class Handles:
-    """path → descriptor, least recently opened closed first. `open` checks the shard's footer once a process."""
+    """path → handle, the first opened closed first. `open` checks the shard's footer once a process."""
 
     def __init__(self) -> None:
         self._pid = -1
-        self._fds: dict[Path, int | None] = {}
+        self._open: dict[Path, Handle | None] = {}
 
-    def open(self, path: Path, shard_rows: int, row_bytes: int, used_rows: int) -> int | None:
-        """A descriptor to `pread` rows from; None where the file's layout is not the identity (read it with zarr).
+    def open(self, path: Path, shard_rows: int, row_bytes: int, used_rows: int) -> Handle | None:
+        """A handle; None where the file's layout is not the identity (read it with zarr).
 
         Errors: StoreError where the file is gone, too short, or its footer is damaged.
         """
         if self._pid != os.getpid():
             # A parent's descriptors are left alone: they are the parent's to close.
-            self._pid, self._fds = os.getpid(), {}
-        if path in self._fds:
-            return self._fds[path]
+            self._pid, self._open = os.getpid(), {}
+        try:
+            return self._open[path]
+        except KeyError:
+            pass
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as e:
             raise StoreError("a committed shard file is missing", where=path, remedy=_VERIFY) from e
+        handle: Handle | None = None
         try:
             size, tail = os.fstat(fd).st_size, footer_bytes(shard_rows)
             held = identity_rows(os.pread(fd, tail, max(0, size - tail)), shard_rows, row_bytes)
+            if held is not None and (held < used_rows or size != held * row_bytes + tail):
+                raise StoreError("a committed shard file has the wrong size")
+            if held is not None:
+                mapped = mmap.mmap(fd, size, prot=mmap.PROT_READ)
+                if hasattr(mmap, "MADV_RANDOM"):
+                    mapped.madvise(mmap.MADV_RANDOM)
+                handle = Handle(path, fd, memoryview(mapped))
         except StoreError as e:
-            os.close(fd)
             raise StoreError(e.what, where=path, remedy=_VERIFY) from e
-        entry: int | None = fd
-        if held is None:
-            os.close(fd)
-            entry = None
-        elif held < used_rows or size != held * row_bytes + tail:
-            os.close(fd)
-            raise StoreError("a committed shard file has the wrong size", where=path, remedy=_VERIFY)
-        if len(self._fds) >= MOST_HANDLES:
-            old = self._fds.pop(next(iter(self._fds)))
+        finally:
+            if handle is None:
+                os.close(fd)
+        if len(self._open) >= MOST_HANDLES:
+            old = self._open.pop(next(iter(self._open)))
             if old is not None:
-                os.close(old)
-        self._fds[path] = entry
-        return entry
+                old.close()
+        self._open[path] = handle
+        return handle
 
     def __del__(self) -> None:
         self.close()
 
     def close(self) -> None:
         if self._pid == os.getpid():
-            for fd in self._fds.values():
-                if fd is not None:
-                    os.close(fd)
-        self._fds = {}
+            for handle in self._open.values():
+                if handle is not None:
+                    handle.close()
+        self._open = {}
 
 
 _VERIFY = "stillhouse inspect verify STORE names what is damaged"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -61,14 +62,27 @@ class Index:
         return [whole[a:b].decode() for a, b in itertools.pairwise(offset)]
 
     def rows(self, ids: Sequence[str]) -> np.ndarray:
-        hashes = np.fromiter((hash_id(i) for i in ids), dtype=np.uint64, count=len(ids))
+        if not len(ids):
+            return np.zeros(0, dtype=np.int64)
+        encoded = [i.encode() for i in ids]
+        hashes = np.frombuffer(
+            b"".join([blake2b(b, digest_size=8).digest() for b in encoded]), dtype="<u8"
+        )  # = [hash_id(i) for i in ids]
         first = np.searchsorted(self.hash, hashes)
-        out = np.full(len(ids), -1, dtype=np.int64)
-        for b, (i, h, at) in enumerate(zip(ids, hashes, first)):
-            while at < len(self.hash) and self.hash[at] == h:  # two ids may share a hash
-                row = int(self.row[at])
-                if self.id(row) == i:
-                    out[b] = row
-                    break
-                at += 1
-        return out
+        candidate = self.row[np.minimum(first, len(self.hash) - 1)].astype(np.int64)
+        begins, ends = self.offset[candidate].tolist(), self.offset[candidate + 1].tolist()
+        everything = memoryview(self.bytes.data)
+        same = [bytes(everything[a:z]) == b for a, z, b in zip(begins, ends, encoded)]
+        if not all(same):
+            for u in np.flatnonzero(~np.array(same)):
+                candidate[u] = self._search(encoded[u], int(hashes[u]), int(first[u]))
+        return candidate
+
+    def _search(self, encoded: bytes, hashed: int, at: int) -> int:
+        """Ids may share a hash: all that do are compared."""
+        while at < len(self.hash) and self.hash[at] == hashed:
+            row = int(self.row[at])
+            if self.bytes[self.offset[row] : self.offset[row + 1]].tobytes() == encoded:
+                return row
+            at += 1
+        return -1

@@ -24,7 +24,7 @@ from .commits import Commits
 from .handles import Handles
 from .index import Index
 from .layout import crc32c, hash_text
-from .rows import Places, Run, TeacherRows, read_cold, read_hot
+from .rows import Job, Places, TeacherRows, fetch
 
 
 @dataclass(frozen=True, order=True)
@@ -318,16 +318,16 @@ class Store:
             )
         out = np.empty((places.total, t.width), dtype=t.dtype.stored)
         buffer = memoryview(out.data).cast("B") if out.size else memoryview(b"")
-        cold: list[tuple[int, Path, Run]] = []
+        jobs: list[Job] = []
         for number, runs in places.runs:
             path = t.path(c, layer, number)
-            fd = self._handles.open(path, t.shard_rows, t.row_bytes, t.shards[number].rows)
-            if fd is None:
+            handle = self._handles.open(path, t.shard_rows, t.row_bytes, t.shards[number].rows)
+            if handle is None:
                 self._read_with_zarr(view, places, number, out)
             else:
-                cold += [(fd, path, run) for run in read_hot(fd, runs, buffer)]
-        if cold:
-            read_cold(cold, buffer)
+                jobs += [(handle, run) for run in runs]
+        if jobs:
+            fetch(jobs, buffer)
         if self.checksums:
             self._check(view, rows, places, out.reshape(-1).view(np.uint8))
         return out

@@ -112,10 +112,10 @@ def test_a_fork_after_reading_uses_its_own_handles(small_store: Path) -> None:
     store = Store.open(small_store)
     ids = store.utterance_ids[:5]
     want = _read(store, ids)
-    parents = dict(store._handles._fds)
+    parents = [h.fd for h in store._handles._open.values()]
     child = os.fork()
     if child == 0:
-        for fd in parents.values():
+        for fd in parents:
             os.close(fd)
         os._exit(0 if _read(store, ids) == want else 1)
     assert os.waitpid(child, 0)[1] == 0
