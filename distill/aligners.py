@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..data.errors import ConfigError
 from .batch import Positions
 
-ALIGNERS = ("attention", "occupancy")
+ALIGNERS = ("attention", "occupancy", "cif", "predictor")
 _OCTAVES = 6
 
 
@@ -123,17 +123,76 @@ class Occupancy(nn.Module):
         return weight @ encoder
 
     def forward(self, units: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
-        """What `frames` returned -> states [M', H] and which M' of the M kept positions have units, int64
-        [M'].
-        """
-        if positions.unit_weight is None or positions.unit_rows is None:
-            raise ValueError("the occupancy aligner needs unit_spans: give them to TargetReader.read")
-        padded = units.shape[1] - positions.unit_weight.shape[2]
-        if padded < 0:
-            raise ValueError(f"{positions.unit_weight.shape[2]} units in the spans, {units.shape[1]} in the occupancy")
-        weight = F.pad(positions.unit_weight, (0, padded)).to(units.dtype)
-        grid = (weight @ units).flatten(0, 1)  # (B * P, H)
-        return grid[positions.row[positions.unit_rows]], positions.unit_rows
+        """What `frames` returned -> states [M', H] and which M' of the M kept positions have units, int64 [M']."""
+        return of_units(units, positions)
+
+
+class Cif(nn.Module):
+    """Continuous integrate-and-fire: each frame has a weight, positions take the frames in which the sum passes them.
+
+    The weights of an utterance are scaled so that they sum to its number of positions: position p is the mean of the
+    frames over which the running sum goes from p to p + 1. Monotonic by construction; the weights are learned from
+    the transfer loss. After Dong and Xu 2020, "CIF", as used for transfer by Han et al. 2023 and Deng et al. 2022.
+    """
+
+    def __init__(self, encoder_dim: int, kernel: int = 3) -> None:
+        super().__init__()
+        self.width = encoder_dim
+        self.weigh = nn.Conv1d(encoder_dim, 1, kernel, padding=kernel // 2)
+
+    def frames(self, encoder: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """encoder [B, T, H] with zeros in the padding -> itself and the running share [B, T] of the weights, to 1."""
+        mask = torch.arange(encoder.shape[1], device=encoder.device) < lengths[:, None]
+        weight = torch.sigmoid(self.weigh(encoder.transpose(1, 2))[:, 0].float()) * mask
+        # Sums of many small shares: float32 whatever autocast does, or late positions miss their frames
+        running = weight.cumsum(1)
+        return encoder, running / running[:, -1:].clamp_min(1e-6)
+
+    def weights(self, share: Tensor, positions: Positions) -> Tensor:
+        """[B, P, T]: how much of position p lies in frame t; rows of positions that exist sum to 1."""
+        end = share * positions.lengths[:, None]
+        begin = F.pad(end[:, :-1], (1, 0))
+        place = torch.arange(positions.grid, device=share.device)[None, :, None]
+        return (torch.minimum(end[:, None], place + 1) - torch.maximum(begin[:, None], place)).clamp_min(0)
+
+    def forward(self, frames: tuple[Tensor, Tensor], positions: Positions) -> Tensor:
+        """What `frames` returned -> states [M, H]."""
+        encoder, share = frames
+        return (self.weights(share, positions).to(encoder.dtype) @ encoder).flatten(0, 1)[positions.row]
+
+
+class Predictor(nn.Module):
+    """The prediction network's states instead of the encoder's: it, too, may learn what a language model knows.
+
+    `after`: the state that has read the unit, else the one that expects it (and cannot copy it). A position takes the
+    mean over the units that it spans. After Kubo et al. 2022, "Knowledge transfer from large-scale pretrained language
+    models to end-to-end speech recognizers".
+    """
+
+    def __init__(self, predictor_dim: int, after: bool = True) -> None:
+        super().__init__()
+        self.width, self.after = predictor_dim, after
+
+    def frames(self, predictor: Tensor) -> Tensor:
+        """predictor [B, U + 1, W]: state u has read u units -> [B, U, W]: one a unit."""
+        return predictor[:, 1:] if self.after else predictor[:, :-1]
+
+    def forward(self, units: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        """What `frames` returned -> states [M', W] and which of the M kept positions have units, int64 [M']."""
+        return of_units(units, positions)
+
+
+def of_units(units: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+    """Means of unit vectors [B, U, W] over the units of each position -> [M', W], and which positions, int64 [M']."""
+    if positions.unit_weight is None or positions.unit_rows is None:
+        raise ValueError("this aligner needs unit_spans: give them to TargetReader.read")
+    padded = units.shape[1] - positions.unit_weight.shape[2]
+    if padded < 0:
+        raise ValueError(f"{positions.unit_weight.shape[2]} units in the spans, {units.shape[1]} in the model's output")
+    # Rows of `units` in the padding may hold anything
+    weight = positions.unit_weight.to(units.dtype)
+    units = units[:, : weight.shape[2]].masked_fill(weight.sum(1)[..., None] == 0, 0)
+    return (weight @ units).flatten(0, 1)[positions.row[positions.unit_rows]], positions.unit_rows
 
 
 def _waves(place: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.errors import ConfigError
-from .aligners import ALIGNERS, Attention, Occupancy
+from .aligners import ALIGNERS, Attention, Cif, Occupancy, Predictor
 from .batch import Positions, TransferBatch
 from .distances import distance_named
 from .mixing import Mixing
@@ -38,8 +38,10 @@ class Transfer(nn.Module):
     """One aligner, one linear head a view (student width → teacher width), one distance, one mixing.
 
     views             what TargetReader.views holds
-    encoder_dim       H of the tapped encoder layer
-    aligner           "attention" (needs `embeddings`, TargetReader.embeddings) or "occupancy"
+    encoder_dim       H of the tapped encoder layer, or layers
+    aligner           "attention" (needs `embeddings`, TargetReader.embeddings), "occupancy", "cif" or "predictor"
+                      (needs `predictor_dim`; `predictor_after` False: the state that expects the unit)
+    taps              how many encoder layers forward gets; their softmax-weighted mean is what is aligned
     distance          "cosine", "l1", "smooth_l1", "mse" or "contrastive" (`temperature`)
     mixing            "mean", "learned" or "sample" (the reader draws the views: TargetReader(sample=k))
     attention_dim, attention_heads     of the attention aligner; None: encoder_dim
@@ -57,6 +59,9 @@ class Transfer(nn.Module):
         temperature: float = 0.1,
         attention_dim: int | None = None,
         attention_heads: int = 4,
+        predictor_dim: int | None = None,
+        predictor_after: bool = True,
+        taps: int = 1,
     ) -> None:
         super().__init__()
         if not views:
@@ -65,7 +70,7 @@ class Transfer(nn.Module):
         self.of_teacher: dict[str, list[int]] = {}
         for number, view in enumerate(views):
             self.of_teacher.setdefault(view.teacher, []).append(number)
-        self.aligner: Attention | Occupancy
+        self.aligner: Attention | Occupancy | Cif | Predictor
         if aligner == "attention":
             absent = self.of_teacher.keys() - (embeddings or {}).keys()
             if embeddings is None or absent:
@@ -74,28 +79,48 @@ class Transfer(nn.Module):
             self.aligner = Attention(encoder_dim, tables, dim=attention_dim, heads=attention_heads)
         elif aligner == "occupancy":
             self.aligner = Occupancy(encoder_dim)
+        elif aligner == "cif":
+            self.aligner = Cif(encoder_dim)
+        elif aligner == "predictor":
+            if predictor_dim is None:
+                raise ConfigError("the predictor aligner needs the width of the prediction network's states")
+            if taps > 1:
+                raise ConfigError("the predictor aligner taps no encoder layer", remedy="set taps to 1")
+            self.aligner = Predictor(predictor_dim, predictor_after)
         else:
             raise ConfigError(f"no aligner {aligner!r}", expected=", ".join(ALIGNERS))
         self.heads = nn.ModuleList(nn.Linear(self.aligner.width, view.width) for view in views)
         self.distance = distance_named(distance, temperature=temperature)
         self.mixing = Mixing(mixing, len(views))
+        self.tap_logits = nn.Parameter(torch.zeros(taps)) if taps > 1 else None
 
     @property
     def needs_occupancy(self) -> bool:
         return isinstance(self.aligner, Occupancy)
 
+    @property
+    def needs_predictor(self) -> bool:
+        return isinstance(self.aligner, Predictor)
+
     def forward(
-        self, encoder: Tensor, encoder_lengths: Tensor, batch: TransferBatch, occupancy: Tensor | None = None
+        self,
+        encoder: Tensor | Sequence[Tensor],
+        encoder_lengths: Tensor,
+        batch: TransferBatch,
+        occupancy: Tensor | None = None,
+        predictor: Tensor | None = None,
     ) -> TransferLoss:
-        """encoder float [B, T, H], encoder_lengths int [B] (same device), occupancy float [B, U, T] or None.
+        """encoder float [B, T, H], or one such tensor a tap; encoder_lengths int [B] (same device); occupancy float
+        [B, U, T] and predictor float [B, U + 1, W] for the aligners that need them.
 
         `batch` on the same device. Frames beyond an utterance's length may hold anything, NaN included.
         """
+        encoder = self._tapped(encoder)
         if len(encoder) != batch.utterances:
             raise ValueError(f"{len(encoder)} utterances in the encoder's output, {batch.utterances} in the targets")
         padding = torch.arange(encoder.shape[1], device=encoder.device) >= encoder_lengths[:, None]
         encoder = encoder.masked_fill(padding[..., None], 0)
-        states, rows = self._align(encoder, encoder_lengths, batch, occupancy)
+        states, rows = self._align(encoder, encoder_lengths, batch, occupancy, predictor)
         losses: list[Tensor] = []
         index: list[int] = []
         idle = encoder.new_zeros((), dtype=torch.float32)  # nothing, with every unused parameter behind it
@@ -120,8 +145,23 @@ class Transfer(nn.Module):
         weights = self.mixing.logged(self.addresses)
         return TransferLoss(loss, per_view, kept, masked, batch.skipped, weights)
 
+    def _tapped(self, encoder: Tensor | Sequence[Tensor]) -> Tensor:
+        taps = [encoder] if isinstance(encoder, Tensor) else list(encoder)
+        expected = 1 if self.tap_logits is None else len(self.tap_logits)
+        if len(taps) != expected:
+            raise ValueError(f"{len(taps)} taps of the encoder, {expected} expected")
+        if self.tap_logits is None:
+            return taps[0]
+        weights = torch.softmax(self.tap_logits.float(), 0).to(taps[0].dtype)
+        return torch.stack([w * tap for w, tap in zip(weights, taps, strict=True)]).sum(0)
+
     def _align(
-        self, encoder: Tensor, lengths: Tensor, batch: TransferBatch, occupancy: Tensor | None
+        self,
+        encoder: Tensor,
+        lengths: Tensor,
+        batch: TransferBatch,
+        occupancy: Tensor | None,
+        predictor: Tensor | None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
         """States [M, width] by teacher, and which of its kept positions they are (None: all)."""
         absent = self.of_teacher.keys() - batch.positions.keys()
@@ -131,8 +171,16 @@ class Transfer(nn.Module):
         if isinstance(self.aligner, Attention):
             frames = self.aligner.frames(encoder, lengths)
             return {name: self.aligner(frames, p, name) for name, p in used.items()}, dict.fromkeys(used)
-        if occupancy is None:
-            raise ValueError("the occupancy aligner needs the loss's occupancy: rnnt_loss(…, return_occupancy=True)")
-        units = self.aligner.frames(encoder, occupancy)
+        if isinstance(self.aligner, Cif):
+            shares = self.aligner.frames(encoder, lengths)
+            return {name: self.aligner(shares, p) for name, p in used.items()}, dict.fromkeys(used)
+        if isinstance(self.aligner, Occupancy):
+            if occupancy is None:
+                raise ValueError("it needs the loss's occupancy: rnnt_loss(…, return_occupancy=True)")
+            units = self.aligner.frames(encoder, occupancy)
+        else:
+            if predictor is None:
+                raise ValueError("the predictor aligner needs the prediction network's states")
+            units = self.aligner.frames(predictor)
         aligned = {name: self.aligner(units, p) for name, p in used.items()}
         return {n: state for n, (state, _) in aligned.items()}, {n: row for n, (_, row) in aligned.items()}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from stillhouse.data.errors import ConfigError
-from stillhouse.distill.aligners import Attention, Occupancy
+from stillhouse.distill.aligners import Attention, Cif, Occupancy, Predictor
 from stillhouse.distill.batch import Positions
 
 
@@ -163,7 +163,7 @@ def test_occupancy_averages_the_frames_of_the_units_of_a_position():
     first = 0.25 * encoder[0, 0] + 0.75 * (encoder[0, 1] + encoder[0, 2]) / 2
     torch.testing.assert_close(state, torch.stack([first, encoder[0, 3]]))
     assert rows.tolist() == [0, 2]
-    with pytest.raises(ValueError, match="3 units in the spans, 2 in the occupancy"):
+    with pytest.raises(ValueError, match="3 units in the spans, 2 in the model's output"):
         aligner(aligner.frames(encoder, occupancy[:, :2]), positions)
 
 
@@ -176,3 +176,81 @@ def test_no_gradient_through_the_occupancy():
     state.sum().backward()
     assert occupancy.grad is None and encoder.grad.abs().sum() > 0
     assert not list(aligner.parameters())
+
+
+def test_cif_weights_by_hand():
+    """Shares 1/8, 3/8, 1/2 over two positions: sums 0.25, 1, 2, so the second frame ends the first position."""
+    aligner = Cif(3)
+    share = torch.tensor([[0.125, 0.5, 1.0, 1.0], [0.5, 1.0, 1.0, 1.0]])
+    positions = positions_of([[0, 1], [2, 3, 4]])
+    weights = aligner.weights(share, positions)
+    torch.testing.assert_close(weights[0], torch.tensor([[0.25, 0.75, 0, 0], [0, 0, 1.0, 0], [0, 0, 0, 0]]))
+    # three positions over two frames: the middle one takes half of each
+    torch.testing.assert_close(weights[1], torch.tensor([[1.0, 0, 0, 0], [0.5, 0.5, 0, 0], [0, 1.0, 0, 0]]))
+    encoder = torch.arange(24.0).view(2, 4, 3)
+    state = aligner((encoder, share), positions)
+    torch.testing.assert_close(state, torch.cat([weights[0, :2] @ encoder[0], weights[1] @ encoder[1]]))
+
+
+def test_cif_weights_sum_to_one_and_never_go_back():
+    generator = torch.manual_seed(7)
+    aligner = Cif(8)
+    lengths = torch.tensor([30, 17, 3])
+    encoder = torch.randn(3, 30, 8, generator=generator) * (torch.arange(30) < lengths[:, None])[..., None]
+    positions = positions_of([[1] * 11, [1] * 4, [1] * 9])  # more positions than frames in the last
+    _, share = aligner.frames(encoder, lengths)
+    weights = aligner.weights(share, positions)
+    for b, n in enumerate((11, 4, 9)):
+        torch.testing.assert_close(weights[b, :n].sum(1), torch.ones(n))
+        assert weights[b, n:].abs().sum() == 0 and weights[b, :, lengths[b] :].abs().sum() < 1e-6
+        middle = (weights[b, :n] * torch.arange(30)).sum(1)
+        assert (middle.diff() >= 0).all()
+
+
+def test_cif_learns_where_a_planted_token_begins():
+    """One dimension marks the frame where a token sounds; the others of its frames are noise."""
+    generator = torch.manual_seed(8)
+    vocabulary, width = 10, 12
+    sounds = torch.randn(vocabulary, width, generator=generator)
+    sounds[:, 0] = 4.0
+    states = torch.randn(vocabulary, 6, generator=generator)
+    aligner, head = Cif(width, kernel=1), nn.Linear(width, 6)
+    optimiser = torch.optim.Adam([*aligner.parameters(), *head.parameters()], lr=0.02)
+
+    def batch(size):
+        tokens, frames, planted = [], [], []
+        for _ in range(size):
+            count = int(torch.randint(2, 7, (), generator=generator))
+            tokens.append(torch.randint(vocabulary, (count,), generator=generator).tolist())
+            rows, at = [], []
+            for token in tokens[-1]:
+                quiet = int(torch.randint(0, 4, (), generator=generator))
+                rows += [0.5 * torch.randn(width, generator=generator) for _ in range(quiet)]
+                at.append(len(rows))
+                rows.append(sounds[token])
+            frames.append(torch.stack(rows))
+            planted += at
+        lengths = torch.tensor([len(f) for f in frames])
+        return positions_of(tokens), nn.utils.rnn.pad_sequence(frames, batch_first=True), lengths, planted
+
+    for _ in range(200):
+        positions, encoder, lengths, _ = batch(12)
+        state = aligner(aligner.frames(encoder, lengths), positions)
+        loss = (head(state) - states[positions.key]).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    positions, encoder, lengths, planted = batch(40)
+    with torch.no_grad():
+        weights = aligner.weights(aligner.frames(encoder, lengths)[1], positions).flatten(0, 1)[positions.row]
+    assert weights[torch.arange(len(planted)), planted].mean() > 0.8
+
+
+def test_the_predictor_before_and_after_a_unit():
+    predictor = torch.arange(12.0).view(1, 4, 3)  # 4 states of 3 units
+    unit_weight = torch.tensor([[[0.5, 0.5, 0], [0, 0, 1.0]]])
+    positions = positions_of([[0, 1]], unit_weight=unit_weight, unit_rows=torch.tensor([0, 1]))
+    for after, expected in ((True, [[4.5, 5.5, 6.5], [9, 10, 11]]), (False, [[1.5, 2.5, 3.5], [6, 7, 8]])):
+        aligner = Predictor(3, after)
+        state, rows = aligner(aligner.frames(predictor), positions)
+        assert state.tolist() == expected and rows.tolist() == [0, 1]

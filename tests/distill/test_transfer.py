@@ -13,10 +13,10 @@ from stillhouse.distill import TargetReader, Transfer
 from stillhouse.train.rnnt import rnnt_loss
 
 IDS = ["b", "d", "a", "c"]
-H = 8
+H, W = 8, 6
 # "a" has 4 positions of one teacher and 2 frames: more positions than frames
 FRAMES = [5, 1, 2, 7]
-COMBINATIONS = [(a, p) for a in ("attention", "occupancy") for p in ("token", "word", "unit")]
+COMBINATIONS = [(a, p) for a in ("attention", "occupancy", "cif", "predictor") for p in ("token", "word", "unit")]
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def make(store, fakes):
     def build(position="token", seed=0, reader=None, **options):
         reader = TargetReader([(store, store.views)], position=position, **(reader or {}))
         torch.manual_seed(seed)
-        transfer = Transfer(reader.views, H, embeddings=reader.embeddings, **options)
+        transfer = Transfer(reader.views, H, embeddings=reader.embeddings, predictor_dim=W, **options)
         return reader, transfer, texts, units
 
     return build
@@ -46,20 +46,31 @@ def speech(units, seed=0):
     return encoder, lengths, occupancy
 
 
+def predictions(units, seed=1):
+    """States of a prediction network [B, U + 1, W], NaN where an utterance has no more units."""
+    states = torch.randn(len(units), max(map(len, units)) + 1, W, generator=torch.manual_seed(seed))
+    for b, u in enumerate(units):
+        states[b, len(u) + 1 :] = float("nan")
+    return states
+
+
 @pytest.mark.parametrize(("aligner", "position"), COMBINATIONS)
 @pytest.mark.parametrize("distance", ["cosine", "l1", "smooth_l1", "mse", "contrastive"])
 def test_every_parameter_gets_a_gradient_and_so_does_the_encoder(make, aligner, position, distance):
     reader, transfer, texts, units = make(position, aligner=aligner, distance=distance, mixing="learned")
     encoder, lengths, occupancy = speech(units)
     encoder.requires_grad_()
-    found = transfer(encoder, lengths, reader.read(IDS, texts, units), occupancy)
+    predictor = predictions(units).requires_grad_()
+    found = transfer(encoder, lengths, reader.read(IDS, texts, units), occupancy, predictor)
     found.loss.backward()
     for name, parameter in transfer.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
         # The key's bias shifts all scores alike, which a softmax ignores
         if name != "aligner.key.bias":
             assert parameter.grad.abs().max() > 0, name
-    assert encoder.grad[0].abs().sum() > 0
+    student = predictor if aligner == "predictor" else encoder
+    assert student.grad[0].abs().sum() > 0 and student.grad.isfinite().all()
+    assert transfer.needs_occupancy == (aligner == "occupancy") and transfer.needs_predictor == (student is predictor)
     assert list(found.per_view) == [v.address for v in reader.views]
     assert all(value.ndim == 0 and not value.requires_grad for value in found.per_view.values())
     assert found.loss.item() == pytest.approx(sum(v.item() for v in found.per_view.values()) / 4, rel=1e-5)
@@ -73,7 +84,8 @@ def test_padding_of_any_kind_changes_nothing(make, aligner, position):
     reader, transfer, texts, units = make(position, aligner=aligner, distance="l1")
     encoder, lengths, occupancy = speech(units)
     whole = encoder.masked_fill(torch.arange(max(FRAMES))[:, None] >= lengths[:, None, None], float("nan"))
-    batch = transfer(whole, lengths, reader.read(IDS, texts, units), occupancy)
+    predictor = predictions(units)
+    batch = transfer(whole, lengths, reader.read(IDS, texts, units), occupancy, predictor)
     totals = dict.fromkeys(batch.per_view, 0.0)
     counts = dict.fromkeys(batch.per_view, 0)
     positions = masked = 0
@@ -81,7 +93,11 @@ def test_padding_of_any_kind_changes_nothing(make, aligner, position):
         target = reader.read([i], [texts[b]], [units[b]])
         part = slice(b, b + 1)
         alone = transfer(
-            encoder[part, : FRAMES[b]], lengths[part], target, occupancy[part, : len(units[b]), : FRAMES[b]]
+            encoder[part, : FRAMES[b]],
+            lengths[part],
+            target,
+            occupancy[part, : len(units[b]), : FRAMES[b]],
+            predictor[part, : len(units[b]) + 1],
         )
         positions, masked = positions + alone.positions, masked + alone.masked
         for address, value in alone.per_view.items():
@@ -101,19 +117,19 @@ def test_positions_without_units_leave_the_occupancy_and_are_counted(make):
     assert found.masked == 2 and found.positions == 12
 
 
-@pytest.mark.parametrize("aligner", ["attention", "occupancy"])
+@pytest.mark.parametrize("aligner", ["attention", "occupancy", "cif", "predictor"])
 @pytest.mark.parametrize("mixing", ["mean", "learned"])
 def test_a_batch_with_nothing_gives_zero_and_gradients_of_zero(make, aligner, mixing):
     reader, transfer, _, _ = make("word", aligner=aligner, mixing=mixing)
     batch = reader.read(["d", "c"], ["", "..."], [torch.zeros(0, 2).int().numpy()] * 2)
     encoder = torch.randn(2, 3, H)
-    found = transfer(encoder, torch.tensor([3, 1]), batch, torch.zeros(2, 0, 3))
+    found = transfer(encoder, torch.tensor([3, 1]), batch, torch.zeros(2, 0, 3), torch.zeros(2, 1, W))
     assert found.loss.item() == 0 and found.per_view == {} and found.positions == 0
     found.loss.backward()
     assert all(p.grad is not None and not p.grad.any() for p in transfer.parameters())
 
 
-@pytest.mark.parametrize("aligner", ["attention", "occupancy"])
+@pytest.mark.parametrize("aligner", ["attention", "occupancy", "cif"])
 def test_sampling_views_leaves_no_head_without_a_gradient(make, aligner):
     reader, transfer, texts, units = make(aligner=aligner, mixing="sample", reader={"sample": 1})
     encoder, lengths, occupancy = speech(units)
@@ -143,7 +159,7 @@ def test_with_the_occupancies_of_the_rnnt_loss(make):
     assert encoder.grad.isfinite().all() and found.positions == 14
 
 
-@pytest.mark.parametrize("aligner", ["attention", "occupancy"])
+@pytest.mark.parametrize("aligner", ["attention", "occupancy", "cif"])
 def test_under_autocast(make, aligner):
     reader, transfer, texts, units = make(aligner=aligner)
     encoder, lengths, occupancy = speech(units)
@@ -178,6 +194,10 @@ def test_what_does_not_fit_is_refused(make):
         transfer(encoder, lengths, batch)
     with pytest.raises(ValueError, match="3 utterances in the encoder's output, 4 in the targets"):
         transfer(encoder[:3], lengths[:3], batch, occupancy)
+    with pytest.raises(ValueError, match="needs the prediction network's states"):
+        make(aligner="predictor")[1](encoder, lengths, batch, occupancy)
+    with pytest.raises(ConfigError, match="taps no encoder layer"):
+        make(aligner="predictor", taps=2)
     with pytest.raises(ValueError, match="needs unit_spans"):
         transfer(encoder, lengths, reader.read(IDS, texts), occupancy)
     with pytest.raises(ConfigError, match="no input embeddings of pieces, words"):
@@ -186,6 +206,20 @@ def test_what_does_not_fit_is_refused(make):
         Transfer(reader.views, H, aligner="ctc")
     with pytest.raises(ConfigError, match="without views"):
         Transfer([], H, aligner="occupancy")
+
+
+def test_several_taps_are_mixed_and_weighed_by_the_gradient(make):
+    reader, transfer, texts, units = make(aligner="cif", taps=2)
+    encoder, lengths, _ = speech(units)
+    batch = reader.read(IDS, texts, units)
+    found = transfer([encoder, encoder], lengths, batch)
+    found.loss.backward()
+    assert found.loss.item() == pytest.approx(make(aligner="cif")[1](encoder, lengths, batch).loss.item())
+    assert transfer.tap_logits.grad is not None
+    transfer([encoder, 2 * encoder], lengths, batch).loss.backward()
+    assert transfer.tap_logits.grad.abs().max() > 0
+    with pytest.raises(ValueError, match="1 taps of the encoder, 2 expected"):
+        transfer(encoder, lengths, batch)
 
 
 def test_distill_imports_no_language_model():
