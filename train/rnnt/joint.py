@@ -201,6 +201,30 @@ class _CpuJointLoss(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
+def _on_cuda(
+    encoder, predictor, weight, bias, integers, batch: Batch | None, band, ranges, blank, clamp, fastemit, delay, eps,
+    activation, combine, want_occupancy,
+):  # fmt: skip
+    """(costs [B], occupancy or None); batch None: the integers are on the device, unchecked."""
+    from .cuda import device_batch
+    from .cuda_joint import joint_cuda
+    from .loss import Options
+
+    longest = None if batch is None else [int(t) for t in batch.T]
+    if batch is not None:
+        integers = tuple(torch.from_numpy(v) for v in (batch.y, batch.T, batch.U))
+    first = None
+    if ranges is not None:
+        first = ranges[:, :, 0] if band is None else torch.from_numpy(band).to(encoder.device, non_blocking=True)
+    V, width = weight.shape[0], predictor.shape[1] if ranges is None else ranges.shape[2]
+    d = device_batch(*integers, blank % V, V, 0, (encoder.shape[1], width), encoder.device, first)
+    options = Options(float(clamp), True, float(fastemit), float(delay), True, float(eps))
+    return joint_cuda(
+        encoder, predictor, weight, bias, d, options, activation == "relu", combine == "mul", ranges is not None,
+        longest, want_occupancy,
+    )  # fmt: skip
+
+
 def rnnt_loss_joint(
     encoder: torch.Tensor,
     predictor: torch.Tensor,
@@ -220,6 +244,7 @@ def rnnt_loss_joint(
     delay_penalty: float = 0.0,
     ranges: torch.Tensor | None = None,
     return_occupancy: bool = False,
+    check: bool = False,
 ) -> Any:
     """RNN-T loss of logits = activation(encoder[t] + predictor[u]) @ weight.T + bias, which are never all in memory.
 
@@ -231,18 +256,27 @@ def rnnt_loss_joint(
     """
     check_options(reduction, fastemit_lambda, delay_penalty, eps)
     check_joint(encoder, predictor, weight, bias, activation, combine)
-    batch = check_batch(
-        targets, logit_lengths, target_lengths, blank, weight.shape[0], encoder.shape[1], predictor.shape[1] - 1
-    )
-    if encoder.shape[0] != batch.T.size:
-        raise ValueError(f"rnnt loss: encoder has {encoder.shape[0]} rows, targets {batch.T.size}")
-    if encoder.device.type != "cpu":
+    if encoder.shape[0] != targets.shape[0]:
+        raise ValueError(f"rnnt loss: encoder has {encoder.shape[0]} rows, targets {targets.shape[0]}")
+    integers = (targets, logit_lengths, target_lengths)
+    room = (encoder.shape[1], predictor.shape[1] - 1)
+    known = check or encoder.device.type == "cpu" or all(v.device.type == "cpu" for v in integers)
+    batch = check_batch(*integers, blank, weight.shape[0], *room) if known else None
+    band, width = None, 0
+    if ranges is not None and batch is not None:
+        band, width = check_band(ranges, batch, encoder.shape[1])
+    if encoder.device.type == "cuda":
+        costs, occupancy = _on_cuda(
+            encoder, predictor, weight, bias, integers, batch, band, ranges, blank, clamp, fastemit_lambda,
+            delay_penalty, eps, activation, combine, return_occupancy,
+        )  # fmt: skip
+    elif encoder.device.type == "cpu" and batch is not None:
+        options = JointOptions(
+            float(clamp), float(fastemit_lambda), float(delay_penalty), float(eps), activation == "relu",
+            combine == "mul", band, width,
+        )  # fmt: skip
+        costs, occupancy = _CpuJointLoss.apply(encoder, predictor, weight, bias, batch, options, return_occupancy)
+    else:
         raise ValueError(f"rnnt loss: no joint-fused implementation for device {encoder.device}")
-    band, width = (None, 0) if ranges is None else check_band(ranges, batch, encoder.shape[1])
-    options = JointOptions(
-        float(clamp), float(fastemit_lambda), float(delay_penalty), float(eps), activation == "relu",
-        combine == "mul", band, width,
-    )  # fmt: skip
-    costs, occupancy = _CpuJointLoss.apply(encoder, predictor, weight, bias, batch, options, return_occupancy)
     loss = reduce(costs, target_lengths, reduction)
     return (loss, occupancy) if return_occupancy else loss

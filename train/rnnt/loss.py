@@ -134,6 +134,7 @@ def rnnt_loss(
     eps: float = 0.0,
     ranges: torch.Tensor | None = None,
     return_occupancy: bool = False,
+    check: bool = False,
 ) -> Any:
     """RNN-T loss (Graves 2012); torchaudio.functional.rnnt_loss's signature and results, then more.
 
@@ -147,6 +148,8 @@ def rnnt_loss(
     ranges: int [B, T, S], units of every frame (see pruned.py): logits are then [B, T, S, V], of those units alone.
     return_occupancy: returns (loss, occupancy float32 [B, U, T]): P(unit u emitted at frame t), detached, padding 0.
 
+    check: lengths and targets on the CPU are always checked; those on a device only with check=True, which waits for it.
+
     Returns float32 (float64 for float64). An utterance without any alignment costs infinity and has gradient 0; one
     with NaN among its logits costs NaN, is named in a RuntimeWarning, and leaves the others unharmed.
     Raises ValueError or TypeError that name the row of the batch and its lengths.
@@ -159,24 +162,41 @@ def rnnt_loss(
     dim = 4 if layout == "padded" else 2
     if logits.dim() != dim:
         raise ValueError(f"rnnt loss: {layout} logits must have {dim} dimensions, got shape {tuple(logits.shape)}")
-    if logits.device.type != "cpu":
-        raise ValueError(f"rnnt loss: no implementation for device {logits.device}")
     padded = (logits.shape[1], logits.shape[2]) if layout == "padded" else None
     if padded and logits.shape[0] != targets.shape[0]:
         raise ValueError(f"rnnt loss: logits have {logits.shape[0]} rows, targets {targets.shape[0]}")
     if ranges is not None and padded is None:
         raise ValueError("rnnt loss: ranges need padded logits [B, T, S, V]")
     room = (padded[0], padded[1] - 1 if ranges is None else None) if padded else (None, None)
-    batch = check_batch(targets, logit_lengths, target_lengths, blank, logits.shape[-1], *room)
-    check_packed_rows(batch, logits.shape[0], padded)
-    band = None
-    if ranges is not None and padded is not None:
-        band, width = check_band(ranges, batch, padded[0])
-        if width != padded[1]:
-            raise ValueError(f"rnnt loss: ranges are {width} units wide, logits {padded[1]}")
     if inplace and not logits.is_contiguous():
         raise ValueError("rnnt loss: inplace needs contiguous logits: their memory becomes the gradient")
     options = Options(clamp, fused_log_softmax, fastemit_lambda, delay_penalty, inplace, eps)
-    costs, occupancy = _CpuLoss.apply(logits.contiguous(), batch, padded, band, options, return_occupancy)
+    on_cpu = all(v.device.type == "cpu" for v in (targets, logit_lengths, target_lengths))
+    if logits.device.type == "cuda" and not (on_cpu or check):
+        from .cuda import rnnt_loss_cuda
+
+        costs, occupancy = rnnt_loss_cuda(
+            logits.contiguous(), (targets, logit_lengths, target_lengths), blank, padded, options,
+            None if ranges is None else ranges[:, :, 0], return_occupancy,
+        )  # fmt: skip
+    else:
+        batch = check_batch(targets, logit_lengths, target_lengths, blank, logits.shape[-1], *room)
+        check_packed_rows(batch, logits.shape[0], padded)
+        band = None
+        if ranges is not None and padded is not None:
+            band, width = check_band(ranges, batch, padded[0])
+            if width != padded[1]:
+                raise ValueError(f"rnnt loss: ranges are {width} units wide, logits {padded[1]}")
+        if logits.device.type == "cuda":
+            from .cuda import rnnt_loss_cuda
+
+            first = None if band is None else torch.from_numpy(band).to(logits.device, non_blocking=True)
+            costs, occupancy = rnnt_loss_cuda(
+                logits.contiguous(), batch, blank, padded, options, first, return_occupancy
+            )
+        elif logits.device.type == "cpu":
+            costs, occupancy = _CpuLoss.apply(logits.contiguous(), batch, padded, band, options, return_occupancy)
+        else:
+            raise ValueError(f"rnnt loss: no implementation for device {logits.device}")
     loss = reduce(costs, target_lengths, reduction)
     return (loss, occupancy) if return_occupancy else loss

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from . import threads
 from .checks import Batch, check_batch, check_options
-from .loss import reduce, warn_nan
+from .loss import reduce, rnnt_loss, warn_nan
 
 
 class _CpuLattice(torch.autograd.Function):
@@ -77,29 +77,35 @@ def rnnt_loss_simple(
         raise ValueError(
             f"rnnt loss: expected am [B, T, V] and lm [B, U+1, V], got {tuple(am.shape)} and {tuple(lm.shape)}"
         )
-    if am.device.type != "cpu":
-        raise ValueError(f"rnnt loss: no simple joint for device {am.device}")
     batch = check_batch(
         targets, logit_lengths, target_lengths, blank, am.shape[2], am.shape[1], min(lm.shape[1] - 1, targets.shape[1])
     )
     with torch.autocast(am.device.type, enabled=False):
         kind = torch.float64 if am.dtype == torch.float64 else torch.float32
         am, lm = am.to(kind), lm.to(kind)
-        inside_t = torch.from_numpy(np.arange(am.shape[1]) < batch.T[:, None])[:, :, None]
-        inside_u = torch.from_numpy(np.arange(lm.shape[1]) <= batch.U[:, None])[:, :, None]
+        device = am.device
+        y, T, U = (torch.from_numpy(v).to(device, non_blocking=True) for v in (batch.y, batch.T, batch.U))
+        inside_t = (torch.arange(am.shape[1], device=device) < T[:, None])[:, :, None]
+        inside_u = (torch.arange(lm.shape[1], device=device) <= U[:, None])[:, :, None]
         am, lm = torch.where(inside_t, am, 0), torch.where(inside_u, lm, 0)  # NaN in padding must not matter
         am_max, lm_max = am.detach().amax(2, keepdim=True), lm.detach().amax(2, keepdim=True)
         product = torch.exp(am - am_max) @ torch.exp(lm - lm_max).transpose(1, 2)
         norm = product.clamp(min=torch.finfo(kind).tiny).log() + am_max + lm_max.transpose(1, 2)
-        y = torch.from_numpy(np.pad(batch.y, ((0, 0), (0, max(0, lm.shape[1] - batch.y.shape[1])))))
-        y = y[:, : lm.shape[1]]
+        y = torch.nn.functional.pad(y, (0, max(0, lm.shape[1] - y.shape[1])))[:, : lm.shape[1]]
         label = am.gather(2, y[:, None].expand(-1, am.shape[1], -1)) + lm.gather(2, y[:, :, None]).transpose(1, 2)
         blank_lp = am[:, :, batch.blank, None] + lm[:, None, :, batch.blank] - norm
         if delay_penalty:
-            frames = torch.arange(am.shape[1], dtype=kind)
-            middle = (torch.from_numpy(batch.T).to(kind) - 1) / 2
+            frames = torch.arange(am.shape[1], dtype=kind, device=device)
+            middle = (T.to(kind) - 1) / 2
             label = label + delay_penalty * (middle[:, None] - frames)[:, :, None]
-        costs, gamma = _CpuLattice.apply(blank_lp, label - norm, batch)
+        if device.type == "cpu":
+            costs, gamma = _CpuLattice.apply(blank_lp, label - norm, batch)
+        else:  # a lattice is a loss of two units whose logits are log-probabilities already
+            arcs = torch.stack([blank_lp, label - norm], dim=-1)
+            ones = torch.ones(batch.T.size, lm.shape[1] - 1, dtype=torch.int64)
+            lengths = torch.from_numpy(batch.T), torch.from_numpy(batch.U)
+            costs = rnnt_loss(arcs, ones, *lengths, blank=0, reduction="none", fused_log_softmax=False)
+            gamma = -torch.autograd.grad(costs.sum(), arcs, retain_graph=True)[0].sum(-1)
     return reduce(costs, target_lengths, reduction), gamma
 
 

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from . import threads
 from .checks import Batch, check_batch, check_options
-from .loss import DTYPES, reduce, warn_nan
+from .loss import DTYPES, Options, reduce, warn_nan
 from .memory import as_rows, fresh_like
 
 
@@ -81,6 +81,17 @@ class _CpuTdtLoss(torch.autograd.Function):
         return gradient, duration_gradient, None, None, None, None
 
 
+def _on_cuda(tokens, steps_logits, batch: Batch, steps, options: dict, want_occupancy: bool):
+    from .cuda import device_batch
+    from .cuda_joint import CudaTdtLoss
+
+    integers = tuple(torch.from_numpy(v) for v in (batch.y, batch.T, batch.U))
+    padded, V = (tokens.shape[1], tokens.shape[2]), tokens.shape[3]
+    d = device_batch(*integers, batch.blank, V, 0, padded, tokens.device)
+    o = Options(-1.0, True, options["fastemit"], options["delay"], False, 0.0)
+    return CudaTdtLoss.apply(tokens, steps_logits, d, o, steps.tolist(), options["sigma"], want_occupancy)
+
+
 def tdt_loss(
     token_logits: torch.Tensor,
     duration_logits: torch.Tensor,
@@ -118,15 +129,17 @@ def tdt_loss(
         raise ValueError(f"tdt loss: {duration_logits.shape[3]} duration logits need as many different durations")
     if steps.size == 0 or (steps < 0).any() or not (steps > 0).any():
         raise ValueError(f"tdt loss: durations {steps.tolist()}: expected 0 or more, and one above 0")
-    if token_logits.device.type != "cpu":
-        raise ValueError(f"tdt loss: no implementation for device {token_logits.device}")
     if token_logits.shape[0] != targets.shape[0]:
         raise ValueError(f"tdt loss: logits have {token_logits.shape[0]} rows, targets {targets.shape[0]}")
     room = (token_logits.shape[1], token_logits.shape[2] - 1)
     batch = check_batch(targets, logit_lengths, target_lengths, blank, token_logits.shape[3], *room)
+    tokens, steps_logits = token_logits.contiguous(), duration_logits.contiguous()
     options = {"sigma": float(sigma), "fastemit": float(fastemit_lambda), "delay": float(delay_penalty)}
-    costs, occupancy = _CpuTdtLoss.apply(
-        token_logits.contiguous(), duration_logits.contiguous(), batch, steps, options, return_occupancy
-    )
+    if token_logits.device.type == "cpu":
+        costs, occupancy = _CpuTdtLoss.apply(tokens, steps_logits, batch, steps, options, return_occupancy)
+    elif token_logits.device.type == "cuda":
+        costs, occupancy = _on_cuda(tokens, steps_logits, batch, steps, options, return_occupancy)
+    else:
+        raise ValueError(f"tdt loss: no implementation for device {token_logits.device}")
     loss = reduce(costs, target_lengths, reduction)
     return (loss, occupancy) if return_occupancy else loss

@@ -1,0 +1,45 @@
+"""The CUDA kernels without a GPU: in numba's simulator against the reference, and compiled to PTX, then to machine code.
+
+Both run in a process of their own: the simulator is chosen before numba is imported. No GPU has run these kernels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+CASES = ["dtypes", "layouts", "shapes", "many_threads", "extremes", "joint", "pruned", "tdt", "device_lengths"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_in_the_simulator(case):
+    run = subprocess.run(
+        [sys.executable, str(HERE / "cuda_simulated.py"), case], capture_output=True, text=True, timeout=170,
+        env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    assert run.stdout.strip().endswith("ok")
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_ampere_and_hopper(tmp_path):
+    """Needs the extra `gpu` in this interpreter (or one named by STILLHOUSE_CUDA_PYTHON) and ptxas on the path."""
+    python = os.environ.get("STILLHOUSE_CUDA_PYTHON", sys.executable)
+    probe = subprocess.run([python, "-c", "import numba_cuda"], capture_output=True)
+    if probe.returncode or not shutil.which("ptxas"):
+        pytest.skip("no numba-cuda, or no ptxas on the path")
+    run = subprocess.run(
+        [python, str(HERE / "cuda_compiled.py"), str(tmp_path)], capture_output=True, text=True, timeout=500
+    )
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    table = json.loads(run.stdout)
+    assert {row["arch"] for row in table} == {"sm_80", "sm_90"}
+    for row in table:
+        assert row["registers"] <= 80 and row["spill_bytes"] == 0, row
