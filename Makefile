@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-quick test test-all lint format bench-loss bench-loss-gpu bench-store bench-extract wheel clean
+.PHONY: demo demo-quick test test-all lint format bench-loss bench-loss-gpu bench-store bench-extract bench-features wheel clean
 
 $(INSTALLED): setup.cfg pyproject.toml recipes/demo-teachers.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -45,6 +45,9 @@ bench-store: $(INSTALLED)
 
 bench-extract: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_extract.py
+
+bench-features: $(INSTALLED)
+	$(BIN)/python tests/bench/bench_features.py
 
 wheel: $(INSTALLED)
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -27,7 +27,9 @@ import numpy as np
 from .errors import FeatureError
 
 FORMAT, VERSION = "stillhouse-features", 1
-COPY_FRAMES = 1 << 16
+# Frames a write: whole pages, whatever the number of bins, and 20 MB of them. From large aligned writes Linux makes
+# large folios of page cache, which reads copy twice as fast as those that a write an utterance leaves.
+WRITE_FRAMES = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def _blocks(sources: Sequence[FeatureFile], picked: list[tuple[int, int]]) -> It
         s, first = picked[k]
         last, frames = first, int(sources[s].lengths[first])
         k += 1
-        while k < len(picked) and picked[k] == (s, last + 1) and frames < COPY_FRAMES:
+        while k < len(picked) and picked[k] == (s, last + 1) and frames < WRITE_FRAMES:
             last += 1
             frames += int(sources[s].lengths[last])
             k += 1
@@ -136,7 +138,8 @@ def _write(
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     encoded = [i.encode("utf-8") for i in ids]
     try:
-        with h5py.File(temporary, "w", locking=False) as file:
+        aligned = {"alignment_threshold": 1 << 16, "alignment_interval": 4096}
+        with h5py.File(temporary, "w", locking=False, **aligned) as file:
             file.attrs["format"] = FORMAT
             file.attrs["version"] = VERSION
             file.attrs["settings"] = json.dumps(asdict(settings), sort_keys=True)
@@ -149,18 +152,33 @@ def _write(
             file["crc32c"] = crc
             data = file.create_dataset("features", (int(offsets[-1]), settings.bins), np.float16)
             at = 0
-            for block in blocks:
-                if len(block):
-                    data[at : at + len(block)] = block
+            for block in _large(blocks, settings.bins):
+                data[at : at + len(block)] = block
                 at += len(block)
             assert at == offsets[-1], (at, offsets[-1])
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
-    except OSError as e:
+    except (OSError, RuntimeError) as e:  # h5py has both
         raise FeatureError(f"cannot write: {e}", where=path, remedy="make room and run the same command again") from e
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _large(blocks: Iterator[np.ndarray], bins: int) -> Iterator[np.ndarray]:
+    """The same frames in runs of WRITE_FRAMES; each is valid until the next is asked for."""
+    buffer, filled = np.empty((WRITE_FRAMES, bins), np.float16), 0
+    for block in blocks:
+        done = 0
+        while done < len(block):
+            step = min(len(block) - done, WRITE_FRAMES - filled)
+            buffer[filled : filled + step] = block[done : done + step]
+            done, filled = done + step, filled + step
+            if filled == WRITE_FRAMES:
+                yield buffer
+                filled = 0
+    if filled:
+        yield buffer[:filled]
 
 
 def sync(path: Path) -> None:
@@ -278,7 +296,9 @@ class FeatureFile:
         self.lengths = np.diff(self.offsets)
         if n and (self.offsets[0] != 0 or self.lengths.min() < 0):
             raise self._damaged("offsets run backwards")
-        self._row = {key: r for r, key in enumerate(self.keys())}
+        self._row: dict[float, dict[str, int]] = {}
+        for r, (id, speed) in enumerate(self.keys()):
+            self._row.setdefault(speed, {})[id] = r
 
     def keys(self) -> Iterator[tuple[str, float]]:
         """(id, speed) of every row, in file order."""
@@ -307,7 +327,7 @@ class FeatureFile:
     def has(self, ids: Sequence[str], speeds: Sequence[float] | float = 1.0) -> np.ndarray:
         """bool [B]"""
         self.open()
-        return np.array([key in self._row for key in self._pairs(ids, speeds)], bool)
+        return np.array([self._has(i, s) for i, s in self._pairs(ids, speeds)], bool)
 
     def frames(self, ids: Sequence[str], speeds: Sequence[float] | float = 1.0) -> np.ndarray:
         """Lengths in frames, int64 [B]. Raises FeatureError naming what is not there."""
@@ -318,16 +338,23 @@ class FeatureFile:
         found = self.open()._find(ids, speeds)
         return self.rows(found), self.lengths[found]
 
+    def _has(self, id: str, speed: float) -> bool:
+        return id in self._row.get(speed, ())
+
     def _pairs(self, ids: Sequence[str], speeds: Sequence[float] | float) -> Iterable[tuple[str, float]]:
         if isinstance(speeds, (int, float)):
             return ((i, float(speeds)) for i in ids)
         return zip(ids, map(float, speeds), strict=True)
 
     def _find(self, ids: Sequence[str], speeds: Sequence[float] | float) -> np.ndarray:
+        rows = self._row
         try:
-            return np.array([self._row[key] for key in self._pairs(ids, speeds)], np.int64)
+            if isinstance(speeds, (int, float)):
+                row = rows[speeds] if ids else {}
+                return np.array([row[i] for i in ids], np.int64)
+            return np.array([rows[s][i] for i, s in zip(ids, speeds, strict=True)], np.int64)
         except KeyError:
-            missing = [f"{i} at speed {s:g}" for i, s in self._pairs(ids, speeds) if (i, s) not in self._row]
+            missing = [f"{i} at speed {s:g}" for i, s in self._pairs(ids, speeds) if not self._has(i, s)]
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
             raise FeatureError(
                 f"no features of {', '.join(missing[:5])}{more}",
@@ -339,19 +366,19 @@ class FeatureFile:
     def rows(self, found: np.ndarray) -> np.ndarray:
         """Frames of rows by number: int64 [B] -> float16 [ΣT, bins]."""
         self.open()
-        out = np.empty((int(self.lengths[found].sum()), self.width), np.float16)
-        target = out.view(np.uint8).reshape(-1).data
-        frame, at = self.width * 2, 0
-        starts, sizes = (self.offsets[found] * frame).tolist(), (self.lengths[found] * frame).tolist()
-        fd, base, read = self._fd, self._offset, os.preadv
-        for start, size in zip(starts, sizes, strict=True):
-            done = 0
-            while done < size:
-                got = read(fd, [target[at + done : at + size]], base + start + done)
+        frame = self.width * 2
+        sizes = self.lengths[found] * frame
+        out = np.empty((int(sizes.sum()) // frame, self.width), np.float16)
+        target, at, fd, read = out.view(np.uint8).reshape(-1).data, 0, self._fd, os.preadv
+        starts = self.offsets[found] * frame + self._offset
+        for start, size in zip(starts.tolist(), sizes.tolist(), strict=True):
+            end = at + size
+            # One call reads at most 2 GiB, and may read less.
+            while (got := read(fd, [target[at:end]], start)) < end - at:
                 if got == 0:
-                    raise self._damaged(f"it ends {size - done} bytes early")
-                done += got
-            at += size
+                    raise self._damaged(f"it ends {end - at} bytes early")
+                at, start = at + got, start + got
+            at = end
         return out
 
     def verify(self) -> list[str]:
