@@ -41,7 +41,8 @@ class BatchSampler:
         # Jitter of a few per cent: batches differ between epochs while the padding stays small.
         key = length * rng.uniform(0.95, 1.05, size=count) if self.shuffle else length
         order = np.argsort(-key, kind="stable")
-        batches, begin, longest = [], 0, 0
+        batches: list[np.ndarray] = []
+        begin, longest = 0, 0
         for i, index in enumerate(order):
             longest = max(longest, int(length[index]))
             size = i - begin + 1
@@ -51,5 +52,5 @@ class BatchSampler:
         if begin < count:
             batches.append(order[begin:])
         if self.shuffle:
-            batches = [batches[i] for i in rng.permutation(len(batches))]
+            batches = [batches[i] for i in rng.permutation(len(batches)).tolist()]
         return [BatchPlan(b, speed[b]) for b in batches]

@@ -1,0 +1,76 @@
+"""Training with transfer from a store that the real extraction wrote, with a real teacher."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from stillhouse.data.errors import StillhouseError
+from stillhouse.data.manifest import read_manifest, write_manifest
+from stillhouse.train.config import load_config
+from stillhouse.train.trainer import Trainer, load_run
+
+
+@pytest.fixture(scope="module")
+def store(tones: Path, minilm: Path) -> Path:
+    path = tones / "teacher.zarr"
+    command = [sys.executable, "-m", "stillhouse.cli", "extract", str(tones / "corpus.jsonl"), str(path)]
+    command += ["--teacher", str(minilm), "--name", "minilm", "--layers", "0,3,6", "--context", "alone"]
+    subprocess.run([*command, "--context", "both:8", "--device", "cpu"], check=True, capture_output=True)
+    return path
+
+
+def run(tones: Path, out: Path, *changes: str) -> list[dict]:
+    quiet = ["run.eval_every=1000", "run.checkpoint_every=1000", "run.log_every=10"]
+    Trainer(load_config(tones / "run.toml", [*quiet, *changes]), out).run()
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "train"]
+
+
+@pytest.mark.parametrize("aligner", ["attention", "occupancy"])
+@pytest.mark.parametrize("distance", ["cosine", "contrastive"])
+def test_the_transfer_loss_falls_and_every_view_is_logged(
+    tones: Path, store: Path, tmp_path: Path, aligner: str, distance: str
+) -> None:
+    transfer = [f"transfer.store={store}", 'transfer.views=["minilm/*/3,6"]', f"transfer.aligner={aligner}"]
+    lines = run(tones, tmp_path / "run", *transfer, f"transfer.distance={distance}", "optim.steps=80")
+    views = {f"transfer/minilm/{context}/{layer}" for context in ("alone", "both:8") for layer in (3, 6)}
+    assert views <= set(lines[0])
+    assert lines[-1]["transfer"] < lines[0]["transfer"]
+    assert lines[0]["time"]["teacher"] > 0
+
+
+def test_transfer_leaves_nothing_in_the_model_and_with_weight_0_changes_nothing(
+    tones: Path, store: Path, tmp_path: Path
+) -> None:
+    transfer = [f"transfer.store={store}", 'transfer.views=["minilm/both:8/6"]', "transfer.weight=0"]
+    run(tones, tmp_path / "none")
+    run(tones, tmp_path / "zero", *transfer)
+    none, zero = (load_run(tmp_path / name, "last")[0].state_dict() for name in ("none", "zero"))
+    assert none.keys() == zero.keys()
+    assert all(torch.equal(none[k], zero[k]) for k in none)
+
+
+def test_a_tapped_layer_gets_the_gradient(tones: Path, store: Path, tmp_path: Path) -> None:
+    transfer = [f"transfer.store={store}", 'transfer.views=["minilm/alone/6"]', "transfer.layer=1"]
+    assert run(tones, tmp_path / "run", *transfer)[-1]["transfer"] > 0
+
+
+def test_a_changed_transcript_is_refused_by_name(tones: Path, store: Path, tmp_path: Path) -> None:
+    corpus = read_manifest(tones / "corpus.jsonl")
+    changed = [u.model_copy(update={"text": "abba"}) if u.id == "u7" else u for u in corpus.utterances]
+    changed = [u.model_copy(update={"audio": str(corpus.audio_path(u))}) for u in changed]
+    write_manifest(tmp_path / "corpus.jsonl", changed)
+    transfer = [f"transfer.store={store}", 'transfer.views=["minilm/alone/6"]', f"data.corpus={tmp_path}/corpus.jsonl"]
+    with pytest.raises(StillhouseError, match="u7"):
+        run(tones, tmp_path / "run", *transfer)
+
+
+def test_a_view_that_is_not_there_is_refused_before_the_first_step(tones: Path, store: Path, tmp_path: Path) -> None:
+    with pytest.raises(StillhouseError, match="minilm/alone/3"):  # it lists what there is
+        run(tones, tmp_path / "run", f"transfer.store={store}", 'transfer.views=["minilm/past:64/6"]')
