@@ -18,8 +18,9 @@ import torch
 from ..data.errors import ConfigError, NoStoreError, StaleError, StoreError
 from ..extract.store import Store, View, hash_text, to_float32
 from .batch import Positions, TransferBatch
+from .controls import CONTROLS, donors, table_norm
 from .mixing import draw
-from .spans import Overlaps, identity, overlaps, pack, places, word_spans
+from .spans import Overlaps, expand, identity, overlaps, pack, places, word_spans
 
 POSITIONS = ("token", "word", "unit")
 _NAMED = 5
@@ -50,6 +51,7 @@ class _Source:
     dtype: str  # what the stored numbers mean
     vocabulary: np.ndarray  # int [K], sorted
     table: np.ndarray  # float16 [K, D], in the vocabulary's order
+    donor: np.ndarray | None  # int64 [U]: whose states each row of the store gets, if shuffled
 
 
 class TargetReader:
@@ -59,6 +61,8 @@ class TargetReader:
     position     what has a target: "token" (each teacher's own), "word" or "unit" (ASR units)
     on_missing   "error", or "skip": leave the utterance out for the teachers that lack it, and count it
     sample       k: read k of the views a step, drawn by `seed` and step (mixing "sample"); None: all
+    control      None; "shuffled": each utterance gets another's states of equal length; "static": the views of a
+                 teacher are replaced by one, TEACHER/static, of its input embeddings
 
     Where two stores have a teacher of the same name, the later one's is called NAME@2, NAME@3, … here.
     """
@@ -70,13 +74,17 @@ class TargetReader:
         on_missing: str = "error",
         *,
         sample: int | None = None,
+        control: str | None = None,
         seed: int = 0,
     ) -> None:
+        if control is not None and control not in CONTROLS:
+            raise ConfigError(f"no control {control!r}", expected=", ".join(CONTROLS))
         if position not in POSITIONS:
             raise ConfigError(f"no position {position!r}", expected=", ".join(POSITIONS))
         if on_missing not in ("error", "skip"):
             raise ConfigError(f"on_missing cannot be {on_missing!r}", expected="error, skip")
         self.position, self.on_missing, self.sample, self.seed = position, on_missing, sample, seed
+        self.control = control
         self.views: list[ViewSpec] = []
         self._sources: list[_Source] = []
         for number, (store, views) in enumerate(sources, start=1):
@@ -91,17 +99,20 @@ class TargetReader:
     def _add(self, store: Store, teacher: str, name: str, views: Sequence[View]) -> None:
         own = list(dict.fromkeys(view for view in views if view.teacher == teacher))
         first = len(self.views)
-        for view in own:
-            mean, std = (np.asarray(value, np.float32) for value in store.norm(view))
-            address = view.address if name == teacher else view.address.replace(teacher, name, 1)
-            self.views.append(ViewSpec(address, name, len(mean), mean, std))
         vocabulary, table = store.embedding(teacher)
         order = np.argsort(vocabulary)
+        # Copies: the store's arrays may be memory maps, which a later process could not share through a pickle
+        vocabulary, table = np.asarray(vocabulary)[order], np.asarray(table)[order]
+        if self.control == "static":
+            self.views.append(ViewSpec(f"{name}/static", name, table.shape[1], *table_norm(table)))
+        else:
+            for view in own:
+                mean, std = (np.asarray(value, np.float32) for value in store.norm(view))
+                address = view.address if name == teacher else view.address.replace(teacher, name, 1)
+                self.views.append(ViewSpec(address, name, len(mean), mean, std))
         numbers, dtype = list(range(first, len(self.views))), store.teacher(teacher).dtype
-        # Copies: the store's arrays may be memory maps, which a later process could not share through a
-        # pickle
-        tables = np.asarray(vocabulary)[order], np.asarray(table)[order]
-        self._sources.append(_Source(store, teacher, name, own, numbers, dtype, *tables))
+        donor = donors(store.lengths(teacher), self.seed) if self.control == "shuffled" else None
+        self._sources.append(_Source(store, teacher, name, own, numbers, dtype, vocabulary, table, donor))
 
     @property
     def embeddings(self) -> dict[str, torch.Tensor]:
@@ -168,6 +179,9 @@ class TargetReader:
             source,
             "extract again: stillhouse extract",
         )
+        if source.donor is not None:  # the longest utterance has nobody to take from
+            index = np.flatnonzero(fresh).tolist()
+            fresh[index] = source.donor[source.store.rows([ids[i] for i in index])] >= 0
         return fresh
 
     def _refuse(
@@ -195,15 +209,13 @@ class TargetReader:
         units: tuple[np.ndarray, np.ndarray] | None,
     ) -> tuple[Positions, dict[str, torch.Tensor]]:
         """Positions of one teacher, and its targets by address."""
-        views = [source.views[n - source.numbers[0]] for n in numbers]
         lengths = np.zeros(len(ids), np.int64)
-        states: dict[View, np.ndarray] = {}
+        states: dict[int, np.ndarray] = {}
         token_id, token_span = np.zeros(0, np.int64), np.zeros((0, 2), np.int32)
         if present.any():
-            gathered = source.store.gather([ids[i] for i in np.flatnonzero(present).tolist()], views)
-            lengths[present] = gathered.lengths[source.teacher]
-            token_id, token_span = gathered.token_id[source.teacher], gathered.span[source.teacher]
-            states = gathered.states
+            held = [ids[i] for i in np.flatnonzero(present).tolist()]
+            lengths[present], token_id, token_span, states = self._gather(source, held, numbers)
+        table_rows = self._vocabulary_rows(source, token_id)
         spans, position_lengths, tokens_of = self._positions(present, texts, units, token_span, lengths)
         kept = np.flatnonzero(tokens_of.covered)
         tokens_of = tokens_of if len(kept) == tokens_of.rows else tokens_of.select(kept)
@@ -230,7 +242,7 @@ class TargetReader:
             row=torch.from_numpy(batch_of * grid + index_in),
             key=torch.from_numpy(np.asarray(key, np.int64)),
             place=torch.from_numpy(kept_spans.mean(1, dtype=np.float32) / text_lengths[batch_of]),
-            query_row=torch.from_numpy(self._vocabulary_rows(source, token_id)[tokens_of.column]),
+            query_row=torch.from_numpy(table_rows[tokens_of.column]),
             query_start=None if one_each else torch.from_numpy(tokens_of.start[:-1]),
             query_weight=None if one_each else torch.from_numpy(tokens_of.weight),
             unit_weight=unit_weight,
@@ -238,9 +250,12 @@ class TargetReader:
             masked=len(spans) - len(kept),
         )
         targets = {}
-        for number, view in zip(numbers, views, strict=True):
+        for number in numbers:
             spec = self.views[number]
-            values = to_float32(states[view], source.dtype) if view in states else np.zeros((0, spec.width), np.float32)
+            if self.control == "static":
+                values = source.table[table_rows].astype(np.float32)
+            else:
+                values = states.get(number, np.zeros((0, spec.width), np.float32))
             values = values if one_each else tokens_of.pool(values)
             values = (values - spec.mean) / spec.std
             damaged = ~np.isfinite(values.sum(-1))
@@ -253,6 +268,24 @@ class TargetReader:
                 )
             targets[spec.address] = torch.from_numpy(values)
         return positions, targets
+
+    def _gather(
+        self, source: _Source, ids: list[str], numbers: list[int]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, np.ndarray]]:
+        """Lengths [b], token ids [ΣN], spans [ΣN, 2] of utterances, and states float32 [ΣN, D] by number of view."""
+        store, teacher = source.store, source.teacher
+        if self.control == "static":
+            return *store.tokens(ids, teacher), {}
+        views = {n: source.views[n - source.numbers[0]] for n in numbers}
+        if source.donor is None:
+            found = store.gather(ids, list(views.values()))
+            own = found.lengths[teacher], found.token_id[teacher], found.span[teacher]
+            return *own, {n: to_float32(found.states[view], source.dtype) for n, view in views.items()}
+        own = store.tokens(ids, teacher)
+        found = store.gather([store.index.id(int(r)) for r in source.donor[store.rows(ids)]], list(views.values()))
+        theirs = found.lengths[teacher].astype(np.int64)
+        rows = expand(np.cumsum(theirs) - theirs, own[0].astype(np.int64))
+        return *own, {n: to_float32(found.states[view][rows], source.dtype) for n, view in views.items()}
 
     def _positions(
         self,
