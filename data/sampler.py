@@ -36,7 +36,7 @@ class BatchSampler:
     def epoch(self, number: int) -> list[BatchPlan]:
         count, speeds = self.frames.shape
         rng = np.random.default_rng([self.seed, number])
-        speed: np.ndarray = rng.integers(speeds, size=count) if self.shuffle else np.zeros(count, dtype=np.int64)
+        speed = np.asarray(rng.integers(speeds, size=count) if self.shuffle else np.zeros(count, dtype=np.int64))
         length = self.frames[np.arange(count), speed]
         # Jitter of a few per cent: batches differ between epochs while the padding stays small.
         key = length * rng.uniform(0.95, 1.05, size=count) if self.shuffle else length
