@@ -160,7 +160,8 @@ def _write(
         os.replace(temporary, path)
         sync(path.parent)
     except (OSError, RuntimeError) as e:  # h5py has both
-        raise FeatureError(f"cannot write: {e}", where=path, remedy="make room and run the same command again") from e
+        why = os.strerror(e.errno) if isinstance(e, OSError) and e.errno else str(e)
+        raise FeatureError(f"cannot write: {why}", where=path, remedy="make room and run the same command again") from e
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -47,7 +47,7 @@ def compute_features(
     *,
     settings: FeatureSettings | None = None,
     workers: int | None = None,
-    part_s: float = 600.0,
+    part_s: float = 300.0,
     redo_changed: bool = False,
     on_start: Callable[[int, int], None] | None = None,
     on_part: Callable[[PartDone], None] | None = None,
