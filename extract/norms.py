@@ -13,7 +13,7 @@ import numpy as np
 
 from .store.arrays import RawArray
 from .store.commits import Commit, Commits, link_commit
-from .store.files import Lock
+from .store.files import Lock, fsync_all
 from .store.layout import to_float32
 from .store.plan import Plan
 from .store.reader import Store, View
@@ -57,11 +57,13 @@ def fix_norms(plan: Plan, teacher: str, context: str, scratch: Path) -> None:
         rows = sample_rows(np.asarray(RawArray(plan.paths.data / teacher / "length").read()))
         ids = [store.index.id(int(r)) for r in rows]
         group, c = plan.paths.data / teacher, record.contexts.index(context)
+        written: list[Path] = []
         for k in ready:
             mean, std = _moments(store, View(teacher, context, k), ids, record.dtype)
             axis = record.layers.index(k)
-            RawArray(group / "norm_mean").write_range(mean, c, axis, first=0)
-            RawArray(group / "norm_std").write_range(std, c, axis, first=0)
+            written += RawArray(group / "norm_mean").write_range(mean, c, axis, first=0)
+            written += RawArray(group / "norm_std").write_range(std, c, axis, first=0)
+        fsync_all(written)
         commit = Commit(
             teacher=teacher,
             context=context,

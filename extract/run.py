@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -25,11 +25,15 @@ from .progress import Progress, Report, Summary, summarise
 from .store.commits import Commits
 from .store.files import Lock, Scratch
 from .store.index import Index
+from .store.layout import Dtype
 from .store.plan import Plan, Unit
 from .store.rows import Places, TeacherRows
 from .store.writer import UnitWriter
 from .teacher import Teacher
 from .windows import Frame, Passes, Texts, Window, parse_context, passes
+
+if TYPE_CHECKING:
+    import torch
 
 
 def extract(
@@ -170,7 +174,7 @@ class UnitMaker:
         began = time.perf_counter()
         try:
             states = self.teacher.states(batch, layers)
-            host = {k: v.float().cpu().numpy() for k, v in states.items()}
+            host = {k: encode_tensor(v, writer.dtype) for k, v in states.items()}
         except torch.cuda.OutOfMemoryError as e:
             if len(batch) == 1:
                 raise StoreError(
@@ -208,6 +212,15 @@ def _write_batch(writer: UnitWriter, batch: list[Window], states: dict[int, np.n
             for piece in window.pieces:
                 n = piece.last - piece.first
                 writer.write(layer, piece.utterance, piece.first, block[row, piece.at : piece.at + n])
+
+
+def encode_tensor(states: torch.Tensor, dtype: Dtype) -> np.ndarray:
+    """States on any device → as stored, on the host; rounding is torch's (and writer.encode's): to nearest even."""
+    import torch
+
+    if dtype.logical == "bfloat16":
+        return states.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy().view(np.uint16)
+    return states.to(getattr(torch, dtype.logical)).cpu().contiguous().numpy()
 
 
 class StoredTexts:

@@ -77,28 +77,32 @@ class RawArray:
 
         return np.asarray(zarr.open_array(self.path, mode="r")[lead])
 
-    def write_range(self, values: np.ndarray, *lead: int, first: int) -> None:
-        """Write `values` at [*lead, first:first+len] in place and sync them. The last axis may have several chunks.
+    def write_range(self, values: np.ndarray, *lead: int, first: int) -> list[Path]:
+        """Write `values` at [*lead, first:first+len] in place; the last axis may have several chunks.
 
-        Writers of different units write disjoint ranges, and nothing reads a range before its commit.
+        Returns the files and folders to be synced before anything may rely on the range. Writers of different units
+        write disjoint ranges, and nothing reads a range before its commit.
         """
         values = np.ascontiguousarray(values, dtype=self.dtype)
         length, item = self.chunks[-1], self.dtype.itemsize
-        done = 0
+        done, written = 0, []
         while done < len(values):
             index, inside = divmod(first + done, length)
             part = values[done : done + length - inside]
             path = self.file(*lead, index)
-            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                written += [p for p in path.parents if p.is_relative_to(self.path)]
             with room(path):
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
                 try:
                     allocate(fd, length * item)
                     pwrite_all(fd, memoryview(part.data).cast("B"), inside * item)
-                    os.fsync(fd)
                 finally:
                     os.close(fd)
+            written.append(path)
             done += len(part)
+        return written
 
 
 def create_array(path: Path, meta: dict[str, Any], values: np.ndarray | None = None) -> None:
