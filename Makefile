@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-quick test test-all lint format bench-loss bench-loss-gpu bench-store bench-extract bench-features wheel clean
+.PHONY: demo demo-quick test test-all lint format bench-loss bench-loss-gpu bench-store bench-extract bench-features bench-step wheel clean
 
 $(INSTALLED): setup.cfg pyproject.toml recipes/demo-teachers.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -48,6 +48,9 @@ bench-extract: $(INSTALLED)
 
 bench-features: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_features.py
+
+bench-step: $(INSTALLED)
+	$(BIN)/python tests/bench/bench_step.py
 
 wheel: $(INSTALLED)
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
