@@ -155,7 +155,7 @@ def joint():
             gradients = torch.autograd.grad(expected, parts)
             for elements, longest in ((1, None), (70, T.tolist()), (1 << 24, None)):
                 cuda_joint.TILE_ELEMENTS = elements
-                d = cuda.device_batch(y, T, U, 0, x.shape[3], 0, tuple(x.shape[1:3]), torch.device("cpu"))
+                d = cuda.device_batch((y, T, U), 0, x.shape[3], 0, tuple(x.shape[1:3]), torch.device("cpu"))
                 o = options(clamp=0.3, fastemit=0.1)
                 costs, _ = cuda_joint.joint_cuda(*parts, d, o, relu, mul, False, longest, True)
                 torch.testing.assert_close(costs.sum(), expected)
@@ -180,7 +180,7 @@ def pruned():
     torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
     parts = joint_parts(x, torch.float32)
     expected = rnnt_loss_joint(*parts, y, T, U, 0, reduction="sum", ranges=ranges, eps=0)
-    d = cuda.device_batch(y, T, U, 0, 7, 0, (6, 3), torch.device("cpu"), band)
+    d = cuda.device_batch((y, T, U), 0, 7, 0, (6, 3), torch.device("cpu"), band)
     costs, _ = cuda_joint.joint_cuda(*parts, d, options(), False, False, True, None, False)
     torch.testing.assert_close(costs.sum(), expected)
     for a, b in zip(torch.autograd.grad(costs.sum(), parts), torch.autograd.grad(expected, parts)):
@@ -193,7 +193,7 @@ def tdt():
         z = torch.randn(*x.shape[:3], len(durations), generator=torch.Generator().manual_seed(1))
         expected = tdt_reference(x, z, y, T, U, 0, durations, 0.05, 0.2, 0.1)
         x.requires_grad_(), z.requires_grad_()
-        d = cuda.device_batch(y, T, U, 0, x.shape[3], 0, tuple(x.shape[1:3]), torch.device("cpu"))
+        d = cuda.device_batch((y, T, U), 0, x.shape[3], 0, tuple(x.shape[1:3]), torch.device("cpu"))
         o = options(fastemit=0.2, delay=0.1)
         costs, occupancy = cuda_joint.CudaTdtLoss.apply(x, z, d, o, list(durations), 0.05, True)
         costs.sum().backward()

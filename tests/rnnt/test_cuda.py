@@ -1,4 +1,4 @@
-"""The CUDA kernels without a GPU: in numba's simulator against the reference, and compiled to PTX, then to machine code.
+"""The CUDA kernels without a GPU: in numba's simulator against the reference, and compiled to machine code.
 
 Both run in a process of their own: the simulator is chosen before numba is imported. No GPU has run these kernels.
 """
@@ -32,14 +32,17 @@ def test_in_the_simulator(case):
 def test_kernels_compile_for_ampere_and_hopper(tmp_path):
     """Needs the extra `gpu` in this interpreter (or one named by STILLHOUSE_CUDA_PYTHON) and ptxas on the path."""
     python = os.environ.get("STILLHOUSE_CUDA_PYTHON", sys.executable)
+    root = HERE.parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root / ".typing")}
     probe = subprocess.run([python, "-c", "import numba_cuda"], capture_output=True)
     if probe.returncode or not shutil.which("ptxas"):
         pytest.skip("no numba-cuda, or no ptxas on the path")
     run = subprocess.run(
-        [python, str(HERE / "cuda_compiled.py"), str(tmp_path)], capture_output=True, text=True, timeout=500
-    )
+        [python, str(HERE / "cuda_compiled.py"), str(tmp_path)], capture_output=True, text=True, timeout=500,
+        env=environment,
+    )  # fmt: skip
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
     table = json.loads(run.stdout)
     assert {row["arch"] for row in table} == {"sm_80", "sm_90"}
     for row in table:
-        assert row["registers"] <= 80 and row["spill_bytes"] == 0, row
+        assert row["registers"] <= 64 and row["spill_bytes"] == 0, row

@@ -51,7 +51,7 @@ def test_gradcheck():
     )
 
 
-def test_duration_one_alone_is_not_rnnt_but_no_duration_head_matters():
+def test_duration_one_alone():
     """With one duration its softmax is 1; labels then move a frame on, too: at most T units fit."""
     tokens, steps, targets, T, U = make(4, T=4, U=5, durations=(1,))
     costs = tdt_loss(tokens, steps, targets, T, U, durations=(1,), reduction="none")
@@ -84,7 +84,7 @@ def test_guards():
         tdt_loss(tokens, steps[..., :1], *rest, durations=(0,))
     with pytest.raises(TypeError, match="share a floating dtype"):
         tdt_loss(tokens, steps.float(), *rest)
-    with pytest.raises(ValueError, match="row 1 .* target length 9"):
+    with pytest.raises(ValueError, match=r"row 1 .* target length 9"):
         tdt_loss(tokens, steps, rest[0], rest[1], torch.tensor([1, 9, 1]))
     tokens[1, 0, 0, 0] = float("nan")
     with pytest.warns(RuntimeWarning, match="row 1"):

@@ -21,5 +21,6 @@ def precompile(*dtypes: str) -> None:
         targets, frames, units = torch.zeros(1, 1).int(), torch.tensor([2]).int(), torch.tensor([1]).int()
         logits = torch.zeros(1, 2, 2, 3, dtype=dtype, requires_grad=True)
         rnnt_loss(logits, targets, frames, units, return_occupancy=True)[0].backward()
-        parts = [torch.zeros(s, dtype=dtype, requires_grad=True) for s in ((1, 2, 4), (1, 2, 4), (3, 4), (3,))]
-        rnnt_loss_joint(*parts, targets, frames, units).backward()
+        shapes = ((1, 2, 4), (1, 2, 4), (3, 4), (3,))
+        e, p, w, c = (torch.zeros(s, dtype=dtype, requires_grad=True) for s in shapes)
+        rnnt_loss_joint(e, p, w, c, targets, frames, units).backward()

@@ -64,7 +64,7 @@ def check_batch(
     blank %= vocabulary
     room_t = np.iinfo(np.int64).max if max_frames is None else max_frames
     room_u = y.shape[1] if max_units is None else min(y.shape[1], max_units)
-    for b in np.flatnonzero((T < 1) | (T > room_t) | (U < 0) | (U > room_u))[:1]:
+    for b in np.flatnonzero((T < 1) | (room_t < T) | (U < 0) | (room_u < U))[:1]:
         frames = "1 or more" if max_frames is None else f"1..{max_frames}"
         raise ValueError(
             f"rnnt loss: row {b} of the batch has logit length {T[b]} and target length {U[b]}: "

@@ -2,11 +2,11 @@
 
 1. rows: logsumexp, blank and label log-probability of every cell; nothing else of the logits is kept.
 2. lattice: alphas forwards, then betas and occupancies backwards, along anti-diagonals n = t + u, which are stored
-   contiguously: cell (t, u) of utterance b is number base[at[b] + t + u] + u. An utterance takes T*(U+1) numbers, no more.
+   contiguously: cell (t, u) of utterance b is number base[at[b] + t + u] + u, one of T*(U+1), no more.
 3. gradient: each row from its own logits, logsumexp and two occupancies.
 
-Rows are numbered by layout: cell (t, u) is row first[b] + t*per_frame[b] + u - band[b, t] of a matrix [rows, V]. Without
-pruning band is 0; with it only units band[b, t] … band[b, t] + per_frame[b] - 1 have rows at frame t.
+Rows are numbered by layout: cell (t, u) is row first[b] + t*per_frame[b] + u - band[b, t] of a matrix [rows, V].
+Without pruning band is 0; with it only units band[b, t] … band[b, t] + per_frame[b] - 1 have rows at frame t.
 Invariant: a thread picks its next task from a counter, and no result depends on which thread did it.
 Run: pytest tests/rnnt/test_cpu.py
 """
@@ -16,8 +16,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
+
 from .numeric import borrow, exp32, fetch_add, kernel, log_add, log_add_exact
-from .rows import computed, gradient_row, load, log_sum_exps
+from .rows import gradient_row, load, log_sum_exps
 
 f32 = np.float32
 CLOSED = -1e30  # the score of an arc that cannot be taken; finite, so that differences stay numbers
@@ -136,7 +137,7 @@ def betas(T, U, base, blank_lp, label_lp, alpha, total, scratch, exact):
 
 @kernel
 def lattice_stage(T, U, base, blank_lp, label_lp, alpha, exact):
-    """Stage 2 of one utterance: returns its cost; blank_lp, label_lp become occupancies (0 when it has no alignment)."""
+    """Stage 2 of one utterance: its cost; blank_lp, label_lp become occupancies, 0 where it has no alignment."""
     alphas(T, U, base, blank_lp, label_lp, alpha, exact)
     last = base[T + U - 1] + U
     total = np.float64(alpha[last]) + np.float64(blank_lp[last])
@@ -179,8 +180,8 @@ def forward(
 
 @kernel
 def backward(
-    thread, x, out, inplace, y, T, U, first, per_frame, band, at, base, tasks, counter, lse, occ_blank, occ_label, scale,
-    blank, clamp, fused, fastemit, eps,
+    thread, x, out, inplace, y, T, U, first, per_frame, band, at, base, tasks, counter, lse, occ_blank, occ_label,
+    scale, blank, clamp, fused, fastemit, eps,
 ):  # fmt: skip
     """Stage 3. tasks as in forward, but they cover the padding too, which is set to 0. scale float64 [B]."""
     x, out, y, base, tasks = borrow(x), borrow(out), borrow(y), borrow(base), borrow(tasks)

@@ -39,13 +39,15 @@ class DeviceBatch:
 
 
 def device_batch(
-    y: torch.Tensor, T: torch.Tensor, U: torch.Tensor, blank: int, vocabulary: int, rows: int,
+    integers: tuple[torch.Tensor, ...], blank: int, vocabulary: int, rows: int,
     padded: tuple[int, int] | None, device: torch.device, band: torch.Tensor | None = None,
 ) -> DeviceBatch:  # fmt: skip
     """The batch on the device; indices are clamped so that no kernel leaves an array, whatever they hold.
 
-    rows: of the logits; a packed batch's offsets are sums that the device takes.
+    integers: targets [B, Umax], frames [B], units [B]. rows: of the logits; a packed batch's offsets are sums that
+    the device takes.
     """
+    y, T, U = integers
     B, Umax = y.shape
     if T.device.type == "cpu" and device.type != "cpu":  # one copy from pinned memory, which nobody waits for
         flat = torch.cat([y.reshape(-1), T, U]).pin_memory().to(device, non_blocking=True)
@@ -100,7 +102,8 @@ class _Launch:
         if tensor.shape[-1] >= 4096 and not SIMULATED:
             self.lanes, self.at_once = 128, 2
         if SIMULATED:
-            self.stream, self.guard = 0, nullcontext
+            self.stream: Any = 0
+            self.guard: Any = nullcontext
         else:
             index = tensor.device.index
             self.stream = cuda.external_stream(torch.cuda.current_stream(tensor.device).cuda_stream)
@@ -144,7 +147,8 @@ def stage_gradient(
     launch(
         "gradient", (d.T.shape[0] if count is None else count, _counts(d, launch)), (launch.lanes, launch.at_once),
         x, out, d.y, d.T, d.U, d.first if first is None else first, d.per_frame, d.band, d.cells, b0, t0,
-        (-1 if d.packed else d.frames) if t1 is None else t1, *kept, scale, d.blank, float(o.clamp), o.fused, float(o.fastemit),
+        (-1 if d.packed else d.frames) if t1 is None else t1, *kept, scale, d.blank, float(o.clamp), o.fused,
+        float(o.fastemit),
         float(o.eps),
     )  # fmt: skip
 
@@ -211,7 +215,7 @@ def rnnt_loss_cuda(
         integers, longest = batch, logits.shape[0]
     V = logits.shape[-1]
     rows = logits.numel() // V
-    d = device_batch(*integers, blank % V, V, rows, padded, logits.device, band)
+    d = device_batch(integers, blank % V, V, rows, padded, logits.device, band)
     frames = padded[0] if padded is not None else longest
     if want_occupancy and padded is None and not isinstance(batch, Batch):
         raise ValueError("rnnt loss: occupancies of packed logits need the lengths on the CPU")

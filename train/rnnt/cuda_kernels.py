@@ -11,11 +11,14 @@ from __future__ import annotations
 import math
 from functools import cache
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
-from numba import config, cuda, float32, float64
+from numba import config, float32, float64
+from numba import cuda as _cuda
 
-SIMULATED = bool(config.ENABLE_CUDASIM)
+cuda: Any = _cuda  # its types are those of the host, not of a kernel
+SIMULATED = bool(getattr(config, "ENABLE_CUDASIM", False))
 THREADS = 256  # the most threads of a block that the shared arrays below have room for
 CLOSED = -1e30
 IMPOSSIBLE = -1e29
@@ -71,11 +74,11 @@ def _store_bfloat(array, row, i, value):
 
 @cache
 def kernels(kind: str) -> SimpleNamespace:
-    """Kernels for logits of `kind`: float16, bfloat16 (as int16), float32 or float64; all but float64 add in float32."""
+    """Kernels for logits of `kind`: float16, bfloat16 (as int16), float32, float64; all but the last add in float32."""
     exact = kind == "float64"
     real = float64 if exact else float32
-    number = np.float64 if exact else np.float32
-    narrow = np.float16 if kind == "float16" else number
+    number: Any = np.float64 if exact else np.float32
+    narrow: Any = np.float16 if kind == "float16" else number
     load = cuda.jit(device=True)(_load_bfloat if kind == "bfloat16" else _load_plain)
     put = cuda.jit(device=True)(_store_bfloat if kind == "bfloat16" else _store_plain)
 

@@ -217,7 +217,7 @@ def _on_cuda(
     if ranges is not None:
         first = ranges[:, :, 0] if band is None else torch.from_numpy(band).to(encoder.device, non_blocking=True)
     V, width = weight.shape[0], predictor.shape[1] if ranges is None else ranges.shape[2]
-    d = device_batch(*integers, blank % V, V, 0, (encoder.shape[1], width), encoder.device, first)
+    d = device_batch(integers, blank % V, V, 0, (encoder.shape[1], width), encoder.device, first)
     options = Options(float(clamp), True, float(fastemit), float(delay), True, float(eps))
     return joint_cuda(
         encoder, predictor, weight, bias, d, options, activation == "relu", combine == "mul", ranges is not None,

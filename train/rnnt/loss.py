@@ -73,7 +73,8 @@ class _CpuLoss(torch.autograd.Function):
         work, work64 = np.empty((count, 2, width), kind), np.empty((count, width))
         threads.run(
             forward, count, x, batch.y, batch.T, batch.U, plan.first, plan.per_frame, plan.band,
-            plan.at, plan.base, tasks, np.zeros(1, np.int64), left, lse, blank_lp, label_lp, alpha, work, work64, costs, batch.blank,
+            plan.at, plan.base, tasks, np.zeros(1, np.int64), left, lse, blank_lp, label_lp, alpha, work,
+            work64, costs, batch.blank,
             float(options.delay), options.fused, exact,
         )  # fmt: skip
         warn_nan(costs, batch)
@@ -110,7 +111,8 @@ class _CpuLoss(torch.autograd.Function):
         tasks, _ = make_tasks(plan.frames, plan.per_frame, x.shape[1])
         threads.run(
             backward, threads.thread_count(), x, as_rows(gradient), options.inplace, batch.y, batch.T, batch.U,
-            plan.first, plan.per_frame, plan.band, plan.at, plan.base, tasks, np.zeros(1, np.int64), lse, occ_blank, occ_label,
+            plan.first, plan.per_frame, plan.band, plan.at, plan.base, tasks, np.zeros(1, np.int64),
+            lse, occ_blank, occ_label,
             grad_costs.detach().double().contiguous().numpy(), batch.blank, float(options.clamp), options.fused,
             float(options.fastemit), float(options.eps),
         )  # fmt: skip
@@ -148,7 +150,7 @@ def rnnt_loss(
     ranges: int [B, T, S], units of every frame (see pruned.py): logits are then [B, T, S, V], of those units alone.
     return_occupancy: returns (loss, occupancy float32 [B, U, T]): P(unit u emitted at frame t), detached, padding 0.
 
-    check: lengths and targets on the CPU are always checked; those on a device only with check=True, which waits for it.
+    check: integers on the CPU are always checked; those on a device only with check=True, which waits for it.
 
     Returns float32 (float64 for float64). An utterance without any alignment costs infinity and has gradient 0; one
     with NaN among its logits costs NaN, is named in a RuntimeWarning, and leaves the others unharmed.

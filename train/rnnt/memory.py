@@ -6,6 +6,7 @@ Invariant: no copy is made here. Run: pytest tests/rnnt/test_cpu.py
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ import torch
 _HUGE = 2 << 20
 _MADV_HUGEPAGE = 14
 try:
-    _madvise = ctypes.CDLL(None, use_errno=True).madvise
+    _madvise: Any = ctypes.CDLL(None, use_errno=True).madvise
     _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 except (AttributeError, OSError):  # no such call here: ordinary pages, slower to fault in
     _madvise = None
@@ -31,7 +32,7 @@ def fresh_like(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def as_rows(tensor: torch.Tensor) -> np.ndarray:
-    """A contiguous tensor [..., V] as a matrix [rows, V] for the kernels; half precision as the integers of its bits."""
+    """A contiguous tensor [..., V] as a matrix [rows, V]; half precision as the integers of its bits."""
     rows = tensor.detach().view(-1, tensor.shape[-1])
     if tensor.dtype == torch.bfloat16:
         return rows.view(torch.int16).numpy().view(np.uint16)

@@ -2,8 +2,9 @@
 
 Invariant: no function is compiled with fast-math flags, here or in the kernels, so that the error bounds in the
 docstrings hold wherever it is inlined: numba gives a function's flags to all that is inlined into it, and
-reassociation would undo the rounding trick in exp32. Sums that may be regrouped say so one by one (sum_add). numba's LLVM has no vector maths
-library: a loop that calls math.exp runs one element at a time, a loop that calls exp32 sixteen.
+reassociation would undo the rounding trick in exp32. Sums that may be regrouped say so one by one (sum_add).
+numba's LLVM has no vector maths library: a loop that calls math.exp runs one element at a time, one that calls exp32
+sixteen.
 Run: pytest tests/rnnt/test_numeric.py
 """
 
@@ -11,14 +12,16 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic as _intrinsic
 
 f32 = np.float32
+intrinsic: Any = _intrinsic  # what it makes is called with fewer arguments than it is written with
 
 # exp(r) for |r| <= ln2/2, Chebyshev fit of degree 5: relative error 8e-8
 _E0, _E1, _E2 = f32(1.0000000710715018), f32(0.9999996659625519), f32(0.49998898640584116)
@@ -53,8 +56,9 @@ _LN2 = 0.6931471805599453
 
 
 def _fingerprint() -> tuple[float, int]:
-    """Newest time and total size of this folder's sources."""
-    stats = [path.stat() for path in Path(__file__).parent.glob("*.py")]
+    """Newest time and total size of the sources that hold kernels."""
+    names = ("numeric", "rows", "cpu", "tiles", "tdt_kernels", "pruned_kernels")
+    stats = [Path(__file__).with_name(name + ".py").stat() for name in names]
     return max(s.st_mtime for s in stats), sum(s.st_size for s in stats)
 
 
@@ -62,7 +66,7 @@ _STAMP = _fingerprint()
 
 
 def kernel(function):
-    """njit without the interpreter's lock, cached on disk until any source of this folder changes.
+    """njit without the interpreter's lock, cached on disk until the source of any kernel changes.
 
     numba by itself looks at the one file of a function, and would keep what it has inlined from another file.
     """

@@ -53,7 +53,7 @@ class _CpuLattice(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_costs, _):
         scale = -grad_costs.view(-1, 1, 1)
-        return tuple(occupancy * scale for occupancy in ctx.saved_tensors) + (None,)
+        return (*(occupancy * scale for occupancy in ctx.saved_tensors), None)
 
 
 def rnnt_loss_simple(

@@ -1,4 +1,4 @@
-"""tdt_loss: the token-and-duration transducer (Xu et al. 2023, arXiv 2304.06795), on the three stages of the RNN-T loss.
+"""tdt_loss: the token-and-duration transducer (Xu et al. 2023, arXiv 2304.06795), on the stages of rnnt_loss.
 
 An arc emits the blank or the next unit and moves on by one of the durations, each with its own probability:
 
@@ -87,7 +87,7 @@ def _on_cuda(tokens, steps_logits, batch: Batch, steps, options: dict, want_occu
 
     integers = tuple(torch.from_numpy(v) for v in (batch.y, batch.T, batch.U))
     padded, V = (tokens.shape[1], tokens.shape[2]), tokens.shape[3]
-    d = device_batch(*integers, batch.blank, V, 0, padded, tokens.device)
+    d = device_batch(integers, batch.blank, V, 0, padded, tokens.device)
     o = Options(-1.0, True, options["fastemit"], options["delay"], False, 0.0)
     return CudaTdtLoss.apply(tokens, steps_logits, d, o, steps.tolist(), options["sigma"], want_occupancy)
 

@@ -1,7 +1,7 @@
 """Kernels of the token-and-duration transducer: its lattice along diagonals, and the duration head's rows.
 
-Cells are numbered as in cpu.py. An arc of duration d leads from diagonal n to n + d (blank, d > 0) or n + d + 1 (label),
-never to its own, so that a diagonal is done at once here, too. Token rows are cpu.py's.
+Cells are numbered as in cpu.py. An arc of duration d leads from diagonal n to n + d (blank, d > 0) or n + d + 1
+(label), never to its own, so that a diagonal is done at once here, too. Token rows are cpu.py's.
 Invariant: dur [D, cells] holds log-probabilities before, and occupancies after, the lattice.
 Run: pytest tests/rnnt/test_tdt.py
 """
@@ -180,9 +180,7 @@ def tdt_forward(
         )  # fmt: skip
         duration_stage(tasks[k, 1], tasks[k, 2], d_rows, U[b], first[b], per_frame[b], own, dur, sigma)
         if fetch_add(left, b, -1) == 1:
-            costs[b] = tdt_lattice(
-                T[b], U[b], own, blank_lp, label_lp, dur, durations, alpha, beta, fastemit, exact
-            )
+            costs[b] = tdt_lattice(T[b], U[b], own, blank_lp, label_lp, dur, durations, alpha, beta, fastemit, exact)
 
 
 @kernel
