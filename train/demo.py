@@ -43,9 +43,8 @@ The same on LibriSpeech, train-clean-100 and dev-clean in the folder LibriSpeech
   stillhouse corpus tokenizer corpus.jsonl units --split train-clean-100 --size 500
   stillhouse extract corpus.jsonl teacher.zarr --split train-clean-100 --teacher bert-base-uncased --name bert \\
       --layers 6,12 --context alone --context both:64 --transform sentence_case
-  stillhouse train {recipe} --out runs/librispeech --set data.train=train-clean-100 --set data.dev=dev-clean \\
-      --set 'transfer.views=["bert/*/12"]' --set model.dim=256 --set model.layers=12 --set optim.steps=60000
-  stillhouse decode runs/librispeech corpus.jsonl features.h5 --split dev-clean > hyp.jsonl
+  stillhouse train {recipe} --out runs/librispeech-100
+  stillhouse decode runs/librispeech-100 corpus.jsonl features.h5 --split dev-clean > hyp.jsonl
   stillhouse score hyp.jsonl"""
 
 
@@ -256,7 +255,7 @@ def _finish(demo: Demo, corpus: Built, quick: bool, recipe: Path) -> Result:
         ),
         encoding="utf-8",
     )
-    return Result(tuple(rows), page, failures, LIBRISPEECH.format(recipe=os.path.relpath(recipe)))
+    return Result(tuple(rows), page, failures, LIBRISPEECH.format(recipe=os.path.relpath(RECIPES / "librispeech-100.toml")))
 
 
 def read_triples(path: Path) -> list[tuple[str, str, str]]:
