@@ -359,6 +359,24 @@ def report(store: Path, out: Path, words: tuple[str, ...], tokens: int, seed: in
     click.echo(str(out))
 
 
+@inspect.command(epilog="Example: stillhouse inspect diff old.zarr new.zarr")
+@click.argument("a", type=STORE)
+@click.argument("b", type=STORE)
+@sample_options(20_000)
+@click.option("--full", is_flag=True, help="All tokens instead of a sample.")
+@json_option
+@click.pass_context
+def diff(ctx: click.Context, a: Path, b: Path, tokens: int, seed: int, full: bool, as_json: bool) -> None:
+    """In what the stores A and B differ: settings, utterances, numbers. Exit code 1: they do."""
+    from ..store import Store
+    from . import differing, rendering
+
+    found = differing.diff(Store.open(a), Store.open(b), None if full else tokens, seed, _progress())
+    _print(found, "diff", as_json, rendering.difference)
+    if not found.same:
+        ctx.exit(1)
+
+
 def _views(store: Any, patterns: tuple[str, ...], planned: bool = False) -> list[View]:
     """The views that patterns name; all, complete or (`planned`) not, where there are none."""
     among = store.planned_views if planned else store.views

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .differing import Difference
 from .exporting import Exported
 from .facts import StoreFacts, TeacherFacts, UtteranceFacts, Verified, ViewFacts
 from .layout import Node
@@ -210,3 +211,34 @@ def exported(e: Exported) -> str:
     tokens = ", ".join(f"{n:,} tokens of {name}" for name, n in e.tokens.items())
     left = f"; {e.left_out:,} utterances without all these views left out" if e.left_out else ""
     return f"{e.path}: {e.utterances:,} utterances, {tokens}, {len(e.views)} views, {size(e.bytes)}{left}"
+
+
+def difference(d: Difference) -> str:
+    lines = [f"a  {d.a}", f"b  {d.b}"]
+    for side, teachers, listed in (("a", d.teachers_only_a, d.views_only_a), ("b", d.teachers_only_b, d.views_only_b)):
+        if teachers:
+            lines.append(f"teachers only in {side}: {', '.join(teachers)}")
+        if listed:
+            lines.append(f"views only in {side}: {', '.join(listed)}")
+    lines += [f"{s.teacher}: {s.setting} is {s.a} in a, {s.b} in b" for s in d.settings]
+    u = d.utterances
+    lines.append(f"{u.both:,} utterances in both, {u.only_a:,} only in a, {u.only_b:,} only in b")
+    for count, ids, what in (
+        (u.only_a, u.only_a_ids, "only in a"),
+        (u.only_b, u.only_b_ids, "only in b"),
+        (u.changed, u.changed_ids, "with another text"),
+        (u.tokenised, u.tokenised_ids, "cut into other tokens"),
+    ):
+        if count:
+            more = f" and {count - len(ids):,} more" if count > len(ids) else ""
+            lines.append(f"{count:,} {what}: {', '.join(ids)}{more}")
+    if d.numbers:
+        rows = [
+            (n.view, f"{n.tokens:,}", share(round(n.equal * n.tokens), n.tokens), f"{n.largest:.3g}",
+             f"{n.largest_share:.2g}", f"{n.cosine:.6f}")
+            for n in d.numbers
+        ]  # fmt: skip
+        header = ("view", "tokens", "same bits", "largest", "of max |h|", "least cosine")
+        lines += ["", table(rows, header=header, right="lrrrrr"), ""]
+    lines.append("the same" if d.same else "they differ")
+    return "\n".join(lines)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -26,16 +27,25 @@ class WordTokeniser:
     """Words are tokens; an id is its word's place in `words`. Ids 1 and 2 stand around a text."""
 
     prefix, suffix, leading_space, hash = [1], [2], False, "words"
-
-    def __init__(self) -> None:
-        self.words = ["[PAD]", "[BEGIN]", "[END]"]
-        self.ids = {w: i for i, w in enumerate(self.words)}
+    # Of all tokenisers of a process, so that stores of different texts spell a word by the same id
+    words: ClassVar[dict[int, str]] = {0: "[PAD]", 1: "[BEGIN]", 2: "[END]"}
+    ids: ClassVar[dict[str, int]] = {}
 
     def join_ids(self, join: str) -> list[int]:
         return []
 
     def pieces(self, ids: list[int]) -> list[str]:
         return [self.words[i] for i in ids]
+
+    def id_of(self, word: str) -> int:
+        """By the word itself, so that its vector does not depend on which test came first."""
+        if word not in self.ids:
+            number = word.removeprefix("w")
+            at = 1000 + int(number) if number.isdecimal() else 3 + zlib.crc32(word.encode()) % 900
+            while at in self.words:
+                at += 1
+            self.ids[word], self.words[at] = at, word
+        return self.ids[word]
 
     def encode(self, texts: list[str], name: str) -> Tokens:
         ids: list[int] = []
@@ -48,10 +58,7 @@ class WordTokeniser:
             for word in words:
                 begin = mapped.text.index(word, at)
                 at = begin + len(word)
-                if word not in self.ids:
-                    self.ids[word] = len(self.words)
-                    self.words.append(word)
-                ids.append(self.ids[word])
+                ids.append(self.id_of(word))
                 spans.append(mapped.span(begin, at))
             lengths.append(len(words))
         return Tokens(np.array(ids, np.int32), np.array(lengths, np.int32), np.array(spans, np.int32).reshape(-1, 2))

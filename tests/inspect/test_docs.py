@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from stillhouse.extract.inspect import exporting, facts, layout, neighbours, showing, similarity, statistics
+from stillhouse.extract.inspect import differing, exporting, facts, layout, neighbours, showing, similarity, statistics
 from stillhouse.extract.inspect.commands import inspect as group
 from stillhouse.extract.store import verify
 
@@ -33,6 +33,12 @@ SCHEMAS = {
     "comparison": [neighbours.Comparison, neighbours.Moved],
     "node": [layout.Node],
     "export": [exporting.Exported],
+    "diff": [
+        differing.Difference,
+        differing.SettingDiffers,
+        differing.UtterancesDiffer,
+        differing.NumbersDiffer,
+    ],
 }
 
 

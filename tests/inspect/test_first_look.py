@@ -206,7 +206,7 @@ def test_help_of_every_command_imports_nothing_heavy(stillhouse):
     )
     done = subprocess.run([sys.executable, "-c", program, *inspect.commands], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Example: stillhouse inspect ") == len(inspect.commands) == 12
+    assert done.stdout.count("Example: stillhouse inspect ") == len(inspect.commands) == 13
 
 
 def test_a_pipe_that_closes_is_quiet(store):
