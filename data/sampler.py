@@ -14,10 +14,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """One batch: utterance indices [B] and the index of each one's speed [B]."""
+    """One batch: utterance indices [B], the index of each one's speed [B], and a number that no other batch has."""
 
     indices: np.ndarray
     speeds: np.ndarray
+    number: int
 
 
 class BatchSampler:
@@ -53,4 +54,4 @@ class BatchSampler:
             batches.append(order[begin:])
         if self.shuffle:
             batches = [batches[i] for i in rng.permutation(len(batches)).tolist()]
-        return [BatchPlan(b, speed[b]) for b in batches]
+        return [BatchPlan(b, speed[b], (number << 32) + i) for i, b in enumerate(batches)]

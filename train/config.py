@@ -84,19 +84,25 @@ class SpecAugment(Section):
 class TransferSection(Section):
     store: Path | None = None
     views: list[str] = Field([], description="view addresses or globs; none: no transfer")
-    aligner: Literal["attention", "occupancy"] = "attention"
+    aligner: Literal["attention", "occupancy", "cif", "predictor"] = "attention"
     position: Literal["token", "word", "unit"] = "token"
     distance: Literal["cosine", "l1", "smooth_l1", "mse", "contrastive"] = "cosine"
-    mixing: Literal["mean"] = "mean"
+    mixing: Literal["mean", "learned", "sample"] = "mean"
+    sample: int | None = Field(None, ge=1, description="views drawn each step, for mixing = sample")
     weight: float = Field(1.0, ge=0, description="lambda")
     warmup_steps: int = Field(0, ge=0, description="steps over which lambda grows from 0")
-    layer: int | None = Field(None, ge=1, description="encoder layer that is tapped; none: the last")
+    layers: list[int] = Field([], description="encoder layers that are tapped, from 1; none: the last")
+    control: Literal["shuffled", "static"] | None = Field(
+        None, description="shuffled: targets of another utterance; static: the teacher's input embeddings"
+    )
     on_missing: Literal["error", "skip"] = "error"
 
     @model_validator(mode="after")
     def _whole(self) -> TransferSection:
         if self.views and self.store is None:
             raise ValueError("views need a store")
+        if (self.mixing == "sample") != (self.sample is not None):
+            raise ValueError("sample (how many views a step) and mixing = sample go together")
         return self
 
 
@@ -124,8 +130,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _tap(self) -> Config:
-        if self.transfer.layer is not None and self.transfer.layer > self.model.layers:
-            raise ValueError(f"transfer.layer = {self.transfer.layer}, but the encoder has {self.model.layers} layers")
+        outside = [n for n in self.transfer.layers if not 1 <= n <= self.model.layers]
+        if outside:
+            raise ValueError(f"transfer.layers has {outside[0]}, but the encoder has {self.model.layers} layers")
         return self
 
 

@@ -255,7 +255,8 @@ def _finish(demo: Demo, corpus: Built, quick: bool, recipe: Path) -> Result:
         ),
         encoding="utf-8",
     )
-    return Result(tuple(rows), page, failures, LIBRISPEECH.format(recipe=os.path.relpath(RECIPES / "librispeech-100.toml")))
+    next_recipe = os.path.relpath(RECIPES / "librispeech-100.toml")
+    return Result(tuple(rows), page, failures, LIBRISPEECH.format(recipe=next_recipe))
 
 
 def read_triples(path: Path) -> list[tuple[str, str, str]]:

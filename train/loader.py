@@ -99,7 +99,8 @@ class BatchLoader:
         read = time.perf_counter()
         transfer = None
         if self.targets is not None:
-            transfer = self.targets.read(ids, [u.text for u in utterances], [e.spans for e in encoded])
+            texts, spans = [u.text for u in utterances], [e.spans for e in encoded]
+            transfer = self.targets.read(ids, texts, spans, step=plan.number)
         return Batch(
             ids,
             torch.from_numpy(features),

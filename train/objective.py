@@ -56,11 +56,12 @@ def losses(
         features = model.encoder.normalise(batch.features, lengths)
         if augment is not None:
             features = spec_augment(features, batch.feature_lengths, augment, **config.specaugment.model_dump())
-        tap = config.transfer.layer
+        tap = config.transfer.layers if transfer is not None else []
         with autocast(device, precision):
-            states, state_lengths, taps = model.encoder(features, lengths, taps=() if tap is None else (tap,))
+            states, state_lengths, taps = model.encoder(features, lengths, taps=tap)
             e = model.joint.encoder(states)
-            p = model.joint.predictor(model.predictor(batch.targets.to(device)))
+            predicted = model.predictor(batch.targets.to(device))
+            p = model.joint.predictor(predicted)
     with timed("loss"):
         needs_occupancy = transfer is not None and transfer.needs_occupancy
         result = rnnt_loss_joint(
@@ -94,10 +95,11 @@ def losses(
             total = total + config.loss.ctc_weight * ctc / units
     if transfer is not None:
         with timed("transfer"):
-            tapped = states if tap is None else taps[tap]
-            found = transfer(tapped.float(), state_lengths, batch.transfer, occupancy)
+            tapped = [taps[n].float() for n in tap] or [states.float()]
+            found = transfer(tapped, state_lengths, batch.transfer, occupancy, predicted.float())
             parts["transfer"] = found.loss.detach()
-            parts |= {f"transfer/{view}": value.detach() for view, value in found.per_view.items()}
+            parts |= {f"transfer/{view}": value for view, value in found.per_view.items()}
+            parts |= {f"weight/{view}": value for view, value in found.weights.items()}
             total = total + transfer_weight * found.loss
     parts["loss"] = total.detach()
     return Losses(total, costs.detach(), parts)

@@ -91,7 +91,14 @@ def build_transfer(config: Config, encoder_dim: int) -> tuple[Any, Any]:
     assert t.store is not None
     store = Store.open(t.store)
     views = [v for address in t.views for v in store.resolve(address)]
-    targets = TargetReader([(store, list(dict.fromkeys(views)))], position=t.position, on_missing=t.on_missing)
+    targets = TargetReader(
+        [(store, list(dict.fromkeys(views)))],
+        position=t.position,
+        on_missing=t.on_missing,
+        sample=t.sample,
+        control=t.control,
+        seed=config.run.seed,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed + 1)
         transfer = Transfer(
@@ -101,6 +108,8 @@ def build_transfer(config: Config, encoder_dim: int) -> tuple[Any, Any]:
             distance=t.distance,
             mixing=t.mixing,
             embeddings=targets.embeddings if t.aligner == "attention" else None,
+            predictor_dim=config.model.predictor_dim,
+            taps=max(1, len(t.layers)),
         )
     return transfer, targets
 

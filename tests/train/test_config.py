@@ -20,7 +20,7 @@ def write(tmp_path: Path, text: str) -> Path:
 
 def test_set_and_round_trip(tmp_path: Path) -> None:
     changes = ["optim.lr=5e-4", "data.train=train,other", "data.speeds=[0.9, 1.0]", "run.device=cpu"]
-    changes.append("transfer.layer=3")
+    changes.append("transfer.layers=[3]")
     config = load_config(write(tmp_path, MINIMAL), changes)
     assert config.optim.lr == 5e-4 and config.data.train == "train,other" and config.data.speeds == [0.9, 1.0]
     assert load_config(write(tmp_path, dump_config(config))) == config
@@ -35,7 +35,8 @@ def test_set_and_round_trip(tmp_path: Path) -> None:
         (MINIMAL, ["model.dim=30"], "multiple of 2 x heads"),
         (MINIMAL, ["model.kernel=4"], "odd"),
         (MINIMAL, ['transfer.views=["a/alone/1"]'], "views need a store"),
-        (MINIMAL, ["transfer.layer=9"], "the encoder has 6 layers"),
+        (MINIMAL, ["transfer.layers=[9]"], "the encoder has 6 layers"),
+        (MINIMAL, ["transfer.mixing=sample"], "go together"),
         (MINIMAL, ["optim.steps=lots"], "optim.steps"),
         ("[data]\n", [], "data.corpus"),
         ("[data\n", [], "not a readable TOML"),

@@ -32,8 +32,10 @@ def run(tones: Path, out: Path, *changes: str) -> list[dict]:
     return [line for line in lines if line["kind"] == "train"]
 
 
-@pytest.mark.parametrize("aligner", ["attention", "occupancy"])
-@pytest.mark.parametrize("distance", ["cosine", "contrastive"])
+@pytest.mark.parametrize(
+    ("aligner", "distance"),
+    [("attention", "cosine"), ("occupancy", "contrastive"), ("cif", "l1"), ("predictor", "cosine")],
+)
 def test_the_transfer_loss_falls_and_every_view_is_logged(
     tones: Path, store: Path, tmp_path: Path, aligner: str, distance: str
 ) -> None:
@@ -56,9 +58,18 @@ def test_transfer_leaves_nothing_in_the_model_and_with_weight_0_changes_nothing(
     assert all(torch.equal(none[k], zero[k]) for k in none)
 
 
-def test_a_tapped_layer_gets_the_gradient(tones: Path, store: Path, tmp_path: Path) -> None:
-    transfer = [f"transfer.store={store}", 'transfer.views=["minilm/alone/6"]', "transfer.layer=1"]
-    assert run(tones, tmp_path / "run", *transfer)[-1]["transfer"] > 0
+def test_several_taps_and_learned_weights(tones: Path, store: Path, tmp_path: Path) -> None:
+    transfer = [f"transfer.store={store}", 'transfer.views=["minilm/*/3,6"]', "transfer.layers=[1, 2]"]
+    lines = run(tones, tmp_path / "run", *transfer, "transfer.mixing=learned", "run.log_every=2")
+    assert len({line["weight/minilm/alone/3"] for line in lines}) > 1
+    assert sum(v for k, v in lines[-1].items() if k.startswith("weight/")) == pytest.approx(1)
+
+
+def test_sampled_views_change_from_step_to_step(tones: Path, store: Path, tmp_path: Path) -> None:
+    transfer = [f"transfer.store={store}", 'transfer.views=["minilm/*/3,6"]', "transfer.mixing=sample"]
+    lines = run(tones, tmp_path / "run", *transfer, "transfer.sample=1", "run.log_every=1")
+    drawn = [next(k for k in line if k.startswith("transfer/")) for line in lines]
+    assert len(set(drawn)) == 4 and all(sum(k.startswith("transfer/") for k in line) == 1 for line in lines)
 
 
 def test_a_changed_transcript_is_refused_by_name(tones: Path, store: Path, tmp_path: Path) -> None:
