@@ -160,7 +160,7 @@ def stats(store: Path, views: tuple[str, ...], tokens: int, seed: int, full: boo
     from . import facts, rendering, statistics
 
     opened = Store.open(store)
-    chosen = _views(opened, views)
+    chosen = _whole(opened, _views(opened, views))
     found = statistics.statistics(opened, chosen, None if full else tokens, seed, _progress())
     if as_json:
         entries = [facts.as_json(f, "statistics") for f in found]
@@ -181,7 +181,7 @@ def similarity(store: Path, views: tuple[str, ...], tokens: int, seed: int, as_j
     from .similarity import similarity as compute
 
     opened = Store.open(store)
-    found = compute(opened, _views(opened, views), tokens, seed, _progress())
+    found = compute(opened, _whole(opened, _views(opened, views)), tokens, seed, _progress())
     _print(found, "similarity", as_json, rendering.similarity)
 
 
@@ -223,7 +223,7 @@ def neighbours(
             same_utterance=same_utterance,
             report=_progress(),
         )
-        for v in opened.resolve(view)
+        for v in _whole(opened, opened.resolve(view))
     ]
     if as_json:
         entries = [facts.as_json(f, "neighbours") for f in found]
@@ -331,7 +331,7 @@ def plot(store: Path, out: Path, kind: str, word: str | None, views: tuple[str, 
     if kind == "word" and word is None:
         raise click.UsageError("--kind word needs --word")
     opened = Store.open(store)
-    chosen = _views(opened, views)
+    chosen = _whole(opened, _views(opened, views))
     if kind == "similarity":
         figure = plots.similarity(compute(opened, chosen, seed=seed, report=_progress()))
     elif kind == "norms":
@@ -381,6 +381,20 @@ def _views(store: Any, patterns: tuple[str, ...], planned: bool = False) -> list
     """The views that patterns name; all, complete or (`planned`) not, where there are none."""
     among = store.planned_views if planned else store.views
     return store.resolve(patterns, among) if patterns else store.resolve("*/*/*", among)
+
+
+def _whole(store: Any, views: list[View]) -> list[View]:
+    """Those that are not damaged; the others are told on stderr, and are an error if there are no more."""
+    from stillhouse.data.errors import StoreError
+
+    from .reading import whole
+
+    good, damage = whole(store, views)
+    for text in damage:
+        click.echo(f"left out: {text}", file=sys.stderr)
+    if not good:
+        raise StoreError("all of these views are damaged", where=store.path, remedy="stillhouse inspect verify STORE")
+    return good
 
 
 def _print(fact: Any, kind: str, as_json: bool, render: Callable[[Any], str]) -> None:

@@ -113,7 +113,8 @@ def nearest(
         """The block's best: cosines, rows of utterances, tokens in them."""
         part, gathered = block
         states = to_float32(gathered.states[view], dtype)
-        length = np.linalg.norm((states - mean) / std, axis=1) if standardise else np.linalg.norm(states, axis=1)
+        compared = (states - mean) / std if standardise else states
+        length = np.sqrt(np.einsum("nd,nd->n", compared, compared))
         cosine = (states @ scaled - offset) / np.maximum(length, 1e-30)
         best = np.argpartition(-cosine, min(count, len(cosine) - 1))[:count]
         lengths = gathered.lengths[view.teacher].astype(np.int64)

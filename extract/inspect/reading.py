@@ -13,8 +13,21 @@ import numpy as np
 from stillhouse.data.errors import NoStoreError
 
 from ..store import Store, View, to_float32
+from ..store.verify import damaged_units
 
 BLOCK_TOKENS = 16_384
+
+
+def whole(store: Store, views: Sequence[View]) -> tuple[list[View], list[str]]:
+    """Views of which no committed file is damaged as far as can be told without reading states; the others' damage."""
+    damage: dict[View, str] = {}
+    for unit, found in damaged_units(store, data=False):
+        for finding in found:
+            for layer in unit.layers:
+                view = View(unit.teacher, unit.context, layer)
+                if finding.where.startswith(f"{view.address} "):
+                    damage.setdefault(view, f"{view.address}: {finding.what}")
+    return [v for v in views if v not in damage], [text for v, text in damage.items() if v in views]
 
 
 def held_rows(store: Store, views: Sequence[View]) -> np.ndarray:

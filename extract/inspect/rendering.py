@@ -86,7 +86,8 @@ def shown(s: Shown) -> str:
 def _shown_teacher(t: ShownTeacher) -> str:
     parts = [f"{t.name}: {len(t.tokens)} tokens"]
     parts += [f"  {c.context} saw {c.left} tokens before and {c.right} after" for c in t.contexts]
-    missing = [v.view for v in t.views if not v.held]
+    missing = [v.view for v in t.views if not v.held and v.problem is None]
+    parts += [f"  damaged: {v.view}: {v.problem}" for v in t.views if v.problem is not None]
     if missing:
         parts.append(f"  not extracted yet: {', '.join(missing)}")
     held = [v for v in t.views if v.held]
@@ -131,7 +132,7 @@ def statistics(listed: Sequence[Statistics]) -> str:
             (s.view, f"{s.norm_mean:.2f} ±{s.norm_std:.2f}", f"{ratio:.2f}x", f"{s.anisotropy:.3f}",
              f"{s.effective_rank:.0f} of {s.width}", len(s.dead), len(s.outliers), s.not_finite)
         )  # fmt: skip
-    header = ("view", "norm", "first", "alike", "rank", "dead", "outliers", "not finite")
+    header = ("view", "norm", "first", "alike", "rank", "dead", "outliers", "NaN")
     lines = [table(rows, header=header, right="lrrrrrrr"), ""]
     for s in listed:
         if s.outliers:

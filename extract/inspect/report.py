@@ -19,7 +19,7 @@ from stillhouse.data.errors import NoStoreError, StoreError, UsageError
 from ..store import Store, View
 from . import facts, neighbours, occurrences, showing, statistics
 from . import similarity as cka
-from .reading import held_rows
+from .reading import held_rows, whole
 from .text import share, size
 
 COLOURS = 6  # that the page's style names
@@ -52,7 +52,7 @@ def collect(
     """All facts of a page. Views of which nothing is committed are listed and no more; words None has are left out."""
     planned = store.planned_views
     listed = facts.view_facts(store, planned)
-    there = [v for v, f in zip(planned, listed) if f.tokens]
+    there, _ = whole(store, [v for v, f in zip(planned, listed) if f.tokens])
     maps, near = [], []
     for view in _last_views(store, there):
         among = [v for v in there if v.teacher == view.teacher and v.layer == view.layer]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stillhouse.data.errors import CorpusError, NoStoreError, StaleError
+from stillhouse.data.errors import CorpusError, NoStoreError, StaleError, StoreError
 
 from ..store import Store, View, hash_text, to_float32
 
@@ -39,10 +39,14 @@ class ContextFacts:
 
 @dataclass(frozen=True)
 class ShownView:
-    """Norms of the states, one a token; `values` [N][D] only when asked for. `held` false: not extracted yet."""
+    """Norms of the states, one a token; `values` [N][D] only when asked for.
+
+    `held` false: not extracted yet, or, where `problem` says so, damaged.
+    """
 
     view: str
     held: bool
+    problem: str | None
     norms: list[float]
     values: list[list[float]] | None
 
@@ -98,22 +102,24 @@ def show(
 def _teacher(
     store: Store, utterance: str, name: str, views: list[View], values: bool, text: str | None
 ) -> ShownTeacher:
-    held = [v for v in views if store.has([utterance], v)[0]]
     dtype = store.teacher(name).dtype
     shown: list[ShownView] = []
     contexts: dict[str, ContextFacts] = {}
     tokens = tokens_of(store, utterance, name, text)
-    states = store.gather([utterance], held).states if held else {}
     for view in views:
-        if view not in states:
-            shown.append(ShownView(view.address, False, [], None))
+        if not store.has([utterance], view)[0]:
+            shown.append(ShownView(view.address, False, None, [], None))
+            continue
+        try:
+            matrix = to_float32(store.gather([utterance], [view]).states[view], dtype)
+        except StoreError as e:
+            shown.append(ShownView(view.address, False, str(e), [], None))
             continue
         if view.context not in contexts:
             left, right = store.context_seen([utterance], view)
             contexts[view.context] = ContextFacts(view.context, int(left[0]), int(right[0]))
-        matrix = to_float32(states[view], dtype)
         norms = np.linalg.norm(matrix, axis=1).tolist()
-        shown.append(ShownView(view.address, True, norms, matrix.tolist() if values else None))
+        shown.append(ShownView(view.address, True, None, norms, matrix.tolist() if values else None))
     return ShownTeacher(name, tokens, list(contexts.values()), shown)
 
 

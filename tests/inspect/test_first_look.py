@@ -129,6 +129,21 @@ def test_verify_finds_a_missing_and_a_short_file_without_reading_states(copy, st
     assert found.code == 1 and "known/both:8/2 shard 0" in found.out
 
 
+def test_a_damaged_view_does_not_hide_the_others(copy, stillhouse, tmp_path):
+    path, shard = copy
+    shard.unlink()
+    shown = stillhouse("inspect", "show", path, "s00-0001")
+    assert shown.code == 0 and "damaged: known/both:8/2: " in shown.out and "both:8/4" in shown.out
+    for command in ("stats", "similarity"):
+        found = stillhouse("inspect", command, path, "--json")
+        assert found.code == 0 and "left out: known/both:8/2" in found.err
+        assert "known/both:8/4" in found.out and "known/both:8/2" not in found.out
+    assert stillhouse("inspect", "report", path, tmp_path / "page.html").code == 0
+    assert "1 findings" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    alone = stillhouse("inspect", "stats", path, "--view", "known/both:8/2")
+    assert alone.code == 1 and "all of these views are damaged" in alone.err and alone.out == ""
+
+
 def test_a_sample_reads_that_share_of_the_utterances(partial, tmp_path):
     """All utterances but one are damaged: a tenth of them is found, the same tenth at every call."""
     path = tmp_path / "copy.zarr"
