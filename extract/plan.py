@@ -12,14 +12,18 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
+
 from stillhouse.data.errors import StaleError, UsageError
 from stillhouse.data.manifest import Corpus
 from stillhouse.data.text import check_transform
 
+from .extend import extended, missing_views, with_teacher, write_generation
 from .ordering import Layout, lay_out
 from .skeleton import write_skeleton
 from .store import plan as plans
 from .store.files import Lock
+from .store.index import Index
 from .store.layout import (
     Paths,
     check_teacher_name,
@@ -129,25 +133,25 @@ def differences(old: plans.Teacher, new: plans.Teacher) -> list[str]:
     return out
 
 
-def check_same(plan: Plan, record: plans.Teacher, corpus: Corpus) -> None:
-    """Errors: StaleError naming what differs between a store and what is asked for now."""
-    old = plan.teachers[record.name]
-    differ = differences(old, record)
+def check_settings(plan: Plan, record: plans.Teacher) -> None:
+    """Errors: StaleError naming, in words, the settings in which a teacher of the store differs."""
+    old = plan.teachers.get(record.name)
+    differ = differences(old, record) if old is not None else []
     if differ:
         raise StaleError(
             f"teacher {record.name!r} was extracted with other settings: {'; '.join(differ)}",
             where=plan.paths.root,
             remedy="give the same settings, another --name, or another store",
         )
-    from .store.reader import Store
 
-    store = Store.open(plan.paths.root)
-    rows = store.index.rows([u.id for u in corpus.utterances])
+
+def check_texts(plan: Plan, corpus: Corpus) -> None:
+    """Errors: StaleError naming utterances whose text has changed, that are new, or that are gone."""
+    index = Index(plan.paths.data / "utterances")
+    rows = index.rows([u.id for u in corpus.utterances])
     unknown = [u.id for u, r in zip(corpus.utterances, rows) if r < 0]
-    changed = [
-        u.id for u, r in zip(corpus.utterances, rows) if r >= 0 and int(store.index.text_hash[r]) != hash_text(u.text)
-    ]
-    gone = len(store.index) - int((rows >= 0).sum())
+    known = index.text_hash[np.maximum(rows, 0)].tolist()
+    changed = [u.id for u, r, h in zip(corpus.utterances, rows, known) if r >= 0 and h != hash_text(u.text)]
     for names, words in ((changed, "have another text than in the store"), (unknown, "are not in the store")):
         if names:
             listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
@@ -156,6 +160,7 @@ def check_same(plan: Plan, record: plans.Teacher, corpus: Corpus) -> None:
                 where=plan.paths.root,
                 remedy="extract the changed corpus into a new store",
             )
+    gone = len(index) - int((rows >= 0).sum())
     if gone:
         raise StaleError(f"{gone} utterances of the store are not in the corpus", where=corpus.path)
 
@@ -165,43 +170,50 @@ def make_plan(
     corpus: Corpus,
     teacher: Teacher,
     request: Request,
-    before: Callable[[Plan, Layout], None] | None = None,
+    before: Callable[[Plan, Layout | None], None] | None = None,
 ) -> Plan:
-    """Read the store's plan, or write one where there is none. Callers may race: one writes, the others read it.
+    """Read the store's plan; write or extend it where something asked for is not in it. Callers may race.
 
-    `before` sees a new plan before anything of it is written, and may refuse it.
+    `before` sees a plan before anything of its last generation is written, and may refuse it.
 
     Errors: StaleError where the store was made with other settings or from other texts.
     """
-    paths = Paths(root)
     record = teacher_record(teacher, request)
-    with Lock(paths.lock("plan"), wait=True):
-        if paths.store_json.exists():
-            plan = plans.read_plan(root)
-        else:
-            plan, layout = draft_plan(root, corpus, teacher, record, request)
+    with Lock(Paths(root).lock("plan"), wait=True):
+        plan, layout, new = next_plan(root, corpus, teacher, record, request)
+        if new:
             if before is not None:
                 before(plan, layout)
-            write_skeleton(plan, teacher, layout)
-            return plan
-    check_plan(plan, record, corpus)
+            if len(plan.generations) == 1 and layout is not None:
+                write_skeleton(plan, teacher, layout)
+            else:
+                write_generation(plan, teacher, layout)
     return plan
 
 
-def check_plan(plan: Plan, record: plans.Teacher, corpus: Corpus) -> None:
-    """Errors: StaleError or UsageError where a store is not the one that is asked for."""
-    root = plan.paths.root
+def next_plan(
+    root: Path, corpus: Corpus, teacher: Teacher, record: plans.Teacher, request: Request
+) -> tuple[Plan, Layout | None, bool]:
+    """(plan that holds all that is asked for, layout of a teacher new to the store, whether it is yet to be written).
+
+    Nothing is written here. Errors: as `make_plan`.
+    """
+    if not Paths(root).store_json.exists():
+        return *draft_plan(root, corpus, teacher, record, request), True
+    plan = plans.read_plan(root)
+    check_settings(plan, record)
+    check_texts(plan, corpus)
     if record.name not in plan.teachers:
-        raise UsageError(
-            f"the store holds {', '.join(plan.teachers)}, not {record.name!r}",
-            where=root,
-            remedy="extract another teacher into another store",
-        )
-    check_same(plan, record, corpus)
-    old = plan.teachers[record.name]
-    new = [f"{c}/{k}" for c in record.contexts for k in record.layers if f"{c}/{k}" not in old.fingerprints]
-    if new:
-        raise UsageError(f"not in this store's plan: {', '.join(new)}", where=root, remedy="use a new store")
+        return *with_teacher(plan, corpus, teacher, record, batch_sizes(teacher, request)), True
+    if missing_views(plan, record):
+        return extended(plan, record)[0], None, True
+    return plan, None, False
+
+
+def batch_sizes(teacher: Teacher, request: Request) -> tuple[int, int]:
+    """(tokens a batch, cost of a call in tokens), by device."""
+    cuda = teacher.device.startswith("cuda")
+    return request.batch_tokens or (32768 if cuda else 4096), 1024 if cuda else 24
 
 
 def draft_plan(
@@ -210,15 +222,15 @@ def draft_plan(
     """The plan of a new store, on paper: nothing is written."""
     layout = lay_out(corpus, teacher.tokeniser, request.transform, request.seed, teacher.width, request.dtype)
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    cuda = teacher.device.startswith("cuda")
+    batch_tokens, overhead = batch_sizes(teacher, request)
     generation = Generation(
         number=0,
         teacher=record.name,
         work=[Work(c, record.layers, [s.number for s in layout.shards]) for c in record.contexts],
         shard_rows=layout.shard_rows,
         shards=layout.shards,
-        batch_tokens=request.batch_tokens or (32768 if cuda else 4096),
-        batch_overhead_tokens=1024 if cuda else 24,
+        batch_tokens=batch_tokens,
+        batch_overhead_tokens=overhead,
         core_tokens=request.core_tokens,
         seed=request.seed,
         created=created,

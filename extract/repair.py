@@ -10,10 +10,10 @@ from pathlib import Path
 
 from stillhouse.data.errors import StaleError
 
+from .extend import next_generation
 from .plan import Request, differences, teacher_record
 from .progress import Progress, Report
 from .run import UnitMaker
-from .store.commits import Commits
 from .store.files import Lock, Scratch
 from .store.plan import Unit
 from .store.reader import Store
@@ -34,16 +34,11 @@ def repair(root: Path, teacher: Teacher, name: str, report: Report | None = None
     if differ:
         raise StaleError(f"this is not the teacher of {name!r}: {'; '.join(differ)}", where=root)
     damaged = [(u, f) for u, f in damaged_units(store) if u.teacher == name]
+    generation = next_generation(store.plan)
     with Scratch(store.paths) as scratch:
         rows = TeacherRows(store.plan, name)
         with UnitMaker(store.plan, teacher, rows, scratch.folder, Progress(), report) as maker:
             for unit, _ in damaged:
                 with Lock(store.paths.lock(name, unit.context, unit.shard.number), wait=True):
-                    maker.make(unit, next_generation(store, name, unit.context))
+                    maker.make(unit, generation)
     return damaged
-
-
-def next_generation(store: Store, teacher: str, context: str) -> int:
-    """A number above every plan and every record of this context."""
-    commits = Commits(store.paths, teacher, context)
-    return 1 + max([g.number for g in store.plan.generations] + [c.generation for c in commits.of.values()], default=0)

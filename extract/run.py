@@ -44,12 +44,12 @@ def extract(
     report: Report | None = None,
     part: tuple[int, int] = (0, 1),
     helpers: Callable[[Plan], Helpers] | None = None,
-    before: Callable[[Plan, Layout], None] | None = None,
+    before: Callable[[Plan, Layout | None], None] | None = None,
 ) -> Summary:
     """Extract all that is asked for and not there yet; of `part` (i, n), only every n-th unit from the i-th on.
 
-    `helpers` starts other processes once the plan is written (see workers.py); `before` sees the plan of a new store
-    before anything is written, and may refuse. Errors: StaleError where the store
+    `helpers` starts other processes once the plan is written (see workers.py); `before` sees a plan
+    before its last generation is written, and may refuse. Errors: StaleError where the store
     was made with other settings; StoreError where a value is not finite or the disk is full.
     """
     plan = make_plan(root, corpus, teacher, request, before)

@@ -20,11 +20,11 @@ from stillhouse.data.manifest import Corpus
 
 from .batches import make_batches
 from .ordering import Layout
-from .plan import Request, check_plan, draft_plan, teacher_record
+from .plan import Request, next_plan, teacher_record
 from .run import StoredTexts, committed, unit_passes
 from .store.index import Index
 from .store.layout import dtype_of, shard_bytes
-from .store.plan import Plan, Unit, read_plan
+from .store.plan import Plan, Unit
 from .store.plan import Teacher as Record
 from .store.rows import TeacherRows
 from .teacher import Teacher
@@ -76,19 +76,16 @@ class _Tokens:
 def size_up(root: Path, corpus: Corpus, teacher: Teacher, request: Request, measure: bool = True) -> Sizing:
     """Errors: as `run.extract` has before it starts."""
     record = teacher_record(teacher, request)
-    if (root / "store.json").exists():
-        plan = read_plan(root)
-        check_plan(plan, record, corpus)
-        record = plan.teachers[record.name]
-        rows = TeacherRows(plan, record.name)
-        texts: Texts = StoredTexts(rows)
-        length = np.asarray(rows.length)
-        session = np.asarray(Index(plan.paths.data / "utterances").session)
-        other = 0
+    plan, layout, new = next_plan(root, corpus, teacher, record, request)
+    record = plan.teachers[record.name]
+    if layout is not None:
+        texts: Texts = _Tokens(layout)
+        length, session = layout.tokens.length, layout.session
     else:
-        plan, layout = draft_plan(root, corpus, teacher, record, request)
-        texts, length, session = _Tokens(layout), layout.tokens.length, layout.session
-        other = _other_bytes(plan, layout, record.width)
+        rows = TeacherRows(plan, record.name)
+        texts, length = StoredTexts(rows), np.asarray(rows.length)
+        session = np.asarray(Index(plan.paths.data / "utterances").session)
+    other = other_bytes(plan, layout) if new else 0
     units = plan.units(record.name)
     todo = [u for u in units if not committed(plan, u)]
     per_view = view_bytes(record, todo)
@@ -122,10 +119,11 @@ def view_bytes(record: Record, units: list[Unit]) -> dict[str, int]:
     return out
 
 
-def check_room(plan: Plan, layout: Layout) -> None:
-    """For `run.extract`. Errors: StoreError where the disk has no room for a new store."""
-    record = plan.teachers[plan.generations[0].teacher]
-    need = sum(view_bytes(record, plan.units()).values()) + _other_bytes(plan, layout, record.width)
+def check_room(plan: Plan, layout: Layout | None) -> None:
+    """For `run.extract`. Errors: StoreError where the disk has no room for a plan's last generation."""
+    last = plan.generations[-1]
+    units = [u for u in plan.units(last.teacher) if u.generation is last]
+    need = sum(view_bytes(plan.teachers[last.teacher], units).values()) + other_bytes(plan, layout)
     free = free_bytes(plan.paths.root)
     if need > free:
         raise StoreError(
@@ -143,15 +141,19 @@ def free_bytes(root: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def _other_bytes(plan: Plan, layout: Layout, width: int) -> int:
-    """All but `hidden`: tokens, index, checksums, embedding."""
-    g = plan.generations[0]
+def other_bytes(plan: Plan, layout: Layout | None) -> int:
+    """All but `hidden` that the last generation adds: checksums and hashes, and for a new teacher tokens, index and
+    embedding.
+    """
+    g = plan.generations[-1]
     record = plan.teachers[g.teacher]
-    u, c, k = len(layout.ids), len(record.contexts), len(record.layers)
+    u, c = plan.corpus["utterances"], len(g.work)
+    sums = (16 * c + 4 * sum(len(w.layers) for w in g.work)) * u + 50_000
+    if layout is None:
+        return sums
     tokens = 12 * len(layout.shards) * layout.shard_rows
-    utterances = (8 + 8 + 4 + 8 + 4 + 8 + 4 + 16 * c + 4 * c * k) * u + sum(len(i.encode()) for i in layout.ids)
-    vocabulary = len(np.unique(layout.tokens.ids)) * (4 + 10 + 2 * width)
-    return tokens + utterances + vocabulary + 50_000
+    index = (8 + 8 + 4 + 8 + 4 + 8 + 4) * u + sum(len(i.encode()) for i in layout.ids)
+    return sums + tokens + index + len(np.unique(layout.tokens.ids)) * (4 + 10 + 2 * record.width)
 
 
 def _measure(

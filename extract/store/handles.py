@@ -6,9 +6,9 @@ import, at `Store.open` or while unpickling. Run: `pytest tests/extract/test_rea
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from stillhouse.data.errors import StoreError
@@ -18,16 +18,20 @@ from .layout import footer_bytes, identity_rows
 MOST_HANDLES = 512
 
 
-@dataclass(frozen=True)
 class Handle:
-    """An open shard file: a descriptor to `pread` from, and its memory map for what is in memory already."""
+    """An open shard file: a descriptor to `pread` from, and its memory map for what is in memory already.
 
-    path: Path
-    fd: int
-    map: memoryview
+    The descriptor is closed with the last reference, so a handle that is in use may be forgotten by `Handles`.
+    """
 
-    def close(self) -> None:
-        os.close(self.fd)
+    __slots__ = ("fd", "map", "path")
+
+    def __init__(self, path: Path, fd: int, mapped: memoryview) -> None:
+        self.path, self.fd, self.map = path, fd, mapped
+
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError):
+            os.close(self.fd)
 
 
 class Handles:
@@ -43,7 +47,7 @@ class Handles:
         Errors: StoreError where the file is gone, too short, or its footer is damaged.
         """
         if self._pid != os.getpid():
-            # A parent's descriptors are left alone: they are the parent's to close.
+            # Inherited descriptors share nothing with the parent's but the file, and are closed before any is opened.
             self._pid, self._open = os.getpid(), {}
         try:
             return self._open[path]
@@ -70,20 +74,11 @@ class Handles:
             if handle is None:
                 os.close(fd)
         if len(self._open) >= MOST_HANDLES:
-            old = self._open.pop(next(iter(self._open)))
-            if old is not None:
-                old.close()
+            self._open.pop(next(iter(self._open)))
         self._open[path] = handle
         return handle
 
-    def __del__(self) -> None:
-        self.close()
-
     def close(self) -> None:
-        if self._pid == os.getpid():
-            for handle in self._open.values():
-                if handle is not None:
-                    handle.close()
         self._open = {}
 
 

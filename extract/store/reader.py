@@ -269,14 +269,15 @@ class Store:
         naming view and utterance where bytes are damaged.
         """
         rows = self.rows(ids)
-        lengths, states, token_id, span = {}, {}, {}, {}
+        lengths, token_id, span = {}, {}, {}
+        states: dict[View, np.ndarray] = {}
         for name in dict.fromkeys(v.teacher for v in views):
             t = self._rows_of(name)
             places = Places(t.start[rows], t.length[rows], t.shard_rows, t.row_bytes)
             lengths[name] = t.length[rows]
             token_id[name], span[name] = t.tokens(t.token_id, places), t.tokens(t.span, places)
-            for view in dict.fromkeys(v for v in views if v.teacher == name):
-                states[view] = self._states(view, rows, t, places)
+            mine = [v for v in dict.fromkeys(views) if v.teacher == name]
+            states |= self._states(mine, rows, t, places)
         return Gathered(lengths, states, token_id, span)
 
     def _axes(self, view: View) -> tuple[int, int]:
@@ -308,29 +309,36 @@ class Store:
             )
         return t.present[key]
 
-    def _states(self, view: View, rows: np.ndarray, t: TeacherRows, places: Places) -> np.ndarray:
-        present = self._present(view)
-        c, layer = self._axes(view)
-        if not present[places.shard[places.length > 0]].all():
-            missing = [self.index.id(int(r)) for r, s in zip(rows, places.shard) if not present[s]]
-            raise NoStoreError(
-                f"not extracted yet: {_some(missing)}", where=view.address, remedy="finish it: stillhouse extract"
-            )
-        out = np.empty((places.total, t.width), dtype=t.dtype.stored)
-        buffer = memoryview(out.data).cast("B") if out.size else memoryview(b"")
+    def _states(self, views: list[View], rows: np.ndarray, t: TeacherRows, places: Places) -> dict[View, np.ndarray]:
+        """{view: [ΣN, D]} of views of one teacher; their ranges are brought together, so that cold ones overlap."""
+        states: dict[View, np.ndarray] = {}
         jobs: list[Job] = []
-        for number, runs in places.runs:
-            path = t.path(c, layer, number)
-            handle = self._handles.open(path, t.shard_rows, t.row_bytes, t.shards[number].rows)
-            if handle is None:
-                self._read_with_zarr(view, places, number, out)
-            else:
-                jobs += [(handle, run) for run in runs]
-        if jobs:
-            fetch(jobs, buffer)
+        for view in views:
+            present = self._present(view)
+            if not present[places.shard[places.length > 0]].all():
+                missing = [self.index.id(int(r)) for r, s in zip(rows, places.shard) if not present[s]]
+                raise NoStoreError(
+                    f"not extracted yet: {_some(missing)}", where=view.address, remedy="finish it: stillhouse extract"
+                )
+            out = np.empty((places.total, t.width), dtype=t.dtype.stored)
+            buffer = memoryview(out.data).cast("B") if out.size else memoryview(b"")
+            c, layer = self._axes(view)
+            for number, runs in places.runs:
+                path = t.path(c, layer, number)
+                handle = self._handles.open(path, t.shard_rows, t.row_bytes, t.shards[number].rows)
+                if handle is None:
+                    self._read_with_zarr(view, places, number, out)
+                else:
+                    jobs += [(handle, buffer, run) for run in runs]
+            states[view] = out
+            if len(states) % 16 == 0:  # so that no batch needs more descriptors than a process may have
+                fetch(jobs)
+                jobs = []
+        fetch(jobs)
         if self.checksums:
-            self._check(view, rows, places, out.reshape(-1).view(np.uint8))
-        return out
+            for view, out in states.items():
+                self._check(view, rows, places, out.reshape(-1).view(np.uint8))
+        return states
 
     def _read_with_zarr(self, view: View, places: Places, shard: int, out: np.ndarray) -> None:
         import zarr

@@ -7,6 +7,7 @@ Run: `pytest tests/extract/test_reader.py`.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -114,25 +115,26 @@ class TeacherRows:
 
 
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
-SAMPLED = 4
-Job = tuple[Handle, Run]
+SAMPLED = 8
+Job = tuple[Handle, memoryview, Run]  # a range of a file and the output buffer that it goes into
 
 
-def fetch(jobs: list[Job], buffer: memoryview) -> None:
+def fetch(jobs: list[Job]) -> None:
     """Bring ranges of files straight into their places.
 
     Where a few of them turn out to be in memory, the rest is copied out of the memory map (the kernel's own copy
     takes twice as long); otherwise what is not in memory is asked for all at once and then read.
     Errors: StoreError where a file ends too early.
     """
-    step = max(1, len(jobs) // SAMPLED)
-    sample, rest = jobs[::step], [job for i, job in enumerate(jobs) if i % step]
-    cold = _read_hot(sample, buffer)
-    if cold:
-        cold += _read_hot(rest, buffer)
-        _read_cold(cold, buffer)
+    if not jobs:
         return
-    for handle, (offset, _, parts) in rest:
+    step = max(1, len(jobs) // SAMPLED)
+    cold = _read_hot(jobs[::step])
+    rest = (job for i, job in enumerate(jobs) if i % step)
+    if cold:
+        _read_cold(cold + _read_hot(rest))
+        return
+    for handle, buffer, (offset, _, parts) in rest:
         mapped = handle.map
         for a, b in parts:
             end = offset + b - a
@@ -140,11 +142,11 @@ def fetch(jobs: list[Job], buffer: memoryview) -> None:
             offset = end
 
 
-def _read_hot(jobs: list[Job], buffer: memoryview) -> list[Job]:
+def _read_hot(jobs: Iterable[Job]) -> list[Job]:
     """Read what is in memory already. Returns the ranges that would have to wait for a disk."""
     cold: list[Job] = []
     for job in jobs:
-        handle, (offset, size, parts) = job
+        handle, buffer, (offset, size, parts) = job
         try:
             got = os.preadv(handle.fd, [buffer[a:b] for a, b in parts], offset, _NOWAIT)
         except OSError:  # EAGAIN: not in memory; EOPNOTSUPP: a file system that cannot tell
@@ -154,13 +156,13 @@ def _read_hot(jobs: list[Job], buffer: memoryview) -> list[Job]:
     return cold
 
 
-def _read_cold(jobs: list[Job], buffer: memoryview) -> None:
+def _read_cold(jobs: list[Job]) -> None:
     """Ask the kernel for all ranges at once, then read them."""
     advise = getattr(os, "posix_fadvise", None)
     if advise is not None:
-        for handle, (offset, size, _parts) in jobs:
+        for handle, _, (offset, size, _parts) in jobs:
             advise(handle.fd, offset, size, os.POSIX_FADV_WILLNEED)
-    for handle, (offset, _, parts) in jobs:
+    for handle, buffer, (offset, _, parts) in jobs:
         at = offset
         for a, b in parts:
             while a < b:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from stillhouse.data.manifest import read_manifest
-from stillhouse.extract import skeleton
+from stillhouse.extract import extend, skeleton
 from stillhouse.extract.plan import Request
 from stillhouse.extract.run import extract
 from stillhouse.extract.store import Store, commits, writer
@@ -35,7 +35,7 @@ def kill_at(where: str) -> None:
             if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    for module in (skeleton, writer, commits):
+    for module in (skeleton, extend, writer, commits):
         module.phase = phase  # type: ignore[attr-defined]
 
 

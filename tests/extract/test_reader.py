@@ -122,6 +122,18 @@ def test_a_fork_after_reading_uses_its_own_handles(small_store: Path) -> None:
     assert _read(store, ids) == want
 
 
+def test_more_files_than_handles(small_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six files a batch and room for two handles: what is in use stays open, and nothing piles up."""
+    from stillhouse.extract.store import handles
+
+    monkeypatch.setattr(handles, "MOST_HANDLES", 2)
+    store = Store.open(small_store, checksums=True)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        store.gather(store.utterance_ids, VIEWS)
+    assert len(store._handles._open) == 2 and len(os.listdir("/proc/self/fd")) <= before + 2
+
+
 def test_unknown_ids_and_views_are_named(small_store: Path) -> None:
     store = Store.open(small_store)
     with pytest.raises(NoStoreError, match="nobody"):
