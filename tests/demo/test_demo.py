@@ -44,6 +44,7 @@ views = ["minilm/*/6"]
 weight = 0.3
 [run]
 log_every = 4
+precision = "float32"
 """
 
 
