@@ -1,0 +1,395 @@
+"""The RNN-T loss beside its peers: one run, interleaved, medians; writes docs/bench-loss.md.
+
+Run: make bench-loss, or `python tests/bench/bench_loss.py [--rounds 7] [--out FILE] [--only PART,…]`.
+Every time is forward + backward; memory is the growth of the peak resident set over what was there before the call,
+in units of the logits. A row whose peer is not installed says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import importlib.util
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numba
+import numpy as np
+import torch
+import torchaudio
+
+from stillhouse.train.rnnt import (
+    precompile,
+    prune_ranges,
+    rnnt_loss,
+    rnnt_loss_joint,
+    rnnt_loss_simple,
+    tdt_loss,
+)
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CORPORA = Path(os.environ.get("STILLHOUSE_CORPORA", ROOT.parent / "shared" / "corpora"))
+RECTANGLES = [(8, 200, 40, 256), (16, 250, 60, 500), (4, 400, 100, 1024)]
+H = 512
+Case = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def timed(step: Callable[[], object]) -> tuple[float, float]:
+    """Wall and CPU seconds of one call."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    step()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def extra_memory(step: Callable[[], object]) -> int:
+    """Bytes by which the peak resident set passes what was resident before the call."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    step()
+    return max(0, resident("VmHWM") - before)
+
+
+def plain_torch(x, y, T, U, blank: int) -> torch.Tensor:
+    """The loss with torch operations alone, by diagonals; what one writes before looking for a library."""
+    B, Tmax, width, _ = x.shape
+    norm = x.logsumexp(-1)
+    stay = x[..., blank] - norm
+    move = x[:, :, :-1].gather(3, y.long()[:, None, :, None].expand(-1, Tmax, -1, -1))[..., 0] - norm[:, :, :-1]
+    move = torch.nn.functional.pad(move, (0, 1), value=-1e30)
+    # skewed: row n holds the cells with t + u = n
+    n = torch.arange(Tmax + width - 1)[:, None] - torch.arange(width)
+    inside = ((n >= 0) & (n < Tmax)).expand(B, -1, -1)
+    index = n.clamp(0, Tmax - 1).expand(B, -1, -1)
+    stay, move = (torch.where(inside, v.gather(1, index), -1e30) for v in (stay, move))
+    alpha = torch.full((B, width), -1e30)
+    alpha[:, 0] = 0
+    rows = [alpha]
+    for k in range(1, Tmax + width - 1):
+        left = torch.nn.functional.pad((rows[-1] + move[:, k - 1])[:, :-1], (1, 0), value=-1e30)
+        rows.append(torch.logaddexp(rows[-1] + stay[:, k - 1], left))
+    numbers = torch.arange(B)
+    ends = (T + U - 1).long()
+    return -(torch.stack(rows, 1)[numbers, ends, U.long()] + stay[numbers, ends, U.long()])
+
+
+def rectangle(B: int, T: int, U: int, V: int) -> Case:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(B, T, U + 1, V, generator=g)
+    y = torch.randint(0, V - 1, (B, U), generator=g).int()
+    return x, y, torch.full((B,), T).int(), torch.full((B,), U).int()
+
+
+def length_pairs() -> tuple[list[tuple[int, int]], str]:
+    """Frames of 40 ms and units of 3.6 characters, of LibriSpeech utterances."""
+    table = CORPORA / "librispeech-subset" / "manifest.tsv"
+    if table.exists():
+        with table.open() as file:
+            rows = list(csv.DictReader(file, delimiter="\t"))
+        return [(round(float(r["seconds"]) * 25), round(len(r["text"]) / 3.6)) for r in rows], "the subset's manifest"
+    lines = (Path(__file__).parent / "librispeech_lengths.txt").read_text().splitlines()
+    return [(int(a), int(b)) for a, b in (line.split() for line in lines if line[0] != "#")], "the committed list"
+
+
+def librispeech(B: int = 8, V: int = 500) -> tuple[Case, str]:
+    pairs, source = length_pairs()
+    order = np.random.default_rng(1).permutation(len(pairs))
+    chosen = sorted(pairs)[len(pairs) // 3 :: max(1, len(pairs) // 3 // B)][:B] if len(order) else pairs
+    T, U = (torch.tensor(v).int() for v in zip(*chosen))
+    x, y, _, _ = rectangle(B, int(T.max()), int(U.max()), V)
+    return (x, y, T, U), source
+
+
+def packed_of(x, T, U):
+    return torch.cat([x[b, :t, : u + 1].reshape(-1, x.shape[3]) for b, (t, u) in enumerate(zip(T, U))])
+
+
+def loss_steps(case: Case) -> dict[str, Callable[[torch.Tensor], Callable[[], object]]]:
+    """name -> of fresh logits, the step to time."""
+    x, y, T, U = case
+    blank = x.shape[3] - 1
+
+    def ours(**options):
+        def prepare(z):
+            z.requires_grad_()
+            return lambda: rnnt_loss(z, y, T, U, reduction="sum", **options).backward()
+
+        return prepare
+
+    def audio(z):
+        z.requires_grad_()
+        return lambda: torchaudio.functional.rnnt_loss(z, y, T, U, reduction="sum").backward()
+
+    def torch_alone(z):
+        z.requires_grad_()
+        return lambda: plain_torch(z, y, T, U, blank).sum().backward()
+
+    return {
+        "torchaudio": audio,
+        "plain torch": torch_alone,
+        "ours, own gradient": ours(),
+        "ours, in place": ours(inplace=True),
+        "ours, packed, in place": ours(inplace=True, layout="packed"),
+    }
+
+
+def roofline(z: torch.Tensor) -> Callable[[], object]:
+    """Reads the logits once, then reads and writes them once: what the loss in place cannot do without."""
+
+    def step():
+        z.sum()
+        z.mul_(1.0)
+
+    return step
+
+
+def interleaved(steps: dict[str, Callable[[], Callable[[], object]]], rounds: int, slow: dict[str, int]):
+    """name -> (median wall, median CPU) seconds; every round runs each once; `slow` names run fewer rounds."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    for k in range(rounds + 1):
+        for name, prepare in steps.items():
+            if k > slow.get(name, rounds):
+                continue
+            step = prepare()
+            found = timed(step)
+            del step
+            if k > 0 or slow.get(name, rounds) == 0:
+                times[name].append(found)
+    return {name: tuple(statistics.median(v) for v in zip(*found)) for name, found in times.items() if found}
+
+
+def part_loss(out: list[str], rounds: int) -> None:
+    ragged, source = librispeech()
+    cases = [("×".join(map(str, r)), lambda r=r: rectangle(*r)) for r in RECTANGLES]
+    cases.append((f"LibriSpeech, 8 utterances ({source}), V=500", lambda: ragged))
+    for title, make in cases:
+        case = make()
+        x, _, T, U = case
+        size = x.numel() * 4
+        makers = loss_steps(case)
+
+        def fresh(name, x=x, T=T, U=U):
+            return packed_of(x, T, U) if "packed" in name else x.clone()
+
+        steps = {n: (lambda n=n, m=m, fresh=fresh: m(fresh(n))) for n, m in makers.items()}
+        steps["memory roofline"] = lambda x=x: roofline(x.clone())
+        found = interleaved(steps, rounds, {"torchaudio": 2, "plain torch": 3})
+        memory = {n: extra_memory(m(fresh(n))) / size for n, m in makers.items()}
+        base, roof = found["torchaudio"], found["memory roofline"][0]
+        out += [f"\n### {title}", "", f"B, T, U+1, V = {tuple(x.shape)}, {size / 2**20:.0f} MiB of logits", ""]
+        out += [
+            "| | ms | × torchaudio | ms of CPU | × torchaudio | roofline | extra memory |",
+            "|---|--:|--:|--:|--:|--:|--:|",
+        ]
+        for name, (wall, cpu) in found.items():
+            out.append(
+                f"| {name} | {wall * 1e3:.1f} | {base[0] / wall:.1f} | {cpu * 1e3:.1f} | {base[1] / cpu:.1f} | "
+                f"{roof / wall:.0%} | {f'{memory[name]:.3f}' if name in memory else ''} |"
+            )
+        for peer in ("optimized_transducer", "fast_rnnt", "warprnnt_pytorch"):
+            if importlib.util.find_spec(peer) is None:
+                out.append(f"| {peer} | not installed | | | | | |")
+        print(*out[-12:], sep="\n", file=sys.stderr)
+
+
+def joint_parts(B, T, U, V):
+    g = torch.Generator().manual_seed(0)
+    e, p = torch.randn(B, T, H, generator=g) * 0.5, torch.randn(B, U + 1, H, generator=g) * 0.5
+    w, c = torch.randn(V, H, generator=g) * H**-0.5, torch.zeros(V)
+    return [v.requires_grad_() for v in (e, p, w, c)]
+
+
+def trained_parts(B, T, U, V, y):
+    """Parts whose joint has learnt an alignment: a unit's frames say it, other frames say blank."""
+    e, p, w, c = joint_parts(B, T, U, V)
+    optimiser = torch.optim.Adam([e, p, w, c], lr=0.1)
+    lengths = torch.full((B,), T).int(), torch.full((B,), U).int()
+    for _ in range(12):
+        optimiser.zero_grad()
+        rnnt_loss_joint(e, p, w, c, y, *lengths, eps=1e-4).backward()
+        optimiser.step()
+    return [v.detach().requires_grad_() for v in (e, p, w, c)]
+
+
+def part_joint(out: list[str], rounds: int) -> None:
+    for shape in RECTANGLES[:2]:
+        B, T, U, V = shape
+        _, y, T_b, U_b = rectangle(B, T, U, V)
+        out += [f"\n### joint (H={H}) and loss, {'×'.join(map(str, shape))}", ""]
+        out += ["| | ms | × | ms of CPU | × | extra memory, MiB |", "|---|--:|--:|--:|--:|--:|"]
+        for state, parts in (("", joint_parts(*shape)), (", trained", trained_parts(*shape, y))):
+
+            def apart(loss, parts=parts, y=y, T_b=T_b, U_b=U_b):
+                def step():
+                    e, p, w, c = parts
+                    logits = torch.tanh(e[:, :, None] + p[:, None]) @ w.t() + c
+                    loss(logits, y, T_b, U_b, reduction="sum").backward()
+
+                return lambda: step
+
+            def fused(eps, parts=parts, y=y, T_b=T_b, U_b=U_b):
+                return lambda: lambda: rnnt_loss_joint(*parts, y, T_b, U_b, reduction="sum", eps=eps).backward()
+
+            steps = {
+                "joint + torchaudio": apart(torchaudio.functional.rnnt_loss),
+                "joint + ours": apart(lambda *a, **k: rnnt_loss(*a, inplace=True, **k)),
+                "fused, eps 0": fused(0.0),
+                "fused, eps 1e-6": fused(1e-6),
+            }
+            if state:
+                steps = {k: steps[k] for k in ("joint + torchaudio", "fused, eps 1e-6")}
+            found = interleaved(steps, max(2, rounds // 2), {"joint + torchaudio": 1, "joint + ours": 1})
+            base = found["joint + torchaudio"]
+            for name, (wall, cpu) in found.items():
+                memory = extra_memory(steps[name]()) / 2**20
+                out.append(
+                    f"| {name}{state} | {wall * 1e3:.0f} | {base[0] / wall:.1f} | {cpu * 1e3:.0f} | "
+                    f"{base[1] / cpu:.1f} | {memory:.0f} |"
+                )
+        print(*out[-8:], sep="\n", file=sys.stderr)
+
+
+def part_pruned(out: list[str], rounds: int) -> None:
+    B, T, U, V = RECTANGLES[1]
+    _, y, T_b, U_b = rectangle(B, T, U, V)
+    e, p, w, c = joint_parts(B, T, U, V)
+    g = torch.Generator().manual_seed(1)
+    am, lm = (torch.randn(B, n, V, generator=g).requires_grad_() for n in (T, U + 1))
+
+    def pruned():
+        simple, gamma = rnnt_loss_simple(am, lm, y, T_b, U_b, reduction="sum")
+        ranges = prune_ranges(gamma, T_b, U_b, 5)
+        loss = rnnt_loss_joint(e, p, w, c, y, T_b, U_b, reduction="sum", ranges=ranges)
+        (loss + 0.5 * simple).backward()
+
+    steps = {
+        "full, fused, eps 1e-6": lambda: lambda: rnnt_loss_joint(e, p, w, c, y, T_b, U_b, reduction="sum").backward(),
+        "pruned, band of 5 (simple loss, band, joint and loss)": lambda: pruned,
+    }
+    found = interleaved(steps, rounds, {"full, fused, eps 1e-6": 2})
+    out += [f"\n### Pruned, {B}×{T}×{U}×{V}, joint of H={H} included", "", "| | ms | ms of CPU |", "|---|--:|--:|"]
+    out += [f"| {name} | {wall * 1e3:.0f} | {cpu * 1e3:.0f} |" for name, (wall, cpu) in found.items()]
+    if importlib.util.find_spec("fast_rnnt") is None:
+        out.append("| fast_rnnt, pruned | not installed | |")
+
+
+def part_tdt(out: list[str], rounds: int) -> None:
+    B, T, U, V = RECTANGLES[0]
+    x, y, T_b, U_b = rectangle(B, T, U, V)
+    z = torch.randn(B, T, U + 1, 5, generator=torch.Generator().manual_seed(2))
+    durations = [0, 1, 2, 3, 4]
+
+    def step(loss):
+        def prepare():
+            a, b = x.clone().requires_grad_(), z.clone().requires_grad_()
+            return lambda: loss(a, b, y.long(), T_b.long(), U_b.long(), V - 1, durations, 0.0, "sum").backward()
+
+        return prepare
+
+    steps = {"ours": step(tdt_loss)}
+    try:
+        from transformers.loss.loss_tdt import tdt_loss as theirs
+
+        steps["transformers, plain torch"] = step(theirs)
+    except ImportError:
+        out.append("transformers' tdt_loss: not installed")
+    found = interleaved(steps, rounds, {"transformers, plain torch": 2})
+    out += [f"\n### tdt_loss, {B}×{T}×{U}×{V}, durations 0-4", "", "| | ms | ms of CPU |", "|---|--:|--:|"]
+    out += [f"| {name} | {wall * 1e3:.1f} | {cpu * 1e3:.1f} |" for name, (wall, cpu) in found.items()]
+    if len(found) == 2:
+        (a, b), (c, d) = found["ours"], found["transformers, plain torch"]
+        out.append(f"\nOurs is {c / a:.0f}× as fast by the clock, {d / b:.0f}× by CPU time.")
+
+
+def part_precision(out: list[str], rounds: int) -> None:
+    T, U, V = 3000, 300, 16
+    x, y, T_b, U_b = rectangle(1, T, U, V)
+    grads = {}
+    for name, loss, dtype in (
+        ("truth", rnnt_loss, torch.float64),
+        ("ours", rnnt_loss, torch.float32),
+        ("torchaudio", torchaudio.functional.rnnt_loss, torch.float32),
+    ):
+        z = x.to(dtype).requires_grad_()
+        loss(z, y, T_b, U_b, reduction="sum").backward()
+        grads[name] = z.grad.double()
+    errors = {n: float((grads[n] - grads["truth"]).abs().max()) for n in ("ours", "torchaudio")}
+    out += [
+        f"\n### Error of the gradient, T={T}, U={U}, V={V}, float32 against ours in float64",
+        "",
+        f"ours {errors['ours']:.1e}, torchaudio {errors['torchaudio']:.1e} (largest absolute difference)",
+    ]
+
+
+START = """
+import time, torch, numpy
+a = time.perf_counter()
+from stillhouse.train.rnnt import precompile
+b = time.perf_counter()
+precompile()
+print(b - a, time.perf_counter() - b)
+"""
+
+
+def part_start(out: list[str], rounds: int) -> None:
+    runs = [
+        subprocess.run([sys.executable, "-c", START], capture_output=True, text=True, check=True).stdout.split()
+        for _ in range(5)
+    ]
+    imported, started = (statistics.median(float(v) for v in column) for column in zip(*runs))
+    out += [
+        "\n### Start",
+        "",
+        f"import (torch and numpy are there) {imported:.2f} s; kernels from the cache {started:.2f} s",
+    ]
+
+
+PARTS = {
+    "loss": part_loss, "joint": part_joint, "pruned": part_pruned, "tdt": part_tdt, "precision": part_precision,
+    "start": part_start,
+}  # fmt: skip
+
+
+def machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((x.split(":")[1].strip() for x in lines if "model name" in x), platform.machine())
+    return (
+        f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; Python {platform.python_version()}, "
+        f"torch {torch.__version__}, torchaudio {torchaudio.__version__}, numba {numba.__version__}; load average "
+        f"{os.getloadavg()[0]:.1f} when it began"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "bench-loss.md")
+    parser.add_argument("--only", default=",".join(PARTS))
+    arguments = parser.parse_args()
+    notes = Path(__file__).with_name("bench_loss_notes.md").read_text()
+    out = ["# The RNN-T loss, measured", "", "Written by `make bench-loss`. float32, forward + backward, medians of"]
+    out += [f"interleaved rounds ({arguments.rounds}; 2 to 3 of slow peers).", "", machine() + "."]
+    precompile("float32", "float64")
+    for name in arguments.only.split(","):
+        PARTS[name](out, arguments.rounds)
+    out += ["", notes]
+    arguments.out.parent.mkdir(exist_ok=True)
+    arguments.out.write_text("\n".join(out).rstrip() + "\n")
+
+
+if __name__ == "__main__":
+    main()
