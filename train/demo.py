@@ -224,7 +224,7 @@ def _finish(demo: Demo, corpus: Built, quick: bool, recipe: Path) -> Result:
             rest = [t for t in triples if manifest.by_id[t[0]].speaker not in heard]
             rows.append(Row(f"{split}, voices new", "Of these, in voices that it never heard.", _score(rest)))
             rows.append(Row(f"{split}, voices known", "Of these, in voices of the training.", _score(known)))
-        sections.append(report.section(split, WHAT[split], triples, homophones()))
+        sections.append(report.section(split, WHAT[split], sorted(triples), homophones()))
 
     metrics = report.read_metrics(demo.out / "run" / "metrics.jsonl")
     failures = judge(scores)
@@ -260,10 +260,10 @@ def _finish(demo: Demo, corpus: Built, quick: bool, recipe: Path) -> Result:
 
 
 def read_triples(path: Path) -> list[tuple[str, str, str]]:
-    """(id, reference, hypothesis) of what `stillhouse decode` wrote, by id: in the order of the stories."""
+    """(id, reference, hypothesis) of what `stillhouse decode` wrote."""
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return sorted((x["id"], x["ref"], x["hyp"]) for x in lines)
+        return [(x["id"], x["ref"], x["hyp"]) for x in lines]
     except (ValueError, KeyError, TypeError) as e:
         raise CorpusError(f"not hypotheses: {e}", where=path, remedy="make it with `stillhouse decode`") from None
 

@@ -16,7 +16,7 @@ from stillhouse.data.demo.plan import Size
 from stillhouse.data.errors import CorpusError, TeacherError
 from stillhouse.train import demo
 from stillhouse.train.report import Row
-from stillhouse.train.score import Score, rate, score
+from stillhouse.train.score import Score, rate, read_hypotheses, score
 
 TINY = Size(heard=2, readers=1, unheard=1, known=1, heard_on_new=1)
 RECIPE = """
@@ -154,6 +154,11 @@ def test_the_whole_demo_and_again(tmp_path, minilm) -> None:
     page = result.page.read_text()
     for words in ("minilm/both:32/6", "stillhouse train ../tiny.toml --out run", "kit-01-01", "test-new, voices known"):
         assert words in page, words
+    for row in (
+        r for r in result.rows if r.name in demo.LIMITS
+    ):  # the same figures, intervals too, as the command that the demo shows
+        references, hypotheses = read_hypotheses(out / f"hyp-{row.name}.jsonl")
+        assert row.score == score(references, hypotheses)
     stages = [s.name for s in demo.Demo(out, said.append).stages]
     assert stages[:5] == ["corpus", "features", "tokenizer", "extract", "train"]
 
