@@ -9,13 +9,18 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import resource
 from pathlib import Path
 
 from stillhouse.data.errors import StoreError
 
 from .layout import footer_bytes, identity_rows
 
-MOST_HANDLES = 512
+
+def most_handles() -> int:
+    """How many shard files stay open: a map holds a descriptor of its own, so two each, and half are left to others."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 4096 if soft == resource.RLIM_INFINITY else max(16, min(4096, soft // 4))
 
 
 class Handle:
@@ -40,6 +45,7 @@ class Handles:
     def __init__(self) -> None:
         self._pid = -1
         self._open: dict[Path, Handle | None] = {}
+        self._most = most_handles()
 
     def open(self, path: Path, shard_rows: int, row_bytes: int, used_rows: int) -> Handle | None:
         """A handle; None where the file's layout is not the identity (read it with zarr).
@@ -73,7 +79,7 @@ class Handles:
         finally:
             if handle is None:
                 os.close(fd)
-        if len(self._open) >= MOST_HANDLES:
+        if len(self._open) >= self._most:
             self._open.pop(next(iter(self._open)))
         self._open[path] = handle
         return handle
