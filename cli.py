@@ -21,6 +21,7 @@ COMMANDS = {
     "inspect": ("stillhouse.extract.inspect.commands:inspect", "Look into a store."),
     "train": ("stillhouse.train.commands:train", "Train a transducer, with transfer from a store or without."),
     "decode": ("stillhouse.train.commands:decode", "Write hypotheses of a trained model."),
+    "align": ("stillhouse.train.commands:align", "Write when a trained model hears each word: CTM, TextGrid."),
     "score": ("stillhouse.train.commands:score", "WER and CER with bootstrap intervals."),
 }
 

@@ -45,8 +45,8 @@ def decode(run: Path, corpus: Path, features: Path, split: str | None, checkpoin
     import time
 
     from ..data.manifest import read_manifest
+    from .building import load_run, resolve_device
     from .decode import decoding_loader, transcribe
-    from .trainer import load_run, resolve_device
 
     where = resolve_device(device)
     model, units, _, step = load_run(run, checkpoint)
@@ -59,6 +59,41 @@ def decode(run: Path, corpus: Path, features: Path, split: str | None, checkpoin
         f"step {step}: {len(loader.utterances)} utterances, {audio:.0f} s of audio in {seconds:.1f} s "
         f"(real-time factor {seconds / max(audio, 1e-9):.4f})"
     )
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("corpus", type=click.Path(path_type=Path))
+@click.argument("features", type=click.Path(path_type=Path))
+@click.option("--split", help="Only this split; several with commas.")
+@click.option("--checkpoint", default="best", show_default=True, help="best, last or a step.")
+@click.option("--device", default="auto", show_default=True)
+@click.option("--textgrid", "folder", type=click.Path(path_type=Path), help="Also write FOLDER/ID.TextGrid for Praat.")
+def align(
+    run: Path, corpus: Path, features: Path, split: str | None, checkpoint: str, device: str, folder: Path | None
+) -> None:
+    """Write when the model hears each word of the transcripts, as CTM lines, to stdout.
+
+    Example: stillhouse align runs/kathleen corpus.jsonl features.h5 --split test > words.ctm
+    """
+    from ..data.manifest import read_manifest
+    from .align import align as alignments
+    from .align import ctm_lines, textgrid
+    from .decode import decoding_loader
+    from .trainer import load_run, resolve_device
+
+    where = resolve_device(device)
+    model, units, _, step = load_run(run, checkpoint)
+    loader = decoding_loader(read_manifest(corpus).select(split), features, units)
+    words = 0
+    for found in alignments(model.to(where), loader, device=where):
+        words += len(found.words)
+        for line in ctm_lines(found):
+            click.echo(line)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{found.id.replace('/', '_')}.TextGrid").write_text(textgrid(found), encoding="utf-8")
+    say(f"step {step}: {words} words of {len(loader.utterances)} utterances")
 
 
 @click.command()
