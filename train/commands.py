@@ -79,8 +79,8 @@ def align(
     from ..data.manifest import read_manifest
     from .align import align as alignments
     from .align import ctm_lines, textgrid
+    from .building import load_run, resolve_device
     from .decode import decoding_loader
-    from .trainer import load_run, resolve_device
 
     where = resolve_device(device)
     model, units, _, step = load_run(run, checkpoint)
