@@ -24,6 +24,7 @@ import google_crc32c
 import h5py
 import numpy as np
 
+from .durable import sync
 from .errors import FeatureError
 
 FORMAT, VERSION = "stillhouse-features", 1
@@ -180,15 +181,6 @@ def _large(blocks: Iterator[np.ndarray], bins: int) -> Iterator[np.ndarray]:
                 filled = 0
     if filled:
         yield buffer[:filled]
-
-
-def sync(path: Path) -> None:
-    """fsync a file or a folder."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def checksum(frames: np.ndarray) -> int:

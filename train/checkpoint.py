@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..data.durable import sync
 from ..data.errors import CheckpointError
 
 FORMAT = 1
@@ -67,11 +68,11 @@ def save(folder: Path, state: dict[str, Any], tensors: dict[str, dict[str, Tenso
     state = {"format": FORMAT, **state, "sha256": sums}
     (draft / "state.json").write_text(json.dumps(state, indent=1))
     for path in [*draft.iterdir(), draft]:
-        _fsync(path)
+        sync(path)
     if final.exists():  # the same step written again, after a resume from an older checkpoint
         shutil.rmtree(final)
     draft.rename(final)
-    _fsync(folder)
+    sync(folder)
     return Checkpoint(final, state)
 
 
@@ -149,11 +150,3 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], where: Path) -> 
 def _sha256(path: Path) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -27,28 +27,14 @@ from ..data.manifest import read_manifest
 from ..data.sampler import BatchSampler
 from ..data.units import load_units
 from . import checkpoint
+from .building import build_model, build_transfer, resolve_device, resolve_precision
 from .config import Config, dump_config, load_config
 from .decode import transcribe
 from .loader import Batch, BatchLoader, prefetch
-from .model import Transducer
 from .objective import losses
 from .score import score
 
 Report = Callable[[str], None]
-
-
-def resolve_device(name: str) -> torch.device:
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
-def resolve_precision(name: str, device: torch.device) -> str:
-    """`auto` is bfloat16 where the processor multiplies it natively (4x float32 on such CPUs), else float32."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return "bfloat16" if device.type == "cpu" and native() else "float32"
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -59,59 +45,6 @@ def learning_rate(step: int, config: Config) -> float:
     done = (step - o.warmup_steps) / max(1, o.steps - o.warmup_steps)
     shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[o.schedule]
     return o.lr * (o.final_lr + (1 - o.final_lr) * shape)
-
-
-def build_model(config: Config, size: int) -> Transducer:
-    """A transducer over `size` units, initialised from the run's seed whatever else the run has."""
-    m = config.model
-    encoder = m.model_dump(include={"dim", "layers", "heads", "inner", "kernel", "subsampling"})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.run.seed)
-        return Transducer(
-            size,
-            encoder,
-            predictor=m.predictor,
-            predictor_dim=m.predictor_dim,
-            predictor_context=m.predictor_context,
-            joint_dim=m.joint_dim,
-            ctc=config.loss.ctc_weight > 0,
-            dropout=m.dropout,
-        )
-
-
-def build_transfer(config: Config, encoder_dim: int) -> tuple[Any, Any]:
-    """(distill.Transfer, distill.TargetReader), or (None, None) without views."""
-    t = config.transfer
-    if not t.views:
-        return None, None
-    from ..distill.targets import TargetReader
-    from ..distill.transfer import Transfer
-    from ..extract.store import Store
-
-    assert t.store is not None
-    store = Store.open(t.store)
-    views = [v for address in t.views for v in store.resolve(address)]
-    targets = TargetReader(
-        [(store, list(dict.fromkeys(views)))],
-        position=t.position,
-        on_missing=t.on_missing,
-        sample=t.sample,
-        control=t.control,
-        seed=config.run.seed,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.run.seed + 1)
-        transfer = Transfer(
-            targets.views,
-            encoder_dim,
-            aligner=t.aligner,
-            distance=t.distance,
-            mixing=t.mixing,
-            embeddings=targets.embeddings if t.aligner == "attention" else None,
-            predictor_dim=config.model.predictor_dim,
-            taps=max(1, len(t.layers)),
-        )
-    return transfer, targets
 
 
 class Stopwatch:
@@ -421,31 +354,3 @@ def _refuse_other_data(old: dict[str, Any], new: dict[str, Any], where: Path) ->
             where=where,
             remedy="restore the data or choose another --out",
         )
-
-
-def load_run(out: Path, which: str = "best") -> tuple[Transducer, Any, Config, int]:
-    """A trained model of a run folder: (model in eval mode, its units, config, step). `which`: best, last or a step.
-
-    Raises CheckpointError where the run or the step is not there.
-    """
-    from ..data.errors import CheckpointError
-
-    config = load_config(out / "config.toml")
-    last = checkpoint.latest(out / "checkpoints")
-    if last is None:
-        raise CheckpointError("no checkpoint", where=out, remedy="run `stillhouse train` first")
-    step = last.step
-    if which == "best":
-        step = int(last.state["best"].get("step", step))
-    elif which != "last":
-        if not which.isdigit():
-            raise CheckpointError(f"no checkpoint {which!r}", where=out, expected="best, last or a step")
-        step = int(which)
-    path = out / "checkpoints" / f"step-{step:08d}"
-    if not path.exists() and which == "best":
-        path = last.path  # the best step was evaluated after the last checkpoint that was kept
-    found = checkpoint.load(path)
-    units = load_units(out / "units")
-    model = build_model(config, units.size)
-    checkpoint.load_weights(model, found.tensors("model"), path)
-    return model.eval(), units, config, found.step

@@ -14,10 +14,11 @@ import torch
 
 from stillhouse.data.errors import CheckpointError, CorpusError, StaleError
 from stillhouse.data.manifest import read_manifest
+from stillhouse.train.building import load_run
 from stillhouse.train.config import load_config
 from stillhouse.train.decode import decoding_loader, transcribe
 from stillhouse.train.score import score
-from stillhouse.train.trainer import Trainer, load_run
+from stillhouse.train.trainer import Trainer
 
 
 def train(tones: Path, out: Path, *changes: str) -> list[dict]:

@@ -12,8 +12,9 @@ import torch
 
 from stillhouse.data.errors import StillhouseError
 from stillhouse.data.manifest import read_manifest, write_manifest
+from stillhouse.train.building import load_run
 from stillhouse.train.config import load_config
-from stillhouse.train.trainer import Trainer, load_run
+from stillhouse.train.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
