@@ -60,11 +60,12 @@ class Overlaps:
     def pool(self, values: np.ndarray) -> np.ndarray:
         """Weighted means of `values` float [N, D] -> float32 [P, D]; rows that nothing covers are 0."""
         out = np.zeros((self.rows, values.shape[1]), np.float32)
-        covered = self.covered
-        if covered.any():
-            parts = values[self.column].astype(np.float32, copy=False) * self.weight[:, None]
-            # reduceat takes an empty row for its neighbour's first entry, so it sees the covered rows alone
-            out[covered] = np.add.reduceat(parts, self.start[:-1][covered], axis=0)
+        counts = np.diff(self.start)
+        # The first entry of every row, then the second of those that have one, …: most rows have one or two
+        for k in range(int(counts.max(initial=0))):
+            rows = np.flatnonzero(counts > k)
+            entry = self.start[rows] + k
+            out[rows] += values[self.column[entry]].astype(np.float32, copy=False) * self.weight[entry, None]
         return out
 
     def dense(self) -> np.ndarray:

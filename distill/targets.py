@@ -147,9 +147,15 @@ class TargetReader:
         for source in self._sources:
             numbers = [n for n in source.numbers if n in chosen]
             present = self._present(source, ids, texts) if numbers else np.zeros(len(ids), bool)
+            try:
+                read = self._read(source, numbers, present, ids, texts, units)
+            except StoreError:
+                if self.on_missing == "error":
+                    raise
+                present = self._undamaged(source, numbers, present, ids, texts, units)
+                read = self._read(source, numbers, present, ids, texts, units)
             if numbers:
                 skipped |= ~present
-            read = self._read(source, numbers, present, ids, texts, units)
             positions[source.name] = read[0]
             targets |= read[1]
         return TransferBatch(len(ids), positions, targets, int(skipped.sum()))
@@ -183,6 +189,28 @@ class TargetReader:
             index = np.flatnonzero(fresh).tolist()
             fresh[index] = source.donor[source.store.rows([ids[i] for i in index])] >= 0
         return fresh
+
+    def _undamaged(
+        self,
+        source: _Source,
+        numbers: list[int],
+        present: np.ndarray,
+        ids: Sequence[str],
+        texts: Sequence[str],
+        units: tuple[np.ndarray, np.ndarray] | None,
+    ) -> np.ndarray:
+        """bool [B]: of the present utterances those that can be read. One by one, since this is rare."""
+        whole = present.copy()
+        for i in np.flatnonzero(present).tolist():
+            own = None
+            if units is not None:
+                first = int(units[1][:i].sum())
+                own = units[0][first : first + int(units[1][i])], units[1][i : i + 1]
+            try:
+                self._read(source, numbers, np.ones(1, bool), ids[i : i + 1], texts[i : i + 1], own)
+            except StoreError:
+                whole[i] = False
+        return whole
 
     def _refuse(
         self,
@@ -257,7 +285,8 @@ class TargetReader:
             else:
                 values = states.get(number, np.zeros((0, spec.width), np.float32))
             values = values if one_each else tokens_of.pool(values)
-            values = (values - spec.mean) / spec.std
+            values = values - spec.mean
+            values /= spec.std
             damaged = ~np.isfinite(values.sum(-1))
             if damaged.any():
                 bad = ", ".join(dict.fromkeys(ids[b] for b in batch_of[damaged].tolist()))

@@ -132,6 +132,26 @@ def test_states_that_are_not_finite_name_utterance_and_view(store, texts, units)
         TargetReader([(store, store.views)]).read(IDS, texts, units)
 
 
+@pytest.mark.parametrize("position", ["token", "word", "unit"])
+def test_damaged_utterances_are_skipped_and_counted(store, texts, units, position, monkeypatch):
+    store.states[store.views[1], "b"][0, 2] = np.nan
+    gather = type(store).gather
+
+    def torn(self, ids, views):
+        if "a" in ids and any(v.teacher == "words" for v in views):
+            raise StoreError("stored bytes are damaged", where="words/alone/2 a")
+        return gather(self, ids, views)
+
+    monkeypatch.setattr(type(store), "gather", torn)
+    with pytest.raises(StoreError):
+        TargetReader([(store, store.views)], position).read(IDS, texts, units)
+    batch = TargetReader([(store, store.views)], position, on_missing="skip").read(IDS, texts, units)
+    assert batch.skipped == 2
+    pieces, words = batch.positions["pieces"].lengths.tolist(), batch.positions["words"].lengths.tolist()
+    assert pieces[0] == 0 < pieces[2] and words[2] == 0 < words[0]
+    assert all(target.isfinite().all() for target in batch.targets.values())
+
+
 def test_bfloat16_is_read_by_its_bits(store, texts, units):
     expected = TargetReader([(store, store.views)]).read(IDS, texts, units)
     store.teachers["words"].dtype = "bfloat16"
