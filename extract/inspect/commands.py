@@ -28,6 +28,34 @@ def inspect() -> None:
     """Look into a store, without a language model and without reading more than is shown."""
 
 
+def complete_view(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """View addresses of the store on the command line; after a comma, of the next one. Nothing where none opens."""
+    store = _completing(ctx)
+    before, comma, last = incomplete.rpartition(",")
+    addresses = [] if store is None else [v.address for v in store.planned_views]
+    return [before + comma + a for a in addresses if a.startswith(last)]
+
+
+def complete_utterance(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Ids of the store that begin so, at most a hundred."""
+    store = _completing(ctx)
+    ids = [] if store is None else store.utterance_ids
+    return [i for i in ids if i.startswith(incomplete)][:100]
+
+
+def _completing(ctx: click.Context) -> Any:
+    """The store of a half-written command line, or None. click has not bound it while an option lacks its value."""
+    from stillhouse.data.errors import StillhouseError
+
+    from ..store import Store
+
+    path = ctx.params.get("store") or next(iter(ctx.args), None)
+    try:
+        return None if path is None else Store.open(path)
+    except (StillhouseError, OSError):
+        return None
+
+
 def json_option(command: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Facts as JSON (docs/inspect.md).")(command)
 
@@ -38,6 +66,7 @@ def views_option(command: F) -> F:
         "views",
         multiple=True,
         metavar="VIEW",
+        shell_complete=complete_view,
         help="As in minilm/alone/6, minilm/*/3,6 or */*/last. May be given several times. Default: all.",
     )(command)
 
@@ -87,7 +116,7 @@ def ls(store: Path, patterns: tuple[str, ...], utterances: bool, as_json: bool, 
 
 @inspect.command(epilog="Example: stillhouse inspect show corpus.zarr 84-121123-0001 --view 'minilm/*/6'")
 @click.argument("store", type=STORE)
-@click.argument("utterance")
+@click.argument("utterance", shell_complete=complete_utterance)
 @views_option
 @click.option("--values", is_flag=True, help="The states themselves, too.")
 @click.option("--corpus", type=click.Path(path_type=Path), help="The manifest, to show the transcript as it is there.")
@@ -189,8 +218,14 @@ def similarity(store: Path, views: tuple[str, ...], tokens: int, seed: int, as_j
     epilog="Example: stillhouse inspect neighbours corpus.zarr 84-121123-0001:staircase --view minilm/both:64/6"
 )
 @click.argument("store", type=STORE)
-@click.argument("word", metavar="UTT:WORD")
-@click.option("--view", required=True, metavar="VIEW", help="One view; or several by a pattern, one after the other.")
+@click.argument("word", metavar="UTT:WORD", shell_complete=complete_utterance)
+@click.option(
+    "--view",
+    required=True,
+    metavar="VIEW",
+    help="One view; or several by a pattern, one after the other.",
+    shell_complete=complete_view,
+)
 @click.option("--count", default=10, show_default=True, type=click.IntRange(min=1))
 @click.option("--standardise", is_flag=True, help="With the view's norms, so that outlier dimensions do not decide.")
 @click.option("--same-utterance", is_flag=True, help="Look in the utterance itself, too.")
@@ -237,8 +272,14 @@ def neighbours(
     epilog="Example: stillhouse inspect compare corpus.zarr 84-121123-0001 --views minilm/alone/6,minilm/both:64/6"
 )
 @click.argument("store", type=STORE)
-@click.argument("utterance")
-@click.option("--views", required=True, metavar="A,B", help="View addresses with commas, or a pattern.")
+@click.argument("utterance", shell_complete=complete_utterance)
+@click.option(
+    "--views",
+    required=True,
+    metavar="A,B",
+    help="View addresses with commas, or a pattern.",
+    shell_complete=complete_view,
+)
 @json_option
 def compare(store: Path, utterance: str, views: str, as_json: bool) -> None:
     """How the tokens of UTTERANCE move from the first view to the others."""

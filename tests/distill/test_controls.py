@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillhouse.data.errors import ConfigError
@@ -30,6 +30,7 @@ def store(tmp_path_factory):
     return stores.build(tmp_path_factory.mktemp("controls"), TEXTS)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 9), max_size=30), st.integers(0, 5))
 def test_donors(lengths, seed):
     lengths = np.array(lengths, np.int32)
