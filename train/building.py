@@ -46,6 +46,7 @@ def build_model(config: Config, size: int) -> Transducer:
             predictor_context=m.predictor_context,
             joint_dim=m.joint_dim,
             ctc=config.loss.ctc_weight > 0,
+            pruned=config.loss.kind == "pruned",
             dropout=m.dropout,
         )
 

@@ -60,6 +60,9 @@ class Loss(Section):
     ctc_weight: float = Field(0.3, ge=0, description="weight of the auxiliary CTC loss on the encoder; 0: no CTC head")
     fastemit: float = Field(0.0, ge=0, description="FastEmit's lambda")
     eps: float = Field(1e-6, ge=0, lt=1, description="lattice cells with a smaller occupancy get no gradient")
+    kind: Literal["full", "pruned"] = Field("full", description="pruned: the joint runs on a band of units a frame")
+    band: int = Field(5, ge=2, description="units of the pruned loss's band; wider where a transcript needs it")
+    simple_weight: float = Field(0.5, gt=0, description="weight of the simple loss that chooses the band")
 
 
 class Optim(Section):

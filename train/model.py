@@ -142,6 +142,19 @@ class Joint(nn.Module):
         return self.output(torch.tanh(encoder + predictor))
 
 
+class SimpleJoint(nn.Module):
+    """Unit scores of encoder and predictor apart, whose sum chooses the pruned loss's band; training only."""
+
+    def __init__(self, encoder_dim: int, predictor_dim: int, size: int) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(encoder_dim, size)
+        self.predictor = nn.Linear(predictor_dim, size, bias=False)
+
+    def forward(self, encoder: Tensor, predictor: Tensor) -> tuple[Tensor, Tensor]:
+        """States [B, T, dim] and [B, U+1, dim] -> scores [B, T, V] and [B, U+1, V]."""
+        return self.encoder(encoder), self.predictor(predictor)
+
+
 class Transducer(nn.Module):
     """Encoder, prediction network and joint over `size` units, blank included; an optional CTC head."""
 
@@ -155,6 +168,7 @@ class Transducer(nn.Module):
         predictor_context: int = 2,
         joint_dim: int = 256,
         ctc: bool = True,
+        pruned: bool = False,
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
@@ -167,6 +181,7 @@ class Transducer(nn.Module):
             self.predictor = LstmPredictor(size, predictor_dim, dropout)
         self.joint = Joint(self.encoder.dim, predictor_dim, joint_dim, size)
         self.ctc = nn.Linear(self.encoder.dim, size) if ctc else None
+        self.simple = SimpleJoint(self.encoder.dim, predictor_dim, size) if pruned else None
 
     def encode(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Plain fbank [B, T, bins] -> encoder states [B, T', dim], lengths [B]; for inference."""

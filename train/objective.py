@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .config import Config
 from .loader import Batch
 from .model import BLANK, Transducer
-from .rnnt import rnnt_loss_joint
+from .rnnt import prune_ranges, rnnt_loss_joint, rnnt_loss_simple
 from .specaugment import spec_augment
 
 Timed = Callable[[str], AbstractContextManager]
@@ -64,23 +64,41 @@ def losses(
             p = model.joint.predictor(predicted)
     with timed("loss"):
         needs_occupancy = transfer is not None and transfer.needs_occupancy
+        on_cpu = state_lengths.to("cpu", torch.int32)
+        simple, ranges = None, None
+        if model.simple is not None:
+            simple, gamma = rnnt_loss_simple(
+                *model.simple(states.float(), predicted.float()),
+                batch.targets,
+                on_cpu,
+                batch.target_lengths,
+                blank=BLANK,
+                reduction="none",
+            )
+            # T frames of w units get past T * (w - 1) units
+            needed = int((-(-batch.target_lengths // on_cpu)).max()) + 1
+            ranges = prune_ranges(gamma, on_cpu, batch.target_lengths, max(config.loss.band, needed))
         result = rnnt_loss_joint(
             e.float(),
             p.float(),
             model.joint.output.weight,
             model.joint.output.bias,
             batch.targets,
-            state_lengths.to("cpu", torch.int32),
+            on_cpu,
             batch.target_lengths,
             blank=BLANK,
             reduction="none",
             eps=config.loss.eps,
             fastemit_lambda=config.loss.fastemit,
+            ranges=ranges,
             return_occupancy=needs_occupancy,
         )
         costs, occupancy = result if needs_occupancy else (result, None)
         total = costs.sum() / units
         parts = {"rnnt": total.detach()}
+        if simple is not None:
+            parts["simple"] = simple.detach().sum() / units
+            total = total + config.loss.simple_weight * simple.sum() / units
         if model.ctc is not None:
             ctc = F.ctc_loss(
                 model.ctc(states).float().log_softmax(-1).transpose(0, 1),
