@@ -66,7 +66,7 @@ def words_of(
     spans int [U, 2] are the units' characters in `text`; units of white space alone belong to no word. A word without
     units (all its characters left out by the units' transform) has no time and is left out.
     """
-    words = []
+    words: list[Word] = []
     places = [(m.start(), m.end(), m.group()) for m in re.finditer(r"\S+", text)]
     shown = [begin + len(text[begin:end]) - len(text[begin:end].lstrip()) for begin, end in spans.tolist()]
     solid = [bool(text[begin:end].strip()) for begin, end in spans.tolist()]
@@ -104,7 +104,7 @@ def align(
         for b, id in enumerate(batch.ids):
             own = shares[b, : int(batch.target_lengths[b]), : int(lengths[b])]
             duration_s = int(batch.feature_lengths[b]) * FRAME_S
-            words = []
+            words: list[Word] = []
             if own.sum() > 0:
                 frames = best_frames(own)
                 confidence = own[np.arange(len(frames)), frames]

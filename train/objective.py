@@ -67,8 +67,10 @@ def losses(
         on_cpu = state_lengths.to("cpu", torch.int32)
         simple, ranges = None, None
         if model.simple is not None:
+            am, lm = model.simple(states.float(), predicted.float())
             simple, gamma = rnnt_loss_simple(
-                *model.simple(states.float(), predicted.float()),
+                am,
+                lm,
                 batch.targets,
                 on_cpu,
                 batch.target_lengths,
