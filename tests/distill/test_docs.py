@@ -1,0 +1,38 @@
+"""docs/transfer.md: its code runs, and every choice of the code is told."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import torch
+
+from stillhouse.distill.aligners import ALIGNERS
+from stillhouse.distill.controls import CONTROLS
+from stillhouse.distill.mixing import MIXINGS
+from stillhouse.distill.targets import POSITIONS
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "transfer.md"
+
+
+def test_the_example_runs(tmp_path, monkeypatch):
+    path = Path(__file__).parent.parent / "inspect" / "conftest.py"
+    spec = importlib.util.spec_from_file_location("stores", path)
+    stores = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(stores)
+    store = stores.build(tmp_path, layers=(3, 4))
+    (tmp_path / "corpus.zarr").symlink_to(store.path)
+    monkeypatch.chdir(tmp_path)
+    [code] = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    transcripts = {i: stores.TEXTS[int(i.split("-")[1])] for i in store.utterance_ids}
+    torch.manual_seed(0)
+    names = {"transcripts": transcripts}
+    exec(compile(code.replace("minilm", "known"), str(DOCS), "exec"), names)
+    assert set(names["found"].per_view) == {"known/alone/4", "known/both:8/4", "known/alone/3"}
+
+
+def test_every_choice_is_told():
+    text = DOCS.read_text(encoding="utf-8")
+    for choice in (*ALIGNERS, *CONTROLS, *MIXINGS, *POSITIONS, "cosine", "l1", "smooth_l1", "mse", "contrastive"):
+        assert f"`{choice}`" in text, choice
