@@ -121,15 +121,20 @@ class ConvolutionModule(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         x = F.glu(self.inputs(x), dim=-1) * mask
+        if x.device.type == "cpu":
+            # In bfloat16 oneDNN (torch 2.14) searches its depthwise kernel without end for some shapes, and is no
+            # faster where it finds one.
+            x = x.to(self.depthwise.weight.dtype)
         # [B, T, D] seen as a channels-last image of height 1: no transposed copy, and 3x faster than conv1d on a CPU.
         image = x.transpose(1, 2).unsqueeze(2)
-        y = F.conv2d(
-            image,
-            self.depthwise.weight.unsqueeze(2),
-            self.depthwise.bias,
-            padding=(0, self.kernel // 2),
-            groups=self.depthwise.groups,
-        )
+        with torch.autocast("cpu", enabled=False):
+            y = F.conv2d(
+                image,
+                self.depthwise.weight.unsqueeze(2),
+                self.depthwise.bias,
+                padding=(0, self.kernel // 2),
+                groups=self.depthwise.groups,
+            )
         return self.output(F.silu(self.norm(y.squeeze(2).transpose(1, 2))))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stillhouse.train.layers import dropout
+from stillhouse.train.layers import ConvolutionModule, dropout
 from stillhouse.train.model import LstmPredictor, StatelessPredictor, Transducer
 
 ENCODER = {"bins": 80, "dim": 48, "layers": 2, "heads": 4, "inner": 96, "kernel": 7}
@@ -68,6 +68,18 @@ def test_stepwise_prediction_equals_parallel(kind: type) -> None:
             held = net.advance(state, targets[:, u], ~everywhere)
             torch.testing.assert_close(net.step(held), net.step(state))  # advanced nowhere: unchanged
             state = net.advance(state, targets[:, u], everywhere)
+
+
+def test_bfloat16_on_the_cpu_ends_and_is_near() -> None:
+    """Widths and lengths for which oneDNN's bfloat16 depthwise kernel is never found."""
+    torch.manual_seed(0)
+    module = ConvolutionModule(32, 15)
+    x, mask = torch.randn(37, 54, 32), torch.ones(37, 54, 1)
+    with torch.no_grad():
+        exact = module(x, mask)
+        with torch.autocast("cpu", torch.bfloat16):
+            near = module(x, mask)
+    torch.testing.assert_close(near.float(), exact, atol=0.05, rtol=0.05)
 
 
 def test_dropout_keeps_the_mean_and_drops_its_share() -> None:
