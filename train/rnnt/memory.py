@@ -21,9 +21,9 @@ except (AttributeError, OSError):  # no such call here: ordinary pages, slower t
 
 
 def _huge_free() -> int:
-    """Bytes that the kernel has in free huge pages; 0 where it doesn't say.
+    """Bytes that the kernel has in free huge pages, in the zone that it takes from; 0 where it doesn't say.
 
-    Asking for more than that makes it move other memory about, for longer than ordinary pages take.
+    Asking when they run short makes it move other memory about, for longer than ordinary pages take.
     """
     try:
         with open("/proc/buddyinfo") as file:
@@ -31,14 +31,14 @@ def _huge_free() -> int:
     except OSError:
         return 0
     # after four words come the free blocks of 4 KiB << order; order 9 is a huge page
-    return sum(int(count) * (_HUGE << k) for zone in zones for k, count in enumerate(zone[13:]))
+    return max((sum(int(n) * (_HUGE << k) for k, n in enumerate(zone[13:])) for zone in zones[2:]), default=0)
 
 
 def fresh_like(tensor: torch.Tensor) -> torch.Tensor:
     """torch.empty_like, asking for huge pages: faulting in a fresh result otherwise costs more than computing it."""
     result = torch.empty_like(tensor, memory_format=torch.contiguous_format)
     size = result.numel() * result.element_size()
-    if _madvise is not None and size >= 2 * _HUGE and result.device.type == "cpu" and size <= _huge_free():
+    if _madvise is not None and size >= 2 * _HUGE and result.device.type == "cpu" and 2 * size <= _huge_free():
         begin = -(-result.data_ptr() // _HUGE) * _HUGE
         end = (result.data_ptr() + size) // _HUGE * _HUGE
         _madvise(begin, end - begin, _MADV_HUGEPAGE)
