@@ -48,7 +48,7 @@ def _teacher(t: TeacherFacts) -> str:
         ("  from", f"{t.model}{revision}"),
         ("  saw", f"{text}{join}; up to {t.window} tokens a pass"),
         ("  contexts", ", ".join(t.contexts)),
-        ("  layers", ", ".join(map(str, t.layers))),
+        ("  layers", ", ".join(map(str, sorted(t.layers)))),
         ("  tokens", f"{t.tokens:,}, {t.vocabulary:,} different"),
         ("  numbers", f"{t.dtype}, computed in {t.model_dtype}; {size(t.hidden_bytes)}"),
         ("  done", f"{t.units:,} of {t.units_planned:,} units of work; {t.views} of {t.views_planned} views"),

@@ -77,7 +77,8 @@ def show(
     """Errors: NoStoreError for an unknown utterance; StaleError where the manifest's text has changed."""
     row = int(store.rows([utterance])[0])
     session = store.index.session
-    first, last = np.searchsorted(session, [session[row], session[row] + 1]).tolist()
+    # Rows that were added to a store later lie behind all others, whatever their session
+    mates = np.flatnonzero(session == session[row])
     text = None if corpus is None else transcript(corpus, utterance)
     if text is not None and hash_text(text) != int(store.text_hash([utterance])[0]):
         raise StaleError(
@@ -91,8 +92,8 @@ def show(
         utterance=utterance,
         row=row,
         session=int(session[row]),
-        session_row=row - first,
-        session_utterances=last - first,
+        session_row=int(np.searchsorted(mates, row)),
+        session_utterances=len(mates),
         text=spelt(teachers[0].tokens) if text is None else text,
         text_from="tokens" if text is None else "corpus",
         teachers=teachers,

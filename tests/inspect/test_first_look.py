@@ -65,6 +65,15 @@ def test_show_says_what_the_teacher_saw(store, known):
     np.testing.assert_allclose(teacher.views[1].norms, np.sqrt((states**2).sum(1)), rtol=1e-6)
 
 
+def test_sessions_need_not_lie_together(store, monkeypatch):
+    rows = store.rows(["s00-0000", "s00-0001", "s00-0002"]).tolist()
+    session = np.array([7] * 6)
+    session[rows[0]] = session[rows[2]] = 3
+    monkeypatch.setattr(store.index, "session", session)
+    found = showing.show(store, "s00-0002", store.planned_views[:1])
+    assert (found.session, found.session_row, found.session_utterances) == (3, 1, 2)
+
+
 def test_show_takes_the_transcript_from_the_manifest_and_refuses_another(store, stillhouse, tmp_path):
     corpus = store.path.parent / "corpus.jsonl"
     shown = stillhouse("inspect", "show", store.path, "s01-0005", "--corpus", corpus, "--view", "*/alone/0")
