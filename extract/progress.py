@@ -22,7 +22,9 @@ class Progress:
 
     units: int = 0
     units_total: int = 0
-    units_found: int = 0  # committed before this run
+    units_found: int = 0  # committed before this run, or by another process
+    units_todo: int = 0  # not committed when this run began
+    rows_todo: int = 0
     rows: int = 0
     rows_total: int = 0
     fed_tokens: int = 0

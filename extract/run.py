@@ -61,6 +61,7 @@ def extract(
         finally:
             if crew is not None:
                 crew.finish()
+                progress.units, progress.rows = progress.units_todo, progress.rows_todo  # by all of us
         for context in plan.teachers[request.name].contexts:
             fix_norms(plan, request.name, context, scratch.folder)
     return summarise(plan, request.name, progress)
@@ -91,6 +92,7 @@ def run_units(
         else:
             todo.append(unit)
             progress.rows_total += unit.shard.rows
+    progress.units_todo, progress.rows_todo = len(todo), progress.rows_total
     if not todo:
         return
     held: list[Unit] = []

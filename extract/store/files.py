@@ -171,8 +171,10 @@ def _sweep(tmp: Path) -> int:
     if not tmp.is_dir():
         return 0
     for folder in tmp.iterdir():
+        if not folder.is_dir():
+            continue
         lock = Lock(folder / "lock")
-        if folder.is_dir() and lock.acquire():
+        if lock.acquire():
             shutil.rmtree(folder, ignore_errors=True)
             lock.release()
             swept += 1

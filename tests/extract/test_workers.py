@@ -27,6 +27,7 @@ def test_three_workers_make_the_same_bytes(bert: Path, tmp_path: Path) -> None:
     summary = extract(tmp_path / "three", long_corpus(), loaded(bert), REQUEST, helpers=make_crew("t", load, 3, (0, 1)))
     extract(tmp_path / "one", long_corpus(), loaded(bert), REQUEST)
     assert tree(tmp_path / "three") == tree(tmp_path / "one")
+    assert summary.units_done_now == summary.units > 4 and summary.rows_done_now == 2 * summary.tokens
     assert len(summary.views) == 4 and verify(Store.open(tmp_path / "three")) == []
 
 
