@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 CORPORA = Path(os.environ.get("STILLHOUSE_CORPORA", ROOT.parent / "shared" / "corpora"))
 RECTANGLES = [(8, 200, 40, 256), (16, 250, 60, 500), (4, 400, 100, 1024)]
 H = 512
+SLOW = int(os.environ.get("BENCH_SLOW_ROUNDS", "2"))  # rounds of peers that take seconds; 0: one, without a warm-up
 Case = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -187,7 +188,7 @@ def part_loss(out: list[str], rounds: int) -> None:
 
         steps = {n: (lambda n=n, m=m, fresh=fresh: m(fresh(n))) for n, m in makers.items()}
         steps["memory roofline"] = lambda x=x: roofline(x.clone())
-        found = interleaved(steps, rounds, {"torchaudio": 2, "plain torch": 3})
+        found = interleaved(steps, rounds, {"torchaudio": SLOW, "plain torch": SLOW})
         memory = {n: extra_memory(m(fresh(n))) / size for n, m in makers.items()}
         base, roof = found["torchaudio"], found["memory roofline"][0]
         out += [f"\n### {title}", "", f"B, T, U+1, V = {tuple(x.shape)}, {size / 2**20:.0f} MiB of logits", ""]
@@ -252,7 +253,7 @@ def part_joint(out: list[str], rounds: int) -> None:
             }
             if state:
                 steps = {k: steps[k] for k in ("joint + torchaudio", "fused, eps 1e-6")}
-            found = interleaved(steps, max(2, rounds // 2), {"joint + torchaudio": 1, "joint + ours": 1})
+            found = interleaved(steps, max(2, rounds // 2), {"joint + torchaudio": SLOW, "joint + ours": SLOW})
             base = found["joint + torchaudio"]
             for name, (wall, cpu) in found.items():
                 memory = extra_memory(steps[name]()) / 2**20
@@ -307,7 +308,7 @@ def part_tdt(out: list[str], rounds: int) -> None:
         steps["transformers, plain torch"] = step(theirs)
     except ImportError:
         out.append("transformers' tdt_loss: not installed")
-    found = interleaved(steps, rounds, {"transformers, plain torch": 2})
+    found = interleaved(steps, rounds, {"transformers, plain torch": SLOW})
     out += [f"\n### tdt_loss, {B}×{T}×{U}×{V}, durations 0-4", "", "| | ms | ms of CPU |", "|---|--:|--:|"]
     out += [f"| {name} | {wall * 1e3:.1f} | {cpu * 1e3:.1f} |" for name, (wall, cpu) in found.items()]
     if len(found) == 2:
@@ -382,7 +383,7 @@ def main() -> None:
     arguments = parser.parse_args()
     notes = Path(__file__).with_name("bench_loss_notes.md").read_text()
     out = ["# The RNN-T loss, measured", "", "Written by `make bench-loss`. float32, forward + backward, medians of"]
-    out += [f"interleaved rounds ({arguments.rounds}; 2 to 3 of slow peers).", "", machine() + "."]
+    out += [f"interleaved rounds ({arguments.rounds}; {max(1, SLOW)} of slow peers).", "", machine() + "."]
     precompile("float32", "float64")
     for name in arguments.only.split(","):
         PARTS[name](out, arguments.rounds)

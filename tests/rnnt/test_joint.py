@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -48,3 +51,41 @@ def test_it_is_joint_and_loss(dtype, tolerance, activation, combine, tile, monke
     close(fused_occupancy, occupancy, 1e-6)
     for a, b in zip(found, expected):
         close(a, b, tolerance)
+
+
+def peak_growth(step) -> int:
+    """Bytes by which the peak resident set passes what was resident before."""
+
+    def resident(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    step()
+    return resident("VmHWM") - before
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc to reset the peak in")
+def test_memory_does_not_grow_with_the_logits():
+    growths = {}
+    for V in (500, 8000):
+        parts, (targets, *_) = make_parts(B=2, T=100, U=40, V=V, H=16)
+        lengths = torch.tensor([100, 100]), torch.tensor([40, 40])
+        rnnt_loss_joint(*parts, targets, *lengths).backward()
+        growths[V] = peak_growth(lambda p=parts, t=targets, n=lengths: rnnt_loss_joint(*p, t, *n).backward())
+    logits = 2 * 100 * 41 * 8000 * 4
+    assert growths[8000] < logits / 10
+    assert growths[8000] - growths[500] < 40 * 2**20, growths  # gradients of the weight, one each thread, and tiles
+
+
+def test_eps_skips_cells_and_changes_the_gradient_by_about_eps():
+    parts, rest = make_parts(3, T=30, U=10)
+    grads = [
+        torch.autograd.grad(rnnt_loss_joint(*parts, *rest, reduction="sum", eps=eps), parts) for eps in (0.0, 1e-3, 2.0)
+    ]
+    cells = sum(int(t) * (int(u) + 1) for t, u in zip(*rest[1:]))
+    for exact, near, none in zip(*grads):
+        assert 0 < (exact - near).abs().max() <= 1e-3 * cells
+        assert none.eq(0).all()
