@@ -45,4 +45,5 @@ def test_kernels_compile_for_ampere_and_hopper(tmp_path):
     table = json.loads(run.stdout)
     assert {row["arch"] for row in table} == {"sm_80", "sm_90"}
     for row in table:
-        assert row["registers"] <= 64 and row["spill_bytes"] == 0, row
+        limit = 96 if row["dtype"] == "float64" else 64
+        assert row["registers"] <= limit and row["spill_bytes"] == 0, row
