@@ -103,6 +103,22 @@ def test_blocks_beyond_the_highest_layer_do_not_run(minilm: Path) -> None:
     assert ran == [0, 1, 2]
 
 
+def test_bfloat16_is_within_a_hundredth(minilm: Path) -> None:
+    """Relative L2 of every layer against float32, over real sentences."""
+    from stillhouse.extract.windows import Window
+
+    low, full = load_teacher(str(minilm), device="cpu", dtype="bfloat16"), loaded(minilm)
+    tokens = full.tokeniser.encode([t for t in TEXTS if t.isascii() and t], "none")
+    parts = np.split(tokens.ids, np.cumsum(tokens.length)[:-1])
+    windows = [Window(np.array([101, *ids, 102], np.int32), None, []) for ids in parts]
+    a, b = full.states(windows, range(7)), low.states(windows, range(7))
+    for layer in range(7):
+        left = torch.cat([a[layer][i, : len(w.ids)].float() for i, w in enumerate(windows)])
+        right = torch.cat([b[layer][i, : len(w.ids)].float() for i, w in enumerate(windows)])
+        assert (left - right).norm() <= 0.01 * left.norm()
+    assert not torch.equal(a[6], b[6].float())
+
+
 def test_kinds_and_special_tokens(minilm: Path, gpt2: Path, llama: Path) -> None:
     assert (loaded(minilm).kind, loaded(minilm).depth, loaded(minilm).width) == ("encoder", 6, 384)
     assert loaded(minilm).tokeniser.prefix == [101] and loaded(minilm).tokeniser.suffix == [102]
