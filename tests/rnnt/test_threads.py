@@ -113,19 +113,19 @@ def test_an_error_in_a_thread_is_raised():
 
 SCRIPT = """
 import time, sys, torch, numpy
-begin = time.perf_counter()
+begin = time.process_time()
 from stillhouse.train.rnnt import precompile
-imported = time.perf_counter() - begin
+imported = time.process_time() - begin
 assert "numba" not in sys.modules and "transformers" not in sys.modules
 precompile()
-print(imported, time.perf_counter() - begin - imported)
+print(imported, time.process_time() - begin - imported)
 others = [m for m in sys.modules if m.startswith("stillhouse") and not m.startswith("stillhouse.train.rnnt")]
 assert set(others) <= {"stillhouse", "stillhouse.train"}, others
 """
 
 
 def test_import_and_cached_start_are_fast():
-    """Design: import < 0.5 s, start from the cache < 1 s on a quiet machine; here with room for a busy one."""
+    """Import < 0.5 s, start from the cache < 1 s; of CPU, since other tests may keep the machine busy."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("NUMBA_DISABLE")}
     best = [9.0, 99.0]
     for _ in range(3):
@@ -136,4 +136,4 @@ def test_import_and_cached_start_are_fast():
         if best[0] < 0.5 and best[1] < 1.0:
             break
     assert best[0] < 0.5
-    assert best[1] < 3.0
+    assert best[1] < 1.0

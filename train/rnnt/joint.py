@@ -77,7 +77,9 @@ def _forward(e, p, weight, bias, batch: Batch, plan, o: JointOptions, lse, blank
                 lse, blank_lp, label_lp, batch.blank, o.delay, room.work, room.work64,
             )  # fmt: skip
 
-    threads.run(work, min(threads.thread_count(), max(1, len(tiles))))
+    count = min(threads.thread_count(), max(1, len(tiles)))
+    with threads.single_products():
+        threads.run(work, count)
 
 
 def _shares(batch: Batch, counts: np.ndarray, count: int) -> list[list[tuple[int, int, int]]]:
@@ -138,7 +140,8 @@ def _backward(e, p, weight, bias, batch: Batch, plan, o: JointOptions, lse, occ_
                 )  # fmt: skip
         results[thread] = (low, mine, grad_weight, grad_bias)
 
-    threads.run(work, len(shares))
+    with threads.single_products():
+        threads.run(work, len(shares))
     grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
     for result in results:
         if result is not None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -60,6 +61,17 @@ def thread_count() -> int:
     if _forked and torch.get_num_threads() > 1:
         torch.set_num_threads(1)
     return 1 if _forked else max(1, torch.get_num_threads())
+
+
+@contextmanager
+def single_products() -> Iterator[None]:
+    """Matrix products of this thread stay on it, as those of the other threads do: else they fight over the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def run(function: Callable, threads: int, *args) -> None:
