@@ -43,6 +43,10 @@ class Encoder(nn.Module):
         self.front = Subsampling(bins, dim, subsampling, dropout)
         self.blocks = nn.ModuleList(ConformerBlock(dim, heads, inner, kernel, dropout) for _ in range(layers))
 
+    def output_lengths(self, lengths: Tensor) -> Tensor:
+        """Lengths of the states of utterances of `lengths` frames."""
+        return (lengths + self.subsampling - 1) // self.subsampling
+
     def normalise(self, features: Tensor, lengths: Tensor) -> Tensor:
         """Mean and variance normalisation with the training set's statistics; padding becomes 0."""
         mask = length_mask(lengths, features.shape[1])[:, :, None]

@@ -64,7 +64,8 @@ def losses(
             p = model.joint.predictor(predicted)
     with timed("loss"):
         needs_occupancy = transfer is not None and transfer.needs_occupancy
-        on_cpu = state_lengths.to("cpu", torch.int32)
+        # The same numbers as state_lengths, without waiting for the device
+        on_cpu = model.encoder.output_lengths(batch.feature_lengths).to(torch.int32)
         simple, ranges = None, None
         if model.simple is not None:
             am, lm = model.simple(states.float(), predicted.float())
@@ -120,6 +121,9 @@ def losses(
             parts["transfer"] = found.loss.detach()
             parts |= {f"transfer/{view}": value for view, value in found.per_view.items()}
             parts |= {f"weight/{view}": value for view, value in found.weights.items()}
+            parts["transfer_positions"] = torch.tensor(float(found.positions))
+            parts["transfer_masked"] = torch.tensor(float(found.masked))  # positions that no token or unit overlaps
+            parts["transfer_skipped"] = torch.tensor(float(found.skipped))  # utterances that the store lacks
             total = total + transfer_weight * found.loss
     parts["loss"] = total.detach()
     return Losses(total, costs.detach(), parts)

@@ -30,6 +30,7 @@ def test_batch_gives_each_utterance_what_it_gets_alone(subsampling: int) -> None
         for b, length in enumerate(lengths.tolist()):
             alone, n = net.encode(features[b : b + 1, :length], lengths[b : b + 1])
             assert n.item() == out[b].item() == -(-length // subsampling)
+            assert net.encoder.output_lengths(lengths)[b] == n
             assert alone.shape[1] == n.item()
             torch.testing.assert_close(states[b, : n.item()], alone[0], atol=1e-5, rtol=0)
             assert (states[b, n.item() :] == 0).all()
