@@ -13,6 +13,7 @@ import gc
 import importlib.util
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -381,15 +382,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "bench-loss.md")
     parser.add_argument("--only", default=",".join(PARTS))
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     notes = Path(__file__).with_name("bench_loss_notes.md").read_text()
     out = ["# The RNN-T loss, measured", "", "Written by `make bench-loss`. float32, forward + backward, medians of"]
     out += [f"interleaved rounds ({arguments.rounds}; {max(1, SLOW)} of slow peers).", "", machine() + "."]
     precompile("float32", "float64")
-    for name in arguments.only.split(","):
-        PARTS[name](out, arguments.rounds)
-    out += ["", notes]
     arguments.out.parent.mkdir(exist_ok=True)
-    arguments.out.write_text("\n".join(out).rstrip() + "\n")
+    try:
+        for name in arguments.only.split(","):
+            PARTS[name](out, arguments.rounds)
+    finally:  # what was measured until an interrupt is written, too
+        arguments.out.write_text("\n".join([*out, "", notes]).rstrip() + "\n")
 
 
 if __name__ == "__main__":
