@@ -326,7 +326,7 @@ def part_precision(out: list[str], rounds: int) -> None:
         ("ours", rnnt_loss, torch.float32),
         ("torchaudio", torchaudio.functional.rnnt_loss, torch.float32),
     ):
-        z = x.to(dtype).requires_grad_()
+        z = x.to(dtype, copy=True).requires_grad_()
         loss(z, y, T_b, U_b, reduction="sum").backward()
         grads[name] = z.grad.double()
     errors = {n: float((grads[n] - grads["truth"]).abs().max()) for n in ("ours", "torchaudio")}
