@@ -331,13 +331,14 @@ class Store:
                 else:
                     jobs += [(handle, buffer, run) for run in runs]
             states[view] = out
-            if len(states) % 16 == 0:  # so that no batch needs more descriptors than a process may have
+            # Checksums want the bytes while they are in the processor's cache; and no batch may need more descriptors
+            # than a process has.
+            if self.checksums or len(states) % 16 == 0:
                 fetch(jobs)
                 jobs = []
-        fetch(jobs)
-        if self.checksums:
-            for view, out in states.items():
+            if self.checksums:
                 self._check(view, rows, places, out.reshape(-1).view(np.uint8))
+        fetch(jobs)
         return states
 
     def _read_with_zarr(self, view: View, places: Places, shard: int, out: np.ndarray) -> None:

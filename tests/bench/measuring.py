@@ -44,15 +44,18 @@ def ratio(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
 
 
 def rounds(
-    ours: Callable[[int], object], theirs: Callable[[int], object], count: int
+    ours: Callable[[int], object],
+    theirs: Callable[[int], object],
+    count: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[list[float], list[float]]:
     """Seconds of `count` rounds, taking turns, each given the round's number; the first two rounds are dropped."""
     times: tuple[list[float], list[float]] = ([], [])
     for i in range(count + 2):
         for which in (0, 1) if i % 2 else (1, 0):
-            began = time.perf_counter()
+            began = clock()
             (ours, theirs)[which](i)
-            times[which].append(time.perf_counter() - began)
+            times[which].append(clock() - began)
     return times[0][2:], times[1][2:]
 
 
