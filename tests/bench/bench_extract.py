@@ -153,7 +153,8 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
     clock = "processor seconds (the machine was busy)" if options.cpu_time else "wall seconds"
     remarks = [f"{len(corpus):,} transcripts, {one.tokens:,} tokens, all 7 layers, {clock}, one run."]
-    command = "make bench-extract" + (f" ARGS='{' '.join(sys.argv[1:])}'" if len(sys.argv) > 1 else "")
+    busy = " --cpu-time" if options.cpu_time else ""
+    command = f"python tests/bench/bench_extract.py --utterances {options.utterances}{busy}"
     write_table(options.out, "Extraction: bars", command, rows, remarks)
     sys.exit(0 if all(r.holds for r in rows) else 1)
 
