@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import ctypes
 import gc
 import importlib.util
 import os
@@ -60,6 +61,7 @@ def timed(step: Callable[[], object]) -> tuple[float, float]:
 def extra_memory(step: Callable[[], object]) -> int:
     """Bytes by which the peak resident set passes what was resident before the call."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not serve this call unseen
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     step()
