@@ -118,8 +118,8 @@ def test_eps_changes_the_gradient_by_about_eps(case, eps):
 @SETTINGS
 @given(case=batches())
 def test_occupancies_are_probabilities(case):
-    logits, y, T, U, _, _ = case
-    _, occupancy = rnnt_loss(logits.float(), y, T, U, return_occupancy=True)
+    logits, y, T, U, options, _ = case
+    _, occupancy = rnnt_loss(logits.float(), y, T, U, blank=options["blank"], return_occupancy=True)
     inside = torch.arange(y.shape[1]) < U[:, None]
     torch.testing.assert_close(occupancy.sum(2), inside.float(), rtol=0, atol=1e-4)
     assert (occupancy >= 0).all()
