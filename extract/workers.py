@@ -1,7 +1,8 @@
 """Several processes on one store: each loads the teacher and takes units that nobody holds.
 
 Invariant: workers share nothing but the store; its locks and commits make the same bytes, whatever their number and
-whichever of them dies. Run: `stillhouse extract CORPUS STORE --teacher … --workers 3`.
+whichever of them dies (on one kind of processor and with as many threads each: a matrix product's last bits depend
+on both). Run: `stillhouse extract CORPUS STORE --teacher … --workers 3`.
 """
 
 from __future__ import annotations

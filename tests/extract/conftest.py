@@ -13,6 +13,13 @@ from stillhouse.extract.plan import Request
 from stillhouse.extract.run import extract
 from stillhouse.extract.teacher import Teacher, load_teacher
 
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Bytes are compared across processes here, and a matrix product's last bits depend on its number of threads."""
+    torch.set_num_threads(1)
+
+
 TEXTS = [
     "the old kettle sang while the rain fell on the roof",
     "she would not wear it there",
