@@ -28,11 +28,9 @@ class BatchSampler:
     every utterance comes once at speed 0, longest first (for decoding).
     """
 
-    def __init__(
-        self, frames: np.ndarray, *, max_frames: int, max_batch: int = 0, seed: int = 0, shuffle: bool = True
-    ) -> None:
+    def __init__(self, frames: np.ndarray, *, max_frames: int, seed: int = 0, shuffle: bool = True) -> None:
         self.frames = np.asarray(frames, dtype=np.int64)
-        self.max_frames, self.max_batch, self.seed, self.shuffle = max_frames, max_batch, seed, shuffle
+        self.max_frames, self.seed, self.shuffle = max_frames, seed, shuffle
 
     def epoch(self, number: int) -> list[BatchPlan]:
         count, speeds = self.frames.shape
@@ -47,7 +45,7 @@ class BatchSampler:
         for i, index in enumerate(order):
             longest = max(longest, int(length[index]))
             size = i - begin + 1
-            if size > 1 and (longest * size > self.max_frames or 0 < self.max_batch < size):
+            if size > 1 and longest * size > self.max_frames:
                 batches.append(order[begin:i])
                 begin, longest = i, int(length[index])
         if begin < count:

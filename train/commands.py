@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -10,6 +11,20 @@ import click
 
 def say(line: str) -> None:
     click.echo(line, err=True)
+
+
+def on_a_trained_run(command: Callable) -> Callable:
+    """RUN CORPUS FEATURES and the options that choose among them."""
+    for option in (
+        click.option("--device", default="auto", show_default=True),
+        click.option("--checkpoint", default="best", show_default=True, help="best, last or a step."),
+        click.option("--split", help="Only this split; several with commas."),
+        click.argument("features", type=click.Path(path_type=Path)),
+        click.argument("corpus", type=click.Path(path_type=Path)),
+        click.argument("run", type=click.Path(path_type=Path)),
+    ):
+        command = option(command)
+    return command
 
 
 @click.command()
@@ -31,12 +46,7 @@ def train(config: Path, changes: tuple[str, ...], out: Path | None) -> None:
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.argument("corpus", type=click.Path(path_type=Path))
-@click.argument("features", type=click.Path(path_type=Path))
-@click.option("--split", help="Only this split; several with commas.")
-@click.option("--checkpoint", default="best", show_default=True, help="best, last or a step.")
-@click.option("--device", default="auto", show_default=True)
+@on_a_trained_run
 def decode(run: Path, corpus: Path, features: Path, split: str | None, checkpoint: str, device: str) -> None:
     """Write a hypothesis for each utterance, JSON lines {"id", "hyp", "ref"}, to stdout.
 
@@ -62,12 +72,7 @@ def decode(run: Path, corpus: Path, features: Path, split: str | None, checkpoin
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.argument("corpus", type=click.Path(path_type=Path))
-@click.argument("features", type=click.Path(path_type=Path))
-@click.option("--split", help="Only this split; several with commas.")
-@click.option("--checkpoint", default="best", show_default=True, help="best, last or a step.")
-@click.option("--device", default="auto", show_default=True)
+@on_a_trained_run
 @click.option("--textgrid", "folder", type=click.Path(path_type=Path), help="Also write FOLDER/ID.TextGrid for Praat.")
 def align(
     run: Path, corpus: Path, features: Path, split: str | None, checkpoint: str, device: str, folder: Path | None
