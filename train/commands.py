@@ -60,7 +60,7 @@ def decode(run: Path, corpus: Path, features: Path, split: str | None, checkpoin
 
     where = resolve_device(device)
     model, units, _, step = load_run(run, checkpoint)
-    loader = decoding_loader(read_manifest(corpus).select(split), features, units)
+    loader = decoding_loader(read_manifest(corpus).select(split), features, units, untranscribed=True)
     began = time.perf_counter()
     for found in transcribe(model.to(where), loader, device=where):
         click.echo(json.dumps({"id": found.id, "hyp": found.hyp, "ref": found.ref}, ensure_ascii=False))

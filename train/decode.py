@@ -72,5 +72,5 @@ def transcribe(
             yield Hypothesis(id, loader.units.decode(units), reference)
 
 
-def decoding_loader(corpus: Corpus, features: Path, units: Units) -> BatchLoader:
-    return BatchLoader(corpus, FeatureFile(features), units)
+def decoding_loader(corpus: Corpus, features: Path, units: Units, *, untranscribed: bool = False) -> BatchLoader:
+    return BatchLoader(corpus, FeatureFile(features), units, untranscribed=untranscribed)

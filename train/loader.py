@@ -51,7 +51,8 @@ class BatchLoader:
     """Makes a Batch of a BatchPlan over `utterances`, in the order given.
 
     Utterances with empty text or more than `max_frames` frames at some speed are left out; `left_out` counts them.
-    Raises CorpusError where nothing is left, FeatureError for an utterance without features.
+    `untranscribed` keeps empty texts, for decoding. Raises CorpusError where nothing is left,
+    FeatureError for an utterance without features.
     """
 
     def __init__(
@@ -63,12 +64,13 @@ class BatchLoader:
         speeds: Sequence[float] = (1.0,),
         max_frames: int = 0,
         targets: Any = None,
+        untranscribed: bool = False,
     ) -> None:
         self.features, self.units, self.speeds, self.targets = features, units, list(speeds), targets
         everyone = [u.id for u in corpus.utterances]
         frames = np.stack([features.frames(everyone, [s] * len(everyone)) for s in self.speeds], axis=1)
         encoded = [units.encode(u.text) for u in corpus.utterances]
-        empty = np.array([len(e.ids) == 0 for e in encoded], dtype=bool)
+        empty = np.array([len(e.ids) == 0 and not untranscribed for e in encoded], dtype=bool)
         long = (frames.max(axis=1) > max_frames) if max_frames and len(everyone) else np.zeros(len(everyone), bool)
         keep = np.flatnonzero(~(empty | long))
         self.left_out = {

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from stillhouse.data.errors import CheckpointError, CorpusError, StaleError
-from stillhouse.data.manifest import read_manifest
+from stillhouse.data.manifest import read_manifest, write_manifest
 from stillhouse.train.building import load_run
 from stillhouse.train.config import load_config
 from stillhouse.train.decode import decoding_loader, transcribe
@@ -72,6 +72,16 @@ def test_killed_at_any_step_it_goes_on_bit_by_bit(tones: Path, finished: Path, t
     assert metrics(out) == metrics(finished)
     ours, theirs = (load_run(p, "last")[0].state_dict() for p in (out, finished))
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+def test_audio_without_a_transcript_is_decoded(tones: Path, finished: Path, tmp_path: Path) -> None:
+    corpus = read_manifest(tones / "corpus.jsonl")
+    silent = [u.model_copy(update={"text": "", "audio": str(corpus.audio_path(u))}) for u in corpus.utterances[:3]]
+    write_manifest(tmp_path / "corpus.jsonl", silent)
+    command = [sys.executable, "-m", "stillhouse.cli", "decode", str(finished), str(tmp_path / "corpus.jsonl")]
+    done = subprocess.run([*command, str(tones / "features.h5")], capture_output=True, text=True, check=True)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert sorted(h["id"] for h in found) == ["u0", "u1", "u2"] and {h["ref"] for h in found} == {""}
 
 
 def test_a_finished_run_does_nothing(tones: Path, finished: Path) -> None:
