@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-quick test test-all lint format bench-loss bench-loss-gpu bench-store bench-extract bench-features bench-step wheel clean
+.PHONY: demo demo-quick test test-all lint format docs bench-loss bench-loss-gpu bench-store bench-extract bench-features bench-step wheel clean
 
 $(INSTALLED): setup.cfg pyproject.toml recipes/demo-teachers.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -33,6 +33,11 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# What is written from the code: the reference of the commands, the schemas of inspect
+docs: $(INSTALLED)
+	$(BIN)/python tests/docs/test_cli_reference.py
+	$(BIN)/python tests/inspect/test_docs.py
 
 bench-loss: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_loss.py

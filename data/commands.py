@@ -63,9 +63,11 @@ def _column_options(command: Callable) -> Callable:
 @click.option("--split", help="Split of rows that have none of their own.")
 @force_option
 def import_csv(table: Path, manifest: Path, force: bool, **options: Any) -> None:
-    """A CSV or TSV table; other columns than those mapped are kept in `meta`.
+    """TABLE, a CSV or TSV; other columns than those mapped are kept in `meta`.
 
     Usual names of columns are found without being told. "A,B" joins two columns by "-".
+
+    Example: stillhouse corpus import csv prompts.csv corpus.jsonl --text-column prompt --audio-root audio
     """
     from .import_table import import_table
 
@@ -80,7 +82,10 @@ def import_csv(table: Path, manifest: Path, force: bool, **options: Any) -> None
 @click.argument("manifest", type=PATH)
 @force_option
 def import_librispeech(folder: Path, manifest: Path, force: bool) -> None:
-    """A LibriSpeech tree, or any one split, speaker or chapter of it."""
+    """FOLDER, a LibriSpeech tree, or any one split, speaker or chapter of it.
+
+    Example: stillhouse corpus import librispeech LibriSpeech corpus.jsonl
+    """
     from .import_librispeech import import_librispeech as read
 
     _finish(read(folder, manifest), manifest, force)
@@ -94,7 +99,10 @@ def import_librispeech(folder: Path, manifest: Path, force: bool) -> None:
 @click.option("--split", help="Split of all utterances.")
 @force_option
 def import_text(files: tuple[Path, ...], manifest: Path, force: bool, **options: Any) -> None:
-    """Text without audio: UTT<TAB>TEXT, or a sentence a line with blank lines between sessions."""
+    """FILES of text without audio: UTT<TAB>TEXT, or a sentence a line with blank lines between sessions.
+
+    Example: stillhouse corpus import text stories.txt corpus.jsonl
+    """
     from .import_text import import_text as read
 
     _finish(read(files, **options), manifest, force)
@@ -174,7 +182,10 @@ def features(
     redo_changed: bool,
     as_json: bool,
 ) -> None:
-    """Compute Kaldi fbank features into an HDF5 file; goes on where it stopped, adds what is new."""
+    """Compute Kaldi fbank features into an HDF5 file; goes on where it stopped, adds what is new.
+
+    Example: stillhouse corpus features corpus.jsonl features.h5 --speeds 0.9,1.0,1.1
+    """
     from .errors import UsageError
     from .features import FeatureSettings, compute_features
     from .manifest import read_manifest
@@ -213,12 +224,18 @@ def features(
 @corpus.command()
 @click.argument("manifest", type=EXISTING)
 @click.argument("folder", metavar="UNITS", type=PATH)
-@click.option("--kind", type=click.Choice(["characters", "sentencepiece"]), default="sentencepiece", show_default=True)
+@click.option(
+    "--kind",
+    type=click.Choice(["characters", "sentencepiece"]),
+    default="sentencepiece",
+    show_default=True,
+    help="One unit a character, or pieces that occur often.",
+)
 @click.option("--size", default=500, show_default=True, help="Most units, blank and unknown included.")
 @click.option("--transform", default="lower+no_punct+squeeze", show_default=True, help="Of the text, joined by +.")
 @click.option("--coverage", default=1.0, show_default=True, help="Share of the characters that get units.")
 @click.option("--split", help="Learn from these splits only, joined by commas.")
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
 def tokenizer(
     manifest: Path,
     folder: Path,
@@ -229,7 +246,10 @@ def tokenizer(
     split: str | None,
     as_json: bool,
 ) -> None:
-    """Learn the recogniser's units from the transcripts into a folder."""
+    """Learn the recogniser's units from the transcripts into the folder UNITS.
+
+    Example: stillhouse corpus tokenizer corpus.jsonl units --size 500 --split train
+    """
     from .manifest import read_manifest
     from .units import train_units
 
@@ -250,15 +270,17 @@ def tokenizer(
 @click.option("--by", default="speaker", show_default=True, help="speaker, session, id, text, or a column of meta.")
 @click.option("--dev", default="5%", show_default=True, help="Share of the groups.")
 @click.option("--test", default="10%", show_default=True, help="Share of the groups.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Another seed, another split.")
 @click.option("--only", help="Split up these splits alone, joined by commas; the others stay.")
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
 def split(
     manifest: Path, out: Path | None, by: str, dev: str, test: str, seed: int, only: str | None, as_json: bool
 ) -> None:
     """Set the split of every utterance, so that no group is on two sides; in place, or into OUT.
 
     A group's side stays when the corpus grows.
+
+    Example: stillhouse corpus split corpus.jsonl --by speaker --dev 5% --test 10%
     """
     from .describing import describe
     from .manifest import Corpus, read_manifest, relative_audio, write_manifest
@@ -280,10 +302,13 @@ def split(
 @click.option("--rate", "rate_hz", type=int, help="Rate in Hz that all audio should have; default: what most has.")
 @click.option("--full", is_flag=True, help="Decode all audio, not only headers and ends.")
 @click.option("--audio/--no-audio", default=True, help="Whether to look at audio files at all.")
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
 @click.pass_context
 def check(ctx: click.Context, manifest: Path, rate_hz: int | None, full: bool, audio: bool, as_json: bool) -> None:
-    """Look for what is wrong with a corpus; exit code 1 if something is."""
+    """Look for what is wrong with a corpus; exit code 1 if something is.
+
+    Example: stillhouse corpus check corpus.jsonl --full
+    """
     from .checking import check_corpus
 
     done = check_corpus(manifest, rate_hz=rate_hz, full=full, audio=audio)
@@ -300,9 +325,12 @@ def check(ctx: click.Context, manifest: Path, rate_hz: int | None, full: bool, a
 
 @corpus.command()
 @click.argument("path", metavar="CORPUS|FEATURES", type=EXISTING)
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
 def info(path: Path, as_json: bool) -> None:
-    """What a manifest or a feature file holds."""
+    """What a manifest (CORPUS) or a feature file (FEATURES) holds.
+
+    Example: stillhouse corpus info corpus.jsonl
+    """
     if path.suffix in (".h5", ".hdf5"):
         _show_features(path, as_json)
         return

@@ -88,6 +88,8 @@ def extract(**options: Any) -> None:
     """Run a language model over CORPUS and keep its hidden states in STORE.
 
     Interrupted or killed, the same command resumes. Several at once share the work.
+
+    Example: stillhouse extract corpus.jsonl teacher.zarr --teacher bert-base-uncased --layers 6,12 --context both:64
     """
     outcome, text = _status(options["store"]) if options["status"] else _run(options)
     click.echo(json.dumps(outcome, indent=1) if options["as_json"] else text)

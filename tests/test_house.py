@@ -9,9 +9,13 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
+
+from stillhouse.cli import cli
 
 PACKAGES = ("data", "extract", "distill", "train")
 # What each room may import of the house; whatever else it imports is a library's.
@@ -102,10 +106,19 @@ def test_the_wheel_holds_every_module_and_nothing_generic(root: Path, tmp_path: 
     assert not [n for n in names if n.startswith("stillhouse/tests")]
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["", "demo", "corpus", "corpus import csv", "corpus features", "extract", "inspect", "train", "decode", "score"],
-)
+def commands(group: click.Group = cli, path: tuple[str, ...] = ()) -> Iterator[str]:
+    """Every group and command as the words behind `stillhouse`."""
+    yield " ".join(path)
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        if isinstance(command, click.Group):
+            yield from commands(command, (*path, name))
+        else:
+            yield " ".join((*path, name))
+
+
+@pytest.mark.parametrize("command", [*commands()])
 def test_help_is_fast_and_imports_nothing_heavy(command: str) -> None:
     program = (
         "import sys; from stillhouse.cli import main\n"
@@ -114,15 +127,17 @@ def test_help_is_fast_and_imports_nothing_heavy(command: str) -> None:
         "    heavy = {'torch', 'zarr', 'h5py', 'numba', 'transformers', 'pydantic', 'matplotlib'} & set(sys.modules)\n"
         "    sys.exit(f'imports {heavy}' if heavy else e.code)\n"
     )
-    best = float("inf")
-    for _ in range(3):
+    # 0.3 s on a quiet machine; the rest of the suite may be running beside it in CI
+    most = 0.3 if os.environ.get("CI") is None else 0.6
+    for last in (False, False, True):
         began = time.perf_counter()
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-        best = min(best, time.perf_counter() - began)
+        took = time.perf_counter() - began
         assert done.returncode == 0, done.stderr
         assert "Usage: stillhouse" in done.stdout
-    # 0.3 s on a quiet machine; the rest of the suite may be running beside it here
-    assert best < (0.3 if os.environ.get("CI") is None else 0.6)
+        if took < most:
+            break
+        assert not last, f"{took:.2f} s"
 
 
 def test_python_cli_py_works_in_a_checkout(root: Path) -> None:

@@ -16,7 +16,7 @@ def say(line: str) -> None:
 def on_a_trained_run(command: Callable) -> Callable:
     """RUN CORPUS FEATURES and the options that choose among them."""
     for option in (
-        click.option("--device", default="auto", show_default=True),
+        click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 or auto."),
         click.option("--checkpoint", default="best", show_default=True, help="best, last or a step."),
         click.option("--split", help="Only this split; several with commas."),
         click.argument("features", type=click.Path(path_type=Path)),
@@ -105,7 +105,7 @@ def align(
 @click.argument("hypotheses", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def score(hypotheses: Path, as_json: bool) -> None:
-    """WER and CER of a file that `stillhouse decode` wrote, with 95 % bootstrap intervals.
+    """WER and CER of HYPOTHESES that `stillhouse decode` wrote, with 95 % bootstrap intervals.
 
     Example: stillhouse score hyp.jsonl
     """

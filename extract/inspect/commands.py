@@ -226,7 +226,7 @@ def similarity(store: Path, views: tuple[str, ...], tokens: int, seed: int, as_j
     help="One view; or several by a pattern, one after the other.",
     shell_complete=complete_view,
 )
-@click.option("--count", default=10, show_default=True, type=click.IntRange(min=1))
+@click.option("--count", default=10, show_default=True, type=click.IntRange(min=1), help="How many.")
 @click.option("--standardise", is_flag=True, help="With the view's norms, so that outlier dimensions do not decide.")
 @click.option("--same-utterance", is_flag=True, help="Look in the utterance itself, too.")
 @json_option
@@ -235,7 +235,8 @@ def neighbours(
 ) -> None:
     """The tokens nearest to a word within a view, with their sentences.
 
-    WORD is a word of the utterance UTT as its tokens spell it (bank, or bank#2 for the second), or a token's number.
+    In UTT:WORD, WORD is a word of the utterance UTT as its tokens spell it (bank, or bank#2 for the second), or a
+    token's number.
     """
     import shutil
 
@@ -390,7 +391,7 @@ def plot(store: Path, out: Path, kind: str, word: str | None, views: tuple[str, 
 @sample_options(2_000)
 @click.option("--force", is_flag=True, help="Replace OUT.")
 def report(store: Path, out: Path, words: tuple[str, ...], tokens: int, seed: int, force: bool) -> None:
-    """All of it as one HTML page that needs nothing else."""
+    """All of it as one HTML page, OUT, that needs nothing else."""
     from ..store import Store
     from . import report as page
 
