@@ -6,9 +6,11 @@ with and without transfer start alike. Exercised by `stillhouse train` and `stil
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..data.errors import CheckpointError
@@ -56,15 +58,13 @@ def build_transfer(config: Config, encoder_dim: int) -> tuple[Any, Any]:
     t = config.transfer
     if not t.views:
         return None, None
+    from ..distill.sources import resolve_views
     from ..distill.targets import TargetReader
     from ..distill.transfer import Transfer
     from ..extract.store import Store
 
-    assert t.store is not None
-    store = Store.open(t.store)
-    views = [v for address in t.views for v in store.resolve(address)]
     targets = TargetReader(
-        [(store, list(dict.fromkeys(views)))],
+        resolve_views([Store.open(path) for path in t.stores], t.views),
         position=t.position,
         on_missing=t.on_missing,
         sample=t.sample,
@@ -84,6 +84,17 @@ def build_transfer(config: Config, encoder_dim: int) -> tuple[Any, Any]:
             taps=max(1, len(t.layers)),
         )
     return transfer, targets
+
+
+def store_shards(config: Config, ids: Sequence[str]) -> np.ndarray | None:
+    """The shard of each utterance in the store that the config names, whether views are read or not: so that runs
+    with and without transfer have the same batches. None without a store.
+    """
+    if config.transfer.store is None:
+        return None
+    from ..extract.store import Store
+
+    return Store.open(config.transfer.store).shards(ids)
 
 
 def load_run(out: Path, which: str = "best") -> tuple[Transducer, Any, Config, int]:

@@ -10,9 +10,9 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..data.errors import ConfigError
 
@@ -31,6 +31,7 @@ class Data(Section):
     dev: str | None = Field(None, description="split to evaluate on while training; none: no evaluation")
     speeds: list[float] = Field([1.0], min_length=1, description="speeds drawn for each utterance and epoch")
     batch_frames: int = Field(16_000, ge=100, description="padded frames of 10 ms in a batch")
+    mix_shards: int = Field(16, ge=0, description="shards of transfer.store that are mixed at a time; 0: all")
     max_frames: int = Field(3_000, ge=10, description="longer utterances are left out of training, and counted")
 
 
@@ -85,8 +86,8 @@ class SpecAugment(Section):
 
 
 class TransferSection(Section):
-    store: Path | None = None
-    views: list[str] = Field([], description="view addresses or globs; none: no transfer")
+    stores: list[Path] = Field([], description="stores over the corpus; one may go without the brackets")
+    views: list[str] = Field([], description="view addresses or globs, over all stores; none: no transfer")
     aligner: Literal["attention", "occupancy", "cif", "predictor"] = "attention"
     position: Literal["token", "word", "unit"] = "token"
     distance: Literal["cosine", "l1", "smooth_l1", "mse", "contrastive"] = "cosine"
@@ -94,16 +95,26 @@ class TransferSection(Section):
     sample: int | None = Field(None, ge=1, description="views drawn each step, for mixing = sample")
     weight: float = Field(1.0, ge=0, description="lambda")
     warmup_steps: int = Field(0, ge=0, description="steps over which lambda grows from 0")
+    decay: Literal["linear", "cosine"] | None = Field(None, description="how lambda falls after the warm-up")
+    decay_steps: int | None = Field(None, ge=1, description="steps that the fall takes; it stays at final_weight then")
+    final_weight: float = Field(0.0, ge=0, description="lambda at the end of the fall")
     layers: list[int] = Field([], description="encoder layers that are tapped, from 1; none: the last")
     control: Literal["shuffled", "static"] | None = Field(
         None, description="shuffled: targets of another utterance; static: the teacher's input embeddings"
     )
     on_missing: Literal["error", "skip"] = "error"
 
+    @field_validator("stores", mode="before")
+    @classmethod
+    def _one_store(cls, value: Any) -> Any:
+        return [value] if isinstance(value, (str, Path)) else value
+
     @model_validator(mode="after")
     def _whole(self) -> TransferSection:
-        if self.views and self.store is None:
+        if self.views and not self.stores:
             raise ValueError("views need a store")
+        if (self.decay is None) != (self.decay_steps is None):
+            raise ValueError("decay and decay_steps go together")
         if (self.mixing == "sample") != (self.sample is not None):
             raise ValueError("sample (how many views a step) and mixing = sample go together")
         return self

@@ -27,7 +27,7 @@ from ..data.manifest import read_manifest
 from ..data.sampler import BatchSampler
 from ..data.units import load_units
 from . import checkpoint
-from .building import build_model, build_transfer, resolve_device, resolve_precision
+from .building import build_model, build_transfer, resolve_device, resolve_precision, store_shards
 from .config import Config, dump_config, load_config
 from .decode import transcribe
 from .loader import Batch, BatchLoader, prefetch
@@ -45,6 +45,18 @@ def learning_rate(step: int, config: Config) -> float:
     done = (step - o.warmup_steps) / max(1, o.steps - o.warmup_steps)
     shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[o.schedule]
     return o.lr * (o.final_lr + (1 - o.final_lr) * shape)
+
+
+def transfer_weight(step: int, config: Config) -> float:
+    """λ of step `step` (from 0): linear warm-up to `weight`, then the decay, if any, to `final_weight`."""
+    t = config.transfer
+    if step < t.warmup_steps:
+        return t.weight * (step + 1) / t.warmup_steps
+    if t.decay is None or t.decay_steps is None:
+        return t.weight
+    done = min(1.0, (step - t.warmup_steps) / t.decay_steps)
+    fallen = done if t.decay == "linear" else 0.5 * (1 - math.cos(math.pi * done))
+    return t.weight + (t.final_weight - t.weight) * fallen
 
 
 class Stopwatch:
@@ -94,7 +106,13 @@ class Trainer:
         self.dev = None
         if config.data.dev is not None:
             self.dev = BatchLoader(corpus.select(config.data.dev), self.features, self.units)
-        self.sampler = BatchSampler(self.loader.frames, max_frames=config.data.batch_frames, seed=config.run.seed)
+        self.sampler = BatchSampler(
+            self.loader.frames,
+            max_frames=config.data.batch_frames,
+            seed=config.run.seed,
+            shards=store_shards(config, [u.id for u in self.loader.utterances]),
+            mix=config.data.mix_shards,
+        )
         self.step = self.epoch = self.position = 0
         self.bad_steps = 0
         self.best: dict[str, float] = {}
@@ -228,6 +246,8 @@ class Trainer:
                     record = {"kind": "train", "step": self.step, "epoch": self.epoch}
                     record |= {name: value / steps for name, value in window.items()}
                     record |= {"lr": learning_rate(self.step - 1, config), "seconds": elapsed}
+                    if self.transfer is not None:
+                        record["lambda"] = transfer_weight(self.step - 1, config)
                     record |= {"realtime": frames / 100 / elapsed, "batch": len(batch.ids)}
                     # Parts are seconds a step. The teacher is read in the prefetch thread, beside the others.
                     record["time"] = {part: s / steps for part, s in watch.take().items()}
@@ -248,14 +268,13 @@ class Trainer:
         torch.manual_seed(_mix(config.run.seed, step))
         augment = torch.Generator().manual_seed(_mix(config.run.seed + 7919, step))
         self.model.train()
-        rise = config.transfer.warmup_steps
         found = losses(
             self.model,
             self.transfer,
             batch,
             config,
             precision=self.precision,
-            transfer_weight=config.transfer.weight * (min(1.0, (step + 1) / rise) if rise else 1.0),
+            transfer_weight=transfer_weight(step, config),
             augment=augment,
             timed=watch,
         )
@@ -336,7 +355,7 @@ def _refuse_other_settings(old: Config, new: Config, where: Path) -> None:
         "data.units",
     }
     differ = [
-        f"{k}: {a[k]} in the run, {b[k]} asked for" for k in a if a[k] != b[k] and k not in free | {"transfer.store"}
+        f"{k}: {a[k]} in the run, {b[k]} asked for" for k in a if a[k] != b[k] and k not in free | {"transfer.stores"}
     ]
     if differ:
         raise StaleError(

@@ -39,7 +39,7 @@ steps = 16
 lr = 5e-3
 warmup_steps = 2
 [transfer]
-store = "teacher.zarr"
+stores = "teacher.zarr"
 views = ["minilm/*/6"]
 weight = 0.3
 [run]

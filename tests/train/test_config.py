@@ -37,6 +37,7 @@ def test_set_and_round_trip(tmp_path: Path) -> None:
         (MINIMAL, ['transfer.views=["a/alone/1"]'], "views need a store"),
         (MINIMAL, ["transfer.layers=[9]"], "the encoder has 6 layers"),
         (MINIMAL, ["transfer.mixing=sample"], "go together"),
+        (MINIMAL, ["transfer.decay=linear"], "decay and decay_steps go together"),
         (MINIMAL, ["optim.steps=lots"], "optim.steps"),
         ("[data]\n", [], "data.corpus"),
         ("[data\n", [], "not a readable TOML"),
@@ -59,3 +60,27 @@ def test_every_recipe_is_valid(root: Path) -> None:
     assert recipes
     for path in recipes:
         load_config(path)
+
+
+def test_stores_by_one_name_or_several(tmp_path: Path) -> None:
+    for given, found in (("a.zarr", ["a.zarr"]), ('["a.zarr", "b.zarr"]', ["a.zarr", "b.zarr"])):
+        config = load_config(write(tmp_path, MINIMAL), [f"transfer.stores={given}", 'transfer.views=["m/alone/1"]'])
+        assert [str(p) for p in config.transfer.stores] == found
+        assert load_config(write(tmp_path, dump_config(config))) == config
+
+
+def test_lambda_rises_stays_and_falls(tmp_path: Path) -> None:
+    from stillhouse.train.trainer import transfer_weight
+
+    changes = ["transfer.weight=0.8", "transfer.warmup_steps=4", "transfer.decay_steps=4", "transfer.final_weight=0.2"]
+
+    def curve(*more: str, steps: tuple[int, ...]) -> list[float]:
+        config = load_config(write(tmp_path, MINIMAL), more)
+        return [transfer_weight(n, config) for n in steps]
+
+    assert curve("transfer.weight=0.8", steps=(0, 1000)) == [0.8, 0.8]
+    assert curve(*changes[:2], steps=(0, 1, 3, 4, 99)) == pytest.approx([0.2, 0.4, 0.8, 0.8, 0.8])
+    found = curve(*changes, "transfer.decay=linear", steps=(3, 4, 5, 6, 7, 8, 99))
+    assert found == pytest.approx([0.8, 0.8, 0.65, 0.5, 0.35, 0.2, 0.2])
+    found = curve(*changes, "transfer.decay=cosine", steps=(4, 5, 6, 7, 8, 9))
+    assert found == pytest.approx([0.8, 0.2 + 0.6 * 0.853553, 0.5, 0.2 + 0.6 * 0.146447, 0.2, 0.2], abs=1e-5)

@@ -40,7 +40,7 @@ def run(tones: Path, out: Path, *changes: str) -> list[dict]:
 def test_the_transfer_loss_falls_and_every_view_is_logged(
     tones: Path, store: Path, tmp_path: Path, aligner: str, distance: str
 ) -> None:
-    transfer = [f"transfer.store={store}", 'transfer.views=["minilm/*/3,6"]', f"transfer.aligner={aligner}"]
+    transfer = [f"transfer.stores={store}", 'transfer.views=["minilm/*/3,6"]', f"transfer.aligner={aligner}"]
     lines = run(tones, tmp_path / "run", *transfer, f"transfer.distance={distance}", "optim.steps=80")
     views = {f"transfer/minilm/{context}/{layer}" for context in ("alone", "both:8") for layer in (3, 6)}
     assert views <= set(lines[0])
@@ -51,7 +51,7 @@ def test_the_transfer_loss_falls_and_every_view_is_logged(
 def test_transfer_leaves_nothing_in_the_model_and_with_weight_0_changes_nothing(
     tones: Path, store: Path, tmp_path: Path
 ) -> None:
-    transfer = [f"transfer.store={store}", 'transfer.views=["minilm/both:8/6"]', "transfer.weight=0"]
+    transfer = [f"transfer.stores={store}", 'transfer.views=["minilm/both:8/6"]', "transfer.weight=0"]
     run(tones, tmp_path / "none")
     run(tones, tmp_path / "zero", *transfer)
     none, zero = (load_run(tmp_path / name, "last")[0].state_dict() for name in ("none", "zero"))
@@ -60,17 +60,32 @@ def test_transfer_leaves_nothing_in_the_model_and_with_weight_0_changes_nothing(
 
 
 def test_several_taps_and_learned_weights(tones: Path, store: Path, tmp_path: Path) -> None:
-    transfer = [f"transfer.store={store}", 'transfer.views=["minilm/*/3,6"]', "transfer.layers=[1, 2]"]
+    transfer = [f"transfer.stores={store}", 'transfer.views=["minilm/*/3,6"]', "transfer.layers=[1, 2]"]
     lines = run(tones, tmp_path / "run", *transfer, "transfer.mixing=learned", "run.log_every=2")
     assert len({line["weight/minilm/alone/3"] for line in lines}) > 1
     assert sum(v for k, v in lines[-1].items() if k.startswith("weight/")) == pytest.approx(1)
 
 
 def test_sampled_views_change_from_step_to_step(tones: Path, store: Path, tmp_path: Path) -> None:
-    transfer = [f"transfer.store={store}", 'transfer.views=["minilm/*/3,6"]', "transfer.mixing=sample"]
+    transfer = [f"transfer.stores={store}", 'transfer.views=["minilm/*/3,6"]', "transfer.mixing=sample"]
     lines = run(tones, tmp_path / "run", *transfer, "transfer.sample=1", "run.log_every=1")
     drawn = [next(k for k in line if k.startswith("transfer/")) for line in lines]
     assert len(set(drawn)) == 4 and all(sum(k.startswith("transfer/") for k in line) == 1 for line in lines)
+
+
+def test_views_of_two_stores_and_a_falling_lambda(tones: Path, store: Path, minilm: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.zarr"
+    command = [sys.executable, "-m", "stillhouse.cli", "extract", str(tones / "corpus.jsonl"), str(other)]
+    command += ["--teacher", str(minilm), "--name", "second", "--layers", "6", "--context", "past:4", "--device", "cpu"]
+    subprocess.run(command, check=True, capture_output=True)
+    changes = [f'transfer.stores=["{store}", "{other}"]', 'transfer.views=["minilm/alone/3,6", "*/past:4/last"]']
+    changes += ["transfer.decay=linear", "transfer.decay_steps=20", "run.log_every=1"]
+    lines = run(tones, tmp_path / "run", *changes)
+    views = {k for k in lines[0] if k.startswith("transfer/")}
+    assert views == {"transfer/minilm/alone/3", "transfer/minilm/alone/6", "transfer/second/past:4/6"}
+    assert [line["lambda"] for line in lines[:3]] == pytest.approx([1, 0.95, 0.9]) and lines[-1]["lambda"] == 0
+    with pytest.raises(StillhouseError, match="both hold minilm/alone/3"):
+        run(tones, tmp_path / "twice", f'transfer.stores=["{store}", "{store}"]', 'transfer.views=["minilm/alone/3"]')
 
 
 def test_a_changed_transcript_is_refused_by_name(tones: Path, store: Path, tmp_path: Path) -> None:
@@ -78,11 +93,11 @@ def test_a_changed_transcript_is_refused_by_name(tones: Path, store: Path, tmp_p
     changed = [u.model_copy(update={"text": "abba"}) if u.id == "u7" else u for u in corpus.utterances]
     changed = [u.model_copy(update={"audio": str(corpus.audio_path(u))}) for u in changed]
     write_manifest(tmp_path / "corpus.jsonl", changed)
-    transfer = [f"transfer.store={store}", 'transfer.views=["minilm/alone/6"]', f"data.corpus={tmp_path}/corpus.jsonl"]
+    transfer = [f"transfer.stores={store}", 'transfer.views=["minilm/alone/6"]', f"data.corpus={tmp_path}/corpus.jsonl"]
     with pytest.raises(StillhouseError, match="u7"):
         run(tones, tmp_path / "run", *transfer)
 
 
 def test_a_view_that_is_not_there_is_refused_before_the_first_step(tones: Path, store: Path, tmp_path: Path) -> None:
     with pytest.raises(StillhouseError, match="minilm/alone/3"):  # it lists what there is
-        run(tones, tmp_path / "run", f"transfer.store={store}", 'transfer.views=["minilm/past:64/6"]')
+        run(tones, tmp_path / "run", f"transfer.stores={store}", 'transfer.views=["minilm/past:64/6"]')
