@@ -87,14 +87,14 @@ def build_transfer(config: Config, encoder_dim: int) -> tuple[Any, Any]:
 
 
 def store_shards(config: Config, ids: Sequence[str]) -> np.ndarray | None:
-    """The shard of each utterance in the store that the config names, whether views are read or not: so that runs
-    with and without transfer have the same batches. None without a store.
+    """The shard of each utterance in the first store that the config names, whether views are read or not: so that
+    runs with and without transfer have the same batches. None without a store.
     """
-    if config.transfer.store is None:
+    if not config.transfer.stores:
         return None
     from ..extract.store import Store
 
-    return Store.open(config.transfer.store).shards(ids)
+    return Store.open(config.transfer.stores[0]).shards(ids)
 
 
 def load_run(out: Path, which: str = "best") -> tuple[Transducer, Any, Config, int]:
