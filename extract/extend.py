@@ -108,7 +108,8 @@ def write_generation(plan: Plan, teacher: Teacher, layout: Layout | None) -> Non
         write_json(paths.data / "zarr.json", group_json({"stillhouse": {"teachers": list(plan.teachers)}}))
     else:
         c, k = len(record.contexts), len(record.layers)
-        for name in ("hidden", "norm_mean", "norm_std", "crc32c"):
+        scaled = ["scale"] if dtype_of(record.dtype).scaled else []
+        for name in ("hidden", "norm_mean", "norm_std", "crc32c", *scaled):
             _grow(group / name / "zarr.json", [c, k])
         for name in ("input_hash", "context_left", "context_right"):
             _grow(group / name / "zarr.json", [c])

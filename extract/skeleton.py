@@ -16,7 +16,7 @@ from .store import plan as plans
 from .store.arrays import create_array
 from .store.files import fsync_folder, phase, write_json
 from .store.index import write_index
-from .store.layout import Paths, array_json, dtype_of, group_json, hidden_json
+from .store.layout import Paths, array_json, dtype_of, group_json, hidden_json, scale_json
 from .store.plan import Plan
 from .store.writer import encode
 from .teacher import Teacher
@@ -74,6 +74,8 @@ def write_teacher(paths: Paths, record: plans.Teacher, teacher: Teacher, layout:
         "context_right": array_json((c, u), "i4", (1, u), ("context", "utterance")),
         "crc32c": array_json((c, k, u), "u4", (1, 1, u), (*axes, "utterance")),
     }
+    if dtype_of(record.dtype).scaled:
+        empty["scale"] = scale_json(c, k, n, s)
     for name, meta in empty.items():
         create_array(group / name, meta)
     write_json(group / "zarr.json", group_json({"stillhouse": asdict(record)}))

@@ -17,7 +17,15 @@ from stillhouse.data.errors import StoreError
 
 from .files import allocate, pwrite_all, read_json, room, write_bytes, write_json
 
-_NUMPY = {"float16": "<f2", "float32": "<f4", "uint8": "u1", "uint16": "<u2", "uint32": "<u4", "uint64": "<u8"} | {
+_NUMPY = {
+    "int8": "i1",
+    "float16": "<f2",
+    "float32": "<f4",
+    "uint8": "u1",
+    "uint16": "<u2",
+    "uint32": "<u4",
+    "uint64": "<u8",
+} | {
     "int32": "<i4",
     "int64": "<i8",
 }

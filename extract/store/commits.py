@@ -36,6 +36,7 @@ class Commit:
     checksums: dict[str, int] = field(default_factory=dict)
     writer: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    losses: dict[str, list[float]] = field(default_factory=dict)  # of int8, by layer: sums of `Quantised.loss`
 
 
 def link_commit(paths: Paths, scratch: Path, commit: Commit) -> bool:

@@ -41,6 +41,11 @@ class Dtype:
     def bytes(self) -> int:
         return np.dtype(self.stored).itemsize
 
+    @property
+    def scaled(self) -> bool:
+        """Whether a row means nothing without its scale and the view's norms (see store/quantise.py)."""
+        return self.logical == "int8"
+
     def fill_rows(self, rows: int, width: int) -> np.ndarray:
         value = np.nan if self.fill == "NaN" else self.fill
         return np.full((rows, width), value, dtype=self.stored)
@@ -51,6 +56,7 @@ DTYPES = {
     # zarr-python has no bfloat16: its bits as uint16, with `logical_dtype` among the attributes. 0x7FC0 is its NaN.
     "bfloat16": Dtype("bfloat16", "<u2", "uint16", 0x7FC0),
     "float32": Dtype("float32", "<f4", "float32", "NaN"),
+    "int8": Dtype("int8", "|i1", "int8", 0),  # the scale of rows that hold nothing is NaN
 }
 
 
@@ -61,10 +67,10 @@ def dtype_of(name: str) -> Dtype:
 
 
 def to_float32(states: np.ndarray, logical: str) -> np.ndarray:
-    """Stored states (as `gather` returns them) as float32; bfloat16 arrives as uint16 bits."""
+    """Stored states (as `gather` returns them) as float32; bfloat16 arrives as uint16 bits, int8 as float32."""
     if logical == "bfloat16":
         return (states.astype(np.uint32) << 16).view(np.float32)
-    return states.astype(np.float32)
+    return states.astype(np.float32, copy=False)
 
 
 # --- hashes -----------------------------------------------------------------------------------------------------
@@ -84,9 +90,11 @@ def hash_text(text: str) -> int:
     return hash64(b"text\0" + text.encode())
 
 
-def crc32c(data: np.ndarray | bytes) -> int:
-    """Of bytes, or of a contiguous array's memory (a memoryview is refused by the library)."""
-    return google_crc32c.value(data)
+def crc32c(data: np.ndarray | bytes, before: int | None = None) -> int:
+    """Of bytes, or of a contiguous array's memory (a memoryview is refused by the library); `before`: of what comes
+    before it.
+    """
+    return google_crc32c.value(data) if before is None else google_crc32c.extend(before, data)
 
 
 # --- paths ------------------------------------------------------------------------------------------------------
@@ -135,6 +143,10 @@ class Paths:
         """The shard file of `hidden` at positions on the axes C, L and N (positions, not layer numbers)."""
         return self.chunk(teacher, "hidden", context, layer, shard, 0)
 
+    def scale(self, teacher: str, context: int, layer: int, shard: int) -> Path:
+        """The same of `scale`, which int8 stores alone have."""
+        return self.chunk(teacher, "scale", context, layer, shard)
+
     def plan(self, generation: int) -> Path:
         return self.root / "plan" / str(generation) / "plan.json"
 
@@ -151,7 +163,15 @@ class Paths:
 # --- Zarr metadata ----------------------------------------------------------------------------------------------
 
 _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
-_ZARR_DTYPES = {"f2": "float16", "f4": "float32", "u1": "uint8", "u2": "uint16", "u4": "uint32", "u8": "uint64"} | {
+_ZARR_DTYPES = {
+    "i1": "int8",
+    "f2": "float16",
+    "f4": "float32",
+    "u1": "uint8",
+    "u2": "uint16",
+    "u4": "uint32",
+    "u8": "uint64",
+} | {
     "i4": "int32",
     "i8": "int64",
 }
@@ -208,6 +228,12 @@ def hidden_json(contexts: int, layers: int, rows: int, width: int, shard_rows: i
         inner=(1, 1, INNER_ROWS, width),
         attributes={"logical_dtype": dtype.logical},
     )
+
+
+def scale_json(contexts: int, layers: int, rows: int, shard_rows: int) -> dict[str, Any]:
+    """`scale` [C, L, N] of int8 stores: sharded as `hidden` is, fill NaN."""
+    shape, dimensions = (contexts, layers, rows), ("context", "layer", "token")
+    return array_json(shape, "f2", (1, 1, shard_rows), dimensions, fill="NaN", inner=(1, 1, INNER_ROWS))
 
 
 # --- shards -----------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from .commits import Commit, link_commit
 from .files import allocate, fsync_all, phase, pwrite_all, room
 from .layout import INNER_ROWS, Dtype, Paths, crc32c, dtype_of, footer, shard_bytes
 from .plan import Teacher, Unit
+from .quantise import SCALE_BYTES, Quantised
 
 
 @functools.cache
@@ -32,7 +33,7 @@ def versions() -> dict[str, str]:
 
 
 def encode(states: np.ndarray, dtype: Dtype) -> np.ndarray:
-    """float32 [N, D] → as stored. bfloat16 rounds to nearest even, as torch does."""
+    """float32 [N, D] → as stored (int8: `quantise`). bfloat16 rounds to nearest even, as torch does."""
     if dtype.logical == "bfloat16":
         bits = np.ascontiguousarray(states, dtype=np.float32).view(np.uint32)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
@@ -72,9 +73,15 @@ class UnitWriter:
         shard, rows = unit.shard, unit.generation.shard_rows
         self.starts = starts - shard.number * rows
         self.files: dict[int, Path] = {}
+        self.scale_files: dict[int, Path] = {}
         self._fds: dict[int, int] = {}
         self.written = {layer: np.zeros(shard.rows, dtype=bool) for layer in unit.layers}
         self.crc = {layer: np.zeros(len(lengths), dtype=np.uint32) for layer in unit.layers}
+        scaled = unit.layers if self.dtype.scaled else ()
+        self.scale = {
+            layer: np.full(shard.rows + -shard.rows % INNER_ROWS, np.nan, dtype=np.float16) for layer in scaled
+        }
+        self.loss = {layer: np.zeros(4) for layer in scaled}
         self._split: set[tuple[int, int]] = set()
         size = shard_bytes(shard.rows, rows, self.row_bytes)
         try:
@@ -89,18 +96,21 @@ class UnitWriter:
             raise
         phase("allocated")
 
-    def write(self, layer: int, utterance: int, first_token: int, block: np.ndarray) -> None:
-        """Store [n, D], encoded as `encode` does, as tokens [first_token, first_token + n) of the unit's
+    def write(self, layer: int, utterance: int, first_token: int, block: np.ndarray | Quantised) -> None:
+        """Store [n, D], encoded as `encode` or `quantise` do, as tokens [first_token, first_token + n) of the unit's
         `utterance`-th utterance.
 
         Errors: StoreError naming view and utterance where a value is not finite.
         """
-        if not is_finite(block, self.dtype):
+        quantised = block if isinstance(block, Quantised) else None
+        if isinstance(block, Quantised):
+            block = block.values
+        if not (is_finite(block, self.dtype) if quantised is None else np.isfinite(quantised.scale).all()):
             raise StoreError(
                 f"a value of {self.teacher.name}/{self.unit.context}/{layer} is not finite in {self.dtype.logical}",
                 where=self.ids[utterance],
                 remedy="store this teacher with --dtype bfloat16"
-                if self.dtype.logical == "float16"
+                if self.dtype.logical in ("float16", "int8")
                 else "the model itself yields it: try --model-dtype float32",
             )
         row = int(self.starts[utterance]) + first_token
@@ -111,11 +121,21 @@ class UnitWriter:
             with room(self.files[layer]):
                 raise
         self.written[layer][row : row + len(block)] = True
+        if quantised is not None:
+            self.scale[layer][row : row + len(block)] = quantised.scale
+            self.loss[layer] += quantised.loss.sum(0, dtype=np.float64)
         if len(block) == self.lengths[utterance]:
-            self.crc[layer][utterance] = crc32c(block)
+            self.crc[layer][utterance] = self._crc(layer, utterance, block)
         else:
             self._split.add((layer, utterance))
         phase("mid_write")
+
+    def _crc(self, layer: int, utterance: int, data: np.ndarray | bytes) -> int:
+        """Of an utterance's rows, and of their scales behind them."""
+        if not self.dtype.scaled:
+            return crc32c(data)
+        at = int(self.starts[utterance])
+        return crc32c(self.scale[layer][at : at + int(self.lengths[utterance])], crc32c(data))
 
     def commit(
         self, input_hash: np.ndarray, context_left: np.ndarray, context_right: np.ndarray, generation: int
@@ -128,15 +148,21 @@ class UnitWriter:
                 hole = int(np.argmin(self.written[layer]))
                 raise StoreError(f"row {hole} was never written", where=f"{unit} layer {layer}")
             self._finish_file(layer, shard.rows, rows)
-        fsync_all(self.files.values())
+            if self.dtype.scaled:
+                self._write_scale(layer, rows)
+        fsync_all([*self.files.values(), *self.scale_files.values()])
         phase("before_rename")
         changed: list[Path] = []
         c = teacher.contexts.index(unit.context)
         for layer in unit.layers:
-            target = self.paths.hidden(teacher.name, c, teacher.layers.index(layer), shard.number)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(self.files[layer], target)
-            changed += target.parents[:4]  # the folders of shard, layer and context, and c/
+            axes = teacher.name, c, teacher.layers.index(layer), shard.number
+            moves = [(self.files[layer], self.paths.hidden(*axes), 4)]
+            if self.dtype.scaled:
+                moves.append((self.scale_files[layer], self.paths.scale(*axes), 3))
+            for source, target, folders in moves:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(source, target)
+                changed += target.parents[:folders]  # of (shard,) layer and context, and c/
             phase("mid_rename")
         group = self.paths.data / teacher.name
         for name, values in (
@@ -162,6 +188,7 @@ class UnitWriter:
             checksums={str(k): crc32c(v.astype("<u4").tobytes()) for k, v in self.crc.items()},
             writer={"host": socket.gethostname(), "pid": os.getpid(), "machine": platform.machine()},
             versions=versions(),
+            losses={str(k): v.tolist() for k, v in self.loss.items()},
         )
         return link_commit(self.paths, self.scratch, record)
 
@@ -170,7 +197,7 @@ class UnitWriter:
         fd = self._fds[layer]
         for utterance in sorted(u for k, u in self._split if k == layer):
             size, at = int(self.lengths[utterance]) * self.row_bytes, int(self.starts[utterance]) * self.row_bytes
-            self.crc[layer][utterance] = crc32c(os.pread(fd, size, at))
+            self.crc[layer][utterance] = self._crc(layer, utterance, os.pread(fd, size, at))
         with room(self.files[layer]):
             tail = -used % INNER_ROWS
             if tail:
@@ -180,12 +207,20 @@ class UnitWriter:
             pwrite_all(fd, memoryview(footer(used, rows, self.row_bytes)), end)
         os.close(self._fds.pop(layer))
 
+    def _write_scale(self, layer: int, rows: int) -> None:
+        """The layer's scales as the shard file that they become; NaN behind the last utterance, then the index."""
+        hidden = self.files[layer]
+        path = self.scale_files[layer] = hidden.with_name(f"{hidden.name}.scale")
+        with room(path), open(path, "wb") as f:
+            f.write(self.scale[layer].data)
+            f.write(footer(self.unit.shard.rows, rows, SCALE_BYTES))
+
     def close(self) -> None:
         """Drop what has not been committed."""
         for fd in self._fds.values():
             os.close(fd)
         self._fds.clear()
-        for path in self.files.values():
+        for path in (*self.files.values(), *self.scale_files.values()):
             path.unlink(missing_ok=True)
 
     def __enter__(self) -> UnitWriter:
