@@ -228,6 +228,13 @@ class Store:
         rows, t = self.index.rows(ids), self._rows_of(view.teacher)
         return (rows >= 0) & self._present(view)[t.start[np.maximum(rows, 0)] // t.shard_rows]
 
+    def shards(self, ids: Sequence[str]) -> np.ndarray:
+        """int64 [B]: the shard of its first teacher that each utterance lies in, -1 where it is unknown. All teachers
+        have the utterances in one order, so what is near for one is near for all.
+        """
+        rows, t = self.index.rows(ids), self._rows_of(self.plan.generations[0].teacher)
+        return np.where(rows < 0, -1, np.asarray(t.start)[np.maximum(rows, 0)] // t.shard_rows)
+
     def held(self, view: View) -> np.ndarray:
         """bool [U]: the same of every utterance, by row."""
         t = self._rows_of(view.teacher)
