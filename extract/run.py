@@ -205,7 +205,7 @@ def unit_passes(plan: Plan, unit: Unit, texts: Texts, session: np.ndarray) -> Pa
     t = plan.teachers[unit.teacher]
     core = unit.generation.core_tokens
     frame = Frame(t.prefix_ids, t.suffix_ids, t.join_ids, t.window, core, t.kind == "decoder")
-    return passes(parse_context(unit.context), frame, texts, session, unit.shard.first, unit.shard.last)
+    return passes(parse_context(unit.context), frame, texts, session, range(unit.shard.first, unit.shard.last))
 
 
 def _write_batch(writer: UnitWriter, batch: list[Window], states: dict[int, np.ndarray]) -> None:

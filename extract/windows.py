@@ -8,7 +8,8 @@ Run: `pytest tests/extract/test_windows.py`.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -150,23 +151,30 @@ class Session:
         return min(int(np.searchsorted(self.seen, self.seen[position] + n, side="left")), len(self.ids))
 
 
-def build(context: Context, frame: Frame, session: Session, core: range) -> list[tuple[Window, int]]:
-    """Windows of the utterances `core` of a session; Piece.utterance counts the session's utterances.
+def build(context: Context, frame: Frame, session: Session, wanted: Set[int]) -> list[tuple[Window, int]]:
+    """Windows that the utterances `wanted` of a session come out of; Piece.utterance counts the session's utterances.
 
-    Returns (window, position of its first text token in the session) pairs.
+    Returns (window, position of its first text token in the session) pairs. Who else is wanted changes no window.
     """
-    groups = _groups(context, frame, session, core)
     out: list[tuple[Window, int]] = []
-    for first, last in groups:
+    for first, last in _groups(context, frame, session):
+        if wanted.isdisjoint(range(first, last)):
+            continue
         begin = session.left(int(session.begin[first]), context.left)
         end = session.right(int(session.end[last - 1]), context.right)
-        out.extend(_cut(context, frame, session, first, last, begin, end))
+        for window, a in _cut(context, frame, session, first, last, begin, end):
+            window.pieces = [p for p in window.pieces if p.utterance in wanted]
+            if window.pieces:
+                out.append((window, a))
     return out
 
 
-def _groups(context: Context, frame: Frame, session: Session, core: range) -> list[tuple[int, int]]:
-    """Runs [first, last) of utterances that share a window; utterances without tokens are in none."""
-    full = [u for u in core if session.end[u] > session.begin[u]]
+def _groups(context: Context, frame: Frame, session: Session) -> list[tuple[int, int]]:
+    """Runs [first, last) of utterances that share a window; utterances without tokens are in none.
+
+    Cut from the session's beginning, so that a session alone decides, not the shards that it lies in.
+    """
+    full = np.flatnonzero(session.end > session.begin).tolist()
     shared = context.size > 0 and (context.block or frame.causal or (context.left > 0 and context.right > 0))
     if not shared:
         return [(u, u + 1) for u in full]
@@ -233,23 +241,28 @@ def _owners(spans: list[tuple[int, int]], begin: int, end: int, causal: bool) ->
     return np.argmax(scores, axis=0)
 
 
-def passes(context: Context, frame: Frame, texts: Texts, sessions: np.ndarray, first: int, last: int) -> Passes:
-    """Windows of utterances [first, last) of a store; `texts` and `sessions` are of the whole store, in its order.
+def passes(
+    context: Context, frame: Frame, texts: Texts, sessions: np.ndarray, wanted: Sequence[int] | np.ndarray
+) -> Passes:
+    """Windows of some utterances of a corpus: `wanted` are their positions, -1 for one that is not to be run.
 
-    Neighbours outside of [first, last) serve as context. Windows with the same ids and blocks are run once.
+    `texts` and `sessions` are of the whole corpus, in its order. Neighbours that are not wanted serve as context.
+    Windows with the same ids and blocks are run once. Pieces and results count `wanted`.
     """
-    count = last - first
+    count = len(wanted)
     result = Passes([], np.zeros(count, np.uint64), np.zeros(count, np.int32), np.zeros(count, np.int32))
     fed: list[list[bytes]] = [[] for _ in range(count)]
     known: dict[bytes, Window] = {}
-    u = first
-    while u < last:
-        begin, end = _bounds(sessions, u)
-        stop = min(end, last)
+    number = {int(p): i for i, p in enumerate(wanted) if p >= 0}
+    rest = sorted(number)
+    at = 0
+    while at < len(rest):
+        begin, end = bounds(sessions, rest[at])
+        stop = bisect_left(rest, end, at)
         session = Session(texts[begin:end], frame.join)
-        seen_first = np.full(count, -1)
-        for window, a in build(context, frame, session, range(u - begin, stop - begin)):
-            pieces = [Piece(p.utterance + begin - first, p.first, p.last, p.at) for p in window.pieces]
+        seen: set[int] = set()
+        for window, a in build(context, frame, session, {p - begin for p in rest[at:stop]}):
+            pieces = [Piece(number[p.utterance + begin], p.first, p.last, p.at) for p in window.pieces]
             b = a + len(window.ids) - len(frame.prefix) - (0 if context.block else len(frame.suffix))
             for p, local in zip(pieces, window.pieces):
                 n = p.at + p.last - p.first if frame.causal or context.block else len(window.ids)
@@ -257,9 +270,9 @@ def passes(context: Context, frame: Frame, texts: Texts, sessions: np.ndarray, f
                 head = f"{p.first} {p.last} {p.at} {n}".encode()
                 fed[p.utterance].append(head + b"\0" + window.ids[:n].tobytes() + blocks)
                 text_begin, text_end = session.begin[local.utterance], session.end[local.utterance]
-                if seen_first[p.utterance] < 0:
-                    left = session.seen[text_begin] - session.seen[min(a, text_begin)]
-                    result.context_left[p.utterance] = seen_first[p.utterance] = left
+                if p.utterance not in seen:
+                    seen.add(p.utterance)
+                    result.context_left[p.utterance] = session.seen[text_begin] - session.seen[min(a, text_begin)]
                 hidden = frame.causal or context.block  # what follows is in the window, but cannot be seen
                 right = 0 if hidden else session.seen[max(b, text_end)] - session.seen[text_end]
                 result.context_right[p.utterance] = right
@@ -270,13 +283,13 @@ def passes(context: Context, frame: Frame, texts: Texts, sessions: np.ndarray, f
                 known[key] = window
                 window.pieces = pieces
                 result.windows.append(window)
-        u = stop
+        at = stop
     result.input_hash[:] = [hash64(b"\1".join(parts)) for parts in fed]
     return result
 
 
-def _bounds(sessions: np.ndarray, u: int) -> tuple[int, int]:
-    """The run [begin, end) of utterances of u's session; sessions are contiguous in a store."""
+def bounds(sessions: np.ndarray, u: int) -> tuple[int, int]:
+    """The run [begin, end) of utterances of u's session; sessions are contiguous in the order of a corpus."""
     begin = end = u
     while begin > 0 and sessions[begin - 1] == sessions[u]:
         begin -= 1

@@ -152,7 +152,7 @@ def test_blocks_against_eager_attention(bert: Path, tmp_path: Path) -> None:
     ids = tokens(store, len(TEXTS))
     eager = AutoModel.from_pretrained(bert, attn_implementation="eager").eval()
     frame = Frame(teacher.tokeniser.prefix, teacher.tokeniser.suffix, [], teacher.window, 14, False)
-    work = passes(parse_context("past:6+block"), frame, ids, np.zeros(len(ids), np.int32), 0, len(ids))
+    work = passes(parse_context("past:6+block"), frame, ids, np.zeros(len(ids), np.int32), range(len(ids)))
     view, kept = View("t", "past:6+block", 2), 0
     for w in work.windows:
         n, blocks = len(w.ids), w.blocks

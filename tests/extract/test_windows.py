@@ -25,7 +25,7 @@ def run(
     context: str, texts: list[np.ndarray], *, window: int = 40, core: int = 8, causal: bool = False, join: str = ""
 ):
     frame = Frame([ord("[")], [] if causal else [ord("]")], [ord(c) for c in join], window, core, causal)
-    return passes(parse_context(context), frame, texts, np.zeros(len(texts), np.int32), 0, len(texts))
+    return passes(parse_context(context), frame, texts, np.zeros(len(texts), np.int32), range(len(texts)))
 
 
 def test_alone() -> None:
@@ -74,14 +74,17 @@ def test_joins_count_as_nothing_seen() -> None:
 
 def test_sessions_do_not_mix() -> None:
     frame = Frame([], [], [], 40, 20, False)
-    p = passes(parse_context("both:9"), frame, ids("ab", "cd", "ef"), np.array([0, 1, 1]), 0, 3)
+    p = passes(parse_context("both:9"), frame, ids("ab", "cd", "ef"), np.array([0, 1, 1]), range(3))
     assert [show(w) for w in p.windows] == ["ab", "cdef"]
 
 
 def test_neighbours_outside_of_the_shard_serve_as_context() -> None:
-    frame = Frame([], [], [], 40, 20, False)
-    p = passes(parse_context("both:2"), frame, ids("abc", "de", "fgh"), np.zeros(3), 1, 2)
+    frame = Frame([], [], [], 40, 3, False)
+    p = passes(parse_context("both:2"), frame, ids("abc", "de", "fgh"), np.zeros(3), [1])
     assert [show(w) for w in p.windows] == ["bcdefg"] and len(p.input_hash) == 1
+    frame = Frame([], [], [], 40, 20, False)
+    shared = passes(parse_context("both:2"), frame, ids("abc", "de", "fgh"), np.zeros(3), [1])
+    assert [show(w) for w in shared.windows] == ["abcdefgh"]  # as in the pass of all three
 
 
 def test_same_windows_run_once() -> None:
@@ -133,7 +136,7 @@ def test_any_session(
     texts = [np.array([next(stamp) for _ in range(n)], dtype=np.int32) for n in lengths]
     first, last = sorted(min(c, len(texts)) for c in cut)
     frame = Frame([1], [] if causal else [2], [ord(c) for c in join], window, core, causal)
-    p = passes(parse_context(context), frame, texts, np.zeros(len(texts), np.int32), first, last)
+    p = passes(parse_context(context), frame, texts, np.zeros(len(texts), np.int32), range(first, last))
     seen: dict[tuple[int, int], int] = {}
     for w in p.windows:
         assert len(w.ids) <= window and w.ids[0] == 1
@@ -153,6 +156,8 @@ def test_any_session(
             if context == "future:5":
                 assert not np.isin(w.ids, earlier).any()
     assert seen == {(u - first, t): 1 for u in range(first, last) for t in range(lengths[u])}
+    everyone = passes(parse_context(context), frame, texts, np.zeros(len(texts), np.int32), range(len(texts)))
+    assert np.array_equal(p.input_hash, everyone.input_hash[first:last])  # whoever else is wanted
     if max(lengths) + 10 + len(lengths) * 2 + 2 <= window:  # no window is cut
         for u in range(first, last):
             if lengths[u] and context != "alone":
