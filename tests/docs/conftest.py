@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import click
 import pytest
 
 from stillhouse.cli import cli
+from stillhouse.data.demo.stories import read_stories
 
 
 def walk(command: click.Command = cli, path: tuple[str, ...] = ("stillhouse",)) -> Iterator[tuple[str, click.Command]]:
@@ -70,3 +73,29 @@ def check(words: list[str]) -> None:
 @pytest.fixture(scope="session")
 def shell() -> SimpleNamespace:
     return SimpleNamespace(walk=walk, pipeline=pipeline, check=check)
+
+
+# An utterance of each, named as LibriSpeech names them
+CHAPTER = (
+    "SHE HEARD HIM BEFORE SHE SAW HIM",
+    "HE CAME UP THE STAIRCASE SLOWLY WITH A LAMP IN ONE HAND",
+    "THE NIGHT OUTSIDE WAS QUITE STILL",
+    "NO STAIRCASE IN THAT HOUSE WAS EVER SILENT BY NIGHT",
+)
+STORIES = 4
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
+    """The folder that test_blocks.py describes, its store made by the command itself."""
+    folder = tmp_path_factory.mktemp("workshop")
+    said = [("84-121123", f"84-121123-{k:04}", text) for k, text in enumerate(CHAPTER)]
+    for story in read_stories()[:STORIES]:
+        said += [(f"s{story.number}", f"s{story.number}-{k:02}", text) for k, text in enumerate(story.sentences)]
+    entries = [json.dumps({"id": i, "text": text, "session": session}) for session, i, text in said]
+    (folder / "corpus.jsonl").write_text("\n".join(entries) + "\n", encoding="utf-8")
+    request = "--name minilm --layers 0,3,6 --context alone --context both:64 --transform sentence_case"
+    paths = [str(folder / "corpus.jsonl"), str(folder / "corpus.zarr")]
+    cli(["extract", *paths, "--teacher", str(minilm), *request.split()], standalone_mode=False)
+    (folder / "teacher.zarr").symlink_to(folder / "corpus.zarr")
+    return folder

@@ -1,0 +1,195 @@
+"""What README.md and docs/ tell to type is typed: every fenced block of shell or Python carries one of three marks.
+
+quick        runs here, the blocks of a page in order in one folder that already has corpus.jsonl (a chapter's beginning
+             and the demo's stories), corpus.zarr = teacher.zarr (MiniLM: alone and both:64, layers 0, 3, 6)
+slow         the same with -m slow
+needs-data   with -m slow and the real corpora: LibriSpeech/ is there too, a small part of the real one
+
+Whatever the mark, each `stillhouse` line has to parse: commands, options and choices that do not exist fail at once.
+`make` is asked with --dry-run, since `make test` would come here again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import click
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [p for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))]
+SHELLS = {"sh": "bash", "bash": "bash", "zsh": "zsh", "fish": "fish"}
+MARKS = ("quick", "slow", "needs-data")
+FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```[ ]*$", re.MULTILINE | re.DOTALL)
+# A model and settings that no test can wait for, and what stands in for them
+STAND_INS = {
+    "sentence-transformers/all-MiniLM-L6-v2": "{minilm}",
+    "bert-base-uncased": "{minilm}",
+    "recipes/librispeech-100.toml": "{root}/recipes/librispeech-100.toml --set optim.steps=2 --set run.eval_every=2"
+    " --set model.dim=32 --set model.layers=1 --set model.inner=64 --set run.checkpoint_every=2",
+    "--layers 6,12": "--layers 3,6",
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    page: Path
+    line: int
+    language: str
+    mark: str
+    code: str
+
+    @property
+    def where(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+    @property
+    def runs(self) -> bool:
+        return self.language in SHELLS or self.language in ("python", "console", "pycon")
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    text = page.read_text(encoding="utf-8")
+    for found in FENCE.finditer(text):
+        language, _, mark = found[1].strip().partition(" ")
+        yield Block(page, text[: found.start()].count("\n") + 1, language, mark, found[2])
+
+
+ALL = [block for page in PAGES for block in blocks(page)]
+
+
+def lines(code: str) -> list[str]:
+    """Lines of shell, those that end in a backslash joined with the next."""
+    return [line.strip() for line in code.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def test_every_block_that_runs_has_a_mark() -> None:
+    wrong = [b.where for b in ALL if b.runs and b.mark not in MARKS]
+    assert not wrong, f"no mark (```sh quick, ```python slow …): {wrong}"
+    assert not [b.where for b in ALL if b.mark and not b.runs]
+    assert not [b.where for b in ALL if b.language in ("console", "pycon")], "write ```sh without prompts"
+
+
+def test_every_stillhouse_line_parses(shell: SimpleNamespace) -> None:
+    wrong = []
+    for block in ALL:
+        if block.language not in SHELLS:
+            continue
+        for line in lines(block.code):
+            for words in shell.pipeline(line):
+                words = words[next((i for i, w in enumerate(words) if "=" not in w), 0) :]
+                if words[0] == "stillhouse":
+                    try:
+                        shell.check(words)
+                    except click.UsageError as e:
+                        wrong.append(f"{block.where}: {e.format_message()}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_links_lead_somewhere() -> None:
+    wrong = []
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text(encoding="utf-8"))):
+            path, _, fragment = target.partition("#")
+            if "://" in target:
+                continue
+            there = page if not path else page.parent / path
+            if not there.exists():
+                wrong.append(f"{page.name}: {target}")
+            elif fragment and there.suffix == ".md":
+                text = there.read_text(encoding="utf-8")
+                headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+                if fragment not in [re.sub(r"[^\w\- ]", "", h).lower().replace(" ", "-") for h in headings]:
+                    wrong.append(f"{page.name}: {target}")
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if any(b.mark == "quick" for b in blocks(p))], ids=lambda p: p.name)
+def test_quick(page: Path, type_it: Callable[[Block], None]) -> None:
+    for block in blocks(page):
+        if block.mark == "quick":
+            type_it(block)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [p for p in PAGES if any(b.mark == "slow" for b in blocks(p))], ids=lambda p: p.name)
+def test_slow(page: Path, type_it: Callable[[Block], None]) -> None:
+    for block in blocks(page):
+        if block.mark in ("quick", "slow"):
+            type_it(block)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if any(b.mark == "needs-data" for b in blocks(p))], ids=lambda p: p.name
+)
+def test_needs_data(page: Path, type_it: Callable[[Block], None], corpora: Path) -> None:
+    Path("LibriSpeech").mkdir()
+    for split, source in (("train-clean-100", "train-clean-100"), ("dev-clean", "test-other")):
+        for speaker in sorted((corpora / "librispeech-subset" / source).iterdir())[:4]:
+            to = Path("LibriSpeech", split, speaker.name)
+            to.parent.mkdir(exist_ok=True)
+            to.symlink_to(speaker)
+    for name in ("corpus.jsonl", "corpus.zarr", "teacher.zarr"):
+        Path(name).unlink()  # the page makes its own
+    for block in blocks(page):
+        if block.mark == "needs-data":
+            type_it(block)
+
+
+@pytest.fixture
+def type_it(
+    workshop: Path, minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[Block], None]:
+    """Run a block of a page in this test's folder; names that one Python block makes are there in the next."""
+    for source in workshop.iterdir():
+        (tmp_path / source.name).symlink_to(source)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    names: dict[str, object] = {"__name__": "block"}
+
+    def run(block: Block) -> None:
+        code = block.code
+        for told, stand_in in STAND_INS.items():
+            code = code.replace(told, stand_in.format(minilm=minilm, root=ROOT))
+        if block.language == "python":
+            exec(compile("\n" * block.line + code, block.where, "exec"), names)
+            return
+        program = SHELLS[block.language]
+        if shutil.which(program) is None:
+            pytest.skip(f"no {program} here")
+        if all(is_plain(line) for line in lines(code)):
+            for line in lines(code):
+                here(block, shlex.split(line, comments=True))
+            return
+        code = re.sub(r"^make ", f"make --dry-run -C {shlex.quote(str(ROOT))} ", code, flags=re.MULTILINE)
+        options = ["-euo", "pipefail"] if program == "bash" else []
+        done = subprocess.run([program, *options, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, f"{block.where}\n{done.stdout}\n{done.stderr}"
+
+    def here(block: Block, words: list[str]) -> None:
+        """In this process: the same, less half a second."""
+        from stillhouse.cli import main
+
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main(words[1:])
+        assert left.value.code == 0, f"{block.where}: {shlex.join(words)}\n{capsys.readouterr().err}"
+
+    return run
+
+
+def is_plain(line: str) -> bool:
+    """A `stillhouse` command that needs no shell."""
+    unquoted = re.sub(r"'[^']*'|\"[^\"$`]*\"|#.*", "", line)
+    return line.startswith(("stillhouse ", "#")) and not re.search(r"[|&;<>*?$`~(]", unquoted)
