@@ -18,6 +18,7 @@ COMMANDS = {
     "demo": ("stillhouse.train.commands:demo", "The whole of it on an embedded corpus, ending in a report."),
     "corpus": ("stillhouse.data.commands:corpus", "Import, check and split a corpus; features; ASR units."),
     "extract": ("stillhouse.extract.commands:extract", "Run a language model over the transcripts into a store."),
+    "teacher": ("stillhouse.extract.commands:teacher", "Bring a language model into a form that loads fast."),
     "inspect": ("stillhouse.extract.inspect.commands:inspect", "Look into a store."),
     "train": ("stillhouse.train.commands:train", "Train a transducer, with transfer from a store or without."),
     "decode": ("stillhouse.train.commands:decode", "Write hypotheses of a trained model."),

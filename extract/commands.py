@@ -221,3 +221,26 @@ def render(s: Summary) -> str:
             f"padding {s.padding_share:.1%}; model busy {s.model_share:.0%}"
         )
     return "\n".join(lines)
+
+
+@click.group()
+def teacher() -> None:
+    """Language models on this machine."""
+
+
+@teacher.command(epilog="Example: stillhouse teacher convert SmolLM2-135M-Instruct.Q4_1.gguf teachers/smollm2")
+@click.argument("source", type=click.Path(exists=True, path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--note", default="", help="Words to keep about the model, beside what its file tells.")
+@click.option("--json", "as_json", is_flag=True, help="The new folder's teacher.json.")
+def convert(source: Path, out: Path, note: str, as_json: bool) -> None:
+    """Read SOURCE, a GGUF file or a model's folder, once, and write the folder OUT, which --teacher loads at once.
+
+    Quantised weights become the float32 numbers that they stand for. Hidden states and tokenizer are compared with the
+    source's, bit by bit, before OUT appears; OUT/teacher.json says what it is. GGUF needs the extra gguf.
+    """
+    from .convert import convert as run
+    from .convert import render as render_card
+
+    card = run(source, out, note)
+    click.echo(json.dumps(card.as_json(), indent=1, ensure_ascii=False) if as_json else render_card(card))

@@ -105,6 +105,7 @@ def teacher_record(teacher: Teacher, request: Request) -> plans.Teacher:
         model_dtype=teacher.dtype,
         contexts=contexts,
         layers=layers,
+        about=teacher.about,
     )
     prints = {f"{c}/{k}": view_fingerprint(record, c, k) for c in contexts for k in layers}
     return replace(record, fingerprints=prints)

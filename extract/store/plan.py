@@ -44,6 +44,7 @@ class Teacher:
     contexts: list[str] = field(default_factory=list)
     layers: list[int] = field(default_factory=list)
     fingerprints: dict[str, str] = field(default_factory=dict)  # "CONTEXT/LAYER" -> hash of the view's settings
+    about: str = ""  # what the model's folder says of itself, as "instruct-tuned, 4-bit quantised"
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ class KnownTeacher:
     """
 
     source, architecture, revision, dtype, device, depth = "known", "KnownModel", None, "float32", "cpu", 4
+    about = "made up"
 
     def __init__(self, width: int = 12, kind: str = "encoder", window: int = 256, seed: int = 0) -> None:
         self.width, self.kind, self.window = width, kind, window
