@@ -27,7 +27,7 @@ from .store.files import Lock, Scratch
 from .store.index import Index
 from .store.layout import Dtype
 from .store.plan import Plan, Unit
-from .store.rows import Places, TeacherRows
+from .store.rows import TeacherRows
 from .store.writer import UnitWriter
 from .teacher import Teacher
 from .windows import Frame, Passes, Texts, Window, parse_context, passes
@@ -233,5 +233,5 @@ class StoredTexts:
 
     def __getitem__(self, which: slice) -> list[np.ndarray]:
         t = self._rows
-        places = Places(t.start[which], t.length[which], t.shard_rows, t.row_bytes)
+        places = t.places(which)
         return np.split(t.tokens(t.token_id, places), places.into[1:])

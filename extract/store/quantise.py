@@ -14,7 +14,6 @@ import numpy as np
 
 SCALE_BYTES = 2
 LARGEST = 127
-BLOCK_ROWS = 256  # dequantised at once: a block's float32 rows stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -48,17 +47,13 @@ def quantise(states: np.ndarray, mean: np.ndarray, std: np.ndarray) -> Quantised
 
 
 def dequantise(values: np.ndarray, scale: np.ndarray, mean: np.ndarray, std: np.ndarray, out: np.ndarray) -> None:
-    """int8 [N, D] and float16 [N] → `out` float32 or float16 [N, D]."""
-    wide = scale.astype(np.float32)[:, None]
-    for a in range(0, len(values), BLOCK_ROWS):
-        part = slice(a, a + BLOCK_ROWS)
-        target = out[part]
-        block = target if out.dtype == np.float32 else np.empty(target.shape, np.float32)
-        np.multiply(values[part], wide[part], out=block)
-        block *= std
-        block += mean
-        if block is not target:
-            target[...] = block
+    """int8 [N, D] and float16 [N] → `out` float32 or float16 [N, D], C-contiguous."""
+    from .kernels import dequantise as kernel
+
+    whole = out if out.dtype == np.float32 else np.empty(out.shape, np.float32)
+    kernel(values, scale.astype(np.float32), np.asarray(mean, np.float32), np.asarray(std, np.float32), whole)
+    if whole is not out:
+        out[...] = whole
 
 
 @dataclass(frozen=True)

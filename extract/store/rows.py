@@ -7,7 +7,8 @@ Run: `pytest tests/extract/test_reader.py`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,10 @@ import numpy as np
 from stillhouse.data.errors import StoreError
 
 from .arrays import RawArray
-from .handles import Handle
+from .handles import Handle, most_handles
 from .layout import dtype_of
 from .plan import Plan
+from .quantise import SCALE_BYTES
 
 # A range of a shard file and where its parts go: (file offset, bytes, [(begin, end) in the output buffer, …]).
 Run = tuple[int, int, list[tuple[int, int]]]
@@ -28,29 +30,42 @@ class Places:
     """Where a batch of utterances lies and where it goes, worked out once for all layers.
 
     start int64 [B] and length [B] are rows of a teacher's token axis; `into` int64 [B] rows of the packed output;
-    `runs` lists each shard's ranges in the order of the file, those that touch joined.
+    `shard` int64 [B], and `inside` int64 [B] the first row in it.
     """
 
-    def __init__(self, start: np.ndarray, length: np.ndarray, shard_rows: int, row_bytes: int) -> None:
+    def __init__(self, start: np.ndarray, length: np.ndarray, shard_rows: int) -> None:
         self.start, self.length = start, length.astype(np.int64)
         ends = np.cumsum(self.length)
         self.into = ends - self.length
         self.total = int(ends[-1]) if len(ends) else 0
         self.shard = start // shard_rows
-        order = np.argsort(start, kind="stable")
+        self.inside = start - self.shard * shard_rows
+        self.shards = np.unique(self.shard[self.length > 0]).tolist()
+
+    def copies(self, row_bytes: int) -> Copies:
+        """For every utterance: (shard, bytes [from, to) in its file, bytes [from, to) in the output), as lists."""
+        source, target, size = self.inside * row_bytes, self.into * row_bytes, self.length * row_bytes
+        return Copies(
+            self.shard.tolist(), source.tolist(), (source + size).tolist(), target.tolist(), (target + size).tolist()
+        )
+
+    def runs(self, row_bytes: int) -> list[tuple[int, list[Run]]]:
+        """Each shard's ranges in the order of the file, those that touch joined."""
+        order = np.argsort(self.start, kind="stable")
         order = order[self.length[order] > 0]
-        shards, starts = self.shard[order].tolist(), start[order].tolist()
-        sizes = (self.length[order] * row_bytes).tolist()
-        targets = (self.into[order] * row_bytes).tolist()
-        self.runs: list[tuple[int, list[Run]]] = []
+        out: list[tuple[int, list[Run]]] = []
         last_shard, end = -1, -1
-        for number, s, size, target in zip(shards, starts, sizes, targets):
-            offset = (s - number * shard_rows) * row_bytes
+        for number, offset, size, target in zip(
+            self.shard[order].tolist(),
+            (self.inside[order] * row_bytes).tolist(),
+            (self.length[order] * row_bytes).tolist(),
+            (self.into[order] * row_bytes).tolist(),
+        ):
             part = (target, target + size)
             if number != last_shard:
-                self.runs.append((number, [(offset, size, [part])]))
+                out.append((number, [(offset, size, [part])]))
             else:
-                runs = self.runs[-1][1]
+                runs = out[-1][1]
                 if offset == end and len(runs[-1][2]) < MOST_PARTS:
                     first, before, parts = runs[-1]
                     parts.append(part)
@@ -58,6 +73,31 @@ class Places:
                 else:
                     runs.append((offset, size, [part]))
             last_shard, end = number, offset + size
+        return out
+
+
+@dataclass(frozen=True)
+class Copies:
+    """See `Places.copies`."""
+
+    shard: list[int]
+    source: list[int]
+    source_end: list[int]
+    target: list[int]
+    target_end: list[int]
+
+    def fill(self, out: memoryview, by_shard: dict[int, memoryview]) -> None:
+        """Copy out of memory; utterances of shards that `by_shard` lacks are left alone."""
+        nothing = memoryview(b"")
+        if len(by_shard) == 1 and len(set(self.shard)) == 1:
+            only = next(iter(by_shard.values()))
+            for s, t, a, b in zip(self.source, self.source_end, self.target, self.target_end):
+                out[a:b] = only[s:t]
+            return
+        for number, s, t, a, b in zip(self.shard, self.source, self.source_end, self.target, self.target_end):
+            mapped = by_shard.get(number, nothing)
+            if mapped is not nothing:
+                out[a:b] = mapped[s:t]
 
 
 class TeacherRows:
@@ -74,99 +114,125 @@ class TeacherRows:
         self.token_id = RawArray(self.group / "token_id")
         self.span = RawArray(self.group / "span")
         self.present: dict[tuple[str, int], np.ndarray] = {}
-        self._parts: dict[tuple[str, int], np.ndarray] = {}
-        self._crc: dict[tuple[int, int], np.ndarray] = {}
-        self._files: dict[tuple[int, int, int], Path] = {}
+        self._parts: dict[str, dict[int, memoryview]] = {}
+        self._most_parts = most_handles() // 2
+        self._arrays: dict[tuple[str, int, int], np.ndarray] = {}
+        self._files: dict[tuple[str, int, int, int], Path] = {}
 
-    def path(self, context: int, layer: int, shard: int) -> Path:
-        key = (context, layer, shard)
+    def places(self, rows: np.ndarray | slice) -> Places:
+        return Places(self.start[rows], self.length[rows], self.shard_rows)
+
+    def row_size(self, array: str) -> int:
+        """Bytes of a row of `hidden` or `scale`."""
+        return SCALE_BYTES if array == "scale" else self.row_bytes
+
+    def path(self, array: str, context: int, layer: int, shard: int) -> Path:
+        """The shard file of `hidden` or `scale`."""
+        key = (array, context, layer, shard)
         if key not in self._files:
-            self._files[key] = self.paths.hidden(self.record.name, *key)
+            where = self.paths.scale if array == "scale" else self.paths.hidden
+            self._files[key] = where(self.record.name, context, layer, shard)
         return self._files[key]
 
-    def crc32c(self, context: int, layer: int) -> np.ndarray:
-        if (context, layer) not in self._crc:
-            self._crc[context, layer] = RawArray(self.group / "crc32c").read(context, layer)
-        return self._crc[context, layer]
+    def of_layer(self, array: str, context: int, layer: int) -> np.ndarray:
+        """`crc32c` [U], `norm_mean` or `norm_std` [D] of a view."""
+        key = (array, context, layer)
+        if key not in self._arrays:
+            self._arrays[key] = RawArray(self.group / array).read(context, layer)
+        return self._arrays[key]
 
     def tokens(self, array: RawArray, places: Places) -> np.ndarray:
         """[ΣN, …] of a token array, packed in the order of the batch."""
         out = np.empty((places.total, *array.shape[1:]), dtype=array.dtype)
-        name, parts, rows = array.path.name, self._parts, self.shard_rows
-        for s, n, at, number in zip(
-            places.start.tolist(), places.length.tolist(), places.into.tolist(), places.shard.tolist()
-        ):
-            part = parts.get((name, number))
-            if part is None:
-                part = self._part(array, number)
-            first = s - number * rows
-            out[at : at + n] = part[first : first + n]
+        parts = self._parts.setdefault(array.path.name, {})
+        here = {}
+        for number in places.shards:
+            if number not in parts:
+                if len(parts) >= self._most_parts:  # a map holds a file descriptor
+                    parts.pop(next(iter(parts)))
+                parts[number] = self._part(array, number)
+            here[number] = parts[number]
+        row_bytes = array.dtype.itemsize * (out.shape[1] if out.ndim == 2 else 1)
+        places.copies(row_bytes).fill(as_bytes(out), here)
         return out
 
-    def _part(self, array: RawArray, number: int) -> np.ndarray:
+    def _part(self, array: RawArray, number: int) -> memoryview:
         """A token array's rows of one shard."""
         rows = self.shard_rows
         if array.plain and array.chunks[0] == rows:
-            part = array.chunk(number, *(0 for _ in array.shape[1:]))
-        else:
-            part = array.read()[number * rows : (number + 1) * rows]
-        self._parts[array.path.name, number] = part
-        return part
+            return as_bytes(array.chunk(number, *(0 for _ in array.shape[1:])))
+        return as_bytes(np.ascontiguousarray(array.read()[number * rows : (number + 1) * rows]))
+
+
+def as_bytes(array: np.ndarray) -> memoryview:
+    """The memory of a C-contiguous array."""
+    return memoryview(array.data).cast("B") if array.size else memoryview(bytearray())
 
 
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
-SAMPLED = 8
-Job = tuple[Handle, memoryview, Run]  # a range of a file and the output buffer that it goes into
+PROBED = 8
 
 
-def fetch(jobs: list[Job]) -> None:
-    """Bring ranges of files straight into their places.
+class Reading:
+    """One array of one view on its way into `out`: open files of the shards that a batch needs, and where rows go."""
 
-    Where a few of them turn out to be in memory, the rest is copied out of the memory map (the kernel's own copy
-    takes twice as long); otherwise what is not in memory is asked for all at once and then read.
-    Errors: StoreError where a file ends too early.
+    def __init__(self, handles: dict[int, Handle], places: Places, row_bytes: int, out: np.ndarray) -> None:
+        self.handles, self.places, self.row_bytes = handles, places, row_bytes
+        self.buffer = as_bytes(out)
+
+    def hot(self, probes: int = PROBED) -> bool:
+        """Whether as much of it as a few probes can tell is in memory."""
+        p = self.places
+        held = np.flatnonzero(p.length > 0)
+        for u in held[:: max(1, len(held) // probes)].tolist():
+            handle = self.handles.get(int(p.shard[u]))
+            if handle is None:
+                continue
+            try:
+                os.preadv(handle.fd, [bytearray(1)], int(p.inside[u]) * self.row_bytes, _NOWAIT)
+            except OSError:  # EAGAIN: not in memory; EOPNOTSUPP: a file system that cannot tell
+                return False
+        return True
+
+    def copy(self, copies: Copies) -> None:
+        """Out of the memory maps: the kernel's own copy takes twice as long."""
+        copies.fill(self.buffer, {number: handle.map for number, handle in self.handles.items()})
+
+    def advise(self, runs: list[tuple[int, list[Run]]]) -> None:
+        """Ask the kernel for all ranges at once, so that their waits overlap."""
+        advise = getattr(os, "posix_fadvise", None)
+        if advise is None:  # macOS
+            return
+        for number, ranges in runs:
+            if number in self.handles:
+                for offset, size, _ in ranges:
+                    advise(self.handles[number].fd, offset, size, os.POSIX_FADV_WILLNEED)
+
+    def read(self, runs: list[tuple[int, list[Run]]]) -> None:
+        """Errors: StoreError where a file ends too early."""
+        for number, ranges in runs:
+            if number in self.handles:
+                for offset, size, parts in ranges:
+                    _read(self.handles[number], self.buffer, offset, size, parts)
+
+
+def read_all(readings: Sequence[Reading]) -> bool:
+    """Begin to read several arrays that have the same places. True: they are in memory, `copy` them;
+    False: the disk has been asked for all of them, `read` them.
     """
-    if not jobs:
+    if all(r.hot(max(1, PROBED // len(readings))) for r in readings):
+        return True
+    for r in readings:
+        r.advise(r.places.runs(r.row_bytes))
+    return False
+
+
+def _read(handle: Handle, buffer: memoryview, offset: int, size: int, parts: list[tuple[int, int]]) -> None:
+    if os.preadv(handle.fd, [buffer[a:b] for a, b in parts], offset) == size:
         return
-    step = max(1, len(jobs) // SAMPLED)
-    cold = _read_hot(jobs[::step])
-    rest = (job for i, job in enumerate(jobs) if i % step)
-    if cold:
-        _read_cold(cold + _read_hot(rest))
-        return
-    for handle, buffer, (offset, _, parts) in rest:
-        mapped = handle.map
-        for a, b in parts:
-            end = offset + b - a
-            buffer[a:b] = mapped[offset:end]
-            offset = end
-
-
-def _read_hot(jobs: Iterable[Job]) -> list[Job]:
-    """Read what is in memory already. Returns the ranges that would have to wait for a disk."""
-    cold: list[Job] = []
-    for job in jobs:
-        handle, buffer, (offset, size, parts) = job
-        try:
-            got = os.preadv(handle.fd, [buffer[a:b] for a, b in parts], offset, _NOWAIT)
-        except OSError:  # EAGAIN: not in memory; EOPNOTSUPP: a file system that cannot tell
-            got = 0
-        if got != size:
-            cold.append(job)
-    return cold
-
-
-def _read_cold(jobs: list[Job]) -> None:
-    """Ask the kernel for all ranges at once, then read them."""
-    advise = getattr(os, "posix_fadvise", None)
-    if advise is not None:
-        for handle, _, (offset, size, _parts) in jobs:
-            advise(handle.fd, offset, size, os.POSIX_FADV_WILLNEED)
-    for handle, buffer, (offset, _, parts) in jobs:
-        at = offset
-        for a, b in parts:
-            while a < b:
-                got = os.preadv(handle.fd, [buffer[a:b]], at)
-                if got == 0:
-                    raise StoreError("a committed shard file is too short", where=handle.path)
-                a, at = a + got, at + got
+    for a, b in parts:  # cut short; what came is read again
+        while a < b:
+            got = os.preadv(handle.fd, [buffer[a:b]], offset)
+            if got == 0:
+                raise StoreError("a committed shard file is too short", where=handle.path)
+            a, offset = a + got, offset + got
