@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 
 from .arrays import RawArray, create_array
-from .layout import Paths, array_json, group_json, hash_id
+from .files import read_json, write_json
+from .growing import append
+from .layout import Paths, array_json, group_json, hash64, hash_id
 
 
 def write_index(paths: Paths, ids: Sequence[str], text_hashes: np.ndarray, sessions: np.ndarray) -> None:
     """Write the group `utterances` for ids in the order of the store."""
-    from .files import write_json
-
     folder = paths.data / "utterances"
     encoded = [i.encode() for i in ids]
     offsets = np.zeros(len(ids) + 1, dtype=np.int64)
@@ -40,31 +41,117 @@ def write_index(paths: Paths, ids: Sequence[str], text_hashes: np.ndarray, sessi
     write_json(folder / "zarr.json", group_json({"order": "of the plan: sessions permuted, utterances in order"}))
 
 
-class Index:
-    """Looks ids up. `rows(ids)` gives int64 [B], -1 where an id is unknown."""
+def write_edition(
+    paths: Paths,
+    number: int,
+    first: int,
+    ids: Sequence[str],
+    text_hashes: np.ndarray,
+    order: np.ndarray,
+    session: np.ndarray,
+    served: np.ndarray,
+    source: np.ndarray,
+) -> None:
+    """Append rows [first, first + len(ids)): new utterances, later texts of known ones; and the table of the corpus.
 
-    def __init__(self, folder: Path) -> None:
+    order int32 [n] are the corpus's rows in its order, session int32 [n] their sessions, served bool [n] which of them
+    can be asked for (the others are context alone); source int32 [len(ids)] the row that each new one replaces, or -1.
+    Nothing of it counts before a generation names the edition.
+    """
+    folder = paths.data / "utterances"
+    encoded = [i.encode() for i in ids]
+    begin = int(RawArray(folder / "id_offset").read()[first])
+    offsets = begin + np.cumsum([len(b) for b in encoded], dtype=np.int64)
+    append(folder / "id_offset", offsets, first + 1)
+    append(folder / "id_bytes", np.frombuffer(b"".join(encoded), dtype=np.uint8), begin)
+    append(folder / "text_hash", text_hashes, first)
+    known, offset = RawArray(folder / "id_bytes").read(), RawArray(folder / "id_offset").read()
+    rows = order[served]
+    hashes = np.array([hash64(known[offset[r] : offset[r + 1]].tobytes()) for r in rows.tolist()], dtype=np.uint64)
+    by_hash = np.argsort(hashes, kind="stable")
+    table = folder / "editions" / str(number)
+    columns = {"id_hash": (hashes[by_hash], "u8"), "id_row": (rows[by_hash].astype(np.int32), "i4")}
+    columns |= {"order": (order.astype(np.int32), "i4"), "session": (session.astype(np.int32), "i4")}
+    columns |= {"source": (source.astype(np.int32), "i4")}
+    for name, (values, dtype) in columns.items():
+        create_array(table / name, array_json(values.shape, dtype, (max(1, len(values)),), ("utterance",)), values)
+    write_json(table / "zarr.json", group_json({"first": first, "rows": first + len(ids)}))
+    write_json(folder / "editions" / "zarr.json", group_json({}))
+
+
+class Index:
+    """Looks ids up. `rows(ids)` gives int64 [B], -1 where an id is unknown.
+
+    A row is an utterance with one text, for ever. An edition says which rows are the corpus, in which order and
+    sessions: `order` int64 [n], `session_of` int32 [n]. Its length is that of all rows, dead ones included.
+    """
+
+    def __init__(self, folder: Path, edition: int = 0) -> None:
+        self.edition = edition
+        table = folder / "editions" / str(edition) if edition else folder
+        self.hash = RawArray(table / "id_hash").read()
+        self.row = RawArray(table / "id_row").read()
+        self.session_of = RawArray(table / "session").read()
+        facts = read_json(table / "zarr.json")["attributes"] if edition else {"first": len(self.row)}
+        count = self._count = facts.get("rows", len(self.row))
+        self.first = facts["first"]  # rows from here on came with this edition
+        self._order = RawArray(table / "order").read() if edition else None
+        self.source = RawArray(table / "source").read() if edition else np.zeros(0, np.int32)
+        # Rows that a later edition added, or would have if its planner had not died, are not ours
         self.bytes = RawArray(folder / "id_bytes").read()
-        self.offset = RawArray(folder / "id_offset").read()
-        self.hash = RawArray(folder / "id_hash").read()
-        self.row = RawArray(folder / "id_row").read()
-        self.text_hash = RawArray(folder / "text_hash").read()
-        self.session = RawArray(folder / "session").read()
+        self.offset = RawArray(folder / "id_offset").read()[: count + 1]
+        self.text_hash = RawArray(folder / "text_hash").read()[:count]
 
     def __len__(self) -> int:
-        return len(self.row)
+        return self._count
+
+    @cached_property
+    def order(self) -> np.ndarray:
+        return np.arange(len(self)) if self._order is None else self._order.astype(np.int64)
+
+    @cached_property
+    def live(self) -> np.ndarray:
+        """bool [U]: rows that can be asked for."""
+        found = np.zeros(len(self), dtype=bool)
+        found[self.row] = True
+        return found
+
+    @cached_property
+    def position(self) -> np.ndarray:
+        """int64 [U]: where a row is in `order`, -1 where it is dead."""
+        found = np.full(len(self), -1, dtype=np.int64)
+        found[self.order] = np.arange(len(self.order))
+        return found
+
+    @cached_property
+    def session(self) -> np.ndarray:
+        """int32 [U]: by row, -1 where it is dead."""
+        if not self.edition:
+            return self.session_of
+        found = np.full(len(self), -1, dtype=np.int32)
+        found[self.order] = self.session_of
+        return found
+
+    def source_of(self, row: int) -> int:
+        """The row that this one took the place of when its edition came, -1 where there is none."""
+        return int(self.source[row - self.first]) if self.first <= row < self.first + len(self.source) else -1
 
     def id(self, row: int) -> str:
         return self.bytes[self.offset[row] : self.offset[row + 1]].tobytes().decode()
 
     def ids(self) -> list[str]:
+        """Of all that can be asked for, in the order of the corpus."""
         whole, offset = self.bytes.tobytes(), self.offset.tolist()
-        return [whole[a:b].decode() for a, b in itertools.pairwise(offset)]
+        if not self.edition:
+            return [whole[a:b].decode() for a, b in itertools.pairwise(offset)]
+        return [whole[offset[r] : offset[r + 1]].decode() for r in self.order[self.live[self.order]].tolist()]
 
     def rows(self, ids: Sequence[str]) -> np.ndarray:
         if not len(ids):
             return np.zeros(0, dtype=np.int64)
         encoded = [i.encode() for i in ids]
+        if not len(self.hash):
+            return np.full(len(ids), -1, dtype=np.int64)
         hashes = np.frombuffer(
             b"".join([blake2b(b, digest_size=8).digest() for b in encoded]), dtype="<u8"
         )  # = [hash_id(i) for i in ids]

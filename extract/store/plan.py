@@ -68,7 +68,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Generation:
-    """One immutable plan: the teacher's whole list of shards after it, and what work it adds."""
+    """One immutable plan: the teacher's whole list of shards after it, what work it adds, and what it takes back."""
 
     number: int
     teacher: str
@@ -80,6 +80,10 @@ class Generation:
     core_tokens: int
     seed: int
     created: str
+    edition: int = 0  # which table of utterances (store/index.py) is the corpus as this teacher has it
+    vocabulary: int = 0  # how many rows of `embedding` count; 0: all
+    dropped_shards: list[int] = field(default_factory=list)  # that earlier generations asked for and none serves
+    dropped_views: list[str] = field(default_factory=list)  # "CONTEXT/LAYER", the same
 
 
 @dataclass(frozen=True)
@@ -111,14 +115,35 @@ class Plan:
     generations: list[Generation]
 
     def units(self, teacher: str | None = None) -> list[Unit]:
-        """All units of work in the order in which writers take them."""
-        return [
-            Unit(g, work.context, tuple(work.layers), g.shards[s])
-            for g in self.generations
-            if teacher is None or g.teacher == teacher
-            for work in g.work
-            for s in work.shards
-        ]
+        """All units of work in the order in which writers take them, without what a later generation took back."""
+        found: list[Unit] = []
+        for n, g in enumerate(self.generations):
+            if teacher is not None and g.teacher != teacher:
+                continue
+            later = [h for h in self.generations[n + 1 :] if h.teacher == g.teacher]
+            shards = {s for h in later for s in h.dropped_shards}
+            views = {v for h in later for v in h.dropped_views}
+            for work in g.work:
+                layers = tuple(k for k in work.layers if f"{work.context}/{k}" not in views)
+                if layers:
+                    found += [Unit(g, work.context, layers, g.shards[s]) for s in work.shards if s not in shards]
+        return found
+
+    def views(self, teacher: str) -> dict[str, list[int]]:
+        """{context: layers} that generations ask for, in the order of the teacher's axes."""
+        asked = {(u.context, k) for u in self.units(teacher) for k in u.layers}
+        t = self.teachers[teacher]
+        found = {c: [k for k in t.layers if (c, k) in asked] for c in t.contexts}
+        return {c: layers for c, layers in found.items() if layers}
+
+    def shards(self, teacher: str) -> list[Shard]:
+        """The shards of a teacher that hold something."""
+        dropped = {s for g in self.generations if g.teacher == teacher for s in g.dropped_shards}
+        return [s for s in self.latest(teacher).shards if s.number not in dropped]
+
+    def edition(self, teacher: str | None = None) -> int:
+        """The table of utterances that a teacher is at; without one, the newest of all."""
+        return max(self.latest(t).edition for t in (self.teachers if teacher is None else [teacher]))
 
     def latest(self, teacher: str) -> Generation:
         """The newest generation of a teacher: its list of shards is the whole list."""
@@ -150,9 +175,14 @@ def _generation(value: dict[str, Any]) -> Generation:
     return Generation(work=work, shards=shards, **value)
 
 
+_TAKES_BACK = ("dropped_shards", "dropped_views")
+
+
 def write_generation(paths: Paths, generation: Generation) -> None:
     value = dataclasses.asdict(generation)
     value["shards"] = [[s.first, s.last, s.rows] for s in generation.shards]
+    # What a store never needed is not written, so that who does not know it can read the store
+    value = {k: v for k, v in value.items() if v or k not in ("edition", "vocabulary", *_TAKES_BACK)}
     write_json(paths.plan(generation.number), value)
 
 
