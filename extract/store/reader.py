@@ -326,11 +326,14 @@ class Store:
         """
         if dtype not in (None, "float32", "float16"):
             raise UsageError(f"states as {dtype!r}", expected="float32, float16 or None")
-        rows = self.rows(ids)
+        by_edition: dict[int, np.ndarray] = {}
         lengths, token_id, span = {}, {}, {}
         states: dict[View, np.ndarray] = {}
         for name in dict.fromkeys(v.teacher for v in views):
-            t = self._rows_of(name)
+            t, edition = self._rows_of(name), self.plan.edition(name)
+            if edition not in by_edition:
+                by_edition[edition] = self.rows(ids, name)
+            rows = by_edition[edition]
             places = t.places(rows)
             lengths[name] = t.length[rows]
             token_id[name], span[name] = t.tokens(t.token_id, places), t.tokens(t.span, places)
@@ -341,8 +344,14 @@ class Store:
 
     def stored(self, ids: Sequence[str], view: View) -> tuple[np.ndarray, np.ndarray | None]:
         """States [ΣN, D] as their bytes are on disk, and of int8 the scales float16 [ΣN]. Errors: as `gather`."""
-        rows, t = self.rows(ids), self._rows_of(view.teacher)
-        self._check_present(view, rows, places := t.places(rows))
+        rows = self.rows(ids, view.teacher)
+        self._check_present(view, rows, self._rows_of(view.teacher).places(rows))
+        return self.stored_rows(rows, view)
+
+    def stored_rows(self, rows: np.ndarray, view: View) -> tuple[np.ndarray, np.ndarray | None]:
+        """The same by row, also of rows that are dead: of shards that the caller knows to be committed."""
+        t = self._rows_of(view.teacher)
+        places = t.places(rows)
         out, scale, readings = self._buffers(view, t, places)
         self._fetch([readings])
         if self.checksums:
