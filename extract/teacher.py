@@ -9,6 +9,7 @@ Run: `pytest tests/extract/test_teacher.py`.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -115,6 +116,13 @@ class Teacher:
         return asked
 
     # --- running it ---
+
+    def twin(self) -> Teacher:
+        """The same weights for another thread, in modules of its own: `states` puts hooks on them."""
+        shared = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
+        twin = copy.copy(self)
+        twin.model, twin._blocks = copy.deepcopy((self.model, self._blocks), shared)
+        return twin
 
     def states(self, windows: Sequence[Window], layers: Sequence[int]) -> dict[int, torch.Tensor]:
         """Hidden states of a batch of windows: {layer: [B, T, D] on the device}; rows are padded at their ends."""
