@@ -6,6 +6,7 @@ resampling, or it is an AudioError that says what the file holds. Exercised by `
 
 from __future__ import annotations
 
+import os
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -20,11 +21,13 @@ SLACK_S = 0.02
 
 
 def open_audio(path: Path) -> soundfile.SoundFile:
-    """Open an audio file; AudioError says whether it is missing or damaged."""
+    """Open an audio file; AudioError says whether it is missing, no file (a pipe would be waited for) or damaged."""
     try:
+        if not os.path.isfile(path) and os.path.exists(path):
+            raise OSError("not a regular file")
         return soundfile.SoundFile(path)
-    except (soundfile.SoundFileError, OSError, RuntimeError, TypeError) as e:
-        if not Path(path).exists():
+    except (soundfile.SoundFileError, OSError, RuntimeError, TypeError, ValueError) as e:
+        if not os.path.exists(path):
             raise AudioError(
                 "no such audio file", where=path, remedy="restore it, or run `stillhouse corpus check`"
             ) from e
@@ -42,21 +45,29 @@ def audio_length(path: Path | str) -> float:
 
 
 def read_audio(
-    path: Path | str, start_s: float = 0.0, duration_s: float | None = None, rate_hz: int = 16000
+    path: Path | str,
+    start_s: float = 0.0,
+    duration_s: float | None = None,
+    rate_hz: int = 16000,
+    channel: int | None = None,
 ) -> np.ndarray:
-    """A segment of a file as float32 [S] in [-1, 1]: mean of the channels, resampled to rate_hz.
+    """A segment of a file as float32 [S] in [-1, 1], resampled to rate_hz: one channel, from 0, or the mean of all.
 
     Raises AudioError for a missing or damaged file and for a segment that the file does not have.
     """
-    samples, own_hz = read_segment(path, start_s, duration_s)
+    samples, own_hz = read_segment(path, start_s, duration_s, channel)
     return resample(samples, own_hz, rate_hz)
 
 
-def read_segment(path: Path | str, start_s: float = 0.0, duration_s: float | None = None) -> tuple[np.ndarray, int]:
+def read_segment(
+    path: Path | str, start_s: float = 0.0, duration_s: float | None = None, channel: int | None = None
+) -> tuple[np.ndarray, int]:
     """As read_audio, at the rate of the file: (float32 [S], its rate in Hz)."""
     path = Path(path)
     with open_audio(path) as file:
         own_hz, total = file.samplerate, file.frames
+        if channel is not None and channel >= file.channels:
+            raise no_such_channel(channel, file.channels, path)
         begin = round(start_s * own_hz)
         count = total - begin if duration_s is None else round(duration_s * own_hz)
         if begin + count > total or begin >= total > 0:
@@ -76,16 +87,30 @@ def read_segment(path: Path | str, start_s: float = 0.0, duration_s: float | Non
             samples = file.read(count, dtype="float32", always_2d=True)
         except (soundfile.SoundFileError, RuntimeError) as e:
             raise AudioError(f"the audio is damaged: {getattr(e, 'error_string', e)}", where=path) from e
+        except MemoryError as e:
+            raise AudioError(f"its header claims {total} samples, too many to hold", where=path) from e
     if len(samples) != count:
         raise AudioError(
             f"the audio ends early: {len(samples)} of {count} samples",
             where=path,
             remedy="fetch the file again",
         )
-    mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32)
+    if channel is None and samples.shape[1] > 1:
+        mono = samples.mean(axis=1, dtype=np.float32)
+    else:
+        mono = samples[:, channel or 0]
     if not np.isfinite(mono).all():
         raise AudioError("the audio holds samples that are not numbers", where=path)
     return np.ascontiguousarray(mono), own_hz
+
+
+def no_such_channel(channel: int, channels: int, where: object) -> AudioError:
+    return AudioError(
+        f"no channel {channel}: the audio has {channels}",
+        where=where,
+        expected="a channel counted from 0",
+        remedy="mend the channel in the manifest",
+    )
 
 
 def resample(samples: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:

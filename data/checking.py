@@ -6,6 +6,7 @@ Invariant: checking goes on after a finding; each names file, line, utterance an
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,28 +15,15 @@ from pathlib import Path
 
 import soundfile
 
-from .audio import SLACK_S, open_audio, read_segment
+from .audio import SLACK_S, no_such_channel, open_audio, read_segment
 from .errors import AudioError, CorpusError
-from .manifest import Utterance, scan_manifest
+from .findings import Finding
+from .manifest import BadLine, Utterance, scan_manifest
+from .paths import confined
 
 # Tab and line ends count too: in a transcript they are left-overs of a table.
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]|[\ud800-\udfff]")
 LOST = "\ufffd"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """kind: a word to filter by. where: file:line of the manifest."""
-
-    kind: str
-    where: str
-    id: str | None
-    what: str
-    remedy: str
-
-    def __str__(self) -> str:
-        id = f" {self.id}:" if self.id else ""
-        return f"{self.where}:{id} {self.what}; {self.remedy}"
 
 
 @dataclass(frozen=True)
@@ -51,22 +39,21 @@ def check_corpus(
     rate_hz: int | None = None,
     full: bool = False,
     audio: bool = True,
+    root: Path | None = None,
     tick: Callable[[int], None] | None = None,
 ) -> Checked:
     """Check a manifest and the audio that it names.
 
     rate_hz: the rate that all audio should have; None: the one that most has. full: decode every segment (otherwise
-    headers, and the last tenth of a second of each segment, which finds files that are cut off). tick(lines so far).
+    headers, and the last tenth of a second of each segment, which finds files that are cut off). root: the folder
+    that no audio path may leave. tick(lines so far).
     """
     findings: list[Finding] = []
     valid: list[tuple[str, Utterance]] = []
     path = path / "corpus.jsonl" if path.is_dir() else path
     for number, found in scan_manifest(path):
         if isinstance(found, CorpusError):
-            kind = "encoding" if "UTF-8" in found.what else "line"
-            findings.append(
-                Finding(kind, str(found.where), None, found.what, found.remedy or "mend or delete the line")
-            )
+            findings.append(_bad_line(found))
         else:
             valid.append((f"{path}:{number}", found))
     if not valid and not findings:
@@ -78,13 +65,25 @@ def check_corpus(
     for k, (where, u) in enumerate(valid):
         findings += (Finding(kind, where, u.id, what, remedy) for kind, what, remedy in _text(u))
         if audio and u.audio is not None:
-            findings += _audio(path.parent / u.audio, where, u, full, rates)
+            try:
+                findings += _audio(confined(path.parent / u.audio, root), where, u, full, rates)
+            except AudioError as e:
+                findings.append(Finding("root", where, u.id, f"{e.where}: {e.what}", e.remedy or "mend the path"))
         if tick is not None:
             tick(k + 1)
     findings += _rates(rates, rate_hz)
     line = re.compile(r":(\d+)$")
     findings.sort(key=lambda f: int(m[1]) if (m := line.search(f.where)) else 0)
     return Checked(findings, len(valid), len(rates))
+
+
+def _bad_line(error: CorpusError) -> Finding:
+    """What is wrong with a line that is no utterance, with the id that it would have had."""
+    id = error.id if isinstance(error, BadLine) else None
+    kind = "encoding" if "UTF-8" in error.what else "line"
+    if id is not None and not id.strip():
+        kind, id = "empty-id", None
+    return Finding(kind, str(error.where), id, error.what, error.remedy or "mend or delete the line")
 
 
 def _repeats(valid: list[tuple[str, Utterance]]) -> Iterator[Finding]:
@@ -98,7 +97,7 @@ def _repeats(valid: list[tuple[str, Utterance]]) -> Iterator[Finding]:
             )
         if u.audio is None:
             continue
-        same = stretches.setdefault((u.audio, u.start_s, u.duration_s), where)
+        same = stretches.setdefault((u.audio, u.start_s, u.duration_s, u.channel), where)
         if same is not where and first is where:
             yield Finding(
                 "duplicate-audio", where, u.id, f"the same stretch of audio as at {same}", "delete one of the two"
@@ -127,6 +126,8 @@ def _audio(
             if total == 0:
                 yield Finding("audio", where, u.id, f"{path} holds no audio", "fetch it again or delete the line")
                 return
+            if u.channel is not None and u.channel >= file.channels:
+                raise no_such_channel(u.channel, file.channels, path)
             begin = round(u.start_s * own_hz)
             end = total if u.duration_s is None else begin + round(u.duration_s * own_hz)
             if begin >= total or end > total + SLACK_S * own_hz:
@@ -142,12 +143,12 @@ def _audio(
             if not full:
                 count = min(total, end) - max(tail, begin)
                 file.seek(max(tail, begin))
-                if len(file.read(count)) != count:
+                if len(file.read(count, dtype="float32")) != count:
                     raise AudioError("the audio ends early", where=path)
         if full:
-            read_segment(path, u.start_s, u.duration_s)
+            read_segment(path, u.start_s, u.duration_s, u.channel)
     except AudioError as e:
-        kind = "missing" if not path.exists() else "audio"
+        kind = "missing" if not os.path.exists(path) else "audio"
         yield Finding(kind, where, u.id, f"{path}: {e.what}", e.remedy or "fetch it again or delete the line")
     except (soundfile.SoundFileError, RuntimeError) as e:
         why = getattr(e, "error_string", e)

@@ -8,21 +8,17 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from .sources.commands import EXISTING, PATH, import_, root_option, say
+
 if TYPE_CHECKING:
     from .describing import CorpusFacts
     from .features import PartDone
-    from .importing import Imported
-
-EXISTING = click.Path(exists=True, path_type=Path)
-PATH = click.Path(path_type=Path)
-COLUMNS = ("id", "text", "audio", "session", "order", "speaker", "split", "start", "duration")
 
 
 @click.group()
@@ -30,103 +26,7 @@ def corpus() -> None:
     """Import, check and split a corpus; features; ASR units."""
 
 
-@corpus.group("import")
-def import_() -> None:
-    """Make corpus.jsonl out of what there is."""
-
-
-def say(text: str) -> None:
-    click.echo(text, err=True)
-
-
-def force_option(command: Callable) -> Callable:
-    return click.option("--force", is_flag=True, help="Replace a manifest that is there and differs.")(command)
-
-
-def _column_options(command: Callable) -> Callable:
-    for name in reversed(COLUMNS):
-        command = click.option(f"--{name}-column", metavar="COLUMN", help=f"Column of the {name}: name or number.")(
-            command
-        )
-    return command
-
-
-@import_.command("csv")
-@click.argument("table", type=EXISTING)
-@click.argument("manifest", type=PATH)
-@_column_options
-@click.option("--session-pattern", metavar="REGEX", help="On the id, with groups `session` and `order`.")
-@click.option("--delimiter", help="By default after the suffix, else the first line.")
-@click.option("--header/--no-header", default=None, help="Default: a header, unless columns are given by number.")
-@click.option("--quote/--no-quote", default=None, help="Whether double quotes quote; default: not in a TSV.")
-@click.option("--audio-root", type=EXISTING, help="Folder of the audio paths; default: the table's.")
-@click.option("--split", help="Split of rows that have none of their own.")
-@force_option
-def import_csv(table: Path, manifest: Path, force: bool, **options: Any) -> None:
-    """TABLE, a CSV or TSV; other columns than those mapped are kept in `meta`.
-
-    Usual names of columns are found without being told. "A,B" joins two columns by "-".
-
-    Example: stillhouse corpus import csv prompts.csv corpus.jsonl --text-column prompt --audio-root audio
-    """
-    from .import_table import import_table
-
-    columns = {name: value for name in COLUMNS if (value := options.pop(f"{name}_column")) is not None}
-    if options["delimiter"] in ("tab", "\\t"):
-        options["delimiter"] = "\t"
-    _finish(import_table(table, manifest, columns, **options), manifest, force)
-
-
-@import_.command("librispeech")
-@click.argument("folder", type=EXISTING)
-@click.argument("manifest", type=PATH)
-@force_option
-def import_librispeech(folder: Path, manifest: Path, force: bool) -> None:
-    """FOLDER, a LibriSpeech tree, or any one split, speaker or chapter of it.
-
-    Example: stillhouse corpus import librispeech LibriSpeech corpus.jsonl
-    """
-    from .import_librispeech import import_librispeech as read
-
-    _finish(read(folder, manifest), manifest, force)
-
-
-@import_.command("text")
-@click.argument("files", type=EXISTING, nargs=-1, required=True)
-@click.argument("manifest", type=PATH)
-@click.option("--ids/--no-ids", default=None, help="Lines are UTT<TAB>TEXT; default: if all of them have a tab.")
-@click.option("--session-pattern", metavar="REGEX", help="On the id, with groups `session` and `order`.")
-@click.option("--split", help="Split of all utterances.")
-@force_option
-def import_text(files: tuple[Path, ...], manifest: Path, force: bool, **options: Any) -> None:
-    """FILES of text without audio: UTT<TAB>TEXT, or a sentence a line with blank lines between sessions.
-
-    Example: stillhouse corpus import text stories.txt corpus.jsonl
-    """
-    from .import_text import import_text as read
-
-    _finish(read(files, **options), manifest, force)
-
-
-def _finish(result: Imported, manifest: Path, force: bool) -> None:
-    from .errors import CorpusError, PartialError, UsageError
-    from .manifest import to_line, write_manifest
-
-    for problem in result.problems[:50]:
-        say(str(problem))
-    if len(result.problems) > 50:
-        say(f"… and {len(result.problems) - 50} more")
-    if not result.utterances:
-        raise CorpusError("nothing could be imported", where=manifest)
-    if manifest.exists() and not force:
-        new = "".join(to_line(u) + "\n" for u in result.utterances).encode()
-        if manifest.read_bytes() != new:
-            raise UsageError("a manifest that differs is there already", where=manifest, remedy="--force replaces it")
-    write_manifest(manifest, result.utterances)
-    hours = sum(u.duration_s or 0 for u in result.utterances) / 3600
-    say(f"{manifest}: {len(result.utterances)} utterances, {hours:.2f} h")
-    if result.problems:
-        raise PartialError(f"{len(result.problems)} utterances were left out, see above", where=manifest)
+corpus.add_command(import_)
 
 
 class _Progress:
@@ -170,6 +70,7 @@ class _Progress:
 @click.option("--bins", default=80, show_default=True, help="Mel bins.")
 @click.option("--workers", type=int, help="Processes; 0: none but this one. Default: the cores, if it is worth it.")
 @click.option("--redo-changed", is_flag=True, help="Compute anew what has another audio than it had.")
+@root_option
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
 def features(
     manifest: Path,
@@ -180,6 +81,7 @@ def features(
     bins: int,
     workers: int | None,
     redo_changed: bool,
+    root: Path | None,
     as_json: bool,
 ) -> None:
     """Compute Kaldi fbank features into an HDF5 file; goes on where it stopped, adds what is new.
@@ -194,7 +96,7 @@ def features(
         factors = tuple(float(s) for s in speeds.split(","))
     except ValueError as e:
         raise UsageError(f"speeds {speeds!r}", expected="numbers joined by commas") from e
-    chosen = read_manifest(manifest).select(split)
+    chosen = read_manifest(manifest, root).select(split)
     started = time.monotonic()
     progress = _Progress(str(features_file))
     try:
@@ -283,7 +185,8 @@ def split(
     Example: stillhouse corpus split corpus.jsonl --by speaker --dev 5% --test 10%
     """
     from .describing import describe
-    from .manifest import Corpus, read_manifest, relative_audio, write_manifest
+    from .manifest import Corpus, read_manifest, write_manifest
+    from .paths import relative_audio
     from .splitting import parse_share, split_corpus
 
     source = read_manifest(manifest)
@@ -302,18 +205,27 @@ def split(
 @click.option("--rate", "rate_hz", type=int, help="Rate in Hz that all audio should have; default: what most has.")
 @click.option("--full", is_flag=True, help="Decode all audio, not only headers and ends.")
 @click.option("--audio/--no-audio", default=True, help="Whether to look at audio files at all.")
+@root_option
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
 @click.pass_context
-def check(ctx: click.Context, manifest: Path, rate_hz: int | None, full: bool, audio: bool, as_json: bool) -> None:
+def check(
+    ctx: click.Context,
+    manifest: Path,
+    rate_hz: int | None,
+    full: bool,
+    audio: bool,
+    root: Path | None,
+    as_json: bool,
+) -> None:
     """Look for what is wrong with a corpus; exit code 1 if something is.
 
     Example: stillhouse corpus check corpus.jsonl --full
     """
     from .checking import check_corpus
 
-    done = check_corpus(manifest, rate_hz=rate_hz, full=full, audio=audio)
+    done = check_corpus(manifest, rate_hz=rate_hz, full=full, audio=audio, root=root)
     if as_json:
-        facts = {"utterances": done.utterances, "files": done.files, "findings": [vars(f) for f in done.findings]}
+        facts = {"utterances": done.utterances, "files": done.files, "findings": [f.facts() for f in done.findings]}
         click.echo(json.dumps(facts, ensure_ascii=False, indent=1))
     else:
         for finding in done.findings:

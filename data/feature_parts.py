@@ -31,6 +31,7 @@ class Job:
     start_s: float
     duration_s: float | None
     speeds: tuple[float, ...]
+    channel: int | None = None
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,20 @@ class PartDone:
     failures: dict[str, str]
 
 
-def identity(path: Path, start_s: float, duration_s: float | None, cache: dict[Path, bytes] | None = None) -> int:
-    """A 64-bit name of a stretch of sound: size and five samples of the file's bytes, start and duration.
+def identity(
+    path: Path,
+    start_s: float,
+    duration_s: float | None,
+    channel: int | None = None,
+    cache: dict[Path, bytes] | None = None,
+) -> int:
+    """A 64-bit name of a stretch of sound: size and five samples of the file's bytes, start, duration and channel.
 
     Neither path nor time of change count: a corpus that was moved or copied is still the same.
     """
     content = cache.get(path) if cache is not None else None
     if content is None:
-        fd = os.open(path, os.O_RDONLY)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe in a file's place must not be waited for
         try:
             size, block = os.fstat(fd).st_size, 4096
             places = range(0, max(size, 1), block) if size <= 8 * block else [k * (size - block) // 4 for k in range(5)]
@@ -61,6 +68,7 @@ def identity(path: Path, start_s: float, duration_s: float | None, cache: dict[P
         if cache is not None:
             cache[path] = content
     tail = f"{start_s:.6f} {duration_s if duration_s is None else format(duration_s, '.6f')}".encode()
+    tail += b"" if channel is None else f" channel {channel}".encode()
     return int.from_bytes(blake2b(content + tail, digest_size=8).digest(), "little")
 
 
@@ -72,8 +80,8 @@ def compute_part(target: Path, jobs: list[Job], settings: FeatureSettings) -> Pa
     audio_s = 0.0
     for job in jobs:
         try:
-            samples, own_hz = read_segment(job.path, job.start_s, job.duration_s)
-            name = identity(job.path, job.start_s, job.duration_s)
+            samples, own_hz = read_segment(job.path, job.start_s, job.duration_s, job.channel)
+            name = identity(job.path, job.start_s, job.duration_s, job.channel)
             samples, seconds = resample(samples, own_hz, settings.rate_hz), len(samples) / own_hz
             made = []
             for speed in job.speeds:

@@ -193,14 +193,14 @@ def _missing(
         todo = [s for s in speeds if s not in stored]
         if stored:
             try:
-                now = identity(path, u.start_s, u.duration_s, contents)
+                now = identity(path, u.start_s, u.duration_s, u.channel, contents)
             except OSError:
                 now = None  # sound that is gone cannot be said to have changed
             if stale := [s for s, then in stored.items() if now not in (None, then)]:
                 changed.append(u.id)
                 todo += stale
         if todo:
-            yield Job(u.id, path, u.start_s, u.duration_s, tuple(todo))
+            yield Job(u.id, path, u.start_s, u.duration_s, tuple(todo), u.channel)
     if changed and not redo_changed:
         more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise StaleError(

@@ -19,9 +19,12 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .errors import CorpusError
+from .paths import confined
+from .textfile import parse_object, scan_bytes
 
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Duration = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# 30 years: more seconds than that times a rate would leave the integers that libraries count samples with.
+Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+Duration = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 
 
 class Utterance(BaseModel):
@@ -34,6 +37,7 @@ class Utterance(BaseModel):
     audio: str | None = None
     start_s: Seconds = 0.0
     duration_s: Duration | None = None
+    channel: Annotated[int, Field(ge=0)] | None = None  # None: the mean of all channels
     session: str | None = None
     speaker: str | None = None
     split: str | None = None
@@ -57,11 +61,12 @@ class Utterance(BaseModel):
 
 
 class Corpus:
-    """The utterances of one manifest, in file order."""
+    """The utterances of one manifest, in file order. root: the folder that no audio path may leave, if any."""
 
-    def __init__(self, path: Path, utterances: Sequence[Utterance]) -> None:
+    def __init__(self, path: Path, utterances: Sequence[Utterance], root: Path | None = None) -> None:
         self.path = Path(path)
         self.utterances = list(utterances)
+        self.root = root
 
     @cached_property
     def by_id(self) -> dict[str, Utterance]:
@@ -81,7 +86,7 @@ class Corpus:
     def audio_path(self, utterance: Utterance) -> Path:
         if utterance.audio is None:
             raise CorpusError("the utterance is text alone, it has no audio", where=utterance.id)
-        return self.path.parent / utterance.audio
+        return confined(self.path.parent / utterance.audio, self.root)
 
     def splits(self) -> dict[str | None, int]:
         """How many utterances each split has."""
@@ -100,42 +105,38 @@ class Corpus:
                 expected=("one of " + ", ".join(sorted(known))) if known else "a corpus with splits",
                 remedy=None if known else f"make them with `stillhouse corpus split {self.path}`",
             )
-        return Corpus(self.path, [u for u in self.utterances if u.split in wanted])
+        return Corpus(self.path, [u for u in self.utterances if u.split in wanted], self.root)
 
 
 def scan_manifest(path: Path | str) -> Iterator[tuple[int, Utterance | CorpusError]]:
     """Every line that is not blank, as (line number, utterance or what is wrong with it)."""
     path = Path(path)
-    try:
-        file = path.open("rb")
-    except OSError as e:
-        raise CorpusError(
-            f"cannot read the manifest: {e.strerror}",
-            where=path,
-            remedy="make one with `stillhouse corpus import`",
-        ) from e
-    with file:
-        for number, line in enumerate(file, start=1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                continue
-            yield number, _parse(line, f"{path}:{number}")
+    if not os.path.exists(path):
+        raise CorpusError("cannot read the manifest: there is none", where=path, remedy="`stillhouse corpus import`")
+    for number, line in scan_bytes(path):
+        yield number, line if isinstance(line, CorpusError) else _parse(line, f"{path}:{number}")
+
+
+class BadLine(CorpusError):
+    """A line that is no utterance. id: what it says its id is, as far as that can be read."""
+
+    id: str | None = None
 
 
 def _parse(line: bytes, where: str) -> Utterance | CorpusError:
     try:
         line.decode("utf-8")
-    except UnicodeDecodeError as e:
-        return CorpusError(
-            f"bytes {e.start}–{e.end} of the line are not UTF-8",
-            where=where,
-            remedy="save the manifest as UTF-8",
-        )
-    try:
         return Utterance.model_validate_json(line)
+    except UnicodeDecodeError as e:
+        error = BadLine(
+            f"bytes {e.start}–{e.end} of the line are not UTF-8", where=where, remedy="save the manifest as UTF-8"
+        )
     except ValidationError as e:
-        return CorpusError(describe_validation(e), where=where, expected="one JSON object a line, as `Utterance`")
+        error = BadLine(describe_validation(e), where=where, expected="one JSON object a line, as `Utterance`")
+    fields = parse_object(line.decode("utf-8", "replace"), where)
+    if isinstance(fields, dict) and isinstance(fields.get("id"), str):
+        error.id = fields["id"]
+    return error
 
 
 def describe_validation(error: ValidationError) -> str:
@@ -150,8 +151,12 @@ def describe_validation(error: ValidationError) -> str:
     return "; ".join(parts)
 
 
-def read_manifest(path: Path | str) -> Corpus:
-    """Read corpus.jsonl. Raises CorpusError at the first line that is not an utterance, or that repeats an id."""
+def read_manifest(path: Path | str, root: Path | None = None) -> Corpus:
+    """Read corpus.jsonl. Raises CorpusError at the first line that is not an utterance, or that repeats an id.
+
+    root: the folder that no audio path may leave, by "..", as an absolute path or over a link; the first that does is
+    an AudioError.
+    """
     path = Path(path)
     if path.is_dir():
         path = path / "corpus.jsonl"
@@ -167,10 +172,12 @@ def read_manifest(path: Path | str) -> Corpus:
                 where=f"{path}:{number}",
                 remedy=f"see all of them with `stillhouse corpus check {path}`",
             )
+        if root is not None and found.audio is not None:
+            confined(path.parent / found.audio, root, f"{path}:{number}: {found.id}")
         utterances.append(found)
     if not utterances:
         raise CorpusError("the manifest is empty", where=path, remedy="make one with `stillhouse corpus import`")
-    return Corpus(path, utterances)
+    return Corpus(path, utterances, root)
 
 
 def write_manifest(path: Path | str, utterances: Iterable[Utterance]) -> None:
@@ -199,8 +206,3 @@ def to_line(utterance: Utterance) -> str:
     default = {"start_s": 0.0, "meta": {}}
     kept = {k: v for k, v in fields.items() if v is not None and (k not in default or v != default[k])}
     return json.dumps(kept, ensure_ascii=False)
-
-
-def relative_audio(audio: Path, manifest: Path) -> str:
-    """The path of an audio file as the manifest holds it: relative to the manifest's folder."""
-    return Path(os.path.relpath(audio.absolute(), manifest.absolute().parent)).as_posix()

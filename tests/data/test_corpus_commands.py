@@ -96,7 +96,7 @@ def test_problems_and_findings_set_the_exit_code(make_corpus: Callable[..., Corp
         tmp_path / "t.tsv",
         tmp_path / "c.jsonl",
         error=PartialError,
-        match="1 utterances were left",
+        match="1 findings",
     )
     assert "t.tsv:3: 1 columns, expected 2" in left_out.stderr
     assert [u.id for u in read_manifest(tmp_path / "c.jsonl").utterances] == ["a"]

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from stillhouse.data.errors import ConfigError, CorpusError
-from stillhouse.data.import_librispeech import import_librispeech
-from stillhouse.data.import_table import import_table
-from stillhouse.data.import_text import import_text
-from stillhouse.data.importing import natural
 from stillhouse.data.manifest import Corpus, read_manifest, write_manifest
+from stillhouse.data.sources.imported import natural
+from stillhouse.data.sources.librispeech import import_librispeech
+from stillhouse.data.sources.table import import_table
+from stillhouse.data.sources.text import import_text
 from stillhouse.data.textfile import read_lines
 
 SESSION = r"(?P<session>\d+-\d+)-(?P<order>\d+)"
@@ -42,7 +42,7 @@ ORDER = ["7-5-0", "7-5-1", "19-27-0", "19-198-0", "103-1240-0", "103-1240-2", "1
 def test_a_librispeech_tree_at_every_level(tree: Path, tmp_path: Path) -> None:
     manifest = tmp_path / "out" / "corpus.jsonl"
     result = import_librispeech(tree, manifest)
-    assert result.problems == []
+    assert result.findings == []
     assert [u.id for u in result.utterances] == ORDER
     first, last = result.utterances[0], result.utterances[-1]
     assert (first.split, first.speaker, first.session, first.text) == ("dev-other", "7", "7-5", "WORDS OF 0")
@@ -79,13 +79,13 @@ def test_what_a_tree_lacks_is_named(tree: Path, tmp_path: Path) -> None:
     (chapter / "103-1240-11.flac").write_bytes(b"")
     (tree / "dev-other" / "7" / "5" / "7-5.trans.txt").write_bytes(b"7-5-0 OK\n7-5-1 \xff\n")
     result = import_librispeech(tree, tmp_path / "c.jsonl")
-    problems = "\n".join(map(str, result.problems))
+    problems = "\n".join(map(str, result.findings))
     assert [u.id for u in result.utterances] == ["19-27-0", "19-198-0", "103-1240-0"]
     for words in (
-        "103-1240.trans.txt:3: no audio 103-1240-2.flac beside it (utterance 103-1240-2)",
+        "103-1240.trans.txt:3: 103-1240-2: no audio 103-1240-2.flac beside it; fetch",
         "103-1240-10.flac: not readable as audio",
         "103-1240.trans.txt:4: the line begins with 'x-1'",
-        "103-1240-11.flac: audio without a transcript",
+        "103-1240-11.flac: 103-1240-11: audio without a transcript",
         "7-5.trans.txt:2: byte 0xff is not UTF-8",
     ):
         assert words in problems
@@ -95,7 +95,7 @@ def test_what_a_tree_lacks_is_named(tree: Path, tmp_path: Path) -> None:
 
 def test_the_real_librispeech(corpora: Path, tmp_path: Path) -> None:
     result = import_librispeech(corpora / "librispeech-subset", tmp_path / "c.jsonl")
-    assert result.problems == []
+    assert result.findings == []
     assert len(result.utterances) == 715
     assert len({u.speaker for u in result.utterances}) == 261
     assert sum(u.duration_s or 0 for u in result.utterances) / 60 == pytest.approx(135, abs=1)
@@ -114,7 +114,7 @@ def test_a_table_with_usual_columns(tmp_path: Path, tone: Callable[..., Path]) -
         '\ufeffutt\tpath\ttext\tspeaker\tprompt\r\nu1\tä.wav\tSay "hi\tp\tq1\r\nu2\tc.wav\t Straße \t\t\r\n'.encode()
     )
     result = import_table(table, tmp_path / "out" / "corpus.jsonl")
-    assert result.problems == []
+    assert result.findings == []
     one, two = result.utterances
     assert (one.id, one.text, one.audio, one.duration_s) == ("u1", 'Say "hi', "../a b/ä.wav", 1.5)
     assert (one.speaker, one.meta, one.session) == ("p", {"prompt": "q1"}, None)
@@ -133,7 +133,7 @@ def test_a_table_by_mapping(tmp_path: Path, tone: Callable[..., Path]) -> None:
     columns = {"id": "name,part", "text": "said", "start": "from", "duration": "len", "session": "call", "order": "8"}
     wavs = tmp_path / "wavs"
     result = import_table(table, tmp_path / "c.jsonl", columns, split="train", audio_root=wavs)
-    assert result.problems == []
+    assert result.findings == []
     assert [(u.id, u.text, u.session, u.split) for u in result.utterances] == [
         ("x-3", "four", "c2", "train"),
         ("x-1", 'one; "two"', "c2", "train"),
@@ -152,8 +152,8 @@ def test_a_table_without_header_and_with_a_pattern(tmp_path: Path) -> None:
         ("1-2-10", "1-2", {"column_3": "x"}),
         ("1-1-1", "1-1", {"column_3": "z"}),
     ]
-    assert [str(p) for p in result.problems] == [
-        f"{table}:4: the session pattern {SESSION} does not match the id (utterance bad)"
+    assert [str(p) for p in result.findings] == [
+        f"{table}:4: bad: the session pattern {SESSION} does not match the id; mend or delete the line"
     ]
 
 
@@ -166,7 +166,7 @@ def test_rows_that_cannot_be_are_named(tmp_path: Path, tone: Callable[..., Path]
     )
     result = import_table(table, tmp_path / "c.jsonl")
     assert [u.id for u in result.utterances] == ["ok", "a"]
-    problems = [str(p) for p in result.problems]
+    problems = [str(p) for p in result.findings]
     for begin, words in [
         (f"{table}:4: ", "2 columns, expected 5 (id, audio, text, duration, start)"),
         (f"{table}:5: ", "no such audio file"),
@@ -210,7 +210,7 @@ def test_a_table_that_is_not_utf8(tmp_path: Path) -> None:
 
 def test_real_tables(corpora: Path, tmp_path: Path) -> None:
     kathleen = import_table(corpora / "kathleen-arctic" / "manifest.tsv", tmp_path / "c.jsonl")
-    assert kathleen.problems == []
+    assert kathleen.findings == []
     assert len(kathleen.utterances) == 1620
     assert kathleen.utterances[0].meta == {"prompt": "a0001"}
     calls = import_table(
@@ -218,14 +218,14 @@ def test_real_tables(corpora: Path, tmp_path: Path) -> None:
         tmp_path / "c.jsonl",
         {"id": "1,2", "session": "1", "order": "2", "text": "4"},
     )
-    assert calls.problems == []
+    assert calls.findings == []
     assert calls.utterances[1].id == "4320211-1"
     assert len(Corpus(tmp_path / "c.jsonl", calls.utterances).sessions()) == 44
 
 
 def test_text_with_ids(corpora: Path, tmp_path: Path) -> None:
     result = import_text([corpora / "text" / "librispeech-test-clean.tsv"], session_pattern=SESSION, split="test")
-    assert result.problems == []
+    assert result.findings == []
     assert len(result.utterances) == 2620
     corpus = Corpus(tmp_path / "c.jsonl", result.utterances)
     assert len(corpus.sessions()) == 87
@@ -246,7 +246,7 @@ def test_a_sentence_a_line(tmp_path: Path) -> None:
     (tmp_path / "tabs.txt").write_text("a\tone\nb two\n\tthree\na\tfour\n")
     with_ids = import_text([tmp_path / "tabs.txt"], ids=True)
     assert [u.id for u in with_ids.utterances] == ["a"]
-    assert [p.where.rsplit(":", 1)[1] for p in with_ids.problems] == ["2", "3", "4"]
+    assert [p.where.rsplit(":", 1)[1] for p in with_ids.findings] == ["2", "3", "4"]
     assert [u.text for u in import_text([tmp_path / "tabs.txt"]).utterances] == ["a\tone", "b two", "three", "a\tfour"]
     with pytest.raises(ConfigError, match="no group `session`"):
         import_text([tmp_path / "tale.txt"], session_pattern="(.*)")

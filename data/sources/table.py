@@ -1,6 +1,6 @@
 """CSV and TSV tables into a manifest, by a mapping of columns.
 
-Invariant: a row becomes one utterance or one named problem, never nothing; columns that no field takes are kept in
+Invariant: a row becomes one utterance or one finding, never nothing; columns that no field takes are kept in
 `meta`. Exercised by `stillhouse corpus import csv TABLE CORPUS`.
 """
 
@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from pydantic import ValidationError
-
-from .audio import audio_length
-from .errors import AudioError, ConfigError, CorpusError
-from .importing import Imported, SessionPattern, in_session_order
-from .manifest import Utterance, describe_validation, relative_audio
-from .textfile import read_text
+from ..audio import audio_length
+from ..errors import AudioError, ConfigError, CorpusError
+from ..paths import confined, relative_audio
+from ..textfile import read_text
+from .imported import Imported, SessionPattern, in_session_order
 
 # Names under which a header usually has a field; the first that is there counts.
 USUAL: dict[str, tuple[str, ...]] = {
@@ -46,6 +46,7 @@ def import_table(
     audio_root: Path | None = None,
     session_pattern: str | None = None,
     split: str | None = None,
+    root: Path | None = None,
 ) -> Imported:
     """Read a table.
 
@@ -53,7 +54,8 @@ def import_table(
     Fields that are not mapped are looked for under USUAL names. header None: there is one, unless all columns are
     given by number. delimiter None: by the suffix (.tsv, .tab: tab), else whichever splits the first line. quote
     None: double quotes quote where the delimiter is not a tab. audio_root: the folder that audio paths are relative
-    to (the table's own by default). Raises CorpusError for a table that is not one, ConfigError for unknown columns.
+    to (the table's own by default). root: the folder that no path may leave. Raises CorpusError for a
+    table that is not one, ConfigError for unknown columns.
     """
     given = dict(columns or {})
     if unknown := set(given) - set(FIELDS):
@@ -86,36 +88,38 @@ def import_table(
         )
     taken = {k for ks in places.values() for k in ks}
     pattern = SessionPattern(session_pattern) if session_pattern else None
-    root = audio_root or table.parent
+    folder = audio_root or table.parent
     result = Imported()
     for number, cells in rows[1:] if header else rows:
         where = f"{table}:{number}"
         if len(cells) != len(names):
-            result.problem(where, f"{len(cells)} columns, expected {len(names)} ({', '.join(names)})")
+            result.finding("line", where, f"{len(cells)} columns, expected {len(names)} ({', '.join(names)})")
             continue
         value = {f: "-".join(cells[k].strip() for k in ks) for f, ks in places.items()}
         meta = {names[k]: cells[k] for k in range(len(names)) if k not in taken and cells[k] != ""}
         try:
-            utterance, order = _utterance(value, meta, root, manifest, pattern, split)
-        except ValidationError as e:
-            result.problem(where, describe_validation(e), value.get("id"))
+            fields, order = _fields(value, meta, folder, manifest, pattern, split, root)
+        except AudioError as e:
+            result.error("audio", where, e, value.get("id"))
         except (CorpusError, ValueError) as e:
-            result.problem(where, str(e), value.get("id"))
+            result.error("line", where, e if isinstance(e, CorpusError) else CorpusError(str(e)), value.get("id"))
         else:
-            result.add(utterance, order, where)
+            result.make(where, order, **fields)
     result.utterances = in_session_order(result)
     return result
 
 
-def _utterance(
+def _fields(
     value: dict[str, str],
     meta: dict[str, str],
-    root: Path,
+    folder: Path,
     manifest: Path,
     pattern: SessionPattern | None,
     split: str | None,
-) -> tuple[Utterance, str]:
-    audio = root / value["audio"] if value.get("audio") else None
+    root: Path | None,
+) -> tuple[dict[str, Any], str]:
+    """The fields of an utterance, and its order in its session."""
+    audio = confined(folder / value["audio"], root) if value.get("audio") else None
     id = value.get("id") or (audio.stem if audio else "")
     session, order = value.get("session") or None, value.get("order", "")
     if pattern is not None:
@@ -124,20 +128,20 @@ def _utterance(
     duration_s = float(value["duration"]) if value.get("duration") else None
     if audio is not None and duration_s is None:
         duration_s = round(audio_length(audio) - start_s, 6)
-    elif audio is not None and not audio.is_file():
+    elif audio is not None and not os.path.isfile(audio):
         raise AudioError("no such audio file", where=audio)
-    utterance = Utterance(
-        id=id,
-        text=value["text"],
-        audio=relative_audio(audio, manifest) if audio is not None else None,
-        start_s=start_s,
-        duration_s=duration_s,
-        session=session,
-        speaker=value.get("speaker") or None,
-        split=value.get("split") or split,
-        meta=meta,
-    )
-    return utterance, order
+    fields = {
+        "id": id,
+        "text": value["text"],
+        "audio": relative_audio(audio, manifest) if audio is not None else None,
+        "start_s": start_s,
+        "duration_s": duration_s,
+        "session": session,
+        "speaker": value.get("speaker") or None,
+        "split": value.get("split") or split,
+        "meta": meta,
+    }
+    return fields, order
 
 
 def _sniff(table: Path, text: str) -> str:

@@ -1,7 +1,7 @@
 """A LibriSpeech tree into a manifest: SPLIT/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt beside its FLAC files.
 
 Invariant: chapters are sessions, their utterances in the numeric order of the last part of the id; whatever a
-transcript or a folder lacks is a named problem. Exercised by `stillhouse corpus import librispeech FOLDER CORPUS`.
+transcript or a folder lacks is a finding. Exercised by `stillhouse corpus import librispeech FOLDER CORPUS`.
 """
 
 from __future__ import annotations
@@ -9,22 +9,24 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from .audio import audio_length
-from .errors import AudioError, CorpusError
-from .importing import Imported
-from .manifest import Utterance, relative_audio
-from .textfile import read_lines
+from ..audio import audio_length
+from ..errors import AudioError, CorpusError
+from ..manifest import Utterance
+from ..paths import confined, relative_audio
+from ..textfile import read_lines
+from .imported import Imported
 
 ID = re.compile(r"(?P<speaker>\d+)-(?P<chapter>\d+)-(?P<number>\d+)")
 SPLIT = re.compile(r"(train|dev|test)(-.+)?")
 SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3")  # copies of the corpus in other formats keep the layout
 
 
-def import_librispeech(folder: Path, manifest: Path) -> Imported:
+def import_librispeech(folder: Path, manifest: Path, *, root: Path | None = None) -> Imported:
     """Read a tree, or any one split, speaker or chapter of it.
 
     The split is the name of the folder above the speaker's; above `folder` itself it counts only where it looks like
-    one (train-…, dev-…, test-…). Raises CorpusError where there is no *.trans.txt at all.
+    one (train-…, dev-…, test-…). root: the folder that no path may leave. Raises CorpusError where
+    there is no *.trans.txt at all.
     """
     transcripts = sorted(folder.rglob("*.trans.txt"))
     if not transcripts:
@@ -32,7 +34,7 @@ def import_librispeech(folder: Path, manifest: Path) -> Imported:
     found: list[tuple[tuple, Utterance, str]] = []
     result = Imported()
     for transcript in transcripts:
-        found += _chapter(transcript, folder, manifest, result)
+        found += _chapter(transcript, folder, manifest, result, root)
     for _, utterance, where in sorted(found, key=lambda item: item[0]):
         result.add(utterance, "", where)
     return result
@@ -45,14 +47,16 @@ def _split(chapter: Path, folder: Path) -> str | None:
     return place.name if (inside and not is_root) or SPLIT.fullmatch(place.name) else None
 
 
-def _chapter(transcript: Path, folder: Path, manifest: Path, result: Imported) -> list[tuple[tuple, Utterance, str]]:
-    """The utterances of one transcript file with their sort keys; problems go to `result`."""
+def _chapter(
+    transcript: Path, folder: Path, manifest: Path, result: Imported, root: Path | None
+) -> list[tuple[tuple, Utterance, str]]:
+    """The utterances of one transcript file with their sort keys; findings go to `result`."""
     chapter = transcript.parent
     split = _split(chapter, folder)
     try:
         lines = read_lines(transcript)
     except CorpusError as e:
-        result.problem(str(e.where), e.what)
+        result.error("encoding", str(e.where), e)
         return []
     found = []
     audio = {p.stem: p for p in sorted(chapter.iterdir()) if p.suffix.lower() in SUFFIXES}
@@ -63,19 +67,19 @@ def _chapter(transcript: Path, folder: Path, manifest: Path, result: Imported) -
         id, _, text = line.strip().partition(" ")
         match = ID.fullmatch(id)
         if match is None:
-            result.problem(where, f"the line begins with {id[:40]!r}, expected SPEAKER-CHAPTER-NUMBER")
+            result.finding("line", where, f"the line begins with {id[:40]!r}, expected SPEAKER-CHAPTER-NUMBER")
             continue
         path = audio.pop(id, None)
         if path is None:
-            result.problem(where, f"no audio {id}.flac beside it", id)
+            result.finding("missing", where, f"no audio {id}.flac beside it", id, "fetch it again or delete the line")
             continue
         try:
-            duration_s = round(audio_length(path), 6)
+            duration_s = round(audio_length(confined(path, root)), 6)
         except AudioError as e:
-            result.problem(where, f"{e.where}: {e.what}", id)
+            result.error("audio", where, e, id)
             continue
         if duration_s == 0:
-            result.problem(where, f"{path.name} holds no audio", id)
+            result.finding("audio", where, f"{path.name} holds no audio", id, "fetch it again or delete the line")
             continue
         speaker, number_in = match["speaker"], int(match["number"])
         utterance = Utterance(
@@ -89,5 +93,5 @@ def _chapter(transcript: Path, folder: Path, manifest: Path, result: Imported) -
         )
         found.append(((split or "", int(speaker), int(match["chapter"]), number_in), utterance, where))
     for id, path in audio.items():
-        result.problem(str(path), "audio without a transcript", id)
+        result.finding("missing", path, "audio without a transcript", id, "restore the line of its transcript")
     return found

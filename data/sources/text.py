@@ -11,12 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from .errors import CorpusError
-from .importing import Imported, SessionPattern, in_session_order
-from .manifest import Utterance, describe_validation
-from .textfile import read_lines
+from ..errors import CorpusError
+from ..textfile import read_lines
+from .imported import Imported, SessionPattern, in_session_order
 
 
 def import_text(
@@ -45,7 +42,7 @@ def import_text(
                 block = number + 1
                 continue
             if tabbed and "\t" not in line:
-                result.problem(where, "no tab between id and text")
+                result.finding("line", where, "no tab between id and text")
                 continue
             if tabbed:
                 id, text = (part.strip() for part in line.split("\t", 1))
@@ -57,12 +54,9 @@ def import_text(
             try:
                 if pattern is not None:
                     session, order = pattern.read(id, session)
-                utterance = Utterance(id=id, text=text, session=session, split=split)
-            except ValidationError as e:
-                result.problem(where, describe_validation(e), id)
             except CorpusError as e:
-                result.problem(where, str(e), id)
+                result.error("line", where, e, id)
             else:
-                result.add(utterance, order, where)
+                result.make(where, order, id=id, text=text, session=session, split=split)
     result.utterances = in_session_order(result)
     return result

@@ -1,0 +1,1 @@
+"""One module a kind of corpus: each reads what people have into utterances and findings."""
