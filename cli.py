@@ -21,9 +21,11 @@ COMMANDS = {
     "teacher": ("stillhouse.extract.commands:teacher", "Bring a language model into a form that loads fast."),
     "inspect": ("stillhouse.extract.inspect.commands:inspect", "Look into a store."),
     "train": ("stillhouse.train.commands:train", "Train a transducer, with transfer from a store or without."),
+    "study": ("stillhouse.train.commands:study", "Arms and seeds of a recipe, trained, decoded and compared."),
     "decode": ("stillhouse.train.commands:decode", "Write hypotheses of a trained model."),
     "align": ("stillhouse.train.commands:align", "Write when a trained model hears each word: CTM, TextGrid."),
     "score": ("stillhouse.train.commands:score", "WER and CER with bootstrap intervals."),
+    "doctor": ("stillhouse.data.doctor.commands:doctor", "What works on this machine, and what to install."),
 }
 
 
