@@ -45,7 +45,8 @@ def _of_checkout() -> list[Need]:
         config.read(SETUP, encoding="utf-8")
         if config["metadata"]["name"] != "stillhouse":
             return []
-        lines = {None: config["options"]["install_requires"], **dict(config["options.extras_require"])}
+        lines: dict[str | None, str] = {None: config["options"]["install_requires"]}
+        lines.update(config["options.extras_require"])
     except (configparser.Error, KeyError, OSError, UnicodeDecodeError):
         return []
     return [need for extra, text in lines.items() for line in text.splitlines() for need in _need(line, extra)]
