@@ -1,23 +1,32 @@
 """Mean and standard deviation of each view's dimensions, over a sample that the plan fixes.
 
 Invariant: the sample is at most 2,000 utterances spread evenly over the plan, the same for every view and whoever
-wrote it; norms are taken from the stored states, written once, and never changed.
-Run: `pytest tests/extract/test_run.py -k norms`.
+wrote it; norms are taken from the stored states (int8, which needs them first: from the model's), written once, and
+never changed. Run: `pytest tests/extract/test_reader.py tests/extract/test_int8.py -k norms`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from stillhouse.data.errors import StoreError
+
+from .batches import make_batches
+from .encoding import forward
 from .store.arrays import RawArray
 from .store.commits import Commit, Commits, link_commit
 from .store.files import Lock, fsync_all
+from .store.index import Index
 from .store.layout import to_float32
-from .store.plan import Plan
+from .store.plan import Plan, Unit
+from .store.plan import Teacher as Record
 from .store.reader import Store, View
 from .store.writer import versions
+from .teacher import Teacher
+from .windows import Window
 
 SAMPLE = 2000
 LEAST_STD = 1e-3
@@ -54,40 +63,114 @@ def fix_norms(plan: Plan, teacher: str, context: str, scratch: Path) -> None:
         ]
         if not ready:
             return
-        rows = sample_rows(np.asarray(RawArray(plan.paths.data / teacher / "length").read()))
+        rows = sample_rows(store.lengths(teacher))
         ids = [store.index.id(int(r)) for r in rows]
-        group, c = plan.paths.data / teacher, record.contexts.index(context)
-        written: list[Path] = []
-        for k in ready:
-            mean, std = _moments(store, View(teacher, context, k), ids, record.dtype)
-            axis = record.layers.index(k)
-            written += RawArray(group / "norm_mean").write_range(mean, c, axis, first=0)
-            written += RawArray(group / "norm_std").write_range(std, c, axis, first=0)
-        fsync_all(written)
-        commit = Commit(
-            teacher=teacher,
-            context=context,
-            shard="norms",
-            generation=max(asked[k] for k in ready),
-            layers=ready,
-            utterances=[int(rows[0]), int(rows[-1]) + 1],
-            rows=[],
-            versions=versions(),
-        )
-        link_commit(plan.paths, scratch, commit)
+        found = {k: _moments(store, View(teacher, context, k), ids, record.dtype) for k in ready}
+        _commit(plan, teacher, context, max(asked[k] for k in ready), found, scratch)
+
+
+def fix_norms_first(
+    plan: Plan, unit: Unit, teacher: Teacher, windows: Callable[[np.ndarray], list[Window]], scratch: Path
+) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """{layer: (mean, std) float32 [D]} of a unit's views, before anything of them is written: int8 needs them.
+
+    Where nobody has fixed them yet, the sample's `windows` (of utterances by row) go through the teacher once more.
+    The first writer does it under a lock, and what it commits holds for all.
+    """
+    name, context, g = unit.teacher, unit.context, unit.generation
+    group, record = plan.paths.data / name, plan.teachers[name]
+    with Lock(plan.paths.lock(name, context, "norms"), wait=True):
+        commits = Commits(plan.paths, name, context)
+        missing = [k for k in unit.layers if not commits.has("norms", [k])]
+        if missing:
+            rows = sample_rows(Store.open(plan.paths.root).lengths(name))
+            moments = {k: Moments() for k in missing}
+
+            def keep(states: dict) -> dict[int, np.ndarray]:
+                return {k: v.float().cpu().numpy() for k, v in states.items()}
+
+            for batch in make_batches(windows(rows), g.batch_tokens, g.batch_overhead_tokens):
+                for part, states in forward(teacher, batch, missing, keep, unit):
+                    mine = [(w, piece.at, piece.last - piece.first) for w, x in enumerate(part) for piece in x.pieces]
+                    for k, block in states.items():
+                        kept = np.concatenate([block[w, at : at + n] for w, at, n in mine])
+                        if not np.isfinite(kept).all():
+                            raise _not_finite(plan, unit, k, block, part, rows)
+                        moments[k].add(kept)
+            _commit(plan, name, context, g.number, {k: m.result() for k, m in moments.items()}, scratch)
+    c = record.contexts.index(context)
+    read = RawArray(group / "norm_mean"), RawArray(group / "norm_std")
+    return {k: (read[0].read(c, axis), read[1].read(c, axis)) for k, axis in _axes(record, unit.layers).items()}
+
+
+def _not_finite(
+    plan: Plan, unit: Unit, layer: int, block: np.ndarray, batch: list[Window], rows: np.ndarray
+) -> StoreError:
+    """Naming view and utterance. block [B, T, D]; the windows' pieces count `rows`."""
+    bad = next(
+        p.utterance
+        for w, window in enumerate(batch)
+        for p in window.pieces
+        if not np.isfinite(block[w, p.at : p.at + p.last - p.first]).all()
+    )
+    return StoreError(
+        f"a value of {unit.teacher}/{unit.context}/{layer} is not finite",
+        where=Index(plan.paths.data / "utterances").id(int(rows[bad])),
+        remedy="the model itself yields it: try --model-dtype float32",
+    )
+
+
+def _axes(record: Record, layers: Sequence[int]) -> dict[int, int]:
+    return {k: record.layers.index(k) for k in layers}
+
+
+def _commit(
+    plan: Plan,
+    teacher: str,
+    context: str,
+    generation: int,
+    norms: dict[int, tuple[np.ndarray, np.ndarray]],
+    scratch: Path,
+) -> None:
+    """Write and commit; the caller holds the lock."""
+    record, group = plan.teachers[teacher], plan.paths.data / teacher
+    c, written = record.contexts.index(context), []
+    for k, axis in _axes(record, list(norms)).items():
+        for name, values in zip(("norm_mean", "norm_std"), norms[k]):
+            written += RawArray(group / name).write_range(values, c, axis, first=0)
+    fsync_all(written)
+    commit = Commit(teacher, context, "norms", generation, sorted(norms), utterances=[], rows=[], versions=versions())
+    link_commit(plan.paths, scratch, commit)
+
+
+class Moments:
+    """Mean and deviation of rows that come in blocks; sums in float64."""
+
+    def __init__(self) -> None:
+        self._count, self._total, self._square = 0, np.zeros(1), np.zeros(1)
+        self._shift: np.ndarray | None = None  # huge outlier dimensions would cancel without it
+
+    def add(self, states: np.ndarray) -> None:
+        """float32 [N, D]."""
+        wide = states.astype(np.float64)
+        if self._shift is None:
+            self._shift = wide.mean(axis=0)
+        wide -= self._shift
+        self._count += len(wide)
+        self._total = self._total + wide.sum(axis=0)
+        self._square = self._square + (wide**2).sum(axis=0)
+
+    def result(self) -> tuple[np.ndarray, np.ndarray]:
+        """float32 [D], float32 [D]; no deviation is below 1e-3."""
+        assert self._shift is not None
+        mean = self._total / self._count
+        std = np.sqrt(np.maximum(self._square / self._count - mean**2, 0))
+        return (mean + self._shift).astype(np.float32), np.maximum(std, LEAST_STD).astype(np.float32)
 
 
 def _moments(store: Store, view: View, ids: list[str], dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """float32 [D], float32 [D]; sums in float64, in blocks, so that the sample need not fit into memory."""
-    count, total, square = 0, 0.0, 0.0
-    shift: np.ndarray | None = None  # huge outlier dimensions would cancel without it
+    """float32 [D], float32 [D]; in blocks, so that the sample need not fit into memory."""
+    moments = Moments()
     for first in range(0, len(ids), 100):
-        states = to_float32(store.gather(ids[first : first + 100], [view]).states[view], dtype).astype(np.float64)
-        if shift is None:
-            shift = states.mean(axis=0)
-        states -= shift
-        count, total, square = count + len(states), total + states.sum(axis=0), square + (states**2).sum(axis=0)
-    assert shift is not None
-    mean = total / count
-    std = np.sqrt(np.maximum(square / count - mean**2, 0))
-    return (mean + shift).astype(np.float32), np.maximum(std, LEAST_STD).astype(np.float32)
+        moments.add(to_float32(store.gather(ids[first : first + 100], [view]).states[view], dtype))
+    return moments.result()

@@ -105,5 +105,5 @@ def summarise(plan: Plan, name: str, progress: Progress) -> Summary:
         model_share=progress.model_s / wall,
         wall_s=wall,
         store_bytes=folder_bytes(plan.paths.root),
-        hidden_bytes=folder_bytes(plan.paths.data / name / "hidden"),
+        hidden_bytes=sum(folder_bytes(plan.paths.data / name / array) for array in ("hidden", "scale")),
     )

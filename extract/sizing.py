@@ -19,15 +19,20 @@ from stillhouse.data.errors import StoreError
 from stillhouse.data.manifest import Corpus
 
 from .batches import make_batches
+from .change import PlannedTexts, split_tokens
+from .extend import Draft
 from .ordering import Layout
 from .plan import Request, next_plan, teacher_record
-from .run import StoredTexts, committed, unit_passes
+from .run import StoredTexts, committed, context_passes
 from .store.index import Index
 from .store.layout import dtype_of, shard_bytes
 from .store.plan import Plan, Unit
 from .store.plan import Teacher as Record
+from .store.quantise import SCALE_BYTES
 from .store.rows import TeacherRows
 from .teacher import Teacher
+from .threads import Threads
+from .tokens import Tokens
 from .windows import Texts
 
 PROBED_BATCHES = 6
@@ -60,42 +65,70 @@ class Sizing:
         return asdict(self) | {"fits": self.fits}
 
 
-class _Tokens:
-    """Token ids of a layout that is not on disk yet: a slice gives a list of arrays."""
+class _Corpus:
+    """The corpus of a plan that may not be on disk yet, in its order: `texts`, `session`, `length`; and `position` by
+    row, -1 for one that is dead.
+    """
 
-    def __init__(self, layout: Layout) -> None:
-        self._ids = layout.tokens.ids
-        self._end = np.cumsum(layout.tokens.length)
-        self._length = layout.tokens.length
+    def __init__(self, draft: Draft, name: str) -> None:
+        plan, layout, growth = draft.plan, draft.layout, draft.growth
+        if growth is not None:
+            order, self.session, count = growth.order, growth.session, growth.first + len(growth.ids)
+        elif layout is not None and len(plan.generations) == 1:
+            order, self.session, count = np.arange(len(layout.ids)), layout.session, len(layout.ids)
+        else:
+            index = Index(plan.paths.data / "utterances", plan.edition(name))
+            order, self.session, count = index.order, index.session_of, len(index)
+        self.position = np.full(count, -1)
+        self.position[order] = np.arange(len(order))
+        if layout is not None:
+            self.texts: Texts = _Tokens(layout.tokens, order)
+            self.length = layout.tokens.length[order]
+        elif growth is None:
+            rows = TeacherRows(plan, name)
+            self.texts, self.length = StoredTexts(rows, order), np.asarray(rows.length)[order]
+        else:
+            rows, tokens = TeacherRows(plan, name), growth.tokens
+            assert tokens is not None
+            old = np.where(order < growth.first, order, -1)
+            more = np.flatnonzero(old < 0)
+            self.texts = PlannedTexts(rows, old, split_tokens(tokens, more.tolist()))
+            self.length = np.asarray(rows.length)[np.maximum(old, 0)]
+            self.length[more] = tokens.length
+
+
+class _Tokens:
+    """Token ids of a layout that is not on disk yet, by position: a slice gives a list of arrays."""
+
+    def __init__(self, tokens: Tokens, order: np.ndarray) -> None:
+        self._ids, self._length, self._order = tokens.ids, tokens.length, order
+        self._end = np.cumsum(tokens.length)
 
     def __getitem__(self, which: slice) -> list[np.ndarray]:
-        ends, lengths = self._end[which].tolist(), self._length[which].tolist()
-        return [self._ids[e - n : e] for e, n in zip(ends, lengths)]
+        rows = self._order[which]
+        return [self._ids[e - n : e] for e, n in zip(self._end[rows].tolist(), self._length[rows].tolist())]
 
 
-def size_up(root: Path, corpus: Corpus, teacher: Teacher, request: Request, measure: bool = True) -> Sizing:
+def size_up(
+    root: Path, corpus: Corpus, teacher: Teacher, request: Request, measure: bool = True, refresh: bool = False
+) -> Sizing:
     """Errors: as `run.extract` has before it starts."""
     record = teacher_record(teacher, request)
-    plan, layout, new = next_plan(root, corpus, teacher, record, request)
+    draft = next_plan(root, corpus, teacher, record, request, refresh)
+    plan = draft.plan
     record = plan.teachers[record.name]
-    if layout is not None:
-        texts: Texts = _Tokens(layout)
-        length, session = layout.tokens.length, layout.session
-    else:
-        rows = TeacherRows(plan, record.name)
-        texts, length = StoredTexts(rows), np.asarray(rows.length)
-        session = np.asarray(Index(plan.paths.data / "utterances").session)
-    other = other_bytes(plan, layout) if new else 0
+    known = _Corpus(draft, record.name)
+    other = other_bytes(plan, draft.layout) if draft.new else 0
     units = plan.units(record.name)
     todo = [u for u in units if not committed(plan, u)]
     per_view = view_bytes(record, todo)
-    fed, speed, seconds = _measure(plan, teacher, todo, texts, session) if measure and todo else (0, None, None)
+    fed, speed, seconds = _measure(plan, teacher, todo, known) if measure and todo else (0, None, None)
     return Sizing(
         store=str(root),
         teacher=record.name,
-        utterances=len(length),
-        tokens=int(length.sum()),
-        longest_tokens=int(length.max()),
+        utterances=len(known.length),
+        tokens=int(known.length.sum()),
+        longest_tokens=int(known.length.max()),
         units=len(units),
         units_missing=len(todo),
         bytes_per_view=per_view,
@@ -109,13 +142,15 @@ def size_up(root: Path, corpus: Corpus, teacher: Teacher, request: Request, meas
 
 
 def view_bytes(record: Record, units: list[Unit]) -> dict[str, int]:
-    """Bytes of `hidden` that units will take, by view."""
-    row_bytes = record.width * dtype_of(record.dtype).bytes
+    """Bytes of `hidden`, and of int8's `scale`, that units will take, by view."""
+    dtype = dtype_of(record.dtype)
+    arrays = [record.width * dtype.bytes] + ([SCALE_BYTES] if dtype.scaled else [])
     out: dict[str, int] = {}
     for u in units:
         for layer in u.layers:
             address = f"{record.name}/{u.context}/{layer}"
-            out[address] = out.get(address, 0) + shard_bytes(u.shard.rows, u.generation.shard_rows, row_bytes)
+            size = sum(shard_bytes(u.shard.rows, u.generation.shard_rows, row_bytes) for row_bytes in arrays)
+            out[address] = out.get(address, 0) + size
     return out
 
 
@@ -156,24 +191,23 @@ def other_bytes(plan: Plan, layout: Layout | None) -> int:
     return sums + tokens + index + len(np.unique(layout.tokens.ids)) * (4 + 10 + 2 * record.width)
 
 
-def _measure(
-    plan: Plan, teacher: Teacher, todo: list[Unit], texts: Texts, session: np.ndarray
-) -> tuple[int, float, float]:
+def _measure(plan: Plan, teacher: Teacher, todo: list[Unit], known: _Corpus) -> tuple[int, float, float]:
     """(tokens to be fed, fed tokens a second, seconds), from a few batches of one unit of each context."""
     fed_total, seconds_total = 0.0, 0.0
     for context in dict.fromkeys(u.context for u in todo):
         mine = [u for u in todo if u.context == context]
         unit = mine[len(mine) // 2]
-        work = unit_passes(plan, unit, texts, session)
+        wanted = known.position[unit.shard.first : unit.shard.last]
+        work = context_passes(plan, unit, known.texts, known.session, wanted)
         batches = make_batches(work.windows, unit.generation.batch_tokens, unit.generation.batch_overhead_tokens)
         if not batches:
             continue
         chosen = [batches[i] for i in np.unique(np.linspace(0, len(batches) - 1, PROBED_BATCHES).round().astype(int))]
-        teacher.states(chosen[0], unit.layers)  # the first call pays for what later ones find ready
-        began = time.perf_counter()
-        for batch in chosen:
-            for v in teacher.states(batch, unit.layers).values():
-                v.float().cpu()
+        with Threads(teacher) as threads:
+            for first in (True, False):  # the first calls pay for what later ones find ready
+                began = time.perf_counter()
+                some = chosen[:1] * threads.count if first else chosen
+                list(threads.run(some, unit.layers, lambda s: [v.float().cpu() for v in s.values()][:0], unit))
         speed = sum(len(w.ids) for b in chosen for w in b) / (time.perf_counter() - began)
         fed = work.tokens * sum(u.shard.rows for u in mine) / max(1, unit.shard.rows)
         fed_total, seconds_total = fed_total + fed, seconds_total + fed / speed

@@ -51,7 +51,7 @@ def dequantise(values: np.ndarray, scale: np.ndarray, mean: np.ndarray, std: np.
     from .kernels import dequantise as kernel
 
     whole = out if out.dtype == np.float32 else np.empty(out.shape, np.float32)
-    kernel(values, scale.astype(np.float32), np.asarray(mean, np.float32), np.asarray(std, np.float32), whole)
+    kernel(values, scale.astype(np.float32), np.array(mean, np.float32), np.array(std, np.float32), whole)
     if whole is not out:
         out[...] = whole
 

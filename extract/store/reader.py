@@ -242,6 +242,15 @@ class Store:
             self.rows(ids, view.teacher)
         ]
 
+    def input_hashes(self, view: View) -> np.ndarray:
+        """uint64 [U]: the same of every row, whatever is committed."""
+        return RawArray(self.paths.data / view.teacher / "input_hash").read(self._axes(view)[0])
+
+    def shard_of(self, teacher: str, row: int) -> int:
+        """The number of the shard that a row of this teacher lies in."""
+        t = self._rows_of(teacher)
+        return int(t.start[row]) // t.shard_rows
+
     def rows(self, ids: Sequence[str], teacher: str | None = None) -> np.ndarray:
         """Rows of utterances, int64 [B]; those that `teacher` has, where teachers are at different editions.
 
@@ -420,8 +429,8 @@ class Store:
                 return
             out = allocate((places.total, t.width), np.dtype(dtype_of(logical).stored))
             if scale is not None:
-                norms = (t.of_layer(name, *self._axes(view)) for name in ("norm_mean", "norm_std"))
-                dequantise(stored, scale, *norms, out)
+                mean, std = (t.of_layer(name, *self._axes(view)) for name in ("norm_mean", "norm_std"))
+                dequantise(stored, scale, mean, std, out)
             else:
                 np.copyto(out, to_float32(stored, t.dtype.logical), casting="same_kind")
             states[view] = out

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from stillhouse.data.errors import StillhouseError
+from stillhouse.data.errors import StillhouseError, StoreError
 
 from .arrays import RawArray
 from .commits import Commit
 from .files import Lock
 from .layout import INNER_ROWS, crc32c, dtype_of, footer_bytes, identity_rows
 from .plan import Unit
+from .quantise import SCALE_BYTES
 from .reader import Store, View
 
 
@@ -148,6 +149,13 @@ def _check_file(
     if crc32c(stored.astype("<u4").tobytes()) != commit.checksums[str(view.layer)]:
         yield Finding("the checksums of its utterances are damaged themselves", place, _REPAIR)
         return
+    scale = None
+    if dtype.scaled:
+        try:
+            scale = _scales(store, view, unit, bool(data))
+        except (StillhouseError, OSError, ValueError) as e:
+            yield Finding(f"its scales cannot be read: {e}", place, _REPAIR)
+            return
     if not data:
         return
     group = store.paths.data / view.teacher
@@ -155,12 +163,32 @@ def _check_file(
     length = np.asarray(RawArray(group / "length").read())[shard.first : shard.last]
     drawn = np.random.default_rng([shard.number, c, axis]).random(len(start)) < data
     for u, (at, n, want, read) in enumerate(zip(start.tolist(), length.tolist(), stored.tolist(), drawn.tolist())):
-        if n and read and crc32c(os.pread(fd, n * row_bytes, at * row_bytes)) != want:
+        if not (n and read):
+            continue
+        got = crc32c(os.pread(fd, n * row_bytes, at * row_bytes))
+        if scale is not None:
+            got = crc32c(scale[at : at + n], got)
+        if got != want:
             name = store.index.id(shard.first + u)
             yield Finding("stored bytes differ from their checksum", f"{place} utterance {name}", _REPAIR)
     padding = np.frombuffer(os.pread(fd, (held - shard.rows) * row_bytes, shard.rows * row_bytes), dtype=dtype.stored)
     if held - shard.rows >= INNER_ROWS or padding.tobytes() != dtype.fill_rows(len(padding), 1).tobytes():
         yield Finding("rows behind its last utterance are not the fill value", place, _REPAIR)
+
+
+def _scales(store: Store, view: View, unit: Unit, data: bool) -> np.ndarray | None:
+    """float16 of every row that a shard file of `scale` holds; without `data` only its size and index are looked at.
+
+    Errors: StoreError, OSError, ValueError for damage.
+    """
+    path, rows = store.paths.scale(view.teacher, *store._axes(view), unit.shard.number), unit.generation.shard_rows
+    tail = footer_bytes(rows)
+    with open(path, "rb") as f:
+        size = os.fstat(f.fileno()).st_size
+        held = identity_rows(os.pread(f.fileno(), tail, max(0, size - tail)), rows, SCALE_BYTES)
+        if held is None or held < unit.shard.rows or size != held * SCALE_BYTES + tail:
+            raise StoreError("its file has the wrong size", where=path)
+        return np.frombuffer(f.read(held * SCALE_BYTES), np.float16) if data else None
 
 
 def _check_litter(store: Store) -> Iterator[Finding]:

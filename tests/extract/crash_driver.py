@@ -59,7 +59,8 @@ def main() -> None:
     corpus_path, root, source, contexts, *phases = sys.argv[1:]
     corpus = read_manifest(corpus_path)
     teacher = load_teacher(source, device="cpu")
-    request = Request("t", LAYERS, contexts.split(","))
+    dtype = os.environ.get("STILLHOUSE_TEST_DTYPE", "float16")
+    request = Request("t", LAYERS, contexts.split(","), dtype=dtype)
     for where in [*phases, ""]:
         child = os.fork()
         if child == 0:
