@@ -22,16 +22,18 @@ REPORT_EVERY_S = 5.0
 
 
 def parse_layers(ctx: click.Context, param: click.Parameter, value: str) -> list[int]:
-    """ "0,3,6", "-1", "0-12"; "all" is every layer (as 0 and all that exist)."""
+    """ "0,3,6", "-1" or "last", "0-12"."""
     layers: list[int] = []
     for word in value.replace(" ", "").split(","):
         span = re.fullmatch(r"(\d+)-(\d+)", word)
         if span:
             layers += range(int(span[1]), int(span[2]) + 1)
+        elif word == "last":
+            layers.append(-1)
         elif re.fullmatch(r"-?\d+", word):
             layers.append(int(word))
         else:
-            raise click.BadParameter(f"{word!r} is no layer; give numbers as in 0,3,6 or 0-6 or -1")
+            raise click.BadParameter(f"{word!r} is no layer; give numbers as in 0,3,6 or 0-6 or last")
     return layers
 
 
@@ -40,7 +42,7 @@ def parse_layers(ctx: click.Context, param: click.Parameter, value: str) -> list
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option("--teacher", help="A model: a folder, or a name on the Hugging Face hub.")
 @click.option("--name", help="What the store calls it. Default: the last part of the model's name.")
-@click.option("--layers", default="-1", show_default=True, callback=parse_layers, help="As in 0,3,6 or 0-6 or -1.")
+@click.option("--layers", default="-1", show_default=True, callback=parse_layers, help="As in 0,3,6 or 0-6; last or -1 from the end.")
 @click.option(
     "--context",
     "contexts",

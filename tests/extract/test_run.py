@@ -255,6 +255,6 @@ def test_the_command(bert: Path, tmp_path: Path) -> None:
 
 
 def test_the_words_of_the_command() -> None:
-    assert parse_layers(None, None, "0-3, 6,-1") == [0, 1, 2, 3, 6, -1]  # type: ignore[arg-type]
+    assert parse_layers(None, None, "0-3, 6,-1,last") == [0, 1, 2, 3, 6, -1, -1]  # type: ignore[arg-type]
     assert default_name("org/My Model-v2") == "My-Model-v2"
     assert "no layer" in CliRunner().invoke(command, [".", "s", "--layers", "x"]).output
