@@ -114,8 +114,8 @@ def score(hypotheses: Path, as_json: bool) -> None:
     from .score import read_hypotheses
     from .score import score as compute
 
-    references, found = read_hypotheses(hypotheses)
-    result = compute(references, found)
+    found = read_hypotheses(hypotheses)
+    result = compute([ref for _, ref, _ in found], [hyp for _, _, hyp in found])
     if as_json:
         click.echo(json.dumps(asdict(result)))
         return
@@ -125,6 +125,53 @@ def score(hypotheses: Path, as_json: bool) -> None:
             f"{r.substitutions} substituted, {r.deletions} deleted, {r.insertions} inserted of {r.reference}"
         )
     click.echo(f"{result.utterances} utterances")
+
+
+@click.command()
+@click.argument("study", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the runs. [default: runs/NAME-OF-STUDY]")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs at a time.")
+@click.option("--only", help="Only these arms; several with commas.")
+@click.option("--seeds", help="Only these seeds; several with commas.")
+@click.option("--table", "table_only", is_flag=True, help="Run nothing: the table of what is done.")
+@click.option("--json", "as_json", is_flag=True, help="Print the table as JSON instead of Markdown.")
+def study(
+    study: Path,
+    out: Path | None,
+    jobs: int,
+    only: str | None,
+    seeds: str | None,
+    table_only: bool,
+    as_json: bool,
+) -> None:
+    """Train every arm of STUDY (TOML) with every seed and compare their error rates; stopped, it goes on.
+
+    Each run is an ordinary run folder, OUT/ARM/seed-N. The table goes to stdout, and with plots to OUT/study.html.
+
+    Example: stillhouse study recipes/study-demo.toml --jobs 2
+    """
+    from dataclasses import asdict
+
+    from .study import chosen, load_study
+    from .study_report import limit, markdown, write_reports
+    from .study_runs import StudyError, run_study
+    from .study_table import curves, limits, tabulate
+
+    whole = load_study(study, out or Path("runs") / study.stem)
+    runs = chosen(whole, only, seeds)
+    failures = (
+        [] if table_only else run_study(whole, runs, jobs=jobs, say=say, limits=lambda: map(limit, limits(whole)))
+    )
+    table = tabulate(whole)
+    write_reports(table, whole.out, curves(whole))
+    click.echo(json.dumps(asdict(table), ensure_ascii=False) if as_json else markdown(table), nl=as_json)
+    say(f"report: {whole.out / 'study.html'}")
+    if failures:
+        raise StudyError(
+            f"{len(failures)} of {len(runs)} runs failed: {'; '.join(failures)}",
+            where=whole.out,
+            remedy="the same command again goes on with them",
+        )
 
 
 @click.command()

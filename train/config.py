@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..data.errors import ConfigError
+
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
 class Section(BaseModel):
@@ -155,21 +157,40 @@ def load_config(path: Path, changes: Sequence[str] = ()) -> Config:
 
     Raises ConfigError naming the file, the setting and what is expected.
     """
+    tree = read_toml(path)
+    for change in changes:
+        _apply(tree, change)
+    return validated(Config, tree, path)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Raises ConfigError naming the file."""
     try:
-        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError("no such file", where=path) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
         raise ConfigError(f"not a readable TOML file: {e}", where=path) from None
-    for change in changes:
-        _apply(tree, change)
+
+
+def validated(kind: type[Kind], tree: Mapping[str, Any], where: object) -> Kind:
+    """Settings out of a tree. Raises ConfigError naming every setting that is unknown or cannot be."""
     try:
-        return Config.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as e:
         found = "; ".join(
             f"{'.'.join(map(str, d['loc'])) or 'file'}: {d['msg']} (got {_short(d['input'])})" for d in e.errors()
         )
-        raise ConfigError(found, where=path) from None
+        raise ConfigError(found, where=where) from None
+
+
+def merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`tree` with `changes` laid over it, section by section; neither is changed."""
+    found = dict(tree)
+    for key, value in changes.items():
+        below = found.get(key)
+        found[key] = merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return found
 
 
 def _apply(tree: dict, change: str) -> None:

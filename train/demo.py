@@ -21,11 +21,11 @@ from pathlib import Path
 
 from ..data.demo.corpus import Built, build_demo_corpus
 from ..data.demo.plan import FULL, QUICK, Size
-from ..data.errors import CorpusError, StillhouseError, TeacherError
+from ..data.errors import StillhouseError, TeacherError
 from . import report
 from .config import load_config
 from .report import Row, Stage
-from .score import Score, score
+from .score import Score, read_hypotheses, score
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 LIMITS = {"test-known": 0.30, "test-new": 0.60}  # the largest WER of a recogniser that works
@@ -216,7 +216,7 @@ def _finish(demo: Demo, corpus: Built, quick: bool, recipe: Path) -> Result:
     sections = []
     scores: dict[str, Score] = {}
     for split, limit in LIMITS.items():
-        triples = read_triples(demo.out / f"hyp-{split}.jsonl")
+        triples = read_hypotheses(demo.out / f"hyp-{split}.jsonl")
         scores[split] = _score(triples)
         rows.append(Row(split, WHAT[split], scores[split], None if quick else limit))
         known = [t for t in triples if manifest.by_id[t[0]].speaker in heard]
@@ -257,15 +257,6 @@ def _finish(demo: Demo, corpus: Built, quick: bool, recipe: Path) -> Result:
     )
     next_recipe = os.path.relpath(RECIPES / "librispeech-100.toml")
     return Result(tuple(rows), page, failures, LIBRISPEECH.format(recipe=next_recipe))
-
-
-def read_triples(path: Path) -> list[tuple[str, str, str]]:
-    """(id, reference, hypothesis) of what `stillhouse decode` wrote."""
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [(x["id"], x["ref"], x["hyp"]) for x in lines]
-    except (ValueError, KeyError, TypeError) as e:
-        raise CorpusError(f"not hypotheses: {e}", where=path, remedy="make it with `stillhouse decode`") from None
 
 
 def _score(triples: Sequence[tuple[str, str, str]]) -> Score:

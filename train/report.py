@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,8 @@ from .score import Rate, Score
 if TYPE_CHECKING:
     from ..extract.store import Store
 
-COLOURS = ("#3b82f6", "#e8830c", "#12a06b", "#d6459b", "#8b5cf6", "#0ea5b7")  # legible on white and on near-black
+# Legible on white and on near-black
+COLOURS = ("#3b82f6", "#e8830c", "#12a06b", "#d6459b", "#8b5cf6", "#0ea5b7", "#a8760b", "#8a94a0")
 INK = "#010203"  # stands for the text's colour until the figure is in the page
 
 
@@ -168,16 +169,9 @@ def store_facts(store: Store) -> dict[str, Any]:
 
 def curve(lines: Mapping[str, Sequence[tuple[float, float]]], label: str, *, log: bool = False, name: str = "") -> str:
     """An inline SVG of curves [(step, value)], in colours that suit a light and a dark page; "" without a point."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
     lines = {k: v for k, v in lines.items() if v}
-    if not lines:
-        return ""
-    # The hash salt keeps the ids of two figures of one page apart, and makes the page the same twice.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name or label, "font.size": 10}):
-        figure = Figure(figsize=(4.6, 2.9), layout="constrained")
-        axes = figure.add_subplot()
+
+    def plot(axes: Any) -> None:
         for colour, (key, points) in zip(COLOURS * len(lines), lines.items()):
             x, y = zip(*points)
             axes.plot(x, y, color=colour, linewidth=1.8, label=key, marker="o" if len(x) < 12 else "", markersize=3.5)
@@ -187,16 +181,30 @@ def curve(lines: Mapping[str, Sequence[tuple[float, float]]], label: str, *, log
             axes.set_ylim(bottom=0)
         axes.set_xlabel("step", color=INK)
         axes.set_ylabel(label, color=INK)
+        if len(lines) > 1:
+            axes.legend(frameon=False, labelcolor=INK, fontsize=9)
+
+    return figure(plot, name or label) if lines else ""
+
+
+def figure(plot: Callable[[Any], None], name: str) -> str:
+    """An inline SVG of what `plot` draws on matplotlib axes, transparent, its ink the page's own."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    # The hash salt keeps the ids of two figures of one page apart, and makes the page the same twice.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10}):
+        canvas = Figure(figsize=(4.6, 2.9), layout="constrained")
+        axes = canvas.add_subplot()
+        plot(axes)
         axes.tick_params(which="both", color=INK, labelcolor=INK)
         axes.grid(alpha=0.25, color="#888888", linewidth=0.6)
         for side, spine in axes.spines.items():
             spine.set_visible(side in ("left", "bottom"))
             spine.set_color(INK)
         axes.patch.set_alpha(0)
-        if len(lines) > 1:
-            axes.legend(frameon=False, labelcolor=INK, fontsize=9)
         out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        canvas.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = out.getvalue()
     return svg[svg.index("<svg") :].replace(INK, "currentColor")
 
@@ -226,6 +234,11 @@ def step_times(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
 
 def render(report: Report) -> str:
     """The page, self-contained."""
+    return page("report.html.j2", r=report, curves=curves(report.metrics), step_times=step_times(report.metrics))
+
+
+def page(template: str, **values: Any) -> str:
+    """A template of this folder, everything in it escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     env = Environment(
@@ -236,9 +249,7 @@ def render(report: Report) -> str:
         lstrip_blocks=True,
     )
     env.filters |= {"percent": percent, "interval": interval, "size": size, "clock": clock}
-    return env.get_template("report.html.j2").render(
-        r=report, curves=curves(report.metrics), step_times=step_times(report.metrics)
-    )
+    return env.get_template(template).render(**values)
 
 
 def percent(value: float) -> str:

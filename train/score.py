@@ -56,15 +56,28 @@ def counts(references: Sequence[str], hypotheses: Sequence[str], *, characters: 
     return table
 
 
+def resampled(values: np.ndarray, *, resamples: int = 1_000, seed: int = 0) -> np.ndarray:
+    """Sums over bootstrap samples of the rows of values [utterances, K]: float64 [resamples, K].
+
+    The same draws for the same number of utterances and the same seed, so that what is compared is paired.
+    """
+    rng = np.random.default_rng(seed)
+    count = len(values)
+    found = np.empty((resamples, values.shape[1]))
+    for first in range(0, resamples, 64):
+        chosen = rng.integers(count, size=(min(64, resamples - first), count))
+        weights = np.stack([np.bincount(row, minlength=count) for row in chosen])
+        found[first : first + 64] = weights @ values
+    return found
+
+
 def rate(table: np.ndarray, *, resamples: int = 1_000, seed: int = 0) -> Rate:
     """The error rate of a table of `counts`; rates are 0 where there is no reference token."""
     errors, reference = table[:, :3].sum(axis=1), table[:, 3]
-    rng = np.random.default_rng(seed)
     low = high = point = float(errors.sum() / max(1, reference.sum()))
     if len(table) > 1:
-        chosen = rng.integers(len(table), size=(resamples, len(table)))
-        rates = errors[chosen].sum(axis=1) / np.maximum(1, reference[chosen].sum(axis=1))
-        low, high = (float(x) for x in np.quantile(rates, [0.025, 0.975]))
+        sums = resampled(np.stack([errors, reference], axis=1), resamples=resamples, seed=seed)
+        low, high = (float(x) for x in np.quantile(sums[:, 0] / np.maximum(1, sums[:, 1]), [0.025, 0.975]))
     substitutions, deletions, insertions, total = (int(x) for x in table.sum(axis=0))
     return Rate(point, low, high, substitutions, deletions, insertions, total)
 
@@ -77,30 +90,29 @@ def score(references: Sequence[str], hypotheses: Sequence[str]) -> Score:
     )
 
 
-def read_hypotheses(path: Path) -> tuple[list[str], list[str]]:
-    """(references, hypotheses) of a JSON-lines file with the fields `ref` and `hyp`.
+def read_hypotheses(path: Path) -> list[tuple[str, str, str]]:
+    """(id, reference, hypothesis) of a JSON-lines file that `stillhouse decode` wrote.
 
     Raises CorpusError naming the line that is not one.
     """
-    references, hypotheses = [], []
+    found = []
     try:
         with path.open(encoding="utf-8") as f:
             for number, line in enumerate(f, 1):
                 try:
                     record = json.loads(line)
-                    reference, hypothesis = record["ref"], record["hyp"]
-                    if not isinstance(reference, str) or not isinstance(hypothesis, str):
-                        raise TypeError("ref and hyp must be text")
+                    triple = record["id"], record["ref"], record["hyp"]
+                    if not all(isinstance(value, str) for value in triple):
+                        raise TypeError("id, ref and hyp must be text")
                 except (ValueError, KeyError, TypeError) as e:
                     raise CorpusError(
                         f"not a hypothesis: {e}",
                         where=f"{path}:{number}",
                         expected='{"id": …, "hyp": …, "ref": …}',
                     ) from None
-                references.append(reference)
-                hypotheses.append(hypothesis)
+                found.append(triple)
     except (OSError, UnicodeDecodeError) as e:
         raise CorpusError(f"cannot be read: {e}", where=path, remedy="make it with `stillhouse decode`") from None
-    if not references:
+    if not found:
         raise CorpusError("no hypothesis", where=path, remedy="make it with `stillhouse decode`")
-    return references, hypotheses
+    return found

@@ -23,6 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ..data.errors import StaleError, StillhouseError
 from ..data.features import FeatureFile
+from ..data.lock import held
 from ..data.manifest import read_manifest
 from ..data.sampler import BatchSampler
 from ..data.units import load_units
@@ -30,6 +31,8 @@ from . import checkpoint
 from .building import build_model, build_transfer, resolve_device, resolve_precision, store_shards
 from .config import Config, dump_config, load_config
 from .decode import transcribe
+from .identity import budget, data_identity, initialisation
+from .identity import write as write_identity
 from .loader import Batch, BatchLoader, prefetch
 from .objective import losses
 from .score import score
@@ -113,6 +116,11 @@ class Trainer:
             shards=store_shards(config, [u.id for u in self.loader.utterances]),
             mix=config.data.mix_shards,
         )
+        self.identity: dict[str, Any] = {
+            "data": data_identity(self.loader, self.sampler),
+            "budget": budget(config, self.precision),
+            "initialisation": initialisation(self.model),
+        }
         self.step = self.epoch = self.position = 0
         self.bad_steps = 0
         self.best: dict[str, float] = {}
@@ -125,20 +133,21 @@ class Trainer:
         self.out.mkdir(parents=True, exist_ok=True)
         settings = self.out / "config.toml"
         if settings.exists():
-            _refuse_other_settings(load_config(settings), self.config, settings)
+            refuse_other_settings(load_config(settings), self.config, settings)
         found = checkpoint.latest(self.out / "checkpoints")
         if found is None:
             self._fit_normalisation()
+            write_identity(self.out, self.identity)
         else:
             checkpoint.load_weights(self.model, found.tensors("model"), found.path)
             if self.transfer is not None:
                 checkpoint.load_weights(self.transfer, found.tensors("transfer"), found.path)
             state = found.state
-            _refuse_other_data(state["data"], self._data_identity(), found.path)
+            _refuse_other_data(state["data"], self.identity["data"], found.path)
             self.step, self.epoch, self.position = state["step"], state["epoch"], state["position"]
             self.best, self.precision = state["best"], state["precision"]
-            self._trim_metrics()
             self.report(f"resuming {self.out} at step {self.step}")
+        self._trim_metrics()
         self.model.to(self.device)
         modules = {"model": self.model} | ({"transfer": self.transfer.to(self.device)} if self.transfer else {})
         self.names: dict[torch.Tensor, str] = {
@@ -157,16 +166,10 @@ class Trainer:
         )
         if found is not None:
             checkpoint.restore_optimiser(self.optimiser, self.names, found.tensors("optimiser"))
-        settings.write_text(dump_config(self.config))
+        draft = settings.with_suffix(".draft")
+        draft.write_text(dump_config(self.config))
+        draft.replace(settings)  # whole or not there: a run that is killed here goes on
         self.units.save(self.out / "units")
-
-    def _data_identity(self) -> dict[str, Any]:
-        return {
-            "units": self.units.fingerprint,
-            "features": self.features.fingerprint,
-            "utterances": len(self.loader.utterances),
-            "frames": int(self.loader.frames.sum()),
-        }
 
     def _fit_normalisation(self) -> None:
         """Mean and deviation of each bin over up to 500 training utterances, spread evenly."""
@@ -190,7 +193,7 @@ class Trainer:
             "position": self.position,
             "best": self.best,
             "precision": self.precision,
-            "data": self._data_identity(),
+            "data": self.identity["data"],
             "versions": {"torch": torch.__version__},
         }
         checkpoint.save(self.out / "checkpoints", state, tensors)
@@ -200,7 +203,11 @@ class Trainer:
     # -- the loop
 
     def run(self) -> None:
-        """Train to the last step; on return the last checkpoint is on disk."""
+        """Train to the last step; on return the last checkpoint is on disk. LockedError: another process does."""
+        with held(self.out / ".lock", "run"):
+            self._run()
+
+    def _run(self) -> None:
         config = self.config
         if self.step >= config.optim.steps:
             self.report(f"{self.out} is done: step {self.step}")
@@ -343,7 +350,7 @@ def _mix(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def _refuse_other_settings(old: Config, new: Config, where: Path) -> None:
+def refuse_other_settings(old: Config, new: Config, where: Path) -> None:
     """Settings that change the result may not change under a run; those of `run` may, the seed excepted."""
     a, b = (
         {f"{s}.{k}": v for s, values in c.model_dump(mode="json").items() for k, v in values.items()}
