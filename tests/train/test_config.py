@@ -8,6 +8,7 @@ import pytest
 
 from stillhouse.data.errors import ConfigError
 from stillhouse.train.config import dump_config, load_config
+from stillhouse.train.study import load_study
 
 MINIMAL = '[data]\ncorpus = "c.jsonl"\nfeatures = "f.h5"\nunits = "u"\n'
 
@@ -59,7 +60,10 @@ def test_every_recipe_is_valid(root: Path) -> None:
     recipes = [*root.glob("recipes/*.toml"), *root.glob("data/demo/*.toml")]
     assert recipes
     for path in recipes:
-        load_config(path)
+        if path.stem.startswith("study-"):
+            load_study(path, root / "runs")
+        else:
+            load_config(path)
 
 
 def test_stores_by_one_name_or_several(tmp_path: Path) -> None:
