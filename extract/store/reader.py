@@ -18,6 +18,7 @@ import numpy as np
 
 from stillhouse.data.errors import NoStoreError, StaleError, StoreError, UsageError
 
+from . import notebook
 from . import plan as plans
 from .arrays import RawArray
 from .commits import Commits
@@ -42,6 +43,9 @@ class View:
 
     def __str__(self) -> str:
         return self.address
+
+    def _repr_html_(self) -> str:
+        return notebook.view_html(self)
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,12 @@ class Gathered:
     token_id: dict[str, np.ndarray]
     span: dict[str, np.ndarray]
 
+    def __repr__(self) -> str:
+        return notebook.gathered_text(self)
+
+    def _repr_html_(self) -> str:
+        return notebook.gathered_html(self)
+
 
 class Store:
     """A store opened for reading. Use `Store.open(path)`.
@@ -97,7 +107,10 @@ class Store:
         return (Store, (self.path, self.checksums))
 
     def __repr__(self) -> str:
-        return f"Store({str(self.path)!r})"
+        return notebook.store_text(self)
+
+    def _repr_html_(self) -> str:
+        return notebook.store_html(self)
 
     def close(self) -> None:
         """Close this process's files; the store opens them again when it reads."""

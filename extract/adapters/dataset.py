@@ -1,0 +1,68 @@
+"""A store as a map-style `torch.utils.data.Dataset`. This module imports torch; the store does not.
+
+Invariant: item i is utterance ids[i], whatever asks for it and in whichever process; a batch is one gather.
+Exercised by: pytest tests/inspect/test_adapters.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ..store import Store, View
+from ..store.batches import held_ids
+
+
+class States(Dataset):
+    """Items {"id", "states": {address: float32 [N, D]}, "token_id": {teacher: [N]}, "span": {teacher: [N, 2]}}.
+
+    ids: None: all that have states in every view. Use `collate` as the DataLoader's collate_fn.
+    """
+
+    def __init__(self, store: Store, views: Sequence[View], ids: Sequence[str] | None = None) -> None:
+        self.store, self.views = store, list(dict.fromkeys(views))
+        self.ids = held_ids(store, self.views) if ids is None else list(ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """What DataLoader asks for when it can: a batch at once."""
+        ids = [self.ids[i] for i in indices]
+        batch = self.store.gather(ids, self.views, dtype="float32")
+        ends = {teacher: np.cumsum(length).tolist() for teacher, length in batch.lengths.items()}
+        items = []
+        for i, utterance in enumerate(ids):
+            cut = {t: slice(end[i - 1] if i else 0, end[i]) for t, end in ends.items()}
+            items.append(
+                {
+                    "id": utterance,
+                    "states": {v.address: torch.from_numpy(x[cut[v.teacher]]) for v, x in batch.states.items()},
+                    "token_id": {t: torch.from_numpy(x[cut[t]]) for t, x in batch.token_id.items()},
+                    "span": {t: torch.from_numpy(x[cut[t]]) for t, x in batch.span.items()},
+                }
+            )
+        return items
+
+    @staticmethod
+    def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Padded with zeros (spans with -1): states {address: [B, N, D]}, lengths {teacher: int64 [B]}, and so on."""
+
+        def padded(key: str, name: str, value: float) -> torch.Tensor:
+            return torch.nn.utils.rnn.pad_sequence([i[key][name] for i in items], True, value)
+
+        first = items[0]
+        return {
+            "id": [i["id"] for i in items],
+            "lengths": {t: torch.tensor([len(i["token_id"][t]) for i in items]) for t in first["token_id"]},
+            "states": {address: padded("states", address, 0.0) for address in first["states"]},
+            "token_id": {t: padded("token_id", t, 0) for t in first["token_id"]},
+            "span": {t: padded("span", t, -1) for t in first["span"]},
+        }

@@ -1,0 +1,44 @@
+"""A store from one end to the other in batches of bounded size.
+
+Invariant: every utterance that all the views hold comes once, in the order of the store, in which reading is
+sequential; one batch is in memory. Exercised by: pytest tests/inspect/test_adapters.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from .reader import Gathered, Store, View
+
+
+def batches(
+    store: Store,
+    views: Sequence[View],
+    ids: Sequence[str] | None = None,
+    tokens: int = 16_384,
+    dtype: str | None = None,
+) -> Iterator[tuple[list[str], Gathered]]:
+    """(ids, batch) of about `tokens` tokens of the first view's teacher each, one utterance at least.
+
+    ids     these utterances, in this order; None: all that have states in every view
+    dtype   as in Store.gather
+    Errors: as Store.gather.
+    """
+    ids = held_ids(store, views) if ids is None else ids
+    lengths = store.tokens(ids, views[0].teacher)[0] if len(ids) else np.zeros(0, np.int32)
+    number = (np.cumsum(lengths, dtype=np.int64) - lengths) // max(1, tokens)
+    edges = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(ids)]
+    for first, last in pairwise(edges):
+        if last > first:
+            part = list(ids[first:last])
+            yield part, store.gather(part, views, dtype)
+
+
+def held_ids(store: Store, views: Sequence[View]) -> list[str]:
+    """Utterances that have states in every view, in the order of the store."""
+    ids = store.utterance_ids
+    held = np.logical_and.reduce([store.has(ids, view) for view in views])
+    return [ids[i] for i in np.flatnonzero(held)]
