@@ -8,27 +8,23 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-
-import numpy as np
 
 from stillhouse.data.errors import StaleError, UsageError
 from stillhouse.data.manifest import Corpus
 from stillhouse.data.text import check_transform
 
-from .extend import extended, missing_views, with_teacher, write_generation
+from .change import compare
+from .extend import Draft, extended, missing_views, with_teacher, write_generation
 from .ordering import Layout, lay_out
 from .skeleton import write_skeleton
 from .store import plan as plans
+from .store.exclusive import nobody_writes
 from .store.files import Lock
-from .store.index import Index
-from .store.layout import (
-    Paths,
-    check_teacher_name,
-    hash_text,
-)
+from .store.layout import Paths, check_teacher_name
 from .store.plan import Generation, Plan, Work
 from .store.writer import versions
 from .teacher import Teacher
@@ -146,69 +142,52 @@ def check_settings(plan: Plan, record: plans.Teacher) -> None:
         )
 
 
-def check_texts(plan: Plan, corpus: Corpus) -> None:
-    """Errors: StaleError naming utterances whose text has changed, that are new, or that are gone."""
-    index = Index(plan.paths.data / "utterances")
-    rows = index.rows([u.id for u in corpus.utterances])
-    unknown = [u.id for u, r in zip(corpus.utterances, rows) if r < 0]
-    known = index.text_hash[np.maximum(rows, 0)].tolist()
-    changed = [u.id for u, r, h in zip(corpus.utterances, rows, known) if r >= 0 and h != hash_text(u.text)]
-    for names, words in ((changed, "have another text than in the store"), (unknown, "are not in the store")):
-        if names:
-            listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            raise StaleError(
-                f"{len(names)} utterances {words}: {listed}",
-                where=plan.paths.root,
-                remedy="extract the changed corpus into a new store",
-            )
-    gone = len(index) - int((rows >= 0).sum())
-    if gone:
-        raise StaleError(f"{gone} utterances of the store are not in the corpus", where=corpus.path)
-
-
 def make_plan(
     root: Path,
     corpus: Corpus,
     teacher: Teacher,
     request: Request,
     before: Callable[[Plan, Layout | None], None] | None = None,
+    refresh: bool = False,
 ) -> Plan:
     """Read the store's plan; write or extend it where something asked for is not in it. Callers may race.
 
-    `before` sees a plan before anything of its last generation is written, and may refuse it.
+    `before` sees a plan before anything of its last generation is written, and may refuse it. With `refresh`, what the
+    corpus no longer says may be replaced and dropped.
 
-    Errors: StaleError where the store was made with other settings or from other texts.
+    Errors: StaleError where the store was made with other settings or from other texts; LockedError where the corpus
+    has changed and others still write what it was.
     """
     record = teacher_record(teacher, request)
     with Lock(Paths(root).lock("plan"), wait=True):
-        plan, layout, new = next_plan(root, corpus, teacher, record, request)
-        if new:
+        draft = next_plan(root, corpus, teacher, record, request, refresh)
+        if draft.new:
             if before is not None:
-                before(plan, layout)
-            if len(plan.generations) == 1 and layout is not None:
-                write_skeleton(plan, teacher, layout)
+                before(draft.plan, draft.layout)
+            if len(draft.plan.generations) == 1 and draft.layout is not None:
+                write_skeleton(draft.plan, teacher, draft.layout)
             else:
-                write_generation(plan, teacher, layout)
-    return plan
+                with nobody_writes(draft.plan.paths) if draft.growth is not None else nullcontext():
+                    write_generation(draft.plan, teacher, draft.layout, draft.growth)
+    return draft.plan
 
 
 def next_plan(
-    root: Path, corpus: Corpus, teacher: Teacher, record: plans.Teacher, request: Request
-) -> tuple[Plan, Layout | None, bool]:
-    """(plan that holds all that is asked for, layout of a teacher new to the store, whether it is yet to be written).
-
-    Nothing is written here. Errors: as `make_plan`.
-    """
+    root: Path, corpus: Corpus, teacher: Teacher, record: plans.Teacher, request: Request, refresh: bool = False
+) -> Draft:
+    """The plan that holds all that is asked for. Nothing is written here. Errors: as `make_plan`."""
     if not Paths(root).store_json.exists():
-        return *draft_plan(root, corpus, teacher, record, request), True
+        return Draft(*draft_plan(root, corpus, teacher, record, request))
     plan = plans.read_plan(root)
     check_settings(plan, record)
-    check_texts(plan, corpus)
+    change = compare(plan, corpus, record, teacher.tokeniser)
+    if change is not None and not refresh:
+        change.check(plan, record.name)
     if record.name not in plan.teachers:
-        return *with_teacher(plan, corpus, teacher, record, batch_sizes(teacher, request)), True
-    if missing_views(plan, record):
-        return extended(plan, record)[0], None, True
-    return plan, None, False
+        return with_teacher(plan, corpus, teacher, record, batch_sizes(teacher, request), change)
+    if change is not None or missing_views(plan, record):
+        return extended(plan, record, change, teacher)
+    return Draft(plan, new=False)
 
 
 def batch_sizes(teacher: Teacher, request: Request) -> tuple[int, int]:

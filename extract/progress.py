@@ -8,12 +8,25 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .store.plan import Plan
 from .store.reader import Store
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What another process has done: units, their rows, tokens fed and padded."""
+
+    units: int = 0
+    rows: int = 0
+    fed_tokens: int = 0
+    padded_tokens: int = 0
+
+    def __add__(self, other: Outcome) -> Outcome:
+        return Outcome(*(a + b for a, b in zip(astuple(self), astuple(other))))
 
 
 @dataclass
@@ -32,6 +45,14 @@ class Progress:
     model_s: float = 0.0
     started: float = field(default_factory=time.perf_counter)
     unit: str = ""
+
+    @property
+    def outcome(self) -> Outcome:
+        return Outcome(self.units, self.rows, self.fed_tokens, self.padded_tokens)
+
+    def add(self, other: Outcome) -> None:
+        for name, value in asdict(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
     @property
     def wall_s(self) -> float:
@@ -93,7 +114,7 @@ def summarise(plan: Plan, name: str, progress: Progress) -> Summary:
         store=str(plan.paths.root),
         teacher=name,
         views=[v.address for v in store.views if v.teacher == name],
-        utterances=len(store.index),
+        utterances=len(store.utterance_ids),
         tokens=store.teacher(name).tokens,
         units=progress.units_total,
         units_done_now=progress.units,

@@ -6,31 +6,34 @@ last commit left off, and several of them share the work. Run: `stillhouse extra
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from stillhouse.data.errors import StoreError
 from stillhouse.data.manifest import Corpus
 
 from .batches import make_batches
-from .norms import fix_norms
+from .change import windows_of
+from .encoding import Norm, encode_tensor, tensors
+from .norms import fix_norms, fix_norms_first
 from .ordering import Layout
 from .plan import Request, make_plan
-from .progress import Progress, Report, Summary, summarise
+from .progress import Outcome, Progress, Report, Summary, summarise
+from .reuse import Reuse, without
+from .reuse import write as write_copies
 from .store.commits import Commits
 from .store.files import Lock, Scratch
 from .store.index import Index
-from .store.layout import Dtype
-from .store.plan import Plan, Unit
+from .store.plan import Plan, Unit, read_plan
+from .store.quantise import Quantised
 from .store.rows import TeacherRows
 from .store.writer import UnitWriter
 from .teacher import Teacher
-from .windows import Frame, Passes, Texts, Window, parse_context, passes
+from .threads import Threads
+from .windows import Passes, Texts, Window
 
 if TYPE_CHECKING:
     import torch
@@ -42,35 +45,41 @@ def extract(
     teacher: Teacher,
     request: Request,
     report: Report | None = None,
-    part: tuple[int, int] = (0, 1),
+    part: tuple[int, int] | None = (0, 1),
     helpers: Callable[[Plan], Helpers] | None = None,
     before: Callable[[Plan, Layout | None], None] | None = None,
+    refresh: bool = False,
 ) -> Summary:
-    """Extract all that is asked for and not there yet; of `part` (i, n), only every n-th unit from the i-th on.
+    """Extract all that is asked for and not there yet; of `part` (i, n), only every n-th unit from the i-th on;
+    None: `helpers` do all of it.
 
-    `helpers` starts other processes once the plan is written (see workers.py); `before` sees a plan
-    before its last generation is written, and may refuse. Errors: StaleError where the store
-    was made with other settings; StoreError where a value is not finite or the disk is full.
+    `helpers` starts other processes once the plan is written (see workers.py); `before` sees a plan before its last
+    generation is written, and may refuse; `refresh`: replace and drop what the corpus no longer says.
+    Errors: StaleError where the store was made with other settings or from other texts; StoreError where a value is
+    not finite or the disk is full.
     """
-    plan = make_plan(root, corpus, teacher, request, before)
+    plan = make_plan(root, corpus, teacher, request, before, refresh)
     progress = Progress()
     with Scratch(plan.paths) as scratch:
+        plan = read_plan(root)  # as it is now that we are seen to write (see store/exclusive.py)
         crew = helpers(plan) if helpers is not None else None
         try:
-            run_units(plan, request.name, teacher, scratch.folder, progress, report, part)
+            if part is None:
+                progress.units_total = len(plan.units(request.name))
+            else:
+                run_units(plan, request.name, teacher, scratch.folder, progress, report, part)
         finally:
             if crew is not None:
-                crew.finish()
-                progress.units, progress.rows = progress.units_todo, progress.rows_todo  # by all of us
+                progress.add(crew.finish())
         for context in plan.teachers[request.name].contexts:
             fix_norms(plan, request.name, context, scratch.folder)
     return summarise(plan, request.name, progress)
 
 
 class Helpers(Protocol):
-    """Processes that work on the same store; `finish` waits for them and raises what they raised."""
+    """Processes that work on the same store; `finish` waits for them, tells what they did, raises what they raised."""
 
-    def finish(self) -> None: ...
+    def finish(self) -> Outcome: ...
 
 
 def run_units(
@@ -118,7 +127,7 @@ def committed(plan: Plan, unit: Unit) -> bool:
 
 
 class UnitMaker:
-    """Makes units of work with a loaded teacher; one thread writes a batch while the model runs the next."""
+    """Makes units of work with a loaded teacher; one thread writes a batch while others run the next ones."""
 
     def __init__(
         self,
@@ -131,30 +140,40 @@ class UnitMaker:
     ) -> None:
         self.plan, self.teacher, self.rows, self.scratch = plan, teacher, rows, scratch
         self.progress, self.report = progress, report
-        self.index = Index(plan.paths.data / "utterances")
-        self.session = np.asarray(self.index.session)
-        self.texts = StoredTexts(rows)
+        self.index = Index(plan.paths.data / "utterances", plan.edition(rows.record.name))
+        self.session = np.asarray(self.index.session_of)
+        self.texts = StoredTexts(rows, self.index.order)
+        self.reuse = Reuse(plan, self.index)
         self._thread = ThreadPoolExecutor(1, "stillhouse-writer")
         self._writing: Future[None] | None = None
+        self._threads = Threads(teacher)
+        self._fixed: dict[tuple[str, tuple[int, ...]], dict[int, Norm]] = {}
 
     def __enter__(self) -> UnitMaker:
+        self._threads.__enter__()
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._threads.__exit__(*exc)
         self._thread.shutdown(wait=True)
 
     def make(self, unit: Unit, generation: int | None = None) -> bool:
         """Run a unit and commit it; the caller holds its lock. False where a commit was there before."""
         shard, g = unit.shard, unit.generation
-        work = unit_passes(self.plan, unit, self.texts, self.session)
+        wanted = self.index.position[shard.first : shard.last]
+        work = context_passes(self.plan, unit, self.texts, self.session, wanted)
+        copies = self.reuse.copies(unit, work.input_hash)
+        windows = without(work.windows, set(copies))
         ids = [self.index.id(u) for u in range(shard.first, shard.last)]
         starts, lengths = self.rows.start[shard.first : shard.last], self.rows.length[shard.first : shard.last]
         self.progress.unit = str(unit)
         record = self.plan.teachers[unit.teacher]
         with UnitWriter(self.plan.paths, self.scratch, record, unit, starts, lengths, ids) as writer:
+            writer.leave_out(np.flatnonzero(wanted < 0))
+            write_copies(writer, copies)
+            self.progress.rows += int(lengths[wanted < 0].sum() + lengths[list(copies)].sum())
             try:
-                for batch in make_batches(work.windows, g.batch_tokens, g.batch_overhead_tokens):
-                    self._run(writer, batch, unit.layers)
+                self._run(writer, make_batches(windows, g.batch_tokens, g.batch_overhead_tokens), unit)
             finally:
                 self._written()
             return writer.commit(
@@ -170,45 +189,46 @@ class UnitMaker:
         if writing is not None:
             writing.result()
 
-    def _run(self, writer: UnitWriter, batch: list[Window], layers: tuple[int, ...]) -> None:
-        import torch
+    def _run(self, writer: UnitWriter, batches: list[list[Window]], unit: Unit) -> None:
+        norms, p = self._norms(unit), self.progress
 
-        began = time.perf_counter()
-        try:
-            states = self.teacher.states(batch, layers)
-            host = {k: encode_tensor(v, writer.dtype) for k, v in states.items()}
-        except torch.cuda.OutOfMemoryError as e:
-            if len(batch) == 1:
-                raise StoreError(
-                    f"one window of {len(batch[0].ids)} tokens does not fit into the device's memory",
-                    where=writer.unit,
-                    remedy="give a smaller --window, or --model-dtype bfloat16",
-                ) from e
-            torch.cuda.empty_cache()
-            half = len(batch) // 2
-            self._run(writer, batch[:half], layers)
-            self._run(writer, batch[half:], layers)
-            return
-        p = self.progress
-        p.model_s += time.perf_counter() - began
-        self._written()
-        self._writing = self._thread.submit(_write_batch, writer, batch, host)
-        p.rows += sum(piece.last - piece.first for w in batch for piece in w.pieces)
-        p.fed_tokens += sum(len(w.ids) for w in batch)
-        p.padded_tokens += len(batch) * max(len(w.ids) for w in batch)
-        if self.report is not None:
-            self.report(p)
+        def keep(states: dict[int, torch.Tensor]) -> dict[int, np.ndarray | Quantised]:
+            return {k: encode_tensor(v, writer.dtype, norms.get(k)) for k, v in states.items()}
 
+        for part, host in self._threads.run(batches, unit.layers, keep, unit):
+            p.model_s = self._threads.seconds / self._threads.count
+            self._written()
+            self._writing = self._thread.submit(_write_batch, writer, part, host)
+            p.rows += sum(piece.last - piece.first for w in part for piece in w.pieces)
+            p.fed_tokens += sum(len(w.ids) for w in part)
+            p.padded_tokens += len(part) * max(len(w.ids) for w in part)
+            if self.report is not None:
+                self.report(p)
 
-def unit_passes(plan: Plan, unit: Unit, texts: Texts, session: np.ndarray) -> Passes:
-    """The windows of a unit of work, from its plan and the tokens of the store."""
-    t = plan.teachers[unit.teacher]
-    core = unit.generation.core_tokens
-    frame = Frame(t.prefix_ids, t.suffix_ids, t.join_ids, t.window, core, t.kind == "decoder")
-    return passes(parse_context(unit.context), frame, texts, session, range(unit.shard.first, unit.shard.last))
+    def _norms(self, unit: Unit) -> dict[int, Norm]:
+        """What standardises the states of an int8 store, by layer; fixed now where this is its first unit."""
+        if not self.rows.dtype.scaled:
+            return {}
+        key = (unit.context, unit.layers)
+        if key not in self._fixed:
+
+            def windows(rows: np.ndarray) -> list[Window]:
+                return context_passes(self.plan, unit, self.texts, self.session, self.index.position[rows]).windows
+
+            fixed = fix_norms_first(self.plan, unit, self.teacher, windows, self.scratch)
+            self._fixed[key] = {k: tensors(norm, self.teacher.device) for k, norm in fixed.items()}
+        return self._fixed[key]
 
 
-def _write_batch(writer: UnitWriter, batch: list[Window], states: dict[int, np.ndarray]) -> None:
+def context_passes(
+    plan: Plan, unit: Unit, texts: Texts, session: np.ndarray, wanted: Sequence[int] | np.ndarray
+) -> Passes:
+    """The windows that these utterances come out of, in the unit's context; `wanted` are positions in the corpus."""
+    record, core = plan.teachers[unit.teacher], unit.generation.core_tokens
+    return windows_of(record, unit.context, core, texts, session, wanted)
+
+
+def _write_batch(writer: UnitWriter, batch: list[Window], states: dict[int, np.ndarray | Quantised]) -> None:
     for layer, block in states.items():
         for row, window in enumerate(batch):
             for piece in window.pieces:
@@ -216,22 +236,13 @@ def _write_batch(writer: UnitWriter, batch: list[Window], states: dict[int, np.n
                 writer.write(layer, piece.utterance, piece.first, block[row, piece.at : piece.at + n])
 
 
-def encode_tensor(states: torch.Tensor, dtype: Dtype) -> np.ndarray:
-    """States on any device → as stored, on the host; rounding is torch's (and writer.encode's): to nearest even."""
-    import torch
-
-    if dtype.logical == "bfloat16":
-        return states.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy().view(np.uint16)
-    return states.to(getattr(torch, dtype.logical)).cpu().contiguous().numpy()
-
-
 class StoredTexts:
-    """Token ids by utterance: a slice gives a list of arrays."""
+    """Token ids of the utterances of a corpus, by position: `order` are their rows. A slice gives a list of arrays."""
 
-    def __init__(self, rows: TeacherRows) -> None:
-        self._rows = rows
+    def __init__(self, rows: TeacherRows, order: np.ndarray) -> None:
+        self._rows, self._order = rows, order
 
     def __getitem__(self, which: slice) -> list[np.ndarray]:
         t = self._rows
-        places = t.places(which)
+        places = t.places(self._order[which])
         return np.split(t.tokens(t.token_id, places), places.into[1:])

@@ -1,8 +1,8 @@
 """Several processes on one store: each loads the teacher and takes units that nobody holds.
 
 Invariant: workers share nothing but the store; its locks and commits make the same bytes, whatever their number and
-whichever of them dies (on one kind of processor and with as many threads each: a matrix product's last bits depend
-on both). Run: `stillhouse extract CORPUS STORE --teacher … --workers 3`.
+whichever of them dies (on one kind of processor; see threads.py). Run: `stillhouse extract CORPUS STORE --teacher …
+--workers 3`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 from stillhouse.data.errors import StillhouseError, StoreError, UsageError
 
+from .progress import Outcome, Progress
 from .store.plan import Plan, read_plan
 
 
@@ -34,29 +35,38 @@ class Crew:
     """The other workers of one command; this process is the first."""
 
     def __init__(self, plan: Plan, name: str, load: dict[str, Any], count: int, part: tuple[int, int]) -> None:
+        import torch
+
         context = multiprocessing.get_context("spawn")
-        self._errors: Any = context.Queue()
+        self._results: Any = context.Queue()
         self._processes: list[SpawnProcess] = []
+        threads = torch.get_num_threads()
         for rank in range(1, count):
             options = load | {"device": worker_device(load["device"], rank)}
-            arguments = (plan.paths.root, name, options, part, threads_each(count), self._errors)
+            arguments = (plan.paths.root, name, options, part, threads, self._results)
             process = context.Process(target=_work, args=arguments, name=f"stillhouse-worker-{rank}")
             process.start()
             self._processes.append(process)
 
-    def finish(self) -> None:
+    def finish(self) -> Outcome:
         """Wait for all. Errors: what a worker raised; StoreError where one was killed."""
         for process in self._processes:
             process.join()
-        try:
-            raise self._errors.get_nowait()
-        except Empty:
-            pass
+        done = Outcome()
+        while True:
+            try:
+                result = self._results.get_nowait()
+            except Empty:
+                break
+            if isinstance(result, StillhouseError):
+                raise result
+            done += result
         dead = [p.name for p in self._processes if p.exitcode]
         if dead:
             raise StoreError(
                 f"{', '.join(dead)} died; what was committed is safe", remedy="give the same command again: it resumes"
             )
+        return done
 
 
 def make_crew(name: str, load: dict[str, Any], count: int, part: tuple[int, int]) -> Callable[[Plan], Crew] | None:
@@ -66,35 +76,48 @@ def make_crew(name: str, load: dict[str, Any], count: int, part: tuple[int, int]
     return lambda plan: Crew(plan, name, load, count, part)
 
 
+def pick_device(device: str) -> str:
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
 def worker_device(device: str, rank: int) -> str:
     """One worker a GPU where there are several; the CPU otherwise."""
     import torch
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device(device)
     return f"cuda:{rank % torch.cuda.device_count()}" if device == "cuda" else device
 
 
-def threads_each(count: int) -> int:
+def share_threads(count: int) -> None:
+    """Let torch use this process's share of the cores that it has had, where `count` processes share them."""
     import torch
 
-    return max(1, torch.get_num_threads() // count)
+    torch.set_num_threads(max(1, torch.get_num_threads() // count))
 
 
-def _work(root: Path, name: str, load: dict[str, Any], part: tuple[int, int], threads: int, errors: Any) -> None:
+def work(root: Path, name: str, load: dict[str, Any], part: tuple[int, int], threads: int) -> Outcome:
+    """Units of a planned store until none is left that nobody holds."""
     import torch
 
-    from .progress import Progress
     from .run import run_units
     from .store.files import Scratch
     from .teacher import load_teacher
 
     torch.set_num_threads(threads)
+    progress = Progress()
+    plan = read_plan(root)
+    with Scratch(plan.paths) as scratch:
+        plan = read_plan(root)  # as it is now that we are seen to write
+        run_units(plan, name, load_teacher(**load), scratch.folder, progress, None, part)
+    return progress.outcome
+
+
+def _work(root: Path, name: str, load: dict[str, Any], part: tuple[int, int], threads: int, results: Any) -> None:
     try:
-        plan = read_plan(root)
-        with Scratch(plan.paths) as scratch:
-            run_units(plan, name, load_teacher(**load), scratch.folder, Progress(), None, part)
+        results.put(work(root, name, load, part, threads))
     except StillhouseError as e:
-        errors.put(e)
+        results.put(e)
     except KeyboardInterrupt:
         os._exit(130)

@@ -16,20 +16,23 @@ from .arrays import RawArray
 from .files import allocate, fsync_all, pwrite_all, read_json, room, write_json
 
 
-def grow(path: Path, shape: dict[int, int]) -> None:
+def grow(path: Path, shape: dict[int, int], exactly: bool = False) -> None:
     """Give an array's axes (number → length) at least these lengths; chunks that nobody wrote read as the fill."""
     meta = read_json(path / "zarr.json")
-    longer = [max(n, shape.get(axis, 0)) for axis, n in enumerate(meta["shape"])]
+    longer = [shape.get(axis, n) if exactly else max(n, shape.get(axis, 0)) for axis, n in enumerate(meta["shape"])]
     if longer != meta["shape"]:
         meta["shape"] = longer
         write_json(path / "zarr.json", meta)
 
 
-def append(path: Path, values: np.ndarray, first: int) -> None:
-    """Write rows [first, first + len(values)) of an array whose chunks hold whole rows, and sync them."""
+def append(path: Path, values: np.ndarray, first: int, last: bool = False) -> None:
+    """Write rows [first, first + len(values)) of an array whose chunks hold whole rows, and sync them.
+
+    `last`: the array ends there, whatever a planner that died has put behind.
+    """
     if not len(values):
         return
-    grow(path, {0: first + len(values)})
+    grow(path, {0: first + len(values)}, exactly=last)
     array = RawArray(path)
     values = np.ascontiguousarray(values, dtype=array.dtype)
     row_bytes = array.dtype.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))

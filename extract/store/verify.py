@@ -33,7 +33,7 @@ class Finding:
     remedy: str
 
 
-_REPAIR = "stillhouse extract CORPUS STORE … --repair re-extracts just this"
+_REPAIR = "stillhouse inspect verify STORE --data --repair extracts just this again"
 
 
 def verify(store: Store, data: float = True) -> list[Finding]:
@@ -65,14 +65,16 @@ def damaged_units(store: Store, data: float = True) -> list[tuple[Unit, list[Fin
 
 def _check_index(store: Store) -> Iterator[Finding]:
     where = str(store.paths.data / "utterances")
-    try:
-        index = store.index
-        rows = index.rows(index.ids())
-    except (StillhouseError, OSError, ValueError) as e:
-        yield Finding(f"the index of utterances cannot be read: {e}", where, "extract into a new store")
-        return
-    if not np.array_equal(rows, np.arange(len(index))):
-        yield Finding("ids do not lead to their own rows", where, "extract into a new store")
+    for teacher in store.plan.teachers:
+        try:
+            index = store.index_of(teacher)
+            rows = index.rows(index.ids())
+        except (StillhouseError, OSError, ValueError, IndexError) as e:
+            yield Finding(f"the index of utterances cannot be read: {e}", where, "extract into a new store")
+            return
+        if not np.array_equal(rows, index.order[index.live[index.order]]):
+            yield Finding("ids do not lead to their own rows", where, "extract into a new store")
+            return
 
 
 def _check_tokens(store: Store, name: str) -> Iterator[Finding]:
@@ -83,12 +85,13 @@ def _check_tokens(store: Store, name: str) -> Iterator[Finding]:
     except (StillhouseError, OSError, ValueError) as e:
         yield Finding(f"the tokens cannot be read: {e}", str(group), "extract into a new store")
         return
-    for shard in latest.shards:
+    for shard in store.plan.shards(name):
         rows = length[shard.first : shard.last].astype(np.int64)
         begins = shard.number * latest.shard_rows + np.cumsum(rows) - rows
         if int(rows.sum()) != shard.rows or not np.array_equal(start[shard.first : shard.last], begins):
             yield Finding("start and length contradict the plan", f"{name} shard {shard.number}", "a new store")
-    for first, n in zip(start.tolist(), length.tolist()):
+    live = np.flatnonzero(store.lengths(name) > 0)
+    for first, n in zip(start[live].tolist(), length[live].tolist()):
         if (token_id[first : first + n] < 0).any():
             yield Finding("an utterance has rows without token ids", f"{name} row {first}", "a new store")
             return

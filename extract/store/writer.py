@@ -130,6 +130,16 @@ class UnitWriter:
             self._split.add((layer, utterance))
         phase("mid_write")
 
+    def leave_out(self, utterances: np.ndarray) -> None:
+        """Fill the rows of utterances that nobody can ask for any more; their scales stay NaN."""
+        for utterance in utterances.tolist():
+            row, count = int(self.starts[utterance]), int(self.lengths[utterance])
+            block = self.dtype.fill_rows(count, self.teacher.width)
+            for layer in self.unit.layers if count else ():
+                pwrite_all(self._fds[layer], memoryview(block.data).cast("B"), row * self.row_bytes)
+                self.written[layer][row : row + count] = True
+                self.crc[layer][utterance] = self._crc(layer, utterance, block)
+
     def _crc(self, layer: int, utterance: int, data: np.ndarray | bytes) -> int:
         """Of an utterance's rows, and of their scales behind them."""
         if not self.dtype.scaled:

@@ -75,7 +75,5 @@ def test_a_store_cannot_grow_by_other_settings_or_texts(bert: Path, tmp_path: Pa
     extract(tmp_path / "s", make_corpus(TEXTS), loaded(bert), Request("t", [2], ["alone"]))
     with pytest.raises(StaleError, match="the text transform"):
         extract(tmp_path / "s", make_corpus(TEXTS), loaded(bert), Request("t", [1], ["alone"], transform="upper"))
-    with pytest.raises(StaleError, match="are not in the store: u10"):
-        extract(tmp_path / "s", make_corpus([*TEXTS, "new"]), loaded(bert), Request("t", [1], ["alone"]))
-    with pytest.raises(StaleError, match="1 utterances of the store are not in the corpus"):
+    with pytest.raises(StaleError, match="1 utterances of the store are not in the corpus: u9; "):
         extract(tmp_path / "s", make_corpus(TEXTS[:-1]), loaded(bert), Request("t", [1], ["alone"]))
