@@ -98,6 +98,8 @@ def parse_object(line: str | bytes, where: str) -> dict[str, Any] | CorpusError:
     """The JSON object of a line, or why it is none."""
     try:
         found = json.loads(line)
+        if (b"\\ud" if isinstance(line, bytes) else "\\ud") in line.lower():  # type: ignore[operator]
+            json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair is no character
     except RecursionError:
         return CorpusError("JSON nested too deeply", where=where, expected="one JSON object a line")
     except ValueError as e:

@@ -140,7 +140,7 @@ def import_text(files: tuple[Path, ...], manifest: Path, force: bool, as_json: b
 @pattern_option
 @_finishing
 def import_kaldi(sources: tuple[str, ...], manifest: Path, force: bool, as_json: bool, **options: Any) -> None:
-    """Kaldi data directories: [SPLIT=]FOLDER with wav.scp and text, or a folder of such folders.
+    """Kaldi data directories: [SPLIT=]FOLDER... with wav.scp and text, or a folder of such folders.
 
     The split is the folder's name unless another is said. With `segments`, recordings are sessions in the order of
     time. Pipes that only decode one file (flac -c -d, sox, sph2pipe, ffmpeg) are read without a shell; others need
@@ -152,6 +152,83 @@ def import_kaldi(sources: tuple[str, ...], manifest: Path, force: bool, as_json:
     from .kaldi import import_kaldi as read
 
     _finish(read(named_sources(sources), manifest, **options), manifest, force, as_json)
+
+
+@import_.command("espnet")
+@click.argument("sources", metavar="[SPLIT=]FOLDER...", nargs=-1, required=True)
+@click.argument("manifest", type=PATH)
+@click.option("--text-name", default="text", show_default=True, help="File of the transcripts in each folder.")
+@click.option("--pieces", is_flag=True, help="They are tokens: join them, with ▁ and <space> as spaces.")
+@audio_root_option
+@pipes_option
+@pattern_option
+@_finishing
+def import_espnet(sources: tuple[str, ...], manifest: Path, force: bool, as_json: bool, **options: Any) -> None:
+    """ESPnet's dumps: [SPLIT=]FOLDER... like dump/raw/train, laid out as Kaldi's; audio in archives is written out.
+
+    Example: stillhouse corpus import espnet train=dump/raw/train_clean_100 dev=dump/raw/dev corpus.jsonl
+    """
+    from .imported import named_sources
+    from .kaldi import import_kaldi as read
+
+    _finish(read(named_sources(sources), manifest, **options), manifest, force, as_json)
+
+
+@import_.command("nemo")
+@click.argument("sources", metavar="[SPLIT=]FILE...", nargs=-1, required=True)
+@click.argument("manifest", type=PATH)
+@click.option("--text-key", default="text", show_default=True, help="Key of the transcript.")
+@audio_root_option
+@pattern_option
+@_finishing
+def import_nemo(sources: tuple[str, ...], manifest: Path, force: bool, as_json: bool, **options: Any) -> None:
+    """NeMo manifests: [SPLIT=]FILE... of JSON lines with audio_filepath, text, duration and perhaps offset.
+
+    Example: stillhouse corpus import nemo train=train_manifest.json dev=dev_manifest.json corpus.jsonl
+    """
+    from .imported import named_sources
+    from .nemo import import_nemo as read
+
+    _finish(read(named_sources(sources), manifest, **options), manifest, force, as_json)
+
+
+@import_.command("lhotse")
+@click.argument("sources", metavar="[SPLIT=]FILE...", nargs=-1, required=True)
+@click.argument("manifest", type=PATH)
+@audio_root_option
+@pipes_option
+@pattern_option
+@_finishing
+def import_lhotse(sources: tuple[str, ...], manifest: Path, force: bool, as_json: bool, **options: Any) -> None:
+    """Lhotse's JSON lines, gzip or not: [SPLIT=]FILE... of cuts, or of recordings and of supervisions.
+
+    Example: stillhouse corpus import lhotse train=cuts_train.jsonl.gz dev=cuts_dev.jsonl.gz corpus.jsonl
+    """
+    from .imported import named_sources
+    from .lhotse import import_lhotse as read
+
+    _finish(read(named_sources(sources), manifest, **options), manifest, force, as_json)
+
+
+@import_.command("huggingface")
+@click.argument("sources", metavar="[SPLIT=]FOLDER...", nargs=-1, required=True)
+@click.argument("manifest", type=PATH)
+@_column_options
+@pattern_option
+@_finishing
+def import_huggingface(sources: tuple[str, ...], manifest: Path, force: bool, as_json: bool, **options: Any) -> None:
+    """Hugging Face datasets on disk: [SPLIT=]FOLDER... of save_to_disk, or of parquet files.
+
+    Audio that is embedded is written out beside the manifest, byte for byte. Usual names of columns are found without
+    being told; other texts and numbers are kept in `meta`. Needs pyarrow: pip install 'stillhouse[huggingface]'.
+
+    Example: stillhouse corpus import huggingface my_dataset corpus.jsonl --text-column sentence
+    """
+    from .huggingface import import_huggingface as read
+    from .imported import named_sources
+
+    columns = _columns(options)
+    _finish(read(named_sources(sources), manifest, columns, **options), manifest, force, as_json)
 
 
 def _finish(result: Imported, manifest: Path, force: bool, as_json: bool) -> None:

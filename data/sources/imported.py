@@ -6,18 +6,22 @@ Invariant: an id is imported once; the second use is a finding that names both p
 
 from __future__ import annotations
 
+import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from pydantic import ValidationError
 
+from ..audio import SLACK_S
 from ..errors import ConfigError, CorpusError, UsageError
 from ..findings import Finding
 from ..manifest import Utterance, describe_validation
+
+OVERSHOOT_S = 0.5  # that much of a segment's end may lie behind its recording; cut off, as Kaldi does
 
 
 @dataclass
@@ -119,6 +123,35 @@ def natural(text: str) -> tuple:
 def by_time(start_s: float) -> str:
     """A start as an order inside a session."""
     return str(round(start_s * 1e6))
+
+
+def is_seconds(value: Any) -> TypeGuard[float]:
+    """Whether a value out of JSON can be a time."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
+
+
+def inside(begin: float, end: float, seconds: float, path: Path, result: Imported) -> float:
+    """The length of a stretch inside its recording; CorpusError where it leaves it."""
+    if not 0 <= begin < end or begin >= seconds or end > seconds + OVERSHOOT_S:
+        raise CorpusError(
+            f"the segment {begin:g}–{end:g} s leaves {path}, {seconds:.3f} s long", remedy="mend or delete the line"
+        )
+    if end > seconds + SLACK_S:
+        result.note(f"segments that end up to {OVERSHOOT_S} s behind their recording end with it")
+    return round(min(end, seconds) - begin, 6)
+
+
+def meta_of(fields: Mapping[str, Any], taken: Container[str], result: Imported, prefix: str = "") -> dict[str, str]:
+    """What no field of an utterance takes, as texts; lists and objects are left out, with a note."""
+    meta = {}
+    for name, value in fields.items():
+        if name in taken or value is None:
+            continue
+        if isinstance(value, (str, int, float)):
+            meta[name] = value if isinstance(value, str) else json.dumps(value)
+        else:
+            result.note(f"{prefix}{name} is left out: no text or number")
+    return meta
 
 
 def in_session_order(result: Imported) -> list[Utterance]:

@@ -20,10 +20,9 @@ from ..errors import AudioError, CorpusError
 from ..paths import relative_audio
 from ..textfile import scan_lines
 from .entries import Entries
-from .imported import Imported, SessionPattern, by_time, in_session_order
+from .imported import Imported, SessionPattern, by_time, in_session_order, inside
 from .places import Places, Unpacked, above
 
-OVERSHOOT_S = 0.5  # that much of a segment's end may lie behind its recording; Kaldi cuts it off, and so is it here
 DURATIONS = ("utt2dur", "utt2num_frames", "utt2num_samples", "utt2category")
 TEXT, SCP, SEGMENTS = "text", "wav.scp", "segments"
 
@@ -214,7 +213,7 @@ def _with_segments(
                 raise audio
             path, channel, seconds = audio
             channel = int(fields[3]) if len(fields) == 4 else channel
-            duration_s = _duration(begin, end, seconds, path, result)
+            duration_s = inside(begin, seconds if end == -1 else end, seconds, path, result)
             session, order = tables.file_of.get(recording, recording), by_time(begin)
             if pattern is not None:
                 session, order = pattern.read(utterance, session, order)  # type: ignore[assignment]
@@ -234,18 +233,6 @@ def _recording(recording: str, entry: str, finder: Entries) -> tuple[Path, int |
         return path, channel, finder.places.length(path)[0]
     except AudioError as e:
         return e
-
-
-def _duration(begin: float, end: float, seconds: float, path: Path, result: Imported) -> float:
-    """The length of a segment inside its recording; an end of -1 is the recording's."""
-    end = seconds if end == -1 else end
-    if not 0 <= begin < end or begin >= seconds or end > seconds + OVERSHOOT_S:
-        raise CorpusError(
-            f"the segment {begin:g}–{end:g} s leaves {path}, {seconds:.3f} s long", remedy="mend or delete the line"
-        )
-    if end > seconds:
-        result.note(f"segments that end up to {OVERSHOOT_S} s behind their recording end with it, as in Kaldi")
-    return round(min(end, seconds) - begin, 6)
 
 
 def _add(

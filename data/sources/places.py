@@ -83,7 +83,7 @@ class Unpacked:
         plain = name if PLAIN_NAME.fullmatch(name) else re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:60].lstrip(".-")
         return self.folder / f"{plain}-{digest}{suffix}"
 
-    def write(self, path: Path, fill: Callable[[Path], None]) -> Path:
+    def write(self, path: Path, fill: Callable[[Path], object]) -> Path:
         """Have `fill` write a temporary file and put it at `path`; one that is there already stays."""
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ USUAL: dict[str, tuple[str, ...]] = {
     "id": ("id", "utt", "utt_id", "uttid", "utterance", "utterance_id", "segment_id", "key"),
     "text": ("text", "transcript", "transcription", "sentence", "txt"),
     "audio": ("audio", "path", "wav", "file", "filename", "audio_path", "audio_filepath", "file_name"),
-    "session": ("session", "session_id", "chapter", "conversation", "recording"),
+    "session": ("session", "session_id", "chapter", "chapter_id", "conversation", "conversation_id", "recording"),
     "speaker": ("speaker", "speaker_id", "spk", "client_id"),
     "split": ("split", "subset"),
     "start": ("start_s", "start", "offset", "begin"),
