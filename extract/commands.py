@@ -79,7 +79,21 @@ def parse_layers(ctx: click.Context, param: click.Parameter, value: str) -> list
 @click.option("--revision", help="Of a model on the hub.")
 @click.option("--trust-remote-code", metavar="MODEL", help="Run the code of this model; name it again here.")
 @click.option("--seed", default=0, show_default=True, help="Of the order of sessions.")
-@click.option("--workers", default=1, show_default=True, type=click.IntRange(min=1), help="Processes on this machine.")
+@click.option(
+    "--workers",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Processes on this machine, or tasks of a cluster.",
+)
+@click.option(
+    "--engine",
+    default="local",
+    show_default=True,
+    type=click.Choice(["local", "ray"]),
+    help="Where the workers run: processes here, or tasks of a Ray cluster.",
+)
+@click.option("--ray-address", help="The cluster: auto, or as Ray spells it. Default: one is started here.")
 @click.option("--shard", metavar="I/N", help="Only the I-th of N parts (I from 0): for job arrays.")
 @click.option("--status", is_flag=True, help="Only tell what of STORE is done, running and missing.")
 @click.option("--dry-run", is_flag=True, help="Only tell what it will cost in tokens, bytes and time.")
@@ -113,7 +127,7 @@ def _run(options: dict[str, Any]) -> tuple[Any, str]:
     from .sizing import check_room, size_up
     from .sizing import render as render_sizing
     from .teacher import load_teacher
-    from .workers import make_crew, parse_part, threads_each
+    from .workers import make_crew, parse_part, share_threads
 
     store, part, workers = options["store"], parse_part(options["shard"]), options["workers"]
     if options["mend"]:
@@ -134,16 +148,16 @@ def _run(options: dict[str, Any]) -> tuple[Any, str]:
     if options["dry_run"]:
         sizing = size_up(store, corpus, teacher, request)
         return sizing.as_json(), render_sizing(sizing)
-    if workers > 1:
-        import torch
+    check = None if options["force"] else check_room
+    if options["engine"] == "ray":
+        from .cluster import make_ray_crew
 
-        crew = make_crew(request.name, load, workers, part)
-        torch.set_num_threads(threads_each(workers))
-    else:
-        crew = None
-    summary = run(
-        store, corpus, teacher, request, progress_lines(), part, crew, None if options["force"] else check_room
-    )
+        ray_crew = make_ray_crew(request.name, load, workers, part, options["ray_address"])
+        summary = run(store, corpus, teacher, request, progress_lines(), None, ray_crew, check)
+        return summary.as_json(), render(summary)
+    share_threads(workers)
+    crew = make_crew(request.name, load, workers, part)
+    summary = run(store, corpus, teacher, request, progress_lines(), part, crew, check)
     return summary.as_json(), render(summary)
 
 
