@@ -20,6 +20,7 @@ COMMANDS = {
     "extract": ("stillhouse.extract.commands:extract", "Run a language model over the transcripts into a store."),
     "teacher": ("stillhouse.extract.commands:teacher", "Bring a language model into a form that loads fast."),
     "inspect": ("stillhouse.extract.inspect.commands:inspect", "Look into a store."),
+    "views": ("stillhouse.extract.inspect.commands:choose_views", "Help to choose a store's views before training."),
     "train": ("stillhouse.train.commands:train", "Train a transducer, with transfer from a store or without."),
     "study": ("stillhouse.train.commands:study", "Arms and seeds of a recipe, trained, decoded and compared."),
     "decode": ("stillhouse.train.commands:decode", "Write hypotheses of a trained model."),

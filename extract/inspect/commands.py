@@ -297,6 +297,51 @@ def compare(store: Path, utterance: str, views: str, as_json: bool) -> None:
         click.echo(rendering.compared(found))
 
 
+@click.command("views", epilog="Example: stillhouse views corpus.zarr --corpus corpus.jsonl --units units")
+@click.argument("store", type=STORE)
+@click.option("--corpus", required=True, type=click.Path(path_type=Path), help="The manifest: its transcripts.")
+@click.option("--units", required=True, type=click.Path(path_type=Path), help="The folder of ASR units.")
+@click.option("--split", help="Only these splits of the corpus, as in train,dev.")
+@views_option
+@click.option("--pick", default=3, show_default=True, type=click.IntRange(min=1), help="How many views to suggest.")
+@click.option("--places", default=6_000, show_default=True, type=click.IntRange(min=50), help="Units in the sample.")
+@click.option("--seed", default=0, show_default=True, help="Of the sample and of the folds.")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="A heat map of CKA: .png, .svg or .pdf.")
+@json_option
+def choose_views(
+    store: Path,
+    corpus: Path,
+    units: Path,
+    split: str | None,
+    views: tuple[str, ...],
+    pick: int,
+    places: int,
+    seed: int,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Help to choose views of STORE before training: what each tells about the ASR units, and which say the same.
+
+    A ridge probe from each view to the unit at a place and to the next one, cross-validated over sessions, beside the
+    teacher's input embeddings and chance; linear CKA between views; and a suggested set, with the rule that made it.
+    """
+    from stillhouse.data.manifest import read_manifest
+    from stillhouse.data.units import load_units
+
+    from ..store import Store
+    from . import choosing, plots, rendering
+
+    if plot is not None:
+        plots.check_path(plot, False)
+    opened = Store.open(store)
+    texts, symbols = read_manifest(corpus).select(split), load_units(units)
+    chosen = _whole(opened, _views(opened, views))
+    found = choosing.choose(opened, chosen, texts, symbols, pick=pick, places=places, seed=seed, report=_progress())
+    if plot is not None:
+        plots.save(plots.similarity(choosing.heat_map(found)), plot)
+    _print(found, "choice", as_json, rendering.choice)
+
+
 def split_views(views: str) -> list[str]:
     """ "a/alone/3,6,b/*/last" as ["a/alone/3,6", "b/*/last"]: a comma before a slash parts addresses."""
     found: list[str] = []

@@ -6,8 +6,10 @@ Exercised by: pytest tests/inspect/test_commands.py.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
+from .choosing import Choice, Probed
 from .differing import Difference
 from .exporting import Exported
 from .facts import StoreFacts, TeacherFacts, UtteranceFacts, Verified, ViewFacts
@@ -158,6 +160,32 @@ def similarity(s: Similarity) -> str:
     header = ("", "linear CKA", *(str(i + 1) for i in range(len(s.views))))
     drawn = table(rows, header=header, right="rl" + "r" * len(s.views))
     return f"{drawn}\nat {s.places:,} tokens; 1: the same up to rotation and scale, 0: unrelated"
+
+
+def choice(c: Choice) -> str:
+    def row(p: Probed, rank: str) -> tuple[str, ...]:
+        told = (f"{p.here_r2:.3f}", f"{p.here_accuracy:.1%}", f"{p.next_r2:.3f}", f"{p.next_accuracy:.1%}")
+        return (p.view, *told, f"{p.score:.3f}", rank)
+
+    ranks = {s.view: str(n) for n, s in enumerate(c.suggested, start=1)}
+    rows = [row(p, ranks.get(p.view, "")) for p in [*c.views, *c.static]]
+    if len(c.suggested) > 1:
+        rows.append(row(c.together, "all"))
+    rows.append(("the most frequent unit", "0", f"{c.chance_here:.1%}", "0", f"{c.chance_next:.1%}", "0", ""))
+    header = ("view", "unit R²", "right", "next R²", "right", "score", "suggested")
+    chosen = ", ".join(
+        s.view + (f" (CKA {s.most_alike:.2f} with those before)" if n else "") for n, s in enumerate(c.suggested)
+    )
+    return "\n".join(
+        [
+            table(rows, header=header, right="lrrrrrr"),
+            f"at {c.places:,} units of {c.utterances:,} utterances, {c.folds} folds by {c.folds_by}; TEACHER/static: "
+            "the teacher's input embeddings",
+            "",
+            f"suggested  {chosen}",
+            textwrap.fill(f"rule       {c.rule}", 100, subsequent_indent=" " * 11),
+        ]
+    )
 
 
 def neighbours(n: Neighbours, columns: int) -> str:

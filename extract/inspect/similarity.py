@@ -64,26 +64,37 @@ def places(
     """
     names = list(dict.fromkeys(v.teacher for v in views))
     ids = [store.index.id(int(r)) for r in sample_rows(store, views, tokens, seed)]
-    spans = {}
-    for name in names:
-        lengths, _, span = store.tokens(ids, name)
-        spans[name] = np.split(span, np.cumsum(lengths)[:-1])
+    lengths, _, span = store.tokens(ids, names[0])
+    spans = np.split(span, np.cumsum(lengths)[:-1])
+    good, over = tokens_over(store, ids, names[1:], [s[:, 0] for s in spans])
     found: dict[str, list[np.ndarray]] = {name: [] for name in names}
     left = tokens
     for number in range(len(ids)):
-        begin = spans[names[0]][number][:, 0]
-        # Tokens are in order: the one over a character is the last that begins at or before it, if it reaches it
-        at = {name: np.searchsorted(spans[name][number][:, 0], begin, side="right") - 1 for name in names[1:]}
-        at[names[0]] = np.arange(len(begin))
-        good = np.ones(len(begin), bool)
-        for name, index in at.items():
-            span = spans[name][number]
-            good &= (index >= 0) & (span[np.maximum(index, 0), 1] > begin)
-        good &= np.cumsum(good) <= left
-        left -= int(good.sum())
-        for name in names:
-            found[name].append(at[name][good])
+        own = np.flatnonzero(good[number])
+        solid = spans[number][own, 1] > spans[number][own, 0]
+        found[names[0]].append(own[solid][:left])
+        for name in names[1:]:
+            found[name].append(over[name][number][solid][:left])
+        left -= len(found[names[0]][-1])
     return ids, found
+
+
+def tokens_over(
+    store: Store, ids: Sequence[str], teachers: Sequence[str], begins: Sequence[np.ndarray]
+) -> tuple[list[np.ndarray], dict[str, list[np.ndarray]]]:
+    """For each utterance the characters of `begins` that every teacher has a token over, bool; and, for each teacher
+    and utterance, those tokens' indices.
+    """
+    good = [np.ones(len(begin), bool) for begin in begins]
+    at: dict[str, list[np.ndarray]] = {}
+    for name in teachers:
+        lengths, _, packed = store.tokens(ids, name)
+        spans = np.split(packed, np.cumsum(lengths)[:-1])
+        # Tokens are in order: the one over a character is the last that begins at or before it, if it reaches it
+        at[name] = [np.searchsorted(s[:, 0], b, side="right") - 1 for s, b in zip(spans, begins)]
+        for number, (s, b, index) in enumerate(zip(spans, begins, at[name])):
+            good[number] &= (index >= 0) & (s[np.maximum(index, 0), 1] > b) if len(s) else False
+    return good, {name: [i[g] for i, g in zip(index, good)] for name, index in at.items()}
 
 
 def states_at(store: Store, view: View, ids: list[str], tokens: list[np.ndarray]) -> np.ndarray:

@@ -11,7 +11,17 @@ import re
 import sys
 from pathlib import Path
 
-from stillhouse.extract.inspect import differing, exporting, facts, layout, neighbours, showing, similarity, statistics
+from stillhouse.extract.inspect import (
+    choosing,
+    differing,
+    exporting,
+    facts,
+    layout,
+    neighbours,
+    showing,
+    similarity,
+    statistics,
+)
 from stillhouse.extract.inspect.commands import inspect as group
 from stillhouse.extract.store import verify
 
@@ -27,6 +37,7 @@ SCHEMAS = {
     "similarity": [similarity.Similarity],
     "neighbours": [neighbours.Neighbours, neighbours.Neighbour],
     "comparison": [neighbours.Comparison, neighbours.Moved],
+    "choice": [choosing.Choice, choosing.Probed, choosing.Suggested],
     "node": [layout.Node],
     "export": [exporting.Exported],
     "diff": [
