@@ -1,43 +1,86 @@
 """Mending a store: damaged units are extracted again, and nothing else.
 
 Invariant: a repair commits the next generation of a unit; a reader sees the old record or the new one.
-Run: `stillhouse extract CORPUS STORE --repair`.
+Run: `stillhouse inspect verify STORE --data --repair`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stillhouse.data.errors import StaleError
 
-from .extend import next_generation
-from .plan import Request, differences, teacher_record
-from .progress import Progress, Report
-from .run import UnitMaker
 from .store.files import Lock, Scratch
-from .store.plan import Unit
+from .store.plan import Unit, read_plan
 from .store.reader import Store
 from .store.rows import TeacherRows
 from .store.verify import Finding, damaged_units
-from .teacher import Teacher
+
+if TYPE_CHECKING:
+    from .progress import Report
+    from .teacher import Teacher
 
 
-def repair(root: Path, teacher: Teacher, name: str, report: Report | None = None) -> list[tuple[Unit, list[Finding]]]:
-    """Extract every damaged unit of a teacher again. Returns them with what was wrong.
+@dataclass(frozen=True)
+class Mended:
+    """A unit that was extracted again, and what had been wrong with it."""
+
+    unit: str
+    findings: list[Finding]
+
+
+def repair_all(
+    root: Path, models: dict[str, str], device: str = "auto", report: Report | None = None, data: float = 1.0
+) -> list[Mended]:
+    """Mend what is damaged in a store with the teachers that it names; `models` says by name where one lies now.
+
+    A teacher is loaded only where something of it is damaged. Errors: as `repair`; TeacherError where one is gone.
+    """
+    from .teacher import load_teacher
+
+    store = Store.open(root)
+    damaged = damaged_units(store, data)
+    mended = []
+    for name in dict.fromkeys(u.teacher for u, _ in damaged):
+        t = store.plan.teachers[name]
+        teacher = load_teacher(
+            models.get(name, t.model), device=device, dtype=t.model_dtype, window=t.window, revision=t.revision
+        )
+        mine = [(u, f) for u, f in damaged if u.teacher == name]
+        mended += [Mended(str(u), f) for u, f in repair(root, teacher, name, report, mine)]
+    return mended
+
+
+def repair(
+    root: Path,
+    teacher: Teacher,
+    name: str,
+    report: Report | None = None,
+    damaged: list[tuple[Unit, list[Finding]]] | None = None,
+) -> list[tuple[Unit, list[Finding]]]:
+    """Extract every damaged unit of a teacher again (or those that are known). Returns them with what was wrong.
 
     Errors: StaleError where the teacher is not the one that the store was made with.
     """
+    from .extend import next_generation
+    from .plan import Request, differences, teacher_record
+    from .progress import Progress
+    from .run import UnitMaker
+
     store = Store.open(root)
     settings = store.teacher(name).settings
     request = Request(name, settings.layers, settings.contexts, settings.transform, settings.join, settings.dtype)
     differ = differences(settings, teacher_record(teacher, request))
     if differ:
         raise StaleError(f"this is not the teacher of {name!r}: {'; '.join(differ)}", where=root)
-    damaged = [(u, f) for u, f in damaged_units(store) if u.teacher == name]
-    generation = next_generation(store.plan)
+    if damaged is None:
+        damaged = [(u, f) for u, f in damaged_units(store) if u.teacher == name]
     with Scratch(store.paths) as scratch:
-        rows = TeacherRows(store.plan, name)
-        with UnitMaker(store.plan, teacher, rows, scratch.folder, Progress(), report) as maker:
+        plan = read_plan(root)
+        generation = next_generation(plan)
+        with UnitMaker(plan, teacher, TeacherRows(plan, name), scratch.folder, Progress(), report) as maker:
             for unit, _ in damaged:
                 with Lock(store.paths.lock(name, unit.context, unit.shard.number), wait=True):
                     maker.make(unit, generation)

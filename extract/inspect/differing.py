@@ -131,7 +131,7 @@ def _utterances(a: Store, b: Store, teachers: list[str]) -> tuple[UtterancesDiff
         cut_otherwise |= _tokenised_otherwise(a, b, both, teacher)
     changed = [i for i, x in zip(both, unlike.tolist()) if x]
     tokenised = [i for i, x, y in zip(both, cut_otherwise.tolist(), unlike.tolist()) if x and not y]
-    common = np.zeros(len(ids_a), bool)
+    common = np.zeros(len(a.index), bool)
     common[a.rows([i for i, x in zip(both, (unlike | cut_otherwise).tolist()) if not x])] = True
     counts = len(both), len(only_a), len(only_b), len(changed), len(tokenised)
     return UtterancesDiffer(*counts, only_a[:NAMED], only_b[:NAMED], changed[:NAMED], tokenised[:NAMED]), common

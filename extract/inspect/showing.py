@@ -76,9 +76,8 @@ def show(
 ) -> Shown:
     """Errors: NoStoreError for an unknown utterance; StaleError where the manifest's text has changed."""
     row = int(store.rows([utterance])[0])
-    session = store.index.session
-    # Rows that were added to a store later lie behind all others, whatever their session
-    mates = np.flatnonzero(session == session[row])
+    session, order = store.index.session, store.index.order
+    mates = order[session[order] == session[row]].tolist()
     text = None if corpus is None else transcript(corpus, utterance)
     if text is not None and hash_text(text) != int(store.text_hash([utterance])[0]):
         raise StaleError(
@@ -92,7 +91,7 @@ def show(
         utterance=utterance,
         row=row,
         session=int(session[row]),
-        session_row=int(np.searchsorted(mates, row)),
+        session_row=mates.index(row),
         session_utterances=len(mates),
         text=spelt(teachers[0].tokens) if text is None else text,
         text_from="tokens" if text is None else "corpus",

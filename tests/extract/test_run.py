@@ -249,7 +249,6 @@ def test_the_command(bert: Path, tmp_path: Path) -> None:
     assert "30 utterances" in invoke(*asked)
     assert json.loads(invoke(tmp_path / "corpus.jsonl", tmp_path / "s", "--status", "--json"))["complete"]
     assert "complete" in invoke(tmp_path / "corpus.jsonl", tmp_path / "s", "--status")
-    assert "nothing is damaged" in invoke(tmp_path / "corpus.jsonl", tmp_path / "s", "--repair")
     with pytest.raises(UsageError, match="no teacher"):
         invoke(tmp_path / "corpus.jsonl", tmp_path / "s")
 
