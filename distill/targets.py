@@ -18,7 +18,7 @@ import torch
 from ..data.errors import ConfigError, NoStoreError, StaleError, StoreError
 from ..extract.store import Store, View, hash_text, to_float32
 from .batch import Positions, TransferBatch
-from .controls import CONTROLS, donors, table_norm
+from .controls import CODE_WIDTH, CONTROLS, donors, table_norm, word_codes
 from .mixing import draw
 from .spans import Overlaps, expand, identity, overlaps, pack, places, word_spans
 
@@ -62,7 +62,8 @@ class TargetReader:
     on_missing   "error", or "skip": leave the utterance out for the teachers that lack it, and count it
     sample       k: read k of the views a step, drawn by `seed` and step (mixing "sample"); None: all
     control      None; "shuffled": each utterance gets another's states of equal length; "static": the views of a
-                 teacher are replaced by one, TEACHER/static, of its input embeddings
+                 teacher are replaced by one, TEACHER/static, of its input embeddings; "words": by one, TEACHER/words,
+                 of a random code for each word; "words-shuffled": the same of another utterance's words
 
     Where two stores have a teacher of the same name, the later one's is called NAME@2, NAME@3, … here.
     """
@@ -105,14 +106,25 @@ class TargetReader:
         vocabulary, table = np.asarray(vocabulary)[order], np.asarray(table)[order]
         if self.control == "static":
             self.views.append(ViewSpec(f"{name}/static", name, table.shape[1], *table_norm(table)))
+        elif self._words:
+            zero, one = np.zeros(CODE_WIDTH, np.float32), np.ones(CODE_WIDTH, np.float32)
+            self.views.append(ViewSpec(f"{name}/words", name, CODE_WIDTH, zero, one))
         else:
             for view in own:
                 mean, std = (np.asarray(value, np.float32) for value in store.norm(view))
                 address = view.address if name == teacher else view.address.replace(teacher, name, 1)
                 self.views.append(ViewSpec(address, name, len(mean), mean, std))
         numbers, dtype = list(range(first, len(self.views))), store.teacher(teacher).dtype
-        donor = donors(store.lengths(teacher), self.seed) if self.control == "shuffled" else None
+        donor = donors(store.lengths(teacher), self.seed, store.index.text_hash) if self._shuffled else None
         self._sources.append(_Source(store, teacher, name, own, numbers, dtype, vocabulary, table, donor))
+
+    @property
+    def _words(self) -> bool:
+        return self.control in ("words", "words-shuffled")
+
+    @property
+    def _shuffled(self) -> bool:
+        return self.control in ("shuffled", "words-shuffled")
 
     @property
     def embeddings(self) -> dict[str, torch.Tensor]:
@@ -175,7 +187,7 @@ class TargetReader:
         )
         index = np.flatnonzero(held).tolist()
         fresh = held.copy()
-        stored = np.asarray(source.store.text_hash([ids[i] for i in index]))
+        stored = np.asarray(source.store.text_hash([ids[i] for i in index], source.teacher))
         fresh[index] = [int(old) == hash_text(texts[i]) for old, i in zip(stored, index, strict=True)]
         self._refuse(
             StaleError,
@@ -305,16 +317,23 @@ class TargetReader:
         store, teacher = source.store, source.teacher
         if self.control == "static":
             return *store.tokens(ids, teacher), {}
-        views = {n: source.views[n - source.numbers[0]] for n in numbers}
+        giver = ids
+        if source.donor is not None:
+            giver = [store.index.id(int(r)) for r in source.donor[store.rows(ids)]]
+        if self._words:
+            theirs, token_id, span = store.tokens(giver, teacher)
+            states = dict.fromkeys(numbers, word_codes(token_id, span, theirs))
+        else:
+            views = {n: source.views[n - source.numbers[0]] for n in numbers}
+            found = store.gather(giver, list(views.values()))
+            theirs, token_id, span = found.lengths[teacher], found.token_id[teacher], found.span[teacher]
+            states = {n: to_float32(found.states[view], source.dtype) for n, view in views.items()}
         if source.donor is None:
-            found = store.gather(ids, list(views.values()))
-            own = found.lengths[teacher], found.token_id[teacher], found.span[teacher]
-            return *own, {n: to_float32(found.states[view], source.dtype) for n, view in views.items()}
+            return theirs, token_id, span, states
         own = store.tokens(ids, teacher)
-        found = store.gather([store.index.id(int(r)) for r in source.donor[store.rows(ids)]], list(views.values()))
-        theirs = found.lengths[teacher].astype(np.int64)
-        rows = expand(np.cumsum(theirs) - theirs, own[0].astype(np.int64))
-        return *own, {n: to_float32(found.states[view][rows], source.dtype) for n, view in views.items()}
+        begin = np.cumsum(theirs, dtype=np.int64) - theirs
+        rows = expand(begin, own[0].astype(np.int64))
+        return *own, {n: values[rows] for n, values in states.items()}
 
     def _positions(
         self,

@@ -101,8 +101,10 @@ class TransferSection(Section):
     decay_steps: int | None = Field(None, ge=1, description="steps that the fall takes; it stays at final_weight then")
     final_weight: float = Field(0.0, ge=0, description="lambda at the end of the fall")
     layers: list[int] = Field([], description="encoder layers that are tapped, from 1; none: the last")
-    control: Literal["shuffled", "static"] | None = Field(
-        None, description="shuffled: targets of another utterance; static: the teacher's input embeddings"
+    control: Literal["shuffled", "static", "words", "words-shuffled"] | None = Field(
+        None,
+        description="shuffled: targets of another utterance; static: the teacher's input embeddings; words: a code for "
+        "each word, a planted signal; words-shuffled: such codes of another utterance's words",
     )
     on_missing: Literal["error", "skip"] = "error"
 

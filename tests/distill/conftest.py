@@ -55,7 +55,7 @@ class FakeStore:
     def has(self, ids: Sequence[str], view: View) -> np.ndarray:
         return np.array([i in self.teachers[view.teacher].tokens for i in ids], bool)
 
-    def text_hash(self, ids: Sequence[str]) -> np.ndarray:
+    def text_hash(self, ids: Sequence[str], teacher: str | None = None) -> np.ndarray:
         return np.array([hash_text(self.texts[i]) for i in ids], np.uint64)
 
     def gather(self, ids: Sequence[str], views: Sequence[View]) -> Gathered:

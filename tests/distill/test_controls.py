@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from stillhouse.data.errors import ConfigError
 from stillhouse.distill import TargetReader
-from stillhouse.distill.controls import donors
+from stillhouse.distill.controls import CODE_WIDTH, donors, word_codes
 
 TEXTS = [" ".join(f"w{(i * 5 + j * 3) % 40}" for j in range(2 + i % 4)) for i in range(24)] + [
     "w1 w2 w3 w4 w5 w6 w7 w8",
@@ -31,24 +31,36 @@ def store(tmp_path_factory):
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(0, 9), max_size=30), st.integers(0, 5))
-def test_donors(lengths, seed):
-    lengths = np.array(lengths, np.int32)
-    found = donors(lengths, seed)
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 3)), max_size=30), st.integers(0, 5), st.booleans())
+def test_donors(utterances, seed, texts_differ):
+    """Texts of equal length only, as those of a store: the text's number has the length in it."""
+    lengths = np.array([n for n, _ in utterances], np.int32)
+    texts = np.arange(len(lengths)) if texts_differ else np.array([10 * n + t for n, t in utterances], np.uint64)
+    found = donors(lengths, seed, texts)
     for u, (n, donor) in enumerate(zip(lengths, found)):
-        same = (lengths == n).sum()
+        alike = lengths == n
+        most = max(np.sum(texts[alike] == t) for t in texts[alike])
         if n == 0:
             assert donor == u
-        elif same > 1:
-            assert donor != u and lengths[donor] == n
+        elif 2 * most <= alike.sum():
+            assert texts[donor] != texts[u] and lengths[donor] == n
         elif (lengths > n).any():
             assert lengths[donor] == lengths[lengths > n].min()
         else:
             assert donor == -1
-    assert np.array_equal(found, donors(lengths, seed))
+    assert np.array_equal(found, donors(lengths, seed, texts))
+    if texts_differ:
+        assert np.array_equal(found, donors(lengths, seed))
     # in a ring nobody gives twice
-    rings = [d for u, d in enumerate(found) if lengths[u] and (lengths == lengths[u]).sum() > 1]
+    rings = [d for u, d in enumerate(found) if lengths[u] and d >= 0 and lengths[d] == lengths[u]]
     assert len(set(rings)) == len(rings)
+
+
+def test_a_text_that_others_read_too_is_no_donor():
+    """Five readings of each of eight sentences of one length, as in the demo's corpus."""
+    texts = np.repeat(np.arange(8), 5)
+    found = donors(np.full(40, 7), 1, texts)
+    assert (texts[found] != texts).all() and sorted(found) == list(range(40))
 
 
 def test_another_seed_is_another_shuffle():
@@ -68,7 +80,7 @@ def test_shuffled_keeps_everything_but_the_targets(store, position):
         other = getattr(found.positions["known"], name)
         assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, name
     lengths = store.lengths("known")
-    giver = donors(lengths, 3)
+    giver = donors(lengths, 3, store.index.text_hash)
     at = 0
     for i in ids:
         row = int(store.rows([i])[0])
@@ -101,6 +113,51 @@ def test_static_targets_are_the_input_embeddings(store):
     torch.testing.assert_close(batch.targets["known/static"], standard[batch.positions["known"].query_row])
     words = TargetReader([(store, store.views)], "word", control="static").read(["s00-0000"], [TEXTS[0]])
     torch.testing.assert_close(words.targets["known/static"], batch.targets["known/static"])
+
+
+def test_the_code_of_a_word():
+    """Tokens 5 and 6 that touch are a word; alone, or the other way round, they are others; batches change nothing."""
+    span = np.array([[0, 2], [2, 4], [5, 7], [8, 9], [0, 2], [2, 4], [0, 2], [2, 3]])
+    token_id, lengths = np.array([5, 6, 5, 6, 5, 6, 6, 5]), np.array([4, 0, 2, 2])
+    codes = word_codes(token_id, span, lengths)
+    assert codes.shape == (8, CODE_WIDTH) and set(np.unique(codes)) == {-1.0, 1.0}
+    words = [codes[0], codes[2], codes[3], codes[6]]
+    assert all(np.array_equal(codes[i], codes[0]) for i in (1, 4, 5)) and np.array_equal(codes[6], codes[7])
+    likeness = np.array([[abs(a @ b) / CODE_WIDTH for a in words] for b in words]) - np.eye(4)
+    assert likeness.max() < 0.4
+    np.testing.assert_array_equal(word_codes(token_id[4:6], span[4:6], np.array([2])), codes[4:6])
+    assert word_codes(token_id[:0], span[:0], np.array([0, 0])).shape == (0, CODE_WIDTH)
+    many = word_codes(np.arange(4000), np.stack([np.arange(4000) * 2, np.arange(4000) * 2 + 1], 1), np.array([4000]))
+    assert abs(many.mean()) < 0.01 and len(np.unique(many, axis=0)) == 4000
+    assert abs(np.corrcoef(many[:, :40].T) - np.eye(40)).max() < 0.09
+
+
+@pytest.mark.parametrize("position", ["token", "word"])
+def test_planted_words(store, position):
+    """A word has its own code in every batch; shuffled, it has the code of the donor's word at its place."""
+    views = store.resolve("known/both:8/2,4")
+    ids = [i for i in store.utterance_ids if i != "s08-0024"]
+    texts = [TEXTS[int(i.split("-")[1])] for i in ids]
+    batches = {
+        control: TargetReader([(store, views)], position, control=control, seed=3).read(ids, texts)
+        for control in ("words", "words-shuffled")
+    }
+    words = [word for text in texts for word in text.split()]
+    rows, places = batches["words"].targets["known/words"], batches["words"].positions["known"].place
+    assert len(rows) == len(words) and torch.equal(places, batches["words-shuffled"].positions["known"].place)
+    code = {word: row for word, row in zip(words, rows, strict=True)}
+    assert all(torch.equal(code[word], row) for word, row in zip(words, rows, strict=True))
+    assert len(torch.unique(rows, dim=0)) == len(set(words))
+    lengths = store.lengths("known")
+    giver = donors(lengths, 3, store.index.text_hash)
+    expected = []
+    for i in ids:
+        row = int(store.rows([i])[0])
+        donor = store.index.id(int(giver[row]))
+        expected += TEXTS[int(donor.split("-")[1])].split()[: int(lengths[row])]
+    for word, row in zip(expected, batches["words-shuffled"].targets["known/words"], strict=True):
+        assert torch.equal(code.get(word, row), row)
+    assert expected != words
 
 
 def test_unknown_control(store):
