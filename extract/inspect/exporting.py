@@ -1,4 +1,4 @@
-"""States for other programs: `export` to .npz, .safetensors or .csv.
+"""States for other programs: `export` to .h5, .npz, .safetensors or .csv.
 
 Invariant: nothing that needs pickle is written, and the file appears whole or not at all.
 Exercised by: `stillhouse inspect export STORE states.npz --view 'minilm/alone/6'`.
@@ -17,7 +17,7 @@ import numpy as np
 
 from stillhouse.data.errors import StoreError, UsageError
 
-from ..store import Store, View, to_float32
+from ..store import Store, View
 from .reading import held_rows
 from .showing import pieces_of
 
@@ -48,12 +48,12 @@ def export(
 ) -> Exported:
     """Write states of utterances (rows of the store; None: all) with their token ids, pieces and spans.
 
-    Arrays are packed: `TEACHER/length` says how many tokens each utterance has. float16 stays float16 unless
-    `float32`; bfloat16 becomes float32. Errors: UsageError for a suffix that is no format, for more than 4 GiB at
-    once and for a file that is there already.
+    Arrays are packed: `TEACHER/length` says how many tokens each utterance has. float16 stays float16 and int8 becomes
+    float16 unless `float32`; bfloat16 becomes float32. Errors: UsageError for a suffix that is no format, for more
+    than 4 GiB at once and for a file that is there already.
     """
     writers: dict[str, Callable[[Path, list[str], dict[str, np.ndarray]], None]]
-    writers = {".npz": _npz, ".safetensors": _safetensors, ".csv": _csv}
+    writers = {".h5": _hdf5, ".npz": _npz, ".safetensors": _safetensors, ".csv": _csv}
     if path.suffix not in writers:
         raise UsageError(
             f"cannot write {path.suffix or 'a file without suffix'}", where=path, expected=", ".join(writers)
@@ -62,7 +62,7 @@ def export(
         raise UsageError("is there already", where=path, remedy="remove it or give --force")
     held = held_rows(store, views)
     chosen = held if rows is None else rows[np.isin(rows, held)]
-    asked = len(store.index) if rows is None else len(rows)
+    asked = len(store.utterance_ids) if rows is None else len(rows)
     ids = [store.index.id(int(r)) for r in chosen]
     arrays: dict[str, np.ndarray] = {}
     tokens: dict[str, int] = {}
@@ -81,8 +81,11 @@ def export(
             remedy="name fewer views or utterances, or open data.zarr itself with zarr, xarray or tensorstore",
         )
     for view in views:
-        states, dtype = store.gather(ids, [view]).states[view], store.teacher(view.teacher).dtype
-        arrays[view.address] = to_float32(states, dtype) if float32 or dtype == "bfloat16" else states
+        stored = store.teacher(view.teacher).dtype
+        wanted = "float32" if float32 or stored == "bfloat16" else "float16" if stored == "int8" else None
+        arrays[view.address] = store.gather(ids, [view], wanted).states[view]
+        if wanted == "float16" and not np.isfinite(arrays[view.address]).all():
+            raise StoreError("a state does not fit into float16", where=view.address, remedy="export it with --float32")
     scratch = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         writers[path.suffix](scratch, ids, arrays)
@@ -93,6 +96,23 @@ def export(
         scratch.unlink(missing_ok=True)
     addresses = [v.address for v in views]
     return Exported(str(path), path.suffix[1:], addresses, len(ids), asked - len(ids), tokens, path.stat().st_size)
+
+
+def _hdf5(path: Path, ids: list[str], arrays: dict[str, np.ndarray]) -> None:
+    """One dataset an array, at its name; `offset` beside `length` says where each utterance begins."""
+    import h5py
+
+    text = h5py.string_dtype()
+    with h5py.File(path, "w") as f:
+        f.create_dataset("utterance", data=np.array(ids, object), dtype=text, shape=(len(ids),))
+        for name, values in arrays.items():
+            if values.dtype.kind == "U":
+                f.create_dataset(name, data=values.astype(object), dtype=text)
+            else:
+                f.create_dataset(name, data=values)
+            if name.endswith("/length"):
+                ends = np.cumsum(values, dtype=np.int64)
+                f.create_dataset(name.removesuffix("length") + "offset", data=ends - values)
 
 
 def _npz(path: Path, ids: list[str], arrays: dict[str, np.ndarray]) -> None:

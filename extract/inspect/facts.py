@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from stillhouse.data.errors import NoStoreError
 
+from ..repair import Mended
 from ..store import Store, View
 from ..store.arrays import RawArray
 from ..store.layout import VERSION
@@ -46,6 +47,8 @@ class ViewFacts:
     tokens_planned: int
     bytes: int
     fingerprint: str | None
+    int8_error: float | None  # of int8: root mean square error over root mean square, of all states
+    int8_error_standardised: float | None  # the same of the standardised states
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class TeacherFacts:
     views_planned: int
     hidden_bytes: int
     about: str  # what the model's folder says of itself; "" where it says nothing
+    int8_error: float | None  # of its worst view
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ def store_facts(store: Store) -> StoreFacts:
         version=VERSION,
         created=store.plan.created,
         complete=all(v.complete for v in views),
-        utterances=len(store.index),
+        utterances=len(store.utterance_ids),
         sessions=int(session.max(initial=-1)) + 1,
         tokens=sum(t.tokens for t in teachers),
         bytes=sum(n for _, n in files(store.path)),
@@ -135,6 +139,7 @@ class Verified:
     units_planned: int
     data: float
     findings: list[Finding]
+    mended: list[Mended] = field(default_factory=list)  # with --repair: what was extracted again before this look
 
 
 def verified(store: Store, data: float = 0.0, report: Callable[[Unit], None] | None = None) -> Verified:
@@ -177,6 +182,7 @@ def _teacher_facts(store: Store, name: str, views: list[ViewFacts]) -> TeacherFa
         views_planned=len(views),
         hidden_bytes=sum(v.bytes for v in views),
         about=t.about,
+        int8_error=max((v.int8_error for v in views if v.int8_error is not None), default=None),
     )
 
 
@@ -193,6 +199,8 @@ def _view_facts(store: Store, view: View, complete: bool) -> ViewFacts:
     need = {u.shard.number: u.generation.number for u in planned}
     done = [s for s in shards.values() if commits.has(s.number, [view.layer], need[s.number])]
     records = [commits.of[s.number, view.layer] for s in done]
+    live, lengths = store.index_of(view.teacher).live, store.lengths(view.teacher)
+    loss = store.loss(view)
     return ViewFacts(
         view=view.address,
         teacher=view.teacher,
@@ -201,12 +209,14 @@ def _view_facts(store: Store, view: View, complete: bool) -> ViewFacts:
         complete=complete,
         units=len(done),
         units_planned=len(shards),
-        utterances=sum(s.last - s.first for s in done),
-        utterances_planned=sum(s.last - s.first for s in shards.values()),
-        tokens=sum(s.rows for s in done),
-        tokens_planned=sum(s.rows for s in shards.values()),
+        utterances=sum(int(live[s.first : s.last].sum()) for s in done),
+        utterances_planned=sum(int(live[s.first : s.last].sum()) for s in shards.values()),
+        tokens=sum(int(lengths[s.first : s.last].sum()) for s in done),
+        tokens_planned=sum(int(lengths[s.first : s.last].sum()) for s in shards.values()),
         bytes=sum(r.files.get(str(view.layer), 0) for r in records),
         fingerprint=teacher.fingerprints.get(f"{view.context}/{view.layer}"),
+        int8_error=loss.relative if loss else None,
+        int8_error_standardised=loss.standardised if loss else None,
     )
 
 
@@ -216,21 +226,21 @@ def utterance_facts(store: Store, patterns: Sequence[str] = ()) -> Iterator[Utte
     Errors: NoStoreError where patterns are given and nothing matches.
     """
     ids, views = store.utterance_ids, store.planned_views
-    rows = [r for r, i in enumerate(ids) if not patterns or any(fnmatch.fnmatchcase(i, p) for p in patterns)]
-    if patterns and not rows:
+    chosen = [i for i in ids if not patterns or any(fnmatch.fnmatchcase(i, p) for p in patterns)]
+    if patterns and not chosen:
         raise NoStoreError(
             f"no utterance matches {' or '.join(patterns)}",
             where=store.path,
             remedy="stillhouse inspect ls --utterances",
         )
-    chosen = [ids[r] for r in rows]
+    rows = store.rows(chosen).tolist()
     lengths = {name: store.lengths(name) for name in store.plan.teachers}
     held = np.zeros(len(rows), np.int64)
     for view in views:
         held += store.has(chosen, view)
     for number, row in enumerate(rows):
         tokens = {name: int(length[row]) for name, length in lengths.items()}
-        yield UtteranceFacts(ids[row], row, int(store.index.session[row]), tokens, int(held[number]), len(views))
+        yield UtteranceFacts(chosen[number], row, int(store.index.session[row]), tokens, int(held[number]), len(views))
 
 
 def files(folder: Path) -> Iterator[tuple[Path, int]]:

@@ -44,6 +44,7 @@ def _teacher(t: TeacherFacts) -> str:
     text = "the transcripts as they are" if t.transform == "none" else f"the transcripts through {t.transform}"
     join = f", utterances joined by {t.join!r}" if t.join else ""
     revision = "" if t.revision is None else f" at {t.revision}"
+    error = "" if t.int8_error is None else f" (error {t.int8_error:.2%} at most)"
     rows = [
         ("teacher", t.name),
         ("  model", f"{t.architecture}, {kind}, {t.depth} layers, {t.width} wide"),
@@ -53,7 +54,7 @@ def _teacher(t: TeacherFacts) -> str:
         ("  contexts", ", ".join(t.contexts)),
         ("  layers", ", ".join(map(str, sorted(t.layers)))),
         ("  tokens", f"{t.tokens:,}, {t.vocabulary:,} different"),
-        ("  numbers", f"{t.dtype}, computed in {t.model_dtype}; {size(t.hidden_bytes)}"),
+        ("  numbers", f"{t.dtype}{error}, computed in {t.model_dtype}; {size(t.hidden_bytes)}"),
         ("  done", f"{t.units:,} of {t.units_planned:,} units of work; {t.views} of {t.views_planned} views"),
     ]
     return table(rows)
@@ -116,7 +117,8 @@ def _shown_teacher(t: ShownTeacher) -> str:
 
 
 def verified(v: Verified) -> str:
-    lines = [f"{f.where}: {f.what}; {f.remedy}" for f in v.findings]
+    lines = [f"extracted again: {m.unit} ({'; '.join(f.what for f in m.findings)})" for m in v.mended]
+    lines += [f"{f.where}: {f.what}; {f.remedy}" for f in v.findings]
     read = f", {v.data:.4g} of their utterances read" if v.data else ", states not read (--data reads them)"
     if v.data >= 1:
         read = ", every byte of them read"
@@ -143,6 +145,10 @@ def statistics(listed: Sequence[Statistics]) -> str:
             lines.append(f"{s.view} outliers: {named}{_more(len(s.outliers))}")
         if s.dead:
             lines.append(f"{s.view} dead: {', '.join(map(str, s.dead[:MOST_NAMED]))}{_more(len(s.dead))}")
+        if s.int8_error is not None and s.int8_error_standardised is not None:
+            lines.append(
+                f"{s.view} int8 error: {s.int8_error:.2%} of the states, {s.int8_error_standardised:.2%} standardised"
+            )
     tokens = ", ".join(dict.fromkeys(f"{s.tokens:,}" for s in listed))
     lines.append(f"of {tokens} tokens a view; first: norm of first tokens over the others'; alike: mean cosine of two")
     lines.append("tokens; rank: effective; first tokens are in none of the other columns")

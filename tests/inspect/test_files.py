@@ -16,6 +16,11 @@ from stillhouse.extract.store import Store, View
 VIEWS = [View("known", "alone", 2), View("known", "both:8", 4)]
 
 
+@pytest.fixture(scope="module")
+def int8_store(known, tmp_path_factory):
+    return known.build(tmp_path_factory.mktemp("int8"), dtype="int8")
+
+
 def test_npz_holds_what_gather_gives(store, tmp_path):
     path = tmp_path / "states.npz"
     found = exporting.export(store, VIEWS, path)
@@ -47,6 +52,61 @@ def test_safetensors(store, tmp_path):
         states = written.get_tensor("known/both:8/4")
         assert states.dtype == np.float32
         np.testing.assert_array_equal(states, expected.states[VIEWS[1]].astype(np.float32))
+
+
+def test_hdf5(store, tmp_path):
+    import h5py
+
+    path = tmp_path / "states.h5"
+    exporting.export(store, VIEWS, path)
+    ids = [i for i in store.utterance_ids if i != "s01-0004"]
+    with h5py.File(path) as written:
+        assert written["utterance"].asstr()[:].tolist() == ids
+        u = ids.index("s00-0001")
+        at, n = written["known/offset"][u], written["known/length"][u]
+        expected = store.gather(["s00-0001"], VIEWS)
+        for view in VIEWS:
+            np.testing.assert_array_equal(written[view.address][at : at + n], expected.states[view])
+        assert written["known/piece"].asstr()[at : at + n].tolist() == ["he", "sat", "on", "the", "bank"]
+        np.testing.assert_array_equal(written["known/span"][at : at + n], expected.span["known"])
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".npz", ".safetensors"])
+def test_int8_is_exported_as_floats(int8_store, tmp_path, suffix):
+    """As float16, or as float32 when asked; info and stats tell what int8 has cost."""
+    view = int8_store.views[-1]
+    expected = int8_store.gather(int8_store.utterance_ids, [view]).states[view]
+    assert expected.dtype == np.float32
+    for float32, dtype in ((False, np.float16), (True, np.float32)):
+        path = tmp_path / f"{dtype.__name__}{suffix}"
+        exporting.export(int8_store, [view], path, float32=float32)
+        got = load(path, view.address)
+        assert got.dtype == dtype
+        np.testing.assert_array_equal(got, expected.astype(dtype))
+
+
+def load(path, name):
+    if path.suffix == ".h5":
+        import h5py
+
+        with h5py.File(path) as f:
+            return f[name][:]
+    if path.suffix == ".safetensors":
+        from safetensors.numpy import load_file
+
+        return load_file(path)[name]
+    return np.load(path, allow_pickle=False)[name]
+
+
+def test_the_error_of_int8_is_told(int8_store, store, stillhouse):
+    facts = json.loads(stillhouse("inspect", "info", int8_store.path, "--json").out)
+    stats = json.loads(stillhouse("inspect", "stats", int8_store.path, "--json").out)
+    errors = [v["int8_error"] for v in stats["views"]]
+    assert all(0 < e < 0.01 for e in errors) and facts["teachers"][0]["int8_error"] == max(errors)
+    assert f"(error {max(errors):.2%} at most)" in stillhouse("inspect", "info", int8_store.path).out
+    assert "int8 error: " in stillhouse("inspect", "stats", int8_store.path).out
+    plain = json.loads(stillhouse("inspect", "stats", store.path, "--json").out)
+    assert {v["int8_error"] for v in plain["views"]} == {None}
 
 
 def test_csv_is_a_line_a_token_and_view(store, tmp_path, stillhouse):
