@@ -61,10 +61,14 @@ class Utterance(BaseModel):
 
 
 class Corpus:
-    """The utterances of one manifest, in file order. root: the folder that no audio path may leave, if any."""
+    """The utterances of one manifest, in file order. root: the folder that no audio path may leave, if any;
+    split: those that were selected, if not all.
+    """
 
-    def __init__(self, path: Path, utterances: Sequence[Utterance], root: Path | None = None) -> None:
-        self.path = Path(path)
+    def __init__(
+        self, path: Path, utterances: Sequence[Utterance], root: Path | None = None, split: str | None = None
+    ) -> None:
+        self.path, self.split = Path(path), split
         self.utterances = list(utterances)
         self.root = root
 
@@ -105,7 +109,7 @@ class Corpus:
                 expected=("one of " + ", ".join(sorted(known))) if known else "a corpus with splits",
                 remedy=None if known else f"make them with `stillhouse corpus split {self.path}`",
             )
-        return Corpus(self.path, [u for u in self.utterances if u.split in wanted], self.root)
+        return Corpus(self.path, [u for u in self.utterances if u.split in wanted], self.root, split)
 
 
 def scan_manifest(path: Path | str) -> Iterator[tuple[int, Utterance | CorpusError]]:

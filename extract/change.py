@@ -42,6 +42,7 @@ class Change:
     rows: np.ndarray
     replaces: np.ndarray
     gone: list[str]
+    split: str | None = None
     stale: dict[str, np.ndarray] = field(default_factory=dict)
 
     @cached_property
@@ -107,7 +108,7 @@ def compare(plan: Plan, corpus: Corpus, record: Teacher, tokeniser: Tokeniser) -
     lost = np.flatnonzero(index.live & ~here)
     if not touched.any() and not len(lost):
         return None
-    change = Change(utterances, session, rows, replaces, [index.id(int(r)) for r in lost])
+    change = Change(utterances, session, rows, replaces, [index.id(int(r)) for r in lost], corpus.split)
     if known:
         change.stale.update(_stale(plan, record, tokeniser, change, touched))
     return change

@@ -89,7 +89,9 @@ def extended(plan: Plan, record: plans.Teacher, change: Change | None = None, te
     old, latest = plan.teachers[record.name], plan.latest(record.name)
     views, missing, number = plan.views(record.name), missing_views(plan, record), next_generation(plan)
     there = [s.number for s in plan.shards(record.name)]
-    growth, tail, dropped, vocabulary = None, [], [], latest.vocabulary
+    growth, vocabulary = None, latest.vocabulary
+    tail: list[Shard] = []
+    dropped: list[int] = []
     if change is not None and teacher is not None:
         growth, tail = _grown(plan, record, change, teacher, number)
         used = set((TeacherRows(plan, record.name).start[change.rows[change.keep]] // latest.shard_rows).tolist())
@@ -173,9 +175,14 @@ def _with(plan: Plan, record: plans.Teacher, generation: Generation, change: Cha
     corpus = plan.corpus
     if change is not None:
         counts = {"utterances": len(change.utterances), "sessions": int(change.session.max()) + 1}
-        corpus = corpus | counts
+        corpus = {k: v for k, v in corpus.items() if k != "split"} | counts | split_of(change.split)
     teachers = plan.teachers | {record.name: record}
     return replace(plan, corpus=corpus, teachers=teachers, generations=[*plan.generations, generation])
+
+
+def split_of(split: str | None) -> dict[str, str]:
+    """What store.json says of the part of the corpus that was extracted."""
+    return {} if split is None else {"split": split}
 
 
 def _now() -> str:

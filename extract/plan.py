@@ -18,7 +18,7 @@ from stillhouse.data.manifest import Corpus
 from stillhouse.data.text import check_transform
 
 from .change import compare
-from .extend import Draft, extended, missing_views, with_teacher, write_generation
+from .extend import Draft, extended, missing_views, split_of, with_teacher, write_generation
 from .ordering import Layout, lay_out
 from .skeleton import write_skeleton
 from .store import plan as plans
@@ -215,5 +215,5 @@ def draft_plan(
         seed=request.seed,
         created=created,
     )
-    corpus_facts = {"utterances": len(layout.ids), "sessions": int(layout.session[-1]) + 1}
+    corpus_facts = {"utterances": len(layout.ids), "sessions": int(layout.session[-1]) + 1} | split_of(corpus.split)
     return Plan(Paths(root), created, corpus_facts, versions(), {record.name: record}, [generation]), layout

@@ -18,6 +18,7 @@ from stillhouse.extract.sizing import size_up
 from stillhouse.extract.status import status
 from stillhouse.extract.store import Store, View
 from stillhouse.extract.store.files import Scratch
+from stillhouse.extract.store.freshness import stale
 from stillhouse.extract.store.layout import Paths, to_float32
 from stillhouse.extract.store.verify import verify
 
@@ -186,3 +187,47 @@ def test_no_refresh_under_a_writer(bert: Path, tmp_path: Path) -> None:
     with Scratch(Paths(root)), pytest.raises(LockedError, match="a writer is at work"):
         extract(root, edited(corpus, u1="x"), loaded(bert), REQUEST, refresh=True)
     assert extract(root, corpus, loaded(bert), REQUEST).units_done_now == 0
+
+
+def said(corpus: Corpus) -> list[list[tuple[str, str]]]:
+    return [[(u.id, u.text) for u in (corpus.utterances[i] for i in s)] for s in corpus.sessions()]
+
+
+def test_freshness_is_told_without_a_teacher(bert: Path, tmp_path: Path) -> None:
+    """What saw a changed neighbour is among what `extract` calls stale, and gone once it is refreshed."""
+    root, corpus = tmp_path / "s", make_corpus()
+    contexts = ["alone", "past:4", "future:4", "both:4"]
+    extract(root, corpus, loaded(bert), Request("t", [2], contexts))
+    store = Store.open(root)
+    assert stale(store, store.views, said(corpus)) == {}
+    sessions = Corpus(corpus.path, sorted(corpus.utterances, key=lambda u: str(u.session), reverse=True))
+    assert stale(store, store.views, said(sessions)) == {}
+    first = corpus.utterances[0]
+    edits = [
+        edited(corpus, u1="he would wear it here"),
+        edited(corpus, u5=None, u10=None),
+        Corpus(corpus.path, [corpus.utterances[i] for i in [0, 2, 1, *range(3, 30)]]),
+        Corpus(corpus.path, [Utterance(id="n", text="in front", session=first.session), *corpus.utterances]),
+    ]
+    for now in edits:
+        found = stale(store, store.views, said(now))
+        with pytest.raises(StaleError) as e:
+            extract(root, now, loaded(bert), Request("t", [2], contexts))
+        fresh = tmp_path / "fresh"
+        shutil.rmtree(fresh, ignore_errors=True)
+        extract(fresh, now, loaded(bert), Request("t", [2], contexts))
+        other = Store.open(fresh)
+        both = [i for i in store.utterance_ids if other.index.rows([i])[0] >= 0]
+        both = [i for i in both if store.text_hash([i])[0] == other.text_hash([i])[0]]
+        assert found, str(e.value)
+        for context in contexts:
+            view = View("t", context, 2)
+            fed = {i for i in both if store.input_hash([i], view)[0] != other.input_hash([i], view)[0]}
+            told = {i for i, which in found.items() if context in which}
+            if context in ("alone", "past:4", "future:4"):  # one window an utterance: told exactly
+                assert told == fed, (context, told, fed)
+            assert told <= fed, (context, told - fed)
+    extract(root, edits[0], loaded(bert), Request("t", [2], contexts), refresh=True)
+    store = Store.open(root)
+    assert stale(store, store.views, said(edits[0])) == {}
+    assert "u0" in stale(store, store.views, said(corpus))
