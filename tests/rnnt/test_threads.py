@@ -38,7 +38,19 @@ def thread_setting():
     torch.set_num_threads(before)
 
 
-def test_bits_repeat(thread_setting):
+@pytest.fixture(params=["torch's threads", "plain threads"])
+def way(request, monkeypatch):
+    """Both ways to more threads, whatever the machine is busy with."""
+    monkeypatch.setattr(threads, "LATE", float("inf"))
+    monkeypatch.setattr(threads, "_away", 0)
+    if request.param == "plain threads":
+        monkeypatch.setattr(threads, "_openmp", lambda: None)
+    elif threads._openmp() is None:
+        pytest.skip("torch is not linked with an OpenMP library that can be called")
+    return request.param
+
+
+def test_bits_repeat(thread_setting, way):
     for count in (1, 2, 5):
         thread_setting(count)
         runs = [both_losses() for _ in range(3)]
@@ -46,7 +58,7 @@ def test_bits_repeat(thread_setting):
             assert all(torch.equal(a, b) for a, b in zip(runs[0], other))
 
 
-def test_rows_do_not_depend_on_the_number_of_threads(thread_setting):
+def test_rows_do_not_depend_on_the_number_of_threads(thread_setting, way):
     logits = torch.randn(3, 60, 13, 300, generator=torch.Generator().manual_seed(1))
     _, rest = problem()
     results = []
@@ -60,7 +72,25 @@ def test_rows_do_not_depend_on_the_number_of_threads(thread_setting):
         assert torch.equal(loss, results[0][0]) and torch.equal(grad, results[0][1])
 
 
-def test_thread_settings_survive(thread_setting):
+def test_late_threads_are_left_alone_for_a_while(thread_setting, monkeypatch):
+    if threads._openmp() is None:
+        pytest.skip("torch is not linked with an OpenMP library that can be called")
+    monkeypatch.setattr(threads, "_away", 0)
+    monkeypatch.setattr(threads, "_times_late", 0)
+    monkeypatch.setattr(threads, "LATE", -1.0)  # everybody always is
+
+    def calls_until_openmp():
+        count = 0
+        while not threads._with_openmp(threads._Job(int, 2, ())):
+            count += 1
+        return count
+
+    assert [calls_until_openmp() for _ in range(4)] == [0, 32, 64, 128]
+    monkeypatch.setattr(threads, "LATE", float("inf"))
+    assert [calls_until_openmp() for _ in range(3)] == [256, 0, 0]
+
+
+def test_thread_settings_survive(thread_setting, way):
     thread_setting(3)
     both_losses()
     assert torch.get_num_threads() == 3
@@ -85,7 +115,7 @@ def test_forked_worker():
         torch.testing.assert_close(torch.from_numpy(a), b)
 
 
-def test_two_callers_at_once():
+def test_two_callers_at_once(way):
     expected = both_losses()
     results = []
     callers = [python_threads.Thread(target=lambda: results.append(both_losses())) for _ in range(3)]
@@ -99,7 +129,7 @@ def test_two_callers_at_once():
             torch.testing.assert_close(a, b)
 
 
-def test_an_error_in_a_thread_is_raised():
+def test_an_error_in_a_thread_is_raised(way):
     def fail(index):
         if index == 1:
             raise ValueError("from thread 1")

@@ -17,7 +17,7 @@ import math
 
 import numpy as np
 
-from .numeric import borrow, exp32, fetch_add, kernel, log_add, log_add_exact
+from .numeric import borrow, clear_rows, exp32, fetch_add, kernel, log_add, log_add_exact
 from .rows import gradient_row, load, log_sum_exps
 
 f32 = np.float32
@@ -159,14 +159,16 @@ def forward(
     """Stages 1 and 2. tasks int64 [K, 3]: utterance, frames from, to.
 
     counter int64 [1] = 0 and left int64 [B] = an utterance's number of tasks are used up: whoever ends an utterance's
-    rows does its lattice. work [threads, 2, Umax+1], of the type that is computed in, work64 [threads, Umax+1].
+    rows does its lattice. The last task comes first: the end of what somebody has just written is still in a cache, and
+    the beginning is what the backward pass wants to find there.
+    work [threads, 2, Umax+1], of the type that is computed in, work64 [threads, Umax+1].
     """
     x, y, base, tasks, band = borrow(x), borrow(y), borrow(base), borrow(tasks), borrow(band)
     lse, blank_lp, label_lp, alpha = borrow(lse), borrow(blank_lp), borrow(label_lp), borrow(alpha)
     own_work, own_work64 = borrow(work)[thread], borrow(work64)[thread]
     while True:
-        k = fetch_add(counter, 0, 1)
-        if k >= tasks.shape[0]:
+        k = tasks.shape[0] - 1 - fetch_add(counter, 0, 1)
+        if k < 0:
             return
         b = tasks[k, 0]
         own = base[at[b] : at[b + 1]]
@@ -205,13 +207,12 @@ def backward(
                     cell = own[t + u] + u
                     q, e = np.float64(occ_blank[cell]), np.float64(occ_label[cell]) * (1 + fastemit)
                     if q + e <= eps:
-                        result[row0 + i, :] = 0
+                        clear_rows(result, row0 + i, row0 + i + 1)
                         continue
                     label = y[b, u] if u < U[b] else -1
-                    gradient_row(
-                        x[row0 + i], out[row0 + i], inplace, lse[cell], q, e, blank, label, scale[b], clamp, fused
-                    )
-            result[row0 + used : row0 + per_frame[b], :] = 0
+                    row = row0 + i
+                    gradient_row(x, row, result, row, lse[cell], q, e, blank, label, scale[b], clamp, fused)
+            clear_rows(result, row0 + used, row0 + per_frame[b])
 
 
 @kernel

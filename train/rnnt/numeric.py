@@ -57,7 +57,7 @@ _LN2 = 0.6931471805599453
 
 def _fingerprint() -> tuple[float, int]:
     """Newest time and total size of the sources that hold kernels."""
-    names = ("numeric", "rows", "cpu", "tiles", "tdt_kernels", "pruned_kernels")
+    names = ("numeric", "vector", "rows", "cpu", "tiles", "tdt_kernels", "pruned_kernels")
     stats = [Path(__file__).with_name(name + ".py").stat() for name in names]
     return max(s.st_mtime for s in stats), sum(s.st_size for s in stats)
 
@@ -191,6 +191,23 @@ def fetch_add(typingctx, array, index, value):
         return builder.atomic_rmw("add", pointer, value, "acq_rel")
 
     return types.int64(array, index, value), codegen
+
+
+@intrinsic
+def clear_rows(typingctx, rows, start, stop):
+    """Rows start..stop of a C-contiguous matrix become zeros: a memset, where a slice's assignment goes by strides."""
+    if not isinstance(rows, types.Array) or rows.ndim != 2 or rows.layout != "C":
+        return None
+
+    def codegen(context, builder, signature, args):
+        struct = context.make_array(signature.args[0])(context, builder, args[0])
+        size = builder.mul(builder.extract_value(struct.shape, 1), struct.itemsize)
+        first, last = (context.cast(builder, args[k], signature.args[k], types.intp) for k in (1, 2))
+        pointer = builder.gep(builder.bitcast(struct.data, cgutils.voidptr_t), [builder.mul(first, size)])
+        cgutils.memset(builder, pointer, builder.mul(builder.sub(last, first), size), 0)
+        return context.get_dummy_value()
+
+    return types.void(rows, types.intp, types.intp), codegen
 
 
 @kernel

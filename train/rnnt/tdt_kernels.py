@@ -169,8 +169,8 @@ def tdt_forward(
     lse, blank_lp, label_lp, dur = borrow(lse), borrow(blank_lp), borrow(label_lp), borrow(dur)
     alpha, beta, own_work, own_work64 = borrow(alpha), borrow(beta), borrow(work)[thread], borrow(work64)[thread]
     while True:
-        k = fetch_add(counter, 0, 1)
-        if k >= tasks.shape[0]:
+        k = tasks.shape[0] - 1 - fetch_add(counter, 0, 1)
+        if k < 0:
             return
         b = tasks[k, 0]
         own = base[at[b] : at[b + 1]]

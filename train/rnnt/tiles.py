@@ -125,7 +125,7 @@ def gradient_rows(logits, cells, y, U, base, lse, occ_blank, occ_label, blank, s
         cell = base[t + u] + u
         q, e = np.float64(occ_blank[cell]), np.float64(occ_label[cell]) * (1 + fastemit)
         row = logits[r]
-        gradient_row(row, row, True, lse[cell], q, e, blank, y[u] if u < U else -1, scale, clamp, True)
+        gradient_row(logits, r, logits, r, lse[cell], q, e, blank, y[u] if u < U else -1, scale, clamp, True)
         for v in range(bias.size):
             bias[v] += row[v]
 
