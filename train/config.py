@@ -34,6 +34,8 @@ class Data(Section):
     speeds: list[float] = Field([1.0], min_length=1, description="speeds drawn for each utterance and epoch")
     batch_frames: int = Field(16_000, ge=100, description="padded frames of 10 ms in a batch")
     mix_shards: int = Field(16, ge=0, description="shards of the first store that are mixed at a time; 0: all")
+    workers: int = Field(0, ge=0, description="processes that read batches; 0: a thread, which is faster as a rule")
+    worker_start: Literal["spawn", "fork"] = "spawn"
     max_frames: int = Field(3_000, ge=10, description="longer utterances are left out of training, and counted")
 
 

@@ -1,7 +1,8 @@
-"""Batches for training: features, ASR units and teacher targets, read one batch ahead in a thread.
+"""Batches for training: features, ASR units and teacher targets, read some batches ahead in a thread.
 
-Invariant: a batch depends on its plan alone. The thread, not worker processes, because reading is `preadv` into
-arrays that the trainer uses where they lie. Exercised by `stillhouse train`.
+Invariant: a batch depends on its plan alone, whoever reads it. The thread, not worker processes, because reading is a
+copy into arrays that the trainer uses where they lie; what processes read has to be copied once more. They are there
+for machines whose one thread does not keep up. Exercised by `stillhouse train`.
 """
 
 from __future__ import annotations
@@ -119,6 +120,69 @@ class BatchLoader:
         return [transform(self.utterances[i].text, self.units.transform).text for i in plan.indices]
 
 
+def plans_from(sampler: BatchSampler, epoch: int, position: int) -> Generator[tuple[int, int, BatchPlan], None, None]:
+    """Endless (epoch, position after this batch, plan), from `position` batches into `epoch` on."""
+    while True:
+        plans = sampler.epoch(epoch)
+        for i in range(position, len(plans)):
+            yield epoch, i + 1, plans[i]
+        epoch, position = epoch + 1, 0
+
+
+class _Plans(torch.utils.data.Sampler):
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __iter__(self) -> Generator[tuple[int, int, BatchPlan], None, None]:
+        return plans_from(*self.arguments)
+
+
+class _Batches(torch.utils.data.Dataset):
+    """An exception travels as an item: a DataLoader would make another one of it."""
+
+    def __init__(self, load: Callable[[BatchPlan], Batch]) -> None:
+        self.load = load
+
+    def __getitem__(self, item: tuple[int, int, BatchPlan]) -> Any:
+        epoch, position, plan = item
+        try:
+            return epoch, position, self.load(plan)
+        except Exception as e:
+            return e
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def with_workers(
+    sampler: BatchSampler,
+    load: Callable[[BatchPlan], Batch],
+    *,
+    epoch: int,
+    position: int,
+    workers: int,
+    start: str = "spawn",
+    depth: int = 4,
+) -> Generator[tuple[int, int, Batch], None, None]:
+    """The same as `prefetch`, read by a DataLoader's processes. `start`: "spawn" or "fork"; with "spawn", `load` must
+    be picklable.
+    """
+    loader = torch.utils.data.DataLoader(
+        _Batches(load),
+        batch_size=None,
+        sampler=_Plans(sampler, epoch, position),
+        num_workers=workers,
+        prefetch_factor=max(1, depth // workers),
+        multiprocessing_context=start,
+        collate_fn=_as_it_is,
+    )
+    for item in loader:
+        if isinstance(item, Exception):
+            raise item
+        yield item
+
+
 def prefetch(
     sampler: BatchSampler, load: Callable[[BatchPlan], Batch], *, epoch: int, position: int, depth: int = 4
 ) -> Generator[tuple[int, int, Batch], None, None]:
@@ -139,14 +203,10 @@ def prefetch(
         return False
 
     def work() -> None:
-        at_epoch, at = epoch, position
         try:
-            while True:
-                plans = sampler.epoch(at_epoch)
-                for i in range(at, len(plans)):
-                    if not offer((at_epoch, i + 1, load(plans[i]))):
-                        return
-                at_epoch, at = at_epoch + 1, 0
+            for at_epoch, at, plan in plans_from(sampler, epoch, position):
+                if not offer((at_epoch, at, load(plan))):
+                    return
         except BaseException as e:
             offer(e)
 

@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from .config import Config, dump_config, load_config
 from .decode import transcribe
 from .identity import budget, data_identity, initialisation
 from .identity import write as write_identity
-from .loader import Batch, BatchLoader, prefetch
+from .loader import Batch, BatchLoader, prefetch, with_workers
 from .objective import losses
 from .score import score
 
@@ -207,6 +207,15 @@ class Trainer:
         with held(self.out / ".lock", "run"):
             self._run()
 
+    def _batches(self) -> Generator[tuple[int, int, Batch], None, None]:
+        data, where = self.config.data, {"epoch": self.epoch, "position": self.position}
+        if data.workers:
+            start = data.worker_start
+            if self.loader.targets is not None:
+                self.loader.targets.pin = False  # other processes have no device
+            return with_workers(self.sampler, self.loader.load, **where, workers=data.workers, start=start)
+        return prefetch(self.sampler, self.loader.load, **where)
+
     def _run(self) -> None:
         config = self.config
         if self.step >= config.optim.steps:
@@ -225,7 +234,7 @@ class Trainer:
         with (
             SummaryWriter(self.out / "tb", purge_step=self.step or None) as board,
             (self.out / "metrics.jsonl").open("a", encoding="utf-8") as log,
-            closing(prefetch(self.sampler, self.loader.load, epoch=self.epoch, position=self.position)) as batches,
+            closing(self._batches()) as batches,
         ):
 
             def write(record: dict[str, Any]) -> None:
