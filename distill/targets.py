@@ -16,7 +16,9 @@ import numpy as np
 import torch
 
 from ..data.errors import ConfigError, NoStoreError, StaleError, StoreError
+from ..data.manifest import Corpus
 from ..extract.store import Store, View, hash_text, to_float32
+from ..extract.store.freshness import stale
 from .batch import Positions, TransferBatch
 from .controls import CODE_WIDTH, CONTROLS, donors, table_norm, word_codes
 from .mixing import draw
@@ -52,6 +54,7 @@ class _Source:
     vocabulary: np.ndarray  # int [K], sorted
     table: np.ndarray  # float16 [K, D], in the vocabulary's order
     donor: np.ndarray | None  # int64 [U]: whose states each row of the store gets, if shuffled
+    stale: frozenset[str] = frozenset()  # utterances with other neighbours than their contexts saw
 
 
 class TargetReader:
@@ -64,6 +67,8 @@ class TargetReader:
     control      None; "shuffled": each utterance gets another's states of equal length; "static": the views of a
                  teacher are replaced by one, TEACHER/static, of its input embeddings; "words": by one, TEACHER/words,
                  of a random code for each word; "words-shuffled": the same of another utterance's words
+    corpus       the whole manifest: utterances whose neighbours are no longer those that a context saw are stale, too
+    pin          targets are made in pinned memory, from which a CUDA device copies without waiting
 
     Where two stores have a teacher of the same name, the later one's is called NAME@2, NAME@3, … here.
     """
@@ -77,6 +82,8 @@ class TargetReader:
         sample: int | None = None,
         control: str | None = None,
         seed: int = 0,
+        corpus: Corpus | None = None,
+        pin: bool = False,
     ) -> None:
         if control is not None and control not in CONTROLS:
             raise ConfigError(f"no control {control!r}", expected=", ".join(CONTROLS))
@@ -85,13 +92,15 @@ class TargetReader:
         if on_missing not in ("error", "skip"):
             raise ConfigError(f"on_missing cannot be {on_missing!r}", expected="error, skip")
         self.position, self.on_missing, self.sample, self.seed = position, on_missing, sample, seed
-        self.control = control
+        self.control, self.pin = control, pin
+        self._corpus = corpus
         self.views: list[ViewSpec] = []
         self._sources: list[_Source] = []
         for number, (store, views) in enumerate(sources, start=1):
             for teacher in dict.fromkeys(view.teacher for view in views):
                 taken = any(source.name == teacher for source in self._sources)
                 self._add(store, teacher, f"{teacher}@{number}" if taken else teacher, views)
+        self._corpus = None  # not to be pickled along
         if not self.views:
             raise ConfigError("no views to read", remedy="name one, such as minilm/alone/6")
         if sample is not None:
@@ -116,7 +125,16 @@ class TargetReader:
                 self.views.append(ViewSpec(address, name, len(mean), mean, std))
         numbers, dtype = list(range(first, len(self.views))), store.teacher(teacher).dtype
         donor = donors(store.lengths(teacher), self.seed, store.index.text_hash) if self._shuffled else None
-        self._sources.append(_Source(store, teacher, name, own, numbers, dtype, vocabulary, table, donor))
+        stale = frozenset(self._stale(store, own))
+        self._sources.append(_Source(store, teacher, name, own, numbers, dtype, vocabulary, table, donor, stale))
+
+    def _stale(self, store: Store, views: Sequence[View]) -> list[str]:
+        """Utterances whose contexts saw what the corpus no longer says; controls that read no states have none."""
+        if self._corpus is None or self.control is not None:
+            return []
+        corpus = self._corpus.select(store.plan.corpus.get("split"))
+        said = [[(u.id, u.text) for u in (corpus.utterances[i] for i in s)] for s in corpus.sessions()]
+        return list(stale(store, views, said))
 
     @property
     def _words(self) -> bool:
@@ -195,8 +213,18 @@ class TargetReader:
             held & ~fresh,
             ids,
             source,
-            "extract again: stillhouse extract",
+            "extract what has changed: stillhouse extract CORPUS STORE … --refresh",
         )
+        moved = np.array([i in source.stale for i in ids], bool) if source.stale else np.zeros(len(ids), bool)
+        self._refuse(
+            StaleError,
+            "other neighbours than their contexts saw have",
+            fresh & moved,
+            ids,
+            source,
+            "extract what has changed: stillhouse extract CORPUS STORE … --refresh",
+        )
+        fresh &= ~moved
         if source.donor is not None:  # the longest utterance has nobody to take from
             index = np.flatnonzero(fresh).tolist()
             fresh[index] = source.donor[source.store.rows([ids[i] for i in index])] >= 0
@@ -297,7 +325,9 @@ class TargetReader:
             else:
                 values = states.get(number, np.zeros((0, spec.width), np.float32))
             values = values if one_each else tokens_of.pool(values)
-            values = values - spec.mean
+            target = torch.empty(values.shape, dtype=torch.float32, pin_memory=self.pin)
+            np.subtract(values, spec.mean, out=target.numpy())
+            values = target.numpy()
             values /= spec.std
             damaged = ~np.isfinite(values.sum(-1))
             if damaged.any():
@@ -307,7 +337,7 @@ class TargetReader:
                     where=spec.address,
                     remedy="run stillhouse inspect verify",
                 )
-            targets[spec.address] = torch.from_numpy(values)
+            targets[spec.address] = target
         return positions, targets
 
     def _gather(

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..data.errors import CheckpointError
+from ..data.manifest import read_manifest
 from ..data.units import load_units
 from . import checkpoint
 from .config import Config, load_config
@@ -70,6 +71,8 @@ def build_transfer(config: Config, encoder_dim: int) -> tuple[Any, Any]:
         sample=t.sample,
         control=t.control,
         seed=config.run.seed,
+        pin=resolve_device(config.run.device).type == "cuda",
+        corpus=read_manifest(config.data.corpus),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed + 1)

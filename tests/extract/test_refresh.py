@@ -12,6 +12,7 @@ import zarr
 
 from stillhouse.data.errors import LockedError, NoStoreError, StaleError
 from stillhouse.data.manifest import Corpus, Utterance
+from stillhouse.distill.targets import TargetReader
 from stillhouse.extract.plan import Request
 from stillhouse.extract.run import extract
 from stillhouse.extract.sizing import size_up
@@ -231,3 +232,28 @@ def test_freshness_is_told_without_a_teacher(bert: Path, tmp_path: Path) -> None
     store = Store.open(root)
     assert stale(store, store.views, said(edits[0])) == {}
     assert "u0" in stale(store, store.views, said(corpus))
+
+
+def test_training_refuses_what_saw_other_neighbours(bert: Path, tmp_path: Path) -> None:
+    root, corpus = tmp_path / "s", make_corpus()
+    extract(root, corpus, loaded(bert), Request("t", [2], ["alone", "past:4"]))
+    now = edited(corpus, u1="he would wear it here")
+    texts = {u.id: u.text for u in now.utterances}
+    store, past = Store.open(root), View("t", "past:4", 2)
+
+    def read(ids: list[str], views: list[View], on_missing: str = "error") -> int:
+        reader = TargetReader([(store, views)], on_missing=on_missing, corpus=now)
+        return reader.read(ids, [texts[i] for i in ids]).skipped
+
+    assert read(["u0", "u4"], [past]) == 0
+    with pytest.raises(StaleError, match=r"other neighbours than their contexts saw have u2; .*--refresh"):
+        read(["u0", "u2"], [past])
+    assert read(["u0", "u2"], [View("t", "alone", 2)]) == 0
+    assert read(["u0", "u1", "u2"], [past], "skip") == 2
+    extract(root, now, loaded(bert), Request("t", [2], ["alone", "past:4"]), refresh=True)
+    store = Store.open(root)
+    assert read([u.id for u in now.utterances], [past]) == 0
+    part = Corpus(now.path, [u.model_copy(update={"split": "ab"[int(u.id[1:]) % 2]}) for u in now.utterances])
+    extract(tmp_path / "a", part.select("a"), loaded(bert), Request("t", [2], ["past:4"]))
+    reader = TargetReader([(Store.open(tmp_path / "a"), [past])], corpus=part)  # b stands between, and was left out
+    assert reader.read(["u0", "u2"], [texts["u0"], texts["u2"]]).skipped == 0
