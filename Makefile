@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-quick study-demo test test-all lint format docs bench-loss bench-loss-gpu bench-store bench-extract bench-features bench-step wheel clean
+.PHONY: demo demo-quick study-demo test test-all lint format docs bench-loss bench-loss-gpu bench-store bench-extract bench-features bench-inspect bench-step wheel clean
 
 $(INSTALLED): setup.cfg pyproject.toml recipes/demo-teachers.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -61,6 +61,9 @@ bench-extract: $(INSTALLED)
 
 bench-features: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_features.py
+
+bench-inspect: $(INSTALLED)
+	$(BIN)/python tests/bench/bench_inspect.py
 
 bench-step: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_step.py

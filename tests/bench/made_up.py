@@ -45,6 +45,8 @@ class MadeUpTeacher:
         512,
     )
 
+    about = ""
+
     def __init__(self, width: int, depth: int) -> None:
         self.width, self.depth, self.tokeniser = width, depth, MadeUpTokeniser()
         self._pool = torch.from_numpy(np.random.default_rng(0).normal(size=(1 << 21) + (1 << 16)).astype(np.float32))
