@@ -98,7 +98,7 @@ def parse_layers(ctx: click.Context, param: click.Parameter, value: str) -> list
 @click.option("--status", is_flag=True, help="Only tell what of STORE is done, running and missing.")
 @click.option("--dry-run", is_flag=True, help="Only tell what it will cost in tokens, bytes and time.")
 @click.option("--force", is_flag=True, help="Start although the disk has not the room.")
-@click.option("--repair", "mend", is_flag=True, help="Only extract again what is damaged in STORE.")
+@click.option("--refresh", is_flag=True, help="Redo what CORPUS says otherwise than STORE; drop what it no longer has.")
 @click.option("--json", "as_json", is_flag=True, help="The outcome as JSON.")
 def extract(**options: Any) -> None:
     """Run a language model over CORPUS and keep its hidden states in STORE.
@@ -126,12 +126,12 @@ def _run(options: dict[str, Any]) -> tuple[Any, str]:
     from .run import extract as run
     from .sizing import check_room, size_up
     from .sizing import render as render_sizing
+    from .store.objects import is_url
+    from .store.remote import workspace
     from .teacher import load_teacher
     from .workers import make_crew, parse_part, share_threads
 
     store, part, workers = options["store"], parse_part(options["shard"]), options["workers"]
-    if options["mend"]:
-        return _repair(options)
     load = _load_options(options)
     corpus = read_manifest(options["corpus"]).select(options["split"])
     teacher = load_teacher(**load)
@@ -146,26 +146,28 @@ def _run(options: dict[str, Any]) -> tuple[Any, str]:
         seed=options["seed"],
     )
     if options["dry_run"]:
-        sizing = size_up(store, corpus, teacher, request)
+        with workspace(store) as folder:
+            sizing = size_up(folder, corpus, teacher, request, refresh=options["refresh"])
         return sizing.as_json(), render_sizing(sizing)
     check = None if options["force"] else check_room
     if options["engine"] == "ray":
         from .cluster import make_ray_crew
 
         ray_crew = make_ray_crew(request.name, load, workers, part, options["ray_address"])
-        summary = run(store, corpus, teacher, request, progress_lines(), None, ray_crew, check)
+        summary = run(store, corpus, teacher, request, progress_lines(), None, ray_crew, check, options["refresh"])
         return summary.as_json(), render(summary)
     share_threads(workers)
     crew = make_crew(request.name, load, workers, part)
-    summary = run(store, corpus, teacher, request, progress_lines(), part, crew, check)
+    mine = (part[0], part[1] * workers) if is_url(store) else part  # no locks there: every worker has its share
+    summary = run(store, corpus, teacher, request, progress_lines(), mine, crew, check, options["refresh"])
     return summary.as_json(), render(summary)
 
 
-def _load_options(options: dict[str, Any], source: str | None = None) -> dict[str, Any]:
+def _load_options(options: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `load_teacher`. Errors: UsageError for a missing teacher, or other code than its own trusted."""
     from stillhouse.data.errors import UsageError
 
-    source, trusted = options["teacher"] or source, options["trust_remote_code"]
+    source, trusted = options["teacher"], options["trust_remote_code"]
     if source is None:
         raise UsageError("no teacher", expected="--teacher FOLDER, or a name on the hub")
     if trusted is not None and trusted != source:
@@ -178,25 +180,6 @@ def _load_options(options: dict[str, Any], source: str | None = None) -> dict[st
         "revision": options["revision"],
         "trust_remote_code": trusted is not None,
     }
-
-
-def _repair(options: dict[str, Any]) -> tuple[Any, str]:
-    """Mend every teacher of the store (or --name); models and settings are those that the store names."""
-    from dataclasses import asdict
-
-    from .repair import repair
-    from .store.plan import read_plan
-    from .teacher import load_teacher
-
-    plan = read_plan(options["store"])
-    mended = []
-    for name, record in plan.teachers.items():
-        if options["name"] in (None, name):
-            load = _load_options(options, record.model) | {"dtype": record.model_dtype, "window": record.window}
-            mended += repair(options["store"], load_teacher(**load), name, progress_lines())
-    facts = [{"unit": str(unit), "findings": [asdict(f) for f in found]} for unit, found in mended]
-    lines = [f"extracted again: {unit} ({'; '.join(f.what for f in found)})" for unit, found in mended]
-    return facts, "\n".join(lines) or "nothing is damaged"
 
 
 def default_name(source: str) -> str:

@@ -153,14 +153,42 @@ class Share(click.ParamType):
 @click.argument("store", type=STORE)
 @click.option("--data", is_flag=True, help="Read all states and compare checksums.")
 @click.option("--sample", type=Share(), help="Read this share of the utterances, as in 5%.")
+@click.option("--repair", is_flag=True, help="Extract what is damaged again, with the teachers that STORE names.")
+@click.option(
+    "--model", "models", multiple=True, metavar="TEACHER=FOLDER", help="For --repair: where a teacher's model lies now."
+)
+@click.option("--device", default="auto", show_default=True, help="For --repair: cpu, cuda, cuda:1 or auto.")
 @json_option
 @click.pass_context
-def verify(ctx: click.Context, store: Path, data: bool, sample: float | None, as_json: bool) -> None:
-    """Check that STORE is whole: its structure, and with --data or --sample its bytes. Exit code 1: findings."""
+def verify(
+    ctx: click.Context,
+    store: Path,
+    data: bool,
+    sample: float | None,
+    repair: bool,
+    models: tuple[str, ...],
+    device: str,
+    as_json: bool,
+) -> None:
+    """Check that STORE is whole: its structure, and with --data or --sample its bytes. Exit code 1: findings.
+
+    With --repair, units of work with something wrong are extracted again, and nothing else; then it is checked anew.
+    """
+    from dataclasses import replace
+
     from ..store import Store
     from . import facts, rendering
 
-    found = facts.verified(Store.open(store), 1.0 if data else sample or 0.0, _progress())
+    share = 1.0 if data else sample or 0.0
+    found = facts.verified(Store.open(store), share, _progress())
+    if repair and found.findings:
+        from ..repair import repair_all
+
+        named = dict(m.split("=", 1) for m in models if "=" in m)
+        if len(named) < len(models):
+            raise click.BadParameter("give TEACHER=FOLDER", param_hint="--model")
+        mended = repair_all(store, named, device, data=share)
+        found = replace(facts.verified(Store.open(store), share, _progress()), mended=mended)
     _print(found, "verify", as_json, rendering.verified)
     if found.findings:
         ctx.exit(1)
@@ -381,7 +409,7 @@ def tree(store: Path, as_json: bool) -> None:
 def export(
     store: Path, out: Path, patterns: tuple[str, ...], views: tuple[str, ...], float32: bool, force: bool, as_json: bool
 ) -> None:
-    """States, token ids and spans into OUT: .npz, .safetensors or .csv. PATTERNS are globs on utterance ids."""
+    """States, token ids and spans into OUT: .h5, .npz, .safetensors or .csv. PATTERNS are globs on utterance ids."""
     import numpy as np
 
     from ..store import Store
