@@ -77,6 +77,24 @@ def check_corpus(
     return Checked(findings, len(valid), len(rates))
 
 
+def check_features(path: Path) -> Checked:
+    """Read every row of a feature file and hold it against the checksum that was written with it."""
+    from .feature_file import FeatureFile
+
+    with FeatureFile(path) as file:
+        findings = [
+            Finding(
+                "damaged",
+                str(path),
+                id,
+                f"the row at speed {speed:g} holds other numbers than were written",
+                "delete the file and make it again with `stillhouse corpus features CORPUS FEATURES`",
+            )
+            for id, speed in file.damaged_rows()
+        ]
+        return Checked(findings, len(file.ids), 1)
+
+
 def _bad_line(error: CorpusError) -> Finding:
     """What is wrong with a line that is no utterance, with the id that it would have had."""
     id = error.id if isinstance(error, BadLine) else None

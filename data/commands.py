@@ -16,6 +16,8 @@ import click
 
 from .sources.commands import EXISTING, PATH, import_, root_option, say
 
+FEATURE_SUFFIXES = (".h5", ".hdf5")
+
 if TYPE_CHECKING:
     from .describing import CorpusFacts
     from .features import PartDone
@@ -217,13 +219,16 @@ def check(
     root: Path | None,
     as_json: bool,
 ) -> None:
-    """Look for what is wrong with a corpus; exit code 1 if something is.
+    """Look for what is wrong with a corpus, or with a feature file (.h5); exit code 1 if something is.
 
     Example: stillhouse corpus check corpus.jsonl --full
     """
-    from .checking import check_corpus
+    from .checking import check_corpus, check_features
 
-    done = check_corpus(manifest, rate_hz=rate_hz, full=full, audio=audio, root=root)
+    if manifest.suffix in FEATURE_SUFFIXES:
+        done = check_features(manifest)
+    else:
+        done = check_corpus(manifest, rate_hz=rate_hz, full=full, audio=audio, root=root)
     if as_json:
         facts = {"utterances": done.utterances, "files": done.files, "findings": [f.facts() for f in done.findings]}
         click.echo(json.dumps(facts, ensure_ascii=False, indent=1))
@@ -243,7 +248,7 @@ def info(path: Path, as_json: bool) -> None:
 
     Example: stillhouse corpus info corpus.jsonl
     """
-    if path.suffix in (".h5", ".hdf5"):
+    if path.suffix in FEATURE_SUFFIXES:
         _show_features(path, as_json)
         return
     from .describing import describe

@@ -4,7 +4,7 @@
     offsets     int64 [rows + 1]         first frame of each row; a row is one (utterance, speed)
     ids, id_offsets                      UTF-8 bytes [..] and int64 [rows + 1]
     speeds      float64 [rows]           audio  uint64 [rows], identity of the sound     crc32c  uint32 [rows]
-    attributes: format, version, settings (JSON), fingerprint (of the settings)
+    attributes: format, version, settings (JSON), fingerprint (of the settings), tables_crc32c (of all but features)
 
 Invariant: a file at its final name is whole (written aside, fsynced, renamed), and a reader holds one inode from the
 first look to the last read. Exercised by `stillhouse corpus info features.h5` and tests/bench/bench_features.py.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from itertools import pairwise
@@ -28,6 +28,14 @@ from .durable import sync
 from .errors import FeatureError
 
 FORMAT, VERSION = "stillhouse-features", 1
+TABLES = {
+    "offsets": np.int64,
+    "ids": np.uint8,
+    "id_offsets": np.int64,
+    "speeds": np.float64,
+    "audio": np.uint64,
+    "crc32c": np.uint32,
+}
 # Frames a write: whole pages, whatever the number of bins, and 20 MB of them. From large aligned writes Linux makes
 # large folios of page cache, which reads copy twice as fast as those that a write an utterance leaves.
 WRITE_FRAMES = 1 << 17
@@ -140,17 +148,24 @@ def _write(
     encoded = [i.encode("utf-8") for i in ids]
     try:
         aligned = {"alignment_threshold": 1 << 16, "alignment_interval": 4096}
-        with h5py.File(temporary, "w", locking=False, **aligned) as file:
-            file.attrs["format"] = FORMAT
+        # HDF5 checks its own structures by checksums only since version 1.10, and crashes on some damaged older ones;
+        # texts of fixed length lie among what is checked, others do not.
+        with h5py.File(temporary, "w", locking=False, libver="v110", **aligned) as file:
+            file.attrs["format"] = np.bytes_(FORMAT)
             file.attrs["version"] = VERSION
-            file.attrs["settings"] = json.dumps(asdict(settings), sort_keys=True)
-            file.attrs["fingerprint"] = settings.fingerprint
-            file["offsets"] = offsets
-            file["ids"] = np.frombuffer(b"".join(encoded), np.uint8)
-            file["id_offsets"] = np.concatenate([[0], np.cumsum([len(e) for e in encoded])]).astype(np.int64)
-            file["speeds"] = np.array(speeds, np.float64)
-            file["audio"] = np.array(audio, np.uint64)
-            file["crc32c"] = crc
+            file.attrs["settings"] = np.bytes_(json.dumps(asdict(settings), sort_keys=True))
+            file.attrs["fingerprint"] = np.bytes_(settings.fingerprint)
+            tables: dict[str, np.ndarray] = {
+                "offsets": offsets,
+                "ids": np.frombuffer(b"".join(encoded), np.uint8),
+                "id_offsets": np.concatenate([[0], np.cumsum([len(e) for e in encoded])]).astype(np.int64),
+                "speeds": np.array(speeds, np.float64),
+                "audio": np.array(audio, np.uint64),
+                "crc32c": crc,
+            }
+            for name, table in tables.items():
+                file[name] = table
+            file.attrs["tables_crc32c"] = np.uint32(_sum_of_tables(tables))
             data = file.create_dataset("features", (int(offsets[-1]), settings.bins), np.float16)
             at = 0
             for block in _large(blocks, settings.bins):
@@ -165,6 +180,19 @@ def _write(
         raise FeatureError(f"cannot write: {why}", where=path, remedy="make room and run the same command again") from e
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sum_of_tables(tables: Mapping[str, np.ndarray]) -> int:
+    """crc32c over all tables, in the order of TABLES."""
+    total = 0
+    for name in TABLES:
+        total = google_crc32c.extend(total, np.ascontiguousarray(tables[name]).tobytes())
+    return total
+
+
+def _said(value: object) -> str:
+    """An attribute as text; files written before it was of a fixed length have it as a str."""
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
 
 
 def _large(blocks: Iterator[np.ndarray], bins: int) -> Iterator[np.ndarray]:
@@ -185,6 +213,13 @@ def _large(blocks: Iterator[np.ndarray], bins: int) -> Iterator[np.ndarray]:
 
 def checksum(frames: np.ndarray) -> int:
     return google_crc32c.value(np.ascontiguousarray(frames).tobytes())
+
+
+def _table(data: h5py.Dataset, kind: type, most: int) -> np.ndarray:
+    """One of TABLES as it lies in the file; ValueError where it is no list of such numbers."""
+    if data.ndim != 1 or data.dtype != kind or data.nbytes > most:
+        raise ValueError(f"{data.name} is {data.dtype} {data.shape}")
+    return data[:]
 
 
 class FeatureFile:
@@ -254,7 +289,7 @@ class FeatureFile:
         """Read the tables through the descriptor that later reads use, so that both see one file."""
         try:
             with os.fdopen(fd, "rb", closefd=False) as stream, h5py.File(stream, "r") as file:
-                if file.attrs.get("format") != FORMAT:
+                if _said(file.attrs.get("format")) != FORMAT:
                     raise FeatureError(
                         "not a feature file of Stillhouse",
                         where=self.path,
@@ -266,23 +301,34 @@ class FeatureFile:
                         where=self.path,
                         expected=f"version {VERSION}",
                     )
-                self._settings = json.loads(file.attrs["settings"])
-                self._fingerprint = str(file.attrs["fingerprint"])
-                self.offsets: np.ndarray = file["offsets"][:]
-                blob, cuts = file["ids"][:].tobytes(), file["id_offsets"][:].tolist()
+                self._settings = json.loads(_said(file.attrs["settings"]))
+                if not isinstance(self._settings, dict):
+                    raise self._damaged("its settings are none")
+                self._fingerprint = _said(file.attrs["fingerprint"])
+                size = os.fstat(fd).st_size
+                tables = {name: _table(file[name], kind, size) for name, kind in TABLES.items()}
+                if (stored := file.attrs.get("tables_crc32c")) is not None and stored != _sum_of_tables(tables):
+                    raise self._damaged("its tables are not those that were written")
+                self.offsets: np.ndarray = tables["offsets"]
+                blob, cuts = tables["ids"].tobytes(), tables["id_offsets"].tolist()
                 self.row_ids = [blob[a:b].decode("utf-8") for a, b in pairwise(cuts)]
-                self.row_speeds: np.ndarray = file["speeds"][:]
-                self.audio: np.ndarray = file["audio"][:]
-                self.crc32c: np.ndarray = file["crc32c"][:]
+                self.row_speeds: np.ndarray = tables["speeds"]
+                self.audio: np.ndarray = tables["audio"]
+                self.crc32c: np.ndarray = tables["crc32c"]
                 data = file["features"]
-                if data.dtype != np.float16 or data.chunks is not None or len(data) != self.offsets[-1]:
+                if data.dtype != np.float16 or data.chunks is not None or data.ndim != 2 or data.shape[1] < 1:
                     raise self._damaged(f"features are {data.dtype} {data.shape}, chunks {data.chunks}")
+                if not len(self.offsets) or len(data) != self.offsets[-1]:
+                    raise self._damaged(f"{len(data)} frames of {int(self.offsets[-1]) if len(self.offsets) else 0}")
                 self.width = int(data.shape[1])
                 self._offset = data.id.get_offset() or 0  # None where there are no frames at all
         except FeatureError:
             raise
-        except (OSError, KeyError, ValueError, RuntimeError) as e:
+        # What h5py raises for damage depends on where it is; nothing else happens in the block above.
+        except (OSError, LookupError, ValueError, TypeError, ArithmeticError, AttributeError, RuntimeError) as e:
             raise self._damaged(str(e)) from e
+        except MemoryError as e:
+            raise self._damaged("its tables claim to be larger than the memory") from e
         n = len(self.row_ids)
         if not n + 1 == len(self.offsets) or {len(self.row_speeds), len(self.audio), len(self.crc32c)} != {n}:
             raise self._damaged("its tables disagree on the number of rows")
@@ -374,11 +420,11 @@ class FeatureFile:
             at = end
         return out
 
-    def verify(self) -> list[str]:
-        """Rows whose bytes are not those that were written, as "ID at speed S"."""
+    def damaged_rows(self) -> list[tuple[str, float]]:
+        """(id, speed) of the rows whose bytes are not those that were written."""
         self.open()
-        return [
-            f"{i} at speed {s:g}"
-            for r, (i, s) in enumerate(self.keys())
-            if checksum(self.rows(np.array([r]))) != self.crc32c[r]
-        ]
+        return [key for r, key in enumerate(self.keys()) if checksum(self.rows(np.array([r]))) != self.crc32c[r]]
+
+    def verify(self) -> list[str]:
+        """The damaged rows, as "ID at speed S"."""
+        return [f"{i} at speed {s:g}" for i, s in self.damaged_rows()]

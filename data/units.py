@@ -163,7 +163,7 @@ def load_units(folder: Path | str) -> Units:
         units = Units(kind, name, pieces, model)
     except FileNotFoundError as e:
         raise CorpusError("no units there", where=e.filename, remedy=remedy) from e
-    except (OSError, ValueError, KeyError, ConfigError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, ConfigError) as e:
         why = f"{e} is missing" if isinstance(e, KeyError) else str(e)
         raise CorpusError(f"the units are damaged: {why}", where=path, remedy=remedy) from e
     if units.fingerprint != head.get("fingerprint"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 
@@ -96,5 +97,7 @@ class Unpacked:
                 raise AudioError(f"cannot write: {e.strerror or e}", where=path, remedy="make room") from e
             finally:
                 temporary.unlink(missing_ok=True)
+                with suppress(OSError):  # it holds something
+                    self.folder.rmdir()
             self.written += 1
         return path

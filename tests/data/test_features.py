@@ -87,7 +87,7 @@ def test_the_layout_is_one_contiguous_matrix(make_corpus: Make, tmp_path: Path) 
     compute_features(make_corpus(3), tmp_path / "f.h5", workers=0, part_s=0.1)
     with h5py.File(tmp_path / "f.h5") as file:
         data, offsets = file["features"], file["offsets"][:]
-        assert file.attrs["format"] == FORMAT
+        assert file.attrs["format"] == FORMAT.encode()
         assert data.chunks is None
         raw = np.memmap(tmp_path / "f.h5", np.float16, "r", data.id.get_offset(), data.shape)
         np.testing.assert_array_equal(raw, data[:])
@@ -282,9 +282,20 @@ def test_damaged_files_are_refused(make_corpus: Make, tmp_path: Path) -> None:
     for change, match in (
         (lambda f: f.attrs.__setitem__("version", 9), "version 9"),
         (lambda f: f.attrs.__setitem__("format", "other"), "not a feature file"),
-        (lambda f: f["offsets"].__setitem__(1, 1 << 40), "backwards"),
+        (lambda f: f["ids"].__setitem__(0, 65), "not those that were written"),
+        (lambda f: (f.attrs.__delitem__("tables_crc32c"), f["offsets"].__setitem__(1, 1 << 40)), "backwards"),
         (lambda f: f.__delitem__("speeds"), "damaged"),
-        (lambda f: (f.__delitem__("crc32c"), f.__setitem__("crc32c", [1])), "disagree"),
+        (lambda f: (f.__delitem__("crc32c"), f.__setitem__("crc32c", np.ones(1, np.int8))), "crc32c is int8"),
+        (
+            lambda f: (
+                f.attrs.__delitem__("tables_crc32c"),
+                f.__delitem__("crc32c"),
+                f.__setitem__("crc32c", np.ones(1, np.uint32)),
+            ),
+            "disagree",
+        ),
+        (lambda f: (f.__delitem__("features"), f.create_group("features")), "damaged"),
+        (lambda f: f.attrs.__setitem__("settings", "[1]"), "settings"),
     ):
         path.write_bytes(good)
         with h5py.File(path, "r+") as file:
