@@ -5,11 +5,11 @@ Run: pytest tests/rnnt; see docs/rnnt-loss.md.
 """
 
 from .joint import rnnt_loss_joint
-from .loss import rnnt_loss
+from .loss import RNNTLoss, rnnt_loss
 from .pruned import prune_ranges, rnnt_loss_simple
 from .tdt import tdt_loss
 
-__all__ = ["precompile", "prune_ranges", "rnnt_loss", "rnnt_loss_joint", "rnnt_loss_simple", "tdt_loss"]
+__all__ = ["RNNTLoss", "precompile", "prune_ranges", "rnnt_loss", "rnnt_loss_joint", "rnnt_loss_simple", "tdt_loss"]
 
 
 def precompile(*dtypes: str) -> None:

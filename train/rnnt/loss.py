@@ -6,6 +6,7 @@ more than that (and a gradient, unless in place). Run: pytest tests/rnnt/test_lo
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -202,3 +203,33 @@ def rnnt_loss(
             raise ValueError(f"rnnt loss: no implementation for device {logits.device}")
     loss = reduce(costs, target_lengths, reduction)
     return (loss, occupancy) if return_occupancy else loss
+
+
+class RNNTLoss(torch.nn.Module):
+    """rnnt_loss as a module: torchaudio.transforms.RNNTLoss's arguments, and by keyword all others of rnnt_loss."""
+
+    def __init__(
+        self,
+        blank: int = -1,
+        clamp: float = -1.0,
+        reduction: str = "mean",
+        fused_log_softmax: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.options = {
+            "blank": blank, "clamp": clamp, "reduction": reduction, "fused_log_softmax": fused_log_softmax, **options
+        }  # fmt: skip
+        inspect.signature(rnnt_loss).bind(None, None, None, None, **self.options)  # a wrong name is an error here
+
+    def forward(
+        self,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        logit_lengths: torch.Tensor,
+        target_lengths: torch.Tensor,
+    ) -> Any:
+        return rnnt_loss(logits, targets, logit_lengths, target_lengths, **self.options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

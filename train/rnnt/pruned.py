@@ -23,7 +23,7 @@ class _CpuLattice(torch.autograd.Function):
     """costs [B] of arcs given as dense log-probabilities [B, T, U+1]; also the cells' occupancies gamma."""
 
     @staticmethod
-    def forward(ctx: Any, blank_lp, label_lp, batch: Batch):
+    def forward(ctx: Any, blank_lp, label_lp, batch: Batch, fastemit: float):
         from .cpu import lattices
         from .plan import make_plan
         from .pruned_kernels import to_dense, to_diagonals
@@ -45,6 +45,7 @@ class _CpuLattice(torch.autograd.Function):
             to_dense(own, batch.T, batch.U, plan.at, plan.base, out.numpy())
             dense_occupancies.append(out)
         ctx.save_for_backward(*dense_occupancies)
+        ctx.fastemit = fastemit
         gamma = dense_occupancies[0] + dense_occupancies[1]
         ctx.mark_non_differentiable(gamma)
         return torch.from_numpy(costs).to(blank_lp.dtype), gamma
@@ -53,7 +54,8 @@ class _CpuLattice(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_costs, _):
         scale = -grad_costs.view(-1, 1, 1)
-        return (*(occupancy * scale for occupancy in ctx.saved_tensors), None)
+        occ_blank, occ_label = ctx.saved_tensors
+        return occ_blank * scale, occ_label * (scale * (1 + ctx.fastemit)), None, None
 
 
 def rnnt_loss_simple(
@@ -65,14 +67,16 @@ def rnnt_loss_simple(
     blank: int = -1,
     reduction: str = "mean",
     *,
+    fastemit_lambda: float = 0.0,
     delay_penalty: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """RNN-T loss of the logits am[t] + lm[u], without ever adding them up.
 
     am [B, T, V] from the encoder, lm [B, U+1, V] from the predictor: their softmax's sum over V is a matrix product of
     exponentials. Returns (loss, gamma [B, T, U+1]): the share of the alignments that visits a cell, detached.
+    fastemit_lambda, delay_penalty: as in rnnt_loss.
     """
-    check_options(reduction, 0.0, delay_penalty, 0.0)
+    check_options(reduction, fastemit_lambda, delay_penalty, 0.0)
     if am.dim() != 3 or lm.dim() != 3 or am.shape[0] != lm.shape[0] or am.shape[2] != lm.shape[2]:
         raise ValueError(
             f"rnnt loss: expected am [B, T, V] and lm [B, U+1, V], got {tuple(am.shape)} and {tuple(lm.shape)}"
@@ -99,13 +103,19 @@ def rnnt_loss_simple(
             middle = (T.to(kind) - 1) / 2
             label = label + delay_penalty * (middle[:, None] - frames)[:, :, None]
         if device.type == "cpu":
-            costs, gamma = _CpuLattice.apply(blank_lp, label - norm, batch)
+            costs, gamma = _CpuLattice.apply(blank_lp, label - norm, batch, fastemit_lambda)
         else:  # a lattice is a loss of two units whose logits are log-probabilities already
             arcs = torch.stack([blank_lp, label - norm], dim=-1)
             ones = torch.ones(batch.T.size, lm.shape[1] - 1, dtype=torch.int64)
             lengths = torch.from_numpy(batch.T), torch.from_numpy(batch.U)
-            costs = rnnt_loss(arcs, ones, *lengths, blank=0, reduction="none", fused_log_softmax=False)
-            gamma = -torch.autograd.grad(costs.sum(), arcs, retain_graph=True)[0].sum(-1)
+            with torch.enable_grad():  # gamma is wanted where no gradient is, too
+                arcs = arcs if arcs.requires_grad else arcs.requires_grad_()
+                costs = rnnt_loss(
+                    arcs, ones, *lengths, blank=0, reduction="none", fused_log_softmax=False,
+                    fastemit_lambda=fastemit_lambda,
+                )  # fmt: skip
+                counted = -torch.autograd.grad(costs.sum(), arcs, retain_graph=True)[0]
+            gamma = counted[..., 0] + counted[..., 1] / (1 + fastemit_lambda)
     return reduce(costs, target_lengths, reduction), gamma
 
 
