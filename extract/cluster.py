@@ -16,7 +16,8 @@ from stillhouse.data.errors import StillhouseError, StoreError, UsageError
 
 from .progress import Outcome
 from .store.plan import Plan
-from .workers import pick_device, work
+from .store.remote import origin
+from .workers import part_of, pick_device, work
 
 RETRIES = 3  # of a task whose node was lost
 
@@ -51,8 +52,12 @@ class RayCrew:
         threads = max(1, threads)
         needs: dict[str, Any] = {"num_cpus": threads} | ({"num_gpus": 1} if device != "cpu" else {})
         task = ray.remote(**needs, max_retries=RETRIES)(_task)
-        root = str(plan.paths.root.absolute())
-        self._tasks = [task.remote(root, name, load | {"device": device}, part, threads) for _ in range(count)]
+        root = origin(plan.paths.root)
+        root = str(root.absolute() if isinstance(root, Path) else root)
+        load = load | {"device": device}
+        self._tasks = [
+            task.remote(root, name, load, part_of(plan, part, rank, count), threads) for rank in range(count)
+        ]
 
     def finish(self) -> Outcome:
         """Wait for all. Errors: what a worker raised; StoreError where Ray gave one up."""
@@ -83,6 +88,6 @@ def make_ray_crew(
 
 def _task(root: str, name: str, load: dict[str, Any], part: tuple[int, int], threads: int) -> Any:
     try:
-        return work(Path(root), name, load, part, threads)
+        return work(root, name, load, part, threads)
     except StillhouseError as e:
         return e  # by value: Ray would wrap it into a type of its own

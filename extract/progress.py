@@ -14,6 +14,7 @@ from typing import Any
 
 from .store.plan import Plan
 from .store.reader import Store
+from .store.remote import mirror_of, origin
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,9 @@ Report = Callable[[Progress], None]
 
 
 def folder_bytes(folder: Path) -> int:
+    mirror = mirror_of(folder)
+    if mirror is not None:
+        return sum(mirror.sizes(folder).values())
     total = 0
     for base, _, names in os.walk(folder):
         for name in names:
@@ -111,7 +115,7 @@ def summarise(plan: Plan, name: str, progress: Progress) -> Summary:
     store = Store.open(plan.paths.root)
     wall = progress.wall_s
     return Summary(
-        store=str(plan.paths.root),
+        store=str(origin(plan.paths.root)),
         teacher=name,
         views=[v.address for v in store.views if v.teacher == name],
         utterances=len(store.utterance_ids),

@@ -29,6 +29,7 @@ from .store.layout import dtype_of, shard_bytes
 from .store.plan import Plan, Unit
 from .store.plan import Teacher as Record
 from .store.quantise import SCALE_BYTES
+from .store.remote import mirror_of, origin
 from .store.rows import TeacherRows
 from .teacher import Teacher
 from .threads import Threads
@@ -124,7 +125,7 @@ def size_up(
     per_view = view_bytes(record, todo)
     fed, speed, seconds = _measure(plan, teacher, todo, known) if measure and todo else (0, None, None)
     return Sizing(
-        store=str(root),
+        store=str(origin(root)),
         teacher=record.name,
         utterances=len(known.length),
         tokens=int(known.length.sum()),
@@ -156,6 +157,8 @@ def view_bytes(record: Record, units: list[Unit]) -> dict[str, int]:
 
 def check_room(plan: Plan, layout: Layout | None) -> None:
     """For `run.extract`. Errors: StoreError where the disk has no room for a plan's last generation."""
+    if mirror_of(plan.paths.root) is not None:
+        return  # a bucket has room; of the disk, a writer takes a unit at a time
     last = plan.generations[-1]
     units = [u for u in plan.units(last.teacher) if u.generation is last]
     need = sum(view_bytes(plan.teachers[last.teacher], units).values()) + other_bytes(plan, layout)

@@ -18,7 +18,9 @@ from typing import Any
 from stillhouse.data.errors import StillhouseError, StoreError, UsageError
 
 from .progress import Outcome, Progress
+from .store.layout import Paths
 from .store.plan import Plan, read_plan
+from .store.remote import mirror_of, origin, workspace
 
 
 def parse_part(text: str | None) -> tuple[int, int]:
@@ -29,6 +31,13 @@ def parse_part(text: str | None) -> tuple[int, int]:
     if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
         raise UsageError(f"--shard {text}", expected="i/n with i from 0 to n - 1, as in 0/4")
     return int(i), int(n)
+
+
+def part_of(plan: Plan, part: tuple[int, int], rank: int, count: int) -> tuple[int, int]:
+    """What one of `count` workers does of a part: all of it, as locks let it; in an object store, which has none, an
+    equal share by its rank.
+    """
+    return part if mirror_of(plan.paths.root) is None else (part[0] + part[1] * rank, part[1] * count)
 
 
 class Crew:
@@ -43,7 +52,14 @@ class Crew:
         threads = torch.get_num_threads()
         for rank in range(1, count):
             options = load | {"device": worker_device(load["device"], rank)}
-            arguments = (plan.paths.root, name, options, part, threads, self._results)
+            arguments = (
+                origin(plan.paths.root),
+                name,
+                options,
+                part_of(plan, part, rank, count),
+                threads,
+                self._results,
+            )
             process = context.Process(target=_work, args=arguments, name=f"stillhouse-worker-{rank}")
             process.start()
             self._processes.append(process)
@@ -97,7 +113,7 @@ def share_threads(count: int) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // count))
 
 
-def work(root: Path, name: str, load: dict[str, Any], part: tuple[int, int], threads: int) -> Outcome:
+def work(root: Path | str, name: str, load: dict[str, Any], part: tuple[int, int], threads: int) -> Outcome:
     """Units of a planned store until none is left that nobody holds."""
     import torch
 
@@ -107,14 +123,13 @@ def work(root: Path, name: str, load: dict[str, Any], part: tuple[int, int], thr
 
     torch.set_num_threads(threads)
     progress = Progress()
-    plan = read_plan(root)
-    with Scratch(plan.paths) as scratch:
-        plan = read_plan(root)  # as it is now that we are seen to write
+    with workspace(root) as folder, Scratch(Paths(folder)) as scratch:
+        plan = read_plan(folder)  # as it is now that we are seen to write
         run_units(plan, name, load_teacher(**load), scratch.folder, progress, None, part)
     return progress.outcome
 
 
-def _work(root: Path, name: str, load: dict[str, Any], part: tuple[int, int], threads: int, results: Any) -> None:
+def _work(root: Path | str, name: str, load: dict[str, Any], part: tuple[int, int], threads: int, results: Any) -> None:
     try:
         results.put(work(root, name, load, part, threads))
     except StillhouseError as e:

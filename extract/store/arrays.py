@@ -16,6 +16,7 @@ import numpy as np
 from stillhouse.data.errors import StoreError
 
 from .files import allocate, pwrite_all, read_json, room, write_bytes, write_json
+from .remote import local, mirror_of
 
 _NUMPY = {
     "int8": "i1",
@@ -48,7 +49,11 @@ class RawArray:
         self.fill = np.nan if fill == "NaN" else fill
 
     def file(self, *index: int) -> Path:
-        return self.path.joinpath("c", *map(str, index))
+        return local(self.path.joinpath("c", *map(str, index)))
+
+    def files(self, *lead: int) -> list[Path]:
+        """Where the chunks behind the leading indices lie or will; the last axis alone may have several."""
+        return [self.path.joinpath("c", *map(str, (*lead, n))) for n in range(-(-self.shape[-1] // self.chunks[-1]))]
 
     def read(self, *lead: int) -> np.ndarray:
         """The array behind the leading indices, whole: a memory map where one chunk holds it, else a copy.
@@ -83,6 +88,8 @@ class RawArray:
     def _read_with_zarr(self, *lead: int) -> np.ndarray:
         import zarr
 
+        if mirror_of(self.path) is not None:
+            raise StoreError("its codecs are not ours", where=self.path, remedy="copy the store to a disk to read it")
         return np.asarray(zarr.open_array(self.path, mode="r")[lead])
 
     def write_range(self, values: np.ndarray, *lead: int, first: int) -> list[Path]:

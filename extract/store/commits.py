@@ -15,8 +15,10 @@ from typing import Any
 
 from stillhouse.data.errors import StoreError
 
+from .arrays import RawArray
 from .files import fsync_folder, phase, read_json, room
 from .layout import Paths
+from .remote import mirror_of
 
 _NAME = re.compile(r"(norms|\d+)\.(\d+)\.json")
 
@@ -57,19 +59,47 @@ def link_commit(paths: Paths, scratch: Path, commit: Commit) -> bool:
         tmp.unlink()
     fsync_folder(target.parent)
     phase("after_link")
-    return True
+    return publish(paths, target, commit)
+
+
+def publish(paths: Paths, record: Path, commit: Commit) -> bool:
+    """Put a commit of a remote store, and before it what it speaks of, into the object store. False where another
+    writer's record was there. Does nothing for a store on disk.
+    """
+    mirror = mirror_of(record)
+    if mirror is None:
+        return True
+    about = read_json(paths.data / commit.teacher / "zarr.json")["attributes"]["stillhouse"]
+    group, c = paths.data / commit.teacher, about["contexts"].index(commit.context)
+    axes = {layer: about["layers"].index(layer) for layer in commit.layers}
+    if commit.shard == "norms":
+        data = [RawArray(group / name).file(c, k, 0) for name in ("norm_mean", "norm_std") for k in axes.values()]
+        return mirror.publish(record, data, None, overwrite=True)
+    shard, (first, last) = int(commit.shard), commit.utterances
+    data = [where(commit.teacher, c, k, shard) for k in axes.values() for where in (paths.hidden, paths.scale)]
+    values: dict[str, Any] = {"first": first}
+    for name in ("input_hash", "context_left", "context_right"):
+        values[name] = RawArray(group / name).read(c)[first:last]
+    for layer, k in axes.items():
+        values[f"crc32c.{layer}"] = RawArray(group / "crc32c").read(c, k)[first:last]
+    before = Commits(paths, commit.teacher, commit.context, below=commit.generation)
+    overwrite = any((commit.shard, layer) in before.of for layer in commit.layers)
+    return mirror.publish(record, [p for p in data if p.exists()], values, overwrite)
 
 
 class Commits:
     """All records of a (teacher, context): which layers of which shards exist, and of which generation."""
 
-    def __init__(self, paths: Paths, teacher: str, context: str) -> None:
+    def __init__(self, paths: Paths, teacher: str, context: str, below: int | None = None) -> None:
         self.folder = paths.commits(teacher, context)
         self.of: dict[tuple[int | str, int], Commit] = {}
+        mirror = mirror_of(self.folder)
+        if mirror is not None:
+            mirror.sync(self.folder)
         names = sorted(os.listdir(self.folder)) if self.folder.is_dir() else []
         for name in names:
             match = _NAME.fullmatch(name)
-            if match is None:
+            if match is None or (below is not None and int(match[2]) >= below):
                 continue
             try:
                 commit = Commit(**read_json(self.folder / name))

@@ -22,6 +22,7 @@ from typing import Any
 from stillhouse.data.errors import LockedError, StoreError
 
 from .layout import Paths
+from .remote import local
 
 
 def phase(name: str) -> None:
@@ -75,7 +76,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(local(path).read_bytes())
     except FileNotFoundError:
         raise
     except (ValueError, OSError) as e:

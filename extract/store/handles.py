@@ -15,6 +15,8 @@ from pathlib import Path
 from stillhouse.data.errors import StoreError
 
 from .layout import footer_bytes, identity_rows
+from .objects import Missing
+from .remote import Blocks, Mirror, mirror_of
 
 
 def most_handles() -> int:
@@ -24,15 +26,16 @@ def most_handles() -> int:
 
 
 class Handle:
-    """An open shard file: a descriptor to `pread` from, and its memory map for what is in memory already.
+    """An open shard file: a descriptor to `pread` from, and its memory map for what is in memory already; or, of a
+    remote store, the `blocks` to read it through.
 
     The descriptor is closed with the last reference, so a handle that is in use may be forgotten by `Handles`.
     """
 
-    __slots__ = ("fd", "map", "path")
+    __slots__ = ("blocks", "fd", "map", "path")
 
-    def __init__(self, path: Path, fd: int, mapped: memoryview) -> None:
-        self.path, self.fd, self.map = path, fd, mapped
+    def __init__(self, path: Path, fd: int, mapped: memoryview, blocks: Blocks | None = None) -> None:
+        self.path, self.fd, self.map, self.blocks = path, fd, mapped, blocks
 
     def __del__(self) -> None:
         with contextlib.suppress(OSError):
@@ -59,6 +62,9 @@ class Handles:
             return self._open[path]
         except KeyError:
             pass
+        mirror = mirror_of(path)
+        if mirror is not None and not path.exists():
+            return self._keep(path, _remote(mirror, path, shard_rows, row_bytes, used_rows))
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as e:
@@ -79,6 +85,9 @@ class Handles:
         finally:
             if handle is None:
                 os.close(fd)
+        return self._keep(path, handle)
+
+    def _keep(self, path: Path, handle: Handle | None) -> Handle | None:
         if len(self._open) >= self._most:
             self._open.pop(next(iter(self._open)))
         self._open[path] = handle
@@ -86,6 +95,22 @@ class Handles:
 
     def close(self) -> None:
         self._open = {}
+
+
+def _remote(mirror: Mirror, path: Path, shard_rows: int, row_bytes: int, used_rows: int) -> Handle:
+    where = f"{mirror.url}/{mirror.key(path)}"
+    try:
+        blocks = Blocks(mirror, path)
+    except Missing as e:
+        raise StoreError("a committed shard file is missing", where=where, remedy=_VERIFY) from e
+    tail = bytearray(footer_bytes(shard_rows))
+    blocks.read(memoryview(tail), max(0, blocks.size - len(tail)))
+    held = identity_rows(bytes(tail), shard_rows, row_bytes)
+    if held is None:
+        raise StoreError("its layout is another than ours", where=where, remedy="copy the store to a disk to read it")
+    if held < used_rows or blocks.size != held * row_bytes + len(tail):
+        raise StoreError("a committed shard file has the wrong size", where=where, remedy=_VERIFY)
+    return Handle(path, -1, memoryview(b""), blocks)
 
 
 _VERIFY = "stillhouse inspect verify STORE names what is damaged"

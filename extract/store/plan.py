@@ -15,6 +15,7 @@ from stillhouse.data.errors import NoStoreError, StoreError
 
 from .files import read_json, write_json
 from .layout import FORMAT, VERSION, Paths
+from .remote import located, mirror_of
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class Plan:
 
 def read_plan(root: Path) -> Plan:
     """Read a store's plan. Errors: NoStoreError where there is none, StoreError where it is of another version."""
-    paths = Paths(root)
+    paths = Paths(located(root))
     try:
         head = read_json(paths.store_json)
     except FileNotFoundError as e:
@@ -200,3 +201,6 @@ def write_head(plan: Plan) -> None:
             "versions": plan.versions,
         },
     )
+    mirror = mirror_of(plan.paths.store_json)
+    if mirror is not None:
+        mirror.publish_plan(plan.paths.store_json)

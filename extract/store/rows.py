@@ -182,6 +182,8 @@ class Reading:
 
     def hot(self, probes: int = PROBED) -> bool:
         """Whether as much of it as a few probes can tell is in memory."""
+        if any(handle.blocks is not None for handle in self.handles.values()):
+            return False
         p = self.places
         held = np.flatnonzero(p.length > 0)
         for u in held[:: max(1, len(held) // probes)].tolist():
@@ -201,10 +203,13 @@ class Reading:
     def advise(self, runs: list[tuple[int, list[Run]]]) -> None:
         """Ask the kernel for all ranges at once, so that their waits overlap."""
         advise = getattr(os, "posix_fadvise", None)
-        if advise is None:  # macOS
-            return
         for number, ranges in runs:
-            if number in self.handles:
+            if number not in self.handles:
+                continue
+            blocks = self.handles[number].blocks
+            if blocks is not None:
+                blocks.ask((offset, size) for offset, size, _ in ranges)
+            elif advise is not None:  # macOS has none
                 for offset, size, _ in ranges:
                     advise(self.handles[number].fd, offset, size, os.POSIX_FADV_WILLNEED)
 
@@ -228,6 +233,12 @@ def read_all(readings: Sequence[Reading]) -> bool:
 
 
 def _read(handle: Handle, buffer: memoryview, offset: int, size: int, parts: list[tuple[int, int]]) -> None:
+    if handle.blocks is not None:
+        for a, b in parts:
+            if handle.blocks.read(buffer[a:b], offset) < b - a:
+                raise StoreError("a committed shard file is too short", where=handle.path)
+            offset += b - a
+        return
     if os.preadv(handle.fd, [buffer[a:b] for a, b in parts], offset) == size:
         return
     for a, b in parts:  # cut short; what came is read again

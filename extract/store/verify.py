@@ -22,6 +22,7 @@ from .layout import INNER_ROWS, crc32c, dtype_of, footer_bytes, identity_rows
 from .plan import Unit
 from .quantise import SCALE_BYTES
 from .reader import Store, View
+from .remote import descriptor
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def _check_unit(store: Store, unit: Unit, data: float) -> Iterator[Finding]:
         c, axis = store._axes(view)
         path = store.paths.hidden(unit.teacher, c, axis, unit.shard.number)
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = descriptor(path, whole=bool(data))
         except OSError as e:
             yield Finding(f"its file cannot be opened: {e.strerror}", f"{place}: {path}", _REPAIR)
             continue
@@ -186,7 +187,7 @@ def _scales(store: Store, view: View, unit: Unit, data: bool) -> np.ndarray | No
     """
     path, rows = store.paths.scale(view.teacher, *store._axes(view), unit.shard.number), unit.generation.shard_rows
     tail = footer_bytes(rows)
-    with open(path, "rb") as f:
+    with open(descriptor(path, whole=data), "rb") as f:
         size = os.fstat(f.fileno()).st_size
         held = identity_rows(os.pread(f.fileno(), tail, max(0, size - tail)), rows, SCALE_BYTES)
         if held is None or held < unit.shard.rows or size != held * SCALE_BYTES + tail:
