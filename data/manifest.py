@@ -43,12 +43,16 @@ class Utterance(BaseModel):
     split: str | None = None
     meta: dict[str, str] = {}
 
+    def model_post_init(self, context: object, /) -> None:
+        # One set of "fields that were given" for all: their own sets would be half of a large corpus's memory.
+        object.__setattr__(self, "__pydantic_fields_set__", _GIVEN)
+
     @field_validator("id")
     @classmethod
     def _id(cls, value: str) -> str:
         if not value or value != value.strip():
             raise ValueError("an id must not be empty, nor begin or end with white space")
-        if any(unicodedata.category(c) in ("Cc", "Cs") for c in value):
+        if not value.isprintable() and any(unicodedata.category(c) in ("Cc", "Cs") for c in value):
             raise ValueError("an id must not hold control characters")
         return value
 
@@ -58,6 +62,9 @@ class Utterance(BaseModel):
         if value is not None and (not value or "\0" in value):
             raise ValueError("audio must be a path, or absent for an utterance of text alone")
         return value
+
+
+_GIVEN = set(Utterance.model_fields)
 
 
 class Corpus:

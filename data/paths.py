@@ -14,7 +14,7 @@ from .errors import AudioError
 
 def relative_audio(audio: Path, manifest: Path) -> str:
     """The path of an audio file as the manifest holds it: relative to the manifest's folder."""
-    return Path(os.path.relpath(audio.absolute(), manifest.absolute().parent)).as_posix()
+    return os.path.relpath(audio, os.path.dirname(os.path.abspath(manifest))).replace(os.sep, "/")
 
 
 def confined(path: Path, root: Path | None, where: object = None) -> Path:

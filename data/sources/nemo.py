@@ -6,6 +6,7 @@ order of the offsets; where none is, sessions are unknown. Exercised by `stillho
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,26 +68,30 @@ class _Names:
             path = entry.get("audio_filepath") if isinstance(entry, dict) else None
             if isinstance(path, str):
                 self._uses[path] = self._uses.get(path, 0) + 1
-                if self._stems.setdefault(Path(path).stem, path) != path:
-                    self._stems[Path(path).stem] = None
+                if self._stems.setdefault(_stem(path), path) != path:
+                    self._stems[_stem(path)] = None
         self.shared = any(n > 1 for n in self._uses.values())
 
     def name(self, path: str) -> str:
         """A name of the file: its stem, or all of its path where two files have that."""
-        stem = Path(path).stem
-        return stem if self._stems.get(stem) is not None else Path(path).with_suffix("").as_posix().strip("./")
+        stem = _stem(path)
+        return stem if self._stems.get(stem) is not None else os.path.splitext(os.path.normpath(path))[0].strip("./")
 
     def id(self, entry: dict[str, Any]) -> str | None:
         for key in IDS:
             if isinstance(entry.get(key), (str, int)):
                 return str(entry[key])
         path = entry.get("audio_filepath")
-        if not isinstance(path, str) or not Path(path).name:
+        if not isinstance(path, str) or not _stem(path):
             return None
         offset = entry.get("offset")
         if self._uses.get(path, 0) < 2 or not is_seconds(offset):
             return self.name(path)
         return f"{self.name(path)}-{round(offset * 1000):08d}"
+
+
+def _stem(path: str) -> str:
+    return os.path.splitext(os.path.basename(path))[0]
 
 
 def _fields(
@@ -99,7 +104,7 @@ def _fields(
     result: Imported,
 ) -> tuple[dict[str, Any], str]:
     audio, text, id = entry.get("audio_filepath"), entry.get(text_key), names.id(entry)
-    if not isinstance(audio, str) or id is None or not Path(audio).name:
+    if not isinstance(audio, str) or id is None:
         raise CorpusError("no audio_filepath", expected="a text", remedy="mend or delete the line")
     if not isinstance(text, str):
         raise CorpusError(f"no {text_key}", expected="the transcript as a text", remedy="mend it, or say --text-key")
