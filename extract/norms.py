@@ -7,15 +7,13 @@ never changed. Run: `pytest tests/extract/test_reader.py tests/extract/test_int8
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from stillhouse.data.errors import StoreError
 
-from .batches import make_batches
-from .encoding import forward
 from .store.arrays import RawArray
 from .store.commits import Commit, Commits, link_commit
 from .store.files import Lock, fsync_all
@@ -25,8 +23,6 @@ from .store.plan import Plan, Unit
 from .store.plan import Teacher as Record
 from .store.reader import Store, View
 from .store.writer import versions
-from .teacher import Teacher
-from .windows import Window
 
 SAMPLE = 2000
 LEAST_STD = 1e-3
@@ -69,55 +65,38 @@ def fix_norms(plan: Plan, teacher: str, context: str, scratch: Path) -> None:
         _commit(plan, teacher, context, max(asked[k] for k in ready), found, scratch)
 
 
-def fix_norms_first(
-    plan: Plan, unit: Unit, teacher: Teacher, windows: Callable[[np.ndarray], list[Window]], scratch: Path
-) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+def fix_norms_first(plan: Plan, unit: Unit, sample: Sample, scratch: Path) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """{layer: (mean, std) float32 [D]} of a unit's views, before anything of them is written: int8 needs them.
 
-    Where nobody has fixed them yet, the sample's `windows` (of utterances by row) go through the teacher once more.
-    The first writer does it under a lock, and what it commits holds for all.
+    Where nobody has fixed them yet, the states of the sample are made for this alone. The first writer does it under a
+    lock, and what it commits holds for all. Errors: StoreError naming view and utterance of a state that is not finite.
     """
-    name, context, g = unit.teacher, unit.context, unit.generation
+    name, context = unit.teacher, unit.context
     group, record = plan.paths.data / name, plan.teachers[name]
     with Lock(plan.paths.lock(name, context, "norms"), wait=True):
         commits = Commits(plan.paths, name, context)
         missing = [k for k in unit.layers if not commits.has("norms", [k])]
         if missing:
-            rows = sample_rows(Store.open(plan.paths.root).lengths(name))
+            rows = sample_rows(np.asarray(RawArray(group / "length").read()))
             moments = {k: Moments() for k in missing}
-
-            def keep(states: dict) -> dict[int, np.ndarray]:
-                return {k: v.float().cpu().numpy() for k, v in states.items()}
-
-            for batch in make_batches(windows(rows), g.batch_tokens, g.batch_overhead_tokens):
-                for part, states in forward(teacher, batch, missing, keep, unit):
-                    mine = [(w, piece.at, piece.last - piece.first) for w, x in enumerate(part) for piece in x.pieces]
-                    for k, block in states.items():
-                        kept = np.concatenate([block[w, at : at + n] for w, at, n in mine])
-                        if not np.isfinite(kept).all():
-                            raise _not_finite(plan, unit, k, block, part, rows)
-                        moments[k].add(kept)
-            _commit(plan, name, context, g.number, {k: m.result() for k, m in moments.items()}, scratch)
+            for row, states in sample(unit, rows, missing):
+                for k, values in states.items():
+                    if not np.isfinite(values).all():
+                        raise StoreError(
+                            f"a value of {name}/{context}/{k} is not finite",
+                            where=Index(plan.paths.data / "utterances").id(row),
+                            remedy="the model itself yields it: try --model-dtype float32",
+                        )
+                    moments[k].add(values)
+            found = {k: m.result() for k, m in moments.items()}
+            _commit(plan, name, context, unit.generation.number, found, scratch)
     c = record.contexts.index(context)
     read = RawArray(group / "norm_mean"), RawArray(group / "norm_std")
     return {k: (read[0].read(c, axis), read[1].read(c, axis)) for k, axis in _axes(record, unit.layers).items()}
 
 
-def _not_finite(
-    plan: Plan, unit: Unit, layer: int, block: np.ndarray, batch: list[Window], rows: np.ndarray
-) -> StoreError:
-    """Naming view and utterance. block [B, T, D]; the windows' pieces count `rows`."""
-    bad = next(
-        p.utterance
-        for w, window in enumerate(batch)
-        for p in window.pieces
-        if not np.isfinite(block[w, p.at : p.at + p.last - p.first]).all()
-    )
-    return StoreError(
-        f"a value of {unit.teacher}/{unit.context}/{layer} is not finite",
-        where=Index(plan.paths.data / "utterances").id(int(rows[bad])),
-        remedy="the model itself yields it: try --model-dtype float32",
-    )
+# (unit, rows, layers) -> (row, {layer: float32 [n, D]}) of the rows' tokens, in whatever order
+Sample = Callable[[Unit, np.ndarray, Sequence[int]], Iterable[tuple[int, dict[int, np.ndarray]]]]
 
 
 def _axes(record: Record, layers: Sequence[int]) -> dict[int, int]:
