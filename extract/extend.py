@@ -66,6 +66,7 @@ class Growth:
     source: np.ndarray
     order: np.ndarray
     session: np.ndarray
+    served: np.ndarray | None = None  # bool [n]: who can be asked for; None: all
     tokens: Tokens | None = None
     start: np.ndarray | None = None
     known: int = 0
@@ -189,6 +190,11 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def rows_after(plan: Plan) -> int:
+    """One past the last row of any teacher: rows have shards, also those without tokens."""
+    return max(s.last for g in plan.generations for s in g.shards)
+
+
 def _table(change: Change, new: np.ndarray, number: int, first: int) -> Growth:
     """The corpus's table, with rows from `first` on for the utterances at the positions `new`."""
     order = np.where(change.keep, change.rows, 0)
@@ -210,7 +216,7 @@ def _grown(
 ) -> tuple[Growth, list[Shard]]:
     """Rows, tokens and tail shards for all that has no row that serves on. Errors: StoreError for one too long."""
     latest = plan.latest(record.name)
-    first = len(Index(plan.paths.data / "utterances", plan.edition()))
+    first = rows_after(plan)
     new = np.flatnonzero(~change.keep)
     growth = _table(change, new, number, first)
     tokens = teacher.tokeniser.encode([change.utterances[p].text for p in new.tolist()], record.transform)
@@ -248,7 +254,7 @@ def write_generation(plan: Plan, teacher: Teacher | None, layout: Layout | None,
     else:
         grow_teacher(plan, growth)
         if growth is not None and growth.tokens is not None:
-            _write_tokens(plan, growth, teacher)
+            write_tokens(plan, growth, teacher)
         write_json(group / "zarr.json", group_json({"stillhouse": asdict(record)}))
     plans.write_generation(paths, generation)
     phase("planned")
@@ -259,7 +265,7 @@ def write_generation(plan: Plan, teacher: Teacher | None, layout: Layout | None,
 def write_growth(plan: Plan, growth: Growth) -> None:
     """The table of a changed corpus."""
     g = growth
-    served = np.ones(len(g.order), dtype=bool)
+    served = np.ones(len(g.order), dtype=bool) if g.served is None else g.served
     write_edition(plan.paths, g.number, g.first, g.ids, g.text_hash, g.order, g.session, served, g.source)
 
 
@@ -279,7 +285,7 @@ def grow_teacher(plan: Plan, growth: Growth | None) -> None:
         grow(group / name, {0: c, 1: u})
 
 
-def _write_tokens(plan: Plan, growth: Growth, teacher: Teacher | None) -> None:
+def write_tokens(plan: Plan, growth: Growth, teacher: Teacher | None) -> None:
     """Tokens and vocabulary of the new rows."""
     generation = plan.generations[-1]
     group, rows = plan.paths.data / generation.teacher, generation.shard_rows

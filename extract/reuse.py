@@ -45,13 +45,13 @@ class Reuse:
             shard = store.shard_of(unit.teacher, source)
             if hashes[source] == input_hash[u] and commits.has(shard, unit.layers):
                 try:
-                    found[u] = {v.layer: _block(*store.stored_rows(np.array([source]), v)) for v in views}
+                    found[u] = {v.layer: block(*store.stored_rows(np.array([source]), v)) for v in views}
                 except StoreError:
                     continue  # damaged: it is run again
         return found
 
 
-def _block(values: np.ndarray, scale: np.ndarray | None) -> Block:
+def block(values: np.ndarray, scale: np.ndarray | None) -> Block:
     return values if scale is None else Quantised(values, scale, np.zeros((len(values), 4), np.float32))
 
 

@@ -259,6 +259,16 @@ class Store:
         """uint64 [U]: the same of every row, whatever is committed."""
         return RawArray(self.paths.data / view.teacher / "input_hash").read(self._axes(view)[0])
 
+    def fed(self, view: View) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of every row's pass: input hash uint64 [U], tokens of context seen left and right int32 [U]."""
+        group, c = self.paths.data / view.teacher, self._axes(view)[0]
+        left, right = (RawArray(group / name).read(c) for name in ("context_left", "context_right"))
+        return self.input_hashes(view), left, right
+
+    def row_length(self, teacher: str, row: int) -> int:
+        """Tokens of a row, dead or not."""
+        return int(self._rows_of(teacher).length[row])
+
     def shard_of(self, teacher: str, row: int) -> int:
         """The number of the shard that a row of this teacher lies in."""
         t = self._rows_of(teacher)
@@ -348,6 +358,26 @@ class Store:
         """
         if dtype not in (None, "float32", "float16"):
             raise UsageError(f"states as {dtype!r}", expected="float32, float16 or None")
+        try:
+            return self._gather(ids, views, dtype, allocate)
+        except StoreError as e:
+            self._explain(e)
+            raise
+
+    def _explain(self, error: StoreError) -> None:
+        """Errors: StoreError where what went wrong may be so because the store is no longer what was opened."""
+        try:
+            now = [g.number for g in plans.read_plan(self.path).generations]
+        except StoreError:
+            return
+        if now != [g.number for g in self.plan.generations]:
+            raise type(error)(
+                f"{error.what}; and the store has changed since it was opened",
+                where=error.where,
+                remedy="open it again, or call its refresh()",
+            ) from error
+
+    def _gather(self, ids: Sequence[str], views: Sequence[View], dtype: str | None, allocate: Allocate) -> Gathered:
         by_edition: dict[int, np.ndarray] = {}
         lengths, token_id, span = {}, {}, {}
         states: dict[View, np.ndarray] = {}

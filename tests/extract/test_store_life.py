@@ -1,0 +1,176 @@
+"""What becomes of a store: views and utterances taken out, dead rows cleared away, stores cut, copied and merged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from stillhouse.data.errors import LockedError, NoStoreError, StoreError, UsageError
+from stillhouse.data.manifest import Corpus
+from stillhouse.extract.life import clear, remove_utterances, remove_views
+from stillhouse.extract.plan import Request
+from stillhouse.extract.run import extract
+from stillhouse.extract.status import status
+from stillhouse.extract.store import Store, View
+from stillhouse.extract.store.files import Scratch
+from stillhouse.extract.store.layout import Paths
+from stillhouse.extract.store.verify import verify
+from stillhouse.extract.sweep import litter
+
+from .conftest import TEXTS, loaded, make_corpus, sentences
+from .test_refresh import REQUEST, edited, same_as_fresh
+
+
+def states(root: Path, ids: list[str] | None = None) -> dict[tuple[str, str], bytes]:
+    """All that a store serves: {(view, utterance): bytes}."""
+    store = Store.open(root, checksums=True)
+    found = {}
+    for view in store.views:
+        for i in store.utterance_ids if ids is None else ids:
+            found[view.address, i] = store.gather([i], [view]).states[view].tobytes()
+    return found
+
+
+def opens_with_zarr(root: Path) -> None:
+    """Rows as zarr-python reads them are what gather gives."""
+    store, group = Store.open(root), zarr.open_group(root / "data.zarr", mode="r")
+    for view in store.views:
+        record = group[view.teacher].attrs["stillhouse"]
+        c, k = record["contexts"].index(view.context), record["layers"].index(view.layer)
+        for i in store.utterance_ids[::7]:
+            row = int(store.rows([i], view.teacher)[0])
+            at, n = int(group[view.teacher]["start"][row]), int(group[view.teacher]["length"][row])
+            rows = group[view.teacher]["hidden"][c, k, at : at + n]
+            assert np.array_equal(rows, store.gather([i], [view]).states[view])
+
+
+@pytest.fixture
+def corpus() -> Corpus:
+    """Several shards of the tiny BERT."""
+    return make_corpus([t for t in sentences() if t.isascii()] * 4, per_session=5)
+
+
+def test_views_are_taken_out(bert: Path, tmp_path: Path) -> None:
+    root, corpus = tmp_path / "s", make_corpus()
+    extract(root, corpus, loaded(bert), REQUEST)
+    before = states(root)
+    told = remove_views(root, ["t/both:4/2", "t/past:4/*"], dry_run=True)
+    assert states(root) == before and not told.done
+    done = remove_views(root, ["t/both:4/2", "t/past:4/*"])
+    assert done.views == ["t/both:4/2", "t/past:4/0", "t/past:4/2"] == told.views
+    assert told.bytes == done.bytes > 0
+    assert states(root) == {k: v for k, v in before.items() if k[0] in ("t/alone/0", "t/alone/2", "t/both:4/0")}
+    store = Store.open(root)
+    assert verify(store) == [] and status(root).complete and litter(store.plan) == []
+    with pytest.raises(NoStoreError):
+        store.gather(["u1"], [View("t", "both:4", 2)])
+    extract(root, corpus, loaded(bert), REQUEST)  # asked for again, made again
+    assert states(root) == before and verify(Store.open(root)) == []
+    with pytest.raises(UsageError, match="every view"):
+        remove_views(root, ["*"])
+    with pytest.raises(NoStoreError, match="no view matches"):
+        remove_views(root, ["t/both:4/7"])
+
+
+def test_a_teacher_goes_with_its_last_view(bert: Path, gpt2: Path, tmp_path: Path) -> None:
+    root, corpus = tmp_path / "s", make_corpus(TEXTS)
+    extract(root, corpus, loaded(bert), Request("t", [2], ["alone"]))
+    alone = states(root)
+    extract(root, corpus, loaded(gpt2), Request("gpt", [1], ["alone", "past:8"]))
+    remove_views(root, ["gpt/*/*"])
+    store = Store.open(root)
+    assert list(store.plan.teachers) == ["t"] and states(root) == alone and verify(store) == []
+    assert not (root / "data.zarr" / "gpt").exists() and not (root / "commits" / "gpt").exists()
+    extract(root, corpus, loaded(gpt2), Request("gpt", [1], ["alone"]))
+    assert verify(Store.open(root)) == [] and len(Store.open(root).views) == 2
+
+
+def test_utterances_are_taken_out_and_stay_context(bert: Path, tmp_path: Path) -> None:
+    root, corpus = tmp_path / "s", make_corpus()
+    extract(root, corpus, loaded(bert), REQUEST)
+    before = states(root)
+    told = remove_utterances(root, ["u1", "u6"], dry_run=True)
+    done = remove_utterances(root, ["u1", "u6"])
+    assert told.tokens == done.tokens > 0 and done.utterances == 2
+    left = {k: v for k, v in before.items() if k[1] not in ("u1", "u6")}
+    assert states(root) == left
+    store = Store.open(root)
+    assert verify(store) == [] and not store.has(["u6"], store.views[0])[0]
+    cleared = clear(root)
+    assert cleared.tokens == done.tokens and cleared.moved_tokens > 0
+    assert states(root) == left and verify(Store.open(root)) == []
+    opens_with_zarr(root)
+    assert clear(root).files == 0
+    # Their text is what the neighbours saw: a view that is added later sees it, too
+    extract(root, edited(corpus, u1=None, u6=None), loaded(bert), REQUEST, refresh=True)
+    same_as_fresh(root, edited(corpus, u1=None, u6=None), bert, REQUEST, tmp_path / "fresh")
+    with pytest.raises(NoStoreError, match="u99"):
+        remove_utterances(root, ["u99"])
+    with pytest.raises(UsageError, match="every utterance"):
+        remove_utterances(root, Store.open(root).utterance_ids)
+
+
+def test_who_was_taken_out_comes_back_with_the_corpus(bert: Path, tmp_path: Path) -> None:
+    root, corpus = tmp_path / "s", make_corpus()
+    extract(root, corpus, loaded(bert), REQUEST)
+    before = states(root)
+    remove_utterances(root, ["u1", "u6"])
+    clear(root)
+    done = extract(root, corpus, loaded(bert), REQUEST)  # no neighbour is stale: nothing to refresh
+    assert done.units_done_now == 3 and done.utterances == 30
+    assert {k: len(v) for k, v in states(root).items()} == {k: len(v) for k, v in before.items()}
+    same_as_fresh(root, corpus, bert, REQUEST, tmp_path / "fresh")
+
+
+def test_clearing_gives_back_what_a_refresh_left(bert: Path, corpus: Corpus, tmp_path: Path) -> None:
+    root = tmp_path / "s"
+    extract(root, corpus, loaded(bert), REQUEST)
+    now = edited(corpus, u3="something else entirely", u50=None, u51="more", u99="the end of it")
+    extract(root, now, loaded(bert), REQUEST, refresh=True)
+    served, size = states(root), sum(p.stat().st_size for p in root.rglob("*") if p.is_file())
+    reader = Store.open(root)
+    told = clear(root, dry_run=True)
+    assert states(root) == served and not told.done
+    done = clear(root)
+    assert done.tokens == told.tokens > 0 and done.moved_tokens == told.moved_tokens
+    assert abs(done.bytes - told.bytes) < 0.2 * done.bytes
+    assert sum(p.stat().st_size for p in root.rglob("*") if p.is_file()) == size - done.bytes
+    assert states(root) == served and verify(Store.open(root)) == [] and status(root).complete
+    same_as_fresh(root, now, bert, REQUEST, tmp_path / "fresh")
+    opens_with_zarr(root)
+    # One who opened it before: what is gone is said to be
+    with pytest.raises(StoreError, match="has changed since it was opened"):
+        reader.gather(reader.utterance_ids, reader.views)
+    reader.refresh()
+    assert len(reader.gather(reader.utterance_ids, reader.views).states) == 6
+    assert extract(root, now, loaded(bert), REQUEST).units_done_now == 0
+    extract(root, now, loaded(bert), Request("t", [1], ["future:4"]))
+    assert verify(Store.open(root)) == []
+    clean = litter(Store.open(root).plan)
+    assert clean == []
+
+
+def test_a_reader_with_open_files_goes_on(bert: Path, corpus: Corpus, tmp_path: Path) -> None:
+    root = tmp_path / "s"
+    extract(root, corpus, loaded(bert), REQUEST)
+    extract(root, edited(corpus, u3="something else entirely"), loaded(bert), REQUEST, refresh=True)
+    reader = Store.open(root)
+    ids, views = reader.utterance_ids, reader.views
+    first = reader.gather(ids, views)
+    clear(root)
+    second = reader.gather(ids, views)
+    assert all(np.array_equal(first.states[v], second.states[v]) for v in views)
+
+
+def test_nobody_clears_under_a_writer(bert: Path, tmp_path: Path) -> None:
+    root = tmp_path / "s"
+    extract(root, make_corpus(TEXTS), loaded(bert), Request("t", [2], ["alone"]))
+    with Scratch(Paths(root)), pytest.raises(LockedError, match="a writer is at work"):
+        clear(root)
+    (Paths(root).commit("t", "alone", 0, 0)).unlink()
+    remove_utterances(root, ["u1"])
+    with pytest.raises(NoStoreError, match="not complete: t/alone/2"):
+        clear(root)
