@@ -6,7 +6,8 @@ last commit left off, and several of them share the work. Run: `stillhouse extra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -17,18 +18,20 @@ from stillhouse.data.manifest import Corpus
 
 from .batches import make_batches
 from .change import windows_of
-from .encoding import Norm, encode_tensor, tensors
+from .encoding import encode_tensor, forward, tensors
 from .norms import fix_norms, fix_norms_first
 from .ordering import Layout
 from .plan import Request, make_plan
 from .progress import Outcome, Progress, Report, Summary, summarise
 from .reuse import Reuse, without
 from .reuse import write as write_copies
+from .store.arrays import RawArray
 from .store.commits import Commits
 from .store.files import Lock, Scratch
 from .store.index import Index
 from .store.plan import Plan, Unit, read_plan
 from .store.quantise import Quantised
+from .store.remote import mirror_of, planned, workspace
 from .store.rows import TeacherRows
 from .store.writer import UnitWriter
 from .teacher import Teacher
@@ -49,6 +52,7 @@ def extract(
     helpers: Callable[[Plan], Helpers] | None = None,
     before: Callable[[Plan, Layout | None], None] | None = None,
     refresh: bool = False,
+    maker: Callable[..., UnitMaker] | None = None,
 ) -> Summary:
     """Extract all that is asked for and not there yet; of `part` (i, n), only every n-th unit from the i-th on;
     None: `helpers` do all of it.
@@ -58,22 +62,24 @@ def extract(
     Errors: StaleError where the store was made with other settings or from other texts; StoreError where a value is
     not finite or the disk is full.
     """
-    plan = make_plan(root, corpus, teacher, request, before, refresh)
-    progress = Progress()
-    with Scratch(plan.paths) as scratch:
-        plan = read_plan(root)  # as it is now that we are seen to write (see store/exclusive.py)
-        crew = helpers(plan) if helpers is not None else None
-        try:
-            if part is None:
-                progress.units_total = len(plan.units(request.name))
-            else:
-                run_units(plan, request.name, teacher, scratch.folder, progress, report, part)
-        finally:
-            if crew is not None:
-                progress.add(crew.finish())
-        for context in plan.teachers[request.name].contexts:
-            fix_norms(plan, request.name, context, scratch.folder)
-    return summarise(plan, request.name, progress)
+    with workspace(root) as folder:
+        plan = planned(folder, lambda: make_plan(folder, corpus, teacher, request, before, refresh))
+        progress = Progress()
+        with Scratch(plan.paths) as scratch:
+            plan = read_plan(folder)  # as it is now that we are seen to write (see store/exclusive.py)
+            crew = helpers(plan) if helpers is not None else None
+            try:
+                if part is None:
+                    progress.units_total = len(plan.units(request.name))
+                else:
+                    run_units(plan, request.name, teacher, scratch.folder, progress, report, part, maker)
+            finally:
+                if crew is not None:
+                    progress.add(crew.finish())
+            for context in plan.teachers[request.name].contexts:
+                fix_norms(plan, request.name, context, scratch.folder)
+        share_arrays(plan, request.name)
+        return summarise(plan, request.name, progress)
 
 
 class Helpers(Protocol):
@@ -90,13 +96,15 @@ def run_units(
     progress: Progress,
     report: Report | None = None,
     part: tuple[int, int] = (0, 1),
+    maker: Callable[..., UnitMaker] | None = None,
 ) -> None:
     """Run every unit that is not committed. Those that another process holds are waited for at the end."""
     todo = []
     units = plan.units(name)[part[0] :: part[1]]
     progress.units_total = len(units)
+    known = {c: Commits(plan.paths, name, c) for c in dict.fromkeys(u.context for u in units)}
     for unit in units:
-        if committed(plan, unit):
+        if known[unit.context].has(unit.shard.number, unit.layers, unit.generation.number):
             progress.units_found += 1
         else:
             todo.append(unit)
@@ -104,8 +112,11 @@ def run_units(
     progress.units_todo, progress.rows_todo = len(todo), progress.rows_total
     if not todo:
         return
+    if mirror_of(plan.paths.root) is not None:  # no locks there: writers begin in different places
+        first = random.SystemRandom().randrange(len(todo))
+        todo = todo[first:] + todo[:first]
     held: list[Unit] = []
-    with UnitMaker(plan, teacher, TeacherRows(plan, name), scratch, progress, report) as maker:
+    with (maker or UnitMaker)(plan, teacher, TeacherRows(plan, name), scratch, progress, report) as making:
         for wait in (False, True):
             for unit in todo if not wait else held:
                 lock = Lock(plan.paths.lock(unit.teacher, unit.context, unit.shard.number))
@@ -117,13 +128,30 @@ def run_units(
                         progress.rows_total -= unit.shard.rows
                         progress.units_found += 1
                     else:
-                        maker.make(unit)
+                        making.make(unit)
                         progress.units += 1
 
 
 def committed(plan: Plan, unit: Unit) -> bool:
     commits = Commits(plan.paths, unit.teacher, unit.context)
     return commits.has(unit.shard.number, unit.layers, unit.generation.number)
+
+
+def share_arrays(plan: Plan, name: str) -> None:
+    """In an object store, put the arrays that units write parts of whole, where all of a context's units are there."""
+    mirror = mirror_of(plan.paths.root)
+    if mirror is None:
+        return
+    record, group = plan.teachers[name], plan.paths.data / name
+    for context in record.contexts:
+        units = [u for u in plan.units(name) if u.context == context]
+        commits, c = Commits(plan.paths, name, context), record.contexts.index(context)
+        if units and all(commits.has(u.shard.number, u.layers, u.generation.number) for u in units):
+            axes = {record.layers.index(k) for u in units for k in u.layers}
+            for array in ("input_hash", "context_left", "context_right"):
+                mirror.put_arrays(RawArray(group / array).files(c))
+            for axis in sorted(axes):
+                mirror.put_arrays(RawArray(group / "crc32c").files(c, axis))
 
 
 class UnitMaker:
@@ -147,7 +175,6 @@ class UnitMaker:
         self._thread = ThreadPoolExecutor(1, "stillhouse-writer")
         self._writing: Future[None] | None = None
         self._threads = Threads(teacher)
-        self._fixed: dict[tuple[str, tuple[int, ...]], dict[int, Norm]] = {}
 
     def __enter__(self) -> UnitMaker:
         self._threads.__enter__()
@@ -190,7 +217,8 @@ class UnitMaker:
             writing.result()
 
     def _run(self, writer: UnitWriter, batches: list[list[Window]], unit: Unit) -> None:
-        norms, p = self._norms(unit), self.progress
+        p = self.progress
+        norms = {k: tensors(norm, self.teacher.device) for k, norm in self.norms(unit).items()}
 
         def keep(states: dict[int, torch.Tensor]) -> dict[int, np.ndarray | Quantised]:
             return {k: encode_tensor(v, writer.dtype, norms.get(k)) for k, v in states.items()}
@@ -205,19 +233,24 @@ class UnitMaker:
             if self.report is not None:
                 self.report(p)
 
-    def _norms(self, unit: Unit) -> dict[int, Norm]:
+    def norms(self, unit: Unit) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         """What standardises the states of an int8 store, by layer; fixed now where this is its first unit."""
-        if not self.rows.dtype.scaled:
-            return {}
-        key = (unit.context, unit.layers)
-        if key not in self._fixed:
+        return fix_norms_first(self.plan, unit, self.sample, self.scratch) if self.rows.dtype.scaled else {}
 
-            def windows(rows: np.ndarray) -> list[Window]:
-                return context_passes(self.plan, unit, self.texts, self.session, self.index.position[rows]).windows
+    def sample(self, unit: Unit, rows: np.ndarray, layers: Sequence[int]) -> Iterator[tuple[int, dict]]:
+        """(row, {layer: float32 [n, D]}) of the rows' tokens in the unit's context, by parts."""
+        work = context_passes(self.plan, unit, self.texts, self.session, self.index.position[rows])
+        g = unit.generation
 
-            fixed = fix_norms_first(self.plan, unit, self.teacher, windows, self.scratch)
-            self._fixed[key] = {k: tensors(norm, self.teacher.device) for k, norm in fixed.items()}
-        return self._fixed[key]
+        def keep(states: dict[int, torch.Tensor]) -> dict[int, np.ndarray]:
+            return {k: v.float().cpu().numpy() for k, v in states.items()}
+
+        for batch in make_batches(work.windows, g.batch_tokens, g.batch_overhead_tokens):
+            for part, states in forward(self.teacher, batch, layers, keep, unit):
+                for row, window in enumerate(part):
+                    for p in window.pieces:
+                        kept = slice(p.at, p.at + p.last - p.first)
+                        yield int(rows[p.utterance]), {k: block[row, kept] for k, block in states.items()}
 
 
 def context_passes(
