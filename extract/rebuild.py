@@ -1,0 +1,391 @@
+"""A new store out of others: some of their views, some of their utterances, or two of them together.
+
+Invariant: what is served has the bytes that its sources serve; neighbours that contexts saw come along as text, so that
+nothing is stale that was not. It is built beside its name and renamed: a store of that name is whole or not there.
+Run: `stillhouse store subset STORE OUT --utterances FILE`, `store cp STORE OUT --views V`, `store merge A B OUT`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from stillhouse.data.errors import NoStoreError, StaleError, UsageError
+
+from .copying import copy_unit
+from .norms import fix_norms
+from .ordering import Layout, cut_shards
+from .plan import differences
+from .progress import folder_bytes
+from .skeleton import write_teacher
+from .store import plan as plans
+from .store.arrays import RawArray
+from .store.commits import Commit, link_commit
+from .store.files import Lock, Scratch, fsync_all, fsync_folder, phase, write_json
+from .store.index import write_edition, write_index
+from .store.layout import Paths, dtype_of, group_json, shard_rows
+from .store.plan import Generation, Plan, Shard, Work
+from .store.reader import Store, View
+from .store.writer import versions
+from .tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Built:
+    """The new store."""
+
+    store: str
+    views: list[str]
+    utterances: int
+    context_only: int  # utterances whose text alone came along, as their neighbours' context
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Member:
+    """An utterance of the new store: which source has it, under which id, in which session; served or context alone."""
+
+    source: int
+    id: str
+    session: int
+    served: bool
+
+
+def copy(source: Path, out: Path, patterns: Sequence[str] = ()) -> Built:
+    """Some views of a store (none named: all) with all utterances. Errors: as `build`."""
+    store = Store.open(source, checksums=True)
+    return build(out, [store], _members(store, lambda _: True), _views(store, patterns), store.plan.corpus)
+
+
+def subset(source: Path, out: Path, ids: Sequence[str], patterns: Sequence[str] = ()) -> Built:
+    """Some utterances of a store. Errors: NoStoreError naming those that it does not have; as `build`."""
+    store = Store.open(source, checksums=True)
+    if not len(ids):
+        raise UsageError("no utterances to keep", where=source)
+    store.rows(ids)
+    wanted = set(ids)
+    return build(out, [store], _members(store, wanted.__contains__), _views(store, patterns), store.plan.corpus)
+
+
+def merge(a: Path, b: Path, out: Path, patterns: Sequence[str] = ()) -> Built:
+    """All utterances of two stores with the same settings and views. One that both have must be the same in both.
+
+    Errors: StaleError naming the setting, view or utterance in which they differ; as `build`.
+    """
+    stores = [Store.open(a, checksums=True), Store.open(b, checksums=True)]
+    views = [_views(s, patterns) for s in stores]
+    _check_settings(stores, views)
+    members = _members(stores[0], lambda _: True)
+    members += _others(stores, members, views[0])
+    corpus = {k: v for k, v in stores[0].plan.corpus.items() if k != "split"}
+    return build(out, stores, members, views[0], corpus)
+
+
+def _views(store: Store, patterns: Sequence[str]) -> list[View]:
+    """Errors: NoStoreError naming views that are not complete."""
+    asked = store.resolve(patterns, store.planned_views) if patterns else store.planned_views
+    missing = [v.address for v in asked if v not in store.views]
+    if missing:
+        raise NoStoreError(
+            f"not complete: {', '.join(missing)}",
+            where=store.path,
+            remedy="finish their extraction, or name others with --views",
+        )
+    return asked
+
+
+def _members(store: Store, wanted: Callable[[str], bool]) -> list[Member]:
+    """The wanted utterances, in the order of the store, and whoever else is of their sessions, as context.
+
+    Errors: StaleError where the store's teachers are at different states of the corpus.
+    """
+    tables = [_table(store, name) for name in store.plan.teachers]
+    if any(t != tables[0] for t in tables[1:]):
+        raise StaleError(
+            f"its teachers {', '.join(store.plan.teachers)} are at different states of the corpus",
+            where=store.path,
+            remedy="extract the others with --refresh first",
+        )
+    found: list[Member] = []
+    session: list[tuple[str, bool]] = []
+    number, last = 0, None
+    for id_, _, group, served in [*tables[0], ("", 0, -1, False)]:
+        if group != last:
+            if any(s for _, s in session):
+                found += [Member(0, i, number, s) for i, s in session]
+                number += 1
+            session, last = [], group
+        session.append((id_, served and wanted(id_)))
+    return found
+
+
+def _table(store: Store, name: str) -> list[tuple[str, int, int, bool]]:
+    """(id, hash of the text, session, served) of a teacher's corpus, in its order."""
+    index = store.index_of(name)
+    order, live = index.order.tolist(), index.live[index.order].tolist()
+    texts = index.text_hash[index.order].tolist()
+    return [(index.id(r), h, s, v) for r, h, s, v in zip(order, texts, index.session_of.tolist(), live)]
+
+
+def _check_settings(stores: list[Store], views: list[list[View]]) -> None:
+    """Errors: StaleError naming in words what differs."""
+    a, b = stores
+    only = [[v.address for v in x if v not in y] for x, y in (views, views[::-1])]
+    if only[0] or only[1]:
+        words = [f"only {s.path} has {', '.join(names)}" for s, names in zip(stores, only) if names]
+        raise StaleError("; ".join(words), remedy="extract what is missing, or name views that both have with --views")
+    for name in dict.fromkeys(v.teacher for v in views[0]):
+        differ = differences(a.plan.teachers[name], b.plan.teachers[name])
+        if differ:
+            raise StaleError(f"teacher {name!r} of the two differs: {'; '.join(differ)}", where=f"{a.path}, {b.path}")
+        if dtype_of(a.plan.teachers[name].dtype).scaled:
+            mine = [v for v in views[0] if v.teacher == name]
+            for v in mine:
+                if not all(np.array_equal(x, y) for x, y in zip(a.norm(v), b.norm(v))):
+                    raise StaleError(
+                        f"int8 states of {v} stand on other norms in each",
+                        where=f"{a.path}, {b.path}",
+                        remedy="extract one of the corpora into the other's store",
+                    )
+
+
+def _others(stores: list[Store], mine: list[Member], views: list[View]) -> list[Member]:
+    """Sessions of the second store that the first does not have. Errors: StaleError where they have some, but not all,
+    of a session in common, or the same one otherwise.
+    """
+    a, b = stores
+    have = {m.id for m in mine if m.served}
+    theirs = _members(b, lambda _: True)
+    sessions: dict[int, list[Member]] = {}
+    for m in theirs:
+        sessions.setdefault(m.session, []).append(m)
+    found: list[Member] = []
+    number = 1 + max((m.session for m in mine), default=-1)
+    for members in sessions.values():
+        ids = [m.id for m in members if m.served]
+        common = [i for i in ids if i in have]
+        if not common:
+            found += [replace(m, source=1, session=number) for m in members]
+            number += 1
+            continue
+        if len(common) < len(ids):
+            new = next(i for i in ids if i not in have)
+            raise StaleError(
+                f"{common[0]} is in both, and {new} of the same session only in one",
+                where=f"{a.path}, {b.path}",
+                remedy="extract the whole corpus into one of them, with --refresh",
+            )
+        _check_same(a, b, ids, views)
+    return found
+
+
+def _check_same(a: Store, b: Store, ids: list[str], views: list[View]) -> None:
+    for name in dict.fromkeys(v.teacher for v in views):
+        unlike = a.text_hash(ids, name) != b.text_hash(ids, name)
+        if unlike.any():
+            raise StaleError(f"{ids[int(unlike.argmax())]} has another text in each", where=f"{a.path}, {b.path}")
+    for view in views:
+        unlike = a.input_hash(ids, view) != b.input_hash(ids, view)
+        if unlike.any():
+            i = ids[int(unlike.argmax())]
+            raise StaleError(f"{i} saw another context in each", where=f"{view}: {a.path}, {b.path}")
+
+
+def build(out: Path, stores: list[Store], members: list[Member], views: list[View], corpus: dict) -> Built:
+    """Write the new store. Errors: UsageError where `out` is there; StoreError where a source is damaged."""
+    told = [m for m in members if m.served] + [m for m in members if not m.served]
+    row_of = {(m.source, m.id): r for r, m in enumerate(told)}
+    order = np.array([row_of[m.source, m.id] for m in members])
+    session = np.array([m.session for m in members], dtype=np.int32)
+    served = np.array([m.served for m in members])
+    count = int(served.sum())
+    with _beside(out) as root:
+        paths, base = Paths(root), 0 if served.all() else 1
+        name_of = next(iter(dict.fromkeys(v.teacher for v in views)))
+        texts = _texts(stores, told, name_of)
+        if base:
+            by_row = np.zeros(len(told), np.int32)
+            by_row[order] = session
+            write_index(paths, [m.id for m in told], texts, by_row)
+            nothing = np.zeros(0, np.int32)
+            write_edition(paths, base, len(told), [], np.zeros(0, np.uint64), order, session, served, nothing)
+        else:
+            write_index(paths, [m.id for m in told], texts, session)
+        plan = Plan(
+            paths, _now(), corpus | {"utterances": count, "sessions": int(session.max()) + 1}, versions(), {}, []
+        )
+        sources: dict[str, list[tuple[Store, int]]] = {}
+        for number, name in enumerate(dict.fromkeys(v.teacher for v in views), start=base):
+            sources[name] = _rows(stores, told, name)
+            plan = _add_teacher(plan, name, number, base, sources[name], told, views, count)
+        write_json(paths.data / "zarr.json", group_json({"stillhouse": {"teachers": list(plan.teachers)}}))
+        for g in plan.generations:
+            plans.write_generation(paths, g)
+        plans.write_head(plan)
+        with Scratch(paths) as scratch:
+            for unit in plan.units():
+                first, last = unit.shard.first, unit.shard.last
+                ids = [m.id for m in told[first:last]]
+                copy_unit(plan, scratch.folder, unit, sources[unit.teacher][first:last], ids)
+                phase("unit_copied")
+            for name in plan.teachers:
+                for context in plan.views(name):
+                    if len(stores) == 1 or dtype_of(plan.teachers[name].dtype).scaled:
+                        _copy_norms(plan, stores[0], name, context, scratch.folder)
+                    else:
+                        fix_norms(plan, name, context, scratch.folder)
+        phase("built")
+    addresses = [v.address for v in views]
+    return Built(str(out), addresses, count, len(told) - count, folder_bytes(out))
+
+
+@contextmanager
+def _beside(out: Path) -> Iterator[Path]:
+    """A folder that becomes `out` when all of it is on disk; what killed ones left of it is swept."""
+    if out.exists():
+        raise UsageError("is there already", where=out, remedy="give another name, or remove it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for old in out.parent.glob(f".{out.name}.*.partial"):
+        lock = Lock(old / "builder.lock")
+        if lock.acquire():
+            shutil.rmtree(old, ignore_errors=True)
+            lock.release()
+    root = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    with Lock(root / "builder.lock", wait=True):
+        try:
+            yield root
+            fsync_all([p for p in root.rglob("*") if p.is_dir()])
+            (root / "builder.lock").unlink()
+            os.rename(root, out)
+            fsync_folder(out.parent)
+        except BaseException:
+            shutil.rmtree(root, ignore_errors=True)
+            raise
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _rows(stores: list[Store], told: list[Member], name: str) -> list[tuple[Store, int]]:
+    """(store, row) of every utterance, those that are context alone too."""
+    known = []
+    for store in stores:
+        index = store.index_of(name)
+        known.append({index.id(r): r for r in index.order.tolist()})
+    return [(stores[m.source], known[m.source][m.id]) for m in told]
+
+
+def _texts(stores: list[Store], told: list[Member], name: str) -> np.ndarray:
+    return np.array([s.index_of(name).text_hash[r] for s, r in _rows(stores, told, name)], dtype=np.uint64)
+
+
+def _add_teacher(
+    plan: Plan,
+    name: str,
+    number: int,
+    edition: int,
+    sources: list[tuple[Store, int]],
+    told: list[Member],
+    views: list[View],
+    count: int,
+) -> Plan:
+    """Write a teacher's tokens, vocabulary and metadata; its generation asks for the views."""
+    first = sources[0][0]
+    old, latest = first.plan.teachers[name], first.plan.latest(name)
+    mine = [v for v in views if v.teacher == name]
+    record = replace(
+        old,
+        contexts=[c for c in old.contexts if any(v.context == c for v in mine)],
+        layers=[k for k in old.layers if any(v.layer == k for v in mine)],
+        fingerprints={f"{v.context}/{v.layer}": old.fingerprints[f"{v.context}/{v.layer}"] for v in mine},
+    )
+    tokens = _tokens(sources, name)
+    lengths = tokens.length.astype(np.int64)
+    rows = shard_rows(int(lengths[:count].sum()), int(lengths.max()), record.width, dtype_of(record.dtype))
+    shards, start = cut_shards(lengths[:count], rows)
+    states = len(shards)
+    if count < len(told):  # what is context alone has tokens, and no states
+        more, later = cut_shards(lengths[count:], rows)
+        shards += [Shard(states + s.number, count + s.first, count + s.last, s.rows) for s in more]
+        start = np.concatenate([start, states * rows + later])
+    layout = Layout([m.id for m in told], np.zeros(0, np.uint64), np.zeros(0, np.int32), tokens, start, rows, shards)
+    write_teacher(plan.paths, record, _Vocabulary(dict.fromkeys(s for s, _ in sources), name), layout)  # type: ignore[arg-type]
+    generation = Generation(
+        number=number,
+        teacher=name,
+        work=[
+            Work(c, [k for k in record.layers if View(name, c, k) in mine], list(range(states)))
+            for c in record.contexts
+        ],
+        shard_rows=rows,
+        shards=shards,
+        batch_tokens=latest.batch_tokens,
+        batch_overhead_tokens=latest.batch_overhead_tokens,
+        core_tokens=latest.core_tokens,
+        seed=latest.seed,
+        created=_now(),
+        edition=edition,
+        dropped_shards=list(range(states, len(shards))),
+    )
+    write_json(plan.paths.data / name / "zarr.json", group_json({"stillhouse": asdict(record)}))
+    return replace(plan, teachers=plan.teachers | {name: record}, generations=[*plan.generations, generation])
+
+
+def _tokens(sources: list[tuple[Store, int]], name: str) -> Tokens:
+    """Of all rows, in their order."""
+    ids, spans, lengths = [], [], []
+    at = 0
+    while at < len(sources):
+        store = sources[at][0]
+        end = at
+        while end < len(sources) and sources[end][0] is store:
+            end += 1
+        n, token_id, span = store.tokens_of_rows(np.array([r for _, r in sources[at:end]]), name)
+        ids.append(token_id)
+        spans.append(span)
+        lengths.append(n)
+        at = end
+    return Tokens(np.concatenate(ids), np.concatenate(lengths).astype(np.int32), np.concatenate(spans))
+
+
+class _Vocabulary:
+    """Input embeddings and spellings out of stores, as `write_teacher` asks a teacher for them."""
+
+    def __init__(self, stores: Sequence[Store] | dict[Store, None], name: str) -> None:
+        self._rows: dict[int, np.ndarray] = {}
+        self._pieces: dict[int, str] = {}
+        for store in stores:
+            vocabulary, table = store.embedding(name)
+            self._rows |= dict(zip(np.asarray(vocabulary).tolist(), np.asarray(table)))
+            self._pieces |= dict(zip(np.asarray(vocabulary).tolist(), store.pieces(name)))
+
+    @property
+    def tokeniser(self) -> _Vocabulary:
+        return self
+
+    def embedding(self, ids: np.ndarray) -> np.ndarray:
+        return np.stack([self._rows[i] for i in ids.tolist()])
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        return [self._pieces[i] for i in ids]
+
+
+def _copy_norms(plan: Plan, source: Store, name: str, context: str, scratch: Path) -> None:
+    """Norms are never changed, so a part of a store is standardised as the whole of it is."""
+    record, layers = plan.teachers[name], plan.views(name)[context]
+    c, written = record.contexts.index(context), []
+    for k in layers:
+        for array, values in zip(("norm_mean", "norm_std"), source.norm(View(name, context, k))):
+            path = plan.paths.data / name / array
+            written += RawArray(path).write_range(values, c, record.layers.index(k), first=0)
+    fsync_all(written)
+    number = plan.latest(name).number
+    link_commit(plan.paths, scratch, Commit(name, context, "norms", number, layers, [], [], versions=versions()))
