@@ -11,7 +11,6 @@ import argparse
 import csv
 import ctypes
 import gc
-import importlib.util
 import os
 import platform
 import signal
@@ -22,6 +21,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import loss_peers
 import numba
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ from stillhouse.train.rnnt import (
 ROOT = Path(__file__).resolve().parent.parent.parent
 CORPORA = Path(os.environ.get("STILLHOUSE_CORPORA", ROOT.parent / "shared" / "corpora"))
 RECTANGLES = [(8, 200, 40, 256), (16, 250, 60, 500), (4, 400, 100, 1024)]
+CHARACTERS = (16, 400, 120, 32)
 H = 512
 SLOW = int(os.environ.get("BENCH_SLOW_ROUNDS", "2"))  # rounds of peers that take seconds; 0: one, without a warm-up
 Case = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -148,6 +149,7 @@ def loss_steps(case: Case) -> dict[str, Callable[[torch.Tensor], Callable[[], ob
         "ours, own gradient": ours(),
         "ours, in place": ours(inplace=True),
         "ours, packed, in place": ours(inplace=True, layout="packed"),
+        **loss_peers.loss_steps(y, T, U, blank),
     }
 
 
@@ -176,9 +178,24 @@ def interleaved(steps: dict[str, Callable[[], Callable[[], object]]], rounds: in
     return {name: tuple(statistics.median(v) for v in zip(*found)) for name, found in times.items() if found}
 
 
+def agree(makers, fresh) -> None:
+    """Every loss's gradient of these logits is ours: a peer that computes something else is no peer."""
+    expected = {}
+    for layout in ("", ", packed"):
+        z = fresh(f"ours{layout}, in place")
+        makers[f"ours{layout}, in place"](z)()
+        expected[layout] = z.grad
+    for name, make in makers.items():
+        z = fresh(name)
+        make(z)()
+        worst = float((z.grad - expected[", packed" if "packed" in name else ""]).abs().max())
+        if worst > 1e-2:
+            raise SystemExit(f"bench-loss: the gradient of {name} is {worst:.1e} away from ours")
+
+
 def part_loss(out: list[str], rounds: int) -> None:
     ragged, source = librispeech()
-    cases = [("×".join(map(str, r)), lambda r=r: rectangle(*r)) for r in RECTANGLES]
+    cases = [("×".join(map(str, r)), lambda r=r: rectangle(*r)) for r in (*RECTANGLES, CHARACTERS)]
     cases.append((f"LibriSpeech, 8 utterances ({source}), V=500", lambda: ragged))
     for title, make in cases:
         case = make()
@@ -192,6 +209,7 @@ def part_loss(out: list[str], rounds: int) -> None:
         steps = {n: (lambda n=n, m=m, fresh=fresh: m(fresh(n))) for n, m in makers.items()}
         steps["memory roofline"] = lambda x=x: roofline(x.clone())
         found = interleaved(steps, rounds, {"torchaudio": SLOW, "plain torch": SLOW})
+        agree(makers, fresh)
         memory = {n: extra_memory(m(fresh(n))) / size for n, m in makers.items()}
         base, roof = found["torchaudio"], found["memory roofline"][0]
         out += [f"\n### {title}", "", f"B, T, U+1, V = {tuple(x.shape)}, {size / 2**20:.0f} MiB of logits", ""]
@@ -204,10 +222,14 @@ def part_loss(out: list[str], rounds: int) -> None:
                 f"| {name} | {wall * 1e3:.1f} | {base[0] / wall:.1f} | {cpu * 1e3:.1f} | {base[1] / cpu:.1f} | "
                 f"{roof / wall:.0%} | {f'{memory[name]:.3f}' if name in memory else ''} |"
             )
-        for peer in ("optimized_transducer", "fast_rnnt", "warprnnt_pytorch"):
-            if importlib.util.find_spec(peer) is None:
+        for peer in loss_peers.NAMES:
+            if not loss_peers.installed(peer):
                 out.append(f"| {peer} | not installed | | | | | |")
-        print(*out[-12:], sep="\n", file=sys.stderr)
+        peers = [name for name in found if name.startswith(loss_peers.NAMES)]
+        if peers:
+            best, ours = min(peers, key=lambda name: found[name]), found["ours, packed, in place"]
+            out.append(f"\nOurs, packed, is {found[best][0] / ours[0]:.1f}× the best C++ loss, {best}.")
+        print(*out[-16:], sep="\n", file=sys.stderr)
 
 
 def joint_parts(B, T, U, V):
@@ -284,10 +306,13 @@ def part_pruned(out: list[str], rounds: int) -> None:
         "full, fused, eps 1e-6": lambda: lambda: rnnt_loss_joint(e, p, w, c, y, T_b, U_b, reduction="sum").backward(),
         "pruned, band of 5 (simple loss, band, joint and loss)": lambda: pruned,
     }
+    peer = loss_peers.pruned_step(am, lm, [e, p, w, c], y, T_b, U_b, V - 1, 5)
+    if peer is not None:
+        steps["fast_rnnt, pruned, band of 5 (the same)"] = lambda: peer
     found = interleaved(steps, rounds, {"full, fused, eps 1e-6": 2})
     out += [f"\n### Pruned, {B}×{T}×{U}×{V}, joint of H={H} included", "", "| | ms | ms of CPU |", "|---|--:|--:|"]
     out += [f"| {name} | {wall * 1e3:.0f} | {cpu * 1e3:.0f} |" for name, (wall, cpu) in found.items()]
-    if importlib.util.find_spec("fast_rnnt") is None:
+    if peer is None:
         out.append("| fast_rnnt, pruned | not installed | |")
 
 
