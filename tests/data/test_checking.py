@@ -43,6 +43,9 @@ def test_every_kind_of_finding(make_corpus: Make, tone: Callable[..., Path]) -> 
         b'{"id": "latin", "text": "\xe9"}',
         b'{"id": "broken", ',
         to_line(Utterance(id="cut", text="x", audio="audio/cut.flac", duration_s=3.0)).encode(),
+        to_line(Utterance(id="second", text="x", audio="audio/whole.flac", channel=1)).encode(),
+        b'{"id": " ", "text": "x"}',
+        b'{"id": "typed", "text": 1}',
     ]
     corpus.path.write_bytes(b"\n".join(lines))
     assert kinds(corpus.path) == [
@@ -58,15 +61,20 @@ def test_every_kind_of_finding(make_corpus: Make, tone: Callable[..., Path]) -> 
         (13, "encoding", "latin"),
         (14, "line", None),
         (15, "audio", "cut"),
+        (16, "audio", "second"),
+        (17, "empty-id", None),
+        (18, "line", "typed"),
     ]
     assert {k for _, k, _ in kinds(corpus.path, audio=False)} == {
-        "duplicate-id", "duplicate-audio", "empty-text", "control", "encoding", "line",
+        "duplicate-id", "duplicate-audio", "empty-text", "control", "encoding", "line", "empty-id",
     }  # fmt: skip
     findings = check_corpus(corpus.path).findings
     assert str(findings[3]) == (
         f"{corpus.path}:7: u000: the id was used before, at {corpus.path}:1; give it another id or delete it"
     )
     assert "U+0009 at 1" in findings[7].what
+    facts = findings[3].facts()
+    assert (facts["file"], facts["line"], facts["id"]) == (str(corpus.path), 7, "u000")
 
 
 def test_rates(make_corpus: Make, tone: Callable[..., Path]) -> None:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -134,9 +136,65 @@ def test_exit_codes_of_the_program(tmp_path: Path) -> None:
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; from click.testing import CliRunner; from stillhouse.cli import cli\n"
-        "for c in ([], ['features'], ['import', 'csv'], ['tokenizer'], ['split'], ['check'], ['info']):\n"
+        "names = 'features import@csv import@kaldi import@huggingface tokenizer split check info'.split()\n"
+        "for c in [[], *(n.split('@') for n in names)]:\n"
         "    assert CliRunner().invoke(cli, ['corpus', *c, '--help']).exit_code == 0\n"
         "print([m for m in ('torch', 'numpy', 'h5py', 'pydantic', 'soundfile') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+PEERS = Path(__file__).parent / "peers"
+
+
+def test_every_kind_of_corpus_comes_in(tmp_path: Path) -> None:
+    """The same recordings out of the files of five toolkits, by the command line, checked afterwards."""
+    peers = Path(shutil.copytree(PEERS, tmp_path / "peers"))
+    audio = peers / "audio"
+    data = peers / "data" / "dev"
+    data.mkdir(parents=True)
+    (data / "wav.scp").write_text(f"one flac -c -d -s {audio}/one.flac |\ntalk {audio}/talk.flac\n")
+    (data / "segments").write_text("one-1 one 0 -1\ntalk-a talk 0 0.5 0\ntalk-b talk 0.6 1.7 1\n")
+    (data / "text").write_text("one-1 The kettle sings.\ntalk-a Is it raining?\ntalk-b Not yet.\n")
+    (data / "utt2spk").write_text("one-1 anna\ntalk-a ben\ntalk-b clara\n")
+    nemo = peers / "nemo.json"
+    nemo.write_text(
+        "".join(json.dumps({"audio_filepath": f"audio/{n}.flac", "text": n}) + "\n" for n in ("one", "talk"))
+    )
+    cuts = peers / "lhotse" / "cuts.jsonl.gz"
+    kinds: list[tuple[list[object], int, int, list[str]]] = [
+        (["kaldi", peers / "data"], 3, 2, ["dev"]),
+        (["espnet", f"eval={data}"], 3, 2, ["eval"]),
+        (["nemo", f"train={nemo}"], 2, 0, ["train"]),
+        (["lhotse", f"dev={cuts}", "--audio-root", peers], 3, 2, ["dev"]),
+    ]
+    if find_spec("pyarrow") is not None:
+        kinds.append((["huggingface", f"dev={peers / 'huggingface' / 'dict' / 'train'}"], 2, 0, ["dev"]))
+    for words, utterances, sessions, splits in kinds:
+        manifest = tmp_path / f"{words[0]}.jsonl"
+        done = stillhouse("corpus", "import", *words[:2], manifest, *words[2:], "--json", "--root", tmp_path)
+        facts = json.loads(done.stdout)
+        assert (facts["utterances"], facts["sessions"], facts["splits"]) == (utterances, sessions, splits), words
+        assert facts["findings"] == [] and facts["manifest"] == str(manifest)
+        assert ("sessions: unknown" in done.stderr) == (sessions == 0)
+        assert stillhouse("corpus", "check", manifest, "--full", "--root", tmp_path).stdout == ""
+        assert len(read_manifest(manifest)) == utterances
+    with_pattern = ["--session-pattern", "(?P<session>.)(?P<order>.*)", "--force"]
+    named = stillhouse("corpus", "import", "nemo", nemo, tmp_path / "nemo.jsonl", *with_pattern)
+    assert "sessions" not in named.stderr
+    stillhouse(
+        "corpus", "import", "nemo", tmp_path / "none.json", tmp_path / "x.jsonl", error=UsageError, match="no such"
+    )
+    stillhouse("corpus", "import", "nemo", f"={nemo}", tmp_path / "x.jsonl", error=UsageError, match="without a name")
+
+
+def test_a_damaged_feature_file_is_found(make_corpus: Callable[..., Corpus], tmp_path: Path) -> None:
+    corpus = make_corpus(3)
+    stillhouse("corpus", "features", corpus.path, tmp_path / "f.h5")
+    assert stillhouse("corpus", "check", tmp_path / "f.h5").stdout == ""
+    data = bytearray((tmp_path / "f.h5").read_bytes())
+    data[FeatureFile(tmp_path / "f.h5").open()._offset + 3] ^= 8
+    (tmp_path / "f.h5").write_bytes(data)
+    facts = json.loads(stillhouse("corpus", "check", tmp_path / "f.h5", "--json", code=1).stdout)
+    assert [(f["kind"], f["id"]) for f in facts["findings"]] == [("damaged", "u000")]
