@@ -115,11 +115,9 @@ class Transfer(nn.Module):
 
         `batch` on the same device. Frames beyond an utterance's length may hold anything, NaN included.
         """
-        encoder = self._tapped(encoder)
+        encoder = self._tapped(encoder, encoder_lengths)
         if len(encoder) != batch.utterances:
             raise ValueError(f"{len(encoder)} utterances in the encoder's output, {batch.utterances} in the targets")
-        padding = torch.arange(encoder.shape[1], device=encoder.device) >= encoder_lengths[:, None]
-        encoder = encoder.masked_fill(padding[..., None], 0)
         states, rows = self._align(encoder, encoder_lengths, batch, occupancy, predictor)
         losses: list[Tensor] = []
         index: list[int] = []
@@ -145,11 +143,16 @@ class Transfer(nn.Module):
         weights = self.mixing.logged(self.addresses)
         return TransferLoss(loss, per_view, kept, masked, batch.skipped, weights)
 
-    def _tapped(self, encoder: Tensor | Sequence[Tensor]) -> Tensor:
+    def _tapped(self, encoder: Tensor | Sequence[Tensor], lengths: Tensor) -> Tensor:
+        """[B, T, H], zero beyond each utterance's length: before the taps are mixed, so that what lies there stays out
+        of the gradient of their weights too.
+        """
         taps = [encoder] if isinstance(encoder, Tensor) else list(encoder)
         expected = 1 if self.tap_logits is None else len(self.tap_logits)
         if len(taps) != expected:
             raise ValueError(f"{len(taps)} taps of the encoder, {expected} expected")
+        padding = torch.arange(taps[0].shape[1], device=taps[0].device) >= lengths[:, None]
+        taps = [tap.masked_fill(padding[..., None], 0) for tap in taps]
         if self.tap_logits is None:
             return taps[0]
         weights = torch.softmax(self.tap_logits.float(), 0).to(taps[0].dtype)

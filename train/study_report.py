@@ -24,6 +24,11 @@ def points(estimate: Estimate, sign: bool = False) -> str:
 
 
 def limit(found: Detectable) -> str:
+    """In words. A spread of nothing (all hypotheses empty, say) says nothing of what could be found."""
+    if not found.value:
+        return (
+            f"{found.split}, {found.utterances} utterances: nothing can be said yet, for no run differs ({found.how})."
+        )
     return (
         f"{found.split}, {found.utterances} utterances, {found.seeds} seed{'s' * (found.seeds != 1)} an arm: "
         f"a true difference of {100 * found.value:.1f} points would most likely (4 in 5) be found, "

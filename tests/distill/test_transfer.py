@@ -208,6 +208,70 @@ def test_what_does_not_fit_is_refused(make):
         Transfer([], H, aligner="occupancy")
 
 
+def test_padding_changes_nothing_with_several_taps_either(make):
+    reader, transfer, texts, units = make("word", aligner="attention", taps=3)
+    encoder, lengths, _ = speech(units)
+    torch.nn.init.normal_(transfer.tap_logits, generator=torch.manual_seed(3))
+    padding = (torch.arange(max(FRAMES)) >= lengths[:, None])[..., None]
+    found = []
+    for filling in (0.0, float("nan")):
+        taps = [(scale * encoder).masked_fill(padding, filling).requires_grad_() for scale in (1, -2, 0.5)]
+        transfer.zero_grad()
+        loss = transfer(taps, lengths, reader.read(IDS, texts, units)).loss
+        loss.backward()
+        found.append([loss.detach(), transfer.tap_logits.grad, *(tap.grad for tap in taps)])
+    assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(*found, strict=True))
+    assert found[0][1].abs().min() > 0
+
+
+@pytest.mark.parametrize("aligner", ["attention", "cif", "predictor"])
+def test_the_mean_over_all_draws_is_the_mean_over_all_views(make, aligner):
+    """`sample` k = 1: each view is as likely, so the expected loss and gradient are those of mixing `mean`."""
+    reader, transfer, texts, units = make("word", aligner=aligner)
+    encoder, lengths, _ = speech(units)
+
+    def step(reader, number):
+        student = (predictions(units) if aligner == "predictor" else encoder).clone().requires_grad_()
+        speaks = (encoder, None, student) if aligner == "predictor" else (student, None, None)
+        found = transfer(speaks[0], lengths, reader.read(IDS, texts, units, step=number), *speaks[1:])
+        found.loss.backward()
+        return next(iter(found.per_view)), found.loss.detach(), student.grad
+
+    _, expected, gradient = step(reader, 0)
+    sampled, drawn = make("word", aligner=aligner, reader={"sample": 1})[0], {}
+    for number in range(60):
+        address, loss, grad = step(sampled, number)
+        drawn[address] = (loss, grad)
+    assert drawn.keys() == {view.address for view in reader.views}
+    torch.testing.assert_close(torch.stack([loss for loss, _ in drawn.values()]).mean(), expected)
+    torch.testing.assert_close(torch.stack([grad for _, grad in drawn.values()]).mean(0), gradient)
+
+
+@pytest.mark.parametrize("aligner", ["attention", "occupancy", "cif", "predictor"])
+@pytest.mark.parametrize("mixing", ["mean", "learned", "sample"])
+def test_data_parallel_training_needs_no_search_for_unused_parameters(make, tmp_path, aligner, mixing):
+    """DDP refuses the next step if a parameter had no gradient in the one before: sampled views, empty batches."""
+    sample = {"sample": 1} if mixing == "sample" else {}
+    taps = 1 if aligner == "predictor" else 2
+    reader, transfer, texts, units = make("word", aligner=aligner, mixing=mixing, taps=taps, reader=sample)
+    encoder, lengths, occupancy = speech(units)
+    taps = [encoder.clone().requires_grad_() for _ in range(taps)]
+    nothing = [torch.zeros(0, 2).int().numpy()] * 2
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel(transfer, find_unused_parameters=False)
+        for step in range(6):
+            batch = reader.read(IDS, texts, units, step=step)
+            parallel(taps, lengths, batch, occupancy, predictions(units)).loss.backward()
+            assert all(p.grad is not None and p.grad.isfinite().all() for p in transfer.parameters())
+            batch = reader.read(["d", "c"], ["", "..."], nothing, step=step)
+            parallel(
+                [t[:2] for t in taps], lengths[:2], batch, torch.zeros(2, 0, 7), torch.zeros(2, 1, W)
+            ).loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_several_taps_are_mixed_and_weighed_by_the_gradient(make):
     reader, transfer, texts, units = make(aligner="cif", taps=2)
     encoder, lengths, _ = speech(units)

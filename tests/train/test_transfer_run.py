@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from stillhouse.data.errors import StillhouseError
 from stillhouse.data.manifest import read_manifest, write_manifest
-from stillhouse.train.building import load_run
+from stillhouse.train.building import build_model, load_run
 from stillhouse.train.config import load_config
 from stillhouse.train.trainer import Trainer
 
@@ -57,6 +58,39 @@ def test_transfer_leaves_nothing_in_the_model_and_with_weight_0_changes_nothing(
     none, zero = (load_run(tmp_path / name, "last")[0].state_dict() for name in ("none", "zero"))
     assert none.keys() == zero.keys()
     assert all(torch.equal(none[k], zero[k]) for k in none)
+
+
+def test_what_is_decoded_holds_nothing_of_the_transfer_and_hears_the_same_without_it(
+    tones: Path, store: Path, tmp_path: Path
+) -> None:
+    """The weights that `decode` loads, against the model beside its heads in the trainer, bit by bit."""
+    changes = [f"transfer.stores={store}", 'transfer.views=["minilm/*/3,6"]', "transfer.layers=[1, 2]"]
+    changes += ["transfer.mixing=learned", "run.eval_every=1000", "run.checkpoint_every=1000"]
+    trainer = Trainer(load_config(tones / "run.toml", changes), tmp_path / "run")
+    trainer.run()
+    (folder,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    with safe_open(folder / "model.safetensors", "pt") as saved:
+        names = set(saved.keys())
+    assert names == set(build_model(load_config(tones / "run.toml"), trainer.units.size).state_dict())
+    heads = {name for name, _ in trainer.transfer.named_parameters()}
+    assert {"heads.0.weight", "tap_logits", "mixing.logits", "aligner.key.weight"} <= heads
+    assert not [n for n in names if any(n.endswith(h) for h in heads)]
+    (folder / "transfer.safetensors").unlink()
+    model = load_run(tmp_path / "run", "last")[0]
+    batch = trainer.loader.load(trainer.sampler.epoch(0)[0])
+    trainer.model.eval()
+    with torch.no_grad():
+        ours, theirs = (m.encode(batch.features, batch.feature_lengths)[0] for m in (model, trainer.model))
+        tapped, _, taps = trainer.model.encoder(
+            trainer.model.encoder.normalise(batch.features, batch.feature_lengths), batch.feature_lengths, taps=[1, 2]
+        )
+        assert len(taps) == 2 and torch.equal(ours, theirs) and torch.equal(ours, tapped)
+        assert torch.equal(model.predictor(batch.targets), trainer.model.predictor(batch.targets))
+        joint = [
+            m.joint(m.joint.encoder(ours[:, :1]), m.joint.predictor(m.predictor(batch.targets)))
+            for m in (model, trainer.model)
+        ]
+        assert torch.equal(*joint)
 
 
 def test_several_taps_and_learned_weights(tones: Path, store: Path, tmp_path: Path) -> None:
