@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from stillhouse.train.rnnt import numeric
-from stillhouse.train.rnnt.numeric import kernel
+from stillhouse.train.rnnt.numeric import clear_rows, kernel
 from stillhouse.train.rnnt.rows import load, store
+from stillhouse.train.rnnt.vector import LOG2E, scale_powers, sum_powers
 
 
 @kernel
@@ -63,3 +65,58 @@ def test_half_precision_rounds_as_torch_does():
         np.testing.assert_array_equal(loaded, values.to(dtype).float().numpy())
         round_trip(row, np.full(len(values), np.nan, np.float32), loaded)
         assert np.isnan(loaded).all()
+
+
+@kernel
+def one_row(rows, i, base, out, j, weight):
+    scale_powers(rows, i, out, j, base, weight)
+    return sum_powers(rows, i, base)
+
+
+@kernel
+def cleared(rows, start, stop):
+    clear_rows(rows, start, stop)
+
+
+ROW_KINDS = {torch.float32: (np.float32, 4e-7), torch.float16: (np.int16, 5e-4), torch.bfloat16: (np.uint16, 4e-3)}
+
+
+@pytest.mark.parametrize("dtype", ROW_KINDS)
+def test_a_row_of_any_length_anywhere(dtype):
+    """Sums and softmaxes of rows of every length, at every place of a cache line; the rows beside stay as they are."""
+    kind, tolerance = ROW_KINDS[dtype]
+    for V in [*range(1, 70), 79, 95, 127, 128, 129, 200, 255]:
+        given = torch.randn(5, V, generator=torch.Generator().manual_seed(V)).mul(3).to(dtype)
+        bits = (given if dtype == torch.float32 else given.view(torch.int16)).numpy().view(kind)
+        for i in range(5):
+            logits = given[i].double()
+            base = np.float32(float(logits.logsumexp(0)) * LOG2E)
+            wanted = torch.exp(logits - float(base) / LOG2E)
+            for out, j, inplace in ((np.full_like(bits, 7), 4 - i, False), (bits.copy(), i, True)):
+                before = out.copy()
+                total = one_row(out if inplace else bits, i, base, out, j, np.float32(0.5))
+                if not inplace:
+                    assert total == pytest.approx(float(wanted.sum()), rel=5e-7)
+                found = torch.from_numpy(out[j].view(np.int16 if kind != np.float32 else kind)).view(dtype).double()
+                np.testing.assert_allclose(found, wanted * 0.5, rtol=tolerance, atol=1e-7)
+                before[j] = out[j]
+                np.testing.assert_array_equal(out, before)
+
+
+def test_powers_at_the_ends():
+    row = np.array([[-np.inf, -1e30, -89, 0.0, np.nan, -3e38, 1.0]], np.float32)
+    out = np.empty_like(row)
+    assert np.isnan(one_row(row, 0, np.float32(0), out, 0, np.float32(1)))
+    assert out[0, :3].tolist() == [0, 0, 0] and np.isnan(out[0, 4]) and out[0, 5] == 0
+    np.testing.assert_allclose(out[0, [3, 6]], [1, np.e], rtol=4e-7)
+    # too large for a float32: a sum that cannot be mistaken for a good one
+    large = np.full((1, 40), 1e30, np.float32)
+    assert one_row(large, 0, np.float32(0), np.empty_like(large), 0, np.float32(0)) > 1e38
+
+
+def test_rows_are_cleared():
+    for kind in (np.float32, np.float64, np.int16):
+        rows = np.ones((6, 5), kind)
+        cleared(rows, 2, 4)
+        cleared(rows, 5, 5)
+        assert rows.sum(1).tolist() == [5, 5, 0, 0, 5, 5]

@@ -123,3 +123,53 @@ def test_occupancies_are_probabilities(case):
     inside = torch.arange(y.shape[1]) < U[:, None]
     torch.testing.assert_close(occupancy.sum(2), inside.float(), rtol=0, atol=1e-4)
     assert (occupancy >= 0).all()
+
+
+EDGES = [
+    (2, 1, 0, 2), (1, 1, 0, 1), (3, 5, 0, 1), (1, 1, 9, 2), (300, 2, 1, 3), (1, 4000, 3, 5), (1, 4, 2000, 3),
+    (2, 5, 3, 63), (2, 5, 3, 64), (2, 5, 3, 1000), (2, 3, 2, 50_000),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", EDGES)
+def test_edges(shape, dtype):
+    """Extreme shapes: against ours in float64, in place to the bit, packed."""
+    B, T, U, V = shape
+    g = torch.Generator().manual_seed(V)
+    x = torch.randn(B, T, U + 1, V, generator=g).to(dtype)
+    y = torch.randint(0, max(1, V - 1), (B, U), generator=g)
+    T_b, U_b = torch.randint(1, T + 1, (B,), generator=g), torch.randint(0, U + 1, (B,), generator=g)
+    T_b[0], U_b[0] = T, U
+
+    def run(z, **options):
+        z.requires_grad_()
+        costs = rnnt_loss(z, y, T_b, U_b, reduction="none", **options)
+        costs.sum().backward()
+        return costs.detach(), z.grad
+
+    costs, grad = run(x.clone())
+    exact = run(x.double())
+    np.testing.assert_allclose(costs, exact[0], rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(grad.double(), exact[1], atol=TOLERANCE[dtype] / 2)
+    again = run(x.clone(), inplace=True)
+    assert torch.equal(again[0], costs) and torch.equal(again[1], grad)
+    together = run(packed(x, T_b, U_b), layout="packed")
+    torch.testing.assert_close(together[0], costs, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(together[1], packed(grad, T_b, U_b), rtol=0, atol=TOLERANCE[dtype] / 2)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e2, 1e3, 1e4, 1e6, 1e8, 1e12])
+def test_logits_of_any_size(scale):
+    """float32 logits carry scale * 6e-8 of rounding into no result: values are relative, gradients mostly 0 or 1."""
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(3, 9, 5, 40, generator=g) * scale
+    y, T, U = torch.randint(0, 39, (3, 4), generator=g), torch.tensor([9, 4, 7]), torch.tensor([4, 2, 0])
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        z = x.to(dtype, copy=True).requires_grad_()
+        costs = rnnt_loss(z, y, T, U, reduction="none")
+        costs.sum().backward()
+        results.append((costs.detach().double(), z.grad.double()))
+    np.testing.assert_allclose(*(v[0] for v in results), rtol=1e-6)
+    np.testing.assert_allclose(*(v[1] for v in results), atol=5e-5)
