@@ -22,6 +22,7 @@ from ..store import Store, View
 from ..store.arrays import RawArray
 from ..store.layout import VERSION
 from ..store.plan import Unit
+from ..store.remote import mirror_of
 from ..store.verify import Finding, findings
 
 
@@ -121,7 +122,7 @@ def store_facts(store: Store) -> StoreFacts:
         utterances=len(store.utterance_ids),
         sessions=int(session.max(initial=-1)) + 1,
         tokens=sum(t.tokens for t in teachers),
-        bytes=sum(n for _, n in files(store.path)),
+        bytes=sum(n for _, n in files(store.paths.root)),
         hidden_bytes=sum(t.hidden_bytes for t in teachers),
         generations=len(store.plan.generations),
         teachers=teachers,
@@ -245,6 +246,10 @@ def utterance_facts(store: Store, patterns: Sequence[str] = ()) -> Iterator[Utte
 
 def files(folder: Path) -> Iterator[tuple[Path, int]]:
     """Every file under a folder with its size in bytes; what vanishes meanwhile (a writer's) is left out."""
+    mirror = mirror_of(folder)
+    if mirror is not None:
+        yield from mirror.sizes(folder).items()
+        return
     pending = [str(folder)]
     while pending:
         with os.scandir(pending.pop()) as entries:

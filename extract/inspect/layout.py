@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..store import Store
 from ..store.files import read_json
+from ..store.remote import mirror_of
 from .facts import files
 
 WHAT = {
@@ -41,30 +42,36 @@ class Node:
 
 def tree(store: Store) -> list[Node]:
     """Nodes in the order in which a tree is drawn. Errors: StoreError where a zarr.json cannot be read."""
-    root = store.path
-    entries = sorted(root.iterdir(), key=lambda p: (list(WHAT).index(p.name) if p.name in WHAT else 99, p.name))
-    return [node for entry in entries for node in _nodes(root, entry, 0)]
+    root = store.paths.root
+    sizes = {path.relative_to(root).parts: size for path, size in files(root)}
+    if mirror_of(root) is None:  # a bucket knows no empty folders
+        sizes |= {(p.name, ""): 0 for p in root.iterdir() if p.is_dir() and not any(p.iterdir())}
+    names = sorted({parts[0] for parts in sizes}, key=lambda n: (list(WHAT).index(n) if n in WHAT else 99, n))
+    return [node for name in names for node in _nodes(root, (name,), _under(sizes, name))]
 
 
-def _nodes(root: Path, path: Path, depth: int) -> Iterator[Node]:
-    if path.is_file():
-        yield _node(root, path, depth, "file", about=WHAT.get(path.name))
+Sizes = dict[tuple[str, ...], int]  # of the files below a place, by the rest of their paths
+
+
+def _under(sizes: Sizes, name: str) -> Sizes:
+    return {parts[1:]: size for parts, size in sizes.items() if parts[0] == name and parts[1:] != ("",)}
+
+
+def _nodes(root: Path, place: tuple[str, ...], sizes: Sizes) -> Iterator[Node]:
+    facts = "/".join(place), len(place) - 1
+    count, total, about = len(sizes), sum(sizes.values()), WHAT.get(place[-1])
+    if () in sizes:
+        yield Node(*facts, "file", count, total, about=about)
         return
-    meta_path = path / "zarr.json"
-    if not meta_path.is_file():
-        yield _node(root, path, depth, "folder", about=WHAT.get(path.name))
+    if ("zarr.json",) not in sizes:
+        yield Node(*facts, "folder", count, total, about=about)
         return
-    meta = read_json(meta_path)
+    meta = read_json(root.joinpath(*place, "zarr.json"))
     if meta["node_type"] == "array":
         dtype = meta.get("attributes", {}).get("logical_dtype", meta["data_type"])
         names = meta.get("dimension_names")
-        yield _node(root, path, depth, "array", shape=meta["shape"], dtype=dtype, dimensions=names)
+        yield Node(*facts, "array", count, total, shape=meta["shape"], dtype=dtype, dimensions=names)
         return
-    yield _node(root, path, depth, "group", about=WHAT.get(path.name))
-    for child in sorted(p for p in path.iterdir() if p.is_dir()):
-        yield from _nodes(root, child, depth + 1)
-
-
-def _node(root: Path, path: Path, depth: int, kind: str, **more) -> Node:
-    sizes = [path.stat().st_size] if path.is_file() else [n for _, n in files(path)]
-    return Node(str(path.relative_to(root)), depth, kind, len(sizes), sum(sizes), **more)
+    yield Node(*facts, "group", count, total, about=about)
+    for name in sorted({parts[0] for parts in sizes if len(parts) > 1}):
+        yield from _nodes(root, (*place, name), _under(sizes, name))

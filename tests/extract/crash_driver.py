@@ -13,6 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
+from stillhouse.data.errors import NoStoreError
 from stillhouse.data.manifest import read_manifest
 from stillhouse.extract import extend, skeleton
 from stillhouse.extract.plan import Request
@@ -41,9 +42,10 @@ def kill_at(where: str) -> None:
 
 def seen(root: Path) -> dict:
     """What a fresh reader finds: committed (view, utterance) pairs and their checksums, verified while read."""
-    if not (root / "store.json").exists():
+    try:
+        store = Store.open(root, checksums=True)
+    except NoStoreError:
         return {"planned": False, "rows": 0, "units": 0}
-    store = Store.open(root, checksums=True)
     rows = units = 0
     for view in store.planned_views:
         have = store.has(store.utterance_ids, view)

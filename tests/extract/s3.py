@@ -81,8 +81,8 @@ class Proxy:
                 fault = proxy.fault(self.command, self.path)
                 if fault is not None:
                     proxy.harmed[fault] += 1
-                if fault == "500":
-                    self.send_response(500)
+                if fault in ("500", "403"):
+                    self.send_response(int(fault))
                     self.send_header("Content-Length", "0")
                     self.end_headers()
                     return

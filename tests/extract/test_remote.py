@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from click.testing import CliRunner
 
+from stillhouse.data.errors import NoStoreError, StoreError, UsageError
+from stillhouse.data.manifest import write_manifest
+from stillhouse.extract.inspect.commands import inspect
 from stillhouse.extract.plan import Request
 from stillhouse.extract.run import extract
 from stillhouse.extract.store import Store, View
 from stillhouse.extract.store import objects as objects_module
+from stillhouse.extract.store import remote as remote_module
+from stillhouse.extract.store.transfers import evict
 from stillhouse.extract.store.verify import verify
 
 from . import s3
 from .conftest import loaded, make_corpus
-from .test_crash import tree
+from .test_crash import DRIVER, ENV, tree
+from .test_run import long_corpus
 
 VIEWS = [View("bert", c, k) for c in ("alone", "both:4") for k in (0, 1, 2)]
 REQUEST = Request("bert", [0, 1, 2], ["alone", "both:4"])
@@ -104,3 +120,264 @@ def test_extraction_into_a_bucket(proxy: s3.Proxy, server: int, bert: Path, smal
     again = extract("s3://bucket/made", make_corpus(), loaded(bert), REQUEST)  # type: ignore[arg-type]
     assert (again.units_done_now, again.units) == (0, summary.units)
     assert not list((objects_module.cache_folder() / "writers").iterdir())
+
+
+def once(fault: str, *methods: str) -> s3.Fault:
+    """Every object's first request fails."""
+    seen: set[tuple[str, str]] = set()
+
+    def harm(method: str, path: str) -> str | None:
+        if method in methods and (method, path) not in seen:
+            seen.add((method, path))
+            return fault
+        return None
+
+    return harm
+
+
+@pytest.mark.parametrize("fault", ["500", "drop", "slow"])
+def test_failing_reads_are_tried_again(
+    proxy: s3.Proxy, uploaded: str, small_store: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STILLHOUSE_REMOTE_TIMEOUT_S", "1")
+    proxy.fault = once(fault, "GET")
+    there, here = Store.open(uploaded), Store.open(small_store)
+    ids = here.utterance_ids
+    assert np.array_equal(there.gather(ids, VIEWS[4:5]).states[VIEWS[4]], here.gather(ids, VIEWS[4:5]).states[VIEWS[4]])
+    assert proxy.harmed[fault] >= 10
+
+
+def test_failing_writes_are_tried_again(proxy: s3.Proxy, server: int, bert: Path, small_store: Path) -> None:
+    """Where an answer is lost the object may be there already: it is compared, and found to be ours."""
+    lost, broken = once("lost", "PUT"), once("500", "GET", "HEAD")
+    proxy.fault = lambda method, path: lost(method, path) or broken(method, path)
+    extract("s3://bucket/hard", make_corpus(), loaded(bert), REQUEST)  # type: ignore[arg-type]
+    assert proxy.harmed["lost"] >= 40 and proxy.harmed["500"] >= 10
+    proxy.fault = lambda method, path: None
+    same("s3://bucket/hard", small_store)
+
+
+@pytest.mark.parametrize(
+    "fault,words",
+    [
+        (
+            "500",
+            r"s3://bucket/up/small/store.json: the object store does not answer: .*500.*\(4 attempts\).*AWS_ENDPOINT",
+        ),
+        ("403", r"s3://bucket/up/small/store.json: the object store refuses: .*403.*AWS_SECRET_ACCESS_KEY"),
+    ],
+)
+def test_an_object_store_that_stays_away_is_told(proxy: s3.Proxy, uploaded: str, fault: str, words: str) -> None:
+    proxy.fault = lambda method, path: fault
+    with pytest.raises(StoreError, match=words):
+        Store.open(uploaded)
+    proxy.fault = lambda method, path: None
+    store = Store.open(uploaded)
+    proxy.fault = lambda method, path: fault if "hidden" in path else None
+    with pytest.raises(StoreError, match="hidden"):
+        store.gather(store.utterance_ids[:2], VIEWS[:1])
+    proxy.fault = lambda method, path: None
+    assert len(store.gather(store.utterance_ids[:2], VIEWS[:1]).states) == 1  # it goes on
+
+
+def test_urls_that_name_no_store(proxy: s3.Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NoStoreError, match=r"s3://bucket/nothing: there is no store"):
+        Store.open("s3://bucket/nothing")
+    with pytest.raises(UsageError, match="s3://BUCKET/PREFIX"):
+        Store.open("s3://bucket")
+    monkeypatch.setattr(objects_module, "find_spec", lambda name: None)
+    objects_module.close_all()
+    with pytest.raises(UsageError, match=r"pip install 'stillhouse\[cloud\]'"):
+        Store.open("s3://bucket/up/small")
+
+
+class Read(torch.utils.data.Dataset):
+    """What a DataLoader's workers do with a store."""
+
+    def __init__(self, store: Store, ids: list[str]) -> None:
+        self.store, self.ids = store, ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> bytes:
+        return self.store.gather([self.ids[i]], VIEWS[1:2]).states[VIEWS[1]].tobytes()
+
+
+@pytest.mark.parametrize("how", ["fork", "spawn"])
+def test_workers_of_a_dataloader_read_after_their_parent(proxy: s3.Proxy, uploaded: str, how: str) -> None:
+    store = Store.open(uploaded)
+    ids = store.utterance_ids[:6]
+    want = [Read(store, ids)[i] for i in range(6)]  # the parent has a helper and open shards by now
+    loader = torch.utils.data.DataLoader(
+        Read(store, ids), batch_size=None, num_workers=2, multiprocessing_context=how, timeout=120
+    )
+    assert list(loader) == want
+    assert pickle.loads(pickle.dumps(store)).path == store.path
+
+
+def test_a_damaged_block_is_fetched_again(proxy: s3.Proxy, uploaded: str, small_store: Path) -> None:
+    store = Store.open(uploaded)
+    store.gather(store.utterance_ids, VIEWS)
+    blocks = [p for p in (objects_module.cache_folder() / "blocks").rglob("*") if p.is_file()]
+    assert len(blocks) == 6 and not any(p.name.endswith(".tmp") for p in blocks)
+    for path in blocks:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 3] ^= 1
+        path.write_bytes(data)
+    same(uploaded, small_store)
+
+
+def test_a_shard_that_was_replaced_is_told(proxy: s3.Proxy, server: int, small_store: Path) -> None:
+    key = "re/data.zarr/bert/hidden/c/0/0/0/0"
+    for path in small_store.rglob("*"):
+        if path.is_file():
+            s3.put(server, f"re/{path.relative_to(small_store)}", path.read_bytes())
+    store = Store.open("s3://bucket/re")
+    blocks = remote_module.Blocks(remote_module.mirror_of(store.paths.root), store.paths.hidden("bert", 0, 0, 0))  # type: ignore[arg-type]
+    data = s3.get(server, key)
+    s3.put(server, key, data[:100] + bytes(len(data) - 100))
+    with pytest.raises(StoreError, match="replaced while it was read; open the store again"):
+        blocks.read(memoryview(bytearray(10)), 0)
+
+
+def test_the_cache_is_bounded(tmp_path: Path) -> None:
+    """What was used longest ago goes first; what a writer is making stays."""
+    for i in range(20):
+        path = tmp_path / "blocks" / f"{i % 3}" / str(i)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(1000))
+        os.utime(path, (i, i))
+    own = tmp_path / "writers" / "w" / "file"
+    own.parent.mkdir(parents=True)
+    own.write_bytes(bytes(9000))
+    evict(str(tmp_path), 10_000)
+    left = sorted(int(p.name) for p in (tmp_path / "blocks").rglob("*") if p.is_file())
+    assert left == list(range(11, 20)) and own.exists()
+    evict(str(tmp_path), 10_000)
+    assert len(list((tmp_path / "blocks").rglob("*"))) == 3 + 9
+
+
+def test_reading_goes_on_while_the_cache_is_too_small(
+    proxy: s3.Proxy, uploaded: str, small_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_module, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(objects_module, "cache_limit_bytes", lambda: 30_000)
+    for _ in range(3):
+        same(uploaded, small_store)
+    total = sum(p.stat().st_size for p in (objects_module.cache_folder() / "blocks").rglob("*") if p.is_file())
+    assert total <= 31_000
+
+
+def test_two_writers_at_once(proxy: s3.Proxy, server: int, bert: Path, tmp_path: Path) -> None:
+    """One plan, whoever makes it; every unit once in the bucket; both see all of it at the end."""
+    corpus, request = long_corpus(), Request("t", [0, 2], ["alone", "both:4"])
+    summaries: list = []
+
+    def write() -> None:
+        try:
+            summaries.append(extract("s3://bucket/two", corpus, loaded(bert).twin(), request))  # type: ignore[arg-type]
+        except BaseException as e:
+            summaries.append(e)
+
+    threads = [threading.Thread(target=write) for _ in range(2)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    for s in summaries:
+        if isinstance(s, BaseException):
+            raise s
+    assert [len(s.views) for s in summaries] in ([4, 4], [0, 4], [4, 0], [2, 4], [4, 2])
+    extract(tmp_path / "one", corpus, loaded(bert), request)
+    want = tree(tmp_path / "one")
+    assert {k.removeprefix("two/data.zarr/") for k in s3.keys(server, "two/data.zarr/")} == set(want)
+    for name in want:
+        assert s3.get(server, f"two/data.zarr/{name}") == want[name], name
+    records = Counter(k.rsplit("/", 2)[-2:][0] for k in s3.keys(server, "two/commits/") if k.endswith(".json"))
+    assert set(records.values()) == {summaries[0].units // 2 + 1}
+
+
+def test_other_bytes_are_refused(proxy: s3.Proxy, server: int, bert: Path) -> None:
+    s3.put(server, "other/data.zarr/bert/hidden/c/0/0/0/0", b"of another machine")
+    with pytest.raises(
+        StoreError, match=r"s3://bucket/other/.*: another writer has put other bytes.*delete this object"
+    ):
+        extract("s3://bucket/other", make_corpus(), loaded(bert), REQUEST)  # type: ignore[arg-type]
+    assert not [k for k in s3.keys(server, "other/commits/") if k.endswith("alone/0.0.json")]
+
+
+def test_more_layers_and_a_repair(proxy: s3.Proxy, server: int, bert: Path, small_store: Path) -> None:
+    first = Request("bert", [0, 1], ["alone"])
+    extract("s3://bucket/grow", make_corpus(), loaded(bert), first)  # type: ignore[arg-type]
+    assert len(Store.open("s3://bucket/grow").views) == 2
+    extract("s3://bucket/grow", make_corpus(), loaded(bert), REQUEST)  # type: ignore[arg-type]
+    same("s3://bucket/grow", small_store)
+    assert verify(Store.open("s3://bucket/grow")) == []
+
+
+@pytest.mark.slow
+def test_killed_writers_lose_nothing(proxy: s3.Proxy, bert: Path, tmp_path: Path) -> None:
+    corpus = long_corpus()
+    write_manifest(tmp_path / "corpus.jsonl", corpus.utterances)
+    phases = ["planned:1", "mid_write:3", "renamed:1", "before_link:1", "after_link:1", "mid_write:300", "after_link:2"]
+    arguments = [str(tmp_path / "corpus.jsonl"), "s3://bucket/killed", str(bert), "alone,both:4", *phases]
+    done = subprocess.run(
+        [sys.executable, str(DRIVER), *arguments],
+        env=ENV | dict(os.environ),
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr
+    log = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [entry["killed"] for entry in log] == [signal.SIGKILL] * len(phases) + [0] and log[-1]["exit"] == 0
+    rows = [entry["rows"] for entry in log]
+    assert rows == sorted(rows) and rows[-1] > 0
+    extract(tmp_path / "calm", corpus, loaded(bert), Request("t", [0, 2], ["alone", "both:4"]))
+    there, here = Store.open("s3://bucket/killed", checksums=True), Store.open(tmp_path / "calm")
+    for view in here.views:
+        a, b = (s.gather(here.utterance_ids, [view]).states[view] for s in (there, here))
+        assert np.array_equal(a, b)
+    assert verify(there) == []
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["info"],
+        ["ls", "--utterances"],
+        ["show", "u1"],
+        ["stats", "--full"],
+        ["verify", "--data"],
+        ["tree"],
+        ["similarity"],
+    ],
+)
+def test_inspect_takes_urls(proxy: s3.Proxy, uploaded: str, small_store: Path, command: list[str]) -> None:
+    def facts(store: str) -> object:
+        done = CliRunner().invoke(inspect, [command[0], store, *command[1:], "--json"], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
+    def strip(value: object) -> object:
+        """Without what the place of the store and its folders for writers make different."""
+        if isinstance(value, dict):
+            own = {"path", "store", "bytes", "files", "other_bytes", "seconds", "nodes"}
+            return {k: strip(v) for k, v in value.items() if k not in own}
+        return [strip(v) for v in value] if isinstance(value, list) else value
+
+    assert strip(facts(uploaded)) == strip(facts(str(small_store)))
+
+
+def test_status_and_training_take_urls(proxy: s3.Proxy, uploaded: str, small_store: Path) -> None:
+    from stillhouse.extract.commands import extract as command
+    from stillhouse.train.config import TransferSection
+
+    done = CliRunner().invoke(command, ["-", uploaded, "--status", "--json"], catch_exceptions=False)
+    assert done.exit_code in (0, 2)
+    section = TransferSection(stores=[uploaded], views=["bert/*/last"])  # type: ignore[list-item]
+    store = Store.open(section.stores[0])
+    assert (
+        store.shards(["u1", "nobody"]).tolist() == Store.open(small_store).shards(["u1", "nobody"]).tolist() == [0, -1]
+    )
