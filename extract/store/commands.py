@@ -15,9 +15,9 @@ import click
 from ..commands import default_name, parse_layers, progress_lines, render
 
 
-@click.group()
+@click.group(epilog="STORE is a folder that stillhouse extract wrote. Exit codes: 10 no store, 11 locked, 12 stale.")
 def store() -> None:
-    """Bring states of other programs into a store."""
+    """Import into stores, take out of them, clear, cut, copy and merge them."""
 
 
 @store.command(

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import zarr
 
-from stillhouse.data.errors import LockedError, NoStoreError, StoreError, UsageError
+from stillhouse.cli import main
+from stillhouse.data.errors import LockedError, NoStoreError, StaleError, StoreError, UsageError
 from stillhouse.data.manifest import Corpus
 from stillhouse.extract.life import clear, remove_utterances, remove_views
 from stillhouse.extract.plan import Request
+from stillhouse.extract.rebuild import copy, merge, subset
 from stillhouse.extract.run import extract
 from stillhouse.extract.status import status
 from stillhouse.extract.store import Store, View
 from stillhouse.extract.store.files import Scratch
+from stillhouse.extract.store.freshness import stale
 from stillhouse.extract.store.layout import Paths
 from stillhouse.extract.store.verify import verify
 from stillhouse.extract.sweep import litter
 
 from .conftest import TEXTS, loaded, make_corpus, sentences
-from .test_refresh import REQUEST, edited, same_as_fresh
+from .test_refresh import CONTEXTS, REQUEST, edited, same_as_fresh
 
 
 def states(root: Path, ids: list[str] | None = None) -> dict[tuple[str, str], bytes]:
@@ -174,3 +180,128 @@ def test_nobody_clears_under_a_writer(bert: Path, tmp_path: Path) -> None:
     remove_utterances(root, ["u1"])
     with pytest.raises(NoStoreError, match="not complete: t/alone/2"):
         clear(root)
+
+
+def test_a_subset_serves_the_same_bytes(bert: Path, gpt2: Path, tmp_path: Path) -> None:
+    root, corpus = tmp_path / "s", make_corpus()
+    extract(root, corpus, loaded(bert), REQUEST)
+    extract(root, corpus, loaded(gpt2), Request("gpt", [1], ["past:8"], dtype="bfloat16"))
+    kept = ["u1", "u2", "u9", "u20"]
+    done = subset(root, tmp_path / "sub", kept)
+    assert done.utterances == 4 and done.context_only == 8  # three sessions of four
+    part = Store.open(tmp_path / "sub")
+    assert sorted(part.utterance_ids) == sorted(kept) and verify(part) == [] and litter(part.plan) == []
+    assert states(tmp_path / "sub") == states(root, kept)
+    opens_with_zarr(tmp_path / "sub")
+    said = [[(u.id, u.text) for u in (corpus.utterances[i] for i in s)] for s in corpus.sessions()]
+    assert stale(part, part.views, said) == {}  # the neighbours are still known
+    whole = Store.open(root)
+    for view in part.views:
+        assert all(np.array_equal(a, b) for a, b in zip(part.norm(view), whole.norm(view)))
+        assert np.array_equal(part.input_hash(kept, view), whole.input_hash(kept, view))
+    assert subset(root, tmp_path / "one", kept, ["t/past:4/2"]).views == ["t/past:4/2"]
+    extract(tmp_path / "sub", corpus, loaded(bert), REQUEST)  # the others come back; nobody is stale
+    assert Store.open(tmp_path / "sub").has([u.id for u in corpus.utterances], View("t", "both:4", 2)).all()
+    with pytest.raises(NoStoreError, match="u99"):
+        subset(root, tmp_path / "no", ["u99"])
+    with pytest.raises(UsageError, match="is there already"):
+        subset(root, tmp_path / "one", kept)
+
+
+def test_a_copy_of_some_views(bert: Path, corpus: Corpus, tmp_path: Path) -> None:
+    root = tmp_path / "s"
+    extract(root, corpus, loaded(bert), REQUEST)
+    now = edited(corpus, u3="something else entirely", u50=None)
+    extract(root, now, loaded(bert), REQUEST, refresh=True)
+    done = copy(root, tmp_path / "c", ["t/*/2"])
+    assert done.views == ["t/alone/2", "t/both:4/2", "t/past:4/2"] and done.context_only == 0
+    assert states(tmp_path / "c") == {k: v for k, v in states(root).items() if k[0].endswith("/2")}
+    store = Store.open(tmp_path / "c")
+    assert verify(store) == [] and store.plan.edition() == 0 and status(tmp_path / "c").complete
+    opens_with_zarr(tmp_path / "c")
+    extract(tmp_path / "c", now, loaded(bert), REQUEST)  # it grows like any other
+    same_as_fresh(tmp_path / "c", now, bert, REQUEST, tmp_path / "fresh")
+    Paths(root).commit("t", "alone", 1, 0).unlink()
+    with pytest.raises(NoStoreError, match="not complete: t/alone/0"):
+        copy(root, tmp_path / "d")
+
+
+def test_merging(bert: Path, corpus: Corpus, tmp_path: Path) -> None:
+    half = Corpus(corpus.path, corpus.utterances[:100]), Corpus(corpus.path, corpus.utterances[95:])
+    extract(tmp_path / "a", half[0], loaded(bert), REQUEST)
+    extract(tmp_path / "b", half[1], loaded(bert), REQUEST)  # u95 to u99, one session, are in both
+    done = merge(tmp_path / "a", tmp_path / "b", tmp_path / "ab")
+    assert done.utterances == len(corpus.utterances)
+    assert states(tmp_path / "ab") == states(tmp_path / "b") | states(tmp_path / "a")
+    store = Store.open(tmp_path / "ab")
+    assert verify(store) == [] and status(tmp_path / "ab").complete
+    opens_with_zarr(tmp_path / "ab")
+    assert extract(tmp_path / "ab", corpus, loaded(bert), REQUEST).units_done_now == 0
+    extract(tmp_path / "whole", corpus, loaded(bert), REQUEST)
+    whole, ids = Store.open(tmp_path / "whole"), store.utterance_ids
+    for view in store.views:
+        assert np.array_equal(store.input_hash(ids, view), whole.input_hash(ids, view))
+
+
+@pytest.mark.parametrize(
+    ("request_", "error"),
+    [
+        (Request("t", [0], CONTEXTS), "only .*a has t/alone/2"),
+        (Request("t", [0, 2], CONTEXTS, transform="upper"), "the text transform"),
+        (Request("t", [0, 2], CONTEXTS, join=" and "), "the join string"),
+        (Request("t", [0, 2], CONTEXTS, dtype="float32"), "the stored dtype"),
+    ],
+)
+def test_merging_names_what_differs(request_: Request, error: str, bert: Path, tmp_path: Path) -> None:
+    extract(tmp_path / "a", make_corpus(TEXTS), loaded(bert), REQUEST)
+    extract(tmp_path / "b", make_corpus(TEXTS[:4]), loaded(bert), request_)
+    with pytest.raises(StaleError, match=error) as e:
+        merge(tmp_path / "a", tmp_path / "b", tmp_path / "ab")
+    assert e.value.exit_code == 12 and not (tmp_path / "ab").exists()
+
+
+def test_merging_refuses_what_is_in_both_otherwise(bert: Path, tmp_path: Path) -> None:
+    corpus, request = make_corpus(TEXTS), Request("t", [2], ["past:4"])
+    extract(tmp_path / "a", corpus, loaded(bert), request)
+    for n, (now, error) in enumerate(
+        [
+            (edited(corpus, u1="another"), "u1 has another text"),
+            (edited(corpus, u0=None, u4=None), "saw another context|another text"),
+            (Corpus(corpus.path, [*corpus.utterances, corpus.utterances[0].model_copy(update={"id": "n"})]), "n of"),
+        ]
+    ):
+        extract(tmp_path / f"b{n}", now, loaded(bert), request)
+        with pytest.raises(StaleError, match=error):
+            merge(tmp_path / "a", tmp_path / f"b{n}", tmp_path / "ab")
+
+
+@pytest.fixture
+def stillhouse(capsys: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
+    """Run the command line in this process: exit code, stdout, stderr."""
+
+    def run(*arguments: object) -> SimpleNamespace:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as e:
+            main([str(a) for a in arguments])
+        found = capsys.readouterr()
+        return SimpleNamespace(code=e.value.code, out=found.out, err=found.err)
+
+    return run
+
+
+def test_the_commands(bert: Path, tmp_path: Path, stillhouse: Callable) -> None:
+    root = tmp_path / "s"
+    extract(root, make_corpus(), loaded(bert), REQUEST)
+    (tmp_path / "ids").write_text("u1\nu7\n\n")
+    told = json.loads(stillhouse("store", "rm", root, "t/past:4/*", "--dry-run", "--json").out)
+    assert told["views"] == ["t/past:4/0", "t/past:4/2"] and not told["done"]
+    assert "t/past:4/0" in stillhouse("store", "rm", root, "t/past:4/*").out
+    assert stillhouse("store", "subset", root, tmp_path / "sub", "--utterances", tmp_path / "ids").code == 0
+    assert sorted(Store.open(tmp_path / "sub").utterance_ids) == ["u1", "u7"]
+    assert stillhouse("store", "rm", root, "--utterances", tmp_path / "ids").code == 0
+    assert json.loads(stillhouse("store", "gc", root, "--json").out)["done"]
+    assert stillhouse("store", "cp", root, tmp_path / "c", "--views", "t/*/2").code == 0
+    merged = stillhouse("store", "merge", root, tmp_path / "c", tmp_path / "m")
+    assert merged.code == 12 and "only" in merged.err
+    assert stillhouse("store", "rm", root).code == 2
+    assert stillhouse("store", "gc", tmp_path / "none").code == 10
