@@ -1,7 +1,9 @@
 """The bars of the store: reading against np.memmap and zarr-python, writing against a raw file, sizes.
 
-Usage: python tests/bench/bench_store.py [--utterances 5000] [--width 384] [--layers 7] [--out docs/bench-store.md]
-The disk should be a real one, and quiet; hot readings need the store to fit into memory.
+Usage: python tests/bench/bench_store.py [--utterances 5000] [--width 384] [--layers 7] [--tokens 38] [--parts …]
+The disk should be a real one, and quiet; hot readings need the store to fit into memory. Other shapes, as
+`--width 1024 --layers 24 --utterances 500` or `--utterances 200000 --tokens 4 --layers 2`, want --out FILE.
+A bar fails only where the whole 95 % interval of the ratio over rounds that take turns lies below it.
 """
 
 # ruff: noqa: B023 (what is timed runs inside of the loop that defines it)
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import queue
+import resource
 import shutil
 import sys
 import tempfile
@@ -25,6 +28,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 from made_up import MadeUpTeacher, made_up_corpus
 from measuring import Row, at_least, at_most, rounds, write_table
+from peers import peers
 
 from stillhouse.data.manifest import Corpus
 from stillhouse.extract.plan import Request, make_plan
@@ -46,15 +50,13 @@ class Memmap:
 
     def __init__(self, store: Store, folder: Path) -> None:
         self.files, self.where, at = {}, {}, 0
-        ids = store.utterance_ids
-        lengths = store.gather(ids, store.views[:1]).lengths[store.views[0].teacher]
+        ids, teacher = store.utterance_ids, store.views[0].teacher
+        lengths, token_id, span = store.tokens(ids, teacher)
         for i, n in zip(ids, lengths.tolist()):
             self.where[i] = (at, n)
             at += n
-        self.width = store.teacher(store.views[0].teacher).width
-        g = store.gather(ids, store.views[:1])
-        for name, array in (("token_id", g.token_id), ("span", g.span)):
-            values = array[store.views[0].teacher]
+        self.width = store.teacher(teacher).width
+        for name, values in (("token_id", token_id), ("span", span)):
             out = np.memmap(folder / f"{name}.raw", dtype=np.int32, mode="w+", shape=values.shape)
             out[:] = values
             out.flush()
@@ -189,6 +191,35 @@ def cold(store: Store, n: int) -> list[Row]:
     return rows
 
 
+def int8(store: Store, small: Store, n: int) -> list[Row]:
+    """An int8 store of the same states: its size, and reading to float32 against float16 that numpy converts."""
+    picks, every = batches(store.utterance_ids, n + 2), store.views
+    for p in picks:
+        small.gather(p, every)
+        store.gather(p, every)
+
+    def converted(i: int) -> list[np.ndarray]:
+        return [s.astype(np.float32) for s in store.gather(picks[i], every).states.values()]
+
+    ours, theirs = rounds(lambda i: small.gather(picks[i], every), converted, n)
+    own, _ = rounds(lambda i: store.gather(picks[i], every, "float32"), lambda i: None, n)
+    note = f'float16 through `gather(…, "float32")` takes {np.median(own) / np.median(ours):.2f} times as long'
+    rows = [
+        at_least(f"int8 to float32 vs float16 and numpy's conversion, {len(every)} layers", ours, theirs, 1.3, note)
+    ]
+    from stillhouse.extract.progress import folder_bytes
+
+    width, name = store.teacher(every[0].teacher).width, every[0].teacher
+    of = [folder_bytes(small.path / "data.zarr" / name / a) for a in ("hidden", "scale")]
+    ratio = sum(of) / folder_bytes(store.path / "data.zarr" / name / "hidden")
+    # Its shards end in whole chunks, too, and their index is counted twice
+    bar = round((width + 2.5) / (2 * width) + 0.002, 4)
+    rows.append(at_most("int8: states and scales over float16's", ratio, bar))
+    worst = max(loss.relative for v in every if (loss := small.loss(v)) is not None)
+    rows.append(at_most("int8: relative error of the worst layer", worst, 0.01))
+    return rows
+
+
 def loading(store: Store, n: int) -> list[Row]:
     """Batches a second: one thread in this process against a DataLoader with two workers."""
     import torch
@@ -266,7 +297,7 @@ def writing(folder: Path, corpus: Corpus, teacher: MadeUpTeacher, layers: list[i
             return time.perf_counter() - began
 
     a, b = [], []
-    for i in range(6):
+    for i in range(9):
         b.append(raw(i))
         a.append(ours(i))
     payload = int(rows.length.sum()) * teacher.width * 2 * len(layers)
@@ -301,33 +332,68 @@ def sizes(store: Store) -> list[Row]:
     ]  # fmt: skip
 
 
+PARTS = ("reading", "cold", "loading", "int8", "writing", "sizes", "peers")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--utterances", type=int, default=5000)
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--layers", type=int, default=7)
+    parser.add_argument("--tokens", type=float, default=38, help="Of an utterance, on average.")
     parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--parts", default=",".join(PARTS), help="Some of them, with commas.")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "docs" / "bench-store.md")
     parser.add_argument("--cpu-time", action="store_true", help="Time hot reading in processor seconds: busy machine.")
     options = parser.parse_args()
+    parts = options.parts.split(",")
+    if set(parts) - set(PARTS):
+        parser.error(f"--parts are of {', '.join(PARTS)}")
     clock = time.process_time if options.cpu_time else time.perf_counter
     folder = Path(tempfile.mkdtemp(prefix="stillhouse-bench-", dir=options.folder))
+    rows: list[Row] = []
     try:
-        corpus, teacher = made_up_corpus(options.utterances), MadeUpTeacher(options.width, options.layers - 1)
+        corpus, teacher = (
+            made_up_corpus(options.utterances, options.tokens),
+            MadeUpTeacher(options.width, options.layers - 1),
+        )
         layers = list(range(options.layers))
-        extract(folder / "store", corpus, teacher, Request("made", layers, ["alone"]))  # type: ignore[arg-type]
-        store = Store.open(folder / "store")
-        rows = reading(store, Memmap(store, folder), options.rounds, clock)
-        rows += cold(store, 12) + loading(store, 40)
-        rows += writing(folder, corpus, MadeUpTeacher(options.width, options.layers - 1), layers)
-        rows += sizes(store)
+
+        def made(dtype: str) -> Store:
+            path = folder / dtype
+            extract(path, corpus, teacher, Request("made", layers, ["alone"], dtype=dtype))  # type: ignore[arg-type]
+            return Store.open(path)
+
+        store = made("float16")
+        if "reading" in parts:
+            flat = folder / "flat"
+            flat.mkdir()
+            rows += reading(store, Memmap(store, flat), options.rounds, clock)
+            shutil.rmtree(flat)
+        if "cold" in parts:
+            rows += cold(store, 12)
+        if "loading" in parts:
+            rows += loading(store, 40)
+        if "int8" in parts:
+            rows += int8(store, made("int8"), options.rounds // 2)
+            shutil.rmtree(folder / "int8")
+        if "writing" in parts:
+            rows += writing(folder, corpus, teacher, layers)
+        if "sizes" in parts:
+            rows += sizes(store)
+        if "peers" in parts:
+            rows += peers(store, folder / "peers")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     remarks = [
-        f"{options.utterances:,} utterances, {options.layers} layers × {options.width}, float16; rounds take turns in "
-        "one process; ratios are medians, above 1 where Stillhouse is faster. The yardstick for reading is a loop over "
-        "np.memmap files that brings the same: states, token ids and spans."
+        f"{options.utterances:,} utterances of {options.tokens:g} tokens, {options.layers} layers × {options.width}, "
+        "float16; rounds take turns in one process; ratios are medians, above 1 where Stillhouse is faster, and a bar "
+        "fails only where the whole interval lies below it. The yardstick for reading is a loop over np.memmap files "
+        "that brings the same: states, token ids and spans. Rows without a bar are other ways to keep such states, "
+        "read for the same utterances and layers.",
+        "",
+        f"Most memory that the process held: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB.",
     ]
     if options.cpu_time:
         remarks.append("Hot reading is timed in processor seconds, the rest in wall seconds on a busy machine.")

@@ -6,6 +6,7 @@ of the ratio lies below it. Run: `make bench-store`.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import time
@@ -15,6 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+
+NO_BAR = "–"
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,10 @@ class Row:
     note: str = ""
 
     def cells(self) -> str:
-        interval = f" ({self.low:.3g}–{self.high:.3g})" if self.low != self.high else ""
-        holds = "yes" if self.holds else "**no**"
-        return f"| {self.what} | {self.value:.3g}{interval} | {self.bar} | {holds} | {self.note} |"
+        interval = f" ({self.low:.3g}–{self.high:.3g})" if self.low < self.high else ""
+        holds = "" if self.bar == NO_BAR else "yes" if self.holds else "**no**"
+        value = "" if math.isnan(self.value) else f"{self.value:.3g}{interval}"
+        return f"| {self.what} | {value} | {self.bar} | {holds} | {self.note} |"
 
 
 def ratio(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
@@ -62,6 +66,16 @@ def rounds(
 def at_least(what: str, ours: list[float], theirs: list[float], bar: float, note: str = "") -> Row:
     value, low, high = ratio(ours, theirs)
     return Row(what, value, low, high, f"≥ {bar:g}", high >= bar, note)
+
+
+def beside(what: str, ours: list[float], theirs: list[float], note: str = "") -> Row:
+    """A ratio without a bar."""
+    return Row(what, *ratio(ours, theirs), NO_BAR, True, note)
+
+
+def absent(what: str, why: str) -> Row:
+    """What could not be measured."""
+    return Row(what, math.nan, math.nan, math.nan, NO_BAR, True, why)
 
 
 def at_most(what: str, value: float, bar: float, note: str = "") -> Row:
