@@ -26,7 +26,7 @@ COMMANDS = {
     "study": ("stillhouse.train.commands:study", "Arms and seeds of a recipe, trained, decoded and compared."),
     "decode": ("stillhouse.train.commands:decode", "Write hypotheses of a trained model."),
     "align": ("stillhouse.train.commands:align", "Write when a trained model hears each word: CTM, TextGrid."),
-    "score": ("stillhouse.train.commands:score", "WER and CER with bootstrap intervals."),
+    "score": ("stillhouse.train.score_commands:score", "WER and CER with bootstrap intervals."),
     "doctor": ("stillhouse.data.doctor.commands:doctor", "What works on this machine, and what to install."),
 }
 

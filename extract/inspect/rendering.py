@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from .choosing import Choice, Probed
-from .differing import Difference
-from .exporting import Exported
-from .facts import StoreFacts, TeacherFacts, UtteranceFacts, Verified, ViewFacts
-from .layout import Node
-from .neighbours import Comparison, Neighbours
-from .showing import Shown, ShownTeacher
-from .similarity import Similarity
-from .statistics import Statistics
-from .text import printable, share, size, table, width
+from .text import pad, pairs, printable, share, size, table, width, wrap
+
+if TYPE_CHECKING:
+    from .choosing import Choice, Probed
+    from .differing import Difference
+    from .exporting import Exported
+    from .facts import StoreFacts, TeacherFacts, UtteranceFacts, Verified, ViewFacts
+    from .layout import Node
+    from .neighbours import Comparison, Neighbours
+    from .showing import Shown, ShownTeacher
+    from .similarity import Similarity
+    from .statistics import Statistics
 
 MOST_NAMED = 8
 NORMS_ACROSS = 6  # views beside each other in a table of tokens
@@ -36,7 +39,7 @@ def store(s: StoreFacts) -> str:
         ("size", f"{size(s.bytes)}, of which states {size(s.hidden_bytes)}"),
         ("made with", ", ".join(f"{k} {v}" for k, v in s.versions.items())),
     ]
-    return "\n\n".join([table(rows), *(_teacher(t) for t in s.teachers)])
+    return "\n\n".join([pairs(rows), *(_teacher(t) for t in s.teachers)])
 
 
 def _teacher(t: TeacherFacts) -> str:
@@ -57,7 +60,7 @@ def _teacher(t: TeacherFacts) -> str:
         ("  numbers", f"{t.dtype}{error}, computed in {t.model_dtype}; {size(t.hidden_bytes)}"),
         ("  done", f"{t.units:,} of {t.units_planned:,} units of work; {t.views} of {t.views_planned} views"),
     ]
-    return table(rows)
+    return pairs(rows)
 
 
 def views(listed: Sequence[ViewFacts]) -> str:
@@ -82,8 +85,8 @@ def utterances(listed: Sequence[UtteranceFacts]) -> str:
 
 def shown(s: Shown) -> str:
     where = f"number {s.session_row + 1} of {s.session_utterances} in session {s.session}, row {s.row}"
-    source = "" if s.text_from == "corpus" else "  (spelt from the tokens; --corpus shows the transcript itself)"
-    head = f"{s.utterance}: {where}\n{printable(s.text)}{source}"
+    source = "" if s.text_from == "corpus" else "\n(spelt from the tokens; --corpus shows the transcript itself)"
+    head = f"{s.utterance}: {where}\n{wrap(s.text)}{source}"
     return "\n\n".join([head, *(_shown_teacher(t) for t in s.teachers)])
 
 
@@ -93,7 +96,7 @@ def _shown_teacher(t: ShownTeacher) -> str:
     missing = [v.view for v in t.views if not v.held and v.problem is None]
     parts += [f"  damaged: {v.view}: {v.problem}" for v in t.views if v.problem is not None]
     if missing:
-        parts.append(f"  not extracted yet: {', '.join(missing)}")
+        parts.append(wrap(f"  not extracted yet: {', '.join(missing)}", indent=4))
     held = [v for v in t.views if v.held]
     for first in range(0, max(1, len(held)), NORMS_ACROSS):
         group = held[first : first + NORMS_ACROSS]
@@ -125,7 +128,8 @@ def verified(v: Verified) -> str:
     state = "" if v.complete else "; its extraction is not finished"
     count = len(v.findings)
     found = "no findings" if not count else "1 finding" if count == 1 else f"{count} findings"
-    lines.append(f"{v.path}: {v.units:,} of {v.units_planned:,} units of work are there{read}: {found}{state}")
+    told = f"{v.path}: {v.units:,} of {v.units_planned:,} units of work are there{read}: {found}{state}"
+    lines.append(wrap(told, indent=2))
     return "\n".join(lines)
 
 
@@ -142,7 +146,7 @@ def statistics(listed: Sequence[Statistics]) -> str:
     for s in listed:
         if s.outliers:
             named = ", ".join(f"{d.dimension} (mean {d.mean:.2f}, rms {d.rms:.2f})" for d in s.outliers[:MOST_NAMED])
-            lines.append(f"{s.view} outliers: {named}{_more(len(s.outliers))}")
+            lines.append(wrap(f"{s.view} outliers: {named}{_more(len(s.outliers))}", indent=2))
         if s.dead:
             lines.append(f"{s.view} dead: {', '.join(map(str, s.dead[:MOST_NAMED]))}{_more(len(s.dead))}")
         if s.int8_error is not None and s.int8_error_standardised is not None:
@@ -150,8 +154,8 @@ def statistics(listed: Sequence[Statistics]) -> str:
                 f"{s.view} int8 error: {s.int8_error:.2%} of the states, {s.int8_error_standardised:.2%} standardised"
             )
     tokens = ", ".join(dict.fromkeys(f"{s.tokens:,}" for s in listed))
-    lines.append(f"of {tokens} tokens a view; first: norm of first tokens over the others'; alike: mean cosine of two")
-    lines.append("tokens; rank: effective; first tokens are in none of the other columns")
+    told = "first: norm of first tokens over the others'; alike: mean cosine of two tokens; rank: effective; "
+    lines.append(wrap(f"of {tokens} tokens a view; {told}first tokens are in none of the other columns"))
     return "\n".join(lines)
 
 
@@ -228,19 +232,24 @@ def compared(listed: Sequence[Comparison]) -> str:
     header = ("#", "token", *(f"cos {n}" for n in names), *(f"moved {n}" for n in names))
     drawn = table(rows, header=header, right="rl" + "r" * 2 * len(names))
     means = ", ".join(f"{c.b} {c.cosine:.3f}" for c in listed)
-    return f"against {first.a}\n{drawn}\nmean cosine: {means}; moved: length of the difference over {first.a}'s"
+    told = wrap(f"mean cosine: {means}; moved: length of the difference over {first.a}'s")
+    return f"against {first.a}\n{drawn}\n{told}"
 
 
 def tree(path: str, nodes: Sequence[Node]) -> str:
-    rows = []
+    rows, abouts = [], []
     for n in nodes:
         name = "  " * (n.depth + 1) + n.path.rsplit("/", 1)[-1] + ("/" if n.kind in ("folder", "group") else "")
         about = n.about or ""
         if n.kind == "array":
             axes = n.dimensions or ["?"] * len(n.shape or [])
             about = f"{n.dtype} [" + ", ".join(f"{a} {s:,}" for a, s in zip(axes, n.shape or [])) + "]"
-        rows.append((name, f"{n.files:,}", size(n.bytes), about))
-    return f"{path}\n" + table(rows, header=("", "files", "size", ""), right="lrrl")
+        rows.append((name, f"{n.files:,}", size(n.bytes)))
+        abouts.append(about)
+    drawn = table(rows, header=("", "files", "size"), right="lrr").splitlines()
+    room = max(map(width, drawn)) + 2
+    told = (wrap(pad(line, room) + about, indent=room).rstrip() for line, about in zip(drawn, ["", *abouts]))
+    return "\n".join([path, *told])
 
 
 def exported(e: Exported) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 
+COLUMNS = 80
+
 
 def width(text: str) -> int:
     """Terminal columns that a text takes."""
@@ -35,6 +37,24 @@ def table(rows: Sequence[Sequence[object]], *, right: str = "", header: Sequence
     sides = right.ljust(len(widths), "l")
     lines = ["  ".join(pad(c, w, s == "r") for c, w, s in zip(row, widths, sides)).rstrip() for row in cells]
     return "\n".join(lines)
+
+
+def wrap(text: str, columns: int = COLUMNS, indent: int = 0) -> str:
+    """Lines of at most so many terminal columns, those after the first indented; a word that is longer stays whole."""
+    lines: list[str] = []
+    for word in printable(text).split(" "):
+        begun = bool(lines) and width(lines[-1]) > indent - 1
+        if lines and (not begun or width(lines[-1]) + 1 + width(word) <= columns):
+            lines[-1] += f" {word}"
+        else:
+            lines.append(" " * indent + word if lines else word)
+    return "\n".join(lines)
+
+
+def pairs(rows: Sequence[tuple[str, str]]) -> str:
+    """Names and what is said of each, beside each other, in lines of 80 columns."""
+    room = max(width(name) for name, _ in rows) + 2
+    return "\n".join(wrap(pad(name, room) + value, indent=room) for name, value in rows)
 
 
 def printable(text: str) -> str:

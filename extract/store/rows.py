@@ -120,7 +120,15 @@ class TeacherRows:
         self._files: dict[tuple[str, int, int, int], Path] = {}
 
     def places(self, rows: np.ndarray | slice) -> Places:
-        return Places(self.start[rows], self.length[rows], self.shard_rows)
+        """Errors: StoreError where start or length lead out of the store."""
+        start, length = self.start[rows], self.length[rows]
+        if len(start) and (start.min() < 0 or length.min() < 0 or (start + length).max() > self.token_id.shape[0]):
+            raise StoreError(
+                "start or length is damaged",
+                where=self.group,
+                remedy="stillhouse inspect verify STORE; extract into a new store",
+            )
+        return Places(start, length, self.shard_rows)
 
     def row_size(self, array: str) -> int:
         """Bytes of a row of `hidden` or `scale`."""

@@ -22,7 +22,8 @@ from .layout import INNER_ROWS, crc32c, dtype_of, footer_bytes, identity_rows
 from .plan import Unit
 from .quantise import SCALE_BYTES
 from .reader import Store, View
-from .remote import descriptor
+from .remote import descriptor, mirror_of
+from .verify_arrays import array_damage
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,11 @@ def findings(store: Store, data: float = True, report: Callable[[Unit], None] | 
     """The same as they are found. `report` is called with each unit before it is looked at."""
     yield from _check_index(store)
     for name in store.plan.teachers:
-        yield from _check_tokens(store, name)
-        yield from _check_units(store, name, data, report)
+        damage = list(_check_tokens(store, name))
+        yield from damage
+        yield from _check_arrays(store, name)
+        if not damage:  # else nobody knows which bytes are whose
+            yield from _check_units(store, name, data, report)
     yield from _check_litter(store)
 
 
@@ -96,6 +100,20 @@ def _check_tokens(store: Store, name: str) -> Iterator[Finding]:
         if (token_id[first : first + n] < 0).any():
             yield Finding("an utterance has rows without token ids", f"{name} row {first}", "a new store")
             return
+
+
+def _check_arrays(store: Store, name: str) -> Iterator[Finding]:
+    group = store.paths.data / name
+    if mirror_of(group) is not None:
+        return  # object stores give a file whole or not at all
+    whole = {v.context for v in store.views if v.teacher == name}
+    try:
+        contexts = {store.plan.teachers[name].contexts.index(c) for c in whole}
+        rows, shards = np.asarray(store.index_of(name).row), {s.number for s in store.plan.shards(name)}
+        for what, where in array_damage(group, contexts, rows, shards):
+            yield Finding(what, str(where), "extract into a new store")
+    except OSError as e:
+        yield Finding(f"cannot be read: {e.strerror}", str(group), "extract into a new store")
 
 
 def _check_units(store: Store, name: str, data: float, report: Callable[[Unit], None] | None) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from stillhouse.extract.inspect import facts, showing
-from stillhouse.extract.inspect.text import share, size, table, width
+from stillhouse.extract.inspect.text import pairs, share, size, table, width, wrap
 from stillhouse.extract.store import Store, View
 
 
@@ -241,3 +241,19 @@ def test_a_pipe_that_closes_is_quiet(store):
         text=True,
     )
     assert done.stdout.startswith("s00-0001: number 2 of 3") and done.stderr == ""
+
+
+def test_lines_for_people_fit_80_columns(store, stillhouse):
+    """What paths and names do not make longer; ids and messages of findings stay on one line, for grep."""
+    utterance, two = "s00-0000", "known/alone/0,known/both:8/4"
+    looks = [["info"], ["ls"], ["show", utterance], ["stats"], ["similarity"], ["tree"], ["verify"]]
+    for command in [*looks, ["compare", utterance, "--views", two], ["neighbours", f"{utterance}:bank", "--view", "*"]]:
+        out = stillhouse("inspect", command[0], store.path, *command[1:]).out.replace(str(store.path), "STORE")
+        assert max(map(len, out.splitlines())) <= 80 + (15 if command == ["info"] else 0), out
+
+
+def test_wrapping():
+    assert wrap("aa bb cc", 5) == "aa bb\ncc" and wrap("aa bb cc", 5, 2) == "aa bb\n  cc"
+    assert wrap("日本 語", 5) == "日本\n語"
+    long = "/" + "x" * 90
+    assert pairs([("  from", long), ("a", "b c")]) == f"  from  {long}\na       b c"

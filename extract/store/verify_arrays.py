@@ -1,0 +1,56 @@
+"""Verifying the small arrays, which have no checksums: that their metadata reads, and every chunk is there and whole.
+
+Invariant: read only; tells what a reader of plain Zarr would stumble over, or take for the fill value.
+Run: `stillhouse inspect verify STORE`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from stillhouse.data.errors import StillhouseError
+
+from .arrays import RawArray
+from .files import read_json
+
+# Written whole when a plan is made; of the others, chunks come with the commits
+PLANNED = ("start", "length", "token_id", "span", "vocab_id", "embedding", "vocab_piece")
+BY_CONTEXT = ("input_hash", "context_left", "context_right")
+
+
+def array_damage(group: Path, contexts: set[int], rows: np.ndarray, shards: set[int]) -> Iterator[tuple[str, Path]]:
+    """(what, where) of all that is wrong with a teacher's arrays; `contexts`: positions of those that are complete.
+
+    rows int64: of the utterances that are served; shards: those that serve them. Other rows may be gone.
+    """
+    for name in sorted({p.name for p in group.iterdir() if p.is_dir()} | {"hidden", *PLANNED, *BY_CONTEXT}):
+        path = group / name
+        try:
+            array = RawArray(path)
+            nodes = [read_json(path / "zarr.json").get(key) for key in ("zarr_format", "node_type")]
+        except (StillhouseError, OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+            yield f"its metadata cannot be read: {e}", path / "zarr.json"
+            continue
+        if nodes != [3, "array"]:
+            yield "its metadata is not an array's", path / "zarr.json"
+            continue
+        if not array.plain:
+            continue  # `hidden` and `scale`, whose units are checked, or someone's compressed copy
+        expected = int(np.prod(array.chunks)) * array.dtype.itemsize
+        served = set((rows // array.chunks[-1]).tolist())
+        for index in itertools.product(*(range(-(-n // c)) for n, c in zip(array.shape, array.chunks))):
+            file = array.file(*index)
+            needed = name in PLANNED or (name in BY_CONTEXT and index[0] in contexts)
+            if name in ("token_id", "span"):
+                needed = index[0] in shards
+            elif name in ("start", "length", *BY_CONTEXT):
+                needed = needed and index[-1] in served
+            if not file.exists():
+                if needed:
+                    yield "a chunk is missing", file
+            elif file.stat().st_size != expected:
+                yield f"a chunk has {file.stat().st_size:,} bytes, expected {expected:,}", file
