@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 from stillhouse.data.errors import StaleError
 
 from .store.files import Lock, Scratch
+from .store.layout import Paths
 from .store.plan import Unit, read_plan
 from .store.reader import Store
+from .store.remote import workspace
 from .store.rows import TeacherRows
 from .store.verify import Finding, damaged_units
 
@@ -77,11 +79,11 @@ def repair(
         raise StaleError(f"this is not the teacher of {name!r}: {'; '.join(differ)}", where=root)
     if damaged is None:
         damaged = [(u, f) for u, f in damaged_units(store) if u.teacher == name]
-    with Scratch(store.paths) as scratch:
-        plan = read_plan(root)
+    with workspace(root) as folder, Scratch(Paths(folder)) as scratch:
+        plan = read_plan(folder)
         generation = next_generation(plan)
         with UnitMaker(plan, teacher, TeacherRows(plan, name), scratch.folder, Progress(), report) as maker:
             for unit, _ in damaged:
-                with Lock(store.paths.lock(name, unit.context, unit.shard.number), wait=True):
+                with Lock(plan.paths.lock(name, unit.context, unit.shard.number), wait=True):
                     maker.make(unit, generation)
     return damaged

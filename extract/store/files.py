@@ -22,7 +22,7 @@ from typing import Any
 from stillhouse.data.errors import LockedError, StoreError
 
 from .layout import Paths
-from .remote import local
+from .remote import local, mirror_of
 
 
 def phase(name: str) -> None:
@@ -109,6 +109,11 @@ class Lock:
         """True where the lock is ours now; False where another holds it and `wait` is not set."""
         if self._fd is not None:
             raise RuntimeError(f"{self.path} is held already")  # flock would wait for ourselves, for ever
+        mirror = mirror_of(self.path)
+        if mirror is not None and not mirror.writes:
+            raise StoreError(
+                "this changes stores on a disk alone", where=mirror.url, remedy=f"aws s3 sync {mirror.url} FOLDER"
+            )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:

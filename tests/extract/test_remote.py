@@ -22,10 +22,12 @@ from stillhouse.data.errors import NoStoreError, StoreError, UsageError
 from stillhouse.data.manifest import write_manifest
 from stillhouse.extract.inspect.commands import inspect
 from stillhouse.extract.plan import Request
+from stillhouse.extract.repair import repair
 from stillhouse.extract.run import extract
 from stillhouse.extract.store import Store, View
 from stillhouse.extract.store import objects as objects_module
 from stillhouse.extract.store import remote as remote_module
+from stillhouse.extract.store.files import Lock
 from stillhouse.extract.store.transfers import evict
 from stillhouse.extract.store.verify import verify
 
@@ -316,6 +318,18 @@ def test_more_layers(proxy: s3.Proxy, server: int, bert: Path, small_store: Path
     extract("s3://bucket/grow", make_corpus(), loaded(bert), REQUEST)  # type: ignore[arg-type]
     same("s3://bucket/grow", small_store)
     assert verify(Store.open("s3://bucket/grow")) == []
+    key = "grow/data.zarr/bert/hidden/c/1/2/0/0"
+    whole = s3.get(server, key)
+    s3.put(server, key, whole[:70] + bytes([whole[70] ^ 1]) + whole[71:])
+    assert len(verify(Store.open("s3://bucket/grow"))) == 1
+    assert len(repair(Path("s3://bucket/grow"), loaded(bert), "bert")) == 1
+    assert s3.get(server, key) == whole and verify(Store.open("s3://bucket/grow")) == []
+
+
+def test_what_changes_a_store_on_a_disk_is_refused(proxy: s3.Proxy, uploaded: str) -> None:
+    store = Store.open(uploaded)
+    with pytest.raises(StoreError, match="s3://bucket/up/small: this changes stores on a disk alone; aws s3 sync"):
+        Lock(store.paths.lock("plan"), wait=True).acquire()
 
 
 @pytest.mark.slow
