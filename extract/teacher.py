@@ -22,6 +22,7 @@ import torch
 
 from stillhouse.data.errors import TeacherError, UsageError
 
+from .products import Products, bfloat16_products, float32_products
 from .tokens import Tokeniser
 from .windows import Window
 
@@ -41,12 +42,13 @@ class Teacher:
 
     def __init__(self, model: Any, tokenizer: Any, *, source: str, device: str, dtype: str, window: int | None) -> None:
         self.model, self.source, self.device, self.dtype = model, source, device, dtype
-        # float32 weights under a smaller dtype: matrix products alone are rounded (half the error, the same speed).
-        self._autocast = dtype != "float32" and next(model.parameters()).dtype == torch.float32
         self.architecture = type(model).__name__
         self.revision: str | None = getattr(model.config, "_commit_hash", None)
         model.config.use_cache = False
         self._blocks: list[torch.nn.Module] | None = None
+        # float32 weights under a smaller dtype: matrix products alone are rounded (half the error, the same speed).
+        self._autocast = dtype != "float32" and next(model.parameters()).dtype == torch.float32
+        self._products = self._find_products()
         plain = self._plain(_PROBE)
         self.depth, self.width = len(plain) - 1, int(plain[-1].shape[-1])
         if len({p.shape[-1] for p in plain}) > 1:
@@ -64,8 +66,27 @@ class Teacher:
     @contextlib.contextmanager
     def _mode(self) -> Iterator[None]:
         kind, dtype = self.device.split(":")[0], DTYPES[self.dtype]
-        with torch.inference_mode(), torch.autocast(kind, dtype=dtype, enabled=self._autocast):
-            yield
+        with torch.inference_mode():
+            if self._products is not None:
+                with self._products:
+                    yield
+            else:
+                with torch.autocast(kind, dtype=dtype, enabled=self._autocast):
+                    yield
+
+    def _find_products(self) -> Products | None:
+        """The faster products of this processor, if this model runs with them."""
+        self._products = None
+        if self.device != "cpu" or next(self.model.parameters()).dtype != torch.float32:
+            return None
+        if self.dtype not in ("float32", "bfloat16"):
+            return None
+        self._products = float32_products() if self.dtype == "float32" else bfloat16_products()
+        try:
+            self._plain(_PROBE)
+        except (RuntimeError, ValueError, TypeError):
+            return None
+        return self._products
 
     def _plain(self, ids: torch.Tensor) -> list[torch.Tensor]:
         mask = torch.ones_like(ids)
