@@ -17,6 +17,20 @@ def relative_audio(audio: Path, manifest: Path) -> str:
     return os.path.relpath(audio, os.path.dirname(os.path.abspath(manifest))).replace(os.sep, "/")
 
 
+def below(folder: Path, suffix: str) -> list[Path]:
+    """The files below a folder whose names end so, sorted; links to folders are followed, each folder once."""
+    found, seen = [], set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders.sort()  # of two ways to a folder, always the same counts
+        found += [Path(place, name) for name in files if name.endswith(suffix)]
+    return sorted(found)
+
+
 def confined(path: Path, root: Path | None, where: object = None) -> Path:
     """The same path, or AudioError where it is not below root; without a root any path will do."""
     if root is None:

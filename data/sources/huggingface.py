@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AudioError, ConfigError, CorpusError
-from ..paths import confined, relative_audio
+from ..paths import below, confined, relative_audio
 from .imported import Imported, SessionPattern, by_time, in_session_order, inside, is_seconds, meta_of
 from .places import Places, Unpacked, above
 from .table import FIELDS, USUAL
@@ -89,7 +89,7 @@ def _files(source: Path, split: str | None) -> list[tuple[Path, str | None]]:
         if not all(isinstance(f, str) and f and "/" not in f and f != ".." for f in files):
             raise CorpusError("names of data files that are none", where=source / "state.json")
         return [(source / str(f), split) for f in files]
-    found = sorted(source.rglob("*.parquet")) if source.is_dir() else []
+    found = below(source, ".parquet")
     if not found:
         raise CorpusError(
             "no dataset in it",

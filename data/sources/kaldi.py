@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import AudioError, CorpusError
-from ..paths import relative_audio
+from ..paths import below, relative_audio
 from ..textfile import scan_lines
 from .entries import Entries
 from .imported import Imported, SessionPattern, by_time, in_session_order, inside
@@ -89,7 +89,7 @@ def _folders(split: str | None, source: Path) -> Iterator[tuple[str | None, Path
     if (source / SCP).is_file():
         yield split or source.absolute().name, source
         return
-    inside = [scp.parent for scp in sorted(source.rglob(SCP)) if scp.is_file()] if source.is_dir() else []
+    inside = [scp.parent for scp in below(source, SCP) if scp.name == SCP]
     if not inside:
         raise CorpusError("no wav.scp in it or below it", where=source, expected="a Kaldi data directory")
     for folder in inside:

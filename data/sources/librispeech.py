@@ -12,7 +12,7 @@ from pathlib import Path
 from ..audio import audio_length
 from ..errors import AudioError, CorpusError
 from ..manifest import Utterance
-from ..paths import confined, relative_audio
+from ..paths import below, confined, relative_audio
 from ..textfile import read_lines
 from .imported import Imported
 
@@ -28,7 +28,7 @@ def import_librispeech(folder: Path, manifest: Path, *, root: Path | None = None
     one (train-…, dev-…, test-…). root: the folder that no path may leave. Raises CorpusError where
     there is no *.trans.txt at all.
     """
-    transcripts = sorted(folder.rglob("*.trans.txt"))
+    transcripts = below(folder, ".trans.txt")
     if not transcripts:
         raise CorpusError("no *.trans.txt below it", where=folder, expected="SPLIT/SPEAKER/CHAPTER/*.trans.txt")
     found: list[tuple[tuple, Utterance, str]] = []

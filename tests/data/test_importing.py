@@ -70,6 +70,17 @@ def test_the_name_of_any_folder_is_not_a_split(tree: Path, tmp_path: Path) -> No
     assert {u.split for u in import_librispeech(tree / "mine" / "7" / "5", tmp_path / "c").utterances} == {None}
 
 
+def test_a_tree_of_links(tree: Path, tmp_path: Path) -> None:
+    linked = tmp_path / "links"
+    linked.mkdir()
+    for name in ("train-clean-100", "dev-other"):
+        (linked / name).symlink_to(tree / name)
+    (linked / "dev-other" / "7" / "round").symlink_to(linked)
+    result = import_librispeech(linked, tmp_path / "c.jsonl")
+    assert (result.findings, [u.id for u in result.utterances]) == ([], ORDER)
+    assert result.utterances[0].split == "dev-other"
+
+
 def test_what_a_tree_lacks_is_named(tree: Path, tmp_path: Path) -> None:
     chapter = tree / "train-clean-100" / "103" / "1240"
     (chapter / "103-1240-2.flac").unlink()
