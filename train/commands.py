@@ -1,4 +1,4 @@
-"""Commands: demo, train, decode, score. Run `stillhouse train --help`."""
+"""Commands: demo, train, decode, align, study. Run `stillhouse train --help`."""
 
 from __future__ import annotations
 
@@ -99,32 +99,6 @@ def align(
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{found.id.replace('/', '_')}.TextGrid").write_text(textgrid(found), encoding="utf-8")
     say(f"step {step}: {words} words of {len(loader.utterances)} utterances")
-
-
-@click.command()
-@click.argument("hypotheses", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-def score(hypotheses: Path, as_json: bool) -> None:
-    """WER and CER of HYPOTHESES that `stillhouse decode` wrote, with 95 % bootstrap intervals.
-
-    Example: stillhouse score hyp.jsonl
-    """
-    from dataclasses import asdict
-
-    from .score import read_hypotheses
-    from .score import score as compute
-
-    found = read_hypotheses(hypotheses)
-    result = compute([ref for _, ref, _ in found], [hyp for _, _, hyp in found])
-    if as_json:
-        click.echo(json.dumps(asdict(result)))
-        return
-    for name, r in (("WER", result.wer), ("CER", result.cer)):
-        click.echo(
-            f"{name} {100 * r.rate:6.2f} %  [{100 * r.low:.2f}, {100 * r.high:.2f}]  "
-            f"{r.substitutions} substituted, {r.deletions} deleted, {r.insertions} inserted of {r.reference}"
-        )
-    click.echo(f"{result.utterances} utterances")
 
 
 @click.command()
