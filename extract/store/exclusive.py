@@ -7,6 +7,7 @@ Run: `pytest tests/extract/test_refresh.py -k writer`.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,6 +25,8 @@ def nobody_writes(paths: Paths) -> Iterator[None]:
         for name in living:
             lock = Lock(paths.tmp / name / "lock")
             free = lock.acquire()
+            if free:  # left by one that died
+                shutil.rmtree(paths.tmp / name, ignore_errors=True)
             lock.release()
             if not free:
                 raise LockedError(

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 
 from stillhouse.data.errors import NoStoreError, StaleError, StoreError, UsageError
@@ -24,7 +25,7 @@ from .arrays import RawArray
 from .commits import Commits
 from .handles import Handle, Handles
 from .index import Index
-from .layout import crc32c, dtype_of, hash_text, to_float32
+from .layout import dtype_of, hash_text, to_float32
 from .quantise import Loss, dequantise, sum_up
 from .rows import Places, Reading, TeacherRows, read_all
 
@@ -130,7 +131,11 @@ class Store:
 
     def _index(self, edition: int) -> Index:
         if edition not in self._indices:
-            self._indices[edition] = Index(self.paths.data / "utterances", edition)
+            try:
+                self._indices[edition] = Index(self.paths.data / "utterances", edition)
+            except StoreError as e:
+                self._explain(e)
+                raise
         return self._indices[edition]
 
     @cached_property
@@ -567,8 +572,8 @@ def _checksums(array: np.ndarray, places: Places, row_bytes: int, before: list[i
     at = (places.into * row_bytes).tolist()
     end = ((places.into + places.length) * row_bytes).tolist()
     if before is None:
-        return [crc32c(data[a:b]) for a, b in zip(at, end)]
-    return [crc32c(data[a:b], c) for a, b, c in zip(at, end, before)]
+        return [google_crc32c.value(data[a:b]) for a, b in zip(at, end)]
+    return [google_crc32c.extend(c, data[a:b]) for a, b, c in zip(at, end, before)]
 
 
 def _some(names: list[str], most: int = 5) -> str:
