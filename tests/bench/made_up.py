@@ -51,6 +51,9 @@ class MadeUpTeacher:
         self.width, self.depth, self.tokeniser = width, depth, MadeUpTokeniser()
         self._pool = torch.from_numpy(np.random.default_rng(0).normal(size=(1 << 21) + (1 << 16)).astype(np.float32))
 
+    def twin(self) -> MadeUpTeacher:
+        return self
+
     def weights_hash(self) -> str:
         return f"made up {self.width} {self.depth}"
 

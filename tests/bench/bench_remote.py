@@ -1,0 +1,89 @@
+"""What reading a store in an object store costs: requests, bytes and memory a batch. Loopback; no timings.
+
+Run: python tests/bench/bench_remote.py. A server that speaks S3's protocol and a counting proxy are started here; the
+store is made by the real writer with random states of a real width.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "extract"))
+import s3
+from made_up import MadeUpTeacher, made_up_corpus
+
+from stillhouse.data.sampler import BatchSampler
+from stillhouse.extract.plan import Request
+from stillhouse.extract.run import extract
+from stillhouse.extract.store import Store
+
+UTTERANCES, WIDTH, BATCH = 5_000, 384, 64
+URL = "s3://bucket/bench"
+
+
+def resident_mb(pid: int) -> float:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
+
+
+def helpers() -> list[int]:
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    return [int(c) for c in children if "transfers.py" in Path(f"/proc/{c}/cmdline").read_text()]
+
+
+def main() -> None:
+    corpus = made_up_corpus(UTTERANCES)
+    with tempfile.TemporaryDirectory() as scratch, s3.moto() as port:
+        folder = Path(scratch)
+        proxy = s3.Proxy(port)
+        os.environ |= {
+            "AWS_ENDPOINT_URL": proxy.url,
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_REGION": "us-east-1",
+            "STILLHOUSE_CACHE": str(folder / "cache"),
+        }
+        request = Request("t", [0, 1], ["alone"])
+        summary = extract(URL, corpus, MadeUpTeacher(WIDTH, 1), request)  # type: ignore[arg-type]
+        units, puts = summary.units, proxy.counts["PUT"]
+        print(f"store: {UTTERANCES:,} utterances, {summary.tokens:,} tokens, {WIDTH} wide, {units} units of 2 layers")
+        print(f"extract: {proxy.counts.total():,} requests, of which {puts} PUT; {proxy.bytes_out / 1e6:.1f} MB read")
+        for shards_mixed in (4, 0):
+            for path in (folder / "cache").rglob("*"):
+                path.unlink() if path.is_file() else None
+            proxy.reset()
+            before = resident_mb(os.getpid())
+            store = Store.open(URL)
+            view = store.resolve("t/alone/1")
+            ids = [u.id for u in corpus.utterances]
+            lengths = store.lengths("t")[store.rows(ids)]
+            opened = proxy.counts.total(), proxy.bytes_out
+            sampler = BatchSampler(
+                lengths[:, None], max_frames=BATCH * 40, shards=store.shards(ids), mix=shards_mixed or len(ids)
+            )
+            counts, read, payload = [], [], []
+            for epoch in (0, 1):
+                for plan in sampler.epoch(epoch):
+                    a, b = proxy.counts.total(), proxy.bytes_out
+                    states = store.gather([ids[i] for i in plan.indices], view).states[view[0]]
+                    counts.append(proxy.counts.total() - a)
+                    read.append(proxy.bytes_out - b)
+                    payload.append(states.nbytes)
+            half = len(counts) // 2
+            helper = sum(map(resident_mb, helpers()))
+            what = f"{shards_mixed} shards mixed" if shards_mixed else "all shards mixed"
+            print(
+                f"{what}: opening {opened[0]} requests, {opened[1] / 1e6:.2f} MB; first epoch {sum(counts[:half])} "
+                f"requests in {half} batches, most {max(counts[:half])} in one, {sum(read[:half]) / 1e6:.1f} MB for "
+                f"{sum(payload[:half]) / 1e6:.1f} MB of states; second epoch {sum(counts[half:])} requests; "
+                f"memory +{resident_mb(os.getpid()) - before:.0f} MB here, {helper:.0f} MB in the helper"
+            )
+        proxy.close()
+
+
+if __name__ == "__main__":
+    main()
