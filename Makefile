@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-quick study-demo test test-all lint format docs bench-loss bench-loss-gpu bench-store bench-extract bench-features bench-inspect bench-step wheel clean
+.PHONY: demo demo-quick study-demo test test-all lint format docs bench-loss bench-loss-gpu bench-store bench-remote bench-extract bench-features bench-inspect bench-step wheel clean
 
 $(INSTALLED): setup.cfg pyproject.toml recipes/demo-teachers.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -55,6 +55,9 @@ bench-loss-gpu: $(INSTALLED)
 
 bench-store: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_store.py
+
+bench-remote: $(INSTALLED)
+	$(BIN)/python tests/bench/bench_remote.py
 
 bench-extract: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_extract.py
