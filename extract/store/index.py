@@ -79,6 +79,9 @@ def write_edition(
     write_json(folder / "editions" / "zarr.json", group_json({}))
 
 
+KNOWN = 1 << 16  # ids that a process remembers
+
+
 class Index:
     """Looks ids up. `rows(ids)` gives int64 [B], -1 where an id is unknown.
 
@@ -88,6 +91,7 @@ class Index:
 
     def __init__(self, folder: Path, edition: int = 0) -> None:
         self.edition = edition
+        self._known: dict[str, int] = {}  # a batch is looked up several times, and again in the next epoch
         table = folder / "editions" / str(edition) if edition else folder
         self.hash = RawArray(table / "id_hash").read()
         self.row = RawArray(table / "id_row").read()
@@ -147,6 +151,20 @@ class Index:
         return [whole[offset[r] : offset[r + 1]].decode() for r in self.order[self.live[self.order]].tolist()]
 
     def rows(self, ids: Sequence[str]) -> np.ndarray:
+        """int64 [B], -1 where an id is unknown."""
+        known = self._known
+        try:
+            return np.array([known[i] for i in ids], dtype=np.int64)
+        except KeyError:
+            pass
+        rows = self._rows(ids)
+        if len(ids) <= KNOWN // 8:  # a batch, and no listing of the whole corpus
+            if len(known) > KNOWN:
+                known.clear()
+            known.update(zip(ids, rows.tolist()))
+        return rows
+
+    def _rows(self, ids: Sequence[str]) -> np.ndarray:
         if not len(ids):
             return np.zeros(0, dtype=np.int64)
         encoded = [i.encode() for i in ids]

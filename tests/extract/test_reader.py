@@ -15,7 +15,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stillhouse.data.errors import NoStoreError, StaleError, StoreError
+from stillhouse.data.errors import NoStoreError, StaleError, StoreError, UsageError
 from stillhouse.extract.plan import Request
 from stillhouse.extract.run import extract
 from stillhouse.extract.store import Store, View, hash_text
@@ -223,3 +223,53 @@ def test_layer_0_has_a_floor_under_its_deviation(tmp_path: Path, bert: Path) -> 
     corpus = make_corpus(["we", "we", "we"], per_session=1)
     extract(tmp_path / "s", corpus, loaded(bert), Request("t", [2], ["alone"]))
     assert (Store.open(tmp_path / "s").norm(View("t", "alone", 2))[1] >= 1e-3).all()
+
+
+def test_what_comes_out(small_store: Path) -> None:
+    """As float32 it is numpy's conversion; `allocate` gives the memory, C-contiguous, for every view."""
+    store, given = Store.open(small_store), []
+
+    def allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        given.append(np.full(shape, 7, dtype))
+        return given[-1]
+
+    ids = store.utterance_ids[::-1]
+    stored = store.gather(ids, VIEWS[:3])
+    for dtype in (None, "float32", "float16"):
+        given.clear()
+        got = store.gather(ids, VIEWS[:3], dtype, allocate)
+        for view, memory in zip(VIEWS, given):
+            assert got.states[view] is memory and memory.dtype == np.dtype(dtype or "float16")
+            assert np.array_equal(memory, stored.states[view].astype(memory.dtype))
+        assert len(given) == 3
+    with pytest.raises(UsageError, match="float64"):
+        store.gather(ids, VIEWS, "float64")
+
+
+def test_ids_are_remembered_and_forgotten(small_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stillhouse.extract.store import index
+
+    monkeypatch.setattr(index, "KNOWN", 40)
+    store = Store.open(small_store)
+    want = {i: int(r) for i, r in zip(store.utterance_ids, store.rows(store.utterance_ids))}
+    for first in range(0, 60, 3):
+        ids = [f"u{i % 30}" for i in range(first, first + 5)] + ["u3", "nobody"]
+        assert store.index.rows(ids).tolist() == [want.get(i, -1) for i in ids]
+        assert len(store.index._known) <= 46
+    assert store.index.rows([]).tolist() == []
+
+
+def test_cold_reading_equals_hot(small_store: Path) -> None:
+    """The path for what is not in memory, with runs that touch and one that is cut short."""
+    from stillhouse.extract.store.rows import Reading
+
+    store = Store.open(small_store, checksums=True)
+    ids = ["u4", *store.utterance_ids, "u1", "u1"]
+    want = store.gather(ids, VIEWS).states
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Reading, "hot", lambda *_: False)
+        got = store.gather(ids, VIEWS).states
+        whole = os.preadv
+        patch.setattr(os, "preadv", lambda fd, buffers, at, *rest: whole(fd, [buffers[0][:7]], at, *rest))
+        short = store.gather(ids, VIEWS).states
+    assert all(np.array_equal(got[v], want[v]) and np.array_equal(short[v], want[v]) for v in VIEWS)
