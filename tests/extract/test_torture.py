@@ -21,14 +21,16 @@ from .test_crash import CONTEXTS, ENV, tree
 DRIVER = Path(__file__).with_name("torture_driver.py")
 
 
-def torture(tmp_path: Path, bert: Path, times: int, kills: int, seed: int) -> dict:
+def torture(tmp_path: Path, bert: Path, times: int, kills: int, seed: int, dtype: str = "float16") -> dict:
     texts = [t for t in sentences() if t.isascii()] * times
     corpus = make_corpus(texts, per_session=5, path=str(tmp_path / "corpus.jsonl"))
     write_manifest(corpus.path, corpus.utterances)
-    extract(tmp_path / "calm", corpus, loaded(bert), Request("t", [0, 2], CONTEXTS))
+    extract(tmp_path / "calm", corpus, loaded(bert), Request("t", [0, 2], CONTEXTS, dtype=dtype))
     arguments = [corpus.path, tmp_path / "s", bert, ",".join(CONTEXTS), kills, seed]
     command = [sys.executable, str(DRIVER), *map(str, arguments)]
-    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        command, env=ENV | {"STILLHOUSE_TEST_DTYPE": dtype}, capture_output=True, text=True, timeout=900
+    )
     assert done.returncode == 0, done.stderr
     log = json.loads(done.stdout)
     assert log["failed"] == 0, done.stderr
@@ -45,6 +47,12 @@ def torture(tmp_path: Path, bert: Path, times: int, kills: int, seed: int) -> di
 def test_three_writers_killed_three_times(bert: Path, tmp_path: Path) -> None:
     log = torture(tmp_path, bert, times=4, kills=3, seed=0)
     assert sum(log["died"].values()) >= 3
+
+
+@pytest.mark.slow
+def test_three_writers_of_int8_agree_on_the_norms(bert: Path, tmp_path: Path) -> None:
+    log = torture(tmp_path, bert, times=12, kills=12, seed=3, dtype="int8")
+    assert sum(log["died"].values()) >= 12, log
 
 
 @pytest.mark.slow

@@ -38,7 +38,8 @@ MOMENTS = {
 def main() -> None:
     corpus_path, root, source, contexts, kills, seed = sys.argv[1:]
     corpus, teacher = read_manifest(corpus_path), load_teacher(source, device="cpu")
-    request, dice = Request("t", LAYERS, contexts.split(",")), random.Random(int(seed))
+    dtype = os.environ.get("STILLHOUSE_TEST_DTYPE", "float16")
+    request, dice = Request("t", LAYERS, contexts.split(","), dtype=dtype), random.Random(int(seed))
     alive: dict[int, str] = {}
 
     def start(where: str) -> None:
