@@ -26,22 +26,6 @@ IMPOSSIBLE = -1e29
 
 
 @kernel
-def diagonals(T, U, base, start):
-    """Fill base [T+U] for one utterance whose cells start at `start`: cell (t, u) is number base[t+u] + u."""
-    position = start
-    for n in range(T + U):
-        low, high = max(0, n - T + 1), min(n, U)
-        base[n] = position - low
-        position += high - low + 1
-
-
-@kernel
-def lay_out(T, U, at, cells, base):
-    for b in range(T.size):
-        diagonals(T[b], U[b], base[at[b] : at[b + 1]], cells[b])
-
-
-@kernel
 def closed_if_less(x):
     return CLOSED if x < CLOSED else x  # NaN passes
 

@@ -57,7 +57,7 @@ _LN2 = 0.6931471805599453
 
 def _fingerprint() -> tuple[float, int]:
     """Newest time and total size of the sources that hold kernels."""
-    names = ("numeric", "vector", "rows", "cpu", "tiles", "tdt_kernels", "pruned_kernels")
+    names = ("numeric", "vector", "rows", "plan_kernels", "cpu", "tiles", "tdt_kernels", "pruned_kernels")
     stats = [Path(__file__).with_name(name + ".py").stat() for name in names]
     return max(s.st_mtime for s in stats), sum(s.st_size for s in stats)
 

@@ -38,37 +38,19 @@ class Plan:
         return int(self.cells[-1])
 
 
-def offsets(counts: np.ndarray) -> np.ndarray:
-    """Running sum that starts with 0, int64 [B+1]."""
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
-
-
 def make_plan(batch: Batch, padded: tuple[int, int] | None, band: np.ndarray | None = None) -> Plan:
     """padded: (Tmax, rows a frame) of the logits, None for packed rows. band [B, Tmax]: see Plan."""
-    from .cpu import lay_out
+    from .plan_kernels import lay_out
 
-    T, U = batch.T, batch.U
-    cells = offsets(T * (U + 1))
-    if padded is None:
-        first, per_frame, frames = cells[:-1], U + 1, T
-    else:
-        Tmax, width = padded
-        first = np.arange(T.size, dtype=np.int64) * (Tmax * width)
-        per_frame, frames = np.full_like(T, width), np.full_like(T, Tmax)
-    at = offsets(T + U)
-    base = np.empty(int(at[-1]), np.int64)
-    lay_out(T, U, at, cells, base)
+    first, per_frame, frames, at, cells, base = lay_out(batch.T, batch.U, *(padded or (0, 0)))
     pruned = band is not None
     if band is None:
-        band = np.zeros((T.size, int(frames.max(initial=0))), np.int64)
+        band = np.zeros((batch.T.size, int(frames.max(initial=0))), np.int64)
     return Plan(first, per_frame, frames, band, pruned, at, cells, base)
 
 
 def make_tasks(frames: np.ndarray, per_frame: np.ndarray, V: int) -> tuple[np.ndarray, np.ndarray]:
     """Tasks int64 [K, 3] (utterance, frames from, to) of about TASK_ELEMENTS logits; their number per utterance [B]."""
-    step = np.maximum(1, TASK_ELEMENTS // np.maximum(1, per_frame * V))
-    count = -(-frames // step)
-    b = np.repeat(np.arange(frames.size, dtype=np.int64), count)
-    k = np.arange(b.size, dtype=np.int64) - np.repeat(offsets(count)[:-1], count)
-    begin = k * step[b]
-    return np.stack([b, begin, np.minimum(begin + step[b], frames[b])], axis=1), count.astype(np.int64)
+    from .plan_kernels import share_out
+
+    return share_out(frames, per_frame, V, TASK_ELEMENTS)
