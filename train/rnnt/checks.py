@@ -2,7 +2,7 @@
 
 Checked on the CPU at no cost worth measuring; lengths and targets that live on another device are checked by whoever
 brings them over. Invariant: an index that passes here can't leave its array in a kernel.
-Run: pytest tests/rnnt/test_checks.py
+Run: pytest tests/rnnt/test_guards.py
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
 Rows are numbered by layout: cell (t, u) is row first[b] + t*per_frame[b] + u - band[b, t] of a matrix [rows, V].
 Without pruning band is 0; with it only units band[b, t] … band[b, t] + per_frame[b] - 1 have rows at frame t.
 Invariant: a thread picks its next task from a counter, and no result depends on which thread did it.
-Run: pytest tests/rnnt/test_cpu.py
+Run: pytest tests/rnnt/test_loss.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Tensors as arrays that the kernels take, and fresh memory on huge pages.
 
-Invariant: no copy is made here. Run: pytest tests/rnnt/test_cpu.py
+Invariant: no copy is made here. Run: pytest tests/rnnt/test_loss.py
 """
 
 from __future__ import annotations

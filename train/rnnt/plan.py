@@ -1,7 +1,7 @@
 """Where everything of one batch lies: rows of the logits, cells of the lattice, tasks of the threads.
 
 Invariant: offsets are 64-bit, and the tasks depend on the lengths alone, never on the number of threads, so that
-results are the same bits for any number. Run: pytest tests/rnnt/test_cpu.py
+results are the same bits for any number. Run: pytest tests/rnnt/test_threads.py
 """
 
 from __future__ import annotations

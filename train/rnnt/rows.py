@@ -2,7 +2,7 @@
 
 Half precision comes in as the integers of its bits: uint16 is bfloat16, int16 is IEEE half. All arithmetic is in
 float32 (in float64 for float64 rows). Invariant: a row is read once and written once.
-Run: pytest tests/rnnt/test_rows.py
+Run: pytest tests/rnnt/test_numeric.py tests/rnnt/test_properties.py
 """
 
 from __future__ import annotations
