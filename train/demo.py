@@ -168,20 +168,29 @@ def run_demo(
 
 
 def prepare_study(
-    out: Path, voices: str = "espeak", say: Callable[[str], None] = lambda line: None, *, size: Size = FULL
+    out: Path,
+    voices: str = "espeak",
+    say: Callable[[str], None] = lambda line: None,
+    *,
+    size: Size = FULL,
+    decoder: bool = True,
 ) -> None:
     """Into the folder `out` what recipes/study-demo.toml trains on: the demo's corpus, and a store for each teacher.
 
-    Stopped, it goes on. Raises DemoError where a part fails, TeacherError where a teacher is not installed.
+    `decoder` False leaves out SmolLM2. Stopped, it goes on. Raises DemoError where a part fails, TeacherError where a
+    teacher is not installed.
     """
-    minilm, smollm = find_teacher(), find_decoder()
+    teachers = [(str(find_teacher()), "minilm", MINILM)]
+    smollm = find_decoder() if decoder else None
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     demo = Demo(out, say)
     _hear(demo, voices, size, load_study(RECIPES / "study-demo.toml", out).runs[0].config.data.speeds)
-    if not (out / "smollm2").exists():
-        demo.command("convert", "teacher", "convert", str(smollm), "smollm2")
-    for teacher, name, views in ((str(minilm), "minilm", MINILM), ("smollm2", "smollm", SMOLLM)):
+    if smollm is not None:
+        teachers.append(("smollm2", "smollm", SMOLLM))
+        if not (out / "smollm2").exists():
+            demo.command("convert", "teacher", "convert", str(smollm), "smollm2")
+    for teacher, name, views in teachers:
         demo.command(
             f"extract {name}",
             *("extract", "corpus.jsonl", f"{name}.zarr", "--split", "train", "--teacher", teacher, "--name", name),
