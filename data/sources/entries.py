@@ -17,6 +17,7 @@ from .pipes import decoded_file, run_command
 from .places import Places, Unpacked
 
 ARCHIVE = re.compile(r"(?P<path>.*\S):(?P<offset>\d{1,20})")
+ALLOW = "--allow-pipes runs such commands, if you trust the list"
 
 
 class Entries:
@@ -40,7 +41,8 @@ class Entries:
         if match is None:
             return self.places.find(entry), None
         archive = self.places.find(match["path"])
-        target = self.unpacked.path(recording, entry, ".wav")
+        status = archive.stat()  # another archive under the same name has other audio at the same place
+        target = self.unpacked.path(recording, f"{entry} {status.st_size} {status.st_mtime_ns}", ".wav")
         offset = int(match["offset"])
         self.unpacked.write(target, lambda temporary: wav_of_archive(archive, offset, temporary))
         return confined(target, self.root), None
@@ -48,17 +50,24 @@ class Entries:
     def pipe(self, recording: str, command: str) -> tuple[Path, int | None]:
         plain = decoded_file(command)
         if plain is not None:
-            if plain.rate_hz is not None:
-                self.result.note(
-                    f"pipes that resample, to {plain.rate_hz} Hz: read at the files' own rate, "
-                    "which `corpus features` resamples"
-                )
-            return self.places.find(plain.path), plain.channel
-        if not self.allow_pipes:
+            path = self.places.find(plain.path)
+            try:
+                self.places.length(path)
+            except AudioError as e:  # a format that the command knows and libsndfile does not
+                if not self.allow_pipes:
+                    raise AudioError(e.what, where=path, expected=e.expected, remedy=ALLOW) from None
+            else:
+                if plain.rate_hz is not None:
+                    self.result.note(
+                        f"pipes that resample, to {plain.rate_hz} Hz: read at the files' own rate, "
+                        "which `corpus features` resamples"
+                    )
+                return path, plain.channel
+        elif not self.allow_pipes:
             raise AudioError(
                 f"a shell command, not run: {command[:200]}",
                 expected="a file, or a pipe that only decodes one",
-                remedy="--allow-pipes runs such commands, if you trust the list",
+                remedy=ALLOW,
             )
         target = self.unpacked.path(recording, command, ".wav")
         return confined(self.unpacked.write(target, lambda temporary: run_command(command, temporary)), self.root), None

@@ -200,6 +200,26 @@ def test_pipes_run_only_when_allowed(tmp_path: Path, tone: Tone) -> None:
     assert not list(tmp_path.glob("t.wav*"))
 
 
+def test_a_decoder_of_what_we_cannot_read_runs_when_allowed(
+    tmp_path: Path, tone: Tone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sph2pipe knows a compression that libsndfile does not; here it is a script that gives away a WAV."""
+    path = tone(tmp_path / "a.wav", 0.5)
+    (tmp_path / "call.sph").write_bytes(b"NIST_1A shorten")
+    script = tmp_path / "bin" / "sph2pipe"
+    script.parent.mkdir()
+    script.write_text(f"#!/bin/sh\ncat {path}\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
+    command = f"sph2pipe -f wav -p -c 1 {tmp_path}/call.sph |"
+    folder = write(tmp_path / "data", wav_scp=f"a {command}\n", text="a A\n")
+    refused = import_kaldi([(None, folder)], tmp_path / "c.jsonl")
+    assert refused.utterances == [] and "--allow-pipes" in refused.findings[0].remedy
+    (u,) = import_kaldi([(None, folder)], tmp_path / "c.jsonl", allow_pipes=True).utterances
+    assert u.channel is None
+    np.testing.assert_array_equal(read_audio(tmp_path / u.audio), read_audio(path))
+
+
 def test_a_tree_of_folders_splits_and_speakers(tmp_path: Path, tone: Tone, monkeypatch: pytest.MonkeyPatch) -> None:
     tone(tmp_path / "s5" / "wav" / "x.wav", 0.5)
     for name in ("train", "dev"):
