@@ -30,6 +30,7 @@ from stillhouse.extract.store import remote as remote_module
 from stillhouse.extract.store.files import Lock
 from stillhouse.extract.store.transfers import evict
 from stillhouse.extract.store.verify import verify
+from stillhouse.extract.workers import make_crew
 
 from . import s3
 from .conftest import loaded, make_corpus
@@ -299,6 +300,18 @@ def test_two_writers_at_once(proxy: s3.Proxy, server: int, bert: Path, tmp_path:
         assert s3.get(server, f"two/data.zarr/{name}") == want[name], name
     records = Counter(k.rsplit("/", 2)[-2:][0] for k in s3.keys(server, "two/commits/") if k.endswith(".json"))
     assert set(records.values()) == {summaries[0].units // 2 + 1}
+
+
+@pytest.mark.slow
+def test_workers_of_one_command_have_each_its_share(proxy: s3.Proxy, server: int, bert: Path) -> None:
+    load, request = {"source": str(bert), "device": "cpu"}, Request("t", [0, 2], ["alone", "both:4"])
+    helpers = make_crew("t", load, 2, (0, 1))
+    done = extract("s3://bucket/crew", long_corpus(), loaded(bert), request, part=(0, 2), helpers=helpers)  # type: ignore[arg-type]
+    records = [json.loads(s3.get(server, k)) for k in s3.keys(server, "crew/commits/") if k.endswith(".json")]
+    by_writer = Counter(r["writer"]["pid"] for r in records if r["shard"] != "norms")
+    assert len(by_writer) == 2 and max(by_writer.values()) - min(by_writer.values()) <= 1
+    assert len(done.views) == 4 and proxy.counts["PUT"] < 12 * len(records)  # nobody did what another did
+    assert verify(Store.open("s3://bucket/crew")) == []
 
 
 def test_other_bytes_are_refused(proxy: s3.Proxy, server: int, bert: Path) -> None:
