@@ -25,6 +25,7 @@ from .store import plan as plans
 from .store.exclusive import nobody_writes
 from .store.files import Lock
 from .store.layout import Paths, check_teacher_name
+from .store.remote import mirror_of
 from .store.plan import Generation, Plan, Work
 from .store.writer import versions
 from .teacher import Teacher
@@ -108,11 +109,15 @@ def teacher_record(teacher: Teacher, request: Request) -> plans.Teacher:
 
 
 _WORDS = {
+    "kind": "the kind of model",
+    "architecture": "the architecture",
     "weights_hash": "the model's weights",
     "tokenizer_hash": "the tokenizer",
     "transform": "the text transform",
     "join": "the join string",
     "window": "the longest window",
+    "prefix_ids": "the special tokens before a text",
+    "suffix_ids": "the special tokens after a text",
     "dtype": "the stored dtype",
     "model_dtype": "the dtype of the model",
 }
@@ -125,7 +130,9 @@ def differences(old: plans.Teacher, new: plans.Teacher) -> list[str]:
         if name == "weights_hash" and old.model_dtype != new.model_dtype:
             continue  # the same weights, cast
         a, b = getattr(old, name), getattr(new, name)
-        if a != b:
+        if a != b and name.endswith("_hash"):
+            out.append(f"{words} (stored {old.model!r}, {a[:8]}…; now {new.model!r}, {b[:8]}…)")
+        elif a != b:
             out.append(f"{words} (stored {a!r}, now {b!r})")
     return out
 
@@ -161,6 +168,12 @@ def make_plan(
     record = teacher_record(teacher, request)
     with Lock(Paths(root).lock("plan"), wait=True):
         draft = next_plan(root, corpus, teacher, record, request, refresh)
+        if draft.growth is not None and mirror_of(draft.plan.paths.root) is not None:
+            raise UsageError(
+                "the corpus has changed, and rows of a store in an object store cannot be added to",
+                where=root,
+                remedy="extract into a copy on a disk and put that, or extract the new corpus into a new store",
+            )
         if draft.new:
             if before is not None:
                 before(draft.plan, draft.layout)
