@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from .store.commands import store
+from .import_commands import store
 
 STORE = click.Path(path_type=Path)
 _JSON = click.option("--json", "as_json", is_flag=True, help="The outcome as JSON.")

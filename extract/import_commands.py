@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from ..commands import default_name, parse_layers, progress_lines, render
+from .commands import default_name, parse_layers, progress_lines, render
 
 
 @click.group(epilog="STORE is a folder that stillhouse extract wrote. Exit codes: 10 no store, 11 locked, 12 stale.")
@@ -62,8 +62,8 @@ def import_(**options: Any) -> None:
     from stillhouse.data.errors import UsageError
     from stillhouse.data.manifest import read_manifest
 
-    from ..importing import Cache, GivenTokens, Unknown, import_states, read_names
-    from ..plan import Request
+    from .importing import Cache, GivenTokens, Unknown, import_states, read_names
+    from .plan import Request
 
     given = [n for n in ("teacher", "tokenizer", "token_ids") if options[n]]
     if len(given) != 1 or bool(options["token_ids"]) != bool(options["spans"]):
@@ -77,7 +77,7 @@ def import_(**options: Any) -> None:
         options["source"], layers, options["file"], options["key"], options["layer_axis"], (int(begin), int(end)), names
     )
     if options["teacher"]:
-        from ..teacher import load_teacher
+        from .teacher import load_teacher
 
         teacher: Any = load_teacher(options["teacher"], device="cpu")
         layers = [k if k >= 0 else teacher.depth + 1 + k for k in layers]
@@ -86,7 +86,7 @@ def import_(**options: Any) -> None:
         if options["tokenizer"]:
             from transformers import AutoTokenizer
 
-            from ..tokens import Tokeniser
+            from .tokens import Tokeniser
 
             tokeniser: Any = Tokeniser(AutoTokenizer.from_pretrained(options["tokenizer"]), options["kind"])
         else:
