@@ -62,18 +62,21 @@ def row_stage(
 
 @kernel
 def alphas(T, U, base, blank_lp, label_lp, alpha, exact):
-    alpha[base[0]] = 0.0
+    """alpha [T*(U+1) or more] is numbered from the utterance's own first cell on."""
+    start = base[0]
+    alpha[0] = 0.0
     for n in range(1, T + U):
         low, high = max(0, n - T + 1), min(n, U)
-        here, before = base[n], base[n - 1]
+        here, before = base[n] - start, base[n - 1]
+        old = before - start
         if low == 0:
-            alpha[here] = alpha[before] + blank_lp[before]
+            alpha[here] = alpha[old] + blank_lp[before]
         if high == n:
-            alpha[here + n] = alpha[before + n - 1] + label_lp[before + n - 1]
+            alpha[here + n] = alpha[old + n - 1] + label_lp[before + n - 1]
         i, j = max(low, 1), min(high, n - 1) + 1
         out = alpha[here + i : here + j]
-        up, up_lp = alpha[before + i : before + j], blank_lp[before + i : before + j]
-        left, left_lp = alpha[before + i - 1 : before + j - 1], label_lp[before + i - 1 : before + j - 1]
+        up, up_lp = alpha[old + i : old + j], blank_lp[before + i : before + j]
+        left, left_lp = alpha[old + i - 1 : old + j - 1], label_lp[before + i - 1 : before + j - 1]
         if exact:
             for k in range(out.size):
                 out[k] = log_add_exact(up[k] + up_lp[k], left[k] + left_lp[k])
@@ -96,7 +99,7 @@ def betas(T, U, base, blank_lp, label_lp, alpha, total, scratch, exact):
         low, high = max(0, n - T + 1), min(n, U)
         here = base[n]
         size = high - low + 1
-        a = alpha[here + low : here + high + 1]
+        a = alpha[here - base[0] + low : here - base[0] + high + 1]
         lb, ll = blank_lp[here + low : here + high + 1], label_lp[here + low : here + high + 1]
         stay, move = nxt[low + 1 : high + 2], nxt[low + 2 : high + 3]
         out = cur[low + 1 : high + 2]
@@ -124,7 +127,7 @@ def lattice_stage(T, U, base, blank_lp, label_lp, alpha, exact):
     """Stage 2 of one utterance: its cost; blank_lp, label_lp become occupancies, 0 where it has no alignment."""
     alphas(T, U, base, blank_lp, label_lp, alpha, exact)
     last = base[T + U - 1] + U
-    total = np.float64(alpha[last]) + np.float64(blank_lp[last])
+    total = np.float64(alpha[last - base[0]]) + np.float64(blank_lp[last])
     if total < IMPOSSIBLE:
         for n in range(T + U):
             low, high = max(0, n - T + 1), min(n, U)
@@ -145,10 +148,11 @@ def forward(
     counter int64 [1] = 0 and left int64 [B] = an utterance's number of tasks are used up: whoever ends an utterance's
     rows does its lattice. The last task comes first: the end of what somebody has just written is still in a cache, and
     the beginning is what the backward pass wants to find there.
-    work [threads, 2, Umax+1], of the type that is computed in, work64 [threads, Umax+1].
+    alpha [threads, most cells of an utterance], work [threads, 2, Umax+1], of the type that is computed in, and work64
+    [threads, Umax+1] are room.
     """
     x, y, base, tasks, band = borrow(x), borrow(y), borrow(base), borrow(tasks), borrow(band)
-    lse, blank_lp, label_lp, alpha = borrow(lse), borrow(blank_lp), borrow(label_lp), borrow(alpha)
+    lse, blank_lp, label_lp, own_alpha = borrow(lse), borrow(blank_lp), borrow(label_lp), borrow(alpha)[thread]
     own_work, own_work64 = borrow(work)[thread], borrow(work64)[thread]
     while True:
         k = tasks.shape[0] - 1 - fetch_add(counter, 0, 1)
@@ -161,7 +165,7 @@ def forward(
             label_lp, blank, delay, fused, own_work, own_work64,
         )  # fmt: skip
         if fetch_add(left, b, -1) == 1:
-            costs[b] = lattice_stage(T[b], U[b], own, blank_lp, label_lp, alpha, exact)
+            costs[b] = lattice_stage(T[b], U[b], own, blank_lp, label_lp, own_alpha, exact)
 
 
 @kernel
@@ -201,13 +205,13 @@ def backward(
 
 @kernel
 def lattices(thread, T, U, at, base, counter, blank_lp, label_lp, alpha, costs, exact):
-    """Stage 2 of all utterances."""
-    base, blank_lp, label_lp, alpha = borrow(base), borrow(blank_lp), borrow(label_lp), borrow(alpha)
+    """Stage 2 of all utterances; alpha as in forward."""
+    base, blank_lp, label_lp, own_alpha = borrow(base), borrow(blank_lp), borrow(label_lp), borrow(alpha)[thread]
     while True:
         b = fetch_add(counter, 0, 1)
         if b >= T.size:
             return
-        costs[b] = lattice_stage(T[b], U[b], base[at[b] : at[b + 1]], blank_lp, label_lp, alpha, exact)
+        costs[b] = lattice_stage(T[b], U[b], base[at[b] : at[b + 1]], blank_lp, label_lp, own_alpha, exact)
 
 
 @kernel

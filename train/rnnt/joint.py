@@ -169,11 +169,12 @@ class _CpuJointLoss(torch.autograd.Function):
         if plan.pruned:
             blank_lp.fill(CLOSED)
             label_lp.fill(CLOSED)
-        alpha, costs = np.empty(plan.total), np.zeros(batch.T.size)
+        count = min(threads.thread_count(), batch.T.size)
+        alpha, costs = np.empty((count, plan.longest)), np.zeros(batch.T.size)
         with torch.autocast("cpu", enabled=False):
             _forward(e, p, w, c, batch, plan, o, lse, blank_lp, label_lp)
         threads.run(
-            lattices, threads.thread_count(), batch.T, batch.U, plan.at, plan.base, np.zeros(1, np.int64),
+            lattices, count, batch.T, batch.U, plan.at, plan.base, np.zeros(1, np.int64),
             blank_lp, label_lp, alpha, costs, kind == torch.float64,
         )  # fmt: skip
         warn_nan(costs, batch)

@@ -69,8 +69,8 @@ class _CpuLoss(torch.autograd.Function):
         if plan.pruned:
             blank_lp.fill(CLOSED)
             label_lp.fill(CLOSED)
-        alpha, costs = np.empty(plan.total), np.zeros(batch.T.size)
-        count, width = threads.thread_count(), int(batch.U.max(initial=0)) + 1
+        count, width = min(threads.thread_count(), len(tasks)), int(batch.U.max(initial=0)) + 1
+        alpha, costs = np.empty((count, plan.longest)), np.zeros(batch.T.size)
         work, work64 = np.empty((count, 2, width), kind), np.empty((count, width))
         threads.run(
             forward, count, x, batch.y, batch.T, batch.U, plan.first, plan.per_frame, plan.band,

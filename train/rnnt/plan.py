@@ -37,6 +37,11 @@ class Plan:
     def total(self) -> int:
         return int(self.cells[-1])
 
+    @property
+    def longest(self) -> int:
+        """The most cells of an utterance."""
+        return int(np.diff(self.cells).max(initial=0))
+
 
 def make_plan(batch: Batch, padded: tuple[int, int] | None, band: np.ndarray | None = None) -> Plan:
     """padded: (Tmax, rows a frame) of the logits, None for packed rows. band [B, Tmax]: see Plan."""

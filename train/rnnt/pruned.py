@@ -33,10 +33,10 @@ class _CpuLattice(torch.autograd.Function):
         arcs = [np.empty(plan.total, np.float64 if exact else np.float32) for _ in range(2)]
         for dense, own in zip((blank_lp, label_lp), arcs):
             to_diagonals(dense.detach().contiguous().numpy(), batch.T, batch.U, plan.at, plan.base, own)
-        costs = np.zeros(batch.T.size)
+        count, costs = min(threads.thread_count(), batch.T.size), np.zeros(batch.T.size)
         threads.run(
-            lattices, threads.thread_count(), batch.T, batch.U, plan.at, plan.base, np.zeros(1, np.int64), *arcs,
-            np.empty(plan.total), costs, exact,
+            lattices, count, batch.T, batch.U, plan.at, plan.base, np.zeros(1, np.int64), *arcs,
+            np.empty((count, plan.longest)), costs, exact,
         )  # fmt: skip
         warn_nan(costs, batch)
         dense_occupancies = []
