@@ -180,7 +180,7 @@ def prepare_study(
     `decoder` False leaves out SmolLM2. Stopped, it goes on. Raises DemoError where a part fails, TeacherError where a
     teacher is not installed.
     """
-    teachers = [(str(find_teacher()), "minilm", MINILM)]
+    teachers: list[tuple[str, str, tuple[str, ...]]] = [(str(find_teacher()), "minilm", MINILM)]
     smollm = find_decoder() if decoder else None
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
