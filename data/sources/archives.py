@@ -1,46 +1,72 @@
-"""Audio inside Kaldi archives, FILE.ark:OFFSET as `wav-copy` and ESPnet's dumps write it.
+"""Audio inside Kaldi archives, FILE.ark:OFFSET: WAV as `wav-copy` writes it, any format as kaldiio's `soundfile` does.
 
 Invariant: what is at the offset is copied byte for byte, or it is an AudioError that says what is there instead.
-Exercised by `stillhouse corpus import espnet dump/raw corpus.jsonl`.
+Exercised by `stillhouse corpus import espnet dump/raw/train corpus.jsonl`.
 """
 
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import AudioError
 
-UNKNOWN_SIZES = (0, 0x7FFFFFFF, 0xFFFFFFFF)
+UNKNOWN_SIZES = (0, 0x7FFFFFFF, 0xFFFFFFFF)  # what programs that write into a pipe leave in a WAV header
+SUFFIXES = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg"}
 
 
-def wav_of_archive(archive: Path, offset: int, target: Path) -> None:
-    """Copy the WAV file at `offset` of an archive to `target`."""
+@dataclass(frozen=True)
+class Stretch:
+    """Where in the archive a whole audio file lies, in bytes, and how such files are called."""
+
+    begin: int
+    length: int
+    suffix: str
+
+
+def audio_in_archive(archive: Path, offset: int) -> Stretch:
+    """The audio file at `offset`; AudioError where there is none, or where it does not say how long it is."""
     where = f"{archive}:{offset}"
     size = archive.stat().st_size
     with archive.open("rb") as source:
         source.seek(min(offset, size))
-        head = source.read(12)
-        if head[:4] == b"RIFF" and head[8:] == b"WAVE":
+        head = source.read(16)
+        if head[:5] == b"AUDIO":  # then the number of bytes of the length, the length, the file
+            width = head[5] if len(head) > 5 else 0
+            begin = offset + 6 + width
+            length = int.from_bytes(head[6 : 6 + width], "little")
+            source.seek(min(begin, size))
+            suffix = SUFFIXES.get(source.read(4), ".audio")
+            if not 0 < width <= 8 or length == 0:
+                raise AudioError("audio in an archive, of no length", where=where)
+        elif head[:4] == b"RIFF" and head[8:12] == b"WAVE":
             (length,) = struct.unpack("<I", head[4:8])
-            if length in UNKNOWN_SIZES or offset + 8 + length > size:
-                raise AudioError("the WAV in the archive does not say how long it is, or ends early", where=where)
-            source.seek(offset)
-            with target.open("wb") as sink:
-                _copy(source, sink, 8 + length)
-            return
-    if head[:2] == b"\0B":
-        raise AudioError("a Kaldi matrix, features and no audio", where=where, expected="the archive of the audio")
-    kind = "FLAC" if b"fLaC" in head or head[:5] == b"AUDIO" else "no WAV"
-    raise AudioError(
-        f"{kind} in an archive", where=where, expected="a WAV", remedy="take the wav.scp that the archive was made from"
-    )
+            if length in UNKNOWN_SIZES:
+                raise AudioError("the WAV in the archive does not say how long it is", where=where)
+            begin, length, suffix = offset, 8 + length, ".wav"
+        elif head[:2] == b"\0B":
+            raise AudioError("a Kaldi matrix, features and no audio", where=where, expected="the archive of the audio")
+        else:
+            raise AudioError(
+                "no audio at that place of the archive",
+                where=where,
+                expected="WAV, or what kaldiio writes",
+                remedy="take the wav.scp that the archive was made from",
+            )
+    if begin + length > size:
+        raise AudioError("the archive ends before the audio does", where=where, remedy="fetch or make it again")
+    return Stretch(begin, length, suffix)
 
 
-def _copy(source, sink, length: int) -> None:  # type: ignore[no-untyped-def]
-    while length:
-        block = source.read(min(length, 1 << 20))
-        if not block:
-            raise AudioError("the archive ends early", where=source.name)
-        sink.write(block)
-        length -= len(block)
+def copy_stretch(archive: Path, stretch: Stretch, target: Path) -> None:
+    """Write the bytes of a stretch to `target`."""
+    left = stretch.length
+    with archive.open("rb") as source, target.open("wb") as sink:
+        source.seek(stretch.begin)
+        while left:
+            block = source.read(min(left, 1 << 20))
+            if not block:
+                raise AudioError("the archive has become shorter", where=archive)
+            sink.write(block)
+            left -= len(block)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import AudioError
 from ..paths import confined
-from .archives import wav_of_archive
+from .archives import audio_in_archive, copy_stretch
 from .imported import Imported
 from .pipes import decoded_file, run_command
 from .places import Places, Unpacked
@@ -42,9 +42,10 @@ class Entries:
             return self.places.find(entry), None
         archive = self.places.find(match["path"])
         status = archive.stat()  # another archive under the same name has other audio at the same place
-        target = self.unpacked.path(recording, f"{entry} {status.st_size} {status.st_mtime_ns}", ".wav")
-        offset = int(match["offset"])
-        self.unpacked.write(target, lambda temporary: wav_of_archive(archive, offset, temporary))
+        stretch = audio_in_archive(archive, int(match["offset"]))
+        name = f"{entry} {status.st_size} {status.st_mtime_ns}"
+        target = self.unpacked.path(recording, name, stretch.suffix)
+        self.unpacked.write(target, lambda temporary: copy_stretch(archive, stretch, temporary))
         return confined(target, self.root), None
 
     def pipe(self, recording: str, command: str) -> tuple[Path, int | None]:

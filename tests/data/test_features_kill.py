@@ -47,7 +47,7 @@ def test_kills_lose_nothing_and_repeat_nothing(
                 assert id not in done, "computed twice"
                 done.add(id)
                 reports += 1
-    assert reports > 24
+    assert reports >= 24  # each once at least
     assert any(f.endswith((".tmp", ".merging")) for files in told["files"] for f in files), "no kill fell into a write"
 
     compute_features(corpus, tmp_path / "whole.h5", (1.0, 1.1), workers=0)

@@ -14,7 +14,7 @@ import soundfile
 from stillhouse.data.audio import read_audio
 from stillhouse.data.errors import AudioError, CorpusError
 from stillhouse.data.manifest import Corpus, write_manifest
-from stillhouse.data.sources.archives import wav_of_archive
+from stillhouse.data.sources.archives import audio_in_archive
 from stillhouse.data.sources.imported import Imported
 from stillhouse.data.sources.kaldi import import_kaldi, joined
 from stillhouse.data.sources.librispeech import import_librispeech
@@ -261,7 +261,12 @@ def test_audio_in_archives(tmp_path: Path, tone: Tone) -> None:
     one, two = (tone(tmp_path / f"{k}.wav", 0.3 + k / 10).read_bytes() for k in (1, 2))
     flac = tone(tmp_path / "f.flac", 0.3).read_bytes()
     data, entries = b"", []
-    for name, content in (("one", one), ("two", two), ("flac", flac), ("matrix", b"\0BFM \4"), ("cut", one[:5000])):
+    framed = b"AUDIO\2" + struct.pack("<H", len(flac)) + flac  # as kaldiio's write_function="soundfile" has it
+    broken = b"AUDIO\4" + struct.pack("<I", 1 << 31) + flac
+    for name, content in (
+        ("one", one), ("two", two), ("framed", framed), ("flac", flac), ("matrix", b"\0BFM \4"), ("broken", broken),
+        ("cut", one[:5000]),
+    ):  # fmt: skip
         data += name.encode() + b" "
         entries.append(f"{name} {tmp_path}/data.ark:{len(data)}")
         data += content
@@ -271,13 +276,16 @@ def test_audio_in_archives(tmp_path: Path, tone: Tone) -> None:
         tmp_path / "dump", wav_scp="\n".join([*entries, f"far {tmp_path}/data.ark:99999999"]) + "\n", text=text
     )
     result = import_kaldi([(None, folder)], tmp_path / "corpus.jsonl")
-    assert [u.id for u in result.utterances] == ["one", "two"]
-    assert (tmp_path / result.utterances[1].audio).read_bytes() == two
-    assert [(f.id, f.kind) for f in result.findings] == [(i, "audio") for i in ("flac", "matrix", "cut", "far")]
-    assert "FLAC in an archive" in result.findings[0].what and "Kaldi matrix" in result.findings[1].what
+    assert [u.id for u in result.utterances] == ["one", "two", "framed"]
+    assert [(tmp_path / u.audio).read_bytes() for u in result.utterances] == [one, two, flac]
+    assert [Path(u.audio).suffix for u in result.utterances] == [".wav", ".wav", ".flac"]
+    bad = ("flac", "matrix", "broken", "cut", "far")
+    assert [(f.id, f.kind) for f in result.findings] == [(i, "audio") for i in bad]
+    assert "no audio at that place" in result.findings[0].what and "Kaldi matrix" in result.findings[1].what
+    assert "ends before" in result.findings[2].what
     (tmp_path / "x.ark").write_bytes(b"a RIFF" + struct.pack("<I", 0xFFFFFFFF) + b"WAVE")
     with pytest.raises(AudioError, match="how long it is"):
-        wav_of_archive(tmp_path / "x.ark", 2, tmp_path / "x.wav")
+        audio_in_archive(tmp_path / "x.ark", 2)
 
 
 def test_pieces() -> None:
