@@ -86,6 +86,16 @@ def main(argv: list[str] | None = None) -> None:
             raise
         click.echo(f"error: {e}", err=True)
         sys.exit(e.exit_code)
+    except Exception as e:
+        if "--debug" in args or os.environ.get("STILLHOUSE_DEBUG"):
+            raise
+        told = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else f"{type(e).__name__}: {e}"
+        click.echo(
+            f"error: {told}; nobody foresaw this: a damaged file, or a fault of Stillhouse "
+            "(STILLHOUSE_DEBUG=1 shows where)",
+            err=True,
+        )
+        sys.exit(1)
 
 
 if __name__ == "__main__":

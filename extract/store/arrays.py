@@ -81,7 +81,11 @@ class RawArray:
     def _map(self, shape: tuple[int, ...], *index: int) -> np.ndarray:
         path = self.file(*index)
         expected = int(np.prod(shape)) * self.dtype.itemsize
-        if path.stat().st_size != expected:
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError as e:
+            raise StoreError("a chunk is missing", where=path, remedy="stillhouse inspect verify STORE") from e
+        if size != expected:
             raise StoreError("a chunk has the wrong size", where=path, expected=f"{expected:,} bytes")
         return np.asarray(np.memmap(path, dtype=self.dtype, mode="r", shape=shape))
 

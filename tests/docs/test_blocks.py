@@ -173,7 +173,7 @@ def type_it(
                 here(block, shlex.split(line, comments=True))
             return
         code = re.sub(r"^make ", f"make --dry-run -C {shlex.quote(str(ROOT))} ", code, flags=re.MULTILINE)
-        options = ["-euo", "pipefail"] if program == "bash" else []
+        options = ["-eo", "pipefail"] if program == "bash" else []
         done = subprocess.run([program, *options, "-c", code], capture_output=True, text=True)
         assert done.returncode == 0, f"{block.where}\n{done.stdout}\n{done.stderr}"
 
