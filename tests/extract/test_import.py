@@ -19,8 +19,8 @@ from stillhouse.extract.importing import Cache, GivenTokens, Unknown, import_sta
 from stillhouse.extract.plan import Request
 from stillhouse.extract.run import extract
 from stillhouse.extract.store import Store, View
-from stillhouse.extract.store_commands import store as group
 from stillhouse.extract.store.verify import verify
+from stillhouse.extract.store_commands import store as group
 
 from .conftest import TEXTS, loaded, make_corpus
 

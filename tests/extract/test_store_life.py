@@ -305,3 +305,34 @@ def test_the_commands(bert: Path, tmp_path: Path, stillhouse: Callable) -> None:
     assert merged.code == 12 and "only" in merged.err
     assert stillhouse("store", "rm", root).code == 2
     assert stillhouse("store", "gc", tmp_path / "none").code == 10
+
+
+def test_verify_repairs(bert: Path, tmp_path: Path, stillhouse: Callable) -> None:
+    """Also of a store whose corpus has changed: only the damaged unit is made again, by the models that it names."""
+    root, corpus = tmp_path / "s", make_corpus()
+    extract(root, corpus, loaded(bert), REQUEST)
+    extract(root, edited(corpus, u1="he would wear it here"), loaded(bert), REQUEST, refresh=True)
+    served, commits = states(root), sorted(p.name for p in (root / "commits").rglob("*.json"))
+    for shard in (0, 1):
+        path = Paths(root).hidden("t", 0, 1, shard)
+        data = bytearray(path.read_bytes())
+        data[int(Store.open(root).lengths("t").sum()) if shard == 0 else 5] ^= 8
+        path.write_bytes(data)
+    told = stillhouse("inspect", "verify", root, "--data")
+    assert told.code == 1 and "--repair" in told.out
+    found = json.loads(stillhouse("inspect", "verify", root, "--data", "--repair", "--json").out)
+    assert {m["unit"] for m in found["mended"]} == {"t/alone shard 0", "t/alone shard 1"} and not found["findings"]
+    new = sorted(p.name for p in (root / "commits").rglob("*.json"))
+    assert len(new) == len(commits) + 2 and verify(Store.open(root)) == []
+    assert {k for k, v in states(root).items() if v == served[k]} >= {k for k in served if "both" in k[0]}
+    assert stillhouse("inspect", "verify", root, "--data", "--repair").code == 0
+    Paths(root).hidden("t", 0, 0, 0).unlink()
+    assert stillhouse("inspect", "verify", root, "--repair", "--model", "t").code == 2
+    moved = tmp_path / "moved"
+    bert.rename(moved)
+    try:
+        assert stillhouse("inspect", "verify", root, "--repair").code == 1
+        done = stillhouse("inspect", "verify", root, "--repair", "--model", f"t={moved}")
+    finally:
+        moved.rename(bert)
+    assert done.code == 0 and "extracted again: t/alone shard 0" in done.out
