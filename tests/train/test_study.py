@@ -128,6 +128,8 @@ def test_runs_that_differ_in_data_budget_or_weights_are_refused(
         mine.write_text(json.dumps(json.loads(kept) | {"initialisation": "f00"}))
         with pytest.raises(StaleError, match=r"initialisation: .* and f00"):
             run_study(study, study.runs, jobs=1, say=lambda _: None, limits=list)
+        with pytest.raises(StaleError, match=r"initialisation: .* and f00"):
+            tabulate(study)
         mine.unlink()
         with pytest.raises(StaleError, match="says nothing of its data"):
             refuse_unlike(study.runs)
