@@ -66,7 +66,8 @@ def import_kaldi(
     pattern = SessionPattern(session_pattern) if session_pattern else None
     unpacked = Unpacked(manifest)
     result = Imported()
-    for split, folder in [found for source in sources for found in _folders(*source)]:
+    folders = [found for source in sources for found in _folders(*source, text_name, result)]
+    for split, folder in folders:
         places = Places([audio_root] if audio_root else above(folder), root)
         finder = Entries(result, places, unpacked, root, allow_pipes)
         tables = _read_folder(folder, split, result, text_name, pieces)
@@ -85,13 +86,24 @@ def import_kaldi(
     return result
 
 
-def _folders(split: str | None, source: Path) -> Iterator[tuple[str | None, Path]]:
+def _folders(split: str | None, source: Path, text_name: str, result: Imported) -> Iterator[tuple[str | None, Path]]:
     if (source / SCP).is_file():
         yield split or source.absolute().name, source
         return
-    inside = [scp.parent for scp in below(source, SCP) if scp.name == SCP]
+    inside: list[Path] = []
+    found = [scp.parent for scp in below(source, SCP) if scp.name == SCP]
+    for folder in sorted(found, key=lambda path: len(path.parts)):
+        # Kaldi leaves parts of a data directory inside it, as split4/1, for its jobs.
+        if any(folder.is_relative_to(whole) for whole in inside):
+            continue
+        if (folder / text_name).is_file():
+            inside.append(folder)
+        else:
+            result.note(f"{folder} is left out: no {text_name} in it")
     if not inside:
-        raise CorpusError("no wav.scp in it or below it", where=source, expected="a Kaldi data directory")
+        raise CorpusError(
+            f"no {SCP} beside a {text_name}, in it or below it", where=source, expected="a data directory"
+        )
     for folder in inside:
         yield split or folder.relative_to(source).as_posix().replace("/", "-"), folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -167,7 +168,7 @@ def test_what_is_wrong_is_found(tmp_path: Path, tone: Tone) -> None:
     by_id = {f.id: f for f in result.findings}
     assert "--allow-pipes" in by_id["u8"].remedy and "curl http://x | sox" in by_id["u8"].what
     assert all(f.remedy for f in result.findings)
-    for lacking, match in ((tmp_path, "no text in it"), (tmp_path / "none", "no wav.scp")):
+    for lacking, match in ((tmp_path, "no text in it"), (tmp_path / "none", "no wav.scp beside a text")):
         (tmp_path / "wav.scp").write_text("")
         with pytest.raises(CorpusError, match=match):
             import_kaldi([(None, lacking)], tmp_path / "c.jsonl")
@@ -229,6 +230,8 @@ def test_a_tree_of_folders_splits_and_speakers(tmp_path: Path, tone: Tone, monke
             text=f"{name}-1 X\n",
             utt2spk=f"{name}-1 {name}-1\n",
         )
+    shutil.copytree(tmp_path / "s5" / "data" / "train", tmp_path / "s5" / "data" / "train" / "split2" / "1")
+    write(tmp_path / "s5" / "data" / "local", wav_scp="x wav/x.wav\n")
     monkeypatch.chdir(tmp_path / "s5" / "data")
     result = import_kaldi([(None, tmp_path / "s5" / "data")], tmp_path / "c.jsonl")
     assert [(u.id, u.split, u.speaker, u.audio) for u in result.utterances] == [
@@ -236,6 +239,7 @@ def test_a_tree_of_folders_splits_and_speakers(tmp_path: Path, tone: Tone, monke
         ("train-1", "train", None, "s5/wav/x.wav"),
     ]
     assert any("speakers unknown" in n for n in result.notes)
+    assert any("local is left out: no text" in n for n in result.notes) and result.findings == []
     (tmp_path / "s5" / "data" / "dev" / "utt2spk").unlink()
     (tmp_path / "s5" / "data" / "dev" / "spk2utt").write_text("me dev-1 dev-2\n")
     one = import_kaldi([("x", tmp_path / "s5" / "data" / "dev")], tmp_path / "c.jsonl", audio_root=tmp_path / "s5")
