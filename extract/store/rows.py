@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 
 from stillhouse.data.errors import StoreError
@@ -99,6 +100,18 @@ class Copies:
             if mapped is not nothing:
                 out[a:b] = mapped[s:t]
 
+    def fill_and_sum(self, out: np.ndarray, by_shard: dict[int, memoryview]) -> list[int]:
+        """The same into uint8 [bytes]; and every utterance's crc32c, taken while its bytes are in the processor's
+        cache.
+        """
+        sums, nothing, buffer, value = [], memoryview(b""), as_bytes(out), google_crc32c.value
+        for number, s, t, a, b in zip(self.shard, self.source, self.source_end, self.target, self.target_end):
+            mapped = by_shard.get(number, nothing)
+            if mapped is not nothing:
+                buffer[a:b] = mapped[s:t]
+            sums.append(value(out[a:b]))
+        return sums
+
 
 class TeacherRows:
     """What `gather` needs of one teacher: start, length, token ids and spans, memory-mapped."""
@@ -186,7 +199,8 @@ class Reading:
 
     def __init__(self, handles: dict[int, Handle], places: Places, row_bytes: int, out: np.ndarray) -> None:
         self.handles, self.places, self.row_bytes = handles, places, row_bytes
-        self.buffer = as_bytes(out)
+        self.out, self.buffer = out, as_bytes(out)
+        self.sums: list[int] | None = None  # crc32c of each utterance's rows, where `copy` took them
 
     def hot(self, probes: int = PROBED) -> bool:
         """Whether as much of it as a few probes can tell is in memory."""
@@ -204,9 +218,13 @@ class Reading:
                 return False
         return True
 
-    def copy(self, copies: Copies) -> None:
+    def copy(self, copies: Copies, sums: bool = False) -> None:
         """Out of the memory maps: the kernel's own copy takes twice as long."""
-        copies.fill(self.buffer, {number: handle.map for number, handle in self.handles.items()})
+        maps = {number: handle.map for number, handle in self.handles.items()}
+        if sums:
+            self.sums = copies.fill_and_sum(self.out.reshape(-1).view(np.uint8), maps)
+        else:
+            copies.fill(self.buffer, maps)
 
     def advise(self, runs: list[tuple[int, list[Run]]]) -> None:
         """Ask the kernel for all ranges at once, so that their waits overlap."""
