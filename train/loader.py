@@ -28,7 +28,9 @@ from ..data.units import Units
 
 @dataclass(frozen=True)
 class Batch:
-    """Features are plain fbank; padding is 0. `transfer` is the target reader's batch, or None."""
+    """Features are plain fbank; padding is 0. `transfer` is the target reader's batch, or None; `share` is
+    `BatchPlan.share`: how much of a batch shared out among ranks this is.
+    """
 
     ids: list[str]
     features: Tensor  # float32 [B, T, bins]
@@ -38,6 +40,7 @@ class Batch:
     transfer: Any
     read_s: float
     teacher_s: float
+    share: float = 1.0
 
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
@@ -113,6 +116,7 @@ class BatchLoader:
             transfer,
             read - began,
             time.perf_counter() - read,
+            plan.share,
         )
 
     def references(self, plan: BatchPlan) -> list[str]:

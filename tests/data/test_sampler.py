@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -107,7 +109,7 @@ def test_few_shards_at_a_time() -> None:
             groups = [g for g in groups if not g & own] + [own.union(*touching)]
         assert sorted(map(len, groups)) == [5] * 8
         order = [next(i for i, g in enumerate(groups) if own <= g) for own in seen]
-        assert sum(a != b for a, b in zip(order, order[1:])) == 7  # one after the other
+        assert sum(a != b for a, b in itertools.pairwise(order)) == 7  # one after the other
         mixed.append(sorted(sorted(g) for g in groups))
     assert mixed[0] != mixed[1]
 
