@@ -291,10 +291,8 @@ def write_tokens(plan: Plan, growth: Growth, teacher: Teacher | None) -> None:
     group, rows = plan.paths.data / generation.teacher, generation.shard_rows
     tokens, start = growth.tokens, growth.start
     assert tokens is not None and start is not None and growth.vocabulary is not None
-    begin, end = len(generation.shards) * rows, 0
-    if len(start):
-        begin = int(start[0]) // rows * rows
-        end = len(generation.shards) * rows
+    end = len(generation.shards) * rows
+    begin = int(start[0]) // rows * rows if len(start) else end
     token_id, span = np.full(end - begin, -1, np.int32), np.full((end - begin, 2), -1, np.int32)
     into = [np.arange(a, a + n) for a, n in zip((start - begin).tolist(), tokens.length.tolist())]
     where = np.concatenate(into) if into else np.zeros(0, int)

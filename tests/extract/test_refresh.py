@@ -131,6 +131,9 @@ def test_removed_utterances_are_not_served(bert: Path, tmp_path: Path) -> None:
     extract(root, now, loaded(bert), Request("t", [1], ["future:4"]))  # more views in shards with dead rows
     assert verify(Store.open(root)) == [] and status(root).complete
     assert int(store.lengths("t").sum()) == store.teacher("t").tokens
+    last = edited(now, u28=None)  # alone in its session: nobody's neighbour, so nothing is redone
+    assert extract(root, last, loaded(bert), REQUEST, refresh=True).units_done_now == 0
+    assert len(Store.open(root).utterance_ids) == 27 and verify(Store.open(root)) == []
     back = extract(root, corpus, loaded(bert), REQUEST, refresh=True)
     assert back.utterances == 30 and Store.open(root).has(["u5"], view)[0]
 

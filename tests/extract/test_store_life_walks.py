@@ -174,13 +174,12 @@ def walk(monkeypatch: pytest.MonkeyPatch, folder: Path, teacher: Path, contexts:
         life.check()
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_an_encoder_store(seed: int, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    walk(monkeypatch, tmp_path, bert, ["alone", "past:4", "both:4"], seed, 7)
+def test_an_encoder_store(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    walk(monkeypatch, tmp_path, bert, ["alone", "past:4", "both:4"], 1, 7)
 
 
 def test_a_decoder_store(gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    walk(monkeypatch, tmp_path, gpt2, ["alone", "past:8"], 3, 7)
+    walk(monkeypatch, tmp_path, gpt2, ["past:8"], 3, 4)
 
 
 @pytest.mark.slow
