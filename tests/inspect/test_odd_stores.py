@@ -142,6 +142,8 @@ def test_every_file_damaged(store, tmp_path, how):
         shutil.rmtree(copy)
     if how == "delete":  # what is not committed is not extracted yet; the groups' metadata is for others to read
         unseen = [p for p in unseen if not p.startswith("commits/") and not p.endswith("zarr.json")]
+        # A chunk that is missing is all zeros: to plain Zarr, and to verify where nothing contradicts it
+        unseen = [p for p in unseen if not p.startswith(("data.zarr/utterances/session", "data.zarr/utterances/text_"))]
     if how == "garbage":
         unseen = [p for p in unseen if not any(name in p for name in UNCHECKED)]
     assert not [p for p in unseen if not p.endswith("zarr.json") or p.count("/") > 2], unseen
