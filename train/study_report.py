@@ -68,7 +68,8 @@ def markdown(table: Table) -> str:
     lines += [
         "",
         "Intervals: bootstraps over utterances of the mean over seeds; differences are paired by utterance and seed. "
-        '"lower" and "higher" stand where a difference exceeds 1.96 standard errors, of utterances and seeds together.',
+        '"lower" and "higher" stand where a difference exceeds 1.96 standard errors, of utterances and seeds together: '
+        "by chance alone, once in twenty differences that are none.",
         "",
         "| arm | changes | command |",
         "|---|---|---|",

@@ -35,8 +35,8 @@ class Estimate:
 class Difference:
     """This arm less `to`, over the seeds that both have; `by_seed` in the order of the seeds.
 
-    verdict: "lower" or "higher" where the difference is more than twice its standard error, taken from the spread over
-    utterances and the spread between seeds together; else "not shown".
+    verdict: "lower" or "higher" where the difference is more than 1.96 times its standard error, taken from the spread
+    over utterances and the spread between seeds together; else "not shown"; "one seed" where that spread is unknown.
     """
 
     to: str
@@ -269,5 +269,7 @@ def _difference(mine: _Errors, theirs: _Errors, to: str, metric: str) -> Differe
     error = float(np.sqrt(drawn.var() + between))
     value = float(by_seed.mean())
     verdict = "not shown" if abs(value) <= 1.96 * error else ("lower" if value < 0 else "higher")
+    if len(common) == 1:
+        verdict = "one seed"
     relative = value / float(b.mean()) if b.mean() else 0.0
     return Difference(to, _estimate(value, drawn), relative, tuple(float(x) for x in by_seed), verdict)

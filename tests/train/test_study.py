@@ -221,6 +221,9 @@ def test_a_difference_that_seeds_contradict_is_not_shown(tones: Path, tmp_path: 
     said |= {("all", s): ["a b c"] * 45 + ["a b c d"] * 5 for s in (2, 3)}
     found = tabulate(pretend(tones, tmp_path, said, refs)).rows[1].differences[0]
     assert found.estimate.high < 0 and found.verdict == "not shown"
+    lone = pretend(tones, tmp_path / "lone", {key: value for key, value in said.items() if key[1] == 1}, refs)
+    found = tabulate(lone).rows[1].differences[0]
+    assert found.estimate.high < 0 and found.verdict == "one seed"
 
 
 def test_the_detectable_difference_is_what_a_test_finds_four_times_in_five(tones: Path, tmp_path: Path) -> None:
