@@ -113,8 +113,9 @@ def reading(store: Store, flat: Memmap, n: int, clock: Callable[[], float]) -> l
     for view in every:
         flat.files[view].max()
     assert all(np.array_equal(store.gather(picks[0], every).states[v], flat.gather(picks[0], every)[v]) for v in every)
-    for p in picks:  # hot: in memory, and mapped into this process by both
+    for p in picks:  # hot: in memory, and mapped into this process by all
         store.gather(p, every)
+        checked.gather(p, every)
         flat.gather(p, every)
     rows = []
     for views, name, bar, checked_bar in ((one, "1 layer", 0.85, 0.60), (every, f"{len(every)} layers", 0.90, 0.60)):
