@@ -162,16 +162,21 @@ def _squeeze(text: str) -> tuple[str, np.ndarray | None]:
 
 _LONE_I = re.compile(rf"(?<![\w{APOSTROPHES}-])i(?=$|[^\w{APOSTROPHES}-]|[{APOSTROPHES}](?:m|ll|ve|d|s)\b)")
 
+_FIRST = re.compile(r"(?:^|[.!?])[^A-Za-z]*[A-Za-z]")  # up to a sentence's first letter, in ASCII
+
 
 def _sentence_case(text: str) -> tuple[str, np.ndarray | None]:
     """An all-upper-case transcript as a sentence: first letters and "I" are upper case, the rest lower.
 
     A text with any lower-case letter knows its own case and is left alone.
     """
-    if any(c.islower() for c in text):
+    plain = text.isascii()
+    if text != text.upper() if plain else any(c.islower() for c in text):
         return text, None
     new, local = _lower(text)
     new = _LONE_I.sub("I", new)
+    if plain:
+        return _FIRST.sub(lambda found: found[0].upper(), new), local
     out, start = [], True
     for char in new:
         upper = char.upper()

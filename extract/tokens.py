@@ -21,6 +21,8 @@ from stillhouse.data.text import transform
 # Words that any vocabulary spells somehow; a word must be spelt at the start of a text as in the middle of it.
 _PROBES = ("the", "a", "of", "and")
 
+_ASCII_BLACK = np.array([not chr(c).isspace() for c in range(128)])
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -124,7 +126,10 @@ def raw_spans(offsets: np.ndarray, mapped: Any, shift: int) -> np.ndarray:
     end = np.clip(offsets[:, 1] - shift, 0, len(text))
     if not len(text) or not len(offsets):
         return np.zeros((len(offsets), 2), dtype=np.int32)
-    black = np.array([not c.isspace() for c in text])
+    if text.isascii():
+        black = _ASCII_BLACK[np.frombuffer(text.encode("ascii"), np.uint8)]
+    else:
+        black = np.array([not c.isspace() for c in text])
     where = np.arange(len(text))
     # next_black[i]: first non-space at or after i; last_black[i]: one past the last non-space before i
     next_black = np.minimum.accumulate(np.where(black, where, len(text))[::-1])[::-1]

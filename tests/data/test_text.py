@@ -142,3 +142,9 @@ def test_an_unknown_name_lists_the_names() -> None:
         transform("x", "squeeze+lowwer")
     with pytest.raises(ValueError, match="span"):
         transform("abc", "none").span(2, 4)
+
+
+@given(st.text(alphabet="AI.!? '-M\t2", max_size=30) | st.text(alphabet=st.characters(max_codepoint=127), max_size=20))
+def test_sentence_case_of_ascii_is_that_of_any_text(raw: str) -> None:
+    """A letter in front that is not ASCII takes the general way; a full stop behind it makes them alike."""
+    assert transform("É." + raw, "sentence_case").text[2:] == transform("A." + raw, "sentence_case").text[2:]
