@@ -24,7 +24,7 @@ def test_the_example_runs(tmp_path, monkeypatch):
     store = stores.build(tmp_path, layers=(3, 4))
     (tmp_path / "corpus.zarr").symlink_to(store.path)
     monkeypatch.chdir(tmp_path)
-    [code] = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    [code] = re.findall(r"```python quick\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
     transcripts = {i: stores.TEXTS[int(i.split("-")[1])] for i in store.utterance_ids}
     torch.manual_seed(0)
     names = {"transcripts": transcripts}
