@@ -65,16 +65,21 @@ def _fingerprint() -> tuple[float, int]:
 _STAMP = _fingerprint()
 
 
-def kernel(function):
+def kernel(function, **options):
     """njit without the interpreter's lock, cached on disk until the source of any kernel changes.
 
     numba by itself looks at the one file of a function, and would keep what it has inlined from another file.
     """
-    dispatcher = njit(cache=True, nogil=True)(function)
+    dispatcher = njit(cache=True, nogil=True, **options)(function)
     index = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
     if index is not None and hasattr(index, "_source_stamp"):
         index._source_stamp = _STAMP
     return dispatcher
+
+
+def inlined_kernel(function):
+    """A kernel for one row: the arrays among its arguments take longer to hand over than a short row to compute."""
+    return kernel(function, forceinline=True)
 
 
 _I16, _I32 = ir.IntType(16), ir.IntType(32)

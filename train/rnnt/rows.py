@@ -13,7 +13,17 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from .numeric import bfloat_to_float, clear_rows, float_to_bfloat, float_to_half, half_to_float, kernel, log32, sum_add
+from .numeric import (
+    bfloat_to_float,
+    clear_rows,
+    float_to_bfloat,
+    float_to_half,
+    half_to_float,
+    inlined_kernel,
+    kernel,
+    log32,
+    sum_add,
+)
 from .vector import LOG2E, scale_powers, sum_powers
 
 f32 = np.float32
@@ -198,7 +208,7 @@ def clamp_scale_(row, limit, scale):
         store(row, i, value * scale)
 
 
-@kernel
+@inlined_kernel
 def gradient_row(source, i, target, j, lse, occ_blank, occ_label, blank, label, scale, clamp, fused):
     """One cell's gradient, of row i of source, into row j of target, which may be the same row.
 
