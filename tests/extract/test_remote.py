@@ -292,7 +292,7 @@ def test_two_writers_at_once(proxy: s3.Proxy, server: int, bert: Path, tmp_path:
     for s in summaries:
         if isinstance(s, BaseException):
             raise s
-    assert [len(s.views) for s in summaries] in ([4, 4], [0, 4], [4, 0], [2, 4], [4, 2])
+    assert [len(s.views) for s in summaries] == [4, 4]
     extract(tmp_path / "one", corpus, loaded(bert), request)
     want = tree(tmp_path / "one")
     assert {k.removeprefix("two/data.zarr/") for k in s3.keys(server, "two/data.zarr/")} == set(want)
