@@ -42,7 +42,13 @@ def parse_layers(ctx: click.Context, param: click.Parameter, value: str) -> list
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option("--teacher", help="A model: a folder, or a name on the Hugging Face hub.")
 @click.option("--name", help="What the store calls it. Default: the last part of the model's name.")
-@click.option("--layers", default="-1", show_default=True, callback=parse_layers, help="As in 0,3,6 or 0-6; last or -1 from the end.")
+@click.option(
+    "--layers",
+    default="-1",
+    show_default=True,
+    callback=parse_layers,
+    help="As in 0,3,6 or 0-6; last or -1 from the end.",
+)
 @click.option(
     "--context",
     "contexts",

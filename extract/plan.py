@@ -25,8 +25,8 @@ from .store import plan as plans
 from .store.exclusive import nobody_writes
 from .store.files import Lock
 from .store.layout import Paths, check_teacher_name
-from .store.remote import mirror_of
 from .store.plan import Generation, Plan, Work
+from .store.remote import mirror_of
 from .store.writer import versions
 from .teacher import Teacher
 from .windows import check_context, parse_context

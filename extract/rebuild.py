@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from stillhouse.data.errors import NoStoreError, StaleError, UsageError
+from stillhouse.data.errors import UsageError
 
 from .copying import copy_unit
+from .members import Member, check_settings, complete_views, others, select
 from .norms import fix_norms
 from .ordering import Layout, cut_shards
-from .plan import differences
 from .progress import folder_bytes
 from .skeleton import write_teacher
 from .store import plan as plans
@@ -48,20 +48,10 @@ class Built:
     bytes: int
 
 
-@dataclass(frozen=True)
-class Member:
-    """An utterance of the new store: which source has it, under which id, in which session; served or context alone."""
-
-    source: int
-    id: str
-    session: int
-    served: bool
-
-
 def copy(source: Path, out: Path, patterns: Sequence[str] = ()) -> Built:
     """Some views of a store (none named: all) with all utterances. Errors: as `build`."""
     store = Store.open(source, checksums=True)
-    return build(out, [store], _members(store, lambda _: True), _views(store, patterns), store.plan.corpus)
+    return build(out, [store], select(store, lambda _: True), complete_views(store, patterns), store.plan.corpus)
 
 
 def subset(source: Path, out: Path, ids: Sequence[str], patterns: Sequence[str] = ()) -> Built:
@@ -71,7 +61,7 @@ def subset(source: Path, out: Path, ids: Sequence[str], patterns: Sequence[str] 
         raise UsageError("no utterances to keep", where=source)
     store.rows(ids)
     wanted = set(ids)
-    return build(out, [store], _members(store, wanted.__contains__), _views(store, patterns), store.plan.corpus)
+    return build(out, [store], select(store, wanted.__contains__), complete_views(store, patterns), store.plan.corpus)
 
 
 def merge(a: Path, b: Path, out: Path, patterns: Sequence[str] = ()) -> Built:
@@ -80,122 +70,12 @@ def merge(a: Path, b: Path, out: Path, patterns: Sequence[str] = ()) -> Built:
     Errors: StaleError naming the setting, view or utterance in which they differ; as `build`.
     """
     stores = [Store.open(a, checksums=True), Store.open(b, checksums=True)]
-    views = [_views(s, patterns) for s in stores]
-    _check_settings(stores, views)
-    members = _members(stores[0], lambda _: True)
-    members += _others(stores, members, views[0])
+    both = [complete_views(s, patterns) for s in stores]
+    check_settings(stores, both)
+    found = select(stores[0], lambda _: True)
+    found += others(stores, found, both[0])
     corpus = {k: v for k, v in stores[0].plan.corpus.items() if k != "split"}
-    return build(out, stores, members, views[0], corpus)
-
-
-def _views(store: Store, patterns: Sequence[str]) -> list[View]:
-    """Errors: NoStoreError naming views that are not complete."""
-    asked = store.resolve(patterns, store.planned_views) if patterns else store.planned_views
-    missing = [v.address for v in asked if v not in store.views]
-    if missing:
-        raise NoStoreError(
-            f"not complete: {', '.join(missing)}",
-            where=store.path,
-            remedy="finish their extraction, or name others with --views",
-        )
-    return asked
-
-
-def _members(store: Store, wanted: Callable[[str], bool]) -> list[Member]:
-    """The wanted utterances, in the order of the store, and whoever else is of their sessions, as context.
-
-    Errors: StaleError where the store's teachers are at different states of the corpus.
-    """
-    tables = [_table(store, name) for name in store.plan.teachers]
-    if any(t != tables[0] for t in tables[1:]):
-        raise StaleError(
-            f"its teachers {', '.join(store.plan.teachers)} are at different states of the corpus",
-            where=store.path,
-            remedy="extract the others with --refresh first",
-        )
-    found: list[Member] = []
-    session: list[tuple[str, bool]] = []
-    number, last = 0, None
-    for id_, _, group, served in [*tables[0], ("", 0, -1, False)]:
-        if group != last:
-            if any(s for _, s in session):
-                found += [Member(0, i, number, s) for i, s in session]
-                number += 1
-            session, last = [], group
-        session.append((id_, served and wanted(id_)))
-    return found
-
-
-def _table(store: Store, name: str) -> list[tuple[str, int, int, bool]]:
-    """(id, hash of the text, session, served) of a teacher's corpus, in its order."""
-    index = store.index_of(name)
-    order, live = index.order.tolist(), index.live[index.order].tolist()
-    texts = index.text_hash[index.order].tolist()
-    return [(index.id(r), h, s, v) for r, h, s, v in zip(order, texts, index.session_of.tolist(), live)]
-
-
-def _check_settings(stores: list[Store], views: list[list[View]]) -> None:
-    """Errors: StaleError naming in words what differs."""
-    a, b = stores
-    only = [[v.address for v in x if v not in y] for x, y in (views, views[::-1])]
-    if only[0] or only[1]:
-        words = [f"only {s.path} has {', '.join(names)}" for s, names in zip(stores, only) if names]
-        raise StaleError("; ".join(words), remedy="extract what is missing, or name views that both have with --views")
-    for name in dict.fromkeys(v.teacher for v in views[0]):
-        differ = differences(a.plan.teachers[name], b.plan.teachers[name])
-        if differ:
-            raise StaleError(f"teacher {name!r} of the two differs: {'; '.join(differ)}", where=f"{a.path}, {b.path}")
-        if dtype_of(a.plan.teachers[name].dtype).scaled:
-            mine = [v for v in views[0] if v.teacher == name]
-            for v in mine:
-                if not all(np.array_equal(x, y) for x, y in zip(a.norm(v), b.norm(v))):
-                    raise StaleError(
-                        f"int8 states of {v} stand on other norms in each",
-                        where=f"{a.path}, {b.path}",
-                        remedy="extract one of the corpora into the other's store",
-                    )
-
-
-def _others(stores: list[Store], mine: list[Member], views: list[View]) -> list[Member]:
-    """Sessions of the second store that the first does not have. Errors: StaleError where they have some, but not all,
-    of a session in common, or the same one otherwise.
-    """
-    a, b = stores
-    have = {m.id for m in mine if m.served}
-    theirs = _members(b, lambda _: True)
-    sessions: dict[int, list[Member]] = {}
-    for m in theirs:
-        sessions.setdefault(m.session, []).append(m)
-    found: list[Member] = []
-    number = 1 + max((m.session for m in mine), default=-1)
-    for members in sessions.values():
-        ids = [m.id for m in members if m.served]
-        common = [i for i in ids if i in have]
-        if not common:
-            found += [replace(m, source=1, session=number) for m in members]
-            number += 1
-            continue
-        if len(common) < len(ids):
-            new = next(i for i in ids if i not in have)
-            raise StaleError(
-                f"{common[0]} is in both, and {new} of the same session only in one",
-                where=f"{a.path}, {b.path}",
-                remedy="extract the whole corpus into one of them, with --refresh",
-            )
-        _check_same(a, b, ids, views)
-    return found
-
-
-def _check_same(a: Store, b: Store, ids: list[str], views: list[View]) -> None:
-    for name in dict.fromkeys(v.teacher for v in views):
-        unlike = a.text_hash(ids, name) != b.text_hash(ids, name)
-        if unlike.any():
-            raise StaleError(f"{ids[int(unlike.argmax())]} has another text in each", where=f"{a.path}, {b.path}")
-    for view in views:
-        unlike = a.input_hash(ids, view) != b.input_hash(ids, view)
-        if unlike.any():
-            i = ids[int(unlike.argmax())]
-            raise StaleError(f"{i} saw another context in each", where=f"{view}: {a.path}, {b.path}")
+    return build(out, stores, found, both[0], corpus)
 
 
 def build(out: Path, stores: list[Store], members: list[Member], views: list[View], corpus: dict) -> Built:
