@@ -309,7 +309,8 @@ def _moved(
         shards=[*latest.shards, *tail],
         created=_now(),
         edition=number,
-        dropped_shards=[s.number for s in go],
+        # All that ever were: this generation may outlive those that dropped them
+        dropped_shards=sorted(set(range(begin)) - {s.number for s in plan.shards(name) if s not in go}),
         dropped_views=[],
     )
     return replace(plan, generations=[*plan.generations, generation]), growth
@@ -336,7 +337,8 @@ def _needed(plan: Plan) -> list[Generation]:
     asked = {u.generation.number for u in plan.units()}
     kept: list[Generation] = []
     for g in plan.generations:
-        takes = (g.dropped_shards or g.dropped_views) and any(k.teacher == g.teacher for k in kept)
+        takes = bool(g.dropped_views) and any(k.teacher == g.teacher for k in kept)
+        takes = takes or not set(g.dropped_shards) <= set(plan.latest(g.teacher).dropped_shards)
         if g.number in asked or takes or g is plan.latest(g.teacher):
             kept.append(g)
     return kept
