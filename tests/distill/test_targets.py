@@ -98,7 +98,7 @@ def test_an_utterance_gets_in_a_batch_what_it_gets_alone(store, texts, units):
 def test_changed_transcripts_are_refused_by_name(store, texts, units):
     reader = TargetReader([(store, store.views)])
     texts[0] = "a bat"
-    with pytest.raises(StaleError, match="changed transcripts of b; .*--refresh") as e:
+    with pytest.raises(StaleError, match=r"changed transcripts of b; .*--refresh") as e:
         reader.read(IDS, texts, units)
     assert e.value.exit_code == 12
     skipping = TargetReader([(store, store.views)], on_missing="skip").read(IDS, texts, units)
