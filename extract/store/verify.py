@@ -13,8 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stillhouse.data.errors import StillhouseError, StoreError
-
+from ...data.errors import StillhouseError, StoreError
 from .arrays import RawArray
 from .commits import Commit
 from .files import Lock
@@ -23,7 +22,7 @@ from .plan import Unit
 from .quantise import SCALE_BYTES
 from .reader import Store, View
 from .remote import descriptor, mirror_of
-from .verify_arrays import array_damage
+from .verify_arrays import array_damage, table_damage
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,12 @@ def _check_index(store: Store) -> Iterator[Finding]:
         if not np.array_equal(rows, index.order[index.live[index.order]]):
             yield Finding("ids do not lead to their own rows", where, "extract into a new store")
             return
+    editions = {store.plan.edition(teacher) for teacher in store.plan.teachers}
+    try:
+        for what, file in table_damage(store.paths.data / "utterances", editions, len(store.index)):
+            yield Finding(what, str(file), "extract into a new store")
+    except (StillhouseError, OSError, ValueError, IndexError) as e:
+        yield Finding(f"the index of utterances cannot be read: {e}", where, "extract into a new store")
 
 
 def _check_tokens(store: Store, name: str) -> Iterator[Finding]:
@@ -87,6 +92,7 @@ def _check_tokens(store: Store, name: str) -> Iterator[Finding]:
     try:
         length, start = RawArray(group / "length").read(), RawArray(group / "start").read()
         token_id, latest = RawArray(group / "token_id").read(), store.plan.latest(name)
+        live = np.flatnonzero(store.lengths(name) > 0)
     except (StillhouseError, OSError, ValueError) as e:
         yield Finding(f"the tokens cannot be read: {e}", str(group), "extract into a new store")
         return
@@ -95,7 +101,6 @@ def _check_tokens(store: Store, name: str) -> Iterator[Finding]:
         begins = shard.number * latest.shard_rows + np.cumsum(rows) - rows
         if int(rows.sum()) != shard.rows or not np.array_equal(start[shard.first : shard.last], begins):
             yield Finding("start and length contradict the plan", f"{name} shard {shard.number}", "a new store")
-    live = np.flatnonzero(store.lengths(name) > 0)
     for first, n in zip(start[live].tolist(), length[live].tolist()):
         if (token_id[first : first + n] < 0).any():
             yield Finding("an utterance has rows without token ids", f"{name} row {first}", "a new store")
@@ -112,6 +117,8 @@ def _check_arrays(store: Store, name: str) -> Iterator[Finding]:
         rows, shards = np.asarray(store.index_of(name).row), {s.number for s in store.plan.shards(name)}
         for what, where in array_damage(group, contexts, rows, shards):
             yield Finding(what, str(where), "extract into a new store")
+    except StoreError:
+        return  # its index of utterances cannot be read, which has been said
     except OSError as e:
         yield Finding(f"cannot be read: {e.strerror}", str(group), "extract into a new store")
 

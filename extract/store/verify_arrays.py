@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stillhouse.data.errors import StillhouseError
-
+from ...data.errors import StillhouseError, StoreError
 from .arrays import RawArray
 from .files import read_json
 
@@ -30,17 +29,12 @@ def array_damage(group: Path, contexts: set[int], rows: np.ndarray, shards: set[
     for name in sorted({p.name for p in group.iterdir() if p.is_dir()} | {"hidden", *PLANNED, *BY_CONTEXT}):
         path = group / name
         try:
-            array = RawArray(path)
-            nodes = [read_json(path / "zarr.json").get(key) for key in ("zarr_format", "node_type")]
-        except (StillhouseError, OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-            yield f"its metadata cannot be read: {e}", path / "zarr.json"
-            continue
-        if nodes != [3, "array"]:
-            yield "its metadata is not an array's", path / "zarr.json"
+            array = _opened(path)
+        except StoreError as e:
+            yield e.what, path / "zarr.json"
             continue
         if not array.plain:
             continue  # `hidden` and `scale`, whose units are checked, or someone's compressed copy
-        expected = int(np.prod(array.chunks)) * array.dtype.itemsize
         served = set((rows // array.chunks[-1]).tolist())
         for index in itertools.product(*(range(-(-n // c)) for n, c in zip(array.shape, array.chunks))):
             file = array.file(*index)
@@ -49,8 +43,47 @@ def array_damage(group: Path, contexts: set[int], rows: np.ndarray, shards: set[
                 needed = index[0] in shards
             elif name in ("start", "length", *BY_CONTEXT):
                 needed = needed and index[-1] in served
-            if not file.exists():
-                if needed:
-                    yield "a chunk is missing", file
-            elif file.stat().st_size != expected:
-                yield f"a chunk has {file.stat().st_size:,} bytes, expected {expected:,}", file
+            yield from _chunk_damage(array, file, needed)
+
+
+def table_damage(folder: Path, editions: set[int], utterances: int) -> Iterator[tuple[str, Path]]:
+    """The same of the group `utterances` in `folder`: its first tables, and those of `editions`.
+
+    utterances: how many rows count; a planner that died may have left others, or half of them, behind those.
+    Errors: StoreError, OSError, ValueError, IndexError where a table cannot be read at all.
+    """
+    tables = [folder, *(folder / "editions" / str(e) for e in sorted(editions - {0}))]
+    arrays = {path: _opened(path) for t in tables for path in (t / name for name in _TABLES[t != folder])}
+    rows = {"text_hash": utterances, "id_offset": utterances + 1}
+    rows["id_bytes"] = int(arrays[folder / "id_offset"].read()[utterances])
+    for path, array in arrays.items():
+        if array.plain:
+            for n in range(-(-rows.get(path.name, array.shape[0]) // array.chunks[0])):
+                yield from _chunk_damage(array, array.file(n), True)
+
+
+_TABLES = (
+    ("id_offset", "id_bytes", "id_hash", "id_row", "text_hash", "session"),
+    ("id_hash", "id_row", "order", "session", "source"),
+)
+
+
+def _opened(path: Path) -> RawArray:
+    """Errors: StoreError where its metadata cannot be read, or is not an array's."""
+    try:
+        array = RawArray(path)
+        nodes = [read_json(path / "zarr.json").get(key) for key in ("zarr_format", "node_type")]
+    except (StillhouseError, OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        raise StoreError(f"its metadata cannot be read: {e}", where=path) from e
+    if nodes != [3, "array"]:
+        raise StoreError("its metadata is not an array's", where=path)
+    return array
+
+
+def _chunk_damage(array: RawArray, file: Path, needed: bool) -> Iterator[tuple[str, Path]]:
+    expected = int(np.prod(array.chunks)) * array.dtype.itemsize
+    if not file.exists():
+        if needed:
+            yield "a chunk is missing", file
+    elif file.stat().st_size != expected:
+        yield f"a chunk has {file.stat().st_size:,} bytes, expected {expected:,}", file
