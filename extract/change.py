@@ -13,9 +13,8 @@ from functools import cached_property
 
 import numpy as np
 
-from stillhouse.data.errors import StaleError
-from stillhouse.data.manifest import Corpus, Utterance
-
+from ..data.errors import StaleError
+from ..data.manifest import Corpus, Utterance
 from .ordering import order_sessions
 from .store.arrays import RawArray
 from .store.commits import Commits

@@ -12,8 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stillhouse.data.errors import StillhouseError, StoreError, UsageError
-
+from ..data.errors import StillhouseError, StoreError, UsageError
 from .progress import Outcome
 from .store.plan import Plan
 from .store.remote import origin

@@ -126,8 +126,7 @@ def _status(store: Path) -> tuple[Any, str]:
 
 
 def _run(options: dict[str, Any]) -> tuple[Any, str]:
-    from stillhouse.data.manifest import read_manifest
-
+    from ..data.manifest import read_manifest
     from .plan import Request
     from .run import extract as run
     from .sizing import check_room, size_up
@@ -171,7 +170,7 @@ def _run(options: dict[str, Any]) -> tuple[Any, str]:
 
 def _load_options(options: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `load_teacher`. Errors: UsageError for a missing teacher, or other code than its own trusted."""
-    from stillhouse.data.errors import UsageError
+    from ..data.errors import UsageError
 
     source, trusted = options["teacher"], options["trust_remote_code"]
     if source is None:

@@ -22,8 +22,7 @@ from typing import Any
 
 import torch
 
-from stillhouse.data.errors import LockedError, TeacherError, UsageError
-
+from ..data.errors import LockedError, TeacherError, UsageError
 from .store.files import fsync_all
 from .teacher import CARD, PICKLED, load_teacher, quiet_transformers
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from .reuse import block
 from .store.plan import Plan, Unit
-from .store.reader import Store, View
+from .store.reader import Store
+from .store.views import View
 from .store.writer import UnitWriter
 
 

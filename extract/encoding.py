@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from stillhouse.data.errors import StoreError
-
+from ..data.errors import StoreError
 from .store.layout import Dtype
 from .store.quantise import LARGEST, Quantised
 from .teacher import Teacher

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from stillhouse.data.errors import StoreError
-from stillhouse.data.manifest import Corpus
-
+from ..data.errors import StoreError
+from ..data.manifest import Corpus
 from .change import Change
 from .ordering import Layout, cut_shards
 from .skeleton import write_teacher

@@ -59,9 +59,8 @@ def import_(**options: Any) -> None:
     """
     from dataclasses import replace
 
-    from stillhouse.data.errors import UsageError
-    from stillhouse.data.manifest import read_manifest
-
+    from ..data.errors import UsageError
+    from ..data.manifest import read_manifest
     from .importing import Cache, GivenTokens, Unknown, import_states, read_names
     from .plan import Request
 

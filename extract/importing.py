@@ -17,9 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from stillhouse.data.errors import StoreError, UsageError
-from stillhouse.data.manifest import Corpus, Utterance
-
+from ..data.errors import StoreError, UsageError
+from ..data.manifest import Corpus, Utterance
 from .plan import Request
 from .progress import Report, Summary
 from .run import UnitMaker, extract

@@ -17,8 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stillhouse.data.errors import NoStoreError, UsageError
-
+from ..data.errors import NoStoreError, UsageError
 from .copying import copy_unit
 from .extend import Growth, grow_teacher, next_generation, rows_after, write_growth, write_tokens
 from .ordering import cut_shards
@@ -30,8 +29,9 @@ from .store.files import Lock, fsync_folder, phase, write_json
 from .store.index import Index
 from .store.layout import Paths, group_json
 from .store.plan import Generation, Plan, Shard, Work
-from .store.reader import Store, View
+from .store.reader import Store
 from .store.rows import TeacherRows
+from .store.views import View
 from .store.writer import versions
 from .sweep import litter, remove, size_of
 from .tokens import Tokens

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from stillhouse.data.errors import NoStoreError, StaleError
-
+from ..data.errors import NoStoreError, StaleError
 from .plan import differences
 from .store.layout import dtype_of
-from .store.reader import Store, View
+from .store.reader import Store
+from .store.views import View
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stillhouse.data.errors import StoreError
-
+from ..data.errors import StoreError
 from .store.arrays import RawArray
 from .store.commits import Commit, Commits, link_commit
 from .store.files import Lock, fsync_all
@@ -21,7 +20,8 @@ from .store.index import Index
 from .store.layout import to_float32
 from .store.plan import Plan, Unit
 from .store.plan import Teacher as Record
-from .store.reader import Store, View
+from .store.reader import Store
+from .store.views import View
 from .store.writer import versions
 
 SAMPLE = 2000

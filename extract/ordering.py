@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stillhouse.data.errors import CorpusError
-from stillhouse.data.manifest import Corpus
-
+from ..data.errors import CorpusError
+from ..data.manifest import Corpus
 from .store.layout import dtype_of, hash_text, shard_rows
 from .store.plan import Shard
 from .tokens import Tokeniser, Tokens

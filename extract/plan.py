@@ -13,10 +13,9 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from stillhouse.data.errors import StaleError, UsageError
-from stillhouse.data.manifest import Corpus
-from stillhouse.data.text import check_transform
-
+from ..data.errors import StaleError, UsageError
+from ..data.manifest import Corpus
+from ..data.text import check_transform
 from .change import compare
 from .extend import Draft, extended, missing_views, split_of, with_teacher, write_generation
 from .ordering import Layout, lay_out

@@ -17,8 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stillhouse.data.errors import UsageError
-
+from ..data.errors import UsageError
 from .copying import copy_unit
 from .members import Member, check_settings, complete_views, others, select
 from .norms import fix_norms
@@ -32,7 +31,8 @@ from .store.files import Lock, Scratch, fsync_all, fsync_folder, phase, write_js
 from .store.index import write_edition, write_index
 from .store.layout import Paths, dtype_of, group_json, shard_rows
 from .store.plan import Generation, Plan, Shard, Work
-from .store.reader import Store, View
+from .store.reader import Store
+from .store.views import View
 from .store.writer import versions
 from .tokens import Tokens
 

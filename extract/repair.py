@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stillhouse.data.errors import StaleError
-
+from ..data.errors import StaleError
 from .store.files import Lock, Scratch
 from .store.layout import Paths
 from .store.plan import Unit, read_plan

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from stillhouse.data.errors import StoreError
-
+from ..data.errors import StoreError
 from .store.index import Index
 from .store.plan import Plan, Unit
 from .store.quantise import Quantised
-from .store.reader import Store, View
+from .store.reader import Store
+from .store.views import View
 from .store.writer import UnitWriter
 from .windows import Window
 

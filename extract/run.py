@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from stillhouse.data.manifest import Corpus
-
+from ..data.manifest import Corpus
 from .batches import make_batches
 from .change import windows_of
 from .encoding import encode_tensor, forward, tensors

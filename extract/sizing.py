@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from stillhouse.data.errors import StoreError
-from stillhouse.data.manifest import Corpus
-
+from ..data.errors import StoreError
+from ..data.manifest import Corpus
 from .batches import make_batches
 from .change import PlannedTexts, split_tokens
 from .extend import Draft

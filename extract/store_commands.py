@@ -89,7 +89,7 @@ def subset(
     if utterances is not None:
         ids = read_ids(utterances)
     else:
-        from stillhouse.data.manifest import read_manifest
+        from ..data.manifest import read_manifest
 
         ids = [u.id for u in read_manifest(str(corpus)).select(split).utterances]
     _built(run(_local(store), _local(out), ids, views), as_json)
@@ -125,7 +125,7 @@ def merge(a: Path, b: Path, out: Path, views: tuple[str, ...], as_json: bool) ->
 
 def read_ids(path: Path) -> list[str]:
     """Ids, one on each line. Errors: UsageError for a file without any."""
-    from stillhouse.data.errors import UsageError
+    from ..data.errors import UsageError
 
     ids = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     ids = list(dict.fromkeys(i for i in ids if i))
@@ -136,7 +136,7 @@ def read_ids(path: Path) -> list[str]:
 
 def _local(path: Path) -> Path:
     """Errors: UsageError for a store that is not on a disk."""
-    from stillhouse.data.errors import UsageError
+    from ..data.errors import UsageError
 
     if ":/" in str(path):
         raise UsageError("this command works on a local disk", where=path, remedy="copy the store first")

@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stillhouse.data.errors import TeacherError, UsageError
-
+from ..data.errors import TeacherError, UsageError
 from .products import Products, bfloat16_products, float32_products
 from .tokens import Tokeniser
 from .windows import Window

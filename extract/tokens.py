@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from stillhouse.data.errors import TeacherError
-from stillhouse.data.text import transform
+from ..data.errors import TeacherError
+from ..data.text import transform
 
 # Words that any vocabulary spells somehow; a word must be spelt at the start of a text as in the middle of it.
 _PROBES = ("the", "a", "of", "and")

@@ -15,8 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from stillhouse.data.errors import UsageError
-
+from ..data.errors import UsageError
 from .store.layout import hash64
 
 

@@ -15,8 +15,7 @@ from pathlib import Path
 from queue import Empty
 from typing import Any
 
-from stillhouse.data.errors import StillhouseError, StoreError, UsageError
-
+from ..data.errors import StillhouseError, StoreError, UsageError
 from .progress import Outcome, Progress
 from .store.layout import Paths
 from .store.plan import Plan, read_plan

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from stillhouse.data.errors import NoStoreError, UsageError
-
+from ...data.errors import NoStoreError, UsageError
 from ..store import Store
 
 # utt_sp0.9 (Lhotse: also tempo, volume, reverberation, loudness), utt-sp0.9, and Kaldi's and ESPnet's sp0.9-utt

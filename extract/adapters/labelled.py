@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from stillhouse.data.errors import UsageError
-
+from ...data.errors import UsageError
 from ..store import Store, View
 
 

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stillhouse.data.errors import NoStoreError, StaleError
-from stillhouse.data.manifest import Corpus
-from stillhouse.data.units import Units
-
+from ...data.errors import NoStoreError, StaleError
+from ...data.manifest import Corpus
+from ...data.units import Units
 from ..store import Store, View, hash_text
 from .probe import Probe, fold_numbers, ridge
 from .reading import held_rows

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stillhouse.data.errors import StoreError, UsageError
-
+from ...data.errors import StoreError, UsageError
 from ..store import Store, View
 from .reading import held_rows
 from .showing import pieces_of

@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from stillhouse.data.errors import NoStoreError
-
+from ...data.errors import NoStoreError
 from ..repair import Mended
 from ..store import Store, View
 from ..store.arrays import RawArray

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stillhouse.data.errors import NoStoreError, UsageError
-
+from ...data.errors import NoStoreError, UsageError
 from ..store import Gathered, Store, View, to_float32
 from .reading import BLOCK_TOKENS, cut, held_rows
 from .showing import TokenFacts, plain, spelt, tokens_of

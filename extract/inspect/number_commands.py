@@ -235,9 +235,8 @@ def choose_views(
     A ridge probe from each view to the unit at a place and to the next one, cross-validated over sessions, beside the
     teacher's input embeddings and chance; linear CKA between views; and a suggested set, with the rule that made it.
     """
-    from stillhouse.data.manifest import read_manifest
-    from stillhouse.data.units import load_units
-
+    from ...data.manifest import read_manifest
+    from ...data.units import load_units
     from ..store import Store
     from . import choosing, plots, rendering
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stillhouse.data.errors import NoStoreError, UsageError
-
+from ...data.errors import NoStoreError, UsageError
 from ..store import Store, View, to_float32
 from .neighbours import marked
 from .reading import cut, held_rows

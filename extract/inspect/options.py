@@ -40,8 +40,7 @@ def complete_utterance(ctx: click.Context, param: click.Parameter, incomplete: s
 
 def _completing(ctx: click.Context) -> Any:
     """The store of a half-written command line, or None. click has not bound it while an option lacks its value."""
-    from stillhouse.data.errors import StillhouseError
-
+    from ...data.errors import StillhouseError
     from ..store import Store
 
     path = ctx.params.get("store") or next(iter(ctx.args), None)
@@ -102,8 +101,7 @@ def chosen_views(store: Any, patterns: tuple[str, ...], planned: bool = False) -
 
 def whole_views(store: Any, views: list[View]) -> list[View]:
     """Those that are not damaged; the others are told on stderr, and are an error if there are no more."""
-    from stillhouse.data.errors import StoreError
-
+    from ...data.errors import StoreError
     from .reading import whole
 
     good, damage = whole(store, views)

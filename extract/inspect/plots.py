@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stillhouse.data.errors import StoreError, UsageError
-
+from ...data.errors import StoreError, UsageError
 from .occurrences import WordMap
 from .similarity import Similarity
 from .statistics import Statistics

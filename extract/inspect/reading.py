@@ -10,8 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from stillhouse.data.errors import NoStoreError
-
+from ...data.errors import NoStoreError
 from ..store import Store, View, to_float32
 from ..store.verify import damaged_units
 

@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from stillhouse.data.errors import NoStoreError, StoreError, UsageError
-
+from ...data.errors import NoStoreError, StoreError, UsageError
 from ..store import Store, View
 from . import facts, neighbours, occurrences, showing, statistics
 from . import similarity as cka

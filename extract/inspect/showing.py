@@ -14,8 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stillhouse.data.errors import CorpusError, NoStoreError, StaleError, StoreError
-
+from ...data.errors import CorpusError, NoStoreError, StaleError, StoreError
 from ..store import Store, View, hash_text, to_float32
 
 

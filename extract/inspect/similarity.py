@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stillhouse.data.errors import NoStoreError
-
+from ...data.errors import NoStoreError
 from ..store import Store, View, to_float32
 from .reading import sample_rows
 

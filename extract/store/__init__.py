@@ -1,6 +1,8 @@
 """The store of teacher states: `from stillhouse.extract.store import Store`. Imports neither torch nor transformers."""
 
+from .gathering import Gathered
 from .layout import hash_text, to_float32
-from .reader import Gathered, Store, TeacherInfo, View
+from .reader import Store, TeacherInfo
+from .views import View
 
 __all__ = ["Gathered", "Store", "TeacherInfo", "View", "hash_text", "to_float32"]

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from stillhouse.data.errors import StoreError
-
+from ...data.errors import StoreError
 from .files import allocate, pwrite_all, read_json, room, write_bytes, write_json
 from .remote import local, mirror_of
 

@@ -11,7 +11,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from .reader import Gathered, Store, View
+from .gathering import Gathered
+from .reader import Store
+from .views import View
 
 
 def batches(

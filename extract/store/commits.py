@@ -13,8 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stillhouse.data.errors import StoreError
-
+from ...data.errors import StoreError
 from .arrays import RawArray
 from .files import fsync_folder, phase, read_json, room
 from .layout import Paths

@@ -11,8 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from stillhouse.data.errors import LockedError
-
+from ...data.errors import LockedError
 from .files import Lock
 from .layout import Paths
 

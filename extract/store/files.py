@@ -19,8 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stillhouse.data.errors import LockedError, StoreError
-
+from ...data.errors import LockedError, StoreError
 from .layout import Paths
 from .remote import local, mirror_of
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from .arrays import RawArray
 from .layout import hash_text
-from .reader import Store, View
+from .reader import Store
+from .views import View
 
 Session = Sequence[tuple[str, str]]  # (id, raw text) of its utterances, in order
 

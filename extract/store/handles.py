@@ -12,8 +12,7 @@ import os
 import resource
 from pathlib import Path
 
-from stillhouse.data.errors import StoreError
-
+from ...data.errors import StoreError
 from .layout import footer_bytes, identity_rows
 from .objects import Missing
 from .remote import Blocks, Mirror, mirror_of

@@ -18,7 +18,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from stillhouse.data.errors import StoreError, UsageError
+from ...data.errors import StoreError, UsageError
 
 FORMAT = "stillhouse-store"
 VERSION = 1

@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from stillhouse.data.errors import StillhouseError
+from ...data.errors import StillhouseError
 
 if TYPE_CHECKING:
-    from .reader import Gathered, Store, View
+    from .gathering import Gathered
+    from .reader import Store
+    from .views import View
 
 MOST = 20  # rows of a table
 

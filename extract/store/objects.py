@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from stillhouse.data.errors import NoStoreError, StoreError, UsageError
+from ...data.errors import NoStoreError, StoreError, UsageError
 
 _URL = re.compile(r"s3:/{1,2}([^/]+)/?(.*)")
 _KEY_ENDS_HELPER = "its helper process ended"

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stillhouse.data.errors import NoStoreError, StoreError
-
+from ...data.errors import NoStoreError, StoreError
 from .files import read_json, write_json
 from .layout import FORMAT, VERSION, Paths
 from .remote import located, mirror_of

@@ -25,8 +25,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from stillhouse.data.errors import StaleError, StoreError
-
+from ...data.errors import StaleError, StoreError
 from .objects import Conflict, Missing, Objects, cache_folder, is_url, no_store
 
 T = TypeVar("T")

@@ -14,8 +14,7 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 
-from stillhouse.data.errors import StoreError
-
+from ...data.errors import StoreError
 from .arrays import RawArray
 from .handles import Handle, most_handles
 from .layout import dtype_of

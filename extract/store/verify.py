@@ -20,9 +20,10 @@ from .files import Lock
 from .layout import INNER_ROWS, crc32c, dtype_of, footer_bytes, identity_rows
 from .plan import Unit
 from .quantise import SCALE_BYTES
-from .reader import Store, View
+from .reader import Store
 from .remote import descriptor, mirror_of
 from .verify_arrays import array_damage, table_damage
+from .views import View
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stillhouse.data.errors import StoreError
-
+from ...data.errors import StoreError
 from .arrays import RawArray
 from .commits import Commit, link_commit
 from .files import allocate, fsync_all, phase, pwrite_all, room
