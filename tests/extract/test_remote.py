@@ -15,11 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from click.testing import CliRunner
 
 from stillhouse.data.errors import NoStoreError, StoreError, UsageError
-from stillhouse.data.manifest import write_manifest
+from stillhouse.data.features import compute_features
+from stillhouse.data.manifest import Utterance, read_manifest, write_manifest
+from stillhouse.data.units import train_units
 from stillhouse.extract.inspect.commands import inspect
 from stillhouse.extract.plan import Request
 from stillhouse.extract.repair import repair
@@ -31,6 +34,7 @@ from stillhouse.extract.store.files import Lock
 from stillhouse.extract.store.transfers import evict
 from stillhouse.extract.store.verify import verify
 from stillhouse.extract.workers import make_crew
+from stillhouse.train.commands import train
 
 from . import s3
 from .conftest import loaded, make_corpus
@@ -409,3 +413,62 @@ def test_status_and_training_take_urls(proxy: s3.Proxy, uploaded: str, small_sto
     section = TransferSection(stores=[uploaded], views=["bert/*/last"])  # type: ignore[list-item]
     store = Store.open(section.stores[0])
     assert store.resolve(section.views) == [VIEWS[2], VIEWS[5]] and store.shards(["u1", "nobody"]).tolist() == [0, -1]
+
+
+def test_training_from_a_bucket_is_training_from_a_disk(proxy: s3.Proxy, bert: Path, tmp_path: Path) -> None:
+    """`stillhouse train`, with the store at a URL and then on this disk: the losses of all steps are the same."""
+    texts = ["we", "it's done", "she would not wear it there", "a knight rode"] * 2
+    rng = np.random.default_rng(0)
+    utterances = []
+    for i, text in enumerate(texts):
+        soundfile.write(tmp_path / f"{i}.wav", 0.1 * rng.standard_normal(32_000), 16_000)
+        split = "dev" if i == len(texts) - 1 else "train"
+        utterances.append(Utterance(id=f"u{i}", text=text, audio=f"{i}.wav", split=split, session=f"s{i // 4}"))
+    write_manifest(tmp_path / "corpus.jsonl", utterances)
+    corpus = read_manifest(tmp_path / "corpus.jsonl")
+    compute_features(corpus, tmp_path / "features.h5", speeds=(1.0,), workers=0)
+    train_units(texts, "characters").save(tmp_path / "units")
+    for store in ("s3://bucket/trained", tmp_path / "store.zarr"):
+        extract(store, corpus, loaded(bert), REQUEST)  # type: ignore[arg-type]
+    (tmp_path / "run.toml").write_text(f"""
+[data]
+corpus = "{tmp_path}/corpus.jsonl"
+features = "{tmp_path}/features.h5"
+units = "{tmp_path}/units"
+train = "train"
+dev = "dev"
+speeds = [1.0]
+batch_frames = 600
+[model]
+dim = 32
+layers = 1
+heads = 2
+inner = 32
+kernel = 7
+predictor_dim = 16
+joint_dim = 32
+[optim]
+steps = 4
+warmup_steps = 2
+[transfer]
+views = ["bert/*/1,2"]
+[run]
+device = "cpu"
+precision = "float32"
+threads = 1
+log_every = 1
+eval_every = 4
+checkpoint_every = 4
+""")
+    losses = []
+    for name, store in (("url", "s3://bucket/trained"), ("disk", str(tmp_path / "store.zarr"))):
+        before = proxy.counts["GET"]
+        arguments = [str(tmp_path / "run.toml"), "--set", f"transfer.stores={store}", "--out", str(tmp_path / name)]
+        done = CliRunner().invoke(train, arguments, catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        assert (proxy.counts["GET"] > before) == (name == "url")
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        steps = [line for line in lines if line["kind"] == "train"]
+        losses.append([{k: v for k, v in s.items() if "loss" in k or "transfer" in k or k == "rnnt"} for s in steps])
+    views = {f"transfer/bert/{context}/{layer}" for context in ("alone", "both:4") for layer in (1, 2)}
+    assert len(losses[0]) == 4 and views <= set(losses[0][0]) and losses[0] == losses[1]
