@@ -97,7 +97,9 @@ class BatchLoader:
         encoded = [self.encoded[i] for i in plan.indices]
         ids = [u.id for u in utterances]
         packed, lengths = self.features.gather(ids, [self.speeds[s] for s in plan.speeds])
-        features = np.zeros((len(ids), int(lengths.max()), packed.shape[1]), dtype=np.float32)
+        # Memory of torch's: NumPy's starts anywhere, and matrix products round as their operands lie
+        padded = torch.zeros(len(ids), int(lengths.max()), packed.shape[1])
+        features = padded.numpy()
         features[np.arange(features.shape[1]) < lengths[:, None]] = packed
         target_lengths = np.array([len(e.ids) for e in encoded], dtype=np.int32)
         targets = np.zeros((len(ids), int(target_lengths.max())), dtype=np.int32)
@@ -109,7 +111,7 @@ class BatchLoader:
             transfer = self.targets.read(ids, texts, spans, step=plan.number)
         return Batch(
             ids,
-            torch.from_numpy(features),
+            padded,
             torch.from_numpy(np.asarray(lengths, dtype=np.int64)),
             torch.from_numpy(targets),
             torch.from_numpy(target_lengths),

@@ -12,13 +12,14 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from ..data.errors import StaleError, StillhouseError
@@ -48,6 +49,14 @@ def learning_rate(step: int, config: Config) -> float:
     done = (step - o.warmup_steps) / max(1, o.steps - o.warmup_steps)
     shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[o.schedule]
     return o.lr * (o.final_lr + (1 - o.final_lr) * shape)
+
+
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """Euclidean norm of all gradients, float32, summed in float64: heads whose gradient is 0 do not change its last
+    bit, so a transfer of weight 0 is none, bit by bit.
+    """
+    norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
+    return torch.stack(norms).double().norm().float()
 
 
 def transfer_weight(step: int, config: Config) -> float:
@@ -298,7 +307,8 @@ class Trainer:
             self.optimiser.zero_grad(set_to_none=True)
             found.total.backward()
         with watch("optimiser"):
-            norm = torch.nn.utils.clip_grad_norm_(list(self.names), config.optim.clip)
+            norm = gradient_norm(self.names)
+            torch.nn.utils.clip_grads_with_norm_(self.names, config.optim.clip, norm)
             finite = bool(torch.isfinite(norm) & torch.isfinite(found.total.detach()))
             if finite:
                 for group in self.optimiser.param_groups:

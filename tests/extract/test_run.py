@@ -75,7 +75,7 @@ def test_other_weights_are_named(bert: Path, minilm: Path, tmp_path: Path) -> No
 def test_changed_texts_are_named(bert: Path, tmp_path: Path) -> None:
     extract(tmp_path / "s", make_corpus(TEXTS), loaded(bert), REQUEST)
     edited = [*TEXTS[:3], "she wore it", *TEXTS[4:]]
-    with pytest.raises(StaleError, match="1 utterances have another text than in the store: u3"):
+    with pytest.raises(StaleError, match="1 utterance has another text than in the store: u3"):
         extract(tmp_path / "s", make_corpus(edited), loaded(bert), REQUEST)
 
 

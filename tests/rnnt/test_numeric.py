@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from stillhouse.train.rnnt import numeric
+from stillhouse.train.rnnt import numeric, rnnt_loss
 from stillhouse.train.rnnt.numeric import clear_rows, kernel
 from stillhouse.train.rnnt.rows import load, store
 from stillhouse.train.rnnt.vector import LOG2E, scale_powers, sum_powers
@@ -120,3 +120,21 @@ def test_rows_are_cleared():
         cleared(rows, 2, 4)
         cleared(rows, 5, 5)
         assert rows.sum(1).tolist() == [5, 5, 0, 0, 5, 5]
+
+
+@pytest.mark.parametrize("V", [20, 28, 100, 500])
+def test_results_do_not_depend_on_where_the_logits_lie(V: int) -> None:
+    generator = torch.Generator().manual_seed(V)
+    values = torch.randn(2, 20, 7, V, generator=generator)
+    targets = torch.randint(1, V, (2, 6), generator=generator).int()
+    frames, units = torch.tensor([20, 17]).int(), torch.tensor([6, 4]).int()
+    results = []
+    for offset in (0, 1, 5, 12):  # elements, from the start of a cache line
+        logits = torch.empty(values.numel() + 16)[offset : offset + values.numel()].view(values.shape).copy_(values)
+        leaf = logits.requires_grad_()
+        loss = rnnt_loss(leaf, targets, frames, units, blank=0, reduction="none")
+        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+        results.append((loss.detach(), gradient))
+    for loss, gradient in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(gradient, results[0][1])

@@ -151,7 +151,8 @@ def _below(builder, count):
 def sum_powers(typingctx, rows, index, base):
     """Sum over row `index` of 2**(x * LOG2E - base), float32; rows [R, V] float32, uint16 or int16, base float32.
 
-    The bulk starts on a cache line: vectors that straddle two make this loop, which only reads, half as fast.
+    The bulk starts on a cache line where the matrix does: vectors that straddle two make this loop, which only reads,
+    half as fast. Where it starts is told by the row's place, never by its address: one matrix has one result.
     """
     if not isinstance(rows, types.Array) or rows.ndim != 2 or rows.layout != "C" or rows.dtype == types.float64:
         return None
@@ -174,8 +175,7 @@ def sum_powers(typingctx, rows, index, base):
             with short:
                 add(0, row.load_short(), _below(b, row.size))
             with long:
-                address = b.ptrtoint(row.pointer, _I64)
-                past = b.and_(b.udiv(b.neg(address), _I64(row.itemsize)), _I64(LANES - 1))
+                past = b.and_(b.neg(b.mul(index, row.size)), _I64(LANES - 1))
                 whole = b.and_(b.sub(row.size, past), _I64(-LANES))
                 stop = b.add(past, whole)
                 with b.if_then(b.icmp_signed(">", past, _I64(0))):  # a vector whose last elements are the bulk's
