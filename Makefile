@@ -72,6 +72,7 @@ bench-step: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_step.py
 
 wheel: $(INSTALLED)
+	rm -rf build/lib
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import configparser
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -94,6 +95,7 @@ def test_only_cli_is_python_at_the_root(root: Path) -> None:
 
 
 def test_the_wheel_holds_every_module_and_nothing_generic(root: Path, tmp_path: Path) -> None:
+    shutil.rmtree(root / "build" / "lib", ignore_errors=True)  # setuptools packs what an earlier build left there
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(root)]
     if subprocess.run(command, capture_output=True).returncode:
         pytest.skip("no wheel without the package index: its build backend is installed from there")
