@@ -231,11 +231,8 @@ class _Reader:
             if self.pattern is not None:
                 session, order = self.pattern.read(id, session, order)
             duration_s = inside(start, end, seconds, path, self.result)
-        except AudioError as e:
-            self.result.error("audio", where, e, id)
-            return
         except CorpusError as e:
-            self.result.error("segment" if "leaves" in e.what else "line", where, e, id)
+            self.result.refused(where, e, id)
             return
         self.result.make(
             where,

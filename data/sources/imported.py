@@ -17,11 +17,15 @@ from typing import Any, TypeGuard
 from pydantic import ValidationError
 
 from ..audio import SLACK_S
-from ..errors import ConfigError, CorpusError, UsageError
+from ..errors import AudioError, ConfigError, CorpusError, UsageError
 from ..findings import Finding
 from ..manifest import Utterance, describe_validation
 
 OVERSHOOT_S = 0.5  # that much of a segment's end may lie behind its recording; cut off, as Kaldi does
+
+
+class SegmentError(CorpusError):
+    """A segment that is not inside its recording."""
 
 
 @dataclass
@@ -69,6 +73,11 @@ class Imported:
         said = error.what if error.where is None or str(error.where) == where else f"{error.where}: {error.what}"
         said += f" (expected {error.expected})" if error.expected else ""
         self.finding(kind, where, said, id, error.remedy or "mend or delete the line")
+
+    def refused(self, where: str, error: CorpusError, id: str | None = None) -> None:
+        """An utterance that is left out for its audio, its segment, or anything else of its line."""
+        kinds = {AudioError: "audio", SegmentError: "segment"}
+        self.error(next((kind for of, kind in kinds.items() if isinstance(error, of)), "line"), where, error, id)
 
     def note(self, text: str) -> None:
         if text not in self.notes:
@@ -131,9 +140,9 @@ def is_seconds(value: Any) -> TypeGuard[float]:
 
 
 def inside(begin: float, end: float, seconds: float, path: Path, result: Imported) -> float:
-    """The length of a stretch inside its recording; CorpusError where it leaves it."""
+    """The length of a stretch inside its recording; SegmentError where it leaves it."""
     if not 0 <= begin < end or begin >= seconds or end > seconds + OVERSHOOT_S:
-        raise CorpusError(
+        raise SegmentError(
             f"the segment {begin:g}–{end:g} s leaves {path}, {seconds:.3f} s long", remedy="mend or delete the line"
         )
     if end > seconds + SLACK_S:

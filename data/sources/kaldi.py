@@ -187,11 +187,8 @@ def _without_segments(
             path, channel = finder.find(recording, entry)
             seconds = finder.places.length(path)[0]
             session, order = pattern.read(recording) if pattern else (tables.file_of.get(recording), "")
-        except AudioError as e:
-            result.error("audio", where, e, recording)
-            continue
         except CorpusError as e:
-            result.error("line", where, e, recording)
+            result.refused(where, e, recording)
             continue
         _add(tables, result, where, recording, path, 0.0, seconds, channel, session, order, manifest)
 
@@ -229,10 +226,8 @@ def _with_segments(
             session, order = tables.file_of.get(recording, recording), by_time(begin)
             if pattern is not None:
                 session, order = pattern.read(utterance, session, order)  # type: ignore[assignment]
-        except AudioError as e:
-            result.error("audio", where, e, utterance)
         except CorpusError as e:
-            result.error("segment" if "leaves" in e.what else "line", where, e, utterance)
+            result.refused(where, e, utterance)
         except (ValueError, OverflowError) as e:
             result.error("line", where, CorpusError(str(e)), utterance)
         else:

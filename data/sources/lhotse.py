@@ -223,11 +223,8 @@ class _Reader:
             session, order = (recording.id, by_time(start_s)) if self.sessions else (None, "")
             if self.pattern is not None:
                 session, order = self.pattern.read(id, session, order)
-        except AudioError as e:
-            self.result.error("audio", where, e, id)
-            return
         except CorpusError as e:
-            self.result.error("segment" if "leaves" in e.what else "line", where, e, id)
+            self.result.refused(where, e, id)
             return
         self.stretches[id] = (start_s, length)  # type: ignore[assignment]
         custom = item.get("custom")

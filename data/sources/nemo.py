@@ -47,10 +47,8 @@ def import_nemo(
                 continue
             try:
                 fields, order = _fields(entry, names, places, manifest, pattern, text_key, result)
-            except AudioError as e:
-                result.error("audio", where, e, names.id(entry))
             except CorpusError as e:
-                result.error("segment" if "leaves" in e.what else "line", where, e, names.id(entry))
+                result.refused(where, e, names.id(entry))
             else:
                 own = entry.get("split")
                 result.make(where, order, split=split or (own if isinstance(own, str) else None), **fields)

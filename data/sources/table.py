@@ -99,10 +99,8 @@ def import_table(
         meta = {names[k]: cells[k] for k in range(len(names)) if k not in taken and cells[k] != ""}
         try:
             fields, order = _fields(value, meta, folder, manifest, pattern, split, root)
-        except AudioError as e:
-            result.error("audio", where, e, value.get("id"))
         except (CorpusError, ValueError) as e:
-            result.error("line", where, e if isinstance(e, CorpusError) else CorpusError(str(e)), value.get("id"))
+            result.refused(where, e if isinstance(e, CorpusError) else CorpusError(str(e)), value.get("id"))
         else:
             result.make(where, order, **fields)
     result.utterances = in_session_order(result)

@@ -365,7 +365,7 @@ def test_audio_that_would_wait_or_fill_the_memory(here: Path) -> None:
 
 
 def test_a_manifest_with_a_root(here: Path) -> None:
-    inside = here / "root"
+    inside = here / "held"
     (inside / "wav").mkdir(parents=True)
     shutil.copy(here / "a.wav", inside / "wav" / "ok.wav")
     os.symlink(here / "a.wav", inside / "link.wav")
@@ -374,7 +374,7 @@ def test_a_manifest_with_a_root(here: Path) -> None:
     fine = {
         "wav/ok.wav": "ok",
         f"{inside}/wav/ok.wav": "abs",
-        "../root/wav/ok.wav": "away and back",
+        "../held/wav/ok.wav": "away and back",
         "../back/ok.wav": "l",
     }
     for audio, id in (cases | fine).items():

@@ -247,15 +247,15 @@ def test_a_tree_of_folders_splits_and_speakers(tmp_path: Path, tone: Tone, monke
 
 
 def test_the_root_holds(tmp_path: Path, tone: Tone) -> None:
-    inside = tone(tmp_path / "root" / "in.wav", 0.5)
+    inside = tone(tmp_path / "held" / "in.wav", 0.5)
     outside = tone(tmp_path / "out.wav", 0.5)
-    os.symlink(outside, tmp_path / "root" / "link.wav")
+    os.symlink(outside, tmp_path / "held" / "link.wav")
     folder = write(
-        tmp_path / "root" / "data",
-        wav_scp=f"ok {inside}\nabs {outside}\nup ../../out.wav\nlink {tmp_path}/root/link.wav\npipe cat {outside} |\n",
+        tmp_path / "held" / "data",
+        wav_scp=f"ok {inside}\nabs {outside}\nup ../../out.wav\nlink {tmp_path}/held/link.wav\npipe cat {outside} |\n",
         text="ok 1\nabs 2\nup 3\nlink 4\npipe 5\n",
     )
-    result = import_kaldi([(None, folder)], tmp_path / "root" / "c.jsonl", root=tmp_path / "root")
+    result = import_kaldi([(None, folder)], tmp_path / "held" / "c.jsonl", root=tmp_path / "held")
     assert [u.id for u in result.utterances] == ["ok"]
     assert [f.id for f in result.findings] == ["abs", "up", "link", "pipe"]
     assert all("out of the root" in f.what for f in result.findings)

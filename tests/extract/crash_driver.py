@@ -11,7 +11,9 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from stillhouse.data.errors import NoStoreError
 from stillhouse.data.manifest import read_manifest
@@ -24,8 +26,8 @@ from stillhouse.extract.teacher import load_teacher
 LAYERS = [0, 2]
 
 
-def kill_at(where: str) -> None:
-    """Put a SIGKILL at the n-th passing of a named phase."""
+def kill_at(where: str, modules: Sequence[ModuleType] = (skeleton, extend, writer, commits)) -> None:
+    """Put a SIGKILL at the n-th passing of a named phase of these modules."""
     name, _, count = where.partition(":")
     left = int(count or 1)
 
@@ -36,7 +38,7 @@ def kill_at(where: str) -> None:
             if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    for module in (skeleton, extend, writer, commits):
+    for module in modules:
         module.phase = phase  # type: ignore[attr-defined]
 
 

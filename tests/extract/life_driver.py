@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,22 +25,7 @@ from stillhouse.extract.store import Store, commits, writer
 from stillhouse.extract.teacher import load_teacher
 
 LAYERS, CONTEXTS = [0, 2], ["alone", "both:4"]
-
-
-def kill_at(where: str) -> None:
-    """Put a SIGKILL at the n-th passing of a named phase."""
-    name, _, count = where.partition(":")
-    left = int(count or 1)
-
-    def phase(reached: str) -> None:
-        nonlocal left
-        if reached == name:
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    for module in (extend, life, rebuild, sweep, writer, commits):
-        module.phase = phase  # type: ignore[attr-defined]
+PHASED = (extend, life, rebuild, sweep, writer, commits)
 
 
 def seen(root: Path) -> dict:
@@ -60,6 +44,8 @@ def seen(root: Path) -> dict:
 
 
 def main() -> None:
+    from crash_driver import kill_at  # beside this file when it is run; the test imports it as part of a package
+
     action, root, source, corpus, out, *phases = sys.argv[1:]
     torch.set_num_threads(1)
     teacher = load_teacher(source, device="cpu") if action == "refresh" else None
@@ -79,7 +65,7 @@ def main() -> None:
         child = os.fork()
         if child == 0:
             if where:
-                kill_at(where)
+                kill_at(where, PHASED)
             try:
                 run()
             except BaseException as e:
