@@ -137,6 +137,10 @@ class Run(Section):
     eval_every: int = Field(500, ge=1)
     checkpoint_every: int = Field(500, ge=1)
     keep: int = Field(2, ge=1, description="checkpoints kept beside the best one")
+    loggers: list[Literal["jsonl", "tensorboard"]] = Field(
+        ["jsonl", "tensorboard"], description="where metrics go; JSON lines are always written"
+    )
+    bad_steps: int = Field(10, ge=1, description="steps in a row without a finite loss or gradient that end the run")
 
 
 class Config(Section):

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from ..data.durable import sync
+from ..data.errors import StaleError
 from ..data.sampler import BatchSampler
 from .config import Config
 from .loader import BatchLoader
@@ -69,6 +70,38 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """What two identities differ in, in words: "budget.steps: 400 and 800"."""
     left, right = _flat(a), _flat(b)
     return [f"{k}: {left.get(k)} and {right.get(k)}" for k in left | right if left.get(k) != right.get(k)]
+
+
+def refuse_other_settings(old: Config, new: Config, where: Path) -> None:
+    """Settings that change the result may not change under a run; those of `run` may, the seed excepted."""
+    a, b = (
+        {f"{s}.{k}": v for s, values in c.model_dump(mode="json").items() for k, v in values.items()}
+        for c in (old, new)
+    )
+    free = {f"run.{k}" for k in type(new.run).model_fields} - {"run.seed"} | {
+        "data.corpus",
+        "data.features",
+        "data.units",
+    }
+    differ = [
+        f"{k}: {a[k]} in the run, {b[k]} asked for" for k in a if a[k] != b[k] and k not in free | {"transfer.stores"}
+    ]
+    if differ:
+        raise StaleError(
+            f"the run has other settings: {'; '.join(differ)}",
+            where=where,
+            remedy="choose another --out for the new settings",
+        )
+
+
+def refuse_other_data(old: dict[str, Any], new: dict[str, Any], where: Path) -> None:
+    differ = [f"{k}: {old.get(k)} when the run began, {new[k]} now" for k in new if old.get(k) != new[k]]
+    if differ:
+        raise StaleError(
+            f"the run's data changed: {'; '.join(differ)}",
+            where=where,
+            remedy="restore the data or choose another --out",
+        )
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -53,7 +53,7 @@ def check(study: Study) -> None:
 
 def refuse_other_settings(runs: Iterable[Run]) -> None:
     """Raises StaleError for a folder that holds a run with other settings than the study's."""
-    from .trainer import refuse_other_settings as refuse
+    from .identity import refuse_other_settings as refuse
 
     for run in runs:
         settings = run.folder / "config.toml"

@@ -117,7 +117,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_stops_the_run(tones: Path
     with torch.no_grad():
         trainer.model.joint.output.bias.fill_(float("nan"))
     weight = trainer.model.joint.encoder.weight.clone()
-    with pytest.raises(StillhouseError, match="ten steps in a row"):
+    with pytest.raises(StillhouseError, match="10 steps in a row"):
         trainer.run()
     assert torch.equal(weight, trainer.model.joint.encoder.weight)
 
