@@ -7,6 +7,7 @@ ranks, too, for ranks share out each batch and never change it. Exercised by `st
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,12 +24,14 @@ class BatchPlan:
 
     `share` is the part's share of the batch's utterances: weighted by it, means over the parts add up to the mean
     over the batch. 0 marks a stand-in for a rank that is left without an utterance: it must not count.
+    `part` is the number of utterances in the whole batch, and which of them these are; None: all.
     """
 
     indices: np.ndarray
     speeds: np.ndarray
     number: int
     share: float = 1.0
+    part: tuple[int, range] | None = None
 
 
 class BatchSampler:
@@ -65,6 +68,14 @@ class BatchSampler:
             found = np.unique(shards, return_inverse=True)
         self._windows = 1 if found is None else max(1, round(len(found[0]) / mix))
         self._shard = None if found is None or self._windows == 1 else found[1]
+
+    def shared(self, rank: int, world_size: int) -> BatchSampler:
+        """The same batches, shared out: the sampler of one of `world_size` ranks."""
+        if not 0 <= rank < world_size:
+            raise UsageError(f"rank {rank} of {world_size}", expected="a rank from 0 to world_size - 1")
+        other = copy.copy(self)
+        other.rank, other.world_size = rank, world_size
+        return other
 
     def epoch(self, number: int) -> list[BatchPlan]:
         """This rank's parts of all batches of an epoch, in order: as many for every rank."""
@@ -104,8 +115,9 @@ class BatchSampler:
         return batches
 
     def _part(self, batch: np.ndarray, speed: np.ndarray, number: int) -> BatchPlan:
-        mine = batch[self.rank :: self.world_size]
-        share = len(mine) / len(batch)
-        if not len(mine):
-            mine = batch[-1:]
-        return BatchPlan(mine, speed[mine], number, share)
+        places = range(self.rank, len(batch), self.world_size)
+        share = len(places) / len(batch)
+        if not places:
+            places = range(len(batch) - 1, len(batch))
+        mine = batch[places.start :: places.step]
+        return BatchPlan(mine, speed[mine], number, share, None if share == 1 else (len(batch), places))

@@ -28,8 +28,8 @@ from ..data.units import Units
 
 @dataclass(frozen=True)
 class Batch:
-    """Features are plain fbank; padding is 0. `transfer` is the target reader's batch, or None; `share` is
-    `BatchPlan.share`: how much of a batch shared out among ranks this is.
+    """Features are plain fbank; padding is 0. `transfer` is the target reader's batch, or None; `share` and `part` are
+    `BatchPlan`'s: how much, and what, of a batch shared out among ranks this is.
     """
 
     ids: list[str]
@@ -41,6 +41,7 @@ class Batch:
     read_s: float
     teacher_s: float
     share: float = 1.0
+    part: tuple[int, range] | None = None
 
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
@@ -119,6 +120,7 @@ class BatchLoader:
             read - began,
             time.perf_counter() - read,
             plan.share,
+            plan.part,
         )
 
     def references(self, plan: BatchPlan) -> list[str]:

@@ -20,20 +20,28 @@ def spec_augment(
     time_masks: int,
     time_width: int,
     time_share: float,
+    part: tuple[int, range] | None = None,
 ) -> Tensor:
     """`features` [B, T, bins], normalised so that 0 is the mean; `lengths` [B] in frames. Returns a masked copy.
 
     Each utterance gets `frequency_masks` bands up to `frequency_width` bins and `time_masks` stretches up to
     `time_width` frames, together at most `time_share` of its length. `generator` lives on the CPU.
+
+    `part`: these are the utterances `part[1]` of a batch of `part[0]`, shared out among ranks: masks are drawn for all
+    of them, so that each utterance gets the same ones however many ranks there are.
     """
     batch, frames, bins = features.shape
+    size, mine = part or (batch, range(batch))
     masked = torch.zeros(batch, frames, bins, dtype=torch.bool, device=features.device)
     lengths_f = lengths.to("cpu", torch.float32)[:, None]
 
-    def stretches(count: int, widest: Tensor, size: Tensor, axis: int) -> Tensor:
-        """[B, axis] bool: `count` stretches of width below `widest` inside `size`."""
-        width = (torch.rand(batch, count, generator=generator) * (widest + 1)).floor()
-        begin = (torch.rand(batch, count, generator=generator) * (size - width + 1).clamp(min=0)).floor()
+    def draw(count: int) -> Tensor:
+        return torch.rand(size, count, generator=generator)[mine.start : mine.stop : mine.step]
+
+    def stretches(count: int, widest: Tensor, length: Tensor, axis: int) -> Tensor:
+        """[B, axis] bool: `count` stretches of width below `widest` inside `length`."""
+        width = (draw(count) * (widest + 1)).floor()
+        begin = (draw(count) * (length - width + 1).clamp(min=0)).floor()
         at = torch.arange(axis)[None, None, :]
         return ((at >= begin[:, :, None]) & (at < (begin + width)[:, :, None])).any(1).to(features.device)
 
