@@ -9,8 +9,10 @@ Exercised by `stillhouse align`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +27,8 @@ FRAME_S = 0.01  # of the features
 
 @dataclass(frozen=True)
 class Word:
-    """A word of the raw transcript; confidence is its units' mean occupancy on the frames that were chosen."""
+    """A word of a transcript or hypothesis. confidence, in an alignment: its units' mean occupancy on the frames that
+    were chosen; in a hypothesis: the product of P(unit | the frame emits a unit) over its units."""
 
     text: str
     start_s: float
@@ -59,7 +62,13 @@ def best_frames(occupancy: np.ndarray) -> np.ndarray:
 
 
 def words_of(
-    text: str, spans: np.ndarray, frames: np.ndarray, confidence: np.ndarray, frame_s: float, duration_s: float
+    text: str,
+    spans: np.ndarray,
+    frames: np.ndarray,
+    confidence: np.ndarray,
+    frame_s: float,
+    duration_s: float,
+    together: Callable[[np.ndarray], Any] = np.mean,
 ) -> list[Word]:
     """Words of the transcript with times: from its first unit's frame to the end of its last unit's.
 
@@ -70,8 +79,10 @@ def words_of(
     places = [(m.start(), m.end(), m.group()) for m in re.finditer(r"\S+", text)]
     shown = [begin + len(text[begin:end]) - len(text[begin:end].lstrip()) for begin, end in spans.tolist()]
     solid = [bool(text[begin:end].strip()) for begin, end in spans.tolist()]
+    heard = [k for k in range(len(spans)) if solid[k]]
+    at = [shown[k] for k in heard]
     for begin, end, word in places:
-        own = [k for k in range(len(spans)) if solid[k] and begin <= shown[k] < end]
+        own = heard[bisect_left(at, begin) : bisect_left(at, end)]
         if not own:
             continue
         start_s = frames[own[0]] * frame_s
@@ -80,7 +91,7 @@ def words_of(
             last = words[-1]
             middle = max(last.start_s, start_s)
             words[-1] = Word(last.text, last.start_s, middle, last.confidence)
-        words.append(Word(word, min(start_s, duration_s), min(end_s, duration_s), float(confidence[own].mean())))
+        words.append(Word(word, min(start_s, duration_s), min(end_s, duration_s), float(together(confidence[own]))))
     return words
 
 
