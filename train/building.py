@@ -38,7 +38,11 @@ def resolve_precision(name: str, device: torch.device) -> str:
 def build_model(config: Config, size: int) -> Transducer:
     """A transducer over `size` units, initialised from the run's seed whatever else the run has."""
     m = config.model
-    encoder = m.model_dump(include={"dim", "layers", "heads", "inner", "kernel", "subsampling"})
+    encoder = m.model_dump(
+        include={"dim", "layers", "heads", "inner", "kernel", "subsampling"}
+        | {"chunk_frames", "left_chunks", "chunk_choices"}
+    )
+    encoder["causal"] = m.causal or m.chunk_frames > 0 or bool(m.chunk_choices)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         return Transducer(

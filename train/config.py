@@ -10,7 +10,7 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -46,6 +46,14 @@ class Model(Section):
     inner: int = Field(704, ge=8, description="width inside the feed-forward modules")
     kernel: int = Field(15, ge=1, description="frames that a depthwise convolution spans; odd")
     subsampling: Literal[2, 3, 4, 6, 8] = 4
+    causal: bool = Field(False, description="convolutions see no later frame; chunks imply it")
+    chunk_frames: int = Field(
+        0, ge=0, description="frames of 10 ms that are heard at a time, for streaming; 0: the whole utterance"
+    )
+    left_chunks: int = Field(4, ge=0, description="chunks before its own that a frame attends to")
+    chunk_choices: list[Annotated[int, Field(ge=0)]] = Field(
+        [], description="chunk_frames drawn for each batch in training, so that one model serves them all"
+    )
     predictor: Literal["stateless", "lstm"] = "stateless"
     predictor_dim: int = Field(192, ge=8)
     predictor_context: int = Field(2, ge=1)
@@ -58,6 +66,9 @@ class Model(Section):
             raise ValueError(f"dim = {self.dim} must be a multiple of 2 x heads = {2 * self.heads}")
         if self.kernel % 2 == 0:
             raise ValueError(f"kernel = {self.kernel} must be odd")
+        for frames in (self.chunk_frames, *self.chunk_choices):
+            if frames % self.subsampling:
+                raise ValueError(f"a chunk of {frames} frames must be a multiple of subsampling = {self.subsampling}")
         return self
 
 

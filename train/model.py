@@ -1,25 +1,35 @@
 """The transducer: encoder, prediction network, joint; plain fbank in, unit log-probabilities out.
 
 Invariant: the model holds everything that inference needs (feature normalisation included) and nothing of the
-transfer. Blank is unit 0. Exercised by `stillhouse train` and `stillhouse decode`.
+transfer. Blank is unit 0. Chunk by chunk an encoder says what it says of the whole (see streaming.py). Exercised by
+`stillhouse train` and `stillhouse decode`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layers import ConformerBlock, Dropout, Subsampling, length_mask, rotary
+from ..data.errors import ConfigError
+from .layers import ConformerBlock, Dropout, Subsampling, chunk_mask, length_mask, rotary
 
 BLANK = 0
+PAST = ("keys", "values", "convolution")  # of a block, in `stream`'s state
 
 
 class Encoder(nn.Module):
-    """fbank [B, T, bins] and lengths [B] -> states [B, T', dim] and lengths, T' = ceil(T / subsampling)."""
+    """fbank [B, T, bins] and lengths [B] -> states [B, T', dim] and lengths, T' = ceil(T / subsampling).
+
+    causal          convolutions see no later frame
+    chunk_frames    frames of 10 ms in a chunk, a multiple of `subsampling`: a frame attends to its own chunk and to
+                    the `left_chunks` before it; 0: to the whole utterance. Both may be changed on a trained model
+    chunk_choices   chunk_frames drawn for each batch in training (Zhang et al. 2020, arXiv 2012.05481); none: always
+                    `chunk_frames`
+    """
 
     feature_mean: Tensor
     feature_std: Tensor
@@ -34,14 +44,20 @@ class Encoder(nn.Module):
         inner: int = 704,
         kernel: int = 15,
         subsampling: int = 4,
+        causal: bool = False,
+        chunk_frames: int = 0,
+        left_chunks: int = 4,
+        chunk_choices: Sequence[int] = (),
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        self.dim, self.subsampling, self.head_dim = dim, subsampling, dim // heads
+        self.dim, self.subsampling, self.head_dim, self.kernel = dim, subsampling, dim // heads, kernel
+        self.causal = causal
+        self.chunk_frames, self.left_chunks, self.chunk_choices = chunk_frames, left_chunks, tuple(chunk_choices)
         self.register_buffer("feature_mean", torch.zeros(bins))
         self.register_buffer("feature_std", torch.ones(bins))
-        self.front = Subsampling(bins, dim, subsampling, dropout)
-        self.blocks = nn.ModuleList(ConformerBlock(dim, heads, inner, kernel, dropout) for _ in range(layers))
+        self.front = Subsampling(bins, dim, subsampling, dropout, causal)
+        self.blocks = nn.ModuleList(ConformerBlock(dim, heads, inner, kernel, dropout, causal) for _ in range(layers))
 
     def output_lengths(self, lengths: Tensor) -> Tensor:
         """Lengths of the states of utterances of `lengths` frames."""
@@ -55,17 +71,90 @@ class Encoder(nn.Module):
     def forward(self, features: Tensor, lengths: Tensor, taps: Sequence[int] = ()) -> tuple[Tensor, Tensor, dict]:
         """`features` already normalised. Returns states, lengths and {layer: states [B, T', dim]} of the layers
         in `taps` (1 is the first block's output)."""
-        x, lengths = self.front(features, lengths)
+        x, lengths, _ = self.front(features, lengths)
         inside = length_mask(lengths, x.shape[1])
         mask = inside[:, :, None].to(x.dtype)
-        bias = torch.zeros(inside.shape, device=x.device).masked_fill_(~inside, float("-inf"))[:, None, None, :]
+        seen = inside[:, None, None, :]
+        chunk = self._drawn_chunk() // self.subsampling
+        if chunk:
+            near = chunk_mask(x.shape[1], chunk, self.left_chunks, x.device)
+            # Frames of the padding see themselves at least: a softmax over nothing is NaN
+            seen = (seen & near) | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+        bias = torch.zeros(seen.shape, device=x.device).masked_fill_(~seen, float("-inf"))
         positions = rotary(x.shape[1], self.head_dim, x.device)
         tapped = {}
         for number, block in enumerate(self.blocks, 1):
-            x = block(x, mask, bias, positions)
+            x, _ = block(x, mask, bias, positions)
             if number in taps:
                 tapped[number] = x * mask
         return x * mask, lengths, tapped
+
+    def _drawn_chunk(self) -> int:
+        if not (self.training and self.chunk_choices):
+            return self.chunk_frames
+        return self.chunk_choices[int(torch.randint(len(self.chunk_choices), ()))]
+
+    def stream_state(
+        self, batch: int = 1, *, chunk_frames: int | None = None, left_chunks: int | None = None
+    ) -> dict[str, Tensor]:
+        """What `stream` keeps from chunk to chunk, at the beginning: all zeros, batch first, of fixed shapes.
+
+        processed   [B] int64: states so far
+        keys        [B, layers, left, dim], and `values`: of the attention; left = left_chunks * states of a chunk
+        convolution [B, layers, kernel - 1, dim]
+        front0, …   [B, frames, width]: one for each convolution of the subsampling
+        chunk_frames and left_chunks: other than the model's own. Raises ConfigError where the model cannot stream.
+        """
+        chunk = self.chunk_frames if chunk_frames is None else chunk_frames
+        left_chunks = self.left_chunks if left_chunks is None else left_chunks
+        if not self.causal:
+            raise ConfigError(
+                "this model hears whole utterances: it was not trained to stream",
+                remedy="train one with model.chunk_frames, and model.chunk_choices to stream with several",
+            )
+        if chunk <= 0 or chunk % self.subsampling:
+            raise ConfigError(f"chunk_frames = {chunk}", expected=f"a multiple of the {self.subsampling} of a state")
+        if left_chunks < 0:
+            raise ConfigError(f"left_chunks = {left_chunks}", expected="0 or more")
+        zeros = self.feature_mean.new_zeros
+        left, layers = left_chunks * (chunk // self.subsampling), len(self.blocks)
+        state = {"processed": torch.zeros(batch, dtype=torch.int64, device=self.feature_mean.device)}
+        state |= {name: zeros(batch, layers, left, self.dim) for name in ("keys", "values")}
+        state["convolution"] = zeros(batch, layers, self.kernel - 1, self.dim)
+        state |= {f"front{n}": zeros(batch, *shape) for n, shape in enumerate(self.front.past_shapes)}
+        return state
+
+    def stream(
+        self, features: Tensor, state: Mapping[str, Tensor], lengths: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One chunk of plain fbank [B, t, bins] -> states [B, t / subsampling, dim] and the next chunk's `state`.
+
+        t is the same in every call: the chunk_frames that the state was made for. lengths [B]: frames of each
+        utterance in this chunk, fewer than t (or none) once it has ended; None: all t. States past an utterance's end
+        are 0. What is computed depends on shapes alone, so that it can be traced.
+        """
+        batch, frames, _ = features.shape
+        if lengths is None:
+            lengths = torch.full((batch,), frames, dtype=torch.int64, device=features.device)
+        past = [state[f"front{n}"] for n in range(len(self.front.past_shapes))]
+        x, lengths, front = self.front(self.normalise(features, lengths), lengths, past)
+        size, left = x.shape[1], state["keys"].shape[2]
+        inside = length_mask(lengths, size)
+        mask = inside[:, :, None].to(x.dtype)
+        behind = torch.arange(left, 0, -1, device=x.device) <= state["processed"][:, None]
+        place = torch.arange(left + size, device=x.device)
+        itself = place[left:, None] == place
+        seen = torch.cat([behind, inside], dim=1)[:, None, None, :] | itself
+        bias = torch.zeros(seen.shape, device=x.device).masked_fill(~seen, float("-inf"))
+        positions = rotary(left + size, self.head_dim, x.device)
+        kept = []
+        for number, block in enumerate(self.blocks):
+            x, new = block(x, mask, bias, positions, tuple(state[k][:, number] for k in PAST))
+            kept.append(new)
+        next_state = {"processed": state["processed"] + lengths}
+        next_state |= {name: torch.stack(t, 1) for name, t in zip(PAST, zip(*kept))} if kept else {}
+        next_state |= {f"front{n}": value for n, value in enumerate(front)}
+        return x * mask, {name: next_state.get(name, value) for name, value in state.items()}
 
 
 class StatelessPredictor(nn.Module):
