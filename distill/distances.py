@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..data.errors import ConfigError
 
-# (prediction [M, D], target [M, D], key int64 [M]) -> [M]
+# (prediction [M, D], target [≥ M, D], key int64 [≥ M]) -> [M]; targets after the M-th are others' that contrast
 Distance = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -37,7 +37,7 @@ def mse(prediction: Tensor, target: Tensor, key: Tensor) -> Tensor:
 
 
 def contrastive(temperature: float) -> Distance:
-    """InfoNCE: which of the batch's M targets is mine, by cosine over `temperature`.
+    """InfoNCE: which of the batch's targets is mine, by cosine over `temperature`.
 
     Other occurrences of the same token (equal keys) are neither positives nor negatives: they are left out.
     Costs a matrix [M, M] a view. After Sunder et al. 2022, "Tokenwise contrastive pretraining".
@@ -45,7 +45,7 @@ def contrastive(temperature: float) -> Distance:
 
     def distance(prediction: Tensor, target: Tensor, key: Tensor) -> Tensor:
         logits = F.normalize(prediction, dim=-1) @ F.normalize(target, dim=-1).T / temperature
-        same = key[:, None] == key[None, :]
+        same = key[: len(prediction), None] == key[None, :]
         same.fill_diagonal_(False)
         logits = logits.masked_fill(same, float("-inf"))
         return torch.logsumexp(logits, -1) - logits.diagonal()

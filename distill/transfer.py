@@ -8,7 +8,7 @@ Exercised by: pytest tests/distill/test_transfer.py; `stillhouse train CONFIG --
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +20,19 @@ from .batch import Positions, TransferBatch
 from .distances import distance_named
 from .mixing import Mixing
 from .targets import ViewSpec
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What a part of a batch, shared out among ranks, must know of the whole: then the parts' losses, and their
+    gradients, add up to the whole batch's.
+
+    counts     positions that enter the loss, by teacher, over all parts (the sum of what Transfer.counts gives)
+    gather     (teacher, rows [M, …] of this part) -> the rows of the other parts
+    """
+
+    counts: Mapping[str, int]
+    gather: Callable[[str, Tensor], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -91,6 +104,7 @@ class Transfer(nn.Module):
             raise ConfigError(f"no aligner {aligner!r}", expected=", ".join(ALIGNERS))
         self.heads = nn.ModuleList(nn.Linear(self.aligner.width, view.width) for view in views)
         self.distance = distance_named(distance, temperature=temperature)
+        self.contrasts = distance == "contrastive"
         self.mixing = Mixing(mixing, len(views))
         self.tap_logits = nn.Parameter(torch.zeros(taps)) if taps > 1 else None
 
@@ -102,6 +116,12 @@ class Transfer(nn.Module):
     def needs_predictor(self) -> bool:
         return isinstance(self.aligner, Predictor)
 
+    def counts(self, batch: TransferBatch) -> dict[str, int]:
+        """Positions of `batch` that enter the loss, by teacher."""
+        of_units = isinstance(self.aligner, (Occupancy, Predictor))
+        found = {name: batch.positions[name] for name in self.of_teacher}
+        return {n: len(p.unit_rows if of_units and p.unit_rows is not None else p.row) for n, p in found.items()}
+
     def forward(
         self,
         encoder: Tensor | Sequence[Tensor],
@@ -109,9 +129,10 @@ class Transfer(nn.Module):
         batch: TransferBatch,
         occupancy: Tensor | None = None,
         predictor: Tensor | None = None,
+        whole: Whole | None = None,
     ) -> TransferLoss:
         """encoder float [B, T, H], or one such tensor a tap; encoder_lengths int [B] (same device); occupancy float
-        [B, U, T] and predictor float [B, U + 1, W] for the aligners that need them.
+        [B, U, T] and predictor float [B, U + 1, W] for the aligners that need them; `whole` where `batch` is a part.
 
         `batch` on the same device. Frames beyond an utterance's length may hold anything, NaN included.
         """
@@ -128,15 +149,21 @@ class Transfer(nn.Module):
             key = positions.key if row is None else positions.key[row]
             kept += len(state)
             masked += positions.masked + positions.kept - len(state)
+            count = len(state) if whole is None else whole.counts[teacher]
+            keys = [key, *whole.gather(teacher, key)] if whole is not None and self.contrasts and count else [key]
             for number in numbers:
                 target = batch.targets.get(self.addresses[number])
-                if target is None or not len(state):
+                if target is None or not count:
                     idle = idle + self.heads[number](state[:0]).float().sum()
                     continue
                 prediction = self.heads[number](state).float()
+                targets = [(target if row is None else target[row]).float()]
+                if len(keys) > 1:
+                    assert whole is not None
+                    targets += whole.gather(teacher, targets[0])
                 with torch.autocast(encoder.device.type, enabled=False):
-                    each = self.distance(prediction, (target if row is None else target[row]).float(), key)
-                losses.append(each.mean())
+                    each = self.distance(prediction, torch.cat(targets), torch.cat(keys))
+                losses.append(each.sum() / count)
                 index.append(number)
         loss = self.mixing(losses, index) + idle if losses else idle + self.mixing.idle()
         per_view = {self.addresses[n]: value.detach() for n, value in zip(index, losses, strict=True)}
