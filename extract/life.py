@@ -20,7 +20,7 @@ import numpy as np
 from ..data.errors import NoStoreError, UsageError
 from .copying import copy_unit
 from .extend import Growth, grow_teacher, next_generation, rows_after, write_growth, write_tokens
-from .ordering import cut_shards
+from .ordering import compact
 from .store import plan as plans
 from .store.arrays import RawArray
 from .store.commits import Commit, Commits, link_commit
@@ -124,8 +124,9 @@ def clear(root: Path, dry_run: bool = False) -> Cleared:
         dead = moved = 0
         for name in plan.teachers:
             index, t = store.index_of(name), TeacherRows(plan, name)
-            go = _shards(plan, name, index, t)
-            dead += sum(s.rows for s in go) - int(t.length[_rows_in(index, t, go)].sum())
+            go, packed = _emptied(plan, name, index, t)
+            rows = _all(packed)
+            dead += sum(s.rows for s in go) - int(t.length[rows].sum())
             if not go:
                 continue
             unfinished = [v.address for v in store.planned_views if v.teacher == name and v not in store.views]
@@ -133,9 +134,8 @@ def clear(root: Path, dry_run: bool = False) -> Cleared:
                 raise NoStoreError(
                     f"not complete: {', '.join(unfinished)}", where=root, remedy="finish it: stillhouse extract"
                 )
-            rows = _rows_in(index, t, go)
             moved += int(t.length[rows].sum())
-            after, growth = _moved(after, name, index, t, rows, go)
+            after, growth = _moved(after, name, index, t, packed, go)
             moves.append((name, growth, rows))
         fact = Cleared(str(root), [], 0, dead, moved, 0, 0, not dry_run)
         if dry_run:
@@ -260,30 +260,34 @@ def _new_edition(plan: Plan, name: str, index: Index, order: np.ndarray, served:
     return replace(plan, generations=[*plan.generations, generation]), growth
 
 
-def _shards(plan: Plan, name: str, index: Index, t: TeacherRows) -> list[Shard]:
-    """Shards whose living rows go elsewhere: those with dead rows, or several that are half empty."""
-    kept = plan.shards(name)
-    living = {s.number: int(t.length[_rows_in(index, t, [s])].sum()) for s in kept}
-    small = [s for s in kept if living[s.number] == s.rows and 2 * s.rows < t.shard_rows]
-    few = {s.number for s in small} if len(small) > 1 else set()
-    return [s for s in kept if living[s.number] < s.rows or s.number in few]
-
-
-def _rows_in(index: Index, t: TeacherRows, shards: Sequence[Shard]) -> np.ndarray:
-    """Living rows of shards, in the order of the corpus; those without tokens are in none."""
+def _emptied(plan: Plan, name: str, index: Index, t: TeacherRows) -> tuple[list[Shard], list[np.ndarray]]:
+    """Shards that go, and the rows that live in them as they will lie together, by new shard."""
     rows = index.order[index.live[index.order]]
-    numbers = np.array([s.number for s in shards], dtype=np.int64)
-    return rows[np.isin(t.start[rows] // t.shard_rows, numbers) & (t.length[rows] > 0)]
+    rows = rows[t.length[rows] > 0]  # those without tokens are in no shard
+    kept = {s.number: s for s in plan.shards(name)}
+    lengths = t.length[rows].astype(np.int64)
+    go, packed = compact(t.start[rows] // t.shard_rows, lengths, {n: s.rows for n, s in kept.items()}, t.shard_rows)
+    return [kept[n] for n in go], [rows[p] for p in packed]
+
+
+def _all(packed: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows in their new order."""
+    return np.concatenate([np.zeros(0, np.int64), *packed])
 
 
 def _moved(
-    plan: Plan, name: str, index: Index, t: TeacherRows, rows: np.ndarray, go: Sequence[Shard]
+    plan: Plan, name: str, index: Index, t: TeacherRows, packed: Sequence[np.ndarray], go: Sequence[Shard]
 ) -> tuple[Plan, Growth]:
-    """A generation in which these rows lie in shards at the end, and the shards that they were in are dropped."""
-    number, latest = next_generation(plan), plan.latest(name)
+    """A generation in which these rows, by shard, lie in shards at the end, and those that they were in are dropped."""
+    number, latest, rows = next_generation(plan), plan.latest(name), _all(packed)
     first, begin, lengths = rows_after(plan), len(latest.shards), t.length[rows].astype(np.int64)
-    shards, start = cut_shards(lengths, latest.shard_rows) if len(rows) else ([], np.zeros(0, np.int64))
-    tail = [Shard(begin + s.number, first + s.first, first + s.last, s.rows) for s in shards]
+    tail: list[Shard] = []
+    starts = [np.zeros(0, np.int64)]
+    for part in packed:
+        into = np.cumsum(t.length[part], dtype=np.int64)
+        at = tail[-1].last if tail else first
+        starts.append((begin + len(tail)) * latest.shard_rows + into - t.length[part])
+        tail.append(Shard(begin + len(tail), at, at + len(part), int(into[-1])))
     order = index.order.copy()
     order[index.position[rows]] = first + np.arange(len(rows))
     places = t.places(rows)
@@ -298,7 +302,7 @@ def _moved(
         session=index.session_of,
         served=index.live[index.order],
         tokens=tokens,
-        start=start + begin * latest.shard_rows,
+        start=np.concatenate(starts),
         vocabulary=np.zeros(0, np.int32),
     )
     ends = [s.number for s in tail]

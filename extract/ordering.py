@@ -1,12 +1,13 @@
 """The order of a store's utterances and their shards.
 
 Invariant: a function of corpus, tokenizer and seed; sessions stay whole and in order, so contexts stay together, and
-no utterance straddles a shard. Run: `pytest tests/extract/test_run.py`.
+no utterance straddles a shard. Run: `pytest tests/extract/test_run.py tests/extract/test_store_life_packing.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,3 +82,52 @@ def cut_shards(lengths: np.ndarray, rows: int) -> tuple[list[Shard], np.ndarray]
         used += n
     shards.append(Shard(len(shards), first, len(lengths), used))
     return shards, start
+
+
+def is_small(used: int, rows: int) -> bool:
+    """Whether two such shards always fit into one of `rows`."""
+    return 2 * used < rows
+
+
+def pack_shards(lengths: np.ndarray, rows: int) -> list[np.ndarray]:
+    """Which utterances lie together in shards of `rows` tokens, of which one at most is small: indices, by shard.
+
+    Runs in the order that is given; small runs, which long utterances leave between them, are put together.
+    """
+    shards = cut_shards(lengths, rows)[0] if len(lengths) else []
+    packed, small = [], np.zeros(0, dtype=np.int64)
+    for s in shards:
+        run = np.arange(s.first, s.last)
+        if is_small(s.rows, rows):
+            run = small = np.concatenate([small, run])
+            if is_small(int(lengths[small].sum()), rows):
+                continue
+            small = small[:0]
+        packed.append(run)
+    return [*packed, small] if len(small) else packed
+
+
+def compact(
+    shard: np.ndarray, lengths: np.ndarray, held: Mapping[int, int], rows: int
+) -> tuple[list[int], list[np.ndarray]]:
+    """Which shards are emptied, and how the utterances that live in them lie together elsewhere: indices, by new shard.
+
+    shard int64 [n], lengths int64 [n]: of every utterance that lives and has tokens, in the order of the corpus;
+    held: {shard: its rows, dead ones too}. Afterwards no shard has dead rows and one at most is small, so that the
+    same again would empty none; a shard without dead rows goes only where small ones are to become fewer.
+    """
+    living = dict.fromkeys(held, 0)
+    at, into = np.unique(shard, return_inverse=True)
+    living |= dict(zip(at.tolist(), np.bincount(into, lengths, len(at)).astype(np.int64).tolist()))
+    go = {s for s in held if living[s] < held[s]}
+    small = {s for s in held if s not in go and is_small(held[s], rows)}
+    mine, packed = _packed(shard, lengths, go, rows)
+    if len(small) + sum(is_small(int(lengths[mine[p]].sum()), rows) for p in packed) > 1:
+        go |= small
+        mine, packed = _packed(shard, lengths, go, rows)
+    return sorted(go), [mine[p] for p in packed]
+
+
+def _packed(shard: np.ndarray, lengths: np.ndarray, go: set[int], rows: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    mine = np.flatnonzero(np.isin(shard, sorted(go)))
+    return mine, pack_shards(lengths[mine], rows)
