@@ -302,9 +302,8 @@ class TargetReader:
         if self.position != "token":
             # The text under a position is what it is an occurrence of
             names = [texts[b][i:j].casefold() for b, (i, j) in zip(batch_of, kept_spans.tolist(), strict=True)]
-            hashes = {
-                name: hash_text(name) >> 1 for name in set(names)
-            }  # the same on every rank, and 63 bits: an int64
+            # The same on every rank; 63 bits fit an int64
+            hashes = {name: hash_text(name) >> 1 for name in set(names)}
             key = np.array([hashes[name] for name in names], np.int64)
         one_each = self.position == "token"
         positions = Positions(
