@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from .progress import folder_bytes
+from .store.arrays import RawArray
 from .store.commits import Commits
 from .store.files import fsync_folder, phase
 from .store.index import Index
 from .store.plan import Plan
-from .store.rows import TeacherRows
 
 
 def litter(plan: Plan, orders: Mapping[str, np.ndarray] | None = None) -> list[Path]:
@@ -91,11 +91,11 @@ def _states(plan: Plan, name: str) -> Iterator[Path]:
 
 def _tokens(plan: Plan, name: str, order: np.ndarray | None) -> Iterator[Path]:
     """Token chunks of shards of which nobody is served, nor anybody's context."""
-    t = TeacherRows(plan, name)
+    start, length = (RawArray(plan.paths.data / name / a).read() for a in ("start", "length"))
     if order is None:
         order = Index(plan.paths.data / "utterances", plan.edition(name)).order
-    order = order[order < len(t.start)]
-    used = set((t.start[order[t.length[order] > 0]] // t.shard_rows).tolist())
+    order = order[order < len(start)]  # the rest is not written yet
+    used = set((start[order[length[order] > 0]] // plan.latest(name).shard_rows).tolist())
     for array in ("token_id", "span"):
         chunks = _folders(plan.paths.array(name, array) / "c")
         yield from (p for p in chunks if p.name.isdigit() and int(p.name) not in used)
