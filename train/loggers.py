@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
+
+from ..data.errors import StillhouseError
 
 Record = Mapping[str, Any]
 
@@ -26,7 +28,8 @@ class Logger(Protocol):
     def flush(self) -> None:
         """Called before each checkpoint: what was logged so far must survive a kill."""
 
-    def close(self) -> None: ...
+    def close(self, failed: bool) -> None:
+        """`failed`: the run ends by an error, or by Ctrl-C. Also called where `start` failed."""
 
 
 class JsonLines:
@@ -49,7 +52,7 @@ class JsonLines:
         assert self.file is not None
         os.fsync(self.file.fileno())
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         if self.file is not None:
             self.file.close()
 
@@ -88,9 +91,54 @@ class TensorBoard:
     def flush(self) -> None:
         self.board.flush()
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         if self.board is not None:
             self.board.close()
+
+
+class Loggers:
+    """Several loggers as one.
+
+    A logger that fails in the midst of a run is reported and left out from then on: what it would have been told is
+    in metrics.jsonl, whose own failure ends the run. One that cannot start is an error, before the first step.
+    """
+
+    def __init__(self, loggers: Sequence[Logger], report: Callable[[str], None]) -> None:
+        self.loggers, self.report = list(loggers), report
+
+    def start(self, settings: Mapping[str, Any], step: int) -> None:
+        for logger in self.loggers:
+            try:
+                logger.start(settings, step)
+            except StillhouseError:
+                raise
+            except Exception as e:
+                raise StillhouseError(
+                    f"the logger {_name(logger)} cannot start: {e}", remedy="mend it or take it out of run.loggers"
+                ) from e
+
+    def log(self, record: Record) -> None:
+        self._each(lambda logger: logger.log(record))
+
+    def flush(self) -> None:
+        self._each(lambda logger: logger.flush())
+
+    def close(self, failed: bool) -> None:
+        self._each(lambda logger: logger.close(failed))
+
+    def _each(self, call: Callable[[Logger], None]) -> None:
+        for logger in list(self.loggers):
+            try:
+                call(logger)
+            except Exception as e:
+                if isinstance(logger, JsonLines):
+                    raise
+                self.loggers.remove(logger)
+                self.report(f"the logger {_name(logger)} failed and is left out from here on: {e}")
+
+
+def _name(logger: Logger) -> str:
+    return type(logger).__name__.lower()
 
 
 def scalars(record: Record) -> Iterator[tuple[str, float]]:
@@ -105,5 +153,12 @@ def scalars(record: Record) -> Iterator[tuple[str, float]]:
 
 def make(names: Sequence[str], out: Path) -> list[Logger]:
     """The loggers of a run; JSON lines come first and always, for they are what pages and tables read."""
-    kinds: dict[str, type[JsonLines] | type[TensorBoard]] = {"jsonl": JsonLines, "tensorboard": TensorBoard}
+    from . import trackers
+
+    kinds: dict[str, Callable[[Path], Logger]] = {
+        "jsonl": JsonLines,
+        "tensorboard": TensorBoard,
+        "wandb": trackers.Wandb,
+        "mlflow": trackers.Mlflow,
+    }
     return [kinds[name](out) for name in dict.fromkeys(["jsonl", *names])]

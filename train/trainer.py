@@ -28,10 +28,11 @@ from .building import build_model, build_transfer, resolve_device, resolve_preci
 from .config import Config, dump_config, load_config
 from .decode import transcribe
 from .loader import Batch, BatchLoader, prefetch, with_workers
-from .monitor import Monitor, Report, Stopwatch
+from .monitor import Monitor, Report
 from .objective import losses
 from .schedule import learning_rate, transfer_weight
 from .score import score
+from .stopwatch import Stopwatch
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
@@ -137,6 +138,7 @@ class Trainer:
         chosen = np.unique(np.linspace(0, count - 1, min(count, 500)).astype(int))
         ids = [self.loader.utterances[i].id for i in chosen]
         packed = self.features.gather(ids, [self.config.data.speeds[0]] * len(ids))[0].astype(np.float64)
+        packed = packed[np.isfinite(packed).all(axis=1)]  # an utterance with others is met, and named, as a bad step
         self.model.encoder.feature_mean.copy_(torch.from_numpy(packed.mean(axis=0)))
         self.model.encoder.feature_std.copy_(torch.from_numpy(packed.std(axis=0).clip(min=1e-3)))
 
@@ -189,7 +191,10 @@ class Trainer:
             f"({hours:.2f} h; left out: {left_out}), {self.precision} on {self.device}"
         )
         steps = config.optim.steps
-        with Monitor(config, self.out, self.step, self.report) as monitor, closing(self._batches()) as batches:
+        with (
+            Monitor(config, self.out, self.step, self.report, device=self.device) as monitor,
+            closing(self._batches()) as batches,
+        ):
             while self.step < steps:
                 with monitor.watch("data"):
                     epoch, position, batch = next(batches)
@@ -197,10 +202,10 @@ class Trainer:
                 self.step, self.epoch, self.position = self.step + 1, epoch, position
                 monitor.step(self.step, epoch, batch, found)
                 if self.dev is not None and (self.step % config.run.eval_every == 0 or self.step == steps):
-                    with monitor.aside():
-                        monitor.write(self.evaluate())
+                    with monitor.aside("dev"):
+                        monitor.log(self.evaluate())
                 if self.step % config.run.checkpoint_every == 0 or self.step == steps:
-                    with monitor.aside():
+                    with monitor.aside("checkpoint"):
                         monitor.flush()
                         self.save()
 
@@ -220,6 +225,7 @@ class Trainer:
             augment=augment,
             timed=watch,
         )
+        watch.watch_transfer(found.transfer_inputs)
         with watch("backward"):
             self.optimiser.zero_grad(set_to_none=True)
             found.total.backward()
