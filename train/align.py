@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from ..data.sampler import BatchSampler
+from .costs import transducer_costs
 from .loader import BatchLoader
-from .model import BLANK, Transducer
-from .rnnt import rnnt_loss_joint
+from .model import Transducer
 
 FRAME_S = 0.01  # of the features
 
@@ -106,11 +106,16 @@ def align(
         with torch.no_grad():
             states, lengths = model.encode(batch.features, batch.feature_lengths.to(device))
             predicted = model.joint.predictor(model.predictor(batch.targets.to(device)))
-            _, occupancy = rnnt_loss_joint(
-                model.joint.encoder(states), predicted, model.joint.output.weight, model.joint.output.bias,
-                batch.targets, lengths.to("cpu", torch.int32), batch.target_lengths, blank=BLANK,
-                return_occupancy=True,
-            )  # fmt: skip
+            _, occupancy = transducer_costs(
+                model,
+                model.joint.encoder(states),
+                predicted,
+                batch.targets,
+                lengths.to("cpu", torch.int32),
+                batch.target_lengths,
+                want_occupancy=True,
+            )
+            assert occupancy is not None
         shares = occupancy.cpu().numpy().astype(np.float64)
         for b, id in enumerate(batch.ids):
             own = shares[b, : int(batch.target_lengths[b]), : int(lengths[b])]

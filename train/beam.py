@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.errors import ConfigError
 from .decode import MAX_SYMBOLS, sureness
 from .emissions import Emissions
 from .model import BLANK, Transducer
@@ -109,6 +110,11 @@ class Beam:
         blank_penalty: float = 0.0,
         ilm_weight: float = 0.0,
     ) -> None:
+        if model.durations:
+            raise ConfigError(
+                "the beam walks frame by frame, and this model was trained to step over frames (loss.kind = tdt)",
+                remedy="decode it greedily",
+            )
         self.model, self.batch, self.width, self.max_symbols = model, batch, width, max_symbols
         self.fusion, self.blank_penalty, self.ilm_weight = fusion, blank_penalty, ilm_weight
         self.device = model.joint.output.weight.device

@@ -52,6 +52,8 @@ def build_model(config: Config, size: int) -> Transducer:
             predictor_dim=m.predictor_dim,
             predictor_context=m.predictor_context,
             joint_dim=m.joint_dim,
+            joint=m.joint,
+            durations=config.loss.durations if config.loss.kind == "tdt" else (),
             ctc=config.loss.ctc_weight > 0,
             pruned=config.loss.kind == "pruned",
             dropout=m.dropout,

@@ -58,6 +58,9 @@ class Model(Section):
     predictor_dim: int = Field(192, ge=8)
     predictor_context: int = Field(2, ge=1)
     joint_dim: int = Field(256, ge=8)
+    joint: Literal["additive", "multiplicative"] = Field(
+        "additive", description="how the joint brings encoder and prediction network together"
+    )
     dropout: float = Field(0.1, ge=0, lt=1)
 
     @model_validator(mode="after")
@@ -74,11 +77,33 @@ class Model(Section):
 
 class Loss(Section):
     ctc_weight: float = Field(0.3, ge=0, description="weight of the auxiliary CTC loss on the encoder; 0: no CTC head")
+    inter_ctc_layers: list[Annotated[int, Field(ge=1)]] = Field(
+        [], description="encoder layers, from 1, that get a CTC loss of their own, through the same head"
+    )
+    inter_ctc_weight: float = Field(
+        0.3, ge=0, le=1, description="their share of the CTC loss: (1 - w) of the last layer's, w of their mean"
+    )
     fastemit: float = Field(0.0, ge=0, description="FastEmit's lambda")
     eps: float = Field(1e-6, ge=0, lt=1, description="lattice cells with a smaller occupancy get no gradient")
-    kind: Literal["full", "pruned"] = Field("full", description="pruned: the joint runs on a band of units a frame")
+    kind: Literal["full", "pruned", "tdt"] = Field(
+        "full", description="pruned: the joint runs on a band of units a frame; tdt: tokens and durations"
+    )
     band: int = Field(5, ge=2, description="units of the pruned loss's band; wider where a transcript needs it")
     simple_weight: float = Field(0.5, gt=0, description="weight of the simple loss that chooses the band")
+    durations: list[Annotated[int, Field(ge=0)]] = Field(
+        [0, 1, 2, 3, 4], description="encoder frames that a unit or blank may move on by, for kind = tdt"
+    )
+    sigma: float = Field(0.05, ge=0, description="what every arc's log-probability is lowered by, for kind = tdt")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Loss:
+        if self.inter_ctc_layers and not self.ctc_weight:
+            raise ValueError("inter_ctc_layers need ctc_weight > 0: theirs is a share of the CTC loss")
+        if len(set(self.durations)) < len(self.durations) or not {0, 1} <= set(self.durations):
+            raise ValueError(
+                f"durations = {self.durations} must differ and hold 0 and 1, or some transcripts fit no frames"
+            )
+        return self
 
 
 class Optim(Section):
@@ -90,6 +115,7 @@ class Optim(Section):
     weight_decay: float = Field(0.01, ge=0)
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    ema: float = Field(0.0, ge=0, lt=1, description="decay of a moving average of the weights, 0.999 say; 0: none")
 
 
 class SpecAugment(Section):
@@ -148,7 +174,9 @@ class Run(Section):
     eval_every: int = Field(500, ge=1)
     checkpoint_every: int = Field(500, ge=1)
     keep: int = Field(2, ge=1, description="checkpoints kept beside the best one")
-    loggers: list[Literal["jsonl", "tensorboard"]] = Field(
+    backend: Literal["auto", "gloo", "nccl"] = Field("auto", description="under torchrun; auto: nccl where CUDA is")
+    timeout_s: float = Field(600.0, gt=0, description="under torchrun: how long a rank waits for the others")
+    loggers: list[Literal["jsonl", "tensorboard", "wandb", "mlflow"]] = Field(
         ["jsonl", "tensorboard"], description="where metrics go; JSON lines are always written"
     )
     bad_steps: int = Field(10, ge=1, description="steps in a row without a finite loss or gradient that end the run")
@@ -168,6 +196,12 @@ class Config(Section):
         outside = [n for n in self.transfer.layers if not 1 <= n <= self.model.layers]
         if outside:
             raise ValueError(f"transfer.layers has {outside[0]}, but the encoder has {self.model.layers} layers")
+        late = [n for n in self.loss.inter_ctc_layers if n >= self.model.layers]
+        if late:
+            raise ValueError(
+                f"loss.inter_ctc_layers has {late[0]}, but the layers before the encoder's last are 1 to "
+                f"{self.model.layers - 1}"
+            )
         return self
 
 

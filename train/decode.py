@@ -77,6 +77,9 @@ class Greedy:
                 self.state = model.predictor.advance(self.state, unit, active)
                 self.predicted = model.joint.predictor(model.predictor.step(self.state))
         self.frames += lengths.clamp(max=states.shape[1])
+        self._keep(emitted)
+
+    def _keep(self, emitted: list[tuple[Tensor, ...]]) -> None:
         if emitted:
             where, units, frames, sure = (torch.stack(column, dim=1).cpu() for column in zip(*emitted))
             for b, mine in enumerate(where):
@@ -92,9 +95,18 @@ class Greedy:
     finish = best
 
 
+def greedy_search(model: Transducer, batch: int, *, max_symbols: int = MAX_SYMBOLS) -> Greedy:
+    """The greedy search that the model's loss asks for."""
+    if model.durations:
+        from .tdt_search import TdtGreedy
+
+        return TdtGreedy(model, batch, max_symbols=max_symbols)
+    return Greedy(model, batch, max_symbols=max_symbols)
+
+
 def greedy(model: Transducer, states: Tensor, lengths: Tensor, *, max_symbols: int = MAX_SYMBOLS) -> list[list[int]]:
     """The units that greedy decoding finds of states [B, T, dim] and lengths [B] from `model.encode`."""
-    search = Greedy(model, len(states), max_symbols=max_symbols)
+    search = greedy_search(model, len(states), max_symbols=max_symbols)
     search.feed(states, lengths)
     return [found[0].units for found in search.finish()]
 
@@ -143,7 +155,7 @@ def transcribe(
     *,
     device: torch.device,
     batch_frames: int = 30_000,
-    search: Callable[[Transducer, int], Search] = Greedy,
+    search: Callable[[Transducer, int], Search] = greedy_search,
     nbest: int = 1,
 ) -> Iterator[Hypothesis]:
     """Hypotheses of every utterance of `loader`, at speed 1, longest first."""

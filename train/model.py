@@ -8,7 +8,7 @@ transfer. Blank is unit 0. Chunk by chunk an encoder says what it says of the wh
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -222,17 +222,41 @@ class LstmPredictor(nn.Module):
 
 
 class Joint(nn.Module):
-    """Additive joint: out(tanh(encoder(e) + predictor(p))). The projections are apart so that the loss can fuse."""
+    """out(tanh(encoder(e) + predictor(p))), or of their product. The projections are apart so that the loss can fuse.
 
-    def __init__(self, encoder_dim: int, predictor_dim: int, dim: int, size: int) -> None:
+    combine "add" or "mul". durations: how many a token-and-duration transducer chooses from, with logits of their own.
+    """
+
+    def __init__(
+        self,
+        encoder_dim: int,
+        predictor_dim: int,
+        dim: int,
+        size: int,
+        combine: Literal["add", "mul"] = "add",
+        durations: int = 0,
+    ) -> None:
         super().__init__()
+        self.combine: Literal["add", "mul"] = combine
         self.encoder = nn.Linear(encoder_dim, dim)
-        self.predictor = nn.Linear(predictor_dim, dim, bias=False)
+        # In a sum the encoder's bias serves both
+        self.predictor = nn.Linear(predictor_dim, dim, bias=combine == "mul")
         self.output = nn.Linear(dim, size)
+        self.durations = nn.Linear(dim, durations) if durations else None
+
+    def hidden(self, encoder: Tensor, predictor: Tensor) -> Tensor:
+        return torch.tanh(encoder + predictor if self.combine == "add" else encoder * predictor)
 
     def forward(self, encoder: Tensor, predictor: Tensor) -> Tensor:
         """Projected encoder and predictor states that broadcast against each other -> logits [..., V]."""
-        return self.output(torch.tanh(encoder + predictor))
+        return self.output(self.hidden(encoder, predictor))
+
+    def with_durations(self, encoder: Tensor, predictor: Tensor) -> tuple[Tensor, Tensor]:
+        """As forward: logits of the units [..., V] and of the durations [..., D]."""
+        if self.durations is None:
+            raise ValueError("this joint has no durations")
+        hidden = self.hidden(encoder, predictor)
+        return self.output(hidden), self.durations(hidden)
 
 
 class SimpleJoint(nn.Module):
@@ -249,7 +273,10 @@ class SimpleJoint(nn.Module):
 
 
 class Transducer(nn.Module):
-    """Encoder, prediction network and joint over `size` units, blank included; an optional CTC head."""
+    """Encoder, prediction network and joint over `size` units, blank included; an optional CTC head.
+
+    durations: frames that an arc may move on by, which makes it a token-and-duration transducer; none: RNN-T.
+    """
 
     def __init__(
         self,
@@ -260,6 +287,8 @@ class Transducer(nn.Module):
         predictor_dim: int = 192,
         predictor_context: int = 2,
         joint_dim: int = 256,
+        joint: str = "additive",
+        durations: Sequence[int] = (),
         ctc: bool = True,
         pruned: bool = False,
         dropout: float = 0.1,
@@ -272,7 +301,9 @@ class Transducer(nn.Module):
             self.predictor = StatelessPredictor(size, predictor_dim, predictor_context, dropout)
         else:
             self.predictor = LstmPredictor(size, predictor_dim, dropout)
-        self.joint = Joint(self.encoder.dim, predictor_dim, joint_dim, size)
+        combine: Literal["add", "mul"] = "mul" if joint == "multiplicative" else "add"
+        self.durations = tuple(durations)
+        self.joint = Joint(self.encoder.dim, predictor_dim, joint_dim, size, combine, len(self.durations))
         self.ctc = nn.Linear(self.encoder.dim, size) if ctc else None
         self.simple = SimpleJoint(self.encoder.dim, predictor_dim, size) if pruned else None
 

@@ -1,4 +1,7 @@
-"""What a training step minimises: RNN-T loss + CTC on the encoder + λ · transfer.
+"""What a training step minimises: transducer loss + c · CTC on the encoder + λ · transfer.
+
+With intermediate CTC (Lee and Watanabe 2021, arXiv 2102.03216) the CTC term is (1 - w) of the last layer's loss and w
+of the mean of the others', all through one head.
 
 Invariant: the RNN-T and CTC terms are sums over the batch divided by its units, so that short and long utterances
 weigh alike a unit, in whatever batch they land. Exercised by `stillhouse train`.
@@ -13,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .config import Config
+from .costs import ctc_cost, transducer_costs
 from .loader import Batch
 from .model import BLANK, Transducer
-from .rnnt import prune_ranges, rnnt_loss_joint, rnnt_loss_simple
+from .rnnt import prune_ranges, rnnt_loss_simple
 from .specaugment import spec_augment
 
 Timed = Callable[[str], AbstractContextManager]
@@ -58,7 +61,7 @@ def losses(
             features = spec_augment(features, batch.feature_lengths, augment, **config.specaugment.model_dump())
         tap = config.transfer.layers if transfer is not None else []
         with autocast(device, precision):
-            states, state_lengths, taps = model.encoder(features, lengths, taps=tap)
+            states, state_lengths, taps = model.encoder(features, lengths, taps=[*tap, *config.loss.inter_ctc_layers])
             e = model.joint.encoder(states)
             predicted = model.predictor(batch.targets.to(device))
             p = model.joint.predictor(predicted)
@@ -81,38 +84,32 @@ def losses(
             # T frames of w units get past T * (w - 1) units
             needed = int((-(-batch.target_lengths // on_cpu)).max()) + 1
             ranges = prune_ranges(gamma, on_cpu, batch.target_lengths, max(config.loss.band, needed))
-        result = rnnt_loss_joint(
-            e.float(),
-            p.float(),
-            model.joint.output.weight,
-            model.joint.output.bias,
+        costs, occupancy = transducer_costs(
+            model,
+            e,
+            p,
             batch.targets,
             on_cpu,
             batch.target_lengths,
-            blank=BLANK,
-            reduction="none",
             eps=config.loss.eps,
-            fastemit_lambda=config.loss.fastemit,
+            fastemit=config.loss.fastemit,
+            sigma=config.loss.sigma,
             ranges=ranges,
-            return_occupancy=needs_occupancy,
+            want_occupancy=needs_occupancy,
         )
-        costs, occupancy = result if needs_occupancy else (result, None)
         total = costs.sum() / units
         parts = {"rnnt": total.detach()}
         if simple is not None:
             parts["simple"] = simple.detach().sum() / units
             total = total + config.loss.simple_weight * simple.sum() / units
         if model.ctc is not None:
-            ctc = F.ctc_loss(
-                model.ctc(states).float().log_softmax(-1).transpose(0, 1),
-                batch.targets.to(device).long(),
-                state_lengths,
-                batch.target_lengths.to(device).long(),
-                blank=BLANK,
-                reduction="sum",
-                zero_infinity=True,
-            )
+            known = (state_lengths, batch.targets, batch.target_lengths)
+            ctc = ctc_cost(model.ctc(states), *known)
             parts["ctc"] = ctc.detach() / units
+            if config.loss.inter_ctc_layers:
+                inter = torch.stack([ctc_cost(model.ctc(taps[n]), *known) for n in config.loss.inter_ctc_layers]).mean()
+                parts["inter_ctc"] = inter.detach() / units
+                ctc = torch.lerp(ctc, inter, config.loss.inter_ctc_weight)
             total = total + config.loss.ctc_weight * ctc / units
     if transfer is not None:
         with timed("transfer"):

@@ -1,0 +1,205 @@
+"""Joints, losses and what goes with them: each against the same thing written out, and all of them together."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from stillhouse.data.errors import ConfigError
+from stillhouse.train.building import build_model
+from stillhouse.train.config import Config, load_config
+from stillhouse.train.costs import transducer_costs
+from stillhouse.train.decode import Greedy, greedy_search
+from stillhouse.train.identity import initialisation
+from stillhouse.train.loader import Batch
+from stillhouse.train.model import BLANK, Transducer
+from stillhouse.train.objective import losses
+from stillhouse.train.rnnt import rnnt_loss
+from stillhouse.train.rnnt.reference import tdt_reference
+from stillhouse.train.tdt_search import TdtGreedy
+
+ENCODER = {"bins": 80, "dim": 16, "layers": 2, "heads": 2, "inner": 24, "kernel": 5}
+MINIMAL = '[data]\ncorpus = "c"\nfeatures = "f"\nunits = "u"\n'
+SMALL = ["dim=16", "layers=3", "heads=2", "inner=24", "kernel=5", "predictor_dim=12", "joint_dim=20", "dropout=0.0"]
+
+
+def config(tmp_path: Path, *changes: str) -> Config:
+    path = tmp_path / "run.toml"
+    path.write_text(MINIMAL)
+    return load_config(path, [*(f"model.{c}" for c in SMALL), *changes])
+
+
+def transducer(**changes: object) -> Transducer:
+    torch.manual_seed(1)
+    options = {"predictor_dim": 12, "joint_dim": 20, "dropout": 0.0} | changes
+    return Transducer(7, ENCODER, **options).double()  # type: ignore[arg-type]
+
+
+def states(net: Transducer) -> tuple[Tensor, ...]:
+    """Encoder states, targets and lengths of three utterances."""
+    torch.manual_seed(2)
+    targets = torch.randint(1, 7, (3, 5))
+    return torch.randn(3, 9, 16).double(), targets, torch.tensor([9, 6, 3]), torch.tensor([5, 0, 4])
+
+
+@pytest.mark.parametrize("joint", ["additive", "multiplicative"])
+def test_costs_and_gradients_are_those_of_all_logits(joint: str) -> None:
+    net = transducer(joint=joint).float()
+    x, targets, lengths, target_lengths = states(net)
+    found, occupancy = {}, {}
+    for fused in (True, False):
+        net.zero_grad()
+        e, p = net.joint.encoder(x.float()), net.joint.predictor(net.predictor(targets))
+        if fused:
+            costs, seen = transducer_costs(net, e, p, targets, lengths, target_lengths, eps=0, want_occupancy=True)
+        else:
+            logits = net.joint(e[:, :, None], p[:, None])
+            costs, seen = rnnt_loss(
+                logits, targets, lengths, target_lengths, blank=BLANK, reduction="none", return_occupancy=True
+            )
+        costs.sum().backward()
+        assert seen is not None
+        occupancy[fused] = seen
+        found[fused] = [costs.detach(), *(p.grad.clone() for p in net.joint.parameters() if p.grad is not None)]
+    assert len(found[True]) == (7 if joint == "multiplicative" else 6)
+    for a, b in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(occupancy[True], occupancy[False], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("joint", ["additive", "multiplicative"])
+def test_token_and_duration_costs_are_the_references(joint: str) -> None:
+    net = transducer(joint=joint, durations=(0, 1, 3)).float()
+    x, targets, lengths, target_lengths = states(net)
+    e, p = net.joint.encoder(x.float()), net.joint.predictor(net.predictor(targets))
+    costs, occupancy = transducer_costs(net, e, p, targets, lengths, target_lengths, sigma=0.05, want_occupancy=True)
+    hidden = torch.tanh(e[:, :, None] * p[:, None] if joint == "multiplicative" else e[:, :, None] + p[:, None])
+    assert net.joint.durations is not None
+    tokens, steps = net.joint.output(hidden).detach().double(), net.joint.durations(hidden).detach().double()
+    expected = tdt_reference(
+        tokens, steps, targets, lengths, target_lengths, blank=BLANK, durations=(0, 1, 3), sigma=0.05
+    )
+    torch.testing.assert_close(costs.detach().double(), torch.as_tensor(expected.costs), atol=1e-4, rtol=1e-5)
+    assert occupancy is not None
+    torch.testing.assert_close(occupancy.sum(2), (torch.arange(5) < target_lengths[:, None]).float(), atol=1e-4, rtol=0)
+    costs.sum().backward()
+    assert net.joint.durations.weight.grad is not None and net.joint.durations.weight.grad.abs().sum() > 0
+
+
+def plain_tdt(net: Transducer, x: Tensor, most: int) -> tuple[list[int], list[int]]:
+    """One utterance, one step at a time: units and frames of states [T, dim]."""
+    units: list[int] = []
+    frames: list[int] = []
+    t = here = 0
+    while t < len(x):
+        predicted = net.predictor(torch.tensor([units], dtype=torch.int64).reshape(1, -1))[0, -1]
+        tokens, steps = net.joint.with_durations(net.joint.encoder(x[t]), net.joint.predictor(predicted))
+        unit, ranking = int(tokens.argmax()), steps.argsort(descending=True).tolist()
+        here += 1
+        moves = [net.durations[k] for k in ranking]
+        if unit == BLANK or here == most:
+            moves = [d for d in moves if d > 0]
+        if unit != BLANK:
+            units.append(unit)
+            frames.append(t)
+        t += moves[0]
+        here = 0 if moves[0] else here
+    return units, frames
+
+
+@pytest.mark.parametrize(("predictor", "joint"), [("stateless", "additive"), ("lstm", "multiplicative")])
+def test_greedy_steps_over_frames_as_the_plain_loop_does_in_any_pieces(predictor: str, joint: str) -> None:
+    net = transducer(predictor=predictor, joint=joint, durations=(0, 1, 2, 5)).eval()
+    with torch.no_grad():
+        net.joint.output.weight.mul_(8)
+        assert net.joint.durations is not None
+        net.joint.durations.weight.mul_(8)
+        x, lengths = torch.randn(4, 40, 16).double(), torch.tensor([40, 23, 1, 17])
+        expected = [plain_tdt(net.float(), x[b, : lengths[b]].float(), 3) for b in range(4)]
+        for size in (40, 7, 1):
+            search = greedy_search(net, 4, max_symbols=3)
+            assert isinstance(search, TdtGreedy)
+            for start in range(0, 40, size):
+                search.feed(x[:, start : start + size].float(), (lengths - start).clamp(0, size))
+            found = [(e.units, e.frames) for (e,) in search.finish()]
+            assert found == expected
+    assert sum(len(units) for units, _ in expected) > 20
+    assert any(b - a > 1 for _, frames in expected for a, b in pairwise(frames))
+    assert type(greedy_search(transducer(), 1)) is Greedy
+
+
+def batch(count: int = 3) -> Batch:
+    torch.manual_seed(5)
+    lengths, target_lengths = torch.tensor([90, 61, 40])[:count], torch.tensor([6, 3, 2], dtype=torch.int32)[:count]
+    targets = torch.randint(1, 9, (count, 6), dtype=torch.int32)
+    return Batch(["a", "b", "c"][:count], torch.randn(count, 90, 80), lengths, targets, target_lengths, None, 0, 0)
+
+
+def test_intermediate_ctc_is_a_share_of_the_ctc_loss(tmp_path: Path) -> None:
+    settings = ["loss.ctc_weight=0.4", "loss.inter_ctc_layers=[1, 2]", "loss.inter_ctc_weight=0.25"]
+    plain, inter = config(tmp_path, settings[0]), config(tmp_path, *settings)
+    one, other = build_model(plain, 9).eval(), build_model(inter, 9).eval()
+    assert initialisation(one) == initialisation(other)  # no parameter more: the same head
+    given = batch()
+    found = losses(other, None, given, inter, precision="float32", transfer_weight=0, augment=None)
+    features = other.encoder.normalise(given.features, given.feature_lengths)
+    top, lengths, taps = other.encoder(features, given.feature_lengths, taps=(1, 2))
+    assert other.ctc is not None
+
+    def ctc(x: Tensor) -> Tensor:
+        scores = other.ctc(x).log_softmax(-1).transpose(0, 1)  # type: ignore[misc]
+        return F.ctc_loss(scores, given.targets.long(), lengths, given.target_lengths.long(), reduction="sum") / 11
+
+    middle = (ctc(taps[1]) + ctc(taps[2])) / 2
+    torch.testing.assert_close(found.parts["ctc"], ctc(top).detach())
+    torch.testing.assert_close(found.parts["inter_ctc"], middle.detach())
+    expected = found.parts["rnnt"] + 0.4 * (0.75 * ctc(top) + 0.25 * middle)
+    torch.testing.assert_close(found.total, expected)
+
+
+def test_new_settings_leave_old_models_as_they_were(tmp_path: Path) -> None:
+    """Chunks, intermediate CTC and causality have no weights: a seed makes the same model with and without."""
+    first = initialisation(build_model(config(tmp_path), 9))
+    for changes in (
+        ["model.chunk_frames=16", "model.chunk_choices=[16, 32, 0]"],
+        ["model.causal=true"],
+        ["loss.inter_ctc_layers=[1]"],
+    ):
+        assert initialisation(build_model(config(tmp_path, *changes), 9)) == first
+
+
+def test_a_seed_makes_the_weights_that_it_has_always_made(tmp_path: Path) -> None:
+    """What runs that are going on, and their studies, rest on."""
+    found = {
+        kind: initialisation(build_model(config(tmp_path, f"loss.kind={kind}", f"model.predictor={predictor}"), 9))
+        for kind, predictor in (("full", "stateless"), ("pruned", "lstm"))
+    }
+    assert found == {"full": "46a17964cb41b685", "pruned": "8febf8589967904b"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["loss.inter_ctc_layers=[3]"], "the layers before the encoder's last are 1 to 2"),
+        (["loss.inter_ctc_layers=[1]", "loss.ctc_weight=0"], "need ctc_weight > 0"),
+        (["loss.durations=[0, 2, 4]"], "hold 0 and 1"),
+        (["loss.durations=[0, 1, 1]"], "must differ"),
+        (["model.chunk_frames=10"], "multiple of subsampling = 4"),
+        (["model.chunk_choices=[8, -4]"], "model.chunk_choices"),
+        (["model.joint=concatenated"], "model.joint"),
+    ],
+)
+def test_what_cannot_be_meant_is_named(tmp_path: Path, changes: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config(tmp_path, *changes)
+    assert message in str(caught.value)
+
+
+def test_chunks_imply_causal_convolutions(tmp_path: Path) -> None:
+    for changes, causal in (([], False), (["model.chunk_frames=16"], True), (["model.chunk_choices=[16, 0]"], True)):
+        assert build_model(config(tmp_path, *changes), 9).encoder.causal is causal
