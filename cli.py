@@ -24,8 +24,8 @@ COMMANDS = {
     "views": ("stillhouse.extract.inspect.number_commands:choose_views", "Help to choose views before training."),
     "train": ("stillhouse.train.commands:train", "Train a transducer, with transfer from a store or without."),
     "study": ("stillhouse.train.commands:study", "Arms and seeds of a recipe, trained, decoded and compared."),
-    "decode": ("stillhouse.train.commands:decode", "Write hypotheses of a trained model."),
-    "align": ("stillhouse.train.commands:align", "Write when a trained model hears each word: CTM, TextGrid."),
+    "decode": ("stillhouse.train.decode_commands:decode", "Write hypotheses of a trained model."),
+    "align": ("stillhouse.train.decode_commands:align", "Write when a trained model hears each word: CTM, TextGrid."),
     "score": ("stillhouse.train.score_commands:score", "WER and CER with bootstrap intervals."),
     "doctor": ("stillhouse.data.doctor.commands:doctor", "What works on this machine, and what to install."),
 }

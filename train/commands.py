@@ -1,9 +1,8 @@
-"""Commands: demo, train, decode, align, study. Run `stillhouse train --help`."""
+"""Commands: demo, train, study. Run `stillhouse train --help`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -11,20 +10,6 @@ import click
 
 def say(line: str) -> None:
     click.echo(line, err=True)
-
-
-def on_a_trained_run(command: Callable) -> Callable:
-    """RUN CORPUS FEATURES and the options that choose among them."""
-    for option in (
-        click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 or auto."),
-        click.option("--checkpoint", default="best", show_default=True, help="best, last or a step."),
-        click.option("--split", help="Only this split; several with commas."),
-        click.argument("features", type=click.Path(path_type=Path)),
-        click.argument("corpus", type=click.Path(path_type=Path)),
-        click.argument("run", type=click.Path(path_type=Path)),
-    ):
-        command = option(command)
-    return command
 
 
 @click.command()
@@ -37,68 +22,15 @@ def train(config: Path, changes: tuple[str, ...], out: Path | None) -> None:
     Example: stillhouse train recipes/kathleen.toml --set optim.steps=4000 --out runs/kathleen
     """
     from .config import load_config
+    from .distributed import joined
     from .trainer import Trainer
 
     settings = load_config(config, changes)
     folder = out or Path("runs") / config.stem
-    Trainer(settings, folder, say).run()
-    click.echo(folder)
-
-
-@click.command()
-@on_a_trained_run
-def decode(run: Path, corpus: Path, features: Path, split: str | None, checkpoint: str, device: str) -> None:
-    """Write a hypothesis for each utterance, JSON lines {"id", "hyp", "ref"}, to stdout.
-
-    Example: stillhouse decode runs/kathleen corpus.jsonl features.h5 --split test > hyp.jsonl
-    """
-    import time
-
-    from ..data.manifest import read_manifest
-    from .building import load_run, resolve_device
-    from .decode import decoding_loader, transcribe
-
-    where = resolve_device(device)
-    model, units, _, step = load_run(run, checkpoint)
-    loader = decoding_loader(read_manifest(corpus).select(split), features, units, untranscribed=True)
-    began = time.perf_counter()
-    for found in transcribe(model.to(where), loader, device=where):
-        click.echo(json.dumps({"id": found.id, "hyp": found.hyp, "ref": found.ref}, ensure_ascii=False))
-    seconds, audio = time.perf_counter() - began, loader.frames.sum() / 100
-    say(
-        f"step {step}: {len(loader.utterances)} utterances, {audio:.0f} s of audio in {seconds:.1f} s "
-        f"(real-time factor {seconds / max(audio, 1e-9):.4f})"
-    )
-
-
-@click.command()
-@on_a_trained_run
-@click.option("--textgrid", "folder", type=click.Path(path_type=Path), help="Also write FOLDER/ID.TextGrid for Praat.")
-def align(
-    run: Path, corpus: Path, features: Path, split: str | None, checkpoint: str, device: str, folder: Path | None
-) -> None:
-    """Write when the model hears each word of the transcripts, as CTM lines, to stdout.
-
-    Example: stillhouse align runs/kathleen corpus.jsonl features.h5 --split test > words.ctm
-    """
-    from ..data.manifest import read_manifest
-    from .align import align as alignments
-    from .align import ctm_lines, textgrid
-    from .building import load_run, resolve_device
-    from .decode import decoding_loader
-
-    where = resolve_device(device)
-    model, units, _, step = load_run(run, checkpoint)
-    loader = decoding_loader(read_manifest(corpus).select(split), features, units)
-    words = 0
-    for found in alignments(model.to(where), loader, device=where):
-        words += len(found.words)
-        for line in ctm_lines(found):
-            click.echo(line)
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{found.id.replace('/', '_')}.TextGrid").write_text(textgrid(found), encoding="utf-8")
-    say(f"step {step}: {words} words of {len(loader.utterances)} utterances")
+    with joined(settings.run.backend, settings.run.timeout_s) as ranks:
+        Trainer(settings, folder, say, ranks).run()
+        if ranks.first:
+            click.echo(folder)
 
 
 @click.command()
