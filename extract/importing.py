@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,15 +19,15 @@ import numpy as np
 
 from ..data.errors import StoreError, UsageError
 from ..data.manifest import Corpus, Utterance
+from .making import Job, UnitMaker
 from .plan import Request
 from .progress import Report, Summary
-from .run import UnitMaker, extract
+from .run import extract
 from .store.layout import dtype_of
 from .store.plan import Unit
 from .store.quantise import quantise
-from .store.writer import UnitWriter, encode
+from .store.writer import encode
 from .tokens import Tokens
-from .windows import Window
 
 HDF5 = (".h5", ".hdf5")
 READ = (".npy", ".npz", ".safetensors", *HDF5)
@@ -276,20 +276,19 @@ class ImportMaker(UnitMaker):
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._thread.shutdown(wait=True)
+        super().__exit__(*exc)
         close()
 
-    def _run(self, writer: UnitWriter, batches: list[list[Window]], unit: Unit) -> None:
-        norms = self.norms(unit)
-        for u in sorted({piece.utterance for batch in batches for window in batch for piece in window.pieces}):
-            for layer, states in self._states(unit.shard.first + u, unit.layers).items():
-                if norms:
-                    writer.write(layer, u, 0, quantise(states, *norms[layer]))
-                else:
-                    writer.write(layer, u, 0, encode(states, writer.dtype))
-            self.progress.rows += int(self.rows.length[unit.shard.first + u])
-            if self.report is not None:
-                self.report(self.progress)
+    def blocks(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Callable[[], None] | None]]:
+        for job in jobs:
+            self.progress.unit = str(job.unit)
+            norms = self.norms(job.unit)
+            for u in sorted({p.utterance for batch in job.batches for window in batch for p in window.pieces}):
+                yield job, partial(_write, job, u, self._states(job.unit.shard.first + u, job.unit.layers), norms)
+                self.progress.rows += int(self.rows.length[job.unit.shard.first + u])
+                if self.report is not None:
+                    self.report(self.progress)
+            yield job, None
 
     def sample(self, unit: Unit, rows: np.ndarray, layers: Sequence[int]) -> Iterator[tuple[int, dict]]:
         for row in rows.tolist():
@@ -300,6 +299,12 @@ class ImportMaker(UnitMaker):
         states = self.cache.states(u, layers)
         check_states(u, states, int(self.rows.length[row]), self.rows.width)
         return states
+
+
+def _write(job: Job, u: int, states: dict[int, np.ndarray], norms: dict[int, tuple[np.ndarray, np.ndarray]]) -> None:
+    for layer, values in states.items():
+        kept = quantise(values, *norms[layer]) if norms else encode(values, job.writer.dtype)
+        job.writer.write(layer, u, 0, kept)
 
 
 def check_states(u: Utterance, states: Mapping[int, np.ndarray], tokens: int, width: int) -> None:

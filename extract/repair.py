@@ -66,9 +66,9 @@ def repair(
     Errors: StaleError where the teacher is not the one that the store was made with.
     """
     from .extend import next_generation
+    from .making import UnitMaker
     from .plan import Request, differences, teacher_record
     from .progress import Progress
-    from .run import UnitMaker
 
     store = Store.open(root)
     settings = store.teacher(name).settings

@@ -20,9 +20,10 @@ from ..data.manifest import Corpus
 from .batches import make_batches
 from .change import PlannedTexts, split_tokens
 from .extend import Draft
+from .making import StoredTexts, context_passes
 from .ordering import Layout
 from .plan import Request, next_plan, teacher_record
-from .run import StoredTexts, committed, context_passes
+from .run import committed
 from .store.index import Index
 from .store.layout import dtype_of, shard_bytes
 from .store.plan import Plan, Unit

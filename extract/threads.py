@@ -12,7 +12,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .encoding import forward
 from .teacher import Teacher
@@ -22,6 +23,20 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A batch of windows (or none) for one of the threads; what `keep` makes of its states; and for the caller, whose
+    it is and whether it is the last one of these.
+    """
+
+    batch: list[Window]
+    layers: Sequence[int]
+    keep: Callable[[dict[int, torch.Tensor]], Any]
+    where: object
+    owner: Any = None
+    last: bool = False
 
 
 class Threads:
@@ -68,23 +83,32 @@ class Threads:
 
         At most one batch more than there are threads is held. Errors: as `encoding.forward`.
         """
+        for _, parts in self.run_all(Task(batch, layers, keep, where) for batch in batches):
+            yield from parts
 
-        def one(batch: list[Window]) -> list[tuple[list[Window], T]]:
+    def run_all(self, tasks: Iterable[Task | None]) -> Iterator[tuple[Task, list[tuple[list[Window], Any]]]]:
+        """The same of batches that differ in more than their windows. None instead of a task asks for a result that is
+        still to come before the next one is begun.
+        """
+
+        def one(task: Task) -> tuple[Task, list[tuple[list[Window], Any]]]:
             teacher, began = self._idle.get(), time.perf_counter()
             try:
-                return list(forward(teacher, batch, layers, keep, where))
+                parts = forward(teacher, task.batch, task.layers, task.keep, task.where) if task.batch else ()
+                return task, list(parts)
             finally:
                 self.seconds += time.perf_counter() - began
                 self._idle.put(teacher)
 
-        running: deque[Future[list[tuple[list[Window], T]]]] = deque()
+        running: deque[Future[tuple[Task, list[tuple[list[Window], Any]]]]] = deque()
         try:
-            for batch in batches:
-                running.append(self._pool.submit(one, batch))
-                if len(running) > self.count:
-                    yield from running.popleft().result()
+            for task in tasks:
+                if task is not None:
+                    running.append(self._pool.submit(one, task))
+                if running and (task is None or len(running) > self.count):
+                    yield running.popleft().result()
             while running:
-                yield from running.popleft().result()
+                yield running.popleft().result()
         finally:
             for future in running:
                 future.cancel()

@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from made_up import MadeUpTeacher, made_up_corpus
 from measuring import Row, at_most, write_table
 
+from stillhouse.extract.making import UnitMaker
 from stillhouse.extract.norms import fix_norms
 from stillhouse.extract.plan import Request, make_plan
 from stillhouse.extract.progress import Progress
-from stillhouse.extract.run import UnitMaker
 from stillhouse.extract.store import Store, writer
 from stillhouse.extract.store.files import Scratch
 from stillhouse.extract.store.rows import TeacherRows
