@@ -27,6 +27,7 @@ COMMANDS = {
     "decode": ("stillhouse.train.decode_commands:decode", "Write hypotheses of a trained model."),
     "align": ("stillhouse.train.decode_commands:align", "Write when a trained model hears each word: CTM, TextGrid."),
     "score": ("stillhouse.train.score_commands:score", "WER and CER with bootstrap intervals."),
+    "export": ("stillhouse.train.export_commands:export", "A trained model as ONNX, torch.export or safetensors."),
     "doctor": ("stillhouse.data.doctor.commands:doctor", "What works on this machine, and what to install."),
 }
 

@@ -95,3 +95,7 @@ class TeacherError(StillhouseError):
 
 class CheckpointError(StillhouseError):
     """A checkpoint that is missing, damaged or foreign."""
+
+
+class ExportError(StillhouseError):
+    """A model that cannot be written in a format, or does not say there what it says here."""

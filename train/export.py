@@ -1,0 +1,215 @@
+"""A trained model leaves the house: as a folder of ONNX graphs, of torch programs, or of weights that load again.
+
+    FOLDER/model.json       what it is, of which step, and the checksums of the other files
+    onnx         encoder.onnx decoder.onnx joiner.onnx tokens.txt [*.int8.onnx]
+    torch        encoder.pt2 decoder.pt2 joiner.pt2 tokens.txt
+    safetensors  model.safetensors config.toml units/
+
+Invariant: the folder is there whole or not at all, holds no transfer head, and replaces only what an export wrote.
+Exercised by `stillhouse export RUN --format onnx --out FOLDER`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..data.durable import sync
+from ..data.errors import CheckpointError, UsageError
+from ..data.units import Units, load_units
+from .building import build_model, load_run
+from .checkpoint import load_weights
+from .config import Config, dump_config, load_config
+from .decode import MAX_SYMBOLS
+from .export_graphs import Graph, offline_graphs, unfit_for_sherpa
+from .model import Transducer
+
+FORMAT, VERSION, HEAD = "stillhouse-export", 1, "model.json"
+Kind = Literal["onnx", "torch", "safetensors"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written. difference: of the graphs' outputs from the model's at most; symbols_per_frame: copies of
+    each encoder state in encoder.onnx; unfit_for_sherpa: why sherpa-onnx cannot read it, None where it can."""
+
+    kind: Kind
+    folder: str
+    step: int
+    files: list[str]
+    rate_hz: int | None
+    bins: int
+    subsampling: int
+    units: int
+    difference: float
+    symbols_per_frame: int
+    unfit_for_sherpa: str | None
+
+
+def export_run(
+    run: Path,
+    out: Path,
+    kind: Kind,
+    *,
+    which: str = "best",
+    symbols: int | None = None,
+    int8: bool = False,
+    force: bool = False,
+) -> Exported:
+    """Export a trained run (or a folder that was exported as safetensors).
+
+    symbols: units that sherpa-onnx may find in one encoder state (None: as many as `stillhouse decode` may).
+    Raises ExportError where a graph cannot be written or does not say what the model says, UsageError for what the
+    format cannot do.
+    """
+    if kind == "onnx":
+        from .export_onnx import need_onnx
+
+        need_onnx()
+    elif int8:
+        raise UsageError(f"--quantise is for ONNX, not for {kind}", expected="--format onnx")
+    model, units, config, step = load_run(run, which)
+    sherpa = unfit_for_sherpa(model) if kind == "onnx" else "it reads ONNX"
+    if symbols is not None and sherpa:
+        raise UsageError(f"--symbols-per-frame is for sherpa-onnx, which cannot run this: {sherpa}", where=run)
+    symbols = (symbols or MAX_SYMBOLS) if sherpa is None else 1
+    with new_folder(out, force) as draft:
+        difference = 0.0
+        if kind == "safetensors":
+            _write_weights(model, units, config, draft)
+        else:
+            difference = _write_graphs(offline_graphs(model, symbols=symbols), units, draft, kind, int8)
+        files = sorted(str(p.relative_to(draft)) for p in draft.rglob("*") if p.is_file())
+        found = Exported(
+            kind=kind,
+            folder=str(out),
+            step=step,
+            files=files,
+            rate_hz=_rate(config),
+            bins=len(model.encoder.feature_mean),
+            subsampling=model.encoder.subsampling,
+            units=units.size,
+            difference=difference,
+            symbols_per_frame=symbols,
+            unfit_for_sherpa=sherpa,
+        )
+        head: dict[str, Any] = {"format": FORMAT, "version": VERSION, **asdict(found)}
+        head["files"] = {name: _sha256(draft / name) for name in files}
+        del head["folder"]
+        (draft / HEAD).write_text(json.dumps(head, indent=1) + "\n")
+    return found
+
+
+def load_export(folder: Path) -> tuple[Transducer, Units, Config, int]:
+    """A folder that was exported as safetensors, as `load_run` gives a run: (model in eval mode, units, config, step).
+
+    Raises CheckpointError for another kind of export and for one that is damaged.
+    """
+    remedy = f"export it again: stillhouse export RUN --format safetensors --out {folder} --force"
+    try:
+        head = json.loads((folder / HEAD).read_text(encoding="utf-8"))
+        if head["format"] != FORMAT or head["version"] != VERSION:
+            raise ValueError(f"{head['format']} of version {head['version']}")
+        if head["kind"] != "safetensors":
+            raise CheckpointError(
+                f"an export as {head['kind']}", where=folder, expected="a run, or an export as safetensors"
+            )
+        for name, expected in head["files"].items():
+            if _sha256(folder / name) != expected:
+                raise CheckpointError("damaged: its checksum differs", where=folder / name, remedy=remedy)
+        tensors, step = load_file(folder / "model.safetensors"), int(head["step"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as e:
+        raise CheckpointError(f"not a whole export: {e!r}", where=folder, remedy=remedy) from None
+    config, units = load_config(folder / "config.toml"), load_units(folder / "units")
+    model = build_model(config, units.size)
+    model.simple = None
+    load_weights(model, tensors, folder / "model.safetensors")
+    return model.eval(), units, config, step
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, force: bool) -> Iterator[Path]:
+    """A draft beside `out` that becomes it, on disk, when the block ends well; nothing is left where it does not.
+
+    Raises UsageError where something is there: without `force`, or that no export wrote.
+    """
+    if out.exists() or out.is_symlink():
+        if not force:
+            raise UsageError("is already there", where=out, remedy="--force replaces it, or choose another --out")
+        if not (out / HEAD).is_file() and (not out.is_dir() or any(out.iterdir())):
+            raise UsageError(
+                f"is not the folder of an export (it has no {HEAD}), and is not replaced",
+                where=out,
+                remedy="another --out",
+            )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft, old = (out.parent / f".{out.name}.{os.getpid()}.{what}" for what in ("new", "old"))
+    for path in (draft, old):
+        shutil.rmtree(path, ignore_errors=True)
+    draft.mkdir()
+    try:
+        yield draft
+        for path in [*draft.rglob("*"), draft]:
+            sync(path)
+        if out.exists():
+            out.rename(old)
+        draft.rename(out)
+        sync(out.parent)
+    finally:
+        for path in (draft, old):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _write_graphs(graphs: list[Graph], units: Units, draft: Path, kind: Kind, int8: bool) -> float:
+    """Returns the largest difference from the model's outputs."""
+    from .export_onnx import tokens_txt, write_int8, write_onnx
+    from .export_torch import write_torch
+
+    (draft / "tokens.txt").write_text(tokens_txt(units), encoding="utf-8")
+    worst = 0.0
+    for graph in graphs:
+        graph.module.eval()
+        if kind == "torch":
+            worst = max(worst, write_torch(graph, draft / f"{graph.name}.pt2"))
+            continue
+        path = draft / f"{graph.name}.onnx"
+        worst = max(worst, write_onnx(graph, path))
+        if int8:
+            write_int8(path, path.with_suffix(".int8.onnx"))
+    return worst
+
+
+def _write_weights(model: Transducer, units: Units, config: Config, draft: Path) -> None:
+    """`config` goes in as it is, so that it also says how the model was trained; the simple joint, which training
+    alone needs, does not."""
+    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if not k.startswith("simple.")}
+    save_file(weights, draft / "model.safetensors")
+    (draft / "config.toml").write_text(dump_config(config), encoding="utf-8")
+    units.save(draft / "units")
+
+
+def _rate(config: Config) -> int | None:
+    """The rate of the audio that the features came from, where their file is still there."""
+    from ..data.errors import FeatureError
+    from ..data.feature_file import FeatureFile
+
+    try:
+        with FeatureFile(config.data.features) as features:
+            return int(features.settings["rate_hz"])
+    except (FeatureError, OSError):
+        return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
