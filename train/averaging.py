@@ -7,7 +7,7 @@ by `stillhouse train CONFIG --set optim.ema=0.999` and `stillhouse decode --chec
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -27,7 +27,10 @@ def moving_average(model: nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(model, multi_avg_fn=blend)
 
 
-def mean(models: Iterable[nn.Module]) -> nn.Module:
+M = TypeVar("M", bound=nn.Module)
+
+
+def mean(models: Iterable[M]) -> M:
     """A model whose parameters are the means of those of `models`, each of which is done with before the next one is
     asked for: they may be one module, with other weights loaded each time.
     """
@@ -37,4 +40,4 @@ def mean(models: Iterable[nn.Module]) -> nn.Module:
         average.update_parameters(model)
     if average is None:
         raise ValueError("no model to average")
-    return average.module
+    return cast(M, average.module)

@@ -6,23 +6,35 @@ with and without transfer start alike. Exercised by `stillhouse train` and `stil
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..data.errors import CheckpointError
+from ..data.errors import CheckpointError, UsageError
 from ..data.manifest import read_manifest
 from ..data.units import load_units
 from . import checkpoint
+from .averaging import mean
 from .config import Config, load_config
 from .model import Transducer
 
 
-def resolve_device(name: str) -> torch.device:
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+def resolve_device(name: str, local: int | None = None) -> torch.device:
+    """`local`: the number of this process on its machine, where several train together: the number of its GPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local is not None:
+        name = f"cuda:{local}"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"no device {name!r}", expected="auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"no device {name}: {torch.cuda.device_count()} CUDA devices here", remedy="set device=cpu")
+    return device
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
@@ -106,27 +118,64 @@ def store_shards(config: Config, ids: Sequence[str]) -> np.ndarray | None:
     return Store.open(config.transfer.stores[0]).shards(ids)
 
 
-def load_run(out: Path, which: str = "best") -> tuple[Transducer, Any, Config, int]:
-    """A trained model of a run folder: (model in eval mode, its units, config, step). `which`: best, last or a step.
+WEIGHTS = "best, last, a step, raw, or average:N"
 
-    Raises CheckpointError where the run or the step is not there.
+
+def load_run(out: Path, which: str = "best") -> tuple[Transducer, Any, Config, int]:
+    """A trained model of a run folder: (model in eval mode, its units, config, step).
+
+    which       "best" on the dev split, "last", or a step: where the run keeps a moving average (optim.ema), its
+                average, which is what the dev split is evaluated with; "raw": the last step's own weights all the same;
+                "average:N": the mean of the last N checkpoints' own weights; "ema": last, for a run with an average
+
+    A folder that `stillhouse export --format safetensors` wrote serves too, and holds one model.
+    Raises CheckpointError where the run or the checkpoint is not there, or is damaged.
     """
+    if (out / "model.json").is_file():
+        from .export import load_export
+
+        return load_export(out)
+    if not (out / "config.toml").exists():
+        raise CheckpointError("not a run's folder", where=out, expected="what `stillhouse train --out` made")
     config = load_config(out / "config.toml")
-    last = checkpoint.latest(out / "checkpoints")
-    if last is None:
-        raise CheckpointError("no checkpoint", where=out, remedy="run `stillhouse train` first")
-    step = last.step
-    if which == "best":
-        step = int(last.state["best"].get("step", step))
-    elif which != "last":
-        if not which.isdigit():
-            raise CheckpointError(f"no checkpoint {which!r}", where=out, expected="best, last or a step")
-        step = int(which)
-    path = out / "checkpoints" / f"step-{step:08d}"
-    if not path.exists() and which == "best":
-        path = last.path  # the best step was evaluated after the last checkpoint that was kept
-    found = checkpoint.load(path)
     units = load_units(out / "units")
     model = build_model(config, units.size)
-    checkpoint.load_weights(model, found.tensors("model"), path)
-    return model.eval(), units, config, found.step
+    chosen = chosen_checkpoints(out / "checkpoints", which)
+    averaged = config.optim.ema > 0 and which != "raw" and not which.startswith("average:")
+    if which == "ema" and not averaged:
+        raise CheckpointError("the run keeps no moving average", where=out, remedy="train with --set optim.ema=0.999")
+
+    def loaded() -> Iterator[Transducer]:
+        for found in chosen:
+            checkpoint.load_weights(model, found.tensors("ema" if averaged else "model"), found.path)
+            yield model
+
+    only = next(loaded()) if len(chosen) == 1 else mean(loaded())
+    return only.eval(), units, config, chosen[-1].step
+
+
+def chosen_checkpoints(folder: Path, which: str) -> list[checkpoint.Checkpoint]:
+    """The checkpoints that `which` (see load_run) names, oldest first: one, but for average:N."""
+    paths = checkpoint.checkpoints(folder)
+    if not paths:
+        raise CheckpointError("no checkpoint", where=folder, remedy="run `stillhouse train` first")
+    name, _, count = which.partition(":")
+    if name == "average" and count.isdigit() and int(count):
+        if int(count) > len(paths):
+            raise CheckpointError(
+                f"{len(paths)} checkpoints, {count} to be averaged",
+                where=folder,
+                remedy=f"train with --set run.keep={count}, or average fewer",
+            )
+        return [checkpoint.load(path) for path in paths[-int(count) :]]
+    if which == "best":
+        last = checkpoint.load(paths[-1])
+        best = folder / f"step-{int(last.state['best'].get('step', last.step)):08d}"
+        return [checkpoint.load(best if best in paths else paths[-1])]
+    if which in ("last", "raw", "ema"):
+        return [checkpoint.load(paths[-1])]
+    steps = {int(path.name[5:]): path for path in paths}
+    if not which.isdigit() or int(which) not in steps:
+        held = ", ".join(map(str, steps))
+        raise CheckpointError(f"no checkpoint {which!r}", where=folder, expected=f"{WEIGHTS}; steps here: {held}")
+    return [checkpoint.load(steps[int(which)])]

@@ -1,9 +1,9 @@
 """Checkpoints: folders of safetensors and JSON, whole or not there at all, never unpickled.
 
-    RUN/checkpoints/step-N/{model,optimiser[,transfer]}.safetensors, state.json (checksums of the others)
+    RUN/checkpoints/step-N/{model,optimiser[,transfer][,ema]}.safetensors, state.json (checksums of all, its own too)
 
-Invariant: a folder named step-N is complete and fsynced: it is written under a temporary name and renamed.
-Exercised by `stillhouse train`, killed and started again.
+Invariant: a folder named step-N is complete and fsynced: it is written under a temporary name and renamed; and nothing
+is used that is not, bit for bit, what was written. Exercised by `stillhouse train`, killed and started again.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,13 @@ from torch import Tensor, nn
 from ..data.durable import sync
 from ..data.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2  # 1: state.json had no digest of its own
+_NAME = re.compile(r"step-(\d{8,})")
+_REMEDY = "delete this checkpoint's folder to go back to the one before it"
+
+
+class DamagedError(CheckpointError):
+    """Files that are not what was written: cut, changed, absent."""
 
 
 @dataclass(frozen=True)
@@ -39,25 +46,32 @@ class Checkpoint:
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of one file, after its checksum was compared."""
         path = self.path / f"{name}.safetensors"
-        expected = self.state["sha256"].get(path.name)
-        if expected is None:
+        if path.name not in self.state["sha256"]:
             raise CheckpointError(f"the checkpoint holds no {path.name}", where=self.path)
+        self._compare(path)
         try:
-            if _sha256(path) != expected:
-                raise CheckpointError("damaged: its checksum differs", where=path, remedy=_REMEDY)
             return load_file(path)
         except (OSError, SafetensorError) as e:
-            raise CheckpointError(f"cannot be read: {e}", where=path, remedy=_REMEDY) from None
+            raise DamagedError(f"cannot be read: {e}", where=path, remedy=_REMEDY) from None
 
+    def everything(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of every file: model, optimiser and, where the run has them, transfer and ema."""
+        return {name.removesuffix(".safetensors"): self.tensors(Path(name).stem) for name in self.state["sha256"]}
 
-_REMEDY = "delete this checkpoint's folder to go back to the one before it"
+    def _compare(self, path: Path) -> None:
+        try:
+            found = _sha256(path)
+        except OSError as e:
+            raise DamagedError(f"cannot be read: {e.strerror}", where=path, remedy=_REMEDY) from None
+        if found != self.state["sha256"][path.name]:
+            raise DamagedError("damaged: its checksum differs", where=path, remedy=_REMEDY)
 
 
 def save(folder: Path, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> Checkpoint:
     """Write `folder`/step-N; on return it is on disk."""
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{state['step']:08d}"
-    draft = folder / f".{final.name}.{os.getpid()}"
+    draft, old = (folder / f".{final.name}.{what}" for what in (os.getpid(), "old"))
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
     sums = {}
@@ -66,48 +80,88 @@ def save(folder: Path, state: dict[str, Any], tensors: dict[str, dict[str, Tenso
         save_file({k: v.detach().cpu().contiguous() for k, v in values.items()}, path)
         sums[path.name] = _sha256(path)
     state = {"format": FORMAT, **state, "sha256": sums}
+    state["digest"] = _digest(state)
     (draft / "state.json").write_text(json.dumps(state, indent=1))
     for path in [*draft.iterdir(), draft]:
         sync(path)
-    if final.exists():  # the same step written again, after a resume from an older checkpoint
-        shutil.rmtree(final)
+    if final.exists():
+        final.rename(old)
     draft.rename(final)
     sync(folder)
+    shutil.rmtree(old, ignore_errors=True)
     return Checkpoint(final, state)
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if p.is_dir())
+    found = {int(m[1]): p for p in folder.glob("step-*") if (m := _NAME.fullmatch(p.name)) and p.is_dir()}
+    return [found[step] for step in sorted(found)]
 
 
 def load(path: Path) -> Checkpoint:
-    """Open one checkpoint folder."""
+    """Open one checkpoint folder. DamagedError: it is not what was written; CheckpointError: of another format."""
+    where = path / "state.json"
     try:
-        state = json.loads((path / "state.json").read_text())
+        state = json.loads(where.read_text())
     except (OSError, ValueError) as e:
-        raise CheckpointError(f"not a checkpoint: {e}", where=path, remedy=_REMEDY) from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT or not isinstance(state.get("sha256"), dict):
-        raise CheckpointError(
-            f"format {state.get('format') if isinstance(state, dict) else None}",
-            where=path,
-            expected=f"{FORMAT}",
-        )
+        raise DamagedError(f"not a checkpoint: {e}", where=where, remedy=_REMEDY) from None
+    if not isinstance(state, dict):
+        raise DamagedError("not a checkpoint", where=where, remedy=_REMEDY)
+    digest = state.pop("digest", None)
+    if digest is not None and digest != _digest(state):
+        raise DamagedError("damaged: its checksum differs", where=where, remedy=_REMEDY)
+    if state.get("format") not in (1, FORMAT):
+        raise CheckpointError(f"format {state.get('format')}", where=where, expected=f"{FORMAT}, or 1")
+    whole = isinstance(state.get("sha256"), dict) and type(state.get("step")) is int
+    if not whole or (digest is None and state["format"] != 1):
+        raise DamagedError("damaged: not all is there", where=where, remedy=_REMEDY)
+    named = _NAME.fullmatch(path.name)
+    if named is None or int(named[1]) != state["step"]:
+        raise DamagedError(f"the checkpoint of step {state['step']} by another name", where=path, remedy=_REMEDY)
     return Checkpoint(path, state)
 
 
 def latest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint in `folder`, or None; sweeps what a killed writer left."""
-    for litter in folder.glob(".step-*"):
-        shutil.rmtree(litter, ignore_errors=True)
+    """The newest checkpoint in `folder`, or None."""
     paths = checkpoints(folder)
     return load(paths[-1]) if paths else None
+
+
+def newest_whole(folder: Path) -> tuple[Checkpoint, dict[str, dict[str, Tensor]], list[DamagedError]] | None:
+    """The newest checkpoint that is what was written, all its tensors, and what is wrong with newer ones. None: there
+    is no checkpoint. Raises the newest one's DamagedError where all are damaged.
+    """
+    damaged: list[DamagedError] = []
+    for path in reversed(checkpoints(folder)):
+        try:
+            found = load(path)
+            return found, found.everything(), damaged
+        except DamagedError as e:
+            damaged.append(e)
+    if not damaged:
+        return None
+    first = damaged[0]
+    remedy = f"no checkpoint is whole: to begin anew, delete {folder}, or choose another --out"
+    raise DamagedError(first.what, where=first.where, remedy=remedy)
+
+
+def sweep(folder: Path, newest: int) -> None:
+    """Remove what a killed writer left, and move out of the way (to damaged-step-N) checkpoints after step `newest`,
+    which newest_whole found damaged. For who holds the run's lock.
+    """
+    for litter in folder.glob(".step-*"):
+        shutil.rmtree(litter, ignore_errors=True)
+    for path in checkpoints(folder):
+        if int(path.name[5:]) > newest:
+            aside = folder / f"damaged-{path.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
 
 
 def prune(folder: Path, keep: int, best: int | None) -> None:
     """Keep the newest `keep` checkpoints and the one of step `best`."""
     for path in checkpoints(folder)[:-keep]:
-        if path.name != f"step-{best or 0:08d}":
+        if int(path.name[5:]) != best:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -150,3 +204,7 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], where: Path) -> 
 def _sha256(path: Path) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _digest(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

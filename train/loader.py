@@ -7,6 +7,7 @@ for machines whose one thread does not keep up. Exercised by `stillhouse train`.
 
 from __future__ import annotations
 
+import copy
 import queue
 import threading
 import time
@@ -91,6 +92,13 @@ class BatchLoader:
         self.utterances: list[Utterance] = [corpus.utterances[i] for i in keep]
         self.encoded = [encoded[i] for i in keep]
         self.frames = frames[keep]
+
+    def shared(self, rank: int, size: int) -> BatchLoader:
+        """Every `size`-th utterance, from `rank` on; it may be none."""
+        other = copy.copy(self)
+        mine = slice(rank, None, size)
+        other.utterances, other.encoded, other.frames = self.utterances[mine], self.encoded[mine], self.frames[mine]
+        return other
 
     def load(self, plan: BatchPlan) -> Batch:
         began = time.perf_counter()

@@ -56,6 +56,7 @@ class Monitor:
     def _restart(self) -> None:
         self.window: dict[str, float] = defaultdict(float)
         self.steps, self.frames = 0, 0.0
+        self.before = 0  # steps of the window that a process before this one computed
         self.began, self.elsewhere = time.perf_counter(), 0.0
 
     @contextmanager
@@ -84,11 +85,11 @@ class Monitor:
         elapsed = time.perf_counter() - self.began - self.elsewhere
         self.left.saw(elapsed, self.steps)
         record: dict[str, Any] = {"kind": "train", "step": step, "epoch": epoch}
-        record |= {name: value / self.steps for name, value in self.window.items()}
+        record |= {name: value / (self.before + self.steps) for name, value in self.window.items()}
         record |= {"lr": learning_rate(step - 1, self.config), "seconds": elapsed}
         if self.config.transfer.views:
             record["lambda"] = transfer_weight(step - 1, self.config)
-        record |= {"realtime": self.frames / 100 / elapsed, "batch": len(batch.ids)}
+        record |= {"realtime": self.frames / 100 / elapsed, "batch": batch.part[0] if batch.part else len(batch.ids)}
         # Parts are seconds a step. The teacher is read in the prefetch thread, beside the others.
         record["time"] = {part: s / self.steps for part, s in parts.items()}
         record["share"] = shares(record["time"], elapsed / self.steps)
@@ -96,6 +97,14 @@ class Monitor:
         self.loggers.log(record)
         self.report(line(record, self.config.optim.steps, self.left(step)))
         self._restart()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint in the middle of a window must keep."""
+        return {"steps": self.before + self.steps, "sums": dict(self.window)}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        self.before = state.get("steps", 0)
+        self.window.update(state.get("sums", {}))
 
     def log(self, record: loggers.Record) -> None:
         self.loggers.log(record)

@@ -22,6 +22,7 @@ from .costs import ctc_cost, transducer_costs
 from .loader import Batch
 from .model import BLANK, Transducer
 from .rnnt import prune_ranges, rnnt_loss_simple
+from .shares import Whole, sizes
 from .specaugment import spec_augment
 
 Timed = Callable[[str], AbstractContextManager]
@@ -29,11 +30,14 @@ Timed = Callable[[str], AbstractContextManager]
 
 @dataclass(frozen=True)
 class Losses:
-    """`total` has the graph; `parts` are detached scalars by name; `costs` [B] the RNN-T loss of each utterance."""
+    """`total` has the graph; `parts` are detached scalars by name; `costs` [B] the RNN-T loss of each utterance;
+    `transfer_inputs` what the transfer was given of the transducer, for nothing but to time its backward pass.
+    """
 
     total: Tensor
     costs: Tensor
     parts: dict[str, Tensor]
+    transfer_inputs: tuple[Tensor, ...] = ()
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
@@ -50,15 +54,20 @@ def losses(
     transfer_weight: float,
     augment: torch.Generator | None,
     timed: Timed = lambda _: nullcontext(),
+    whole: Whole | None = None,
 ) -> Losses:
-    """The losses of one batch. `transfer` is a distill.Transfer or None; `augment` None: no SpecAugment."""
+    """The losses of one batch. `transfer` is a distill.Transfer or None; `augment` None: no SpecAugment; `whole`: what
+    `batch` is a part of. Then totals, parts and gradients are those of the part, whose sum over ranks is the whole's.
+    """
     device = batch.features.device
     lengths = batch.feature_lengths.to(device)
-    units = int(batch.target_lengths.sum())
+    whole = whole or Whole([sizes(model, transfer, batch)])
+    units = whole.units
     with timed("encoder"):
         features = model.encoder.normalise(batch.features, lengths)
         if augment is not None:
-            features = spec_augment(features, batch.feature_lengths, augment, **config.specaugment.model_dump())
+            masks = config.specaugment.model_dump()
+            features = spec_augment(features, batch.feature_lengths, augment, part=batch.part, **masks)
         tap = config.transfer.layers if transfer is not None else []
         with autocast(device, precision):
             states, state_lengths, taps = model.encoder(features, lengths, taps=[*tap, *config.loss.inter_ctc_layers])
@@ -81,9 +90,8 @@ def losses(
                 blank=BLANK,
                 reduction="none",
             )
-            # T frames of w units get past T * (w - 1) units
-            needed = int((-(-batch.target_lengths // on_cpu)).max()) + 1
-            ranges = prune_ranges(gamma, on_cpu, batch.target_lengths, max(config.loss.band, needed))
+            band = max(config.loss.band, whole.band)
+            ranges = prune_ranges(gamma, on_cpu, batch.target_lengths, band)
         costs, occupancy = transducer_costs(
             model,
             e,
@@ -111,10 +119,12 @@ def losses(
                 parts["inter_ctc"] = inter.detach() / units
                 ctc = torch.lerp(ctc, inter, config.loss.inter_ctc_weight)
             total = total + config.loss.ctc_weight * ctc / units
+    inputs: list[Tensor] = []
     if transfer is not None:
         with timed("transfer"):
-            tapped = [taps[n].float() for n in tap] or [states.float()]
-            found = transfer(tapped, state_lengths, batch.transfer, occupancy, predicted.float())
+            inputs = [*([taps[n].float() for n in tap] or [states.float()]), predicted.float()]
+            inputs = [x.view_as(x) for x in inputs]  # views have gradients of their own: the transfer's alone
+            found = transfer(inputs[:-1], state_lengths, batch.transfer, occupancy, inputs[-1], whole.transfer)
             parts["transfer"] = found.loss.detach()
             parts |= {f"transfer/{view}": value for view, value in found.per_view.items()}
             parts |= {f"weight/{view}": value for view, value in found.weights.items()}
@@ -123,4 +133,7 @@ def losses(
             parts["transfer_skipped"] = torch.tensor(float(found.skipped))  # utterances that the store lacks
             total = total + transfer_weight * found.loss
     parts["loss"] = total.detach()
-    return Losses(total, costs.detach(), parts)
+    if not batch.share:  # a stand-in: it only keeps step with the other ranks
+        total = total * 0.0
+        parts = {name: value if name.startswith("weight/") else value * 0.0 for name, value in parts.items()}
+    return Losses(total, costs.detach(), parts, tuple(inputs))

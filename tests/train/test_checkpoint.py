@@ -29,7 +29,8 @@ def test_what_a_killed_writer_left_is_swept_and_not_read(tmp_path: Path) -> None
     (tmp_path / ".step-00000009.123").mkdir()
     found = checkpoint.latest(tmp_path)
     assert found is not None and found.step == 5
-    assert not list(tmp_path.glob(".step-*"))
+    checkpoint.sweep(tmp_path, 5)
+    assert not list(tmp_path.glob(".step-*")) and checkpoint.checkpoints(tmp_path) == [found.path]
 
 
 def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
