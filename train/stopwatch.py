@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PREFIX = "stillhouse/"  # of the parts' names in a profiler's trace
 HOST = ("data", "teacher")  # waiting for a batch, and reading targets in a thread beside: no work of the device
 
 
@@ -32,7 +33,7 @@ class Stopwatch:
         device = part not in HOST
         began = self._now(device)
         try:
-            with torch.profiler.record_function(f"stillhouse/{part}"):
+            with torch.profiler.record_function(PREFIX + part):
                 yield
         finally:
             if part == "backward" and self.split is not None:
