@@ -7,7 +7,9 @@ never changed. Run: `pytest tests/extract/test_reader.py tests/extract/test_int8
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +63,7 @@ def fix_norms(plan: Plan, teacher: str, context: str, scratch: Path) -> None:
             return
         rows = sample_rows(store.lengths(teacher))
         ids = [store.index.id(int(r)) for r in rows]
-        found = {k: _moments(store, View(teacher, context, k), ids, record.dtype) for k in ready}
+        found = _moments(plan.paths.root, [View(teacher, context, k) for k in ready], ids, record.dtype)
         _commit(plan, teacher, context, max(asked[k] for k in ready), found, scratch)
 
 
@@ -123,7 +125,7 @@ def _commit(
 
 
 class Moments:
-    """Mean and deviation of rows that come in blocks; sums in float64."""
+    """Mean and deviation of rows that come in blocks; sums in float64 over runs of float32 sums."""
 
     def __init__(self) -> None:
         self._count, self._total, self._square = 0, np.zeros(1), np.zeros(1)
@@ -131,13 +133,13 @@ class Moments:
 
     def add(self, states: np.ndarray) -> None:
         """float32 [N, D]."""
-        wide = states.astype(np.float64)
-        if self._shift is None:
-            self._shift = wide.mean(axis=0)
-        wide -= self._shift
-        self._count += len(wide)
-        self._total = self._total + wide.sum(axis=0)
-        self._square = self._square + (wide**2).sum(axis=0)
+        if self._shift is None and len(states):
+            self._shift = states.mean(axis=0, dtype=np.float64).astype(np.float32)
+        for first in range(0, len(states), _CACHED):
+            part = states[first : first + _CACHED] - self._shift
+            self._count += len(part)
+            self._total = self._total + _sums(part)
+            self._square = self._square + _sums(np.multiply(part, part, out=part))
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
         """float32 [D], float32 [D]; no deviation is below 1e-3."""
@@ -147,9 +149,29 @@ class Moments:
         return (mean + self._shift).astype(np.float32), np.maximum(std, LEAST_STD).astype(np.float32)
 
 
-def _moments(store: Store, view: View, ids: list[str], dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """float32 [D], float32 [D]; in blocks, so that the sample need not fit into memory."""
-    moments = Moments()
-    for first in range(0, len(ids), 100):
-        moments.add(to_float32(store.gather(ids[first : first + 100], [view]).states[view], dtype))
-    return moments.result()
+_RUN, _CACHED = 64, 512  # rows summed in float32; rows at a time, so that they stay in the processor's cache
+
+
+def _sums(values: np.ndarray) -> np.ndarray:
+    """float32 [N, D] over its rows: float64 [D], five times as fast as numpy's own sums in float64."""
+    whole = len(values) // _RUN * _RUN
+    runs = values[:whole].reshape(-1, _RUN, values.shape[1]).sum(axis=1)
+    return runs.sum(axis=0, dtype=np.float64) + values[whole:].sum(axis=0, dtype=np.float64)
+
+
+def _moments(root: Path, views: Sequence[View], ids: list[str], dtype: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """{layer: (mean, std) float32 [D]}; in blocks, so that the sample need not fit into memory."""
+
+    def of(mine: Sequence[View]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        store, found = Store.open(root), {}
+        for view in mine:
+            moments = Moments()
+            for first in range(0, len(ids), 100):
+                part = ids[first : first + 100]
+                moments.add(to_float32(store.gather(part, [view]).states[view], dtype))
+            found[view.layer] = moments.result()
+        return found
+
+    count = min(len(views), 4, os.cpu_count() or 1)
+    with ThreadPoolExecutor(count, "stillhouse-norms") as threads:  # numpy lets others run
+        return {k: v for found in threads.map(of, [views[i::count] for i in range(count)]) for k, v in found.items()}
