@@ -12,6 +12,7 @@ Exercised by `stillhouse export RUN --format onnx --out FOLDER`.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -31,7 +32,8 @@ from .building import build_model, load_run
 from .checkpoint import load_weights
 from .config import Config, dump_config, load_config
 from .decode import MAX_SYMBOLS
-from .export_graphs import Graph, offline_graphs, unfit_for_sherpa
+from .export_graphs import Graph, offline_graph, search_graphs, unfit_for_sherpa
+from .export_stream import stream_graph
 from .model import Transducer
 
 FORMAT, VERSION, HEAD = "stillhouse-export", 1, "model.json"
@@ -51,6 +53,7 @@ class Exported:
     bins: int
     subsampling: int
     units: int
+    streaming: bool
     difference: float
     symbols_per_frame: int
     unfit_for_sherpa: str | None
@@ -63,14 +66,18 @@ def export_run(
     *,
     which: str = "best",
     symbols: int | None = None,
+    streaming: bool = False,
+    chunk_frames: int | None = None,
+    left_chunks: int | None = None,
     int8: bool = False,
     force: bool = False,
 ) -> Exported:
     """Export a trained run (or a folder that was exported as safetensors).
 
     symbols: units that sherpa-onnx may find in one encoder state (None: as many as `stillhouse decode` may).
-    Raises ExportError where a graph cannot be written or does not say what the model says, UsageError for what the
-    format cannot do.
+    streaming: an encoder that is fed chunk by chunk (chunk_frames, left_chunks: other than the model's own).
+    Raises ConfigError where the model cannot stream, ExportError where a graph cannot be written or does not say what
+    the model says, UsageError for what the format cannot do.
     """
     if kind == "onnx":
         from .export_onnx import need_onnx
@@ -78,6 +85,10 @@ def export_run(
         need_onnx()
     elif int8:
         raise UsageError(f"--quantise is for ONNX, not for {kind}", expected="--format onnx")
+    if (chunk_frames or left_chunks) is not None and not streaming:
+        raise UsageError("--chunk-frames and --left-chunks are for --streaming")
+    if streaming and kind == "safetensors":
+        raise UsageError("--streaming is for ONNX and torch: weights stream or not as their config.toml says")
     model, units, config, step = load_run(run, which)
     sherpa = unfit_for_sherpa(model) if kind == "onnx" else "it reads ONNX"
     if symbols is not None and sherpa:
@@ -88,7 +99,12 @@ def export_run(
         if kind == "safetensors":
             _write_weights(model, units, config, draft)
         else:
-            difference = _write_graphs(offline_graphs(model, symbols=symbols), units, draft, kind, int8)
+            encoder = (
+                stream_graph(model, symbols=symbols, chunk_frames=chunk_frames, left_chunks=left_chunks)
+                if streaming
+                else offline_graph(model, symbols=symbols)
+            )
+            difference = _write_graphs([encoder, *search_graphs(model)], units, draft, kind, int8)
         files = sorted(str(p.relative_to(draft)) for p in draft.rglob("*") if p.is_file())
         found = Exported(
             kind=kind,
@@ -99,6 +115,7 @@ def export_run(
             bins=len(model.encoder.feature_mean),
             subsampling=model.encoder.subsampling,
             units=units.size,
+            streaming=streaming,
             difference=difference,
             symbols_per_frame=symbols,
             unfit_for_sherpa=sherpa,
@@ -141,21 +158,18 @@ def load_export(folder: Path) -> tuple[Transducer, Units, Config, int]:
 def new_folder(out: Path, force: bool) -> Iterator[Path]:
     """A draft beside `out` that becomes it, on disk, when the block ends well; nothing is left where it does not.
 
-    Raises UsageError where something is there: without `force`, or that no export wrote.
+    A process that was killed leaves its draft, and the folder that it was about to replace under another name: the
+    next one sweeps the first and puts the second back. Raises UsageError where something is there: without `force`, or
+    that no export wrote.
     """
+    _sweep(out)
     if out.exists() or out.is_symlink():
         if not force:
             raise UsageError("is already there", where=out, remedy="--force replaces it, or choose another --out")
         if not (out / HEAD).is_file() and (not out.is_dir() or any(out.iterdir())):
-            raise UsageError(
-                f"is not the folder of an export (it has no {HEAD}), and is not replaced",
-                where=out,
-                remedy="another --out",
-            )
+            raise UsageError(f"holds no {HEAD}, so no export wrote it, and is not replaced", where=out)
     out.parent.mkdir(parents=True, exist_ok=True)
     draft, old = (out.parent / f".{out.name}.{os.getpid()}.{what}" for what in ("new", "old"))
-    for path in (draft, old):
-        shutil.rmtree(path, ignore_errors=True)
     draft.mkdir()
     try:
         yield draft
@@ -168,6 +182,28 @@ def new_folder(out: Path, force: bool) -> Iterator[Path]:
     finally:
         for path in (draft, old):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _sweep(out: Path) -> None:
+    """Clear what killed exports to `out` left."""
+    for left in sorted(out.parent.glob(f".{glob.escape(out.name)}.*")):
+        pid, _, what = left.name.removeprefix(f".{out.name}.").partition(".")
+        if what not in ("new", "old") or not pid.isdigit() or (int(pid) != os.getpid() and _lives(int(pid))):
+            continue
+        if what == "old" and not out.exists():
+            left.rename(out)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _write_graphs(graphs: list[Graph], units: Units, draft: Path, kind: Kind, int8: bool) -> float:

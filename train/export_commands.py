@@ -24,6 +24,9 @@ PATH = click.Path(path_type=Path)
     type=click.IntRange(1, 64),
     help="Units that sherpa-onnx may find in one encoder state. [default: as many as `decode` may]",
 )
+@click.option("--streaming", is_flag=True, help="An encoder that is fed chunk by chunk, for a model trained so.")
+@click.option("--chunk-frames", type=click.IntRange(min=1), help="Frames of 10 ms in a chunk. [default: the model's]")
+@click.option("--left-chunks", type=click.IntRange(min=0), help="Chunks looked back to. [default: the model's]")
 @click.option("--quantise", type=click.Choice(["int8"]), help="ONNX files with 8-bit weights too.")
 @click.option("--force", is_flag=True, help="Replace FOLDER, which an export wrote.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
@@ -32,10 +35,9 @@ def export(
     kind: Any,
     out: Path,
     checkpoint: str,
-    symbols: int | None,
     quantise: str | None,
-    force: bool,
     as_json: bool,
+    **settings: Any,
 ) -> None:
     """Write a trained RUN for other programs: ONNX for sherpa-onnx and onnxruntime, torch.export, or safetensors.
 
@@ -48,7 +50,7 @@ def export(
 
     from .export import export_run
 
-    found = export_run(run, out, kind, which=checkpoint, symbols=symbols, int8=quantise == "int8", force=force)
+    found = export_run(run, out, kind, which=checkpoint, int8=quantise is not None, **settings)
     click.echo(json.dumps(asdict(found), ensure_ascii=False) if as_json else found.folder)
     click.echo(f"step {found.step}: {', '.join(found.files)}", err=True)
     if kind == "onnx" and found.unfit_for_sherpa:

@@ -43,7 +43,7 @@ class EncoderGraph(nn.Module):
 
     def forward(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
         states, lengths, _ = self.encoder(self.encoder.normalise(x, x_lens), x_lens)
-        return _repeated(self.projection(states), self.repeat), lengths * self.repeat
+        return repeated(self.projection(states), self.repeat), lengths * self.repeat
 
 
 class DecoderGraph(nn.Module):
@@ -85,7 +85,7 @@ class JoinerGraph(nn.Module):
         return both(encoder_out, decoder_out)
 
 
-def _repeated(states: Tensor, times: int) -> Tensor:
+def repeated(states: Tensor, times: int) -> Tensor:
     """Each frame `times` times over: a search that takes one unit a frame then takes up to `times` of a real one.
 
     After a blank the prediction network has not moved, so the copies that are left say blank too.
@@ -93,26 +93,22 @@ def _repeated(states: Tensor, times: int) -> Tensor:
     return states if times == 1 else states.repeat_interleave(times, dim=1)
 
 
-def offline_graphs(model: Transducer, *, symbols: int) -> list[Graph]:
-    """encoder, decoder, joiner for whole utterances; `symbols`: units that one state may give at most."""
+def offline_graph(model: Transducer, *, symbols: int) -> Graph:
+    """The encoder of whole utterances; `symbols`: units that one state may give at most."""
     bins = len(model.encoder.feature_mean)
 
     def inputs(n: int) -> dict[str, Tensor]:
         lengths = torch.randint(20, 90, (n,))
-        x = 8 * torch.rand(n, int(lengths.max()), bins) - 12
-        return {"x": x, "x_lens": lengths}
+        return {"x": 8 * torch.rand(n, int(lengths.max()), bins) - 12, "x_lens": lengths}
 
-    return [
-        Graph(
-            "encoder",
-            EncoderGraph(model, symbols),
-            inputs,
-            {"x": {0: "N", 1: "T"}, "x_lens": {0: "N"}},
-            ("encoder_out", "encoder_out_lens"),
-            _about(model, symbols),
-        ),
-        *search_graphs(model),
-    ]
+    return Graph(
+        "encoder",
+        EncoderGraph(model, symbols),
+        inputs,
+        {"x": {0: "N", 1: "T"}, "x_lens": {0: "N"}},
+        ("encoder_out", "encoder_out_lens"),
+        about(model, symbols),
+    )
 
 
 def search_graphs(model: Transducer) -> list[Graph]:
@@ -158,7 +154,7 @@ def unfit_for_sherpa(model: Transducer) -> str | None:
     return None
 
 
-def _about(model: Transducer, symbols: int) -> dict[str, str]:
+def about(model: Transducer, symbols: int) -> dict[str, str]:
     """What a reader of the encoder alone would ask. sherpa-onnx needs model_type only, so that a model that it cannot
     run has none."""
     return ({} if unfit_for_sherpa(model) else {"model_type": "conformer"}) | {
