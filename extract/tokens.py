@@ -11,12 +11,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from ..data.errors import TeacherError
-from ..data.text import transform
+from ..data.text import MappedText, transform
 
 # Words that any vocabulary spells somehow; a word must be spelt at the start of a text as in the middle of it.
 _PROBES = ("the", "a", "of", "and")
@@ -101,10 +102,12 @@ class Tokeniser:
             encodings = self._backend.encode_batch(
                 [space + m.text if m.text.strip() else "" for m in mapped], add_special_tokens=False
             )
-            for u, (m, e) in enumerate(zip(mapped, encodings), first):
-                ids.append(np.array(e.ids, dtype=np.int32))
-                spans.append(raw_spans(np.array(e.offsets, dtype=np.int64).reshape(-1, 2), m, len(space)))
-                lengths[u] = len(e.ids)
+            found = [e.ids for e in encodings]
+            lengths[first : first + len(found)] = [len(i) for i in found]
+            ids.append(np.fromiter(chain.from_iterable(found), dtype=np.int32))
+            numbers = chain.from_iterable(chain.from_iterable(e.offsets for e in encodings))
+            offsets = np.fromiter(numbers, dtype=np.int64).reshape(-1, 2)
+            spans.append(raw_spans(offsets, lengths[first : first + len(found)], mapped, len(space)))
         return Tokens(
             np.concatenate(ids) if ids else np.zeros(0, np.int32),
             lengths,
@@ -115,32 +118,38 @@ class Tokeniser:
         return json.loads(self._backend.to_str())
 
 
-def raw_spans(offsets: np.ndarray, mapped: Any, shift: int) -> np.ndarray:
-    """Offsets [N, 2] in the tokenised text → spans [N, 2] in the raw text.
+def raw_spans(offsets: np.ndarray, count: np.ndarray, mapped: Sequence[MappedText], shift: int) -> np.ndarray:
+    """Offsets [ΣN, 2] in tokenised texts, of which each has count [U] tokens → spans int32 [ΣN, 2] in the raw texts.
 
-    `shift` characters were put before `mapped.text`. White space at a token's ends is no part of its span, and a
-    piece of a character has the whole character's span.
+    `shift` characters were put before each `mapped[u].text`. White space at a token's ends is no part of its span, and
+    a piece of a character has the whole character's span. All texts are worked on as one, each inside its bounds.
     """
-    text = mapped.text
-    begin = np.clip(offsets[:, 0] - shift, 0, len(text))
-    end = np.clip(offsets[:, 1] - shift, 0, len(text))
-    if not len(text) or not len(offsets):
-        return np.zeros((len(offsets), 2), dtype=np.int32)
-    if text.isascii():
-        black = _ASCII_BLACK[np.frombuffer(text.encode("ascii"), np.uint8)]
-    else:
-        black = np.array([not c.isspace() for c in text])
-    where = np.arange(len(text))
+    if not len(offsets):
+        return np.zeros((0, 2), dtype=np.int32)
+    size = np.array([len(m.text) for m in mapped], dtype=np.int64)
+    last = np.cumsum(size)
+    low, high = np.repeat(last - size, count), np.repeat(last, count)  # bounds of each token's text
+    begin = np.clip(low + offsets[:, 0] - shift, low, high)
+    end = np.clip(low + offsets[:, 1] - shift, low, high)
+    black = np.concatenate([_black(m.text) for m in mapped])
+    where = np.arange(len(black))
     # next_black[i]: first non-space at or after i; last_black[i]: one past the last non-space before i
-    next_black = np.minimum.accumulate(np.where(black, where, len(text))[::-1])[::-1]
-    next_black = np.append(next_black, len(text))
+    next_black = np.minimum.accumulate(np.where(black, where, len(black))[::-1])[::-1]
+    next_black = np.append(next_black, len(black))
     last_black = np.maximum.accumulate(np.append(0, np.where(black, where + 1, 0)))
-    inner_begin, inner_end = next_black[begin], last_black[end]
+    inner_begin, inner_end = np.minimum(next_black[begin], high), np.maximum(last_black[end], low)
     solid = inner_begin < inner_end
     begin, end = np.where(solid, inner_begin, begin), np.where(solid, inner_end, end)
     # An empty offset is a later byte of the character that it points into.
     empty = begin >= end
-    begin = np.where(empty, np.minimum(begin, len(text) - 1), begin)
+    begin = np.where(empty, np.minimum(begin, high - 1), begin)
     end = np.where(empty, begin + 1, end)
-    source = mapped.source
+    source = np.concatenate([m.source for m in mapped])
     return np.stack([source[begin, 0], source[end - 1, 1]], axis=1).astype(np.int32)
+
+
+def _black(text: str) -> np.ndarray:
+    """bool [len(text)]: which characters are no white space."""
+    if text.isascii():
+        return _ASCII_BLACK[np.frombuffer(text.encode("ascii"), np.uint8)]
+    return np.array([not c.isspace() for c in text])

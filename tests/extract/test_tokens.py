@@ -74,6 +74,18 @@ def test_spans_are_in_order_and_cover_the_letters(which: str, transform: str, re
             assert all(c for c, ch in zip(covered, text) if ch.isascii() and ch.isalnum())
 
 
+@pytest.mark.parametrize("which", ["bert", "gpt2", "llama"])
+def test_texts_are_spanned_as_one_by_one(which: str, request: pytest.FixtureRequest) -> None:
+    """Many are worked on as one text; none may reach into its neighbours, which are white and empty ones, too."""
+    t = loaded(request.getfixturevalue(which)).tokeniser
+    texts = [" a", "", "  ", "b ", "é", " 龘🦉 ", "...", "x  y", "\u3000z", "\u200d", *TEXTS]
+    together = t.encode(texts, "sentence_case")
+    each = [t.encode([text], "sentence_case") for text in texts]
+    assert np.array_equal(together.span, np.concatenate([e.span for e in each]))
+    assert np.array_equal(together.ids, np.concatenate([e.ids for e in each]))
+    assert together.length.tolist() == [int(e.length[0]) for e in each]
+
+
 def test_join_ids(minilm: Path, gpt2: Path) -> None:
     assert loaded(minilm).tokeniser.join_ids("") == []
     assert loaded(minilm).tokeniser.join_ids("[SEP]") == [102]
