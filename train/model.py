@@ -71,11 +71,11 @@ class Encoder(nn.Module):
     def forward(self, features: Tensor, lengths: Tensor, taps: Sequence[int] = ()) -> tuple[Tensor, Tensor, dict]:
         """`features` already normalised. Returns states, lengths and {layer: states [B, T', dim]} of the layers
         in `taps` (1 is the first block's output)."""
+        chunk = self._drawn_chunk() // self.subsampling  # before dropout draws: ranks that share a seed draw alike
         x, lengths, _ = self.front(features, lengths)
         inside = length_mask(lengths, x.shape[1])
         mask = inside[:, :, None].to(x.dtype)
         seen = inside[:, None, None, :]
-        chunk = self._drawn_chunk() // self.subsampling
         if chunk:
             near = chunk_mask(x.shape[1], chunk, self.left_chunks, x.device)
             # Frames of the padding see themselves at least: a softmax over nothing is NaN

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+import math
+from dataclasses import replace
+from itertools import pairwise, product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from stillhouse.data.errors import ConfigError
+from stillhouse.distill.aligners import ALIGNERS
+from stillhouse.distill.batch import Positions, TransferBatch
+from stillhouse.distill.targets import ViewSpec
+from stillhouse.distill.transfer import Transfer
 from stillhouse.train.building import build_model
 from stillhouse.train.config import Config, load_config
 from stillhouse.train.costs import transducer_costs
@@ -203,3 +210,70 @@ def test_what_cannot_be_meant_is_named(tmp_path: Path, changes: list[str], messa
 def test_chunks_imply_causal_convolutions(tmp_path: Path) -> None:
     for changes, causal in (([], False), (["model.chunk_frames=16"], True), (["model.chunk_choices=[16, 0]"], True)):
         assert build_model(config(tmp_path, *changes), 9).encoder.causal is causal
+
+
+def spoken(targets: Tensor, target_lengths: Tensor, width: int) -> TransferBatch:
+    """Positions that are units, whose targets are a code of the unit: what a student can learn from sound."""
+    count, longest = targets.shape
+    row = torch.cat([b * longest + torch.arange(int(n)) for b, n in enumerate(target_lengths)])
+    key = targets.flatten()[row].long()
+    codes = torch.randn(10, width, generator=torch.Generator().manual_seed(0))
+    inside = (torch.arange(longest) < target_lengths[:, None]).float()
+    positions = Positions(
+        lengths=target_lengths.long(),
+        grid=longest,
+        row=row,
+        key=key,
+        place=torch.cat([(torch.arange(int(n)) + 0.5) / int(n) for n in target_lengths]),
+        query_row=key,
+        query_start=None,
+        query_weight=None,
+        unit_weight=torch.diag_embed(inside),
+        unit_rows=torch.arange(len(row)),
+        masked=0,
+    )
+    return TransferBatch(count, {"t": positions}, {f"t/alone/{k}": codes[key] for k in (1, 2)}, 0)
+
+
+COMBINATIONS = list(
+    product(["additive", "multiplicative"], ["stateless", "lstm"], ["full", "pruned", "tdt"], [False, True])
+)
+
+
+@pytest.mark.parametrize(
+    ("joint", "predictor", "kind", "chunk", "inter", "aligner"),
+    [(*c, (n // 2 + n) % 2 == 0, ALIGNERS[(n + n // 6) % len(ALIGNERS)]) for n, c in enumerate(COMBINATIONS)],
+)
+def test_every_model_learns_with_transfer(
+    tmp_path: Path, joint: str, predictor: str, kind: str, chunk: bool, inter: bool, aligner: str
+) -> None:
+    """A few steps on one batch: all losses are finite, the total and the transfer fall, no parameter is left out."""
+    changes = [f"model.joint={joint}", f"model.predictor={predictor}", f"loss.kind={kind}", "loss.eps=0"]
+    changes += ["model.chunk_frames=16", "model.left_chunks=1", "model.chunk_choices=[8, 0]"] if chunk else []
+    changes += ["loss.inter_ctc_layers=[1, 2]"] if inter else []
+    changes += ["transfer.layers=[1, 3]"] if kind != "full" and aligner != "predictor" else []
+    settings = config(tmp_path, *changes)
+    given = batch(2)
+    given = replace(given, transfer=spoken(given.targets, given.target_lengths, 8))
+    zeros, ones = np.zeros(8, np.float32), np.ones(8, np.float32)
+    views = [ViewSpec(f"t/alone/{k}", "t", 8, zeros, ones) for k in (1, 2)]
+    torch.manual_seed(0)
+    net = build_model(settings, 10).train()
+    tables = {"t": torch.randn(10, 6)} if aligner == "attention" else None
+    taps = len(settings.transfer.layers) or 1
+    transfer = Transfer(views, 16, aligner=aligner, embeddings=tables, predictor_dim=12, taps=taps)
+    parameters = [*net.named_parameters(), *transfer.named_parameters()]
+    optimiser = torch.optim.Adam([p for _, p in parameters], lr=5e-3)
+    curve = []
+    for _ in range(6):
+        found = losses(net, transfer, given, settings, precision="float32", transfer_weight=1.0, augment=None)
+        optimiser.zero_grad(set_to_none=True)
+        found.total.backward()
+        assert [n for n, p in parameters if p.grad is None] == []
+        assert all(bool(torch.isfinite(p.grad).all()) for _, p in parameters if p.grad is not None)
+        optimiser.step()
+        curve.append({name: float(value) for name, value in found.parts.items()})
+    assert all(math.isfinite(v) for parts in curve for v in parts.values())
+    assert ("inter_ctc" in curve[0]) == inter
+    assert curve[-1]["loss"] < 0.9 * curve[0]["loss"], curve
+    assert curve[-1]["transfer"] < curve[0]["transfer"], curve
