@@ -16,20 +16,45 @@ def say(line: str) -> None:
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--set", "changes", multiple=True, metavar="A.B=VALUE", help="Change one setting; may be repeated.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run. [default: runs/NAME-OF-CONFIG]")
-def train(config: Path, changes: tuple[str, ...], out: Path | None) -> None:
+@click.option(
+    "--profile",
+    type=click.IntRange(min=1),
+    is_flag=False,
+    flag_value=10,
+    metavar="[STEPS]",
+    help="Profile so many steps, from the fourth on: a trace and a table in RUN/profile. [10 without a number]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print what came of it as JSON instead of the run's folder.")
+def train(config: Path, changes: tuple[str, ...], out: Path | None, profile: int | None, as_json: bool) -> None:
     """Train a transducer as CONFIG (TOML) says; goes on where a killed run stopped.
 
     Example: stillhouse train recipes/kathleen.toml --set optim.steps=4000 --out runs/kathleen
     """
+    from dataclasses import asdict
+
     from .config import load_config
     from .distributed import joined
+    from .profile import Profile, Profiled
     from .trainer import Trainer
 
     settings = load_config(config, changes)
     folder = out or Path("runs") / config.stem
+    profiled: list[Profiled | None] = []
+
+    def show(found: Profiled | None) -> None:
+        profiled.append(found)
+        say(found.table(ops=8) + f"profile: {found.trace}" if found else "no step to profile: the run ended too early")
+
     with joined(settings.run.backend, settings.run.timeout_s) as ranks:
-        Trainer(settings, folder, say, ranks).run()
-        if ranks.first:
+        trainer = Trainer(settings, folder, say, ranks)
+        trainer.run(Profile(folder / "profile", profile, show) if profile else None)
+        if not ranks.first:
+            return
+        if as_json:
+            found = asdict(profiled[0]) if profiled and profiled[0] else None
+            facts = {"run": str(folder), "step": trainer.step, "best": trainer.best, "profile": found}
+            click.echo(json.dumps(facts, ensure_ascii=False))
+        else:
             click.echo(folder)
 
 

@@ -1,6 +1,6 @@
 """A run's folder: whose it is, and how a run that stopped is taken up again, on every rank.
 
-    RUN/config.toml, identity.json, units/, checkpoints/, metrics.jsonl, …
+    RUN/config.toml, identity.json, units/, checkpoints/, metrics.jsonl, dev.jsonl, …
 
 Invariant: rank 0 alone reads and writes it, so that the other ranks may be anywhere; and what is in a folder is only
 touched when it is a run's, with the same settings. Exercised by `stillhouse train CONFIG --out RUN`, killed and started
@@ -9,7 +9,8 @@ again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from .distributed import Ranks
 
 SETTINGS = "config.toml"
 CHECKPOINTS = "checkpoints"
+HYPOTHESES = "dev.jsonl"
 # Left by a run that was killed before its settings were written; and logs, which a shell puts there beforehand
 _BEFORE = {"config.draft", identity.FILE, "units"}
 _LOGS = {".log", ".out", ".err"}
@@ -116,6 +118,15 @@ def begin(out: Path, config: Config, units: Units, own: dict[str, Any], step: in
         identity.write(out, own)
     units.save(out / "units")
     checkpoint.sweep(out / CHECKPOINTS, step)
+
+
+def keep_hypotheses(out: Path, triples: Iterable[tuple[str, str, str]]) -> None:
+    """RUN/dev.jsonl: the last evaluation of (id, reference, hypothesis), as `stillhouse decode` writes it."""
+    draft = out / "dev.draft"
+    with draft.open("w", encoding="utf-8") as file:
+        for id, ref, hyp in triples:
+            file.write(json.dumps({"id": id, "hyp": hyp, "ref": ref}, ensure_ascii=False) + "\n")
+    draft.replace(out / HYPOTHESES)
 
 
 def refuse_moved(out: Path, step: int) -> None:

@@ -20,6 +20,7 @@ import torch
 from . import loggers
 from .config import Config
 from .loader import Batch
+from .profile import Profile
 from .schedule import learning_rate, transfer_weight
 from .stopwatch import HOST, Stopwatch, shares
 
@@ -32,9 +33,17 @@ class Monitor:
     """
 
     def __init__(
-        self, config: Config, out: Path, step: int, report: Report, *, device: torch.device, on: bool = True
+        self,
+        config: Config,
+        out: Path,
+        step: int,
+        report: Report,
+        device: torch.device,
+        profile: Profile | None = None,
+        *,
+        on: bool = True,
     ) -> None:
-        self.config, self.from_step, self.device = config, step, device
+        self.config, self.from_step, self.device, self.profile = config, step, device, profile if on else None
         self.report: Report = report if on else lambda _: None
         self.watch = Stopwatch(device)
         self.loggers = loggers.Loggers(loggers.make(config.run.loggers, out) if on else [], self.report)
@@ -51,6 +60,8 @@ class Monitor:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
+        if self.profile is not None:
+            self.profile.close()
         self.loggers.close(failed=kind is not None)
 
     def _restart(self) -> None:
@@ -73,6 +84,8 @@ class Monitor:
     def step(self, step: int, epoch: int, batch: Batch, found: Mapping[str, float]) -> None:
         """After step number `step` (from 1): `found` are its losses and the like, by name."""
         self.steps += 1
+        if self.profile is not None:
+            self.profile.step(step)
         self.frames += int(batch.feature_lengths.sum()) / (batch.share or 1.0)  # other ranks hear the rest
         self.watch.seconds["teacher"] += batch.teacher_s
         for name, value in found.items():
@@ -85,7 +98,9 @@ class Monitor:
         elapsed = time.perf_counter() - self.began - self.elsewhere
         self.left.saw(elapsed, self.steps)
         record: dict[str, Any] = {"kind": "train", "step": step, "epoch": epoch}
-        record |= {name: value / (self.before + self.steps) for name, value in self.window.items()}
+        steps = self.before + self.steps
+        good = steps - self.window.get("skipped", 0)
+        record |= {name: value / (steps if name == "skipped" else good) for name, value in self.window.items()}
         record |= {"lr": learning_rate(step - 1, self.config), "seconds": elapsed}
         if self.config.transfer.views:
             record["lambda"] = transfer_weight(step - 1, self.config)

@@ -36,6 +36,7 @@ from .distributed import ALONE, GradientSum, Ranks
 from .loader import Batch, BatchLoader, prefetch, with_workers
 from .monitor import Monitor, Report
 from .objective import losses
+from .profile import Profile
 from .schedule import learning_rate, transfer_weight
 from .score import score
 from .shares import Whole, sizes
@@ -229,11 +230,11 @@ class Trainer:
 
     # -- the loop
 
-    def run(self) -> None:
+    def run(self, profile: Profile | None = None) -> None:
         """Train to the last step; on return the last checkpoint is on disk. LockedError: another process does."""
         with self._alone():
             self.ranks.from_first(lambda: folder.refuse_moved(self.out, self.step))
-            self._run()
+            self._run(profile)
 
     def _batches(self) -> Generator[tuple[int, int, Batch], None, None]:
         data, where = self.config.data, {"epoch": self.epoch, "position": self.position}
@@ -244,7 +245,7 @@ class Trainer:
             return with_workers(self.sampler, self.loader.load, **where, workers=data.workers, start=start)
         return prefetch(self.sampler, self.loader.load, **where)
 
-    def _run(self) -> None:
+    def _run(self, profile: Profile | None) -> None:
         config = self.config
         if self.step >= config.optim.steps:
             self.report(f"{self.out} is done: step {self.step}")
@@ -259,7 +260,7 @@ class Trainer:
         )
         steps = config.optim.steps
         with (
-            Monitor(config, self.out, self.step, self.report, device=self.device, on=self.ranks.first) as monitor,
+            Monitor(config, self.out, self.step, self.report, self.device, profile, on=self.ranks.first) as monitor,
             closing(self._batches()) as batches,
         ):
             monitor.resume(self.window)
@@ -337,17 +338,18 @@ class Trainer:
         assert self.dev is not None
         model: Any = self.model if self.average is None else self.average.module
         found = list(transcribe(model, self.dev, device=self.device)) if self.dev.utterances else []
-        pairs = [pair for part in self.ranks.gather([(h.ref, h.hyp) for h in found]) for pair in part]
-        wer, cer = self.ranks.from_first(lambda: _rates(pairs))
+        triples = [triple for part in self.ranks.gather([(h.id, h.ref, h.hyp) for h in found]) for triple in part]
+        wer, cer = self.ranks.from_first(lambda: self._rates(triples))
         if not self.best or wer < self.best["wer"]:
             self.best = {"step": self.step, "wer": wer}
         self.report(f"step {self.step}  dev WER {100 * wer:.1f} %  CER {100 * cer:.1f} %")
         return {"kind": "dev", "step": self.step, "wer": wer, "cer": cer}
 
-
-def _rates(pairs: list[tuple[str, str]]) -> tuple[float, float]:
-    result = score([ref for ref, _ in pairs], [hyp for _, hyp in pairs])
-    return result.wer.rate, result.cer.rate
+    def _rates(self, triples: list[tuple[str, str, str]]) -> tuple[float, float]:
+        """Also leaves what was heard in RUN/dev.jsonl, as `stillhouse decode` writes it."""
+        folder.keep_hypotheses(self.out, triples)
+        result = score([ref for _, ref, _ in triples], [hyp for _, _, hyp in triples])
+        return result.wer.rate, result.cer.rate
 
 
 def _mix(seed: int, step: int, rank: int = 0) -> int:

@@ -96,9 +96,11 @@ def test_time_left_counts_evaluations_and_checkpoints_and_forgets_the_first_wind
 
 def test_a_record_holds_means_of_its_window_and_speed_without_evaluation(tmp_path: Path, clock: Clock) -> None:
     said: list[str] = []
-    batch: Any = SimpleNamespace(feature_lengths=torch.tensor([300, 100]), share=0.5, teacher_s=0.1, ids=["a", "b"])
+    batch: Any = SimpleNamespace(
+        feature_lengths=torch.tensor([300, 100]), share=0.5, teacher_s=0.1, ids=["a", "b"], part=None
+    )
     settings = config(log_every=2, loggers=[])
-    with Monitor(settings, tmp_path, 0, said.append, device=torch.device("cpu")) as watched:
+    with Monitor(settings, tmp_path, 0, said.append, torch.device("cpu")) as watched:
         for step, loss in ((1, 4.0), (2, 2.0), (3, 1.0), (4, 0.5)):
             with watched.watch("data"):
                 clock.now += 0.1
@@ -119,13 +121,22 @@ def test_a_record_holds_means_of_its_window_and_speed_without_evaluation(tmp_pat
     assert not (tmp_path / "tb").exists()
 
 
+def test_means_leave_skipped_steps_out(tmp_path: Path) -> None:
+    batch: Any = SimpleNamespace(feature_lengths=torch.tensor([300]), share=1.0, teacher_s=0.0, ids=["a"], part=None)
+    with Monitor(config(log_every=4, loggers=[]), tmp_path, 0, lambda _: None, torch.device("cpu")) as watched:
+        for step, found in enumerate(({"loss": 3.0}, {"skipped": 1.0}, {"loss": 4.0}, {"loss": 5.0}), 1):
+            watched.step(step, 0, batch, found)
+    record = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert (record["loss"], record["skipped"]) == (4.0, 0.25)
+
+
 def test_a_monitor_that_is_off_writes_and_says_nothing(tmp_path: Path) -> None:
-    batch: Any = SimpleNamespace(feature_lengths=torch.tensor([300]), share=1.0, teacher_s=0.0, ids=["a"])
+    batch: Any = SimpleNamespace(feature_lengths=torch.tensor([300]), share=1.0, teacher_s=0.0, ids=["a"], part=None)
 
     def report(line: str) -> None:
         pytest.fail(line)
 
-    with Monitor(config(log_every=1), tmp_path, 0, report, device=torch.device("cpu"), on=False) as watched:
+    with Monitor(config(log_every=1), tmp_path, 0, report, torch.device("cpu"), on=False) as watched:
         watched.step(1, 0, batch, {"loss": 1.0})
         watched.log({"kind": "dev", "step": 1, "wer": 0.5})
         watched.flush()
@@ -174,7 +185,7 @@ def test_a_logger_that_fails_is_left_out_but_not_the_json_lines() -> None:
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_an_absent_package_is_named_with_its_extra(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
-    watched = Monitor(config(loggers=[name]), tmp_path, 0, print, device=torch.device("cpu"))
+    watched = Monitor(config(loggers=[name]), tmp_path, 0, print, torch.device("cpu"))
     with pytest.raises(ConfigError, match=rf"pip install 'stillhouse\[{name}\]'"):
         watched.__enter__()
 

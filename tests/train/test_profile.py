@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
 
+from stillhouse.train.building import load_run
 from stillhouse.train.profile import Part, Profile, Profiled
 from stillhouse.train.stopwatch import Stopwatch
 
@@ -61,3 +64,22 @@ def test_the_table_of_a_profile() -> None:
         "operator (alone)                                   ms  CUDA ms     %   calls",
         "aten::mm                                         2.50     1.25  25.0    14.5",
     ]
+
+
+def test_a_profiled_run_is_none_the_different(tones: Path, tmp_path: Path) -> None:
+    found = []
+    for name, *profile in (["plain"], ["profiled", "--profile", "2"]):
+        command = [sys.executable, "-m", "stillhouse.cli", "train", str(tones / "run.toml"), "--json", *profile]
+        command += ["--set", "optim.steps=8", "--set", "run.eval_every=4", "--out", str(tmp_path / name)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found.append(json.loads(done.stdout))
+    plain, profiled = found
+    assert (plain["step"], plain["profile"], plain["best"]) == (8, None, profiled["best"])
+    ours, theirs = (load_run(tmp_path / name, "last")[0].state_dict() for name in ("plain", "profiled"))
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    told = profiled["profile"]
+    assert (told["after"], told["steps"]) == (3, 2)
+    assert {p["name"] for p in told["parts"]} >= {"data", "encoder", "loss", "backward", "optimiser"}
+    assert Path(told["trace"]).exists() and "steps 4 to 5 on CPU" in done.stderr and "aten::" in done.stderr
+    heard = [json.loads(line) for line in (tmp_path / "plain" / "dev.jsonl").read_text().splitlines()]
+    assert {h["id"] for h in heard} == {f"u{n}" for n in range(60, 72)} and all(h["ref"] for h in heard)
