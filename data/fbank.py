@@ -25,9 +25,6 @@ def fbank(samples: np.ndarray, rate_hz: int = 16000, bins: int = 80) -> np.ndarr
     subtraction. Measured against kaldi-native-fbank 1.23 on read speech: at most 1.1e-3 apart.
     Raises AudioError for fewer samples than one frame.
     """
-    import torch
-    from torchaudio.compliance import kaldi
-
     samples = np.ascontiguousarray(samples, dtype=np.float32)
     if samples.ndim != 1:
         raise ValueError(f"samples of shape {samples.shape}, expected [S]")
@@ -36,6 +33,14 @@ def fbank(samples: np.ndarray, rate_hz: int = 16000, bins: int = 80) -> np.ndarr
             f"{len(samples) / rate_hz:.4f} s is shorter than one frame",
             expected=f"at least {FRAME_S} s of audio",
         )
+    return log_mel(samples, rate_hz, bins)
+
+
+def log_mel(samples: np.ndarray, rate_hz: int, bins: int, *, edges: bool = True) -> np.ndarray:
+    """`fbank` of samples float32 [S] that hold a window at least; without `edges`, of the whole windows alone."""
+    import torch
+    from torchaudio.compliance import kaldi
+
     with torch.inference_mode():
         mel = kaldi.fbank(
             torch.from_numpy(samples)[None],
@@ -43,7 +48,7 @@ def fbank(samples: np.ndarray, rate_hz: int = 16000, bins: int = 80) -> np.ndarr
             num_mel_bins=bins,
             frame_length=FRAME_S * 1000,
             frame_shift=SHIFT_S * 1000,
-            snip_edges=False,
+            snip_edges=not edges,
             dither=0.0,
             low_freq=20.0,
             high_freq=-400.0,

@@ -9,11 +9,9 @@ from typing import Any
 
 import click
 
+from .live_commands import rate_of, samples_of, say, speed, tell
+
 PATH = click.Path(path_type=Path)
-
-
-def say(line: str) -> None:
-    click.echo(line, err=True)
 
 
 def of_a_trained_run(command: Callable) -> Callable:
@@ -47,66 +45,119 @@ def searching(command: Callable) -> Callable:
 
 @click.command()
 @click.argument("run", type=PATH)
-@click.argument("corpus", type=PATH)
-@click.argument("features", type=PATH)
+@click.argument("corpus", metavar="CORPUS|-|AUDIO", type=PATH)
+@click.argument("features", type=PATH, required=False)
 @of_a_trained_run
 @searching
 @click.option("--format", "kind", type=click.Choice(["jsonl", "trn", "ctm", "text"]), default="jsonl",
               show_default=True, help="jsonl has all; trn and ctm are NIST's; text is Kaldi's.")  # fmt: skip
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of torch. [default: all cores]")
+@click.option("--raw", is_flag=True, help="Of -: 16-bit mono PCM without a header, at the model's rate.")
+@click.option("--id", "name", help="Of - or AUDIO: its id. [default: stdin, or the file's name]")
+@click.option("--chunk", type=click.IntRange(min=1), metavar="FRAMES",
+              help="Of - or AUDIO: frames of 10 ms to hear at a time. [default: the model's]")  # fmt: skip
+@click.option("--segment", type=click.FloatRange(min=0.1), metavar="SECONDS",
+              help="Of - or AUDIO: a result is final after so long at most.")  # fmt: skip
+@click.option("--endpoint", type=click.FloatRange(min=0.1), metavar="SECONDS",
+              help="Of - or AUDIO: a result is final after so long without a word.")  # fmt: skip
+@click.option("--no-partial", is_flag=True, help="Of - or AUDIO: final results alone.")
 def decode(
     run: Path,
     corpus: Path,
-    features: Path,
+    features: Path | None,
     split: str | None,
     checkpoint: str,
     device: str,
     kind: str,
     threads: int | None,
+    raw: bool,
+    name: str | None,
+    chunk: int | None,
+    segment: float | None,
+    endpoint: float | None,
+    no_partial: bool,
     **how: Any,
 ) -> None:
-    """Write a hypothesis for each utterance to stdout, as JSON lines {"id", "hyp", "ref", "score", "words"}.
+    """Write a hypothesis for each utterance of CORPUS to stdout, as JSON lines {"id", "hyp", "ref", "score", "words"}.
 
     Word times are those at which the model emitted the word's units, in steps of an encoder frame (10 ms times the
     model's subsampling). --lm is added with --lm-weight to the score of each unit; --beam above 1 makes it worth it.
 
+    Without FEATURES, - is audio from a pipe (WAV, or --raw) and AUDIO a file. A model that was trained with chunks
+    tells {"id", "hyp", "final", "start_s", "end_s", …} as it hears; another one at the end, or after each --segment.
+
     Example: stillhouse decode runs/kathleen corpus.jsonl features.h5 --split test > hyp.jsonl
 
     Example: stillhouse decode runs/kathleen corpus.jsonl features.h5 --beam 8 --lm words.arpa.gz --format ctm
-    """
-    import time
 
+    Example: stillhouse decode runs/kathleen - --format text < talk.wav
+    """
     import torch
 
-    from ..data.manifest import read_manifest
+    from ..data.errors import UsageError
     from .building import load_run, resolve_device
-    from .decode import decoding_loader, transcribe
-    from .outputs import as_lines, check_ids
 
     if threads is not None:
         torch.set_num_threads(threads)
     where = resolve_device(device)
     model, units, _, step = load_run(run, checkpoint)
     model = model.to(where)
-    search, nbest = _search(units, kind=kind, **how)
+    search, nbest = _search(model, units, kind=kind, **how)
+    live = {"--raw": raw, "--id": name, "--chunk": chunk, "--segment": segment, "--endpoint": endpoint}
+    live["--no-partial"] = no_partial
+    if features is not None:
+        if wrong := [option for option, value in live.items() if value]:
+            raise UsageError(f"{wrong[0]} is of audio that is heard directly", expected="- or AUDIO, and no FEATURES")
+        _corpus(model, units, step, corpus, features, split, search, nbest, kind)
+        return
+    if split is not None:
+        raise UsageError("--split is of a corpus", expected="CORPUS and FEATURES")
+    from .stream_decode import StreamDecoder, chunk_of
+
+    rate_hz = rate_of(run, model)
+    chunk = chunk_of(model, chunk)
+    decoder = StreamDecoder(
+        model, units, search=search, rate_hz=rate_hz, chunk=chunk, segment_s=segment, endpoint_s=endpoint, nbest=nbest
+    )
+    if not chunk:
+        if endpoint is not None:
+            raise UsageError("--endpoint is of a model that streams", expected="--segment SECONDS")
+        when = f"of {segment:g} s at most" if segment else "when the audio ends"
+        say(f"this model hears whole utterances: it was not trained to stream; results come {when}")
+    name = name or ("stdin" if str(corpus) == "-" else corpus.stem)
+    tell(decoder, samples_of(corpus, rate_hz, raw), kind, nbest, name, bool(segment or endpoint), not no_partial)
+
+
+def _corpus(
+    model: Any,
+    units: Any,
+    step: int,
+    corpus: Path,
+    features: Path,
+    split: str | None,
+    search: Callable,
+    nbest: int,
+    kind: str,
+) -> None:
+    import time
+
+    from ..data.manifest import read_manifest
+    from .decode import decoding_loader, transcribe
+    from .outputs import as_lines, check_ids
+
     loader = decoding_loader(read_manifest(corpus).select(split), features, units, untranscribed=True)
     check_ids((u.id for u in loader.utterances), kind)
+    device = model.encoder.feature_mean.device
     began = time.perf_counter()
-    for found in transcribe(model, loader, device=where, search=search, nbest=nbest):
+    for found in transcribe(model, loader, device=device, search=search, nbest=nbest):
         for line in as_lines(found, kind, nbest):
             click.echo(line)
     seconds, audio = time.perf_counter() - began, loader.frames.sum() / 100
     say(f"step {step}: {len(loader.utterances)} utterances, {speed(audio, seconds)}")
 
 
-def speed(audio_s: float, wall_s: float) -> str:
-    return (
-        f"{audio_s:.0f} s of audio in {wall_s:.1f} s: {audio_s / max(wall_s, 1e-9):.1f} x real time "
-        f"(real-time factor {wall_s / max(audio_s, 1e-9):.4f})"
-    )
-
-
 def _search(
+    model: Any,
     units: Any,
     *,
     kind: str,
@@ -122,8 +173,8 @@ def _search(
     """What makes a search of a batch; how many hypotheses of it are told."""
     from ..data.errors import UsageError
     from .arpa import read_arpa
-    from .beam import Beam
-    from .decode import Greedy
+    from .beam import Beam, Fusion
+    from .decode import greedy_search
     from .fusion import UnitFusion, WordFusion
 
     if nbest > beam:
@@ -131,10 +182,17 @@ def _search(
     if nbest > 1 and kind != "jsonl":
         raise UsageError(f"--nbest {nbest} with --format {kind}", expected="--format jsonl, which holds several")
     if beam == 1 and lm is None and not ilm_weight and not blank_penalty:
-        return partial(Greedy, max_symbols=max_symbols), 1
-    fusion = None
+        return partial(greedy_search, max_symbols=max_symbols), 1
+    if model.durations:
+        raise UsageError("this model emits tokens and durations, which the beam does not search", expected="--beam 1")
+    if ilm_weight and model.joint.combine != "add":
+        raise UsageError("a joint that multiplies has no internal language model", expected="--ilm-weight 0")
+    fusion: Fusion | None = None
     if lm is not None:
-        fusion = (WordFusion if lm_unit == "word" else UnitFusion)(read_arpa(lm), units, lm_weight, lm)
+        ngrams = read_arpa(lm)
+        fusion = (
+            WordFusion(ngrams, units, lm_weight, lm) if lm_unit == "word" else UnitFusion(ngrams, units, lm_weight, lm)
+        )
     search = partial(
         Beam,
         width=beam,

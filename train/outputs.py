@@ -13,6 +13,7 @@ from typing import Any
 from ..data.errors import UsageError
 from .align import Alignment, Word, ctm_lines
 from .decode import Hypothesis, Ranked
+from .stream_decode import Heard
 
 FORMATS = ("jsonl", "trn", "ctm", "text")
 
@@ -42,6 +43,18 @@ def as_lines(found: Hypothesis, kind: str, nbest: int = 1) -> list[str]:
     if kind == "text":
         return [f"{found.id} {' '.join(found.hyp.split())}".rstrip()]
     return list(ctm_lines(Alignment(found.id, 0.0, found.ranked[0].words if found.ranked else [])))
+
+
+def live_lines(heard: Heard, kind: str, name: str, segmented: bool, nbest: int = 1) -> list[str]:
+    """Of a sound called `name`. Segments are NAME-0001 and on, except in ctm, whose times count from the beginning."""
+    id = f"{name}-{heard.segment + 1:04d}" if segmented and kind != "ctm" else name
+    found = heard.as_hypothesis(id)
+    if kind != "jsonl":
+        return as_lines(found, kind)
+    facts: dict[str, Any] = {"id": id, "hyp": heard.hyp, "final": heard.final}
+    facts |= {"start_s": round(heard.start_s, 3), "end_s": round(heard.end_s, 3)}
+    facts |= {key: value for key, value in record(found, nbest).items() if key not in ("id", "hyp", "ref")}
+    return [json.dumps(facts, ensure_ascii=False)]
 
 
 def record(found: Hypothesis, nbest: int = 1) -> dict[str, Any]:
