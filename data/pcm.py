@@ -24,7 +24,7 @@ KINDS = {(PCM, 8): "u1", (PCM, 16): "<i2", (PCM, 24): "", (PCM, 32): "<i4", (FLO
 
 
 class PcmStream:
-    """Mono float32 samples in [-1, 1] of a buffered binary stream (its `read1`); `raw`: 16-bit little-endian PCM without a header.
+    """Mono float32 samples in [-1, 1] of a buffered binary stream; `raw`: 16-bit little-endian PCM without a header.
 
     Raises AudioError for what is no such stream, at once, and for samples that are not numbers.
     """
