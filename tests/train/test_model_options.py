@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
@@ -277,3 +278,21 @@ def test_every_model_learns_with_transfer(
     assert ("inter_ctc" in curve[0]) == inter
     assert curve[-1]["loss"] < 0.9 * curve[0]["loss"], curve
     assert curve[-1]["transfer"] < curve[0]["transfer"], curve
+
+
+@pytest.mark.parametrize(("name", "paper"), [("s", 10.3), ("m", 30.7), ("l", 118.8)])
+def test_the_conformers_of_the_paper_build_with_as_many_parameters_as_they_say(
+    root: Path, name: str, paper: float
+) -> None:
+    path = root / "recipes" / f"conformer-{name}.toml"
+    stated = re.search(r"([\d.]+) M parameters with (\d+)", path.read_text())
+    assert stated is not None
+    settings = load_config(path)
+    for changes in ([], ["model.chunk_frames=64", "model.chunk_choices=[16, 32, 64, 128, 0]"]):
+        with torch.device("meta"):
+            net = build_model(load_config(path, changes), int(stated[2]))
+        millions = sum(p.numel() for p in net.parameters()) / 1e6
+        assert f"{millions:.2f}" == stated[1] and abs(millions / paper - 1) < 0.08
+    with torch.device("meta"):
+        states, lengths = net.eval().encode(torch.zeros(2, 640, 80), torch.tensor([640, 333]))
+    assert states.shape == (2, 160, settings.model.dim) and len(lengths) == 2
