@@ -94,7 +94,9 @@ def extended(plan: Plan, record: plans.Teacher, change: Change | None = None, te
     dropped: list[int] = []
     if change is not None and teacher is not None:
         growth, tail = _grown(plan, record, change, teacher, number)
-        used = set((TeacherRows(plan, record.name).start[change.rows[change.keep]] // latest.shard_rows).tolist())
+        t, kept = TeacherRows(plan, record.name), change.rows[change.keep]
+        kept = kept[t.length[kept] > 0]  # the rest is in no shard
+        used = set((t.start[kept] // latest.shard_rows).tolist()) or set(there)
         dropped, there = [s for s in there if s not in used], [s for s in there if s in used]
         vocabulary = growth.known + len(growth.vocabulary if growth.vocabulary is not None else ())
     ends = [s.number for s in tail]

@@ -90,12 +90,13 @@ def _states(plan: Plan, name: str) -> Iterator[Path]:
 
 
 def _tokens(plan: Plan, name: str, order: np.ndarray | None) -> Iterator[Path]:
-    """Token chunks of shards of which nobody is served, nor anybody's context."""
+    """Token chunks of dropped shards in which nobody lies that is served, or anybody's context."""
     start, length = (RawArray(plan.paths.data / name / a).read() for a in ("start", "length"))
     if order is None:
         order = Index(plan.paths.data / "utterances", plan.edition(name)).order
     order = order[order < len(start)]  # the rest is not written yet
     used = set((start[order[length[order] > 0]] // plan.latest(name).shard_rows).tolist())
+    used |= {s.number for s in plan.shards(name)}
     for array in ("token_id", "span"):
         chunks = _folders(plan.paths.array(name, array) / "c")
         yield from (p for p in chunks if p.name.isdigit() and int(p.name) not in used)
