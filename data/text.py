@@ -78,8 +78,16 @@ def check_transform(name: str) -> str:
 
 
 def _identity(n: int) -> np.ndarray:
+    return _ranges(n) if n > len(_SHORT) else _SHORT[:n]
+
+
+def _ranges(n: int) -> np.ndarray:
     at = np.arange(n, dtype=np.int32)
     return np.stack([at, at + 1], axis=1)
+
+
+_SHORT = _ranges(4096)  # shared by all texts that are no longer
+_SHORT.flags.writeable = False
 
 
 @lru_cache(maxsize=64)

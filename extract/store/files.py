@@ -12,10 +12,12 @@ import json
 import os
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +63,31 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
         with room(path), open(tmp, "wb") as f:
             f.write(data)
             f.flush()
-            os.fsync(f.fileno())
+            if _later.get() is None:
+                os.fsync(f.fileno())
         os.replace(tmp, path)
     except BaseException:
         tmp.unlink(missing_ok=True)
         raise
-    fsync_folder(path.parent)
+    if (later := _later.get()) is not None:
+        later += path, path.parent
+    else:
+        fsync_folder(path.parent)
+
+
+_later: ContextVar[list[Path] | None] = ContextVar("_later", default=None)
+
+
+@contextmanager
+def synced_together() -> Iterator[None]:
+    """What `write_bytes` writes in here is on disk at the end, all at once: for many files that nothing names yet."""
+    paths: list[Path] = []
+    token = _later.set(paths)
+    try:
+        yield
+    finally:
+        _later.reset(token)
+    fsync_all(paths)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -74,12 +95,20 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
+    """Errors: FileNotFoundError; StoreError for what is no JSON, no plain file or of no size that a record has."""
     try:
-        return json.loads(local(path).read_bytes())
+        with open(os.open(local(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as f:
+            facts = os.fstat(f.fileno())
+            if not stat.S_ISREG(facts.st_mode) or facts.st_size > _LARGEST_JSON:
+                raise StoreError("not a plain file, or far too large", where=path, expected="JSON")
+            return json.loads(f.read())
     except FileNotFoundError:
         raise
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, RecursionError) as e:
         raise StoreError(f"cannot be read: {e}", where=path, expected="JSON") from e
+
+
+_LARGEST_JSON = 1 << 30
 
 
 @contextmanager
