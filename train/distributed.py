@@ -7,12 +7,17 @@ Exercised by `torchrun --nproc-per-node 2 -m stillhouse.cli train CONFIG`; pytes
 
 from __future__ import annotations
 
+import atexit
 import os
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -138,9 +143,32 @@ def joined(backend: str = "auto", timeout_s: float = 600.0) -> Iterator[Ranks]:
             where=address,
             remedy="start all of them with torchrun, and see that this address can be reached",
         ) from None
-    yield ranks
-    # Not where something was raised: the others may wait for this rank, and learn from its end that it is gone
+    ours = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _told_to_stop) if ours else None
+    try:
+        yield ranks
+    except BaseException as e:
+        # The others wait for this rank and learn from its end that it is gone: nothing may hold that up
+        atexit.register(_leave, 130 if isinstance(e, KeyboardInterrupt) else getattr(e, "exit_code", 1))
+        raise
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, before)
     dist.destroy_process_group()
+
+
+def _leave(code: int) -> None:
+    """End at once: to take a process group apart whose other end is gone takes gloo seconds, or for ever."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _told_to_stop(_: int, __: FrameType | None) -> None:
+    raise RankError(
+        "stopped by the launcher, as it does where another rank has ended",
+        remedy="see which ended first, and why; the same command again goes on from the last checkpoint",
+    )
 
 
 def _from_environment(environment: Mapping[str, str]) -> Ranks:

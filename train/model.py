@@ -68,10 +68,12 @@ class Encoder(nn.Module):
         mask = length_mask(lengths, features.shape[1])[:, :, None]
         return torch.where(mask, (features - self.feature_mean) / self.feature_std, 0.0)
 
-    def forward(self, features: Tensor, lengths: Tensor, taps: Sequence[int] = ()) -> tuple[Tensor, Tensor, dict]:
+    def forward(
+        self, features: Tensor, lengths: Tensor, taps: Sequence[int] = (), generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor, dict]:
         """`features` already normalised. Returns states, lengths and {layer: states [B, T', dim]} of the layers
-        in `taps` (1 is the first block's output)."""
-        chunk = self._drawn_chunk() // self.subsampling  # before dropout draws: ranks that share a seed draw alike
+        in `taps` (1 is the first block's output). `generator`, on the CPU, draws one of `chunk_choices`."""
+        chunk = self._drawn_chunk(generator) // self.subsampling
         x, lengths, _ = self.front(features, lengths)
         inside = length_mask(lengths, x.shape[1])
         mask = inside[:, :, None].to(x.dtype)
@@ -89,10 +91,10 @@ class Encoder(nn.Module):
                 tapped[number] = x * mask
         return x * mask, lengths, tapped
 
-    def _drawn_chunk(self) -> int:
+    def _drawn_chunk(self, generator: torch.Generator | None) -> int:
         if not (self.training and self.chunk_choices):
             return self.chunk_frames
-        return self.chunk_choices[int(torch.randint(len(self.chunk_choices), ()))]
+        return self.chunk_choices[int(torch.randint(len(self.chunk_choices), (), generator=generator))]
 
     def stream_state(
         self, batch: int = 1, *, chunk_frames: int | None = None, left_chunks: int | None = None

@@ -70,7 +70,9 @@ def losses(
             features = spec_augment(features, batch.feature_lengths, augment, part=batch.part, **masks)
         tap = config.transfer.layers if transfer is not None else []
         with autocast(device, precision):
-            states, state_lengths, taps = model.encoder(features, lengths, taps=[*tap, *config.loss.inter_ctc_layers])
+            tapped = [*tap, *config.loss.inter_ctc_layers]
+            # Drawn as the masks are: the same on every rank
+            states, state_lengths, taps = model.encoder(features, lengths, taps=tapped, generator=augment)
             e = model.joint.encoder(states)
             predicted = model.predictor(batch.targets.to(device))
             p = model.joint.predictor(predicted)
