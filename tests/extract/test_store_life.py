@@ -19,7 +19,7 @@ from stillhouse.extract.plan import Request
 from stillhouse.extract.rebuild import copy, merge, subset
 from stillhouse.extract.run import extract
 from stillhouse.extract.status import status
-from stillhouse.extract.store import Store, View
+from stillhouse.extract.store import Store, View, layout
 from stillhouse.extract.store.files import Scratch
 from stillhouse.extract.store.freshness import stale
 from stillhouse.extract.store.layout import Paths
@@ -157,6 +157,27 @@ def test_clearing_gives_back_what_a_refresh_left(bert: Path, corpus: Corpus, tmp
     assert verify(Store.open(root)) == []
     clean = litter(Store.open(root).plan)
     assert clean == []
+
+
+def test_who_says_nothing_keeps_no_shard(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that was said in a shard has changed but for two who said nothing: the shard is dead, they are served."""
+    monkeypatch.setattr(layout, "MIN_SHARD_ROWS", 64)
+    root, request = tmp_path / "s", Request("t", [0, 2], ["alone", "past:4"])
+    corpus = make_corpus(["", "they went there by boat and by night", "", *["a knight rode through the night"] * 9], 12)
+    extract(root, corpus, loaded(bert), request)
+    ids, (shard, *rest) = [u.id for u in corpus.utterances], Store.open(root).plan.shards("t")
+    first = [i for i, r in zip(ids, Store.open(root).rows(ids)) if r < shard.last]
+    assert rest and {"u0", "u2"} < set(first)
+    now = edited(corpus, **{i: "said in other words" for i in first if corpus.by_id[i].text})
+    extract(root, now, loaded(bert), request, refresh=True)
+    assert 0 not in [s.number for s in Store.open(root).plan.shards("t")]
+    same_as_fresh(root, now, bert, request, tmp_path / "fresh")
+    remove_views(root, ["t/past:4/0"])
+    assert verify(Store.open(root)) == []
+    clear(root)
+    extract(root, now, loaded(bert), request)
+    same_as_fresh(root, now, bert, request, tmp_path / "fresh")
+    assert clear(root).moved_tokens == 0 and verify(Store.open(root)) == []
 
 
 def test_a_reader_with_open_files_goes_on(bert: Path, corpus: Corpus, tmp_path: Path) -> None:
