@@ -293,6 +293,10 @@ def test_the_conformers_of_the_paper_build_with_as_many_parameters_as_they_say(
             net = build_model(load_config(path, changes), int(stated[2]))
         millions = sum(p.numel() for p in net.parameters()) / 1e6
         assert f"{millions:.2f}" == stated[1] and abs(millions / paper - 1) < 0.08
+    (row,) = [
+        line for line in (root / "docs" / "models.md").read_text().splitlines() if path.name in line and "|" in line
+    ]
+    assert f" {millions:.1f} M | {paper} M |" in row
     with torch.device("meta"):
         states, lengths = net.eval().encode(torch.zeros(2, 640, 80), torch.tensor([640, 333]))
     assert states.shape == (2, 160, settings.model.dim) and len(lengths) == 2
