@@ -31,6 +31,8 @@ def searching(command: Callable) -> Callable:
         click.option("--ilm-weight", type=float, default=0.0, help="Of the internal language model, taken off."),
         click.option("--blank-penalty", type=float, default=0.0, help="Taken off the blank's logit: more words."),
         click.option("--max-symbols", type=click.IntRange(min=1), default=8, show_default=True, help="Units a frame."),
+        click.option("--lm-unknown", type=click.FloatRange(min=0), default=10.0, show_default=True,
+                     help="What an unknown word costs beside <unk>, in nats, before --lm-weight."),
         click.option("--lm-unit", type=click.Choice(["word", "unit"]), default="word", show_default=True,
                      help="What the n-grams are of: words, or the recogniser's units."),
         click.option("--lm-weight", type=float, default=0.3, show_default=True, help="Of the n-gram model."),
@@ -166,6 +168,7 @@ def _search(
     lm: Path | None,
     lm_weight: float,
     lm_unit: str,
+    lm_unknown: float,
     max_symbols: int,
     blank_penalty: float,
     ilm_weight: float,
@@ -191,7 +194,9 @@ def _search(
     if lm is not None:
         ngrams = read_arpa(lm)
         fusion = (
-            WordFusion(ngrams, units, lm_weight, lm) if lm_unit == "word" else UnitFusion(ngrams, units, lm_weight, lm)
+            WordFusion(ngrams, units, lm_weight, lm, unknown=lm_unknown)
+            if lm_unit == "word"
+            else UnitFusion(ngrams, units, lm_weight, lm)
         )
     search = partial(
         Beam,

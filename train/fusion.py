@@ -3,7 +3,8 @@
 A model of words speaks before a word is whole: the partial word counts as the likeliest word that begins so (by its
 1-gram), which is taken back when the word ends and its own probability, in its context, takes the place.
 
-Invariant: what is added over a whole hypothesis, its end included, is weight · log P(hypothesis) of the n-gram model.
+Invariant: what is added over a whole hypothesis, its end included, is weight · log P(hypothesis) of the n-gram model,
+less what its unknown words cost.
 Exercised by `stillhouse decode RUN CORPUS FEATURES --beam 8 --lm words.arpa --lm-unit word`.
 """
 
@@ -20,6 +21,7 @@ from .arpa import NGram
 
 SPACES = (SPACE_MARK, "<space>", "<SPACE>")
 CACHED_PREFIXES = 10_000
+UNKNOWN_COST = 10.0
 
 
 class UnitFusion:
@@ -66,12 +68,18 @@ class UnitFusion:
 
 
 class WordFusion:
-    """A model of words, spelled as the units' transform spells them. States: (context, the word begun)."""
+    """A model of words, spelled as the units' transform spells them. States: (context, the word begun).
+
+    `unknown` is what a word that the model does not know costs beside the model's <unk>, or its rarest word: that is
+    the probability of all such words, of which this is one.
+    """
 
     start = 0
 
-    def __init__(self, lm: NGram, units: Units, weight: float, where: Path | str = "") -> None:
-        self.lm, self.weight = lm, weight
+    def __init__(
+        self, lm: NGram, units: Units, weight: float, where: Path | str = "", *, unknown: float = UNKNOWN_COST
+    ) -> None:
+        self.lm, self.weight, self.unknown = lm, weight, unknown
         self.spelled = [p.replace(SPACE_MARK, " ") for p in units.pieces]
         self.spelled[BLANK], self.spelled[UNKNOWN] = "", UNKNOWN_TEXT
         self.words: dict[str, int] = {}
@@ -96,7 +104,7 @@ class WordFusion:
                 expected="words of " + " ".join(sorted(letters - {" "})[:12]),
                 remedy="a model of units goes with --lm-unit unit",
             )
-        self.unseen = lm.score((), lm.unknown)
+        self.unseen = lm.score((), lm.unknown) - unknown
         self._plain = np.array([" " not in s for s in self.spelled])
         self._starts = np.array([s.startswith(" ") and " " not in s[1:] for s in self.spelled])
         self._begun = np.array([self._ahead(s[1:]) if b else 0.0 for s, b in zip(self.spelled, self._starts)])
@@ -135,7 +143,10 @@ class WordFusion:
         return self.ahead.get(partial, self.unseen) if partial else 0.0
 
     def _whole(self, context: tuple[int, ...], word: str) -> float:
-        return self.lm.score(context, self.words.get(word, self.lm.unknown)) if word else 0.0
+        if not word:
+            return 0.0
+        id = self.words.get(word)
+        return self.lm.score(context, self.lm.unknown) - self.unknown if id is None else self.lm.score(context, id)
 
     def _spelling(self, partial: str) -> np.ndarray:
         """float64 [V]: what is ahead of `partial` with each unit that has no space."""
