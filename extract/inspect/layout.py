@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from ...data.errors import StoreError
 from ..store import Store
 from ..store.files import read_json
+from ..store.records import fits
 from ..store.remote import mirror_of
 from .facts import files
 
@@ -66,11 +69,21 @@ def _nodes(root: Path, place: tuple[str, ...], sizes: Sizes) -> Iterator[Node]:
     if ("zarr.json",) not in sizes:
         yield Node(*facts, "folder", count, total, about=about)
         return
-    meta = read_json(root.joinpath(*place, "zarr.json"))
+    file = root.joinpath(*place, "zarr.json")
+    try:
+        meta = read_json(file)
+    except FileNotFoundError as e:
+        raise StoreError("leads nowhere, or was cleared away just now", where=file) from e
+    if not fits(meta, dict[str, Any]) or meta.get("node_type") not in ("array", "group"):
+        raise StoreError("damaged", where=file, expected="the metadata of a Zarr array or group")
     if meta["node_type"] == "array":
-        dtype = meta.get("attributes", {}).get("logical_dtype", meta["data_type"])
-        names = meta.get("dimension_names")
-        yield Node(*facts, "array", count, total, shape=meta["shape"], dtype=dtype, dimensions=names)
+        shape, attributes, names = meta.get("shape"), meta.get("attributes", {}), meta.get("dimension_names")
+        sound = fits(shape, list[int]) and fits(attributes, dict[str, Any]) and fits(names, list[str | None] | None)
+        if not sound:
+            raise StoreError("damaged: shape, attributes or dimension_names", where=file)
+        dtype = str(attributes.get("logical_dtype", meta.get("data_type")))
+        names = [n or "?" for n in names] if names else None
+        yield Node(*facts, "array", count, total, shape=shape, dtype=dtype, dimensions=names)
         return
     yield Node(*facts, "group", count, total, about=about)
     for name in sorted({parts[0] for parts in sizes if len(parts) > 1}):

@@ -134,8 +134,8 @@ def tokens_of(store: Store, utterance: str, teacher: str, text: str | None = Non
 
 def pieces_of(store: Store, teacher: str, token_id: np.ndarray) -> list[str]:
     """The tokenizer's spelling of token ids."""
-    vocabulary, spelling = store.embedding(teacher)[0], store.pieces(teacher)
-    return [spelling[i] for i in np.searchsorted(vocabulary, token_id).tolist()]
+    spelling = store.pieces(teacher)
+    return [spelling[i] for i in store.vocabulary_rows(teacher, token_id).tolist()]
 
 
 def spelt(tokens: Sequence[TokenFacts]) -> str:

@@ -132,6 +132,8 @@ def _of_view(store: Store, view: View, rows: np.ndarray) -> Statistics:
 
 def _effective_rank(covariance: np.ndarray) -> float:
     """Roy and Vetterli 2007, "The effective rank": exp of the Shannon entropy of the normalised spectrum."""
+    if not np.isfinite(covariance).all():  # of norms that are damaged; verify names them
+        return float("nan")
     spectrum = np.maximum(np.linalg.eigvalsh(covariance), 0)
     if not spectrum.sum():
         return 0.0

@@ -17,6 +17,7 @@ from ...data.errors import StoreError
 from .arrays import RawArray
 from .files import fsync_folder, phase, read_json, room
 from .layout import Paths
+from .records import as_record
 from .remote import mirror_of
 
 _NAME = re.compile(r"(norms|\d+)\.(\d+)\.json")
@@ -86,6 +87,22 @@ def publish(paths: Paths, record: Path, commit: Commit) -> bool:
     return mirror.publish(record, [p for p in data if p.exists()], values, overwrite)
 
 
+def _read(path: Path, shard: str, generation: int) -> Commit:
+    """Errors: StoreError where a record is damaged, or another's."""
+    try:
+        found = as_record(Commit, read_json(path), path)
+    except FileNotFoundError as e:
+        raise StoreError("a commit record leads nowhere, or was cleared away just now", where=path) from e
+    told = {str(layer) for layer in found.layers}
+    pairs = [] if shard == "norms" else [found.utterances, found.rows]
+    sums = shard == "norms" or (told <= found.files.keys() and told <= found.checksums.keys())
+    if (str(found.shard), found.generation) != (shard, generation) or not sums or not all(len(p) == 2 for p in pairs):
+        raise StoreError("a damaged commit record", where=path, remedy="stillhouse inspect verify STORE")
+    if not all(len(loss) == 4 for loss in found.losses.values()):
+        raise StoreError("a damaged commit record: losses", where=path)
+    return found
+
+
 class Commits:
     """All records of a (teacher, context): which layers of which shards exist, and of which generation."""
 
@@ -100,10 +117,7 @@ class Commits:
             match = _NAME.fullmatch(name)
             if match is None or (below is not None and int(match[2]) >= below):
                 continue
-            try:
-                commit = Commit(**read_json(self.folder / name))
-            except TypeError as e:
-                raise StoreError(f"a damaged commit record: {e}", where=self.folder / name) from e
+            commit = _read(self.folder / name, match[1], int(match[2]))
             for layer in commit.layers:
                 before = self.of.get((commit.shard, layer))
                 if before is None or before.generation < commit.generation:

@@ -185,11 +185,16 @@ class Gathering(Opened):
     def _read_with_zarr(self, name: str, view: View, places: Places, shard: int, out: np.ndarray) -> None:
         import zarr
 
-        array = zarr.open_array(self.paths.array(view.teacher, name), mode="r")
-        c, layer = self._axes(view)
-        for u in np.flatnonzero((places.shard == shard) & (places.length > 0)):
-            s, n, at = int(places.start[u]), int(places.length[u]), int(places.into[u])
-            out[at : at + n] = array[c, layer, s : s + n]
+        path, (c, layer) = self.paths.array(view.teacher, name), self._axes(view)
+        try:
+            array = zarr.open_array(path, mode="r")
+            for u in np.flatnonzero((places.shard == shard) & (places.length > 0)):
+                s, n, at = int(places.start[u]), int(places.length[u]), int(places.into[u])
+                out[at : at + n] = array[c, layer, s : s + n]
+        except Exception as e:  # whatever a codec says of bytes that it cannot decode
+            raise StoreError(
+                f"zarr cannot read shard {shard}: {e}", where=path, remedy="stillhouse inspect verify STORE"
+            ) from e
 
     def _check(
         self,

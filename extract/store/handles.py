@@ -10,6 +10,7 @@ import contextlib
 import mmap
 import os
 import resource
+import stat
 from pathlib import Path
 
 from ...data.errors import StoreError
@@ -65,12 +66,16 @@ class Handles:
         if mirror is not None and not path.exists():
             return self._keep(path, _remote(mirror, path, shard_rows, row_bytes, used_rows))
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a named pipe would wait
         except FileNotFoundError as e:
             raise StoreError("a committed shard file is missing", where=path, remedy=_VERIFY) from e
+        except OSError as e:
+            raise StoreError(f"a committed shard file cannot be opened: {e.strerror}", where=path) from e
         handle: Handle | None = None
         try:
             size, tail = os.fstat(fd).st_size, footer_bytes(shard_rows)
+            if not stat.S_ISREG(os.fstat(fd).st_mode) or size < tail:
+                raise StoreError("a committed shard file is too short, or no plain file")
             held = identity_rows(os.pread(fd, tail, max(0, size - tail)), shard_rows, row_bytes)
             if held is not None and (held < used_rows or size != held * row_bytes + tail):
                 raise StoreError("a committed shard file has the wrong size")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ...data.errors import StoreError
 from .arrays import RawArray, create_array
 from .files import read_json, write_json
 from .growing import append
@@ -79,6 +80,20 @@ def write_edition(
     write_json(folder / "editions" / "zarr.json", group_json({}))
 
 
+def _bounds(table: Path) -> tuple[int, int]:
+    """(first, rows) of an edition. Errors: StoreError where they are not there."""
+    facts = read_json(table / "zarr.json")
+    facts = facts.get("attributes") if isinstance(facts, dict) else None
+    first, rows = (facts.get(key) if isinstance(facts, dict) else None for key in ("first", "rows"))
+    if not isinstance(first, int) or not isinstance(rows, int) or not 0 <= first <= rows < 1 << 53:
+        raise _damaged(table)
+    return first, rows
+
+
+def _damaged(table: Path) -> StoreError:
+    return StoreError("the index of utterances is damaged", where=table, remedy="stillhouse inspect verify STORE")
+
+
 KNOWN = 1 << 16  # ids that a process remembers
 
 
@@ -92,19 +107,23 @@ class Index:
     def __init__(self, folder: Path, edition: int = 0) -> None:
         self.edition = edition
         self._known: dict[str, int] = {}  # a batch is looked up several times, and again in the next epoch
-        table = folder / "editions" / str(edition) if edition else folder
+        table = self._table = folder / "editions" / str(edition) if edition else folder
         self.hash = RawArray(table / "id_hash").read()
         self.row = RawArray(table / "id_row").read()
         self.session_of = RawArray(table / "session").read()
-        facts = read_json(table / "zarr.json")["attributes"] if edition else {"first": len(self.row)}
-        count = self._count = facts.get("rows", len(self.row))
-        self.first = facts["first"]  # rows from here on came with this edition
+        # Rows from `first` on came with this edition
+        self.first, count = _bounds(table) if edition else (len(self.row), len(self.row))
+        self._count = count
         self._order = RawArray(table / "order").read() if edition else None
         self.source = RawArray(table / "source").read() if edition else np.zeros(0, np.int32)
         # Rows that a later edition added, or would have if its planner had not died, are not ours
         self.bytes = RawArray(folder / "id_bytes").read()
         self.offset = RawArray(folder / "id_offset").read()[: count + 1]
         self.text_hash = RawArray(folder / "text_hash").read()[:count]
+        whole = len(self.offset) == count + 1 and len(self.text_hash) == count and len(self.hash) == len(self.row)
+        whole &= len(self.session_of) == len(self.row if self._order is None else self._order)
+        if not whole or (edition and len(self.source) > count - self.first) or int(self.offset[-1]) > len(self.bytes):
+            raise _damaged(table)
 
     def __len__(self) -> int:
         return self._count
@@ -117,14 +136,20 @@ class Index:
     def live(self) -> np.ndarray:
         """bool [U]: rows that can be asked for."""
         found = np.zeros(len(self), dtype=bool)
-        found[self.row] = True
+        found[self._sound(self.row)] = True
         return found
+
+    def _sound(self, rows: np.ndarray) -> np.ndarray:
+        """Errors: StoreError where they are not rows of this index."""
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < self._count:
+            raise _damaged(self._table)
+        return rows
 
     @cached_property
     def position(self) -> np.ndarray:
         """int64 [U]: where a row is in `order`, -1 where it is dead."""
         found = np.full(len(self), -1, dtype=np.int64)
-        found[self.order] = np.arange(len(self.order))
+        found[self._sound(self.order)] = np.arange(len(self.order))
         return found
 
     @cached_property
@@ -133,7 +158,7 @@ class Index:
         if not self.edition:
             return self.session_of
         found = np.full(len(self), -1, dtype=np.int32)
-        found[self.order] = self.session_of
+        found[self._sound(self.order)] = self.session_of
         return found
 
     def source_of(self, row: int) -> int:
@@ -141,14 +166,21 @@ class Index:
         return int(self.source[row - self.first]) if self.first <= row < self.first + len(self.source) else -1
 
     def id(self, row: int) -> str:
-        return self.bytes[self.offset[row] : self.offset[row + 1]].tobytes().decode()
+        return self._decoded([self.bytes[self.offset[row] : self.offset[row + 1]].tobytes()])[0]
+
+    def _decoded(self, ids: list[bytes]) -> list[str]:
+        try:
+            return [i.decode() for i in ids]
+        except UnicodeDecodeError:
+            raise _damaged(self._table) from None
 
     def ids(self) -> list[str]:
         """Of all that can be asked for, in the order of the corpus."""
         whole, offset = self.bytes.tobytes(), self.offset.tolist()
         if not self.edition:
-            return [whole[a:b].decode() for a, b in itertools.pairwise(offset)]
-        return [whole[offset[r] : offset[r + 1]].decode() for r in self.order[self.live[self.order]].tolist()]
+            return self._decoded([whole[a:b] for a, b in itertools.pairwise(offset)])
+        order = self._sound(self.order)
+        return self._decoded([whole[offset[r] : offset[r + 1]] for r in order[self.live[order]].tolist()])
 
     def rows(self, ids: Sequence[str]) -> np.ndarray:
         """int64 [B], -1 where an id is unknown."""
@@ -174,7 +206,7 @@ class Index:
             b"".join([blake2b(b, digest_size=8).digest() for b in encoded]), dtype="<u8"
         )  # = [hash_id(i) for i in ids]
         first = np.searchsorted(self.hash, hashes)
-        candidate = self.row[np.minimum(first, len(self.hash) - 1)].astype(np.int64)
+        candidate = self._sound(self.row[np.minimum(first, len(self.hash) - 1)]).astype(np.int64)
         begins, ends = self.offset[candidate].tolist(), self.offset[candidate + 1].tolist()
         everything = memoryview(self.bytes.data)
         same = [bytes(everything[a:z]) == b for a, z, b in zip(begins, ends, encoded)]
@@ -186,7 +218,7 @@ class Index:
     def _search(self, encoded: bytes, hashed: int, at: int) -> int:
         """Ids may share a hash: all that do are compared."""
         while at < len(self.hash) and self.hash[at] == hashed:
-            row = int(self.row[at])
+            row = int(self._sound(self.row[at : at + 1])[0])
             if self.bytes[self.offset[row] : self.offset[row + 1]].tobytes() == encoded:
                 return row
             at += 1

@@ -17,7 +17,7 @@ from . import plan as plans
 from .commits import Commits
 from .handles import Handles
 from .index import Index
-from .rows import TeacherRows
+from .rows import TeacherRows, damaged
 from .views import View
 
 
@@ -112,7 +112,10 @@ class Opened:
     def _rows_of(self, teacher: str) -> TeacherRows:
         if teacher not in self._teachers:
             self._known(teacher)
-            self._teachers[teacher] = TeacherRows(self.plan, teacher)
+            found = TeacherRows(self.plan, teacher)
+            if len(found.start) < max((s.last for s in found.shards), default=0):
+                raise damaged(found.group)
+            self._teachers[teacher] = found
         return self._teachers[teacher]
 
     def _axes(self, view: View) -> tuple[int, int]:

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...data.errors import NoStoreError, StoreError
+from ...data.errors import NoStoreError, StoreError, UsageError
 from .files import read_json, write_json
-from .layout import FORMAT, VERSION, Paths
+from .layout import DTYPES, FORMAT, INNER_ROWS, VERSION, Paths, check_teacher_name
+from .records import MOST, as_record, fits
 from .remote import located, mirror_of
 
 
@@ -157,22 +158,69 @@ def read_plan(root: Path) -> Plan:
         head = read_json(paths.store_json)
     except FileNotFoundError as e:
         raise NoStoreError("there is no store", where=root, remedy="stillhouse extract CORPUS STORE …") from e
-    if head.get("format") != FORMAT:
+    if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise NoStoreError("this is not a store", where=paths.store_json, expected=f"format {FORMAT!r}")
     if head.get("version") != VERSION:
-        raise StoreError(f"version {head.get('version')}", where=root, expected=f"version {VERSION}")
+        raise StoreError(f"version {head.get('version')!r:.60}", where=root, expected=f"version {VERSION}")
+    for key, kind in _HEAD.items():
+        if not fits(head.get(key), kind):
+            raise StoreError(f"the plan is damaged: {key} is {head.get(key)!r:.60}", where=paths.store_json)
+    teachers = {name: as_record(Teacher, t, paths.store_json) for name, t in head["teachers"].items()}
+    for name, teacher in teachers.items():
+        _check_teacher(name, teacher, paths.store_json)
+    generations = [_generation(paths.plan(n), n, teachers) for n in head["generations"]]
+    idle = teachers.keys() - {g.teacher for g in generations}
+    if idle or not teachers or len({g.number for g in generations}) < len(generations):
+        raise StoreError("the plan is damaged: teachers and generations do not belong together", where=paths.store_json)
+    return Plan(paths, head["created"], head["corpus"], head["versions"], teachers, generations)
+
+
+_HEAD = {
+    "created": str,
+    "corpus": dict[str, Any],
+    "versions": dict[str, str],
+    "teachers": dict[str, dict[str, Any]],
+    "generations": list[int],
+}
+
+
+def _check_teacher(name: str, t: Teacher, where: Path) -> None:
+    """Errors: StoreError where a teacher's record cannot be, or would lead out of the store."""
     try:
-        teachers = {name: Teacher(**t) for name, t in head["teachers"].items()}
-        generations = [_generation(read_json(paths.plan(g))) for g in head["generations"]]
-        return Plan(paths, head["created"], head["corpus"], head["versions"], teachers, generations)
-    except (KeyError, TypeError, FileNotFoundError) as e:
-        raise StoreError(f"the plan is damaged: {e!r}", where=root) from e
+        check_teacher_name(name)
+    except UsageError as e:
+        raise StoreError(f"the plan is damaged: {e.what}", where=where) from None
+    sound = t.name == name and t.dtype in DTYPES and 0 < t.width < 1 << 20 and 0 <= t.depth < 1 << 16
+    sound &= all(c and not set(c) & set("/\\\0") and c[0] != "." for c in t.contexts)
+    if not sound or len(set(t.contexts)) < len(t.contexts) or len(set(t.layers)) < len(t.layers):
+        raise StoreError(f"the plan is damaged: the record of the teacher {name}", where=where)
 
 
-def _generation(value: dict[str, Any]) -> Generation:
-    work = [Work(**w) for w in value.pop("work")]
-    shards = [Shard(i, *entry) for i, entry in enumerate(value.pop("shards"))]
-    return Generation(work=work, shards=shards, **value)
+def _generation(path: Path, number: int, teachers: dict[str, Teacher]) -> Generation:
+    try:
+        value = read_json(path)
+    except FileNotFoundError as e:
+        raise StoreError("the plan is damaged: a generation is missing", where=path) from e
+    shape = {"work": list[dict[str, Any]], "shards": list[list[int]]}
+    if not isinstance(value, dict) or not all(fits(value.get(key), kind) for key, kind in shape.items()):
+        raise StoreError("the plan is damaged: work and shards", where=path)
+    if not all(len(entry) == 3 for entry in value["shards"]):
+        raise StoreError("the plan is damaged: shards", where=path, expected="[first, last, rows] each")
+    work = [as_record(Work, w, path) for w in value["work"]]
+    shards = [Shard(i, *entry) for i, entry in enumerate(value["shards"])]
+    g = as_record(Generation, value, path, work=work, shards=shards)
+    teacher = teachers.get(g.teacher)
+    sound = g.number == number >= 0 and 0 < g.shard_rows < MOST and g.shard_rows % INNER_ROWS == 0
+    sound &= g.edition >= 0 and g.vocabulary >= 0
+    if teacher is None or not sound:
+        raise StoreError("the plan is damaged: teacher, number or shard_rows", where=path)
+    if not all(0 <= s.first <= s.last and 0 <= s.rows <= g.shard_rows for s in shards):
+        raise StoreError("the plan is damaged: a shard that cannot be", where=path)
+    for w in work:
+        known = w.context in teacher.contexts and set(w.layers) <= set(teacher.layers)
+        if not known or not all(0 <= s < len(shards) for s in w.shards):
+            raise StoreError("the plan is damaged: work that cannot be", where=path)
+    return g
 
 
 _TAKES_BACK = ("dropped_shards", "dropped_views")

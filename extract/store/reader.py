@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ...data.errors import NoStoreError, StaleError
+from ...data.errors import NoStoreError, StaleError, StoreError
 from . import notebook
 from . import plan as plans
 from .arrays import RawArray
@@ -121,35 +121,60 @@ class Store(Gathering):
     def embedding(self, teacher: str) -> tuple[np.ndarray, np.ndarray]:
         """Input-embedding rows of the token ids that the corpus has: (vocab_id int32 [K] ascending, float16 [K, D])."""
         self._known(teacher)
-        group, count = self.paths.data / teacher, self.plan.latest(teacher).vocabulary
+        group = self.paths.data / teacher
+        order = self._vocabulary(teacher)
         vocabulary, table = RawArray(group / "vocab_id").read(), RawArray(group / "embedding").read()
-        if not count:
-            return vocabulary, table
-        order = np.argsort(vocabulary[:count], kind="stable")
-        return vocabulary[order], table[order]
+        if len(table) < len(order):
+            raise self._no_vocabulary(teacher)
+        sorted_already = len(order) == len(vocabulary) == len(table) and not self.plan.latest(teacher).vocabulary
+        return (vocabulary, table) if sorted_already else (vocabulary[order], table[order])
+
+    def _vocabulary(self, teacher: str) -> np.ndarray:
+        """int64 [K]: the rows of the ids that the teacher's corpus has, by ascending id."""
+        ids = RawArray(self.paths.data / teacher / "vocab_id").read()
+        count = self.plan.latest(teacher).vocabulary or len(ids)
+        order = np.argsort(ids[:count], kind="stable")
+        if len(ids) < count or (np.diff(ids[order]) <= 0).any():
+            raise self._no_vocabulary(teacher)
+        return order
+
+    def _no_vocabulary(self, teacher: str) -> StoreError:
+        return StoreError(
+            "the vocabulary is damaged", where=self.paths.data / teacher, remedy="extract into a new store"
+        )
+
+    def vocabulary_rows(self, teacher: str, token_id: np.ndarray) -> np.ndarray:
+        """int64 [N]: the rows of `embedding(teacher)` and `pieces(teacher)` that token ids lead to.
+
+        Errors: StoreError where an id is not there, or its teacher's tokens are damaged.
+        """
+        ids = self.embedding(teacher)[0]
+        found = np.minimum(np.searchsorted(ids, token_id), max(0, len(ids) - 1))
+        if len(token_id) and (not len(ids) or (ids[found] != token_id).any()):
+            raise self._no_vocabulary(teacher)
+        return found
 
     def pieces(self, teacher: str) -> list[str]:
         """The tokenizer's spelling of each id of `embedding(teacher)`, for people to read."""
         self._known(teacher)
-        group, count = self.paths.data / teacher, self.plan.latest(teacher).vocabulary
-        pieces = bytes(RawArray(group / "vocab_piece").read()).decode(errors="replace").split("\n")
-        if not count:
-            return pieces
-        order = np.argsort(RawArray(group / "vocab_id").read()[:count], kind="stable")
-        return [pieces[i] for i in order.tolist()]
+        order = self._vocabulary(teacher)
+        found = bytes(RawArray(self.paths.data / teacher / "vocab_piece").read()).decode(errors="replace").split("\n")
+        if len(found) < len(order):
+            raise self._no_vocabulary(teacher)
+        return [found[i] for i in order.tolist()]
 
     # --- utterances ---
 
     def has(self, ids: Sequence[str], view: View) -> np.ndarray:
         """bool [B]: which utterances are committed in this view."""
         rows, t = self.index_of(view.teacher).rows(ids), self._rows_of(view.teacher)
-        return (rows >= 0) & self._present(view)[t.start[np.maximum(rows, 0)] // t.shard_rows]
+        return (rows >= 0) & self._present(view)[t.shard_of(np.maximum(rows, 0))]
 
     def held(self, view: View) -> np.ndarray:
         """bool [U]: the same of every utterance, by row."""
         t, live = self._rows_of(view.teacher), self.index_of(view.teacher).live
         held = np.zeros(len(self.index), dtype=bool)
-        held[: len(live)] = live & self._present(view)[t.start[: len(live)] // t.shard_rows]
+        held[: len(live)] = live & self._present(view)[t.shard_of(slice(len(live)))]
         return held
 
     def shards(self, ids: Sequence[str]) -> np.ndarray:
@@ -158,7 +183,7 @@ class Store(Gathering):
         """
         teacher = self.plan.generations[0].teacher
         rows, t = self.index_of(teacher).rows(ids), self._rows_of(teacher)
-        return np.where(rows < 0, -1, np.asarray(t.start)[np.maximum(rows, 0)] // t.shard_rows)
+        return np.where(rows < 0, -1, t.shard_of(np.maximum(rows, 0)))
 
     def text_hash(self, ids: Sequence[str], teacher: str | None = None) -> np.ndarray:
         """uint64 [B]: hashes (`hash_text`) of the raw texts that were extracted (by `teacher`)."""

@@ -9,6 +9,7 @@ Run: `stillhouse inspect info s3://BUCKET/PREFIX`; `pytest tests/extract/test_re
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -439,10 +440,12 @@ _CACHE = "give it more room: STILLHOUSE_CACHE_BYTES, or another disk: STILLHOUSE
 def descriptor(path: Path, whole: bool) -> int:
     """A file descriptor of a shard file; of a remote one, on a temporary copy of its end, or of all of it.
 
-    Errors: FileNotFoundError as from os.open.
+    Errors: OSError as from os.open, and for what is no plain file.
     """
     mirror = mirror_of(path)
     if mirror is None or path.exists():
+        if os.path.lexists(path) and not path.is_file():  # a named pipe would wait
+            raise OSError(errno.EINVAL, "not a plain file", str(path))
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         blocks = Blocks(mirror, path)

@@ -125,6 +125,8 @@ class TeacherRows:
         self.length = RawArray(self.group / "length").read()
         self.token_id = RawArray(self.group / "token_id")
         self.span = RawArray(self.group / "span")
+        if len(self.start) != len(self.length) or self.span.shape != (self.token_id.shape[0], 2):
+            raise damaged(self.group)
         self.present: dict[tuple[str, int], np.ndarray] = {}
         self._parts: dict[str, dict[int, memoryview]] = {}
         self._most_parts = most_handles() // 2
@@ -135,12 +137,15 @@ class TeacherRows:
         """Errors: StoreError where start or length lead out of the store."""
         start, length = self.start[rows], self.length[rows]
         if len(start) and (start.min() < 0 or length.min() < 0 or (start + length).max() > self.token_id.shape[0]):
-            raise StoreError(
-                "start or length is damaged",
-                where=self.group,
-                remedy="stillhouse inspect verify STORE; extract into a new store",
-            )
+            raise damaged(self.group)
         return Places(start, length, self.shard_rows)
+
+    def shard_of(self, rows: np.ndarray | slice) -> np.ndarray:
+        """int64: the shard that each row lies in. Errors: StoreError where `start` leads out of the store."""
+        start = np.asarray(self.start[rows])
+        if len(start) and not 0 <= int(start.min()) <= int(start.max()) <= len(self.shards) * self.shard_rows:
+            raise damaged(self.group)
+        return np.minimum(start // self.shard_rows, max(0, len(self.shards) - 1))
 
     def row_size(self, array: str) -> int:
         """Bytes of a row of `hidden` or `scale`."""
@@ -182,6 +187,11 @@ class TeacherRows:
         if array.plain and array.chunks[0] == rows:
             return as_bytes(array.chunk(number, *(0 for _ in array.shape[1:])))
         return as_bytes(np.ascontiguousarray(array.read()[number * rows : (number + 1) * rows]))
+
+
+def damaged(group: Path) -> StoreError:
+    remedy = "stillhouse inspect verify STORE; extract into a new store"
+    return StoreError("start or length is damaged", where=group, remedy=remedy)
 
 
 def as_bytes(array: np.ndarray) -> memoryview:

@@ -153,6 +153,8 @@ def _check_unit(store: Store, unit: Unit, data: float) -> Iterator[Finding]:
             continue
         try:
             yield from _check_file(store, unit, view, commit, fd, place, data)
+        except OSError as e:
+            yield Finding(f"its file cannot be read: {e.strerror}", f"{place}: {path}", _REPAIR)
         finally:
             os.close(fd)
 

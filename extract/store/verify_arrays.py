@@ -6,7 +6,6 @@ Run: `stillhouse inspect verify STORE`.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,8 +34,13 @@ def array_damage(group: Path, contexts: set[int], rows: np.ndarray, shards: set[
             continue
         if not array.plain:
             continue  # `hidden` and `scale`, whose units are checked, or someone's compressed copy
-        served = set((rows // array.chunks[-1]).tolist())
-        for index in itertools.product(*(range(-(-n // c)) for n, c in zip(array.shape, array.chunks))):
+        served = set((rows.astype(np.int64) // max(1, array.chunks[-1])).tolist())
+        try:
+            indices = array.indices()
+        except StoreError as e:
+            yield e.what, path / "zarr.json"
+            continue
+        for index in indices:
             file = array.file(*index)
             needed = name in PLANNED or (name in BY_CONTEXT and index[0] in contexts)
             if name in ("token_id", "span"):

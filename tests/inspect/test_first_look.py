@@ -33,9 +33,11 @@ def test_info_and_ls_of_a_store_in_the_making(partial, stillhouse):
     alone, both = views[0], views[-1]
     assert (alone.view, alone.tokens, alone.utterances, alone.units) == ("known/alone/0", 9000, 450, 5)
     assert not alone.complete  # its norms wait for the end of the run
-    assert (both.units, both.units_planned) == (2, 5) and 0 < both.tokens < both.tokens_planned == 9000
+    # A writer may have made another unit before it was interrupted
+    assert 2 <= both.units < both.units_planned == 5 and 0 < both.tokens < both.tokens_planned == 9000
     assert not facts.store_facts(partial).complete
-    assert "in the making: 70.0 % of the units of work; 0 of 6 views" in stillhouse("inspect", "info", partial.path).out
+    share = f"{10 * (5 + both.units):.1f} % of the units of work"
+    assert f"in the making: {share}; 0 of 6 views" in stillhouse("inspect", "info", partial.path).out
     listed = stillhouse("inspect", "ls", partial.path, "known/both:8/*", "--jsonl").out.splitlines()
     assert [json.loads(x)["view"] for x in listed] == ["known/both:8/0", "known/both:8/2", "known/both:8/4"]
     assert json.loads(listed[0])["tokens"] == both.tokens
