@@ -23,6 +23,7 @@ COMMANDS = {
     "store": ("stillhouse.extract.store_commands:store", "Import into stores, clear, cut, copy and merge them."),
     "views": ("stillhouse.extract.inspect.number_commands:choose_views", "Help to choose views before training."),
     "train": ("stillhouse.train.commands:train", "Train a transducer, with transfer from a store or without."),
+    "report": ("stillhouse.train.report_commands:report", "Show a run of train as one HTML page."),
     "study": ("stillhouse.train.commands:study", "Arms and seeds of a recipe, trained, decoded and compared."),
     "decode": ("stillhouse.train.decode_commands:decode", "Write hypotheses of a trained model."),
     "align": ("stillhouse.train.decode_commands:align", "Write when a trained model hears each word: CTM, TextGrid."),

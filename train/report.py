@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -169,22 +171,37 @@ def store_facts(store: Store) -> dict[str, Any]:
 
 def curve(lines: Mapping[str, Sequence[tuple[float, float]]], label: str, *, log: bool = False, name: str = "") -> str:
     """An inline SVG of curves [(step, value)], in colours that suit a light and a dark page; "" without a point."""
-    lines = {k: v for k, v in lines.items() if v}
+    lines = {k: few for k, v in lines.items() if (few := thinned(v))}
 
     def plot(axes: Any) -> None:
-        for colour, (key, points) in zip(COLOURS * len(lines), lines.items()):
+        for place, (key, points) in enumerate(lines.items()):
             x, y = zip(*points)
-            axes.plot(x, y, color=colour, linewidth=1.8, label=key, marker="o" if len(x) < 12 else "", markersize=3.5)
+            again, colour = divmod(place, len(COLOURS))
+            style = {"color": COLOURS[colour], "linestyle": ("-", "--", ":", "-.")[again % 4], "linewidth": 1.8}
+            axes.plot(x, y, **style, label=key, marker="o" if len(x) < 12 else "", markersize=3.5)
         if log:
             axes.set_yscale("log")
         else:
-            axes.set_ylim(bottom=0)
+            # Room above the highest, whatever the spread: a line along the frame's edge would be cut off
+            axes.set_ylim(0, 1.06 * max((y for points in lines.values() for _, y in points), default=1.0) or 1.0)
         axes.set_xlabel("step", color=INK)
         axes.set_ylabel(label, color=INK)
-        if len(lines) > 1:
+        if len(lines) > 5:  # below: they would hide the lines
+            width, height = axes.figure.get_size_inches()
+            axes.figure.set_size_inches(width, height + 0.2 * -(-len(lines) // 2))
+            axes.figure.legend(loc="outside lower center", ncols=2, frameon=False, labelcolor=INK, fontsize=8)
+        elif len(lines) > 1:
             axes.legend(frameon=False, labelcolor=INK, fontsize=9)
 
     return figure(plot, name or label) if lines else ""
+
+
+def thinned(points: Sequence[tuple[float, float]], most: int = 400) -> list[tuple[float, float]]:
+    """At most `most` points: means of neighbours, for a plot is no wider."""
+    points = [(x, y) for x, y in points if math.isfinite(y)]
+    many = max(1, -(-len(points) // most))
+    groups = [points[i : i + many] for i in range(0, len(points), many)]
+    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
 
 
 def figure(plot: Callable[[Any], None], name: str) -> str:
@@ -206,7 +223,7 @@ def figure(plot: Callable[[Any], None], name: str) -> str:
         out = io.StringIO()
         canvas.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = out.getvalue()
-    return svg[svg.index("<svg") :].replace(INK, "currentColor")
+    return re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S).replace(INK, "currentColor")
 
 
 def curves(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:

@@ -92,6 +92,7 @@ def html(table: Table, curves: Mapping[str, Mapping[str, Curve]]) -> str:
         "study.html.j2",
         t=table,
         splits=list(dict.fromkeys(row.split for row in table.rows)),
+        runs={row.arm: row for row in table.rows},  # what a run took is the same for every split
         plots=[(caption, svg) for caption, svg in plots if svg],
         points=points,
         limit=limit,
