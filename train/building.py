@@ -19,6 +19,7 @@ from ..data.units import load_units
 from . import checkpoint
 from .averaging import mean
 from .config import Config, load_config
+from .export_folder import HEAD
 from .model import Transducer
 
 
@@ -131,7 +132,7 @@ def load_run(out: Path, which: str = "best") -> tuple[Transducer, Any, Config, i
     A folder that `stillhouse export --format safetensors` wrote serves too, and holds one model.
     Raises CheckpointError where the run or the checkpoint is not there, or is damaged.
     """
-    if (out / "model.json").is_file():
+    if (out / HEAD).is_file():
         from .export import load_export
 
         return load_export(out)

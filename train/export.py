@@ -11,13 +11,8 @@ Exercised by `stillhouse export RUN --format onnx --out FOLDER`.
 
 from __future__ import annotations
 
-import contextlib
-import glob
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,18 +20,18 @@ from typing import Any, Literal
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..data.durable import sync
 from ..data.errors import CheckpointError, UsageError
 from ..data.units import Units, load_units
 from .building import build_model, load_run
 from .checkpoint import load_weights
 from .config import Config, dump_config, load_config
 from .decode import MAX_SYMBOLS
+from .export_folder import HEAD, new_folder
 from .export_graphs import Graph, offline_graph, search_graphs, unfit_for_sherpa
 from .export_stream import stream_graph
 from .model import Transducer
 
-FORMAT, VERSION, HEAD = "stillhouse-export", 1, "model.json"
+FORMAT, VERSION = "stillhouse-export", 1
 Kind = Literal["onnx", "torch", "safetensors"]
 
 
@@ -152,58 +147,6 @@ def load_export(folder: Path) -> tuple[Transducer, Units, Config, int]:
     model.simple = None
     load_weights(model, tensors, folder / "model.safetensors")
     return model.eval(), units, config, step
-
-
-@contextlib.contextmanager
-def new_folder(out: Path, force: bool) -> Iterator[Path]:
-    """A draft beside `out` that becomes it, on disk, when the block ends well; nothing is left where it does not.
-
-    A process that was killed leaves its draft, and the folder that it was about to replace under another name: the
-    next one sweeps the first and puts the second back. Raises UsageError where something is there: without `force`, or
-    that no export wrote.
-    """
-    _sweep(out)
-    if out.exists() or out.is_symlink():
-        if not force:
-            raise UsageError("is already there", where=out, remedy="--force replaces it, or choose another --out")
-        if not (out / HEAD).is_file() and (not out.is_dir() or any(out.iterdir())):
-            raise UsageError(f"holds no {HEAD}, so no export wrote it, and is not replaced", where=out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft, old = (out.parent / f".{out.name}.{os.getpid()}.{what}" for what in ("new", "old"))
-    draft.mkdir()
-    try:
-        yield draft
-        for path in [*draft.rglob("*"), draft]:
-            sync(path)
-        if out.exists():
-            out.rename(old)
-        draft.rename(out)
-        sync(out.parent)
-    finally:
-        for path in (draft, old):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _sweep(out: Path) -> None:
-    """Clear what killed exports to `out` left."""
-    for left in sorted(out.parent.glob(f".{glob.escape(out.name)}.*")):
-        pid, _, what = left.name.removeprefix(f".{out.name}.").partition(".")
-        if what not in ("new", "old") or not pid.isdigit() or (int(pid) != os.getpid() and _lives(int(pid))):
-            continue
-        if what == "old" and not out.exists():
-            left.rename(out)
-        else:
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _write_graphs(graphs: list[Graph], units: Units, draft: Path, kind: Kind, int8: bool) -> float:

@@ -58,13 +58,13 @@ class StreamGraph(nn.Module):
             flat = cache.permute(2, 0, 1, 3).reshape(x.shape[0], -1)
             sizes = [math.prod(self.shapes[name]) for name in names]
             parts = flat[:, : sum(sizes)].split(sizes, dim=1)
-            state |= {name: part.reshape(-1, *self.shapes[name]) for name, part in zip(names, parts)}
+            state |= {name: part.reshape(x.shape[0], *self.shapes[name]) for name, part in zip(names, parts)}
         states, new = self.encoder.stream(x, state)
         caches = []
         for names, rows in zip(self.names, self.rows):
             flat = torch.cat([new[name].reshape(x.shape[0], -1) for name in names], dim=1)
             flat = F.pad(flat, (0, self.layers * rows * self.dim - flat.shape[1]))
-            caches.append(flat.reshape(-1, self.layers, rows, self.dim).permute(1, 2, 0, 3))
+            caches.append(flat.reshape(x.shape[0], self.layers, rows, self.dim).permute(1, 2, 0, 3))
         return repeated(self.projection(states), self.repeat), caches[0], caches[1]
 
 
