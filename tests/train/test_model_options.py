@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from stillhouse.distill.aligners import ALIGNERS
 from stillhouse.distill.batch import Positions, TransferBatch
 from stillhouse.distill.targets import ViewSpec
 from stillhouse.distill.transfer import Transfer
+from stillhouse.train import costs
 from stillhouse.train.building import build_model
 from stillhouse.train.config import Config, load_config
 from stillhouse.train.costs import transducer_costs
@@ -27,7 +29,7 @@ from stillhouse.train.identity import initialisation
 from stillhouse.train.loader import Batch
 from stillhouse.train.model import BLANK, Transducer
 from stillhouse.train.objective import losses
-from stillhouse.train.rnnt import rnnt_loss
+from stillhouse.train.rnnt import rnnt_loss, tdt_loss
 from stillhouse.train.rnnt.reference import tdt_reference
 from stillhouse.train.tdt_search import TdtGreedy
 
@@ -97,6 +99,35 @@ def test_token_and_duration_costs_are_the_references(joint: str) -> None:
     torch.testing.assert_close(occupancy.sum(2), (torch.arange(5) < target_lengths[:, None]).float(), atol=1e-4, rtol=0)
     costs.sum().backward()
     assert net.joint.durations.weight.grad is not None and net.joint.durations.weight.grad.abs().sum() > 0
+
+
+def test_token_and_duration_logits_come_a_few_utterances_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = transducer(durations=(0, 1, 2)).float()
+    x, targets, lengths, target_lengths = states(net)
+    seen: list[tuple[int, ...]] = []
+
+    def watched(tokens: Tensor, *arguments: Any, **options: Any) -> Any:
+        seen.append(tuple(tokens.shape[:3]))
+        return tdt_loss(tokens, *arguments, **options)
+
+    monkeypatch.setattr(costs, "tdt_loss", watched)
+    found = []
+    for room, shapes in (
+        (10**6, [(3, 9, 6)]),
+        (10 * 60, [(1, 9, 6), (2, 6, 5)]),
+        (1, [(1, 9, 6), (1, 6, 1), (1, 3, 5)]),
+    ):
+        monkeypatch.setattr(costs, "TDT_LOGITS", room)
+        net.zero_grad()
+        seen.clear()
+        e, p = net.joint.encoder(x.float()), net.joint.predictor(net.predictor(targets))
+        each, occupancy = transducer_costs(net, e, p, targets, lengths, target_lengths, want_occupancy=True)
+        assert seen == shapes and occupancy is not None
+        (each * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+        found.append([each.detach(), occupancy, *(p.grad for p in net.parameters() if p.grad is not None)])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 def plain_tdt(net: Transducer, x: Tensor, most: int) -> tuple[list[int], list[int]]:
