@@ -22,7 +22,7 @@ from .decode import Hypothesis, Ranked, Search, ranked
 from .model import Transducer
 from .streaming import EncoderStream
 
-SMOOTHED_FRAMES = 21  # over which loudness is averaged to find a pause
+SMOOTHED_FRAMES = 21  # over which loudness is averaged, the middle most, to find a pause
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class StreamDecoder:
 def quietest(features: np.ndarray) -> int:
     """The quietest place of the last third of log mel energies [T, bins]: how many frames are before it."""
     loudness = features.mean(axis=1)
-    smooth = np.convolve(loudness, np.ones(SMOOTHED_FRAMES) / SMOOTHED_FRAMES, mode="same")
+    smooth = np.convolve(loudness, np.bartlett(SMOOTHED_FRAMES + 2)[1:-1], mode="same")
     first = len(features) * 2 // 3
     last = max(first + 1, len(features) - SMOOTHED_FRAMES // 2)  # behind it the mean runs over the edge
     return max(1, first + int(smooth[first:last].argmin()))
