@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-quick study-demo test test-all lint format docs bench-loss bench-loss-gpu bench-store bench-remote bench-extract bench-features bench-inspect bench-step wheel clean
+.PHONY: demo demo-quick study-demo test test-all lint format docs bench-loss bench-loss-gpu bench-store bench-remote bench-extract bench-features bench-inspect bench-step bench-train wheel clean
 
 $(INSTALLED): setup.cfg pyproject.toml recipes/demo-teachers.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -70,6 +70,9 @@ bench-inspect: $(INSTALLED)
 
 bench-step: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_step.py
+
+bench-train: $(INSTALLED)
+	$(BIN)/python tests/bench/bench_train.py
 
 wheel: $(INSTALLED)
 	rm -rf build/lib
