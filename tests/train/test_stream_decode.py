@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -80,7 +81,7 @@ def test_the_final_result_is_that_of_the_whole(search, arrivals: int) -> None:
     if arrivals == 170:  # partial results came chunk by chunk, and each one is new
         assert len(heard) > 6
         assert all(round(h.end_s / 0.32, 6).is_integer() for h in heard[:-1])
-        assert all(a.hyp != b.hyp for a, b in zip(heard, heard[1:-1]))
+        assert all(a.hyp != b.hyp for a, b in pairwise(heard[:-1]))
     again = hear(StreamDecoder(net, UNITS, search=search, chunk=32, nbest=3), samples, 777)
     if arrivals == 170:
         assert [h.hyp for h in again] == [h.hyp for h in heard]
@@ -106,7 +107,7 @@ def test_segments_follow_one_another_whatever_the_arrivals(search) -> None:
     first = told[0]
     assert [h.segment for h in first] == list(range(len(first))) and len(first) > 4
     assert first[0].start_s == 0 and first[-1].end_s == pytest.approx(4.12, abs=0.02)  # whole encoder frames
-    assert all(a.end_s == b.start_s for a, b in zip(first, first[1:]))
+    assert all(a.end_s == b.start_s for a, b in pairwise(first))
     assert all(h.end_s - h.start_s <= 1.0 + 1e-6 for h in first)
     assert any(h.end_s - h.start_s < 0.9 for h in first[:-1])  # an endpoint
     assert all(h.start_s <= w.start_s <= w.end_s <= h.end_s + 1e-6 for h in first for w in h.ranked[0].words)
@@ -126,7 +127,7 @@ def test_or_for_the_quietest_place_of_a_segment() -> None:
     heard = hear(StreamDecoder(model(), UNITS, search=Greedy, segment_s=2.0), samples, 1_234)
     assert all(h.final for h in heard)
     assert 1.75 <= heard[0].end_s <= 1.9
-    assert all(a.end_s == b.start_s for a, b in zip(heard, heard[1:]))
+    assert all(a.end_s == b.start_s for a, b in pairwise(heard))
     assert heard[-1].end_s == pytest.approx(5.0) and all(h.end_s - h.start_s <= 2 for h in heard)
     assert_same(heard[0], whole_of_frames(model(), samples, round(100 * heard[0].end_s)))
 
