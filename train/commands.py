@@ -94,6 +94,7 @@ def study(
         [] if table_only else run_study(whole, runs, jobs=jobs, say=say, limits=lambda: map(limit, limits(whole)))
     )
     table = tabulate(whole)
+    whole.out.mkdir(parents=True, exist_ok=True)
     write_reports(table, whole.out, curves(whole))
     click.echo(json.dumps(asdict(table), ensure_ascii=False) if as_json else markdown(table), nl=as_json)
     say(f"report: {whole.out / 'study.html'}")

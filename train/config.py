@@ -218,11 +218,14 @@ def load_config(path: Path, changes: Sequence[str] = ()) -> Config:
 
 def read_toml(path: Path) -> dict[str, Any]:
     """Raises ConfigError naming the file."""
+    path = Path(path)
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        if not path.is_file() and path.exists():
+            raise ConfigError("a folder, or no plain file", where=path, expected="a TOML file")
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError("no such file", where=path) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+    except (OSError, ValueError, RecursionError) as e:  # ValueError: not UTF-8, not TOML, a number without end
         raise ConfigError(f"not a readable TOML file: {e}", where=path) from None
 
 
@@ -253,7 +256,7 @@ def _apply(tree: dict, change: str) -> None:
         raise ConfigError(f"--set {change}", expected="section.name=value")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text
     for key in keys[:-1]:
         tree = tree.setdefault(key, {})
