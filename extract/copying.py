@@ -6,7 +6,7 @@ hash, context seen) comes along. Run: `pytest tests/extract/test_store_life.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,8 @@ from .store.plan import Plan, Unit
 from .store.reader import Store
 from .store.views import View
 from .store.writer import UnitWriter
+
+READ_BYTES = 16 << 20  # at a time: an object store answers many requests at once
 
 
 def copy_unit(plan: Plan, scratch: Path, unit: Unit, sources: Sequence[tuple[Store, int]], ids: Sequence[str]) -> None:
@@ -30,16 +32,32 @@ def copy_unit(plan: Plan, scratch: Path, unit: Unit, sources: Sequence[tuple[Sto
     passes = np.zeros(len(ids), np.uint64), np.zeros(len(ids), np.int32), np.zeros(len(ids), np.int32)
     fed = {id(s): s.fed(View(unit.teacher, unit.context, unit.layers[0])) for s, _ in sources}
     with UnitWriter(plan.paths, scratch, record, unit, starts, lengths, list(ids)) as writer:
-        for u, (store, row) in enumerate(sources):
+        for part in _parts(sources, lengths, max(1, READ_BYTES // writer.row_bytes)):
+            store, rows = sources[part[0]][0], np.array([sources[u][1] for u in part])
             for layer in unit.layers:
-                view = View(unit.teacher, unit.context, layer)
-                if lengths[u]:
-                    writer.write(layer, u, 0, block(*store.stored_rows(np.array([row]), view)))
-            for into, values in zip(passes, fed[id(store)]):
-                into[u] = values[row]
+                values, scale = store.stored_rows(rows, View(unit.teacher, unit.context, layer))
+                end = 0
+                for u in part:
+                    here = slice(end, end := end + int(lengths[u]))
+                    writer.write(layer, u, 0, block(values[here], None if scale is None else scale[here]))
+        for u, (store, row) in enumerate(sources):
+            for into, every in zip(passes, fed[id(store)]):
+                into[u] = every[row]
         for layer in unit.layers if writer.dtype.scaled else ():
             writer.loss[layer] += _losses(unit, layer, sources, lengths)
         writer.commit(*passes, unit.generation.number)
+
+
+def _parts(sources: Sequence[tuple[Store, int]], lengths: np.ndarray, most: int) -> Iterator[list[int]]:
+    """Utterances that have tokens, those of one store together: what is read at a time, about `most` tokens."""
+    part: list[int] = []
+    for u in np.flatnonzero(lengths).tolist():
+        if part and (sources[u][0] is not sources[part[0]][0] or lengths[part].sum() + lengths[u] > most):
+            yield part
+            part = []
+        part.append(u)
+    if part:
+        yield part
 
 
 def _losses(unit: Unit, layer: int, sources: Sequence[tuple[Store, int]], lengths: np.ndarray) -> np.ndarray:

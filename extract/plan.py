@@ -25,7 +25,7 @@ from .store.exclusive import nobody_writes
 from .store.files import Lock
 from .store.layout import Paths, check_teacher_name
 from .store.plan import Generation, Plan, Work
-from .store.remote import mirror_of
+from .store.remote import mirror_of, origin
 from .store.writer import versions
 from .teacher import Teacher
 from .windows import check_context, parse_context
@@ -170,8 +170,10 @@ def make_plan(
         if draft.growth is not None and mirror_of(draft.plan.paths.root) is not None:
             raise UsageError(
                 "the corpus has changed, and rows of a store in an object store cannot be added to",
-                where=root,
-                remedy="extract into a copy on a disk and put that, or extract the new corpus into a new store",
+                where=origin(root),
+                remedy="bring it to a disk, refresh it there and put it under another name: "
+                f"stillhouse store cp {origin(root)} FOLDER, the same command with FOLDER, "
+                "stillhouse store cp FOLDER s3://BUCKET/NEW",
             )
         if draft.new:
             if before is not None:

@@ -1,16 +1,14 @@
 """A new store out of others: some of their views, some of their utterances, or two of them together.
 
 Invariant: what is served has the bytes that its sources serve; neighbours that contexts saw come along as text, so that
-nothing is stale that was not. It is built beside its name and renamed: a store of that name is whole or not there.
+nothing is stale that was not. A store of that name is whole or not there (place.py). Sources and new store may be URLs.
 Run: `stillhouse store subset STORE OUT --utterances FILE`, `store cp STORE OUT --views V`, `store merge A B OUT`.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,12 +20,13 @@ from .copying import copy_unit
 from .members import Member, check_settings, complete_views, others, select
 from .norms import fix_norms
 from .ordering import Layout, cut_shards
+from .place import place, publish
 from .progress import folder_bytes
 from .skeleton import write_teacher
 from .store import plan as plans
 from .store.arrays import RawArray
-from .store.commits import Commit, link_commit
-from .store.files import Lock, Scratch, fsync_all, fsync_folder, phase, write_json
+from .store.commits import Commit, Commits, link_commit
+from .store.files import Scratch, fsync_all, phase, write_json
 from .store.index import write_edition, write_index
 from .store.layout import Paths, dtype_of, group_json, shard_rows
 from .store.plan import Generation, Plan, Shard, Work
@@ -48,13 +47,13 @@ class Built:
     bytes: int
 
 
-def copy(source: Path, out: Path, patterns: Sequence[str] = ()) -> Built:
+def copy(source: Path | str, out: Path | str, patterns: Sequence[str] = ()) -> Built:
     """Some views of a store (none named: all) with all utterances. Errors: as `build`."""
     store = Store.open(source, checksums=True)
     return build(out, [store], select(store, lambda _: True), complete_views(store, patterns), store.plan.corpus)
 
 
-def subset(source: Path, out: Path, ids: Sequence[str], patterns: Sequence[str] = ()) -> Built:
+def subset(source: Path | str, out: Path | str, ids: Sequence[str], patterns: Sequence[str] = ()) -> Built:
     """Some utterances of a store. Errors: NoStoreError naming those that it does not have; as `build`."""
     store = Store.open(source, checksums=True)
     if not len(ids):
@@ -64,7 +63,7 @@ def subset(source: Path, out: Path, ids: Sequence[str], patterns: Sequence[str] 
     return build(out, [store], select(store, wanted.__contains__), complete_views(store, patterns), store.plan.corpus)
 
 
-def merge(a: Path, b: Path, out: Path, patterns: Sequence[str] = ()) -> Built:
+def merge(a: Path | str, b: Path | str, out: Path | str, patterns: Sequence[str] = ()) -> Built:
     """All utterances of two stores with the same settings and views. One that both have must be the same in both.
 
     Errors: StaleError naming the setting, view or utterance in which they differ; as `build`.
@@ -78,7 +77,7 @@ def merge(a: Path, b: Path, out: Path, patterns: Sequence[str] = ()) -> Built:
     return build(out, stores, found, both[0], corpus)
 
 
-def build(out: Path, stores: list[Store], members: list[Member], views: list[View], corpus: dict) -> Built:
+def build(out: Path | str, stores: list[Store], members: list[Member], views: list[View], corpus: dict) -> Built:
     """Write the new store. Errors: UsageError where `out` is there; StoreError where a source is damaged."""
     told = [m for m in members if m.served] + [m for m in members if not m.served]
     row_of = {(m.source, m.id): r for r, m in enumerate(told)}
@@ -86,7 +85,7 @@ def build(out: Path, stores: list[Store], members: list[Member], views: list[Vie
     session = np.array([m.session for m in members], dtype=np.int32)
     served = np.array([m.served for m in members])
     count = int(served.sum())
-    with _beside(out) as root:
+    with place(out, _undertaking(stores, told, views)) as root:
         paths, base = Paths(root), 0 if served.all() else 1
         name_of = next(iter(dict.fromkeys(v.teacher for v in views)))
         texts = _texts(stores, told, name_of)
@@ -108,9 +107,12 @@ def build(out: Path, stores: list[Store], members: list[Member], views: list[Vie
         write_json(paths.data / "zarr.json", group_json({"stillhouse": {"teachers": list(plan.teachers)}}))
         for g in plan.generations:
             plans.write_generation(paths, g)
-        plans.write_head(plan)
+        plans.write_head(plan, publish=False)
         with Scratch(paths) as scratch:
+            there = {(t, c): Commits(paths, t, c) for t in plan.teachers for c in plan.views(t)}
             for unit in plan.units():
+                if there[unit.teacher, unit.context].has(unit.shard.number, unit.layers):
+                    continue  # an earlier attempt put it under this URL
                 first, last = unit.shard.first, unit.shard.last
                 ids = [m.id for m in told[first:last]]
                 copy_unit(plan, scratch.folder, unit, sources[unit.teacher][first:last], ids)
@@ -122,32 +124,22 @@ def build(out: Path, stores: list[Store], members: list[Member], views: list[Vie
                     else:
                         fix_norms(plan, name, context, scratch.folder)
         phase("built")
-    addresses = [v.address for v in views]
-    return Built(str(out), addresses, count, len(told) - count, folder_bytes(out))
+        publish(plan)
+        size = folder_bytes(root)
+    return Built(str(out), [v.address for v in views], count, len(told) - count, size)
 
 
-@contextmanager
-def _beside(out: Path) -> Iterator[Path]:
-    """A folder that becomes `out` when all of it is on disk; what killed ones left of it is swept."""
-    if out.exists():
-        raise UsageError("is there already", where=out, remedy="give another name, or remove it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for old in out.parent.glob(f".{out.name}.*.partial"):
-        lock = Lock(old / "builder.lock")
-        if lock.acquire():
-            shutil.rmtree(old, ignore_errors=True)
-            lock.release()
-    root = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    with Lock(root / "builder.lock", wait=True):
-        try:
-            yield root
-            fsync_all([p for p in root.rglob("*") if p.is_dir()])
-            (root / "builder.lock").unlink()
-            os.rename(root, out)
-            fsync_folder(out.parent)
-        except BaseException:
-            shutil.rmtree(root, ignore_errors=True)
-            raise
+def _undertaking(stores: list[Store], told: list[Member], views: list[View]) -> str:
+    """A hash of all that decides what the new store will be."""
+    made = hashlib.blake2b(digest_size=16)
+    for store in stores:
+        p = store.plan
+        prints = {name: t.fingerprints for name, t in p.teachers.items()}
+        made.update(repr((p.created, [g.number for g in p.generations], p.corpus, prints)).encode())
+    made.update(repr([v.address for v in views]).encode())
+    for m in told:
+        made.update(repr((m.source, m.id, m.session, m.served)).encode())
+    return made.hexdigest()
 
 
 def _now() -> str:

@@ -92,7 +92,7 @@ def subset(
         from ..data.manifest import read_manifest
 
         ids = [u.id for u in read_manifest(str(corpus)).select(split).utterances]
-    _built(run(_local(store), _local(out), ids, views), as_json)
+    _built(run(_place(store), _place(out), ids, views), as_json)
 
 
 @store.command("cp", epilog="Example: stillhouse store cp corpus.zarr small.zarr --views 'minilm/*/3,6'")
@@ -101,10 +101,13 @@ def subset(
 @_VIEWS
 @_JSON
 def copy(store: Path, out: Path, views: tuple[str, ...], as_json: bool) -> None:
-    """Views of STORE as a new store OUT, compact whatever STORE has been through."""
+    """Views of STORE as a new store OUT, compact whatever STORE has been through.
+
+    Each may be a folder or s3://BUCKET/PREFIX, so this also brings a store to an object store and back.
+    """
     from .rebuild import copy as run
 
-    _built(run(_local(store), _local(out), views), as_json)
+    _built(run(_place(store), _place(out), views), as_json)
 
 
 @store.command("merge", epilog="Example: stillhouse store merge clean.zarr other.zarr both.zarr")
@@ -120,7 +123,7 @@ def merge(a: Path, b: Path, out: Path, views: tuple[str, ...], as_json: bool) ->
     """
     from .rebuild import merge as run
 
-    _built(run(_local(a), _local(b), _local(out), views), as_json)
+    _built(run(_place(a), _place(b), _place(out), views), as_json)
 
 
 def read_ids(path: Path) -> list[str]:
@@ -137,10 +140,23 @@ def read_ids(path: Path) -> list[str]:
 def _local(path: Path) -> Path:
     """Errors: UsageError for a store that is not on a disk."""
     from ..data.errors import UsageError
+    from .store.objects import is_url
 
-    if ":/" in str(path):
-        raise UsageError("this command works on a local disk", where=path, remedy="copy the store first")
+    if is_url(path):
+        raise UsageError(
+            "what is in an object store is neither moved nor deleted",
+            where=_place(path),
+            expected="a store on a disk",
+            remedy="put what is to stay under another name (stillhouse store cp, subset or merge read and write URLs)",
+        )
     return path
+
+
+def _place(path: Path) -> Path | str:
+    """A folder; or a URL, of whose slashes a Path has left one."""
+    from .store.objects import is_url, split_url
+
+    return "s3://{}/{}".format(*split_url(path)) if is_url(path) else path
 
 
 def _cleared(found: Any, as_json: bool) -> None:

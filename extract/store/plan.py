@@ -234,8 +234,8 @@ def write_generation(paths: Paths, generation: Generation) -> None:
     write_json(paths.plan(generation.number), value)
 
 
-def write_head(plan: Plan) -> None:
-    """Write store.json: the moment at which its generations come into force."""
+def write_head(plan: Plan, publish: bool = True) -> None:
+    """Write store.json: the moment at which its generations come into force; in an object store, if `publish`."""
     write_json(
         plan.paths.store_json,
         {
@@ -249,5 +249,5 @@ def write_head(plan: Plan) -> None:
         },
     )
     mirror = mirror_of(plan.paths.store_json)
-    if mirror is not None:
+    if mirror is not None and publish:
         mirror.publish_plan(plan.paths.store_json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,10 @@ import torch
 from stillhouse.data.manifest import Corpus, Utterance
 from stillhouse.extract.plan import Request
 from stillhouse.extract.run import extract
+from stillhouse.extract.store import objects as objects_module
 from stillhouse.extract.teacher import Teacher, load_teacher
+
+from . import s3
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -153,3 +157,34 @@ def small_store(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> Path:
     root = tmp_path_factory.mktemp("stores") / "small"
     extract(root, make_corpus(), loaded(bert), Request("bert", [0, 1, 2], ["alone", "both:4"]))
     return root
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[int]:
+    with s3.moto() as port:
+        yield port
+
+
+@pytest.fixture(scope="module")
+def through(server: int) -> Iterator[s3.Proxy]:
+    proxy = s3.Proxy(server)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def proxy(through: s3.Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3.Proxy]:
+    """A cache of its own, and an endpoint that this test may harm."""
+    through.reset()
+    for name, value in {
+        "AWS_ENDPOINT_URL": through.url,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+        "STILLHOUSE_CACHE": str(tmp_path / "cache"),
+        "STILLHOUSE_CACHE_BYTES": str(1 << 30),
+        "STILLHOUSE_REMOTE_ATTEMPTS": "4",
+    }.items():
+        monkeypatch.setenv(name, value)
+    yield through
+    objects_module.close_all()

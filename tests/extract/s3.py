@@ -54,12 +54,15 @@ def moto() -> Iterator[int]:
 
 
 class Proxy:
-    """Passes requests on to `port`. `counts` by method; `bytes_out` of bodies; `fault` says what goes wrong."""
+    """Passes requests on to `port`. `counts` by method; `put_keys`, the paths that were put; `bytes_out` of bodies;
+    `fault` says what goes wrong.
+    """
 
     def __init__(self, port: int) -> None:
         proxy = self
         self.counts: Counter[str] = Counter()
         self.bytes_out = 0
+        self.put_keys: list[str] = []
         self.harmed: Counter[str] = Counter()
         self.fault: Fault = lambda method, path: None
         self.slow = threading.Event()  # what a slow answer waits for: the end of the test
@@ -78,6 +81,7 @@ class Proxy:
             def _pass(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 proxy.counts[self.command] += 1
+                proxy.put_keys += [self.path] if self.command == "PUT" else []
                 fault = proxy.fault(self.command, self.path)
                 if fault is not None:
                     proxy.harmed[fault] += 1
@@ -123,7 +127,7 @@ class Proxy:
         self._thread.start()
 
     def reset(self) -> None:
-        self.counts, self.harmed, self.bytes_out = Counter(), Counter(), 0
+        self.counts, self.harmed, self.bytes_out, self.put_keys = Counter(), Counter(), 0, []
         self.fault = lambda method, path: None
 
     def close(self) -> None:

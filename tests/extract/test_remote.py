@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -43,37 +42,6 @@ from .test_run import long_corpus
 
 VIEWS = [View("bert", c, k) for c in ("alone", "both:4") for k in (0, 1, 2)]
 REQUEST = Request("bert", [0, 1, 2], ["alone", "both:4"])
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[int]:
-    with s3.moto() as port:
-        yield port
-
-
-@pytest.fixture(scope="module")
-def through(server: int) -> Iterator[s3.Proxy]:
-    proxy = s3.Proxy(server)
-    yield proxy
-    proxy.close()
-
-
-@pytest.fixture
-def proxy(through: s3.Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3.Proxy]:
-    """A cache of its own, and an endpoint that this test may harm."""
-    through.reset()
-    for name, value in {
-        "AWS_ENDPOINT_URL": through.url,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "us-east-1",
-        "STILLHOUSE_CACHE": str(tmp_path / "cache"),
-        "STILLHOUSE_CACHE_BYTES": str(1 << 30),
-        "STILLHOUSE_REMOTE_ATTEMPTS": "4",
-    }.items():
-        monkeypatch.setenv(name, value)
-    yield through
-    objects_module.close_all()
 
 
 @pytest.fixture(scope="module")
