@@ -150,7 +150,8 @@ class Transfer(nn.Module):
             kept += len(state)
             masked += positions.masked + positions.kept - len(state)
             count = len(state) if whole is None else whole.counts[teacher]
-            keys = [key, *whole.gather(teacher, key)] if whole is not None and self.contrasts and count else [key]
+            others = whole if self.contrasts and count else None
+            keys = [key] if others is None else [key, *others.gather(teacher, key)]
             for number in numbers:
                 target = batch.targets.get(self.addresses[number])
                 if target is None or not count:
@@ -158,9 +159,8 @@ class Transfer(nn.Module):
                     continue
                 prediction = self.heads[number](state).float()
                 targets = [(target if row is None else target[row]).float()]
-                if len(keys) > 1:
-                    assert whole is not None
-                    targets += whole.gather(teacher, targets[0])
+                if others is not None:  # on every rank or on none, whoever has rows: to gather is to wait
+                    targets += others.gather(teacher, targets[0])
                 with torch.autocast(encoder.device.type, enabled=False):
                     each = self.distance(prediction, torch.cat(targets), torch.cat(keys))
                 losses.append(each.sum() / count)
