@@ -13,6 +13,7 @@ from typing import Any
 from ..data.errors import UsageError
 from .align import Alignment, Word, ctm_lines
 from .decode import Hypothesis, Ranked
+from .hypotheses import NOTHING
 from .stream_decode import Heard
 
 FORMATS = ("jsonl", "trn", "ctm", "text")
@@ -35,14 +36,15 @@ def check_ids(ids: Iterable[str], kind: str) -> None:
 
 
 def as_lines(found: Hypothesis, kind: str, nbest: int = 1) -> list[str]:
-    """One line, in ctm one a word (none where nothing was heard)."""
+    """One line, in ctm one a word, or a comment where nothing was heard."""
     if kind == "jsonl":
         return [json.dumps(record(found, nbest), ensure_ascii=False)]
     if kind == "trn":
         return [f"{' '.join(found.hyp.split())} ({found.id})".lstrip()]
     if kind == "text":
         return [f"{found.id} {' '.join(found.hyp.split())}".rstrip()]
-    return list(ctm_lines(Alignment(found.id, 0.0, found.ranked[0].words if found.ranked else [])))
+    lines = list(ctm_lines(Alignment(found.id, 0.0, found.ranked[0].words if found.ranked else [])))
+    return lines or [f";; {found.id}{NOTHING}"]
 
 
 def live_lines(heard: Heard, kind: str, name: str, segmented: bool, nbest: int = 1) -> list[str]:

