@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-quick study-demo test test-all lint format docs bench-loss bench-loss-gpu bench-store bench-remote bench-extract bench-features bench-inspect bench-step bench-train wheel clean
+.PHONY: demo demo-quick study-demo test test-all lint format docs bench-loss bench-loss-gpu bench-store bench-store-shapes bench-remote bench-extract bench-features bench-inspect bench-step bench-train wheel clean
 
 $(INSTALLED): setup.cfg pyproject.toml recipes/demo-teachers.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -42,10 +42,12 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# What is written from the code: the reference of the commands, the schemas of inspect
+# What is written from the code: the commands, the schemas of inspect, the Python reference; then the site, build/site
 docs: $(INSTALLED)
 	$(BIN)/python tests/docs/test_cli_reference.py
 	$(BIN)/python tests/inspect/test_docs.py
+	$(BIN)/python tests/docs/test_api_reference.py
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 bench-loss: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_loss.py
@@ -55,6 +57,10 @@ bench-loss-gpu: $(INSTALLED)
 
 bench-store: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_store.py
+
+bench-store-shapes: $(INSTALLED)
+	$(BIN)/python tests/bench/bench_store.py --shape wide
+	$(BIN)/python tests/bench/bench_store.py --shape short
 
 bench-remote: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_remote.py

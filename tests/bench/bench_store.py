@@ -1,8 +1,9 @@
 """The bars of the store: reading against np.memmap and zarr-python, writing against a raw file, sizes.
 
-Usage: python tests/bench/bench_store.py [--utterances 5000] [--width 384] [--layers 7] [--tokens 38] [--parts …]
-The disk should be a real one, and quiet; hot readings need the store to fit into memory. Other shapes, as
-`--width 1024 --layers 24 --utterances 500` or `--utterances 200000 --tokens 4 --layers 2`, want --out FILE.
+Usage: python tests/bench/bench_store.py [--shape librispeech|wide|short] [--utterances N] [--width D] [--layers L]
+       [--tokens MEAN] [--parts …] [--out FILE]
+The disk should be a real one, and quiet; hot readings need the store to fit into memory. `wide` is 24 layers of 1,024,
+`short` a million utterances of 5 tokens, which takes minutes to make and 3 GB of disk.
 A bar fails only where the whole 95 % interval of the ratio over rounds that take turns lies below it.
 """
 
@@ -11,10 +12,12 @@ A bar fails only where the whole 95 % interval of the ratio over rounds that tak
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import queue
 import resource
 import shutil
+import subprocess
 import sys
 import tempfile
 import threading
@@ -22,12 +25,13 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 from made_up import MadeUpTeacher, made_up_corpus
-from measuring import Row, at_least, at_most, rounds, write_table
+from measuring import NO_BAR, Row, at_least, at_most, rounds, write_table
 from peers import peers
 
 from stillhouse.data.manifest import Corpus
@@ -333,21 +337,77 @@ def sizes(store: Store) -> list[Row]:
     ]  # fmt: skip
 
 
-PARTS = ("reading", "cold", "loading", "int8", "writing", "sizes", "peers")
+_OPENED = """
+import json, sys, time
+import numpy as np
+from stillhouse.extract.store import Store
+from stillhouse.extract.inspect.facts import store_facts
+
+def resident():
+    lines = dict(line.split(":") for line in open("/proc/self/status"))
+    return [int(lines[name].split()[0]) / 1e3 for name in ("RssAnon", "RssFile")]
+
+def timed(f):
+    began = time.perf_counter()
+    return f(), time.perf_counter() - began
+
+before = resident()
+store, opened = timed(lambda: Store.open(sys.argv[1]))
+views, listed = timed(lambda: store.views)
+ids = [store.index.id(int(r)) for r in np.random.default_rng(3).choice(len(store.index), 64, replace=False)]
+_, first = timed(lambda: store.gather(ids, views[-1:]))
+after = resident()
+_, told = timed(lambda: store_facts(store))
+memory = [b - a for a, b in zip(before, after)]
+print(json.dumps({"open": opened + listed, "first": first, "memory": memory, "info": told}))
+"""
+
+
+def opening(store: Store) -> list[Row]:
+    """What a process of its own pays to open the store, for its first batch, and to be told what is in it."""
+    found = []
+    for _ in range(5):
+        done = subprocess.run([sys.executable, "-c", _OPENED, str(store.path)], capture_output=True, check=True)
+        found.append(json.loads(done.stdout))
+
+    def row(what: str, values: list[float], note: str = "") -> Row:
+        return Row(what, float(np.median(values)), min(values), max(values), NO_BAR, True, note)
+
+    mapped = np.median([f["memory"][1] for f in found])
+    return [
+        row("opening and listing its views, ms", [1e3 * f["open"] for f in found]),
+        row(f"first gather of {BATCH} utterances, ms", [1e3 * f["first"] for f in found], "index and files are opened"),
+        row("memory of an open store, MB", [f["memory"][0] for f in found], f"and {mapped:.1f} MB of files, shared"),
+        row("what `inspect info` looks up, ms", [1e3 * f["info"] for f in found]),
+    ]
+
+
+PARTS = ("reading", "cold", "opening", "loading", "int8", "writing", "sizes", "peers")
+SHAPES: dict[str, dict[str, Any]] = {
+    "librispeech": {"utterances": 5000, "width": 384, "layers": 7, "tokens": 38, "parts": ",".join(PARTS)},
+    "wide": {"utterances": 500, "width": 1024, "layers": 24, "tokens": 38, "parts": "reading,cold,opening,sizes"},
+    "short": {"utterances": 1_000_000, "width": 128, "layers": 2, "tokens": 5, "parts": "reading,opening,sizes"},
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--utterances", type=int, default=5000)
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--layers", type=int, default=7)
-    parser.add_argument("--tokens", type=float, default=38, help="Of an utterance, on average.")
+    parser.add_argument("--shape", choices=SHAPES, default="librispeech", help="What is not given is as in it.")
+    parser.add_argument("--utterances", type=int)
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--tokens", type=float, help="Of an utterance, on average.")
     parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--parts", default=",".join(PARTS), help="Some of them, with commas.")
+    parser.add_argument("--parts", help=f"Some of {', '.join(PARTS)}, with commas.")
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "docs" / "bench-store.md")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--cpu-time", action="store_true", help="Time hot reading in processor seconds: busy machine.")
     options = parser.parse_args()
+    for name, value in SHAPES[options.shape].items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    suffix = "" if options.shape == "librispeech" else f"-{options.shape}"
+    out = options.out or Path(__file__).parents[2] / "docs" / f"bench-store{suffix}.md"
     parts = options.parts.split(",")
     if set(parts) - set(PARTS):
         parser.error(f"--parts are of {', '.join(PARTS)}")
@@ -374,6 +434,8 @@ def main() -> None:
             shutil.rmtree(flat)
         if "cold" in parts:
             rows += cold(store, 12)
+        if "opening" in parts:
+            rows += opening(store)
         if "loading" in parts:
             rows += loading(store, 40)
         if "int8" in parts:
@@ -398,7 +460,8 @@ def main() -> None:
     ]
     if options.cpu_time:
         remarks.append("Hot reading is timed in processor seconds, the rest in wall seconds on a busy machine.")
-    write_table(options.out, "The store: bars", "make bench-store", rows, remarks)
+    command = f"python tests/bench/bench_store.py --shape {options.shape}" if suffix else "make bench-store"
+    write_table(out, f"The store: bars{suffix and f', {options.shape}'}", command, rows, remarks)
     sys.exit(0 if all(r.holds for r in rows) else 1)
 
 

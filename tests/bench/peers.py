@@ -6,12 +6,13 @@ first. Lossy ones are compared within their loss. Run: `make bench-store`.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measuring import Row, absent, beside, rounds
+from measuring import NO_BAR, Row, absent, beside, rounds
 
 from stillhouse.extract.store import Store, View
 
@@ -127,15 +128,22 @@ def peers(store: Store, folder: Path) -> list[Row]:
     ids, every = store.utterance_ids[:UTTERANCES], store.views
     rng = np.random.default_rng(2)
     picks = [[ids[i] for i in rng.choice(len(ids), min(BATCH, len(ids)), replace=False)] for _ in range(ROUNDS + 2)]
+    info = store.teacher(every[0].teacher)
+    payload = int(store.tokens(ids, info.name)[0].sum()) * info.width * 2 * len(every)
     rows = []
     for name, _package, make, loss in PEERS:
         mine = folder / name.split(",")[0].replace(" ", "-").lower() / make.__name__
         mine.mkdir(parents=True)
+        began = time.perf_counter()
         try:
             read = make(store, ids, mine)
         except ImportError as e:
             rows.append(absent(f"hot, vs {name}", f"not installed: {e.name}"))
             continue
+        took, size = time.perf_counter() - began, sum(p.stat().st_size for p in mine.rglob("*") if p.is_file())
+        if size:
+            note = f"written at {payload / took / 1e6:,.0f} MB/s, without fsync"
+            rows.append(Row(f"on disk over the states' bytes: {name}", *[size / payload] * 3, NO_BAR, True, note))
         got, want = read(picks[0], every), store.gather(picks[0], every)
         at = 0
         for n, length in enumerate(want.lengths[every[0].teacher].tolist()):
