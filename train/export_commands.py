@@ -17,7 +17,7 @@ PATH = click.Path(path_type=Path)
     "--format", "kind", type=click.Choice(["onnx", "torch", "safetensors"]), required=True, help="What to write."
 )
 @click.option("--out", type=PATH, required=True, help="Folder to write.")
-@click.option("--checkpoint", default="best", show_default=True, help="best, last or a step.")
+@click.option("--checkpoint", default="best", show_default=True, help="best, last, a step, raw or average:N.")
 @click.option(
     "--symbols-per-frame",
     "symbols",
