@@ -124,7 +124,7 @@ def test_what_was_broken_off_goes_on(
     """Up to its last object there is no store; the same command ends it, another is told; nothing is put twice."""
     monkeypatch.setenv("STILLHOUSE_REMOTE_ATTEMPTS", "1")
     copy(made, tmp_path / "disk")
-    for stop in ("past-4/0.0.json", "past-4/1.0.json", "norms", "store.json"):
+    for stop in ("past-4/0.1.json", "past-4/1.1.npz", "norms", "store.json"):
         proxy.reset()
         proxy.fault = lambda method, path, stop=stop: "403" if method == "PUT" and stop in path else None
         with pytest.raises(StoreError, match="refuses"):
