@@ -140,7 +140,7 @@ def load_export(folder: Path) -> tuple[Transducer, Units, Config, int]:
             if _sha256(folder / name) != expected:
                 raise CheckpointError("damaged: its checksum differs", where=folder / name, remedy=remedy)
         tensors, step = load_file(folder / "model.safetensors"), int(head["step"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as e:
         raise CheckpointError(f"not a whole export: {e!r}", where=folder, remedy=remedy) from None
     config, units = load_config(folder / "config.toml"), load_units(folder / "units")
     model = build_model(config, units.size)
