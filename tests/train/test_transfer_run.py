@@ -18,15 +18,6 @@ from stillhouse.train.config import load_config
 from stillhouse.train.trainer import Trainer
 
 
-@pytest.fixture(scope="module")
-def store(tones: Path, minilm: Path) -> Path:
-    path = tones / "teacher.zarr"
-    command = [sys.executable, "-m", "stillhouse.cli", "extract", str(tones / "corpus.jsonl"), str(path)]
-    command += ["--teacher", str(minilm), "--name", "minilm", "--layers", "0,3,6", "--context", "alone"]
-    subprocess.run([*command, "--context", "both:8", "--device", "cpu"], check=True, capture_output=True)
-    return path
-
-
 def run(tones: Path, out: Path, *changes: str) -> list[dict]:
     quiet = ["run.eval_every=1000", "run.checkpoint_every=1000", "run.log_every=10"]
     Trainer(load_config(tones / "run.toml", [*quiet, *changes]), out).run()
