@@ -7,7 +7,7 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from stillhouse.train.commands import align
+from stillhouse.train.decode_commands import align
 from stillhouse.train.config import load_config
 from stillhouse.train.trainer import Trainer
 
