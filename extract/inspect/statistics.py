@@ -62,21 +62,24 @@ def statistics(
     tokens: int | None = 20_000,
     seed: int = 0,
     report: Callable[[View], None] | None = None,
+    rank: bool = True,
 ) -> list[Statistics]:
-    """Of a sample of about `tokens` tokens a view; None: of all. Errors: NoStoreError where a view has no states."""
+    """Of a sample of about `tokens` tokens a view; None: of all. Without `rank` the effective rank is NaN, and what
+    grows with the square of the width is not computed. Errors: NoStoreError where a view has no states.
+    """
     found = []
     for view in views:
         if report is not None:
             report(view)
-        found.append(_of_view(store, view, sample_rows(store, [view], tokens, seed)))
+        found.append(_of_view(store, view, sample_rows(store, [view], tokens, seed), rank))
     return found
 
 
-def _of_view(store: Store, view: View, rows: np.ndarray) -> Statistics:
+def _of_view(store: Store, view: View, rows: np.ndarray, rank: bool) -> Statistics:
     width = store.teacher(view.teacher).width
     total, direction = np.zeros(width), np.zeros(width)
     shift: np.ndarray | None = None
-    square = np.zeros((width, width))
+    square = np.zeros((width, width) if rank else width)
     norms: list[np.ndarray] = []
     first_norms: list[np.ndarray] = []
     not_finite = count = 0
@@ -96,14 +99,14 @@ def _of_view(store: Store, view: View, rows: np.ndarray) -> Statistics:
         direction += (states / np.maximum(length, 1e-30)[:, None]).sum(0, dtype=np.float64)
         moved = states - shift
         total += moved.sum(0, dtype=np.float64)
-        square += moved.T @ moved
+        square += moved.T @ moved if rank else (moved**2).sum(0, dtype=np.float64)
         count += len(states)
     lengths_all = np.concatenate(norms) if norms else np.zeros(0)
     first_all = np.concatenate(first_norms) if first_norms else np.zeros(0)
     mean = total / max(count, 1)
-    covariance = square / max(count, 1) - np.outer(mean, mean)
+    covariance = square / max(count, 1) - (np.outer(mean, mean) if rank else mean**2)
     mean = mean + (0 if shift is None else shift)
-    std = np.sqrt(np.maximum(np.diag(covariance), 0))
+    std = np.sqrt(np.maximum(np.diag(covariance) if rank else covariance, 0))
     rms = np.sqrt(std**2 + mean**2)
     large = np.flatnonzero(rms > OUTLIER * np.median(rms))
     pairs = count * (count - 1)
@@ -119,7 +122,7 @@ def _of_view(store: Store, view: View, rows: np.ndarray) -> Statistics:
         first_norm_mean=float(first_all.mean()) if len(first_all) else 0.0,
         # Over ordered pairs of different states; a state's cosine with itself is 1
         anisotropy=float((direction @ direction - count) / pairs) if pairs else 0.0,
-        effective_rank=_effective_rank(covariance),
+        effective_rank=_effective_rank(covariance) if rank else float("nan"),
         dead=np.flatnonzero(std <= DEAD * np.median(std)).tolist() if count else [],
         outliers=[
             Dimension(int(d), float(mean[d]), float(rms[d])) for d in large[np.argsort(-rms[large], kind="stable")]
