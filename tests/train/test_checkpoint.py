@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,52 @@ def test_optimiser_state_round_trip() -> None:
     assert torch.equal(net.weight, twin.weight)
     with pytest.raises(CheckpointError, match="unknown parameter"):
         checkpoint.restore_optimiser(optimisers[1], {}, saved)
+
+
+def test_any_changed_bit_of_the_state_is_refused(tmp_path: Path) -> None:
+    found = checkpoint.save(tmp_path, {"step": 7, "epoch": 2, "position": 31}, {"model": {"w": torch.ones(3)}})
+    path = found.path / "state.json"
+    raw = path.read_bytes()
+    for at in range(len(raw)):
+        path.write_bytes(raw[:at] + bytes([raw[at] ^ 1 << at % 8]) + raw[at + 1 :])
+        with pytest.raises(CheckpointError, match=r"state\.json"):
+            checkpoint.load(found.path)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_kept_aside(tmp_path: Path) -> None:
+    for step in (4, 8, 12):
+        save(tmp_path, step)
+    (tmp_path / "step-00000012" / "state.json").unlink()
+    (tmp_path / "step-00000008" / "model.safetensors").write_bytes(b"foreign")
+    found = checkpoint.newest_whole(tmp_path)
+    assert found is not None
+    newest, tensors, damaged = found
+    assert newest.step == 4 and float(tensors["model"]["w"][0]) == 4
+    assert [e.where.parent.name for e in damaged] == ["step-00000012", "step-00000008"]
+    checkpoint.sweep(tmp_path, newest.step)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "damaged-step-00000008",
+        "damaged-step-00000012",
+        "step-00000004",
+    ]
+    (newest.path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no checkpoint is whole: to begin anew"):
+        checkpoint.newest_whole(tmp_path)
+
+
+def test_a_checkpoint_by_another_name_and_one_of_a_later_format_are_refused(tmp_path: Path) -> None:
+    found = save(tmp_path, 4)
+    other = found.path.rename(tmp_path / "step-00000009")
+    with pytest.raises(CheckpointError, match="step 4 by another name"):
+        checkpoint.load(other)
+    state = {k: v for k, v in found.state.items() if k != "digest"} | {"format": 3}
+    (other / "state.json").write_text(json.dumps(state | {"digest": checkpoint._digest(state)}))
+    with pytest.raises(CheckpointError, match="format 3"):
+        checkpoint.newest_whole(tmp_path)  # not damage: it must not be set aside
+
+
+def test_checkpoints_of_format_1_are_read(tmp_path: Path) -> None:
+    found = save(tmp_path, 4)
+    state = {k: v for k, v in found.state.items() if k != "digest"} | {"format": 1}
+    (found.path / "state.json").write_text(json.dumps(state))
+    assert float(checkpoint.load(found.path).tensors("model")["w"][0]) == 4
