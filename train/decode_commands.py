@@ -18,7 +18,7 @@ def of_a_trained_run(command: Callable) -> Callable:
     """The options that choose among a run's weights and a corpus's utterances."""
     for option in (
         click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 or auto."),
-        click.option("--checkpoint", default="best", show_default=True, help="best, last or a step."),
+        click.option("--checkpoint", default="best", show_default=True, help="best, last, a step, raw or average:N."),
         click.option("--split", help="Only this split; several with commas."),
     ):
         command = option(command)
