@@ -157,7 +157,7 @@ class Plain:
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.number, self.config)
         self.optimiser.step()
-        self.loss.append(float(loss))
+        self.loss.append(float(loss.detach()))
         self.number += 1
 
     def losses(self, batch: Batch, augment: torch.Generator) -> Tensor:
