@@ -7,6 +7,7 @@ Invariant: a setting that is not known is an error, and a run writes its resolve
 from __future__ import annotations
 
 import json
+import reprlib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -266,7 +267,7 @@ def _apply(tree: dict, change: str) -> None:
 
 
 def _short(value: object) -> str:
-    text = repr(value)
+    text = reprlib.repr(value)  # bounded in depth
     return text if len(text) <= 60 else text[:57] + "..."
 
 
