@@ -181,9 +181,9 @@ def plot(store: Path, out: Path, kind: str, word: str | None, views: tuple[str, 
     opened = Store.open(store)
     chosen = whole_views(opened, chosen_views(opened, views))
     if kind == "similarity":
-        figure = plots.similarity(compute(opened, chosen, seed=seed, report=progress(), rank=False))
+        figure = plots.similarity(compute(opened, chosen, seed=seed, report=progress()))
     elif kind == "norms":
-        figure = plots.norms(statistics.statistics(opened, chosen, seed=seed, report=progress()))
+        figure = plots.norms(statistics.statistics(opened, chosen, seed=seed, report=progress(), rank=False))
     else:
         figure = plots.word(occurrences.word_map(opened, chosen, str(word), seed=seed))
     plots.save(figure, out)
