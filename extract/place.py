@@ -42,7 +42,7 @@ def place(out: Path | str, undertaking: str) -> Iterator[Path]:
         yield root
 
 
-def publish(plan: Plan) -> None:
+def publish(plan: Plan, undertaking: str) -> None:
     """The moment at which a store in an object store is there; on a disk `place` does it."""
     mirror = mirror_of(plan.paths.root)
     if mirror is None:
@@ -52,7 +52,7 @@ def publish(plan: Plan) -> None:
     for name in plan.teachers:
         share_arrays(plan, name)
     try:
-        mirror.publish_plan(plan.paths.store_json)
+        mirror.publish_plan(plan.paths.store_json, by=undertaking)
     except Planned as e:
         raise _taken(mirror) from e
 

@@ -85,7 +85,8 @@ def build(out: Path | str, stores: list[Store], members: list[Member], views: li
     session = np.array([m.session for m in members], dtype=np.int32)
     served = np.array([m.served for m in members])
     count = int(served.sum())
-    with place(out, _undertaking(stores, told, views)) as root:
+    made_of = _undertaking(stores, told, views)
+    with place(out, made_of) as root:
         paths, base = Paths(root), 0 if served.all() else 1
         name_of = next(iter(dict.fromkeys(v.teacher for v in views)))
         texts = _texts(stores, told, name_of)
@@ -124,7 +125,7 @@ def build(out: Path | str, stores: list[Store], members: list[Member], views: li
                     else:
                         fix_norms(plan, name, context, scratch.folder)
         phase("built")
-        publish(plan)
+        publish(plan, made_of)
         size = folder_bytes(root)
     return Built(str(out), [v.address for v in views], count, len(told) - count, size)
 

@@ -128,14 +128,16 @@ class Mirror:
 
     # --- writing ---
 
-    def publish_plan(self, head: Path) -> None:
+    def publish_plan(self, head: Path, by: str = "") -> None:
         """Put every file of the plan that is new or has changed here, then store.json, where nobody was first.
 
-        A claim beside it lets one writer alone do so; others wait for it. Errors: Planned where they have its plan.
+        A claim beside it lets one writer alone do so; others wait for it, but for who claims as the same `by`.
+        Errors: Planned where they have its plan.
         """
         claim = f"locks/plan-{hashlib.blake2b((self.etag or 'new').encode(), digest_size=8).hexdigest()}.json"
         note = self.root / "claim"
-        note.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "at": time.time_ns()}))
+        own = {"host": socket.gethostname(), "pid": os.getpid(), "at": time.time_ns()}
+        note.write_text(json.dumps({"by": by} if by else own))
         waited = 0.0
         while True:
             try:
