@@ -7,8 +7,8 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from stillhouse.train.decode_commands import align
 from stillhouse.train.config import load_config
+from stillhouse.train.decode_commands import align
 from stillhouse.train.trainer import Trainer
 
 
