@@ -122,6 +122,7 @@ class Index:
         self.text_hash = RawArray(folder / "text_hash").read()[:count]
         whole = len(self.offset) == count + 1 and len(self.text_hash) == count and len(self.hash) == len(self.row)
         whole &= len(self.session_of) == len(self.row if self._order is None else self._order)
+        whole &= bool((np.diff(self.offset) > 0).all())  # no id is empty; chunks that are missing read as zeros
         if not whole or (edition and len(self.source) > count - self.first) or int(self.offset[-1]) > len(self.bytes):
             raise _damaged(table)
 

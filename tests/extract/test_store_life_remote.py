@@ -72,6 +72,7 @@ def run(*arguments: object) -> tuple[int, str]:
     return done.exit_code, done.output
 
 
+@pytest.mark.slow
 def test_there_and_back(proxy: s3.Proxy, server: int, made: Path, tmp_path: Path) -> None:
     """The objects are the files that a copy on a disk has, byte for byte; and back again."""
     code, told = run("cp", made, "s3://bucket/there", "--json")
@@ -143,6 +144,7 @@ def test_what_was_broken_off_goes_on(
         copy(made, "s3://bucket/litter")
 
 
+@pytest.mark.slow
 def test_what_is_refused_there(
     proxy: s3.Proxy,
     made: Path,

