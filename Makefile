@@ -47,7 +47,7 @@ docs: $(INSTALLED)
 	$(BIN)/python tests/docs/test_cli_reference.py
 	$(BIN)/python tests/inspect/test_docs.py
 	$(BIN)/python tests/docs/test_api_reference.py
-	$(BIN)/python -m mkdocs build --strict
+	$(BIN)/python -m mkdocs build --strict -f .mkdocs.yml
 
 bench-loss: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_loss.py

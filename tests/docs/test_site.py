@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_navigation_names_every_page() -> None:
-    named = re.findall(r"^ *- .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    named = re.findall(r"^ *- .*: (\S+\.md)$", (ROOT / ".mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(named) == sorted(p.name for p in (ROOT / "docs").glob("*.md"))
 
 
@@ -24,7 +24,7 @@ def build(config: Path, out: Path) -> subprocess.CompletedProcess[str]:
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="pip install 'stillhouse[docs]'")
-    done = build(ROOT / "mkdocs.yml", tmp_path / "site")
+    done = build(ROOT / ".mkdocs.yml", tmp_path / "site")
     assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
     assert "<table>" in (tmp_path / "site" / "faq.html").read_text(encoding="utf-8")
 
@@ -33,6 +33,6 @@ def test_a_link_that_leads_nowhere_would_be_seen(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="pip install 'stillhouse[docs]'")
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "index.md").write_text("# A\n\n[b](b.md#there)\n")
-    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    (tmp_path / "mkdocs.yml").write_text(text[: text.index("nav:")] + "nav:\n  - A: index.md\n")
-    assert build(tmp_path / "mkdocs.yml", tmp_path / "site").returncode != 0
+    text = (ROOT / ".mkdocs.yml").read_text(encoding="utf-8")
+    (tmp_path / ".mkdocs.yml").write_text(text[: text.index("nav:")] + "nav:\n  - A: index.md\n")
+    assert build(tmp_path / ".mkdocs.yml", tmp_path / "site").returncode != 0
