@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import soundfile
 from click.testing import CliRunner
+from hostile import replaced, wrecked
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -42,58 +43,6 @@ FUZZ = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 IMPORTS = {"nemo": "nemo", "lhotse": "lhotse", "kaldi": "kaldi", "tables": "csv"}
-# What a careless edit leaves, and what a careful enemy writes.
-SPLINTERS = st.sampled_from(
-    [b"", b"\n", b"\t", b" ", b"\0", b"\xff", b"\xef\xbb\xbf", b"|", b"-1", b"nan", b"1e999", b"9" * 5000, b"[" * 3000,
-     b'"', b"\\ud800", b"null", b"{}", b"../", b"/dev/zero", b"/dev/stdin", b"\xe2\x80\xa8", b"a.wav:7"]
-)  # fmt: skip
-
-
-def wrecked(data: bytes) -> st.SearchStrategy[bytes]:
-    """The data with some stretches replaced, repeated or cut away."""
-
-    def wreck(hits: list[tuple[float, int, bytes]]) -> bytes:
-        out = data
-        for place, length, splinter in hits:
-            at = int(place * len(out))
-            out = out[:at] + splinter + out[at + length :]
-        return out
-
-    hit = st.tuples(st.floats(0, 1), st.integers(0, 12), st.one_of(SPLINTERS, st.binary(max_size=6)))
-    return st.lists(hit, min_size=1, max_size=4).map(wreck)
-
-
-JSON = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(-(10**12), 10**12), st.floats(), st.text(max_size=8)),
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=8), inner, max_size=3)),
-    max_leaves=6,
-)
-
-
-def replaced(value: Any) -> st.SearchStrategy[Any]:
-    """The JSON value with one of its parts, at any depth, replaced by anything or gone."""
-    places = list(_places(value))
-
-    def put(choice: tuple[tuple, Any, bool]) -> Any:
-        place, new, drop = choice
-        copy = json.loads(json.dumps(value))
-        inside = copy
-        for key in place[:-1]:
-            inside = inside[key]
-        if drop:
-            del inside[place[-1]]
-        else:
-            inside[place[-1]] = new
-        return copy
-
-    return st.tuples(st.sampled_from(places), JSON, st.booleans()).map(put)
-
-
-def _places(value: Any, at: tuple = ()) -> Iterator[tuple]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        yield (*at, key)
-        yield from _places(inner, (*at, key))
 
 
 def taken(result: Imported, folder: Path) -> None:
