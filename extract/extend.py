@@ -28,6 +28,7 @@ from .store.index import Index, write_edition
 from .store.layout import dtype_of, group_json, hash_text, shard_rows
 from .store.plan import Generation, Plan, Shard, Work
 from .store.rows import TeacherRows
+from .store.sums import noted
 from .store.writer import encode
 from .teacher import Teacher
 from .tokens import Tokens
@@ -245,19 +246,20 @@ def write_generation(plan: Plan, teacher: Teacher | None, layout: Layout | None,
     paths, generation = plan.paths, plan.generations[-1]
     record = plan.teachers[generation.teacher]
     group = paths.data / record.name
-    if growth is not None:
-        write_growth(plan, growth)
-        phase("grown")
-    if layout is not None and teacher is not None:
-        shutil.rmtree(group, ignore_errors=True)  # a planner died here; the store does not know this teacher yet
-        write_teacher(paths, record, teacher, layout)
-        write_json(paths.data / "zarr.json", group_json({"stillhouse": {"teachers": list(plan.teachers)}}))
-    else:
-        grow_teacher(plan, growth)
-        if growth is not None and growth.tokens is not None:
-            write_tokens(plan, growth, teacher)
-        write_json(group / "zarr.json", group_json({"stillhouse": asdict(record)}))
-    plans.write_generation(paths, generation)
+    with noted() as made:
+        if growth is not None:
+            write_growth(plan, growth)
+            phase("grown")
+        if layout is not None and teacher is not None:
+            shutil.rmtree(group, ignore_errors=True)  # a planner died here; the store does not know this teacher yet
+            write_teacher(paths, record, teacher, layout)
+            write_json(paths.data / "zarr.json", group_json({"stillhouse": {"teachers": list(plan.teachers)}}))
+        else:
+            grow_teacher(plan, growth)
+            if growth is not None and growth.tokens is not None:
+                write_tokens(plan, growth, teacher)
+            write_json(group / "zarr.json", group_json({"stillhouse": asdict(record)}))
+    plans.write_generation(plan, generation, made)
     phase("planned")
     plans.write_head(plan)
     fsync_folder(paths.root)

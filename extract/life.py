@@ -31,6 +31,8 @@ from .store.layout import Paths, group_json
 from .store.plan import Generation, Plan, Shard, Work
 from .store.reader import Store
 from .store.rows import TeacherRows
+from .store.sums import Summed, noted
+from .store.verify_sums import check_sound
 from .store.views import View
 from .store.writer import versions
 from .sweep import litter, remove, size_of
@@ -65,7 +67,7 @@ def remove_views(root: Path, patterns: Sequence[str], dry_run: bool = False) -> 
         fact = Cleared(str(root), [v.address for v in chosen], 0, tokens, 0, len(gone), size_of(gone), not dry_run)
         if dry_run:
             return fact
-        _write_generations(plan, after)
+        _write_generations(plan, after, {})
         for name in after.teachers:
             group = after.paths.data / name
             write_json(group / "zarr.json", group_json({"stillhouse": asdict(after.teachers[name])}))
@@ -86,6 +88,7 @@ def remove_utterances(root: Path, ids: Sequence[str], dry_run: bool = False) -> 
     """
     with _alone(root) as (plan, _):
         store = Store.open(root)
+        check_sound(store)
         store.rows(ids)
         tokens, after = 0, plan
         growths = []
@@ -103,9 +106,10 @@ def remove_utterances(root: Path, ids: Sequence[str], dry_run: bool = False) -> 
             growths.append(growth)
         fact = Cleared(str(root), [], len(set(ids)), tokens, 0, 0, 0, not dry_run)
         if not dry_run:
-            for growth in growths:
-                write_growth(after, growth)
-            _write_generations(plan, after)
+            with noted() as made:
+                for growth in growths:
+                    write_growth(after, growth)
+            _write_generations(plan, after, made)
             phase("written")
             plans.write_head(after)
             fsync_folder(root)
@@ -120,6 +124,7 @@ def clear(root: Path, dry_run: bool = False) -> Cleared:
     """
     with _alone(root) as (plan, scratch):
         store = Store.open(root, checksums=True)
+        check_sound(store)
         after, moves = plan, []
         dead = moved = 0
         for name in plan.teachers:
@@ -144,10 +149,11 @@ def clear(root: Path, dry_run: bool = False) -> Cleared:
             grows = sum(_bytes_of(after, name, growth) for name, growth, _ in moves)
             return replace(fact, files=len(doomed), bytes=size_of(doomed) - grows)
         size = size_of([root])
-        for name, growth, rows in moves:
-            _write_moved(after, name, growth, store, rows, scratch)
+        with noted() as made:
+            for name, growth, rows in moves:
+                _write_moved(after, name, growth, store, rows, scratch)
         after = replace(after, generations=_needed(after))
-        _write_generations(plan, after)
+        _write_generations(plan, after, made)
         phase("copied")
         if after != plan:
             plans.write_head(after)
@@ -177,11 +183,12 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _write_generations(before: Plan, after: Plan) -> None:
+def _write_generations(before: Plan, after: Plan, made: dict[Path, list[Summed]]) -> None:
+    """Those that are new; `made`: sums of what was written for them."""
     there = {g.number for g in before.generations}
     for g in after.generations:
         if g.number not in there:
-            plans.write_generation(after.paths, g)
+            plans.write_generation(replace(after, generations=before.generations), g, made)
 
 
 def _without_views(plan: Plan, views: Sequence[View]) -> Plan:
@@ -230,10 +237,13 @@ def _renew_norms(plan: Plan, views: Sequence[View], scratch: Path) -> None:
             commits = Commits(plan.paths, name, context)
             layers = [k for k in kept.get(context, []) if commits.has("norms", [k])]
             if layers:
+                told: dict[str, int] = {}
+                for k in layers:
+                    of = commits.of["norms", k].checksums
+                    told |= {key: of[key] for key in (f"norm_mean.{k}", f"norm_std.{k}") if key in of}
                 number = plan.latest(name).number
-                link_commit(
-                    plan.paths, scratch, Commit(name, context, "norms", number, layers, [], [], versions=versions())
-                )
+                commit = Commit(name, context, "norms", number, layers, [], [], checksums=told, versions=versions())
+                link_commit(plan.paths, scratch, commit)
 
 
 def _new_edition(plan: Plan, name: str, index: Index, order: np.ndarray, served: np.ndarray) -> tuple[Plan, Growth]:

@@ -35,7 +35,7 @@ def complete_views(store: Store, patterns: Sequence[str]) -> list[View]:
     if missing:
         raise NoStoreError(
             f"not complete: {', '.join(missing)}",
-            where=store.path,
+            where=store.address,
             remedy="finish their extraction, or name others with --views",
         )
     return asked
@@ -50,7 +50,7 @@ def select(store: Store, wanted: Callable[[str], bool]) -> list[Member]:
     if any(t != tables[0] for t in tables[1:]):
         raise StaleError(
             f"its teachers {', '.join(store.plan.teachers)} are at different states of the corpus",
-            where=store.path,
+            where=store.address,
             remedy="extract the others with --refresh first",
         )
     found: list[Member] = []

@@ -19,7 +19,7 @@ from .store.arrays import RawArray
 from .store.commits import Commit, Commits, link_commit
 from .store.files import Lock, fsync_all
 from .store.index import Index
-from .store.layout import to_float32
+from .store.layout import crc32c, dtype_of, to_float32
 from .store.plan import Plan, Unit
 from .store.plan import Teacher as Record
 from .store.reader import Store
@@ -64,7 +64,27 @@ def fix_norms(plan: Plan, teacher: str, context: str, scratch: Path) -> None:
         rows = sample_rows(store.lengths(teacher))
         ids = [store.index.id(int(r)) for r in rows]
         found = _moments(plan.paths.root, [View(teacher, context, k) for k in ready], ids, record.dtype)
-        _commit(plan, teacher, context, max(asked[k] for k in ready), found, scratch)
+        commit_norms(plan, teacher, context, max(asked[k] for k in ready), found, scratch)
+
+
+def fix_norms_again(store: Store, view: View) -> bool:
+    """Write a view's norms as its states give them, where these are the norms that were committed. False where they
+    are not: those of int8 come from the model's own states, and those of a part of a store from the whole of it.
+    """
+    record, commits = store.plan.teachers[view.teacher], store.commits(view.teacher, view.context)
+    if dtype_of(record.dtype).scaled:
+        return False
+    ids = [store.index.id(int(r)) for r in sample_rows(store.lengths(view.teacher))]
+    found = _moments(store.paths.root, [view], ids, record.dtype)[view.layer]
+    told, names = commits.of["norms", view.layer].checksums, ("norm_mean", "norm_std")
+    if any(told.get(f"{n}.{view.layer}") != crc32c(v) for n, v in zip(names, found)):
+        return False
+    c, axis = record.contexts.index(view.context), record.layers.index(view.layer)
+    group, written = store.paths.data / view.teacher, []
+    for name, values in zip(names, found):
+        written += RawArray(group / name).write_range(values, c, axis, first=0)
+    fsync_all(written)
+    return True
 
 
 def fix_norms_first(plan: Plan, unit: Unit, sample: Sample, scratch: Path) -> dict[int, tuple[np.ndarray, np.ndarray]]:
@@ -91,7 +111,7 @@ def fix_norms_first(plan: Plan, unit: Unit, sample: Sample, scratch: Path) -> di
                         )
                     moments[k].add(values)
             found = {k: m.result() for k, m in moments.items()}
-            _commit(plan, name, context, unit.generation.number, found, scratch)
+            commit_norms(plan, name, context, unit.generation.number, found, scratch)
     c = record.contexts.index(context)
     read = RawArray(group / "norm_mean"), RawArray(group / "norm_std")
     return {k: (read[0].read(c, axis), read[1].read(c, axis)) for k, axis in _axes(record, unit.layers).items()}
@@ -105,7 +125,7 @@ def _axes(record: Record, layers: Sequence[int]) -> dict[int, int]:
     return {k: record.layers.index(k) for k in layers}
 
 
-def _commit(
+def commit_norms(
     plan: Plan,
     teacher: str,
     context: str,
@@ -113,14 +133,15 @@ def _commit(
     norms: dict[int, tuple[np.ndarray, np.ndarray]],
     scratch: Path,
 ) -> None:
-    """Write and commit; the caller holds the lock."""
+    """Write {layer: (mean, std) float32 [D]} and commit them; nobody else writes norms meanwhile."""
     record, group = plan.teachers[teacher], plan.paths.data / teacher
-    c, written = record.contexts.index(context), []
+    c, written, sums = record.contexts.index(context), [], {}
     for k, axis in _axes(record, list(norms)).items():
         for name, values in zip(("norm_mean", "norm_std"), norms[k]):
             written += RawArray(group / name).write_range(values, c, axis, first=0)
+            sums[f"{name}.{k}"] = crc32c(np.ascontiguousarray(values, "<f4"))
     fsync_all(written)
-    commit = Commit(teacher, context, "norms", generation, sorted(norms), utterances=[], rows=[], versions=versions())
+    commit = Commit(teacher, context, "norms", generation, sorted(norms), [], [], checksums=sums, versions=versions())
     link_commit(plan.paths, scratch, commit)
 
 

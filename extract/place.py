@@ -16,9 +16,10 @@ from pathlib import Path
 
 from ..data.errors import UsageError
 from .store.files import Lock, fsync_all, fsync_folder
+from .store.mirror import Mirror, Planned
 from .store.objects import Conflict, is_url
 from .store.plan import Plan
-from .store.remote import Mirror, Planned, mirror_of, workspace
+from .store.remote import mirror_of, workspace
 
 CLAIM = "locks/build.json"
 

@@ -18,19 +18,20 @@ import numpy as np
 from ..data.errors import UsageError
 from .copying import copy_unit
 from .members import Member, check_settings, complete_views, others, select
-from .norms import fix_norms
+from .norms import commit_norms, fix_norms
 from .ordering import Layout, cut_shards
 from .place import place, publish
 from .progress import folder_bytes
 from .skeleton import write_teacher
 from .store import plan as plans
-from .store.arrays import RawArray
-from .store.commits import Commit, Commits, link_commit
-from .store.files import Scratch, fsync_all, phase, write_json
+from .store.commits import Commits
+from .store.files import Scratch, phase, write_json
 from .store.index import write_edition, write_index
 from .store.layout import Paths, dtype_of, group_json, shard_rows
 from .store.plan import Generation, Plan, Shard, Work
 from .store.reader import Store
+from .store.sums import noted
+from .store.verify_sums import check_sound
 from .store.views import View
 from .store.writer import versions
 from .tokens import Tokens
@@ -79,6 +80,8 @@ def merge(a: Path | str, b: Path | str, out: Path | str, patterns: Sequence[str]
 
 def build(out: Path | str, stores: list[Store], members: list[Member], views: list[View], corpus: dict) -> Built:
     """Write the new store. Errors: UsageError where `out` is there; StoreError where a source is damaged."""
+    for store in stores:
+        check_sound(store)
     told = [m for m in members if m.served] + [m for m in members if not m.served]
     row_of = {(m.source, m.id): r for r, m in enumerate(told)}
     order = np.array([row_of[m.source, m.id] for m in members])
@@ -86,7 +89,7 @@ def build(out: Path | str, stores: list[Store], members: list[Member], views: li
     served = np.array([m.served for m in members])
     count = int(served.sum())
     made_of = _undertaking(stores, told, views)
-    with place(out, made_of) as root:
+    with place(out, made_of) as root, noted() as made:
         paths, base = Paths(root), 0 if served.all() else 1
         name_of = next(iter(dict.fromkeys(v.teacher for v in views)))
         texts = _texts(stores, told, name_of)
@@ -107,7 +110,7 @@ def build(out: Path | str, stores: list[Store], members: list[Member], views: li
             plan = _add_teacher(plan, name, number, base, sources[name], told, views, count)
         write_json(paths.data / "zarr.json", group_json({"stillhouse": {"teachers": list(plan.teachers)}}))
         for g in plan.generations:
-            plans.write_generation(paths, g)
+            plans.write_generation(replace(plan, generations=[]), g, made)
         plans.write_head(plan, publish=False)
         with Scratch(paths) as scratch:
             there = {(t, c): Commits(paths, t, c) for t in plan.teachers for c in plan.views(t)}
@@ -253,12 +256,6 @@ class _Vocabulary:
 
 def _copy_norms(plan: Plan, source: Store, name: str, context: str, scratch: Path) -> None:
     """Norms are never changed, so a part of a store is standardised as the whole of it is."""
-    record, layers = plan.teachers[name], plan.views(name)[context]
-    c, written = record.contexts.index(context), []
-    for k in layers:
-        for array, values in zip(("norm_mean", "norm_std"), source.norm(View(name, context, k))):
-            path = plan.paths.data / name / array
-            written += RawArray(path).write_range(values, c, record.layers.index(k), first=0)
-    fsync_all(written)
-    number = plan.latest(name).number
-    link_commit(plan.paths, scratch, Commit(name, context, "norms", number, layers, [], [], versions=versions()))
+    layers = plan.views(name)[context]
+    norms = {k: source.norm(View(name, context, k)) for k in layers}
+    commit_norms(plan, name, context, plan.latest(name).number, norms, scratch)

@@ -1,6 +1,7 @@
 """Mending a store: damaged units are extracted again, and nothing else.
 
-Invariant: a repair commits the next generation of a unit; a reader sees the old record or the new one.
+Invariant: a repair commits the next generation of a unit; a reader sees the old record or the new one. What is mended
+without a model has the checksum that it had when it was written.
 Run: `stillhouse inspect verify STORE --data --repair`.
 """
 
@@ -13,23 +14,30 @@ from typing import TYPE_CHECKING
 from ..data.errors import StaleError
 from .store.files import Lock, Scratch
 from .store.layout import Paths
+from .store.mending import mend_arrays, mend_records
+from .store.objects import is_url
 from .store.plan import Unit, read_plan
 from .store.reader import Store
 from .store.remote import workspace
 from .store.rows import TeacherRows
 from .store.verify import Finding, damaged_units
+from .store.verify_sums import norm_rot
 
 if TYPE_CHECKING:
     from .progress import Report
     from .teacher import Teacher
 
 
+_A_BIT = "one bit put right"
+
+
 @dataclass(frozen=True)
 class Mended:
-    """A unit that was extracted again, and what had been wrong with it."""
+    """A unit of work, norms, or one bit of something small, and what had been wrong with it."""
 
     unit: str
     findings: list[Finding]
+    how: str = "extracted again"
 
 
 def repair_all(
@@ -37,13 +45,25 @@ def repair_all(
 ) -> list[Mended]:
     """Mend what is damaged in a store with the teachers that it names; `models` says by name where one lies now.
 
-    A teacher is loaded only where something of it is damaged. Errors: as `repair`; TeacherError where one is gone.
+    What is small is put right by its checksum where one bit of it is wrong; norms are worked out anew. A teacher is
+    loaded only where states of it are damaged. Errors: as `repair`; TeacherError where one is gone.
     """
+    from .norms import fix_norms_again
     from .teacher import load_teacher
 
-    store = Store.open(root)
-    damaged = damaged_units(store, data)
     mended = []
+    if not is_url(root):
+        for file, what in mend_records(Path(root)):
+            mended.append(Mended(file, [Finding(what, file, "")], _A_BIT))
+        for where in mend_arrays(Path(root)):
+            mended.append(Mended(where, [Finding("stored bytes differ from their checksum", where, "")], _A_BIT))
+    store = Store.open(root)
+    for view in store.views if not is_url(root) else []:
+        rot = list(norm_rot(store, view))
+        if rot and fix_norms_again(store, view):
+            found = [Finding("stored bytes differ from their checksum", r.where, r.remedy) for r in rot]
+            mended.append(Mended(f"{view.address} norms", found, "worked out again"))
+    damaged = damaged_units(store, data)
     for name in dict.fromkeys(u.teacher for u, _ in damaged):
         t = store.plan.teachers[name]
         teacher = load_teacher(

@@ -18,6 +18,7 @@ from .store.files import fsync_folder, phase, synced_together, write_json
 from .store.index import write_index
 from .store.layout import Paths, array_json, dtype_of, group_json, hidden_json, scale_json
 from .store.plan import Plan
+from .store.sums import noted
 from .store.writer import encode
 from .teacher import Teacher
 
@@ -28,11 +29,11 @@ def write_skeleton(plan: Plan, teacher: Teacher, layout: Layout) -> None:
     record = plan.teachers[generation.teacher]
     if paths.data.exists():  # a planner died here before it wrote store.json; nobody can have used this
         shutil.rmtree(paths.data)
-    with synced_together():  # before store.json names any of it
+    with synced_together(), noted() as made:  # before store.json names any of it
         write_index(paths, layout.ids, layout.text_hash, layout.session)
         write_teacher(paths, record, teacher, layout)
         write_json(paths.data / "zarr.json", group_json({"stillhouse": {"teachers": [record.name]}}))
-        plans.write_generation(paths, generation)
+        plans.write_generation(plan, generation, made)
     phase("planned")
     plans.write_head(plan)
     fsync_folder(paths.root)

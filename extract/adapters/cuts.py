@@ -1,8 +1,9 @@
 """Lhotse's cuts: which utterance of a store each supervision of a batch is.
 
-Invariant: a supervision is looked up by the field that `attach` wrote, which every copy of it keeps, or else by its id;
-both ways lead a copy with another speed to the utterance it was made of. Lhotse itself is not imported: cuts are taken
-for what they say they are. Exercised by: pytest tests/inspect/test_adapters.py.
+Invariant: a supervision is looked up by the field that `attach` wrote, which every copy of it keeps, or by that of a
+cut that holds nothing else, or else by its id; all ways lead a copy with another speed to the utterance it was made of.
+Lhotse itself is not imported: cuts are taken for what they say they are. Exercised by: pytest
+tests/inspect/test_adapters.py.
 """
 
 from __future__ import annotations
@@ -50,9 +51,15 @@ def cut_ids(
 
     cuts: what a batch has in batch["supervisions"]["cut"] (return_cuts=True), or any CutSet.
     """
-    found = [s for cut in _listed(cuts) for s in cut.supervisions]
-    ids = [(s.custom or {}).get(field) or s.id for s in found]
-    return store_ids(store, ids, on_missing), [s.text or "" for s in found]
+    found = [(s, cut) for cut in _listed(cuts) for s in cut.supervisions]
+    ids = [(s.custom or {}).get(field) or _alone(cut, field) or s.id for s, cut in found]
+    return store_ids(store, ids, on_missing), [s.text or "" for s, _ in found]
+
+
+def _alone(cut: Any, field: str) -> Any:
+    """The cut's own field, where it has but one supervision: NeMo's loader keeps a manifest's keys there."""
+    custom = getattr(cut, "custom", None) if len(cut.supervisions) == 1 else None
+    return (custom or {}).get(field)
 
 
 def _listed(cuts: Iterable[Any]) -> Iterator[Any]:

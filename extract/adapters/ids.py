@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...data.errors import NoStoreError, UsageError
+from ...data.errors import NoStoreError, UsageError, some
 from ..store import Store
 
 # utt_sp0.9 (Lhotse: also tempo, volume, reverberation, loudness), utt-sp0.9, and Kaldi's and ESPnet's sp0.9-utt
@@ -40,10 +40,9 @@ def store_ids(store: Store, ids: Sequence[str], on_missing: str = "error") -> li
         out[i] = original(out[i])
     missing = [ids[i] for i, r in zip(unknown, store.index.rows([out[i] for i in unknown]).tolist()) if r < 0]
     if missing and on_missing == "error":
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise NoStoreError(
-            f"not in this store: {', '.join(missing[:5])}{more}",
-            where=store.path,
+            f"not in this store: {some(missing)}",
+            where=store.address,
             remedy="extract this corpus into it, or give on_missing",
         )
     for i in unknown:

@@ -48,5 +48,5 @@ def to_xarray(store: Store, ids: Sequence[str], views: Sequence[View]) -> Any:
             "begin": ("token", span[:, 0]),
             "end": ("token", span[:, 1]),
         },
-        attrs={"teacher": teacher, "store": str(store.path)},
+        attrs={"teacher": teacher, "store": store.address},
     )

@@ -1,7 +1,7 @@
 """Which views to train with: how well each tells the ASR units, how alike they are, and a set that follows from both.
 
 Invariant: every view is probed at the same places, the beginnings of the transcripts' ASR units, and judged on sessions
-that its probe was not fitted to; what is suggested follows from the numbers that are shown.
+and texts that its probe was not fitted to; what is suggested follows from the numbers that are shown.
 Exercised by: `stillhouse views STORE --corpus CORPUS --units UNITS`.
 """
 
@@ -16,7 +16,7 @@ from ...data.errors import NoStoreError, StaleError
 from ...data.manifest import Corpus
 from ...data.units import Units
 from ..store import Store, View, hash_text
-from .probe import Probe, fold_numbers, ridge
+from .probe import Probe, fold_numbers, ridge, tied
 from .reading import held_rows
 from .similarity import Similarity, similarity, states_at, tokens_over
 
@@ -24,9 +24,9 @@ CLASSES = 100  # most frequent units that the probe tells apart; all others are 
 FOLDS = 5
 END = -1  # what follows the last unit
 RULE = (
-    "score: mean of the two R² (0: no better than the units' frequencies), on sessions not fitted to. First the view "
-    "of the highest score; then, one by one, the view whose score times (1 - its largest CKA with those chosen) is "
-    "highest, as long as it scores above {least:g} of the first"
+    "score: mean of the two R² (0: no better than the units' frequencies), on sessions and texts not fitted to. First "
+    "the view of the highest score; then, one by one, the view whose score times (1 - its largest CKA with those "
+    "chosen) is highest, as long as it scores above {least:g} of the first"
 )
 LEAST_SHARE = 0.1
 
@@ -71,7 +71,7 @@ class Choice:
     cka_places: int
     utterances: int
     folds: int
-    folds_by: str  # "session" or "utterance"
+    folds_by: str  # "session" or "utterance"; either way utterances of one text are in one fold
 
 
 @dataclass(frozen=True)
@@ -205,18 +205,27 @@ def _places(store: Store, views: Sequence[View], corpus: Corpus, units: Units, c
     if sum(counts) < 10 * FOLDS or len(ids) < FOLDS:
         raise NoStoreError(
             f"the corpus and the store share {sum(counts)} units of {len(ids)} utterances",
-            where=store.path,
+            where=store.address,
             expected=f"{10 * FOLDS} units of {FOLDS} utterances at least, in all of the views",
         )
-    sessions = np.asarray(store.index.session)[rows]
-    by_session = len(np.unique(sessions)) >= FOLDS
-    groups = np.repeat(sessions if by_session else np.arange(len(rows)), counts)
+    # Nobody is judged on a text that he was fitted to, whoever else has read it, nor on a context of it
+    texts = np.asarray(store.index.text_hash)[rows]
+    groups = tied(np.asarray(store.index.session)[rows], texts)
+    by_session = len(np.unique(groups)) >= FOLDS
+    if not by_session:
+        groups = np.unique(texts, return_inverse=True)[1]
+    if len(np.unique(groups)) < FOLDS:
+        raise NoStoreError(
+            f"{len(np.unique(groups))} different texts among those that the corpus and the store share",
+            where=store.address,
+            expected=f"{FOLDS} at least: one text is either fitted to or judged on",
+        )
     return _Places(
         ids,
         tokens,
         np.concatenate(here),
         np.concatenate(after),
-        fold_numbers(groups, FOLDS, seed),
+        fold_numbers(np.repeat(groups, counts), FOLDS, seed),
         "session" if by_session else "utterance",
     )
 

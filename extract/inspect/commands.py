@@ -101,7 +101,7 @@ def show(store: Path, utterance: str, views: tuple[str, ...], values: bool, corp
 @click.argument("store", type=STORE)
 @click.option("--data", is_flag=True, help="Read all states and compare checksums.")
 @click.option("--sample", type=Share(), help="Read this share of the utterances, as in 5%.")
-@click.option("--repair", is_flag=True, help="Extract what is damaged again, with the teachers that STORE names.")
+@click.option("--repair", is_flag=True, help="Put right what is damaged; states by the teachers that STORE names.")
 @click.option(
     "--model", "models", multiple=True, metavar="TEACHER=FOLDER", help="For --repair: where a teacher's model lies now."
 )
@@ -118,17 +118,22 @@ def verify(
     device: str,
     as_json: bool,
 ) -> None:
-    """Check that STORE is whole: its structure, and with --data or --sample its bytes. Exit code 1: findings.
+    """Check that STORE is whole: all but its states, and with --data or --sample these. Exit code 1: findings.
 
-    With --repair, units of work with something wrong are extracted again, and nothing else; then it is checked anew.
+    With --repair, units of work whose states are damaged are extracted again, and nothing else; one wrong bit of
+    anything else is put right. Then it is checked anew.
     """
     from dataclasses import replace
 
+    from ...data.errors import StoreError
     from ..store import Store
     from . import facts, rendering
 
     share = 1.0 if data else sample or 0.0
-    found = facts.verified(Store.open(store), share, progress())
+    try:
+        found = facts.verified(Store.open(store), share, progress())
+    except StoreError as e:
+        found = facts.unopened(store, e)
     if repair and found.findings:
         from ..repair import repair_all
 
@@ -178,7 +183,7 @@ def export(
 
     opened = Store.open(store)
     rows = np.array([u.row for u in facts.utterance_facts(opened, patterns)]) if patterns else None
-    chosen = chosen_views(opened, views, planned=True)
+    chosen = chosen_views(opened, views)
     found = exporting.export(opened, chosen, out, rows=rows, float32=float32, force=force)
     print_fact(found, "export", as_json, rendering.exported)
 
@@ -186,16 +191,16 @@ def export(
 @inspect.command(epilog="Example: stillhouse inspect diff old.zarr new.zarr")
 @click.argument("a", type=STORE)
 @click.argument("b", type=STORE)
-@sample_options(20_000)
+@sample_options("20,000")
 @click.option("--full", is_flag=True, help="All tokens instead of a sample.")
 @json_option
 @click.pass_context
-def diff(ctx: click.Context, a: Path, b: Path, tokens: int, seed: int, full: bool, as_json: bool) -> None:
+def diff(ctx: click.Context, a: Path, b: Path, tokens: int | None, seed: int, full: bool, as_json: bool) -> None:
     """In what the stores A and B differ: settings, utterances, numbers. Exit code 1: they do."""
     from ..store import Store
-    from . import differing, rendering
+    from . import differing, rendering_numbers
 
-    found = differing.diff(Store.open(a), Store.open(b), None if full else tokens, seed, progress())
-    print_fact(found, "diff", as_json, rendering.difference)
+    found = differing.diff(Store.open(a), Store.open(b), tokens, seed, progress(), full=full)
+    print_fact(found, "diff", as_json, rendering_numbers.difference)
     if not found.same:
         ctx.exit(1)

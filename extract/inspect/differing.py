@@ -7,15 +7,16 @@ Exercised by: `stillhouse inspect diff A B`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
 from ..store import Store, View, to_float32
-from .reading import cut, held_rows
+from .reading import affordable, cut, held_rows, states_at_once, unmap
 
 NAMED = 20  # utterances of each kind that are listed; all are counted
 BLOCK_TOKENS = 16_384
+SAMPLE_TOKENS = 20_000
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,15 @@ class NumbersDiffer:
 
 
 @dataclass(frozen=True)
+class HeldDiffers:
+    """A view of both stores, of which one has states of more tokens: its extraction is further on."""
+
+    view: str
+    a: int
+    b: int
+
+
+@dataclass(frozen=True)
 class Difference:
     a: str
     b: str
@@ -67,6 +77,7 @@ class Difference:
     settings: list[SettingDiffers]
     utterances: UtterancesDiffer
     numbers: list[NumbersDiffer]
+    held: list[HeldDiffers] = field(default_factory=list)
 
 
 # What a teacher has by its place on the axes, or by its history, is told by the views
@@ -74,9 +85,16 @@ _NOT_SETTINGS = {"name", "contexts", "layers", "fingerprints"}
 
 
 def diff(
-    a: Store, b: Store, tokens: int | None = 20_000, seed: int = 0, report: Callable[[View], None] | None = None
+    a: Store,
+    b: Store,
+    tokens: int | None = None,
+    seed: int = 0,
+    report: Callable[[View], None] | None = None,
+    full: bool = False,
 ) -> Difference:
-    """Compare settings, utterances and the states of about `tokens` tokens a view (None: all)."""
+    """Compare settings, utterances and the states of about `tokens` tokens a view (None: 20,000, but fewer of views
+    that are wide or many), or `full`: of all.
+    """
     teachers = [name for name in a.plan.teachers if name in b.plan.teachers]
     settings = [
         SettingDiffers(name, key, str(old), str(new))
@@ -90,17 +108,21 @@ def diff(
     views_a, views_b = set(a.planned_views), set(b.planned_views)
     shared = [v for v in a.planned_views if v in views_b and a.plan.teachers[v.teacher].width == _width(b, v)]
     numbers = []
+    most = None if full else tokens or affordable(a, shared, SAMPLE_TOKENS)
     for view in shared:
         if report is not None:
             report(view)
-        found = _numbers(a, b, view, common, tokens, seed)
+        found = _numbers(a, b, view, common, most, seed)
         if found is not None:
             numbers.append(found)
     teachers_only_a = [t for t in a.plan.teachers if t not in b.plan.teachers]
     teachers_only_b = [t for t in b.plan.teachers if t not in a.plan.teachers]
     only_a, only_b = sorted(views_a - views_b), sorted(views_b - views_a)
     u = utterances
-    same = not (settings or only_a or only_b or u.only_a or u.only_b or u.changed or u.tokenised)
+    whole = set(a.views) & set(b.views)
+    counted = [HeldDiffers(v.address, _held_tokens(a, v), _held_tokens(b, v)) for v in shared if v not in whole]
+    held = [h for h in counted if h.a != h.b]
+    same = not (held or settings or only_a or only_b or u.only_a or u.only_b or u.changed or u.tokenised)
     return Difference(
         a=str(a.path),
         b=str(b.path),
@@ -112,7 +134,12 @@ def diff(
         settings=settings,
         utterances=utterances,
         numbers=numbers,
+        held=held,
     )
+
+
+def _held_tokens(store: Store, view: View) -> int:
+    return int(store.lengths(view.teacher)[store.held(view)].sum())
 
 
 def _width(store: Store, view: View) -> int:
@@ -163,9 +190,11 @@ def _numbers(a: Store, b: Store, view: View, common: np.ndarray, tokens: int | N
     count = equal = 0
     largest = scale = 0.0
     cosine = 1.0
-    for part in cut(a, view.teacher, rows, BLOCK_TOKENS):
+    for part in cut(a, view.teacher, rows, states_at_once(a, view.teacher, BLOCK_TOKENS)):
         ids = [a.index.id(int(r)) for r in part]
         raw = a.gather(ids, [view]).states[view], b.gather(ids, [view]).states[view]
+        unmap(a)
+        unmap(b)
         one, other = (to_float32(x, s.teacher(view.teacher).dtype) for x, s in zip(raw, (a, b)))
         difference = np.abs(one - other)
         count, equal = count + len(one), equal + int((difference == 0).all(1).sum())

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...data.errors import StoreError, UsageError
+from ...data.errors import NoStoreError, StoreError, UsageError, some
 from ..store import Store, View
 from .reading import held_rows
 from .showing import pieces_of
@@ -49,7 +49,7 @@ def export(
 
     Arrays are packed: `TEACHER/length` says how many tokens each utterance has. float16 stays float16 and int8 becomes
     float16 unless `float32`; bfloat16 becomes float32. Errors: UsageError for a suffix that is no format, for more
-    than 4 GiB at once and for a file that is there already.
+    than 4 GiB at once and for a file that is there already; NoStoreError where no utterance is in all of the views.
     """
     writers: dict[str, Callable[[Path, list[str], dict[str, np.ndarray]], None]]
     writers = {".h5": _hdf5, ".npz": _npz, ".safetensors": _safetensors, ".csv": _csv}
@@ -62,6 +62,12 @@ def export(
     held = held_rows(store, views)
     chosen = held if rows is None else rows[np.isin(rows, held)]
     asked = len(store.utterance_ids) if rows is None else len(rows)
+    if not len(chosen):
+        raise NoStoreError(
+            f"none of {asked:,} utterances has states in {some([v.address for v in views])}",
+            where=store.address,
+            remedy="name fewer views, or finish the extraction",
+        )
     ids = [store.index.id(int(r)) for r in chosen]
     arrays: dict[str, np.ndarray] = {}
     tokens: dict[str, int] = {}

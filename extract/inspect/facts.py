@@ -15,14 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from ...data.errors import NoStoreError
+from ...data.errors import NoStoreError, StoreError
 from ..repair import Mended
 from ..store import Store, View
 from ..store.arrays import RawArray
-from ..store.layout import VERSION
+from ..store.layout import VERSION, Paths
 from ..store.plan import Unit
-from ..store.remote import mirror_of
-from ..store.verify import Finding, findings
+from ..store.remote import located, mirror_of, origin
+from ..store.verify import Finding, damaged_records, findings
+from ..store.verify_sums import unchecked
 
 
 def as_json(fact: Any, kind: str) -> dict[str, Any]:
@@ -114,7 +115,7 @@ def store_facts(store: Store) -> StoreFacts:
     teachers = [_teacher_facts(store, name, [v for v in views if v.teacher == name]) for name in store.plan.teachers]
     session = store.index.session
     return StoreFacts(
-        path=str(store.path),
+        path=store.address,
         version=VERSION,
         created=store.plan.created,
         complete=all(v.complete for v in views),
@@ -139,20 +140,37 @@ class Verified:
     units_planned: int
     data: float
     findings: list[Finding]
-    mended: list[Mended] = field(default_factory=list)  # with --repair: what was extracted again before this look
+    mended: list[Mended] = field(default_factory=list)  # with --repair: what was put right before this look
+    unchecked: list[str] = field(default_factory=list)  # what was written before it had checksums
 
 
 def verified(store: Store, data: float = 0.0, report: Callable[[Unit], None] | None = None) -> Verified:
     """Errors: StoreError where the plan itself cannot be read."""
-    views = view_facts(store, store.planned_views)
+    found = list(findings(store, data, report))
+    try:
+        views = view_facts(store, store.planned_views)
+    except StoreError:
+        if not found:
+            raise
+        views = []  # its index of utterances cannot be read, which is among what was found
     return Verified(
-        path=str(store.path),
-        complete=all(v.complete for v in views),
+        path=store.address,
+        complete=bool(views) and all(v.complete for v in views),
         units=sum(v.units for v in views),
         units_planned=sum(v.units_planned for v in views),
         data=data,
-        findings=list(findings(store, data, report)),
+        findings=found,
+        unchecked=unchecked(store),
     )
+
+
+def unopened(path: Path, error: StoreError) -> Verified:
+    """A store that does not open, whose damaged records say why. Errors: the error, where they do not."""
+    root = located(path)
+    found = damaged_records(Paths(root))
+    if not found:
+        raise error
+    return Verified(str(origin(root)), complete=False, units=0, units_planned=0, data=0.0, findings=found)
 
 
 def _teacher_facts(store: Store, name: str, views: list[ViewFacts]) -> TeacherFacts:
@@ -230,7 +248,7 @@ def utterance_facts(store: Store, patterns: Sequence[str] = ()) -> Iterator[Utte
     if patterns and not chosen:
         raise NoStoreError(
             f"no utterance matches {' or '.join(patterns)}",
-            where=store.path,
+            where=store.address,
             remedy="stillhouse inspect ls --utterances",
         )
     rows = store.rows(chosen).tolist()

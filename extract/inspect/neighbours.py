@@ -16,7 +16,7 @@ import numpy as np
 
 from ...data.errors import NoStoreError, UsageError
 from ..store import Gathered, Store, View, to_float32
-from .reading import BLOCK_TOKENS, cut, held_rows
+from .reading import BLOCK_TOKENS, cut, sample_rows, states_at_once, unmap
 from .showing import TokenFacts, plain, spelt, tokens_of
 
 
@@ -42,6 +42,8 @@ class Neighbours:
     sentence: str
     searched: int
     neighbours: list[Neighbour]
+    begin: int = 0  # of the word in the sentence
+    end: int = 0
 
 
 def words(tokens: Sequence[TokenFacts]) -> list[list[int]]:
@@ -83,30 +85,34 @@ def nearest(
     *,
     standardise: bool = False,
     same_utterance: bool = False,
+    tokens: int | None = None,
     report: Callable[[View], None] | None = None,
 ) -> Neighbours:
     """The `count` tokens of largest cosine to a word, in other utterances (or in all).
 
-    `standardise`: with the view's norms, so that outlier dimensions do not decide alone.
+    `standardise`: with the view's norms, so that outlier dimensions do not decide alone. `tokens`: look only in a
+    sample of utterances that have about so many.
     """
     if not store.has([utterance], view)[0]:
         store.rows([utterance])
         raise NoStoreError(f"{utterance} is not extracted yet", where=view.address)
-    tokens = tokens_of(store, utterance, view.teacher)
-    which = find_word(tokens, word, utterance)
+    own = tokens_of(store, utterance, view.teacher)
+    which = find_word(own, word, utterance)
     dtype = store.teacher(view.teacher).dtype
     mean, std = store.norm(view) if standardise else (np.float32(0), np.float32(1))
     query = ((to_float32(store.gather([utterance], [view]).states[view][which], dtype) - mean) / std).mean(0)
     query /= max(float(np.linalg.norm(query)), 1e-30)
-    rows = held_rows(store, [view])
+    rows = sample_rows(store, [view], tokens)
     if not same_utterance:
         rows = rows[rows != store.rows([utterance])[0]]
     # cosine = (x/s)·q / |x/s| - what of it the mean takes: one matrix product a block
     scaled, offset = query / std, float((mean / std * query).sum())
 
     def read() -> Iterator[tuple[np.ndarray, Gathered]]:
-        for part in cut(store, view.teacher, rows, BLOCK_TOKENS):
-            yield part, store.gather([store.index.id(int(r)) for r in part], [view])
+        for part in cut(store, view.teacher, rows, states_at_once(store, view.teacher, BLOCK_TOKENS)):
+            gathered = store.gather([store.index.id(int(r)) for r in part], [view])
+            unmap(store)
+            yield part, gathered
 
     def score(block: tuple[np.ndarray, Gathered]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The block's best: cosines, rows of utterances, tokens in them."""
@@ -127,14 +133,17 @@ def nearest(
         if report is not None and number % 8 == 0:
             report(view)
     length = store.lengths(view.teacher)
+    sentence, begin, end = marked(own, which[0])
     return Neighbours(
         view=view.address,
         utterance=utterance,
-        word=" ".join(plain(tokens[i].piece) for i in which),
+        word=" ".join(plain(own[i].piece) for i in which),
         tokens=which,
-        sentence=spelt(tokens),
+        sentence=sentence,
         searched=int(length[rows].sum()),
         neighbours=[_neighbour(store, view, -c, row, token) for c, row, token in found],
+        begin=begin,
+        end=end,
     )
 
 

@@ -27,17 +27,18 @@ from .options import (
 @click.command(epilog="Example: stillhouse inspect stats corpus.zarr --view 'minilm/*/*'")
 @click.argument("store", type=STORE)
 @views_option
-@sample_options(20_000)
+@sample_options("20,000")
 @click.option("--full", is_flag=True, help="All tokens instead of a sample.")
 @json_option
-def stats(store: Path, views: tuple[str, ...], tokens: int, seed: int, full: bool, as_json: bool) -> None:
+def stats(store: Path, views: tuple[str, ...], tokens: int | None, seed: int, full: bool, as_json: bool) -> None:
     """Norms, dead and outlier dimensions, anisotropy, effective rank of each view."""
     from ..store import Store
-    from . import facts, rendering, statistics
+    from . import facts, statistics
+    from . import rendering_numbers as rendering
 
     opened = Store.open(store)
     chosen = whole_views(opened, chosen_views(opened, views))
-    found = statistics.statistics(opened, chosen, None if full else tokens, seed, progress())
+    found = statistics.statistics(opened, chosen, tokens, seed, progress(), full=full)
     if as_json:
         entries = [facts.as_json(f, "statistics") for f in found]
         dump({"schema": "stillhouse.inspect.stats/1", "views": entries})
@@ -48,12 +49,12 @@ def stats(store: Path, views: tuple[str, ...], tokens: int, seed: int, full: boo
 @click.command(epilog="Example: stillhouse inspect similarity corpus.zarr --view '*/alone/*'")
 @click.argument("store", type=STORE)
 @views_option
-@sample_options(2_000)
+@sample_options("2,000")
 @json_option
-def similarity(store: Path, views: tuple[str, ...], tokens: int, seed: int, as_json: bool) -> None:
+def similarity(store: Path, views: tuple[str, ...], tokens: int | None, seed: int, as_json: bool) -> None:
     """Linear CKA between views: which of them say the same."""
     from ..store import Store
-    from . import rendering
+    from . import rendering_numbers as rendering
     from .similarity import similarity as compute
 
     opened = Store.open(store)
@@ -68,9 +69,8 @@ def similarity(store: Path, views: tuple[str, ...], tokens: int, seed: int, as_j
 @click.argument("word", metavar="UTT:WORD", shell_complete=complete_utterance)
 @click.option(
     "--view",
-    required=True,
     metavar="VIEW",
-    help="One view; or several by a pattern, one after the other.",
+    help="One view; or several by a pattern, one after the other. Default: all.",
     shell_complete=complete_view,
 )
 @click.option("--count", default=10, show_default=True, type=click.IntRange(min=1), help="How many.")
@@ -78,17 +78,16 @@ def similarity(store: Path, views: tuple[str, ...], tokens: int, seed: int, as_j
 @click.option("--same-utterance", is_flag=True, help="Look in the utterance itself, too.")
 @json_option
 def neighbours(
-    store: Path, word: str, view: str, count: int, standardise: bool, same_utterance: bool, as_json: bool
+    store: Path, word: str, view: str | None, count: int, standardise: bool, same_utterance: bool, as_json: bool
 ) -> None:
     """The tokens nearest to a word within a view, with their sentences.
 
     In UTT:WORD, WORD is a word of the utterance UTT as its tokens spell it (bank, or bank#2 for the second), or a
     token's number.
     """
-    import shutil
-
     from ..store import Store
-    from . import facts, rendering
+    from . import facts
+    from . import rendering_numbers as rendering
     from .neighbours import nearest
 
     utterance, colon, name = word.rpartition(":")
@@ -106,14 +105,13 @@ def neighbours(
             same_utterance=same_utterance,
             report=progress(),
         )
-        for v in whole_views(opened, opened.resolve(view))
+        for v in whole_views(opened, chosen_views(opened, (view,) if view else ()))
     ]
     if as_json:
         entries = [facts.as_json(f, "neighbours") for f in found]
         dump({"schema": "stillhouse.inspect.neighbours/1", "views": entries})
     else:
-        columns = shutil.get_terminal_size((100, 24)).columns
-        click.echo("\n\n".join(rendering.neighbours(f, columns) for f in found))
+        click.echo("\n\n".join(rendering.neighbours(f) for f in found))
 
 
 @click.command(
@@ -123,20 +121,20 @@ def neighbours(
 @click.argument("utterance", shell_complete=complete_utterance)
 @click.option(
     "--views",
-    required=True,
     metavar="A,B",
-    help="View addresses with commas, or a pattern.",
+    help="View addresses with commas, or a pattern. Default: all.",
     shell_complete=complete_view,
 )
 @json_option
-def compare(store: Path, utterance: str, views: str, as_json: bool) -> None:
+def compare(store: Path, utterance: str, views: str | None, as_json: bool) -> None:
     """How the tokens of UTTERANCE move from the first view to the others."""
     from ..store import Store
-    from . import facts, rendering
+    from . import facts
+    from . import rendering_numbers as rendering
     from .neighbours import compare as compute
 
     opened = Store.open(store)
-    found = compute(opened, utterance, opened.resolve(split_views(views)))
+    found = compute(opened, utterance, chosen_views(opened, tuple(split_views(views) if views else ())))
     if as_json:
         entries = [facts.as_json(f, "comparison") for f in found]
         dump({"schema": "stillhouse.inspect.compare/1", "views": entries})
@@ -194,15 +192,18 @@ def plot(store: Path, out: Path, kind: str, word: str | None, views: tuple[str, 
 @click.argument("store", type=STORE)
 @click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--word", "words", multiple=True, help="Words to look at, several times. Default: frequent ones.")
-@sample_options(2_000)
+@sample_options("2,000")
+@click.option("--full", is_flag=True, help="Every view and all tokens instead of samples.")
 @click.option("--force", is_flag=True, help="Replace OUT.")
-def report(store: Path, out: Path, words: tuple[str, ...], tokens: int, seed: int, force: bool) -> None:
+def report(
+    store: Path, out: Path, words: tuple[str, ...], tokens: int | None, seed: int, full: bool, force: bool
+) -> None:
     """All of it as one HTML page, OUT, that needs nothing else."""
     from ..store import Store
     from . import report as page
 
     page.check_path(out, force)
-    found = page.collect(Store.open(store), words=words, tokens=tokens, seed=seed, report=progress())
+    found = page.collect(Store.open(store), words=words, tokens=tokens, seed=seed, full=full, report=progress())
     page.write(found, out)
     click.echo(str(out))
 
@@ -238,7 +239,8 @@ def choose_views(
     from ...data.manifest import read_manifest
     from ...data.units import load_units
     from ..store import Store
-    from . import choosing, plots, rendering
+    from . import choosing, plots
+    from . import rendering_numbers as rendering
 
     if plot is not None:
         plots.check_path(plot, False)

@@ -59,9 +59,17 @@ def occurrences(store: Store, teacher: str, word: str, rows: np.ndarray) -> list
     return found
 
 
-def word_map(store: Store, views: Sequence[View], word: str, most: int = 200, seed: int = 0) -> WordMap:
+def word_map(
+    store: Store,
+    views: Sequence[View],
+    word: str,
+    most: int = 200,
+    seed: int = 0,
+    places: list[tuple[int, int]] | None = None,
+) -> WordMap:
     """The first two principal components of a word's states in views of one teacher and layer, contexts differing.
 
+    places: its occurrences, where they are known already, or some of them.
     Errors: NoStoreError where the word stands less than twice; UsageError for views of several teachers.
     """
     teachers = {v.teacher for v in views}
@@ -70,11 +78,11 @@ def word_map(store: Store, views: Sequence[View], word: str, most: int = 200, se
             f"views of several teachers on one plane: {', '.join(sorted(teachers))}", remedy="name one with --view"
         )
     teacher, dtype = views[0].teacher, store.teacher(views[0].teacher).dtype
-    places = occurrences(store, teacher, word, held_rows(store, views))
+    places = occurrences(store, teacher, word, held_rows(store, views)) if places is None else places
     if len(places) < 2:
         raise NoStoreError(
             f"{word!r} is {len(places)} times a token of {teacher} by itself",
-            where=store.path,
+            where=store.address,
             expected="twice at least",
         )
     chosen = places

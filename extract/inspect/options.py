@@ -65,13 +65,14 @@ def views_option(command: F) -> F:
     )(command)
 
 
-def sample_options(tokens: int) -> Callable[[F], F]:
-    """--tokens and --seed of what is computed from a sample."""
+def sample_options(tokens: str) -> Callable[[F], F]:
+    """--tokens and --seed of what is computed from a sample, of so many by default."""
 
     def both(command: F) -> F:
         command = click.option("--seed", default=0, show_default=True, help="Of the sample.")(command)
         least = click.IntRange(min=4)
-        return click.option("--tokens", default=tokens, show_default=True, type=least, help="In the sample.")(command)
+        shown = f"{tokens}, fewer of wide or many views"
+        return click.option("--tokens", show_default=shown, type=least, help="In the sample of each view.")(command)
 
     return both
 
@@ -94,9 +95,25 @@ class Share(click.ParamType):
 
 
 def chosen_views(store: Any, patterns: tuple[str, ...], planned: bool = False) -> list[View]:
-    """The views that patterns name; all, complete or (`planned`) not, where there are none."""
-    among = store.planned_views if planned else store.views
-    return store.resolve(patterns, among) if patterns else store.resolve("*/*/*", among)
+    """The views that patterns name; all where there are none. Of those that the store has states of, complete or not,
+    which is told on stderr; with `planned`, also of those that it has none of yet.
+    """
+    from ...data.errors import NoStoreError, some
+
+    among = store.planned_views
+    if not planned:
+        among = [v for v in among if store.held(v).any()]
+        if not among:
+            raise NoStoreError(
+                "nothing is extracted yet", where=store.address, remedy="stillhouse extract CORPUS STORE …"
+            )
+    chosen = store.resolve(patterns or ("*/*/*",), among)
+    if not planned:
+        complete = set(store.views)
+        begun = [v.address for v in chosen if v not in complete]
+        if begun:
+            click.echo(f"not complete, taken as far as they go: {some(begun)}", file=sys.stderr)
+    return chosen
 
 
 def whole_views(store: Any, views: list[View]) -> list[View]:
@@ -108,7 +125,9 @@ def whole_views(store: Any, views: list[View]) -> list[View]:
     for text in damage:
         click.echo(f"left out: {text}", file=sys.stderr)
     if not good:
-        raise StoreError("all of these views are damaged", where=store.path, remedy="stillhouse inspect verify STORE")
+        raise StoreError(
+            "all of these views are damaged", where=store.address, remedy="stillhouse inspect verify STORE"
+        )
     return good
 
 

@@ -18,12 +18,16 @@ from ...data.errors import NoStoreError, StoreError, UsageError
 from ..store import Store, View
 from . import facts, neighbours, occurrences, showing, statistics
 from . import similarity as cka
-from .reading import held_rows, whole
+from .reading import affordable, held_rows, sample_rows, spread, whole
 from .text import share, size
 
-COLOURS = 6  # that the page's style names
+COLOURS = 6  # that the page's style names, and views of a word's map
 MOST_UTTERANCES = 3
 MOST_READ = 5000  # utterances that are looked through for frequent words
+MOST_COMPARED = 24  # views in the heat map
+MOST_MEASURED = 60  # views whose states are read for the table
+MOST_SHOWN = 8  # of each teacher, in the tables of tokens
+SEARCHED = 100_000  # tokens that the nearest ones are looked for among, where the view is not too wide
 
 
 @dataclass(frozen=True)
@@ -38,47 +42,67 @@ class Report:
     maps: list[occurrences.WordMap]
     neighbours: list[neighbours.Neighbours]
     findings: list[Any]
+    full: bool
 
 
 def collect(
     store: Store,
     *,
     words: Sequence[str] = (),
-    tokens: int = 2000,
+    tokens: int | None = None,
     seed: int = 0,
+    full: bool = False,
     report: Callable[[View], None] | None = None,
 ) -> Report:
-    """All facts of a page. Views of which nothing is committed are listed and no more; words None has are left out."""
+    """All facts of a page. Views of which nothing is committed are listed and no more; words None has are left out.
+
+    Samples are bounded, so that a page takes seconds of any store; `full`: every view, every token, but for CKA.
+    """
     planned = store.planned_views
     listed = facts.view_facts(store, planned)
     there, _ = whole(store, [v for v, f in zip(planned, listed) if f.tokens])
     maps, near = [], []
     for view in _last_views(store, there):
-        among = [v for v in there if v.teacher == view.teacher and v.layer == view.layer]
+        among = spread([v for v in there if v.teacher == view.teacher and v.layer == view.layer], COLOURS)
+        among = among if view in among else [*among[:-1], view]
+        searched = None if full else affordable(store, [view], SEARCHED)
+        rows = sample_rows(store, among, searched, seed) if len(held_rows(store, among)) else np.zeros(0, np.int64)
         for word in words or _words(store, view):
             try:
-                maps.append(occurrences.word_map(store, among, word, seed=seed))
-                row, token = occurrences.occurrences(store, view.teacher, word, held_rows(store, among))[0]
-                near.append(neighbours.nearest(store, view, store.index.id(row), str(token), 6, report=report))
+                places = occurrences.occurrences(store, view.teacher, word, rows)
+                maps.append(occurrences.word_map(store, among, word, seed=seed, places=places))
             except NoStoreError:
                 continue
+            row, token = places[0]
+            name = store.index.id(row)
+            near.append(neighbours.nearest(store, view, name, str(token), 6, tokens=searched, report=report))
     similar = None
-    if len(there) > 1 and len(held_rows(store, there)):
-        similar = cka.similarity(store, there, tokens, seed, report)
+    compared = there if full else spread(there, MOST_COMPARED)
+    if len(compared) > 1 and len(held_rows(store, compared)):
+        similar = cka.similarity(store, compared, tokens, seed, report)
     shown = []
     if there:
+        views = [v for t in dict.fromkeys(v.teacher for v in there) for v in _shown_views(there, t)]
         for row in held_rows(store, there)[:MOST_UTTERANCES]:
-            shown.append(showing.show(store, store.index.id(int(row)), there))
+            shown.append(showing.show(store, store.index.id(int(row)), views))
+    measured = there if full else spread(there, MOST_MEASURED)
     return Report(
         store=facts.store_facts(store),
         views=listed,
-        statistics=statistics.statistics(store, there, 5 * tokens, seed, report),
+        statistics=statistics.statistics(
+            store, measured, tokens or affordable(store, measured, 10_000), seed, report, full=full
+        ),
         similarity=similar,
         utterances=shown,
         maps=maps,
         neighbours=near,
         findings=facts.verified(store).findings,
+        full=full,
     )
+
+
+def _shown_views(views: Sequence[View], teacher: str) -> list[View]:
+    return spread([v for v in views if v.teacher == teacher], MOST_SHOWN)
 
 
 def _last_views(store: Store, views: Sequence[View]) -> list[View]:

@@ -139,10 +139,16 @@ def pieces_of(store: Store, teacher: str, token_id: np.ndarray) -> list[str]:
 
 
 def spelt(tokens: Sequence[TokenFacts]) -> str:
-    """The transcript as far as the tokens tell: each piece, less its marks, where its span begins."""
-    out = ""
+    """The transcript as far as the tokens tell: each piece, less its marks, where its span begins; � for each character
+    that a piece like [UNK] stands for.
+    """
+    out, omitted = "", 0  # characters of gaps: a damaged span may begin at the two thousand millionth
     for token in tokens:
-        out = out.ljust(token.begin)[: token.begin] + plain(token.piece)
+        piece, room = plain(token.piece), token.end - token.begin
+        unknown = piece[:1] + piece[-1:] in ("[]", "<>") and len(piece) > 2 and len(piece) != room
+        omitted += max(0, token.begin - omitted - len(out) - 1)
+        begin = max(0, token.begin - omitted)
+        out = out.ljust(begin)[:begin] + ("\ufffd" * min(room, 100) if unknown else piece)
     return " ".join(out.split())
 
 

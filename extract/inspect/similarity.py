@@ -14,7 +14,10 @@ import numpy as np
 
 from ...data.errors import NoStoreError
 from ..store import Store, View, to_float32
-from .reading import sample_rows
+from .reading import affordable, sample_rows, unmap
+
+PLACES = 2000
+GRAM_NUMBERS = 1 << 27  # of all views' Gram matrices
 
 
 @dataclass(frozen=True)
@@ -29,23 +32,27 @@ class Similarity:
 def similarity(
     store: Store,
     views: Sequence[View],
-    tokens: int = 2000,
+    tokens: int | None = None,
     seed: int = 0,
     report: Callable[[View], None] | None = None,
 ) -> Similarity:
-    """Linear CKA of every pair of views at `tokens` places. Memory: [tokens, tokens] floats a view.
+    """Linear CKA of every pair of views at `tokens` places; None: 2,000, but fewer where views are wide or many.
+    Memory: [tokens, tokens] floats a view.
 
     Errors: NoStoreError where fewer than four places lie under a token of every teacher.
     """
+    if tokens is None:
+        tokens = min(affordable(store, views, PLACES), int((GRAM_NUMBERS / max(1, len(views))) ** 0.5))
     ids, tokens_of = places(store, views, tokens, seed)
     count = sum(len(t) for t in next(iter(tokens_of.values())))
     if count < 4:
-        raise NoStoreError(f"only {count} tokens to compare views at", where=store.path, expected="4 at least")
+        raise NoStoreError(f"only {count} tokens to compare views at", where=store.address, expected="4 at least")
     gram = np.empty((len(views), count, count), np.float32)
     for number, view in enumerate(views):
         if report is not None:
             report(view)
         gram[number] = centred_gram(states_at(store, view, ids, tokens_of[view.teacher]))
+        unmap(store)
     flat = gram.reshape(len(views), -1)
     product = (flat @ flat.T).astype(np.float64)
     scale = np.sqrt(np.maximum(np.diag(product), 1e-30))

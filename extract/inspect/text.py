@@ -1,15 +1,27 @@
 """How facts look in a terminal: plain aligned columns, sizes, shares; the same on a terminal and in a pipe.
 
-Invariant: a column is as wide as its widest cell in terminal columns, Chinese and emoji counted as two.
-Exercised by: pytest tests/inspect/test_text.py.
+Invariant: columns are counted as a terminal does, Chinese and emoji as two; what can be broken is broken to fit the
+terminal, or 80 columns in a pipe. Exercised by: pytest tests/inspect/test_first_look.py -k "columns or wrap".
 """
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-COLUMNS = 80
+COLUMNS = 80  # where nobody says how many there are
+PROSE = 100  # longer lines are hard to read
+LONG = 48  # a cell that is wider does not widen its column for the others
+
+
+def columns() -> int:
+    """Of $COLUMNS or of the terminal; in a pipe 80."""
+    if os.environ.get("COLUMNS", "").isdecimal() or sys.stdout.isatty():
+        return max(40, shutil.get_terminal_size((COLUMNS, 24)).columns)
+    return COLUMNS
 
 
 def width(text: str) -> int:
@@ -20,31 +32,59 @@ def width(text: str) -> int:
     )
 
 
-def pad(text: str, columns: int, right: bool = False) -> str:
-    space = " " * max(0, columns - width(text))
+def pad(text: str, room: int, right: bool = False) -> str:
+    space = " " * max(0, room - width(text))
     return space + text if right else text + space
 
 
 def table(rows: Sequence[Sequence[object]], *, right: str = "", header: Sequence[str] = ()) -> str:
     """Aligned columns, two spaces between them. `right` has one letter a column: "r" aligns it to the right.
 
-    None is shown as "-".
+    None is shown as "-". A cell of more than 48 columns pushes the rest of its own row aside and no other row's.
     """
-    cells = [["-" if c is None else printable(str(c)) for c in row] for row in ([header] if header else []) + [*rows]]
+    cells = _cells(rows, header)
     if not cells:
         return ""
-    widths = [max(width(row[i]) for row in cells if i < len(row)) for i in range(max(map(len, cells)))]
+    widths = [_width_of(row[i] for row in cells if i < len(row)) for i in range(max(map(len, cells)))]
     sides = right.ljust(len(widths), "l")
     lines = ["  ".join(pad(c, w, s == "r") for c, w, s in zip(row, widths, sides)).rstrip() for row in cells]
     return "\n".join(lines)
 
 
-def wrap(text: str, columns: int = COLUMNS, indent: int = 0) -> str:
-    """Lines of at most so many terminal columns, those after the first indented; a word that is longer stays whole."""
+def _cells(rows: Sequence[Sequence[object]], header: Sequence[str]) -> list[list[str]]:
+    return [["-" if c is None else printable(str(c)) for c in row] for row in ([header] if header else []) + [*rows]]
+
+
+def _width_of(cells: Iterable[str]) -> int:
+    return max((w for w in map(width, cells) if w <= LONG), default=0)
+
+
+def tables(rows: Sequence[Sequence[object]], *, right: str, header: Sequence[str], keep: int, room: int) -> list[str]:
+    """The same as several tables of at most `room` terminal columns, each with the first `keep` columns."""
+    cells = _cells(rows, header)
+    widths = [_width_of(row[i] for row in cells) + 2 for i in range(len(header))]
+    groups: list[list[int]] = []
+    for i in range(keep, len(header)):
+        if not groups or sum(widths[k] for k in (*range(keep), *groups[-1], i)) > room + 2:
+            groups.append([])
+        groups[-1].append(i)
+    found = []
+    for group in groups or [[]]:
+        which = [*range(keep), *group]
+        sides, names = "".join(right[i] for i in which), [header[i] for i in which]
+        found.append(table([[row[i] for i in which] for row in rows], right=sides, header=names))
+    return found
+
+
+def wrap(text: str, room: int | None = None, indent: int = 0) -> str:
+    """Lines of at most `room` terminal columns (None: the terminal's, at most 100), those after the first indented; a
+    word that is longer stays whole.
+    """
+    room = min(columns(), PROSE) if room is None else room
     lines: list[str] = []
     for word in printable(text).split(" "):
         begun = bool(lines) and width(lines[-1]) > indent - 1
-        if lines and (not begun or width(lines[-1]) + 1 + width(word) <= columns):
+        if lines and (not begun or width(lines[-1]) + 1 + width(word) <= room):
             lines[-1] += f" {word}"
         else:
             lines.append(" " * indent + word if lines else word)
@@ -52,7 +92,7 @@ def wrap(text: str, columns: int = COLUMNS, indent: int = 0) -> str:
 
 
 def pairs(rows: Sequence[tuple[str, str]]) -> str:
-    """Names and what is said of each, beside each other, in lines of 80 columns."""
+    """Names and what is said of each, beside each other."""
     room = max(width(name) for name, _ in rows) + 2
     return "\n".join(wrap(pad(name, room) + value, indent=room) for name, value in rows)
 

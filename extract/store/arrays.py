@@ -18,6 +18,7 @@ import numpy as np
 from ...data.errors import StoreError
 from .files import allocate, pwrite_all, read_json, room, write_bytes, write_json
 from .remote import local, mirror_of
+from .sums import note
 
 _NUMPY = {
     "int8": "i1",
@@ -216,4 +217,5 @@ def create_array(path: Path, meta: dict[str, Any], values: np.ndarray | None = N
             part = values[tuple(slice(i * c, (i + 1) * c) for i, c in zip(index, chunks))]
             block[tuple(slice(0, n) for n in part.shape)] = part
             write_bytes(path.joinpath("c", *map(str, index)), block.tobytes())
+        note(path, np.asarray(values, dtype))
     write_json(path / "zarr.json", meta)

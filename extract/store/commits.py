@@ -6,7 +6,6 @@ the first writer wins. The highest generation of a layer counts. Run: `pytest te
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import asdict, dataclass, field
@@ -19,13 +18,17 @@ from .files import fsync_folder, phase, read_json, room
 from .layout import Paths
 from .records import as_record
 from .remote import mirror_of
+from .seals import sealed, unsealed
 
 _NAME = re.compile(r"(norms|\d+)\.(\d+)\.json")
 
 
 @dataclass(frozen=True)
 class Commit:
-    """One unit of work, done. `files` gives each layer's bytes; `checksums` the crc32c of its row of `crc32c`."""
+    """One unit of work, done. `files` gives each layer's bytes; `checksums` the crc32c of its row of `crc32c`, and of
+    the unit's part of `input_hash`, `context_left` and `context_right`; of norms, those of "norm_mean.LAYER" and
+    "norm_std.LAYER".
+    """
 
     teacher: str
     context: str
@@ -46,8 +49,8 @@ def link_commit(paths: Paths, scratch: Path, commit: Commit) -> bool:
     target = paths.commit(commit.teacher, commit.context, commit.shard, commit.generation)
     target.parent.mkdir(parents=True, exist_ok=True)
     tmp = scratch / target.name
-    with room(target), open(tmp, "w") as f:
-        json.dump(asdict(commit), f, indent=1)
+    with room(target), open(tmp, "wb") as f:
+        f.write(sealed(asdict(commit), target.name))
         f.flush()
         os.fsync(f.fileno())
     phase("before_link")
@@ -90,7 +93,7 @@ def publish(paths: Paths, record: Path, commit: Commit) -> bool:
 def _read(path: Path, shard: str, generation: int) -> Commit:
     """Errors: StoreError where a record is damaged, or another's."""
     try:
-        found = as_record(Commit, read_json(path), path)
+        found = as_record(Commit, unsealed(read_json(path), path.name), path)
     except FileNotFoundError as e:
         raise StoreError("a commit record leads nowhere, or was cleared away just now", where=path) from e
     told = {str(layer) for layer in found.layers}

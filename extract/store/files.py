@@ -24,6 +24,7 @@ from typing import Any
 from ...data.errors import LockedError, StoreError
 from .layout import Paths
 from .remote import local, mirror_of
+from .seals import sealed
 
 
 def phase(name: str) -> None:
@@ -90,8 +91,9 @@ def synced_together() -> Iterator[None]:
     fsync_all(paths)
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """With its checksum in it; see seals.py."""
+    write_bytes(path, sealed(value, path.name))
 
 
 def read_json(path: Path) -> Any:

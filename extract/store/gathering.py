@@ -14,11 +14,12 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from ...data.errors import NoStoreError, StoreError, UsageError
+from ...data.errors import NoStoreError, StoreError, UsageError, some
 from . import notebook
 from .handles import Handle
 from .layout import dtype_of, to_float32
-from .opened import Opened, some
+from .memory import BATCHES
+from .opened import Opened
 from .quantise import dequantise
 from .rows import Places, Reading, TeacherRows, read_all
 from .views import View
@@ -51,19 +52,20 @@ class Gathering(Opened):
     """An open store of which states can be read."""
 
     def gather(
-        self, ids: Sequence[str], views: Sequence[View], dtype: str | None = None, allocate: Allocate = np.empty
+        self, ids: Sequence[str], views: Sequence[View], dtype: str | None = None, allocate: Allocate | None = None
     ) -> Gathered:
         """States, lengths, token ids and spans of utterances, packed in the order of `ids`.
 
         dtype     "float32" or "float16"; None: as stored (bfloat16 as uint16 bits; int8 as float32)
-        allocate  (shape, numpy dtype) -> the array that a view's states go into, as in pinned memory; C-contiguous
+        allocate  (shape, numpy dtype) -> the array that a view's states go into, as in pinned memory; C-contiguous.
+                  None: np.empty, in memory of earlier batches whose arrays are all gone (memory.py)
         Errors: NoStoreError for an unknown id or view, or naming utterances that are not committed; StoreError
         naming view and utterance where bytes are damaged.
         """
         if dtype not in (None, "float32", "float16"):
             raise UsageError(f"states as {dtype!r}", expected="float32, float16 or None")
         try:
-            return self._gather(ids, views, dtype, allocate)
+            return self._gather(ids, views, dtype, allocate or BATCHES.empty)
         except StoreError as e:
             self._explain(e)
             raise
@@ -115,7 +117,7 @@ class Gathering(Opened):
         direct = logical == t.dtype.logical
         for view in views:
             self._check_present(view, rows, places)
-        buffers = [self._buffers(view, t, places, allocate if direct else np.empty) for view in views]
+        buffers = [self._buffers(view, t, places, allocate if direct else BATCHES.empty) for view in views]
         states: dict[View, np.ndarray] = {}
 
         def arrived(number: int) -> None:
@@ -146,7 +148,7 @@ class Gathering(Opened):
             )
 
     def _buffers(
-        self, view: View, t: TeacherRows, places: Places, allocate: Allocate = np.empty
+        self, view: View, t: TeacherRows, places: Places, allocate: Allocate = BATCHES.empty
     ) -> tuple[np.ndarray, np.ndarray | None, list[Reading]]:
         """Arrays for a view's states as stored and their scales (None: there are none), and what will fill them."""
         axes = self._axes(view)

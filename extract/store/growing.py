@@ -14,6 +14,7 @@ import numpy as np
 
 from .arrays import RawArray
 from .files import allocate, fsync_all, pwrite_all, read_json, room, write_json
+from .sums import note
 
 
 def grow(path: Path, shape: dict[int, int], exactly: bool = False) -> None:
@@ -52,3 +53,4 @@ def append(path: Path, values: np.ndarray, first: int, last: bool = False) -> No
         written += [file, *(p for p in file.parents if p.is_relative_to(path))]
         done += len(part)
     fsync_all(written)
+    note(path, values, first)

@@ -14,9 +14,11 @@ import stat
 from pathlib import Path
 
 from ...data.errors import StoreError
+from .blocks import Blocks
 from .layout import footer_bytes, identity_rows
+from .mirror import Mirror
 from .objects import Missing
-from .remote import Blocks, Mirror, mirror_of
+from .remote import mirror_of
 
 
 def most_handles() -> int:

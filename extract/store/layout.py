@@ -175,6 +175,9 @@ class Paths:
     def plan(self, generation: int) -> Path:
         return self.root / "plan" / str(generation) / "plan.json"
 
+    def sums(self, generation: int) -> Path:
+        return self.root / "plan" / str(generation) / "sums.json"
+
     def commits(self, teacher: str, context: str) -> Path:
         return self.root / "commits" / teacher / context.replace(":", "-")
 

@@ -62,7 +62,7 @@ def _store(store: Store) -> tuple[str, list[tuple[str, ...]]]:
         tokens = _or(lambda name=name: f"{store.teacher(name).tokens:,}", "?")  # type: ignore[misc]
         layers = ", ".join(map(str, sorted(settings.layers)))
         rows.append((name, str(settings.width), tokens, ", ".join(settings.contexts), layers, settings.dtype))
-    return f"{str(store.path)!r}: {utterances}, {state}", rows
+    return f"{store.address!r}: {utterances}, {state}", rows
 
 
 def _gathered(batch: Gathered) -> tuple[str, list[tuple[str, ...]]]:

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ...data.errors import NoStoreError, StoreError
+from ...data.errors import NoStoreError, StoreError, some
 from . import plan as plans
 from .commits import Commits
 from .handles import Handles
 from .index import Index
+from .remote import origin
 from .rows import TeacherRows, damaged
 from .views import View
 
@@ -33,6 +34,11 @@ class Opened:
         self._commits: dict[tuple[str, str], Commits] = {}
         self._teachers: dict[str, TeacherRows] = {}
         self._indices: dict[int, Index] = {}
+
+    @property
+    def address(self) -> str:
+        """The path or URL of this store, as one would type it."""
+        return str(origin(self.paths.root))
 
     def close(self) -> None:
         """Close this process's files; the store opens them again when it reads."""
@@ -92,7 +98,7 @@ class Opened:
         if (rows < 0).any():
             raise NoStoreError(
                 f"not in this store: {some([i for i, r in zip(ids, rows) if r < 0])}",
-                where=self.path,
+                where=self.address,
                 remedy="extract this corpus into it",
             )
         return rows
@@ -106,7 +112,7 @@ class Opened:
     def _known(self, name: str) -> None:
         if name not in self.plan.teachers:
             raise NoStoreError(
-                f"no teacher {name!r}", where=self.path, expected=" or ".join(self.plan.teachers) or "none"
+                f"no teacher {name!r}", where=self.address, expected=" or ".join(self.plan.teachers) or "none"
             )
 
     def _rows_of(self, teacher: str) -> TeacherRows:
@@ -122,7 +128,7 @@ class Opened:
         """Positions of a view on the axes C and L."""
         t = self._rows_of(view.teacher).record
         if view.context not in t.contexts or view.layer not in t.layers:
-            raise NoStoreError(f"no view {view}", where=self.path, remedy="stillhouse inspect ls STORE")
+            raise NoStoreError(f"no view {view}", where=self.address, remedy="stillhouse inspect ls STORE")
         return t.contexts.index(view.context), t.layers.index(view.layer)
 
     def _present(self, view: View) -> np.ndarray:
@@ -140,8 +146,3 @@ class Opened:
                 [s in need and commits.has(s, [view.layer], need[s]) for s in range(len(t.shards))], dtype=bool
             )
         return t.present[key]
-
-
-def some(names: list[str], most: int = 5) -> str:
-    """The first few of many names, for an error."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

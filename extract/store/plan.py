@@ -16,6 +16,8 @@ from .files import read_json, write_json
 from .layout import DTYPES, FORMAT, INNER_ROWS, VERSION, Paths, check_teacher_name
 from .records import MOST, as_record, fits
 from .remote import located, mirror_of
+from .seals import unsealed
+from .sums import Summed, carried, write_sums
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,7 @@ def _check_teacher(name: str, t: Teacher, where: Path) -> None:
 
 def _generation(path: Path, number: int, teachers: dict[str, Teacher]) -> Generation:
     try:
-        value = read_json(path)
+        value = unsealed(read_json(path), path.name)
     except FileNotFoundError as e:
         raise StoreError("the plan is damaged: a generation is missing", where=path) from e
     shape = {"work": list[dict[str, Any]], "shards": list[list[int]]}
@@ -226,12 +228,16 @@ def _generation(path: Path, number: int, teachers: dict[str, Teacher]) -> Genera
 _TAKES_BACK = ("dropped_shards", "dropped_views")
 
 
-def write_generation(paths: Paths, generation: Generation) -> None:
+def write_generation(plan: Plan, generation: Generation, made: dict[Path, list[Summed]]) -> None:
+    """Write a generation of a plan beside those before it; `made`: sums of what was written for it (see sums.py)."""
+    before = [(g.number, g.teacher) for g in plan.generations if g.number < generation.number]
+    sums = carried(plan.paths, before, generation.teacher, generation.edition, made)
+    write_sums(plan.paths, generation.number, sums)
     value = dataclasses.asdict(generation)
     value["shards"] = [[s.first, s.last, s.rows] for s in generation.shards]
     # What a store never needed is not written, so that who does not know it can read the store
     value = {k: v for k, v in value.items() if v or k not in ("edition", "vocabulary", *_TAKES_BACK)}
-    write_json(paths.plan(generation.number), value)
+    write_json(plan.paths.plan(generation.number), value)
 
 
 def write_head(plan: Plan, publish: bool = True) -> None:

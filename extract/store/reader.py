@@ -14,13 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from ...data.errors import NoStoreError, StaleError, StoreError
+from ...data.errors import NoStoreError, StaleError, StoreError, some
 from . import notebook
 from . import plan as plans
 from .arrays import RawArray
 from .gathering import Gathering
 from .layout import hash_text
-from .opened import some
 from .quantise import Loss, sum_up
 from .views import View, matching
 
@@ -89,14 +88,14 @@ class Store(Gathering):
         found = matching(patterns, have, self.plan)
         if not found:
             listed = ", ".join(v.address for v in have) or "none is complete"
-            raise NoStoreError(f"no view matches {patterns!r}; there are: {listed}", where=self.path)
+            raise NoStoreError(f"no view matches {patterns!r}; there are: {listed}", where=self.address)
         return found
 
     def norm(self, view: View) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation (≥ 1e-3) of each dimension, float32 [D], over the plan's sample."""
         c, layer = self._axes(view)
         if not self.commits(view.teacher, view.context).has("norms", [view.layer]):
-            raise NoStoreError(f"{view} is not complete", where=self.path, remedy="finish its extraction")
+            raise NoStoreError(f"{view} is not complete", where=self.address, remedy="finish its extraction")
         group = self.paths.data / view.teacher
         return RawArray(group / "norm_mean").read(c, layer), RawArray(group / "norm_std").read(c, layer)
 
@@ -196,7 +195,7 @@ class Store(Gathering):
         if changed:
             raise StaleError(
                 f"the transcript has changed since extraction: {some(changed)}",
-                where=self.path,
+                where=self.address,
                 remedy="extract the corpus again into a new store, or restore the text",
             )
 

@@ -15,14 +15,16 @@ import numpy as np
 
 from ...data.errors import StillhouseError, StoreError
 from .arrays import RawArray
+from .blocks import descriptor
 from .commits import Commit
 from .files import Lock
-from .layout import INNER_ROWS, crc32c, dtype_of, footer_bytes, identity_rows
+from .layout import INNER_ROWS, Paths, crc32c, dtype_of, footer_bytes, identity_rows
 from .plan import Unit
 from .quantise import SCALE_BYTES
 from .reader import Store
-from .remote import descriptor, mirror_of
+from .remote import mirror_of
 from .verify_arrays import array_damage, table_damage
+from .verify_sums import Arrays, Rot, norm_rot, record_rot, table_rot, token_rot, unit_rot
 from .views import View
 
 
@@ -36,33 +38,51 @@ class Finding:
 
 
 _REPAIR = "stillhouse inspect verify STORE --data --repair extracts just this again"
+_RECORD = "stillhouse inspect verify STORE --repair, which can put one wrong bit right; else a backup's file"
+_PLACES = ("start", "length", "token_id", "span")  # while these are damaged nobody knows which bytes are whose
+
+
+def _rotten(rot: Rot, remedy: str | None = None) -> Finding:
+    return Finding("stored bytes differ from their checksum", rot.where, remedy or rot.remedy)
 
 
 def verify(store: Store, data: float = True) -> list[Finding]:
-    """All findings. With `data`, every stored byte is read and compared with its checksum; without, sizes and
-    records alone; with a share, as 0.05, that share of each shard's utterances, the same at every call.
+    """All findings. With `data`, every stored byte is read and compared with its checksum; without, all but the
+    states; with a share, as 0.05, that share of each shard's utterances, the same at every call.
     """
     return list(findings(store, data))
 
 
 def findings(store: Store, data: float = True, report: Callable[[Unit], None] | None = None) -> Iterator[Finding]:
     """The same as they are found. `report` is called with each unit before it is looked at."""
-    yield from _check_index(store)
+    arrays: Arrays = {}
+    yield from damaged_records(store.paths)
+    rotten = [_rotten(r) for r in table_rot(store)]
+    yield from rotten or _check_index(store)
     for name in store.plan.teachers:
-        damage = list(_check_tokens(store, name))
-        yield from damage
+        rot = list(token_rot(store, name))
+        yield from (_rotten(r) for r in rot)
+        damage = [_rotten(r) for r in rot if r.array.name in _PLACES]
+        if not damage:
+            yield from (damage := list(_check_tokens(store, name)))
         yield from _check_arrays(store, name)
         if not damage:  # else nobody knows which bytes are whose
-            yield from _check_units(store, name, data, report)
+            yield from _check_units(store, name, data, report, arrays)
     yield from _check_litter(store)
+
+
+def damaged_records(paths: Paths) -> list[Finding]:
+    """JSON files that are not what was written; the store need not open."""
+    return [Finding(what, str(path), _RECORD) for what, path in record_rot(paths)]
 
 
 def damaged_units(store: Store, data: float = True) -> list[tuple[Unit, list[Finding]]]:
     """Committed units with something wrong in their files: what a repair makes anew."""
-    out = []
+    out: list[tuple[Unit, list[Finding]]] = []
+    arrays: Arrays = {}
     for name in store.plan.teachers:
         for unit in store.plan.units(name):
-            found = list(_check_unit(store, unit, data))
+            found = list(_check_unit(store, unit, data, arrays))
             if found:
                 out.append((unit, found))
     return out
@@ -124,20 +144,24 @@ def _check_arrays(store: Store, name: str) -> Iterator[Finding]:
         yield Finding(f"cannot be read: {e.strerror}", str(group), "extract into a new store")
 
 
-def _check_units(store: Store, name: str, data: float, report: Callable[[Unit], None] | None) -> Iterator[Finding]:
+def _check_units(
+    store: Store, name: str, data: float, report: Callable[[Unit], None] | None, arrays: Arrays
+) -> Iterator[Finding]:
     for unit in store.plan.units(name):
         if report is not None:
             report(unit)
-        yield from _check_unit(store, unit, data)
+        yield from _check_unit(store, unit, data, arrays)
     for view in store.views:
         if view.teacher == name:
             mean, std = store.norm(view)
             if not (np.isfinite(mean).all() and (std > 0).all()):
                 yield Finding("norm_mean or norm_std is not finite", view.address, "extract into a new store")
+            yield from (_rotten(r) for r in norm_rot(store, view))
 
 
-def _check_unit(store: Store, unit: Unit, data: float) -> Iterator[Finding]:
+def _check_unit(store: Store, unit: Unit, data: float, arrays: Arrays) -> Iterator[Finding]:
     commits = store.commits(unit.teacher, unit.context)
+    yield from (_rotten(r, _REPAIR) for r in unit_rot(store, unit, arrays))
     for layer in unit.layers:
         commit = commits.of.get((unit.shard.number, layer))
         if commit is None or commit.generation < unit.generation.number:
@@ -179,8 +203,7 @@ def _check_file(
     c, axis = store._axes(view)
     stored = np.asarray(RawArray(store.paths.data / view.teacher / "crc32c").read(c, axis))[shard.first : shard.last]
     if crc32c(stored.astype("<u4").tobytes()) != commit.checksums[str(view.layer)]:
-        yield Finding("the checksums of its utterances are damaged themselves", place, _REPAIR)
-        return
+        return  # the checksums of its utterances are damaged themselves, which has been said
     scale = None
     if dtype.scaled:
         try:
@@ -218,9 +241,17 @@ def _scales(store: Store, view: View, unit: Unit, data: bool) -> np.ndarray | No
     with open(descriptor(path, whole=data), "rb") as f:
         size = os.fstat(f.fileno()).st_size
         held = identity_rows(os.pread(f.fileno(), tail, max(0, size - tail)), rows, SCALE_BYTES)
-        if held is None or held < unit.shard.rows or size != held * SCALE_BYTES + tail:
+        used = unit.shard.rows + -unit.shard.rows % INNER_ROWS
+        if held != used or size != held * SCALE_BYTES + tail:
             raise StoreError("its file has the wrong size", where=path)
-        return np.frombuffer(f.read(held * SCALE_BYTES), np.float16) if data else None
+        if not data:
+            return None
+        f.seek(0)
+        found = np.frombuffer(f.read(held * SCALE_BYTES), np.float16)
+    behind = found[unit.shard.rows :]
+    if behind.tobytes() != np.full(len(behind), np.nan, np.float16).tobytes():
+        raise StoreError("rows behind its last utterance are not the fill value", where=path)
+    return found
 
 
 def _check_litter(store: Store) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""Verifying the small arrays, which have no checksums: that their metadata reads, and every chunk is there and whole.
+"""Verifying the small arrays as files: that their metadata reads, and every chunk is there and whole.
 
 Invariant: read only; tells what a reader of plain Zarr would stumble over, or take for the fill value.
 Run: `stillhouse inspect verify STORE`.

@@ -174,12 +174,15 @@ class UnitWriter:
                 changed += target.parents[:folders]  # of (shard,) layer and context, and c/
             phase("mid_rename")
         group = self.paths.data / teacher.name
+        sums = {str(k): crc32c(v.astype("<u4").tobytes()) for k, v in self.crc.items()}
         for name, values in (
             ("input_hash", input_hash),
             ("context_left", context_left),
             ("context_right", context_right),
         ):
-            changed += RawArray(group / name).write_range(values, c, first=shard.first)
+            array = RawArray(group / name)
+            changed += array.write_range(values, c, first=shard.first)
+            sums[name] = crc32c(np.asarray(values, array.dtype).tobytes())
         crc = RawArray(group / "crc32c")
         for layer in unit.layers:
             changed += crc.write_range(self.crc[layer], c, teacher.layers.index(layer), first=shard.first)
@@ -194,7 +197,7 @@ class UnitWriter:
             utterances=[shard.first, shard.last],
             rows=[shard.number * rows, shard.number * rows + shard.rows],
             files={str(layer): shard_bytes(shard.rows, rows, self.row_bytes) for layer in unit.layers},
-            checksums={str(k): crc32c(v.astype("<u4").tobytes()) for k, v in self.crc.items()},
+            checksums=sums,
             writer={"host": socket.gethostname(), "pid": os.getpid(), "machine": platform.machine()},
             versions=versions(),
             losses={str(k): v.tolist() for k, v in self.loss.items()},

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import s3
 import torch
 
 from stillhouse.data.manifest import Corpus, Utterance
@@ -14,8 +15,6 @@ from stillhouse.extract.plan import Request
 from stillhouse.extract.run import extract
 from stillhouse.extract.store import objects as objects_module
 from stillhouse.extract.teacher import Teacher, load_teacher
-
-from . import s3
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -176,15 +175,7 @@ def through(server: int) -> Iterator[s3.Proxy]:
 def proxy(through: s3.Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3.Proxy]:
     """A cache of its own, and an endpoint that this test may harm."""
     through.reset()
-    for name, value in {
-        "AWS_ENDPOINT_URL": through.url,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "us-east-1",
-        "STILLHOUSE_CACHE": str(tmp_path / "cache"),
-        "STILLHOUSE_CACHE_BYTES": str(1 << 30),
-        "STILLHOUSE_REMOTE_ATTEMPTS": "4",
-    }.items():
+    for name, value in s3.settings(through.url, tmp_path / "cache").items():
         monkeypatch.setenv(name, value)
     yield through
     objects_module.close_all()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import s3
 from click.testing import CliRunner
 
 from stillhouse.cli import main
@@ -24,7 +25,6 @@ from stillhouse.extract.store.layout import Paths
 from stillhouse.extract.store.verify import verify
 from stillhouse.extract.store_commands import store as store_commands
 
-from . import s3
 from .conftest import loaded, make_corpus, sentences
 from .test_crash import tree
 from .test_refresh import edited

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import s3
 
 from stillhouse.data.errors import StoreError
 from stillhouse.data.manifest import write_manifest
@@ -17,7 +18,6 @@ from stillhouse.extract.status import status
 from stillhouse.extract.store import Store, layout
 from stillhouse.extract.store.verify import verify
 
-from . import s3
 from .conftest import loaded, make_corpus, sentences
 from .test_crash import ENV
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -134,6 +135,27 @@ class Proxy:
         self.slow.set()
         self._server.shutdown()
         self._server.server_close()
+
+
+def settings(url: str, cache: Path) -> dict[str, str]:
+    """The environment in which Stillhouse takes `url` for its object store, with a block cache of its own."""
+    return {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+        "STILLHOUSE_CACHE": str(cache),
+        "STILLHOUSE_CACHE_BYTES": str(1 << 30),
+        "STILLHOUSE_REMOTE_ATTEMPTS": "4",
+    }
+
+
+def upload(port: int, root: Path, prefix: str) -> str:
+    """A local store as `aws s3 sync` would bring it there, without the parts beside its commits: its URL."""
+    for path in root.rglob("*"):
+        if path.is_file() and path.relative_to(root).parts[0] not in ("locks", "tmp"):
+            put(port, f"{prefix}/{path.relative_to(root)}", path.read_bytes())
+    return f"s3://bucket/{prefix}"
 
 
 def keys(port: int, prefix: str) -> list[str]:
