@@ -6,6 +6,8 @@ Exercised by every command; see `stillhouse --help` for the exit codes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class StillhouseError(Exception):
     """Base of all errors that a user can meet.
@@ -33,6 +35,11 @@ class StillhouseError(Exception):
     def __reduce__(self) -> tuple:
         # Exceptions pickle by positional arguments alone; ours cross process boundaries with their fields.
         return (_rebuild, (type(self), self.what, self.where, self.expected, self.remedy))
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first few of many names, for an error."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _rebuild(cls: type, what: str, where: object, expected: str | None, remedy: str | None) -> StillhouseError:

@@ -1,4 +1,4 @@
-"""features.h5 and the parts that it is made of: the layout, the writer and the fast reader.
+"""features.h5 and the parts that it is made of: the layout, and the fast reader (`feature_writer.py` writes them).
 
     features    float16 [frames, bins]   contiguous: rows of one utterance are one run of bytes
     offsets     int64 [rows + 1]         first frame of each row; a row is one (utterance, speed)
@@ -6,16 +6,17 @@
     speeds      float64 [rows]           audio  uint64 [rows], identity of the sound     crc32c  uint32 [rows]
     attributes: format, version, settings (JSON), fingerprint (of the settings), tables_crc32c (of all but features)
 
-Invariant: a file at its final name is whole (written aside, fsynced, renamed), and a reader holds one inode from the
-first look to the last read. Exercised by `stillhouse corpus info features.h5` and tests/bench/bench_features.py.
+Invariant: a reader holds one inode from the first look to the last read.
+Exercised by `stillhouse corpus info features.h5` and tests/bench/bench_features.py.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
@@ -24,9 +25,9 @@ import google_crc32c
 import h5py
 import numpy as np
 
-from .durable import sync
-from .errors import FeatureError
+from .errors import FeatureError, some
 
+HDF5 = b"\x89HDF\r\n\x1a\n"
 FORMAT, VERSION = "stillhouse-features", 1
 TABLES = {
     "offsets": np.int64,
@@ -36,9 +37,6 @@ TABLES = {
     "audio": np.uint64,
     "crc32c": np.uint32,
 }
-# Frames a write: whole pages, whatever the number of bins, and 20 MB of them. From large aligned writes Linux makes
-# large folios of page cache, which reads copy twice as fast as those that a write an utterance leaves.
-WRITE_FRAMES = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -75,114 +73,7 @@ class FeatureSettings:
         ]
 
 
-@dataclass
-class Rows:
-    """Rows to be written: any number of (utterance, speed) with their frames."""
-
-    ids: list[str] = field(default_factory=list)
-    speeds: list[float] = field(default_factory=list)
-    audio: list[int] = field(default_factory=list)
-    frames: list[np.ndarray] = field(default_factory=list)
-
-    def add(self, id: str, speed: float, audio: int, frames: np.ndarray) -> None:
-        self.ids.append(id)
-        self.speeds.append(speed)
-        self.audio.append(audio)
-        self.frames.append(np.ascontiguousarray(frames, dtype=np.float16))
-
-
-def write_rows(path: Path, settings: FeatureSettings, rows: Rows) -> None:
-    """Write a part: whole at `path`, or not there."""
-    lengths = np.array([len(f) for f in rows.frames], np.int64)
-    crc = np.array([checksum(f) for f in rows.frames], np.uint32)
-    _write(path, settings, rows.ids, rows.speeds, rows.audio, crc, lengths, iter(rows.frames))
-
-
-def merge(path: Path, settings: FeatureSettings, sources: Sequence[FeatureFile], temporary: Path) -> int:
-    """Write all rows of `sources` to `path`; of a row that several hold, the last one counts. Returns the rows."""
-    last: dict[tuple[str, float], tuple[int, int]] = {}
-    for s, source in enumerate(sources):
-        with source:  # one file open at a time: a large corpus has more parts than a process may open
-            for r, key in enumerate(source.keys()):
-                last[key] = (s, r)
-    picked = sorted(last.values())
-    ids = [sources[s].row_ids[r] for s, r in picked]
-    speeds = [float(sources[s].row_speeds[r]) for s, r in picked]
-    audio = [int(sources[s].audio[r]) for s, r in picked]
-    crc = np.array([sources[s].crc32c[r] for s, r in picked], np.uint32)
-    lengths = np.array([sources[s].lengths[r] for s, r in picked], np.int64)
-    blocks = _blocks(sources, picked)
-    _write(path, settings, ids, speeds, audio, crc, lengths, blocks, temporary)
-    return len(picked)
-
-
-def _blocks(sources: Sequence[FeatureFile], picked: list[tuple[int, int]]) -> Iterator[np.ndarray]:
-    """The frames of the picked rows, neighbours read together."""
-    k = 0
-    while k < len(picked):
-        s, first = picked[k]
-        last, frames = first, int(sources[s].lengths[first])
-        k += 1
-        while k < len(picked) and picked[k] == (s, last + 1) and frames < WRITE_FRAMES:
-            last += 1
-            frames += int(sources[s].lengths[last])
-            k += 1
-        yield sources[s].rows(np.arange(first, last + 1))
-        if k == len(picked) or picked[k][0] != s:
-            sources[s].close()
-
-
-def _write(
-    path: Path,
-    settings: FeatureSettings,
-    ids: list[str],
-    speeds: list[float],
-    audio: list[int],
-    crc: np.ndarray,
-    lengths: np.ndarray,
-    blocks: Iterator[np.ndarray],
-    temporary: Path | None = None,
-) -> None:
-    temporary = temporary or path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    encoded = [i.encode("utf-8") for i in ids]
-    try:
-        aligned = {"alignment_threshold": 1 << 16, "alignment_interval": 4096}
-        # HDF5 checks its own structures by checksums only since version 1.10, and crashes on some damaged older ones;
-        # texts of fixed length lie among what is checked, others do not.
-        with h5py.File(temporary, "w", locking=False, libver="v110", **aligned) as file:
-            file.attrs["format"] = np.bytes_(FORMAT)
-            file.attrs["version"] = VERSION
-            file.attrs["settings"] = np.bytes_(json.dumps(asdict(settings), sort_keys=True))
-            file.attrs["fingerprint"] = np.bytes_(settings.fingerprint)
-            tables: dict[str, np.ndarray] = {
-                "offsets": offsets,
-                "ids": np.frombuffer(b"".join(encoded), np.uint8),
-                "id_offsets": np.concatenate([[0], np.cumsum([len(e) for e in encoded])]).astype(np.int64),
-                "speeds": np.array(speeds, np.float64),
-                "audio": np.array(audio, np.uint64),
-                "crc32c": crc,
-            }
-            for name, table in tables.items():
-                file[name] = table
-            file.attrs["tables_crc32c"] = np.uint32(_sum_of_tables(tables))
-            data = file.create_dataset("features", (int(offsets[-1]), settings.bins), np.float16)
-            at = 0
-            for block in _large(blocks, settings.bins):
-                data[at : at + len(block)] = block
-                at += len(block)
-            assert at == offsets[-1], (at, offsets[-1])
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
-    except (OSError, RuntimeError) as e:  # h5py has both
-        why = os.strerror(e.errno) if isinstance(e, OSError) and e.errno else str(e)
-        raise FeatureError(f"cannot write: {why}", where=path, remedy="make room and run the same command again") from e
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sum_of_tables(tables: Mapping[str, np.ndarray]) -> int:
+def sum_of_tables(tables: Mapping[str, np.ndarray]) -> int:
     """crc32c over all tables, in the order of TABLES."""
     total = 0
     for name in TABLES:
@@ -193,22 +84,6 @@ def _sum_of_tables(tables: Mapping[str, np.ndarray]) -> int:
 def _said(value: object) -> str:
     """An attribute as text; files written before it was of a fixed length have it as a str."""
     return value.decode("utf-8") if isinstance(value, bytes) else str(value)
-
-
-def _large(blocks: Iterator[np.ndarray], bins: int) -> Iterator[np.ndarray]:
-    """The same frames in runs of WRITE_FRAMES; each is valid until the next is asked for."""
-    buffer, filled = np.empty((WRITE_FRAMES, bins), np.float16), 0
-    for block in blocks:
-        done = 0
-        while done < len(block):
-            step = min(len(block) - done, WRITE_FRAMES - filled)
-            buffer[filled : filled + step] = block[done : done + step]
-            done, filled = done + step, filled + step
-            if filled == WRITE_FRAMES:
-                yield buffer
-                filled = 0
-    if filled:
-        yield buffer[:filled]
 
 
 def checksum(frames: np.ndarray) -> int:
@@ -260,7 +135,7 @@ class FeatureFile:
         if self._pid == os.getpid():
             return self
         try:
-            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe without a writer
         except OSError as e:
             raise FeatureError(
                 f"cannot open the features: {e.strerror}",
@@ -268,6 +143,18 @@ class FeatureFile:
                 remedy="make them with `stillhouse corpus features CORPUS FEATURES`",
             ) from e
         try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise FeatureError(
+                    "a folder, or no plain file",
+                    where=self.path,
+                    expected="a feature file, as `stillhouse corpus features CORPUS FEATURES` makes it",
+                )
+            if os.pread(fd, 8, 0) != HDF5:
+                raise FeatureError(
+                    "not a feature file, or one without its beginning",
+                    where=self.path,
+                    expected="a feature file, as `stillhouse corpus features CORPUS FEATURES` makes it",
+                )
             self._load(fd)
             end = self._offset + int(self.offsets[-1]) * self.width * 2
             if (size := os.fstat(fd).st_size) < end:
@@ -307,7 +194,7 @@ class FeatureFile:
                 self._fingerprint = _said(file.attrs["fingerprint"])
                 size = os.fstat(fd).st_size
                 tables = {name: _table(file[name], kind, size) for name, kind in TABLES.items()}
-                if (stored := file.attrs.get("tables_crc32c")) is not None and stored != _sum_of_tables(tables):
+                if (stored := file.attrs.get("tables_crc32c")) is not None and stored != sum_of_tables(tables):
                     raise self._damaged("its tables are not those that were written")
                 self.offsets: np.ndarray = tables["offsets"]
                 blob, cuts = tables["ids"].tobytes(), tables["id_offsets"].tolist()
@@ -394,9 +281,8 @@ class FeatureFile:
             return np.array([rows[s][i] for i, s in zip(ids, speeds, strict=True)], np.int64)
         except KeyError:
             missing = [f"{i} at speed {s:g}" for i, s in self._pairs(ids, speeds) if not self._has(i, s)]
-            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
             raise FeatureError(
-                f"no features of {', '.join(missing[:5])}{more}",
+                f"no features of {some(missing)}",
                 where=self.path,
                 expected=f"speeds {', '.join(f'{s:g}' for s in self.speeds)}",
                 remedy="add them with `stillhouse corpus features CORPUS FEATURES --speeds …`",

@@ -19,7 +19,8 @@ from typing import Any, cast
 from .audio import change_speed, read_segment, resample
 from .errors import AudioError, FeatureError, StillhouseError
 from .fbank import fbank
-from .feature_file import FeatureSettings, Rows, write_rows
+from .feature_file import FeatureSettings
+from .feature_writer import Rows, write_rows
 
 
 @dataclass(frozen=True)

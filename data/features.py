@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import ConfigError, FeatureError, PartialError, StaleError
+from .errors import ConfigError, FeatureError, PartialError, StaleError, some
 from .fbank import fbank
-from .feature_file import FeatureFile, FeatureSettings, merge
+from .feature_file import FeatureFile, FeatureSettings
 from .feature_parts import Job, PartDone, identity, run
+from .feature_writer import merge
 from .lock import held
 from .manifest import Corpus
 
@@ -66,7 +67,6 @@ def compute_features(
     if not jobs_audio:
         raise FeatureError("no utterance of the corpus has audio", where=corpus.path)
     parts = path.with_name(path.name + ".parts")
-    parts.mkdir(parents=True, exist_ok=True)
     with held(parts / "lock", what=f"features {path}"):
         try:
             before, made = _bring(
@@ -202,9 +202,8 @@ def _missing(
         if todo:
             yield Job(u.id, path, u.start_s, u.duration_s, tuple(todo), u.channel)
     if changed and not redo_changed:
-        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise StaleError(
-            f"the audio, start or duration of {', '.join(changed[:5])}{more} has changed since the features were made",
+            f"the audio, start or duration of {some(changed)} has changed since the features were made",
             where=sources[0].path,
             remedy="compute these anew with --redo-changed, or restore them",
         )

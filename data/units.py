@@ -12,6 +12,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from .errors import ConfigError, CorpusError
+from .plainfile import read_plain
 from .text import SPACE_MARK, MappedText, check_transform, transform
 
 FORMAT, VERSION = "stillhouse-units", 1
@@ -126,7 +128,6 @@ class Units:
         A kill between the two leaves a folder that `load_units` refuses, by its fingerprint.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         head = {
             "format": FORMAT,
             "version": VERSION,
@@ -141,8 +142,14 @@ class Units:
             files = {"spm.model": self._model, **files}
         for name, data in files.items():
             temporary = folder / f".{name}.{os.getpid()}.tmp"
-            temporary.write_bytes(data)
-            os.replace(temporary, folder / name)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                temporary.write_bytes(data)
+                os.replace(temporary, folder / name)
+            except OSError as e:
+                with suppress(OSError):
+                    temporary.unlink()
+                raise CorpusError(f"the units cannot be written: {e.strerror}", where=folder / name) from None
 
 
 def load_units(folder: Path | str) -> Units:
@@ -151,22 +158,25 @@ def load_units(folder: Path | str) -> Units:
     path = folder / "units.json"
     remedy = "make it again with `stillhouse corpus tokenizer CORPUS UNITS`"
     try:
-        head = json.loads(path.read_text(encoding="utf-8"))
+        head = json.loads(read_plain(path))
         if not isinstance(head, dict) or head.get("format") != FORMAT:
             raise ValueError(f"not {FORMAT}")
         if head["version"] != VERSION:
             raise CorpusError(f"units of version {head['version']}", where=path, expected=f"version {VERSION}")
         kind, name, pieces = head["kind"], head["transform"], head["pieces"]
+        if not isinstance(name, str):
+            raise ValueError("transform is not a text")
         if not isinstance(pieces, list) or not all(isinstance(p, str) for p in pieces):
             raise ValueError("pieces is not a list of texts")
-        model = (folder / "spm.model").read_bytes() if kind == "sentencepiece" else None
+        model = read_plain(folder / "spm.model") if kind == "sentencepiece" else None
         units = Units(kind, name, pieces, model)
+        same = units.fingerprint == head.get("fingerprint")
     except FileNotFoundError as e:
         raise CorpusError("no units there", where=e.filename, remedy=remedy) from e
     except (OSError, ValueError, KeyError, TypeError, RecursionError, ConfigError) as e:
         why = f"{e} is missing" if isinstance(e, KeyError) else str(e)
         raise CorpusError(f"the units are damaged: {why}", where=path, remedy=remedy) from e
-    if units.fingerprint != head.get("fingerprint"):
+    if not same:
         raise CorpusError("the units are damaged: they do not have their fingerprint", where=path, remedy=remedy)
     return units
 

@@ -117,6 +117,8 @@ class Occupancy(nn.Module):
         """encoder [B, T, H], occupancy [B, U, T] with zeros in the padding -> the mean frame of each unit
         [B, U, H].
         """
+        if occupancy.shape[-1] != encoder.shape[1]:
+            raise ValueError(f"an occupancy of {occupancy.shape[-1]} frames for an encoder's {encoder.shape[1]}")
         weight = occupancy.detach().to(encoder.dtype)
         # Rows sum to 1 up to rounding; rows of padded units sum to 0 and must stay 0
         weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-6)

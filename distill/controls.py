@@ -2,7 +2,7 @@
 
 `shuffled`: each utterance gets the states of another one of equal length, own queries and spans kept: what
 helps then is not what the states say. `static`: the teacher's input embeddings: an auxiliary task on the
-words' identities. `words`: a planted signal, each word's own random code, which a transfer that works must be
+words' identities. `words`: a planted signal, one-hot codes of the words, which a transfer that works must be
 able to use; `words-shuffled`: the same codes from another utterance's words.
 
 Invariant: who gives to whom depends on the store and the seed alone, never on batches or on what is missing.
@@ -11,10 +11,12 @@ Exercised by: pytest tests/distill/test_controls.py; `stillhouse train CONFIG --
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 CONTROLS = ("shuffled", "static", "words", "words-shuffled")
-CODE_WIDTH = 128
+MOST_WORDS = 4095  # that have a place of their own in a code
 LEAST_STD = 1e-3  # as the store's norms
 
 
@@ -52,24 +54,57 @@ def table_norm(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return table.mean(0), np.maximum(table.std(0), LEAST_STD)
 
 
-def word_codes(token_id: np.ndarray, span: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Packed tokens of B utterances (int [ΣN], [ΣN, 2], [B]) -> float32 [ΣN, 128] of 1 and -1: the code of each token's
-    word. Equal words have equal codes in every batch, run and store of the teacher; others differ in half of the signs.
+def silent_tokens(token_id: np.ndarray, span: np.ndarray, lengths: np.ndarray, texts: Sequence[str]) -> np.ndarray:
+    """Packed tokens of B utterances (int [ΣN], [ΣN, 2], [B]) and their texts -> the ids of punctuation, sorted: tokens
+    whose first occurrence spans no letter and no digit.
+    """
+    found, first = np.unique(token_id, return_index=True)
+    of = np.searchsorted(np.cumsum(lengths), first, side="right")
+    places = zip(of.tolist(), span[first].tolist(), strict=True)
+    return found[[not any(c.isalnum() for c in texts[b][i:j]) for b, (i, j) in places]]
+
+
+def word_numbers(
+    token_id: np.ndarray, span: np.ndarray, lengths: np.ndarray, silent: np.ndarray | None = None
+) -> np.ndarray:
+    """Packed tokens of B utterances (int [ΣN], [ΣN, 2], [B]) -> uint64 [ΣN]: a number of each token's word. Equal words
+    have equal numbers in every batch, run and store of the teacher; that others do not is as good as certain.
 
     A word is a run of tokens whose spans touch: what white space parts, and tokens that the transform has parted.
+    Token ids in `silent` are no part of it: "sea" and "sea." sound alike, and a recogniser has no other way to know.
     """
     if not len(token_id):
-        return np.zeros((0, CODE_WIDTH), np.float32)
+        return np.zeros(0, np.uint64)
     first = np.ones(len(token_id), bool)
     first[1:] = span[1:, 0] > span[:-1, 1]
     first[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
     word = np.cumsum(first) - 1
-    place = np.arange(len(token_id)) - np.flatnonzero(first)[word]
+    heard = np.ones(len(token_id), bool) if silent is None else ~np.isin(token_id, silent)
+    before = np.cumsum(heard) - heard
+    place = before - before[np.flatnonzero(first)][word]
+    number = np.zeros(word[-1] + 1, np.uint64)
     with np.errstate(over="ignore"):
-        number = np.zeros(word[-1] + 1, np.uint64)
-        np.add.at(number, word, _scatter(token_id.astype(np.uint64) + _scatter(place.astype(np.uint64) + _ODD)))
-        bits = _scatter(number[:, None] + np.arange(1, CODE_WIDTH + 1, dtype=np.uint64) * _ODD) >> np.uint64(63)
-    return (1 - 2 * bits.astype(np.float32))[word]
+        codes = _scatter(token_id.astype(np.uint64) + _scatter(place.astype(np.uint64) + _ODD))
+        np.add.at(number, word[heard], codes[heard])
+    return number[word]
+
+
+def vocabulary(numbers: np.ndarray, most: int = MOST_WORDS) -> np.ndarray:
+    """The words with a code of their own, uint64 [≤ most], sorted: all of `numbers`, or the `most` frequent."""
+    words, count = np.unique(numbers, return_counts=True)
+    if len(words) > most:
+        words = np.sort(words[np.lexsort((words, -count))[:most]])
+    return words
+
+
+def word_codes(numbers: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """Words by number [N] -> one-hot codes float32 [N, len(words) + 1]; the last place is of words not in `words`."""
+    place = np.searchsorted(words, numbers)
+    known = place < len(words)
+    known[known] = words[place[known]] == numbers[known]
+    codes = np.zeros((len(numbers), len(words) + 1), np.float32)
+    codes[np.arange(len(numbers)), np.where(known, place, len(words))] = 1
+    return codes
 
 
 _ODD = np.uint64(0x9E3779B97F4A7C15)

@@ -30,7 +30,8 @@ def resolve_views(stores: Sequence[Store], patterns: Sequence[str]) -> list[tupl
             if len(failures) == 1:
                 raise failures[0]
             listed = "; ".join(
-                f"{store.path}: {', '.join(v.address for v in store.views) or 'none is complete'}" for store in stores
+                f"{store.address}: {', '.join(v.address for v in store.views) or 'none is complete'}"
+                for store in stores
             )
             raise NoStoreError(f"no view matches {pattern!r}; there are: {listed}")
     held: dict[str, Store] = {}
@@ -38,7 +39,7 @@ def resolve_views(stores: Sequence[Store], patterns: Sequence[str]) -> list[tupl
         for address in dict.fromkeys(view.address for view in views):
             if address in held:
                 raise ConfigError(
-                    f"{held[address].path} and {store.path} both hold {address}",
+                    f"{held[address].address} and {store.address} both hold {address}",
                     expected="one view an address",
                     remedy="leave one of the stores out, or extract one of the teachers under another --name",
                 )

@@ -10,51 +10,20 @@ Exercised by: pytest tests/distill/test_targets.py; `stillhouse train CONFIG`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from ..data.errors import ConfigError, NoStoreError, StaleError, StoreError
+from ..data.errors import ConfigError, StoreError
 from ..data.manifest import Corpus
-from ..extract.store import Store, View, hash_text, to_float32
-from ..extract.store.freshness import stale
+from ..extract.store import Store, View, hash_text
 from .batch import Positions, TransferBatch
-from .controls import CODE_WIDTH, CONTROLS, donors, table_norm, word_codes
+from .controls import CONTROLS
 from .mixing import draw
-from .spans import Overlaps, expand, identity, overlaps, pack, places, word_spans
+from .spans import Overlaps, identity, overlaps, pack, places, word_spans
+from .teacher_states import TeacherStates, ViewSpec
 
 POSITIONS = ("token", "word", "unit")
-_NAMED = 5
-
-
-@dataclass(frozen=True)
-class ViewSpec:
-    """One view as the transfer sees it; mean and std float32 [D] are what standardised its targets."""
-
-    address: str
-    teacher: str
-    width: int
-    mean: np.ndarray
-    std: np.ndarray
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A teacher of a store, with the views asked for; `name` differs from `teacher` where two stores share
-    it.
-    """
-
-    store: Store
-    teacher: str
-    name: str
-    views: list[View]
-    numbers: list[int]
-    dtype: str  # what the stored numbers mean
-    vocabulary: np.ndarray  # int [K], sorted
-    table: np.ndarray  # float16 [K, D], in the vocabulary's order
-    donor: np.ndarray | None  # int64 [U]: whose states each row of the store gets, if shuffled
-    stale: frozenset[str] = frozenset()  # utterances with other neighbours than their contexts saw
 
 
 class TargetReader:
@@ -66,7 +35,7 @@ class TargetReader:
     sample       k: read k of the views a step, drawn by `seed` and step (mixing "sample"); None: all
     control      None; "shuffled": each utterance gets another's states of equal length; "static": the views of a
                  teacher are replaced by one, TEACHER/static, of its input embeddings; "words": by one, TEACHER/words,
-                 of a random code for each word; "words-shuffled": the same of another utterance's words
+                 of one-hot codes of the words; "words-shuffled": the same of another utterance's words
     corpus       the whole manifest: utterances whose neighbours are no longer those that a context saw are stale, too
     pin          targets are made in pinned memory, from which a CUDA device copies without waiting
 
@@ -93,61 +62,24 @@ class TargetReader:
             raise ConfigError(f"on_missing cannot be {on_missing!r}", expected="error, skip")
         self.position, self.on_missing, self.sample, self.seed = position, on_missing, sample, seed
         self.control, self.pin = control, pin
-        self._corpus = corpus
         self.views: list[ViewSpec] = []
-        self._sources: list[_Source] = []
+        self._teachers: list[TeacherStates] = []
         for number, (store, views) in enumerate(sources, start=1):
             for teacher in dict.fromkeys(view.teacher for view in views):
-                taken = any(source.name == teacher for source in self._sources)
-                self._add(store, teacher, f"{teacher}@{number}" if taken else teacher, views)
-        self._corpus = None  # not to be pickled along
+                taken = any(known.name == teacher for known in self._teachers)
+                own = dict.fromkeys(view for view in views if view.teacher == teacher)
+                name = f"{teacher}@{number}" if taken else teacher
+                self._teachers.append(TeacherStates(store, teacher, name, list(own), control, seed, corpus))
+                self.views += self._teachers[-1].specs
         if not self.views:
             raise ConfigError("no views to read", remedy="name one, such as minilm/alone/6")
         if sample is not None:
             draw(len(self.views), sample, seed, 0)  # refuses now what it would refuse at the first step
 
-    def _add(self, store: Store, teacher: str, name: str, views: Sequence[View]) -> None:
-        own = list(dict.fromkeys(view for view in views if view.teacher == teacher))
-        first = len(self.views)
-        vocabulary, table = store.embedding(teacher)
-        order = np.argsort(vocabulary)
-        # Copies: the store's arrays may be memory maps, which a later process could not share through a pickle
-        vocabulary, table = np.asarray(vocabulary)[order], np.asarray(table)[order]
-        if self.control == "static":
-            self.views.append(ViewSpec(f"{name}/static", name, table.shape[1], *table_norm(table)))
-        elif self._words:
-            zero, one = np.zeros(CODE_WIDTH, np.float32), np.ones(CODE_WIDTH, np.float32)
-            self.views.append(ViewSpec(f"{name}/words", name, CODE_WIDTH, zero, one))
-        else:
-            for view in own:
-                mean, std = (np.asarray(value, np.float32) for value in store.norm(view))
-                address = view.address if name == teacher else view.address.replace(teacher, name, 1)
-                self.views.append(ViewSpec(address, name, len(mean), mean, std))
-        numbers, dtype = list(range(first, len(self.views))), store.teacher(teacher).dtype
-        donor = donors(store.lengths(teacher), self.seed, store.index.text_hash) if self._shuffled else None
-        stale = frozenset(self._stale(store, own))
-        self._sources.append(_Source(store, teacher, name, own, numbers, dtype, vocabulary, table, donor, stale))
-
-    def _stale(self, store: Store, views: Sequence[View]) -> list[str]:
-        """Utterances whose contexts saw what the corpus no longer says; controls that read no states have none."""
-        if self._corpus is None or self.control is not None:
-            return []
-        corpus = self._corpus.select(store.plan.corpus.get("split"))
-        said = [[(u.id, u.text) for u in (corpus.utterances[i] for i in s)] for s in corpus.sessions()]
-        return list(stale(store, views, said))
-
-    @property
-    def _words(self) -> bool:
-        return self.control in ("words", "words-shuffled")
-
-    @property
-    def _shuffled(self) -> bool:
-        return self.control in ("shuffled", "words-shuffled")
-
     @property
     def embeddings(self) -> dict[str, torch.Tensor]:
         """The teachers' input embeddings, float16 [K, D], rows as the batches' `query_row` counts them."""
-        return {source.name: torch.from_numpy(source.table) for source in self._sources}
+        return {teacher.name: torch.from_numpy(teacher.table) for teacher in self._teachers}
 
     def read(
         self,
@@ -174,65 +106,29 @@ class TargetReader:
         positions: dict[str, Positions] = {}
         targets: dict[str, torch.Tensor] = {}
         skipped = np.zeros(len(ids), bool)
-        for source in self._sources:
-            numbers = [n for n in source.numbers if n in chosen]
-            present = self._present(source, ids, texts) if numbers else np.zeros(len(ids), bool)
+        first = 0
+        for teacher in self._teachers:
+            numbers = [n for n in range(len(teacher.specs)) if first + n in chosen]
+            first += len(teacher.specs)
+            present = np.zeros(len(ids), bool)
+            if numbers:
+                present = teacher.present(ids, texts, self.on_missing == "skip")
             try:
-                read = self._read(source, numbers, present, ids, texts, units)
+                read = self._read(teacher, numbers, present, ids, texts, units)
             except StoreError:
                 if self.on_missing == "error":
                     raise
-                present = self._undamaged(source, numbers, present, ids, texts, units)
-                read = self._read(source, numbers, present, ids, texts, units)
+                present = self._undamaged(teacher, numbers, present, ids, texts, units)
+                read = self._read(teacher, numbers, present, ids, texts, units)
             if numbers:
                 skipped |= ~present
-            positions[source.name] = read[0]
+            positions[teacher.name] = read[0]
             targets |= read[1]
         return TransferBatch(len(ids), positions, targets, int(skipped.sum()))
 
-    def _present(self, source: _Source, ids: Sequence[str], texts: Sequence[str]) -> np.ndarray:
-        """bool [B]: utterances that the store holds, in every view asked for, from these very transcripts."""
-        held = np.ones(len(ids), bool)
-        for view in source.views:
-            held &= source.store.has(ids, view)
-        self._refuse(
-            NoStoreError,
-            "no states of",
-            ~held,
-            ids,
-            source,
-            "extract the missing utterances: stillhouse extract",
-        )
-        index = np.flatnonzero(held).tolist()
-        fresh = held.copy()
-        stored = np.asarray(source.store.text_hash([ids[i] for i in index], source.teacher))
-        fresh[index] = [int(old) == hash_text(texts[i]) for old, i in zip(stored, index, strict=True)]
-        self._refuse(
-            StaleError,
-            "changed transcripts of",
-            held & ~fresh,
-            ids,
-            source,
-            "extract what has changed: stillhouse extract CORPUS STORE … --refresh",
-        )
-        moved = np.array([i in source.stale for i in ids], bool) if source.stale else np.zeros(len(ids), bool)
-        self._refuse(
-            StaleError,
-            "other neighbours than their contexts saw have",
-            fresh & moved,
-            ids,
-            source,
-            "extract what has changed: stillhouse extract CORPUS STORE … --refresh",
-        )
-        fresh &= ~moved
-        if source.donor is not None:  # the longest utterance has nobody to take from
-            index = np.flatnonzero(fresh).tolist()
-            fresh[index] = source.donor[source.store.rows([ids[i] for i in index])] >= 0
-        return fresh
-
     def _undamaged(
         self,
-        source: _Source,
+        teacher: TeacherStates,
         numbers: list[int],
         present: np.ndarray,
         ids: Sequence[str],
@@ -247,29 +143,14 @@ class TargetReader:
                 first = int(units[1][:i].sum())
                 own = units[0][first : first + int(units[1][i])], units[1][i : i + 1]
             try:
-                self._read(source, numbers, np.ones(1, bool), ids[i : i + 1], texts[i : i + 1], own)
+                self._read(teacher, numbers, np.ones(1, bool), ids[i : i + 1], texts[i : i + 1], own)
             except StoreError:
                 whole[i] = False
         return whole
 
-    def _refuse(
-        self,
-        error: type[StoreError],
-        what: str,
-        wrong: np.ndarray,
-        ids: Sequence[str],
-        source: _Source,
-        remedy: str,
-    ) -> None:
-        if wrong.any() and self.on_missing == "error":
-            names = [ids[i] for i in np.flatnonzero(wrong).tolist()]
-            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-            listed = ", ".join(names[:_NAMED]) + more
-            raise error(f"{what} {listed}", where=source.name, remedy=remedy + ', or on_missing = "skip"')
-
     def _read(
         self,
-        source: _Source,
+        teacher: TeacherStates,
         numbers: list[int],
         present: np.ndarray,
         ids: Sequence[str],
@@ -277,14 +158,11 @@ class TargetReader:
         units: tuple[np.ndarray, np.ndarray] | None,
     ) -> tuple[Positions, dict[str, torch.Tensor]]:
         """Positions of one teacher, and its targets by address."""
+        held = [ids[i] for i in np.flatnonzero(present).tolist()]
+        found = teacher.gather(held, numbers)
         lengths = np.zeros(len(ids), np.int64)
-        states: dict[int, np.ndarray] = {}
-        token_id, token_span = np.zeros(0, np.int64), np.zeros((0, 2), np.int32)
-        if present.any():
-            held = [ids[i] for i in np.flatnonzero(present).tolist()]
-            lengths[present], token_id, token_span, states = self._gather(source, held, numbers)
-        table_rows = self._vocabulary_rows(source, token_id)
-        spans, position_lengths, tokens_of = self._positions(present, texts, units, token_span, lengths)
+        lengths[present] = found.lengths
+        spans, position_lengths, tokens_of = self._positions(present, texts, units, found.span, lengths)
         kept = np.flatnonzero(tokens_of.covered)
         tokens_of = tokens_of if len(kept) == tokens_of.rows else tokens_of.select(kept)
         batch_of, index_in = places(position_lengths)
@@ -298,7 +176,7 @@ class TargetReader:
             if unit_weight.shape[1] < grid:
                 unit_weight = unit_weight.new_zeros(len(ids), grid, unit_weight.shape[2])
             unit_rows = torch.from_numpy(np.flatnonzero(to_positions.covered[kept]))
-        key = token_id
+        key = found.token_id
         if self.position != "token":
             # The text under a position is what it is an occurrence of
             names = [texts[b][i:j].casefold() for b, (i, j) in zip(batch_of, kept_spans.tolist(), strict=True)]
@@ -312,7 +190,7 @@ class TargetReader:
             row=torch.from_numpy(batch_of * grid + index_in),
             key=torch.from_numpy(np.asarray(key, np.int64)),
             place=torch.from_numpy(kept_spans.mean(1, dtype=np.float32) / text_lengths[batch_of]),
-            query_row=torch.from_numpy(table_rows[tokens_of.column]),
+            query_row=torch.from_numpy(found.table_row[tokens_of.column]),
             query_start=None if one_each else torch.from_numpy(tokens_of.start[:-1]),
             query_weight=None if one_each else torch.from_numpy(tokens_of.weight),
             unit_weight=unit_weight,
@@ -320,12 +198,8 @@ class TargetReader:
             masked=len(spans) - len(kept),
         )
         targets = {}
-        for number in numbers:
-            spec = self.views[number]
-            if self.control == "static":
-                values = source.table[table_rows].astype(np.float32)
-            else:
-                values = states.get(number, np.zeros((0, spec.width), np.float32))
+        for number, values in zip(numbers, found.states, strict=True):
+            spec = teacher.specs[number]
             values = values if one_each else tokens_of.pool(values)
             target = torch.empty(values.shape, dtype=torch.float32, pin_memory=self.pin)
             np.subtract(values, spec.mean, out=target.numpy())
@@ -341,31 +215,6 @@ class TargetReader:
                 )
             targets[spec.address] = target
         return positions, targets
-
-    def _gather(
-        self, source: _Source, ids: list[str], numbers: list[int]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, np.ndarray]]:
-        """Lengths [b], token ids [ΣN], spans [ΣN, 2] of utterances, and states float32 [ΣN, D] by number of view."""
-        store, teacher = source.store, source.teacher
-        if self.control == "static":
-            return *store.tokens(ids, teacher), {}
-        giver = ids
-        if source.donor is not None:
-            giver = [store.index.id(int(r)) for r in source.donor[store.rows(ids)]]
-        if self._words:
-            theirs, token_id, span = store.tokens(giver, teacher)
-            states = dict.fromkeys(numbers, word_codes(token_id, span, theirs))
-        else:
-            views = {n: source.views[n - source.numbers[0]] for n in numbers}
-            found = store.gather(giver, list(views.values()))
-            theirs, token_id, span = found.lengths[teacher], found.token_id[teacher], found.span[teacher]
-            states = {n: to_float32(found.states[view], source.dtype) for n, view in views.items()}
-        if source.donor is None:
-            return theirs, token_id, span, states
-        own = store.tokens(ids, teacher)
-        begin = np.cumsum(theirs, dtype=np.int64) - theirs
-        rows = expand(begin, own[0].astype(np.int64))
-        return *own, {n: values[rows] for n, values in states.items()}
 
     def _positions(
         self,
@@ -387,17 +236,3 @@ class TargetReader:
             assert units is not None
             spans, lengths = units[0][np.repeat(present, units[1])], np.where(present, units[1], 0)
         return spans, lengths, overlaps(spans, lengths, token_span, token_lengths)
-
-    def _vocabulary_rows(self, source: _Source, token_id: np.ndarray) -> np.ndarray:
-        if not len(token_id):
-            return np.zeros(0, np.int64)
-        row = np.searchsorted(source.vocabulary, token_id)
-        found = source.vocabulary[np.minimum(row, len(source.vocabulary) - 1)] == token_id
-        if not found.all():
-            missing = np.unique(token_id[~found])[:_NAMED].tolist()
-            raise StoreError(
-                f"no input embedding of token ids {missing}",
-                where=source.name,
-                remedy="run stillhouse inspect verify",
-            )
-        return row.astype(np.int64)

@@ -4,7 +4,7 @@ Invariant: no voice of the tests or of dev, and no story of stories-dev.txt or s
 Run: `stillhouse demo`.
 
     split        stories                      voices
-    train        of the training              heard; each reads a share, each story has several readers
+    train        of the training              heard, who take turns: each story has one reader, some have two
     dev          one of training, one new     one that is nowhere else; the new one by some heard voices too
     test-known   of the training              never heard in training
     test-new     new                          never heard in training, and some heard (the report parts them)
@@ -81,14 +81,15 @@ class Size:
     """How much of it is read: full, or the few minutes of --quick."""
 
     heard: int = 10  # voices
-    readers: int = 5  # of them, for each story
+    readers: float = 1.3  # of them, for a story, on average: new sentences teach more than a sentence once more
+    stories: int | None = None  # of the training; None: all
     unheard: int = 3
     known: int = 5  # stories of the training that each unheard voice reads
     heard_on_new: int = 2  # heard voices that read the new stories too
 
 
 FULL = Size()
-QUICK = Size(heard=3, readers=1, unheard=2, known=2, heard_on_new=0)
+QUICK = Size(heard=3, readers=1, stories=30, unheard=2, known=2, heard_on_new=0)
 
 
 @dataclass(frozen=True)
@@ -109,12 +110,15 @@ def cast(name: str) -> Cast:
 def plan(stories: Sequence[Story], cast: Cast, size: Size = FULL) -> list[Reading]:
     """All readings; those of one voice in the order of the stories."""
     by_split = {split: [s for s in stories if s.split == split] for split in ("train", "dev", "test")}
+    by_split["train"] = by_split["train"][: size.stories]
     heard = cast.heard[: size.heard]
+    # Whose turn it is when a story begins; a voice twice in a turn would be one reader, not two
+    turn = [int(j * min(size.readers, len(heard))) for j in range(len(by_split["train"]) + 1)]
     readings = [
         Reading(voice, story, "train")
         for i, voice in enumerate(heard)
         for j, story in enumerate(by_split["train"])
-        if (i + j) % len(heard) < size.readers
+        if (i - turn[j]) % len(heard) < turn[j + 1] - turn[j]
     ]
     readings += [Reading(cast.dev, story, "dev") for story in by_split["train"][:1] + by_split["dev"]]
     readings += [Reading(voice, story, "dev") for voice in heard[-2:] for story in by_split["dev"]]

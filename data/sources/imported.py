@@ -118,7 +118,10 @@ class SessionPattern:
         """(session, order) of an id; CorpusError where the pattern does not match all of it."""
         match = self._regex.fullmatch(id)
         if match is None:
-            raise CorpusError(f"the session pattern {self._regex.pattern} does not match the id")
+            raise CorpusError(
+                f"the session pattern {self._regex.pattern} does not match the whole id",
+                remedy="change the pattern, or mend or delete the line",
+            )
         groups = match.groupdict()
         return groups["session"] or session, groups.get("order") or order
 

@@ -224,6 +224,49 @@ def test_one_writer_at_a_time(make_corpus: Make, tmp_path: Path) -> None:
     compute_features(corpus, tmp_path / "f.h5", workers=0)
 
 
+def test_what_is_no_plain_file_is_refused_at_once(make_corpus: Make, tmp_path: Path) -> None:
+    """And nobody is told to delete a folder."""
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    corpus = make_corpus(1)
+    for name in ("folder", "pipe"):
+        with pytest.raises(FeatureError, match="no plain file") as found:
+            FeatureFile(tmp_path / name).open()
+        assert "delete" not in str(found.value)
+        with pytest.raises(FeatureError, match="no plain file"):
+            compute_features(corpus, tmp_path / name, workers=0)
+
+
+def test_another_file_is_not_called_damaged(make_corpus: Make) -> None:
+    """Who mixed up the arguments must not be told to delete the corpus."""
+    corpus = make_corpus(1)
+    for refused in (FeatureFile(corpus.path).open, lambda: compute_features(corpus, corpus.path, workers=0)):
+        with pytest.raises(FeatureError, match="not a feature file") as found:
+            refused()
+        assert "delete" not in str(found.value)
+
+
+def test_a_process_forked_under_the_lock_does_not_hold_it(tmp_path: Path) -> None:
+    """As data workers are, which live on for seconds when their parent is killed."""
+    (come, says_come), (go, says_go) = os.pipe(), os.pipe()
+    with held(tmp_path / "lock", "features"):
+        child = os.fork()
+        if child == 0:
+            os.close(says_go)
+            os.write(says_come, b".")
+            os.read(go, 1)  # until the parent says so
+            os._exit(0)
+        assert os.read(come, 1)
+        with pytest.raises(LockedError), held(tmp_path / "lock", "features"):
+            pass
+    with held(tmp_path / "lock", "features"):
+        pass
+    os.write(says_go, b".")
+    assert os.waitpid(child, 0)[1] == 0
+    for end in (come, says_come, go, says_go):
+        os.close(end)
+
+
 def test_processes_give_the_same_rows_and_a_dead_one_is_an_error_that_goes_on(
     make_corpus: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,7 +359,7 @@ def test_a_file_replaced_while_open_goes_on_reading_the_old_one(make_corpus: Mak
 
 def test_gather_is_not_far_from_a_memory_map(tmp_path: Path) -> None:
     """A rough bar that a busy machine meets; tests/bench/bench_features.py measures the real one."""
-    from stillhouse.data.feature_file import Rows, write_rows
+    from stillhouse.data.feature_writer import Rows, write_rows
 
     rng = np.random.default_rng(0)
     rows = Rows()

@@ -27,7 +27,8 @@ from hypothesis import strategies as st
 from stillhouse.cli import cli
 from stillhouse.data.checking import check_corpus
 from stillhouse.data.errors import CorpusError, FeatureError, PartialError, StillhouseError
-from stillhouse.data.feature_file import FeatureSettings, Rows, write_rows
+from stillhouse.data.feature_file import FeatureSettings
+from stillhouse.data.feature_writer import Rows, write_rows
 from stillhouse.data.manifest import Utterance, read_manifest, to_line, write_manifest
 from stillhouse.data.sources.imported import Imported
 from stillhouse.data.sources.kaldi import import_kaldi

@@ -164,7 +164,8 @@ def test_a_table_without_header_and_with_a_pattern(tmp_path: Path) -> None:
         ("1-1-1", "1-1", {"column_3": "z"}),
     ]
     assert [str(p) for p in result.findings] == [
-        f"{table}:4: bad: the session pattern {SESSION} does not match the id; mend or delete the line"
+        f"{table}:4: bad: the session pattern {SESSION} does not match the whole id; "
+        "change the pattern, or mend or delete the line"
     ]
 
 

@@ -112,6 +112,15 @@ def test_a_saved_folder_is_the_same_units(units: Units, tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
+def test_what_lies_in_their_place_is_told(units: Units, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder" / "units.json").mkdir(parents=True)
+    for name in ("file", "folder"):
+        with pytest.raises(CorpusError, match=f"{name}/[a-z.]+: the units cannot be written"):
+            units.save(tmp_path / name)
+    assert not list((tmp_path / "folder").glob(".*"))  # no draft
+
+
 def test_training_again_gives_the_same_units(units: Units) -> None:
     again = train_units(TEXTS, units.kind, size=90, transform=TRANSFORM)
     other = train_units(TEXTS, units.kind, size=90, transform="nfc+" + TRANSFORM)
@@ -134,9 +143,11 @@ def test_damaged_folders_are_refused(units: Units, tmp_path: Path) -> None:
 
     refuse(good[: len(good) // 2], "damaged")
     refuse("[]", "damaged")
+    refuse(json.dumps({**head, "transform": True}), "damaged.*transform is not a text")
     refuse(json.dumps({**head, "version": 99}), "version 99")
     refuse(json.dumps({k: v for k, v in head.items() if k != "pieces"}), "'pieces' is missing")
     refuse(json.dumps({**head, "pieces": [*head["pieces"][:-1], "x"]}), "fingerprint")
+    refuse(json.dumps({**head, "pieces": [*head["pieces"][:-1], "\ud800"]}), "damaged.*surrogates")
     refuse(json.dumps({**head, "transform": "lowwer"}), "unknown text transform")
     if units.kind == "sentencepiece":
         model = tmp_path / "spm.model"

@@ -18,7 +18,7 @@ from stillhouse.train import demo
 from stillhouse.train.report import Row
 from stillhouse.train.score import Score, rate, read_hypotheses, score
 
-TINY = Size(heard=2, readers=1, unheard=1, known=1, heard_on_new=1)
+TINY = Size(heard=2, readers=1, stories=29, unheard=1, known=1, heard_on_new=1)
 RECIPE = """
 [data]
 corpus = "corpus.jsonl"

@@ -58,14 +58,16 @@ class FakeStore:
     def text_hash(self, ids: Sequence[str], teacher: str | None = None) -> np.ndarray:
         return np.array([hash_text(self.texts[i]) for i in ids], np.uint64)
 
+    def tokens(self, ids: Sequence[str], teacher: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        tokens = [self.teachers[teacher].tokens[i] for i in ids]
+        flat = np.array([t for ts in tokens for t in ts], np.int32).reshape(-1, 3)
+        return np.array([len(t) for t in tokens], np.int32), flat[:, 0], flat[:, 1:]
+
     def gather(self, ids: Sequence[str], views: Sequence[View]) -> Gathered:
-        lengths, token_id, span = {}, {}, {}
-        for name in dict.fromkeys(v.teacher for v in views):
-            tokens = [self.teachers[name].tokens[i] for i in ids]
-            lengths[name] = np.array([len(t) for t in tokens], np.int32)
-            flat = np.array([t for ts in tokens for t in ts], np.int32).reshape(-1, 3)
-            token_id[name], span[name] = flat[:, 0], flat[:, 1:]
-        states = {v: np.concatenate([self.states[v, i] for i in ids]) for v in views}
+        found = {name: self.tokens(ids, name) for name in dict.fromkeys(v.teacher for v in views)}
+        lengths, token_id, span = ({name: parts[k] for name, parts in found.items()} for k in range(3))
+        none = {v: np.zeros((0, self.teachers[v.teacher].width), np.float16) for v in views}
+        states = {v: np.concatenate([none[v], *(self.states[v, i] for i in ids)]) for v in views}
         return Gathered(lengths, states, token_id, span)
 
 

@@ -165,6 +165,8 @@ def test_occupancy_averages_the_frames_of_the_units_of_a_position():
     assert rows.tolist() == [0, 2]
     with pytest.raises(ValueError, match="3 units in the spans, 2 in the model's output"):
         aligner(aligner.frames(encoder, occupancy[:, :2]), positions)
+    with pytest.raises(ValueError, match="an occupancy of 3 frames for an encoder's 4"):
+        aligner.frames(encoder, occupancy[..., :3])
 
 
 def test_no_gradient_through_the_occupancy():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stillhouse.cli import cli
 from stillhouse.data.errors import ConfigError
+from stillhouse.data.manifest import read_manifest
 from stillhouse.distill import TargetReader
-from stillhouse.distill.controls import CODE_WIDTH, donors, word_codes
+from stillhouse.distill.controls import donors, silent_tokens, vocabulary, word_codes, word_numbers
+from stillhouse.extract.store import Store
 
 TEXTS = [" ".join(f"w{(i * 5 + j * 3) % 40}" for j in range(2 + i % 4)) for i in range(24)] + [
     "w1 w2 w3 w4 w5 w6 w7 w8",
@@ -115,21 +119,64 @@ def test_static_targets_are_the_input_embeddings(store):
     torch.testing.assert_close(words.targets["known/static"], batch.targets["known/static"])
 
 
-def test_the_code_of_a_word():
+def test_the_number_of_a_word():
     """Tokens 5 and 6 that touch are a word; alone, or the other way round, they are others; batches change nothing."""
     span = np.array([[0, 2], [2, 4], [5, 7], [8, 9], [0, 2], [2, 4], [0, 2], [2, 3]])
     token_id, lengths = np.array([5, 6, 5, 6, 5, 6, 6, 5]), np.array([4, 0, 2, 2])
-    codes = word_codes(token_id, span, lengths)
-    assert codes.shape == (8, CODE_WIDTH) and set(np.unique(codes)) == {-1.0, 1.0}
-    words = [codes[0], codes[2], codes[3], codes[6]]
-    assert all(np.array_equal(codes[i], codes[0]) for i in (1, 4, 5)) and np.array_equal(codes[6], codes[7])
-    likeness = np.array([[abs(a @ b) / CODE_WIDTH for a in words] for b in words]) - np.eye(4)
-    assert likeness.max() < 0.4
-    np.testing.assert_array_equal(word_codes(token_id[4:6], span[4:6], np.array([2])), codes[4:6])
-    assert word_codes(token_id[:0], span[:0], np.array([0, 0])).shape == (0, CODE_WIDTH)
-    many = word_codes(np.arange(4000), np.stack([np.arange(4000) * 2, np.arange(4000) * 2 + 1], 1), np.array([4000]))
-    assert abs(many.mean()) < 0.01 and len(np.unique(many, axis=0)) == 4000
-    assert abs(np.corrcoef(many[:, :40].T) - np.eye(40)).max() < 0.09
+    numbers = word_numbers(token_id, span, lengths)
+    assert numbers.dtype == np.uint64 and np.unique(numbers, return_inverse=True)[1].max() == 3
+    assert len({*numbers[[0, 2, 3, 6]].tolist()}) == 4
+    assert (numbers[[1, 4, 5]] == numbers[0]).all() and numbers[6] == numbers[7]
+    np.testing.assert_array_equal(word_numbers(token_id[4:6], span[4:6], np.array([2])), numbers[4:6])
+    assert word_numbers(token_id[:0], span[:0], np.array([0, 0])).shape == (0,)
+    many = word_numbers(np.arange(4000), np.stack([np.arange(4000) * 2, np.arange(4000) * 2 + 1], 1), np.array([4000]))
+    assert len(np.unique(many)) == 4000
+
+
+def test_punctuation_is_no_part_of_a_word():
+    """Tokens: " sea . " | sea | don ' t: 9, 8 and 7 are silent; a mark on its own is a word of no token."""
+    token_id = np.array([9, 1, 8, 9, 1, 2, 7, 3, 8, 2, 3])
+    span = np.array([[0, 1], [1, 4], [4, 5], [5, 6], [0, 3], [4, 7], [7, 8], [8, 9], [10, 11], [12, 15], [15, 16]])
+    lengths, texts = np.array([4, 7]), ['"sea."', "sea don't - dont"]
+    silent = silent_tokens(token_id, span, lengths, texts)
+    assert silent.tolist() == [7, 8, 9]
+    numbers = word_numbers(token_id, span, lengths, silent)
+    assert (numbers[:5] == numbers[4]).all()
+    assert (numbers[5:8] == numbers[9]).all() and numbers[9] == numbers[10] != numbers[4]
+    assert numbers[8] == 0
+    np.testing.assert_array_equal(word_numbers(token_id[4:5], span[4:5], np.array([1])), numbers[4:5])
+    heard = word_numbers(token_id, span, lengths)
+    assert heard[0] != heard[4]
+
+
+def test_codes_are_one_hot_and_rare_words_share_the_last():
+    numbers = np.array([30, 10, 30, 20, 10, 30, 40], np.uint64)
+    words = vocabulary(numbers)
+    assert words.tolist() == [10, 20, 30, 40]
+    codes = word_codes(numbers, words)
+    assert codes.shape == (7, 5) and codes.argmax(1).tolist() == [2, 0, 2, 1, 0, 2, 3]
+    np.testing.assert_array_equal(codes.sum(1), 1)
+    few = vocabulary(numbers, 2)
+    assert few.tolist() == [10, 30]
+    assert word_codes(np.array([5, 10, 20, 30, 40], np.uint64), few).argmax(1).tolist() == [2, 0, 2, 1, 2]
+    assert word_codes(numbers[:0], words).shape == (0, 5)
+
+
+def test_a_word_is_one_with_and_without_punctuation(tmp_path, minilm):
+    """With the tokens of a real teacher, whose marks touch the words that they stand by."""
+    texts = ["The sea was cold.", '"The sea!" he said, "the cold sea."']
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"id": f"u{k}", "text": t}) + "\n" for k, t in enumerate(texts)))
+    request = ["--teacher", str(minilm), "--name", "minilm", "--layers", "1", "--context", "alone"]
+    cli(["extract", str(corpus), str(tmp_path / "s.zarr"), *request], standalone_mode=False)
+    store = Store.open(tmp_path / "s.zarr")
+    reader = TargetReader([(store, store.views)], "word", control="words", corpus=read_manifest(corpus))
+    batch = reader.read(["u0", "u1"], texts)
+    codes = batch.targets["minilm/words"].argmax(1).tolist()
+    the, sea, was, cold, he, said = codes[:4] + codes[6:8]
+    assert codes == [the, sea, was, cold, the, sea, he, said, the, cold, sea]
+    assert len({the, sea, was, cold, he, said}) == 6
+    np.testing.assert_array_equal(batch.targets["minilm/words"].max(1).values, 1)
 
 
 @pytest.mark.parametrize("position", ["token", "word"])

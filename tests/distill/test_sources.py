@@ -23,7 +23,7 @@ def holding(path: str, *addresses: str) -> SimpleNamespace:
             raise NoStoreError(f"no view matches {pattern!r}", where=path)
         return found
 
-    return SimpleNamespace(path=Path(path), views=views, resolve=resolve)
+    return SimpleNamespace(path=Path(path), address=path, views=views, resolve=resolve)
 
 
 def addresses(sources: list) -> list[tuple[str, list[str]]]:

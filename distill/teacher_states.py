@@ -1,0 +1,182 @@
+"""What a store holds of one teacher, as the transfer wants it: which utterances, their tokens, and their states, or
+what a control puts in their place.
+
+Invariant: utterances that a store lacks, or holds from another text or beside other neighbours, are named or left
+out, never read. Nothing changes after construction, and it pickles without the corpus.
+Exercised by: pytest tests/distill/test_targets.py tests/distill/test_controls.py; `stillhouse train CONFIG`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..data.errors import NoStoreError, StaleError, StoreError, some
+from ..data.manifest import Corpus
+from ..extract.store import Store, View, hash_text, to_float32
+from ..extract.store.freshness import stale
+from .controls import donors, silent_tokens, table_norm, vocabulary, word_codes, word_numbers
+from .spans import expand
+
+_REFRESH = "extract what has changed: stillhouse extract CORPUS STORE … --refresh"
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """One view as the transfer sees it; mean and std float32 [D] are what standardised its targets."""
+
+    address: str
+    teacher: str
+    width: int
+    mean: np.ndarray
+    std: np.ndarray
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Packed tokens of B utterances, N of all of them together."""
+
+    lengths: np.ndarray  # int [B]
+    token_id: np.ndarray  # int [N]
+    span: np.ndarray  # int [N, 2]
+    table_row: np.ndarray  # int64 [N], of the teacher's input embeddings
+    states: list[np.ndarray]  # float32 [N, D] for each view asked for
+
+
+class TeacherStates:
+    """One teacher of a store, with the views asked for.
+
+    name     what the teacher is called here: another name where two stores share it
+    views    of this teacher
+    control  as TargetReader's; `specs` are then what takes the views' place
+    corpus   the whole manifest, or None: who the utterances' neighbours are now, and what is punctuation
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        teacher: str,
+        name: str,
+        views: Sequence[View],
+        control: str | None = None,
+        seed: int = 0,
+        corpus: Corpus | None = None,
+    ) -> None:
+        self.store, self.teacher, self.name, self.views = store, teacher, name, list(views)
+        self._control, self._dtype = control, store.teacher(teacher).dtype
+        rows, table = store.embedding(teacher)
+        order = np.argsort(rows)
+        # Copies: the store's arrays may be memory maps, which a later process could not share through a pickle
+        self._vocabulary = np.asarray(rows)[order]  # int [K], sorted
+        self.table = np.asarray(table)[order]  # float16 [K, D], in the vocabulary's order
+        self._codes = control in ("words", "words-shuffled")
+        if self._codes:
+            self._silent = _silent(store, teacher, corpus)
+            lengths, token_id, span = store.tokens_of_rows(np.flatnonzero(store.lengths(teacher)), teacher)
+            self._words = vocabulary(word_numbers(token_id, span, lengths, self._silent))
+        self.specs = self._specs()
+        # int64 [U]: whose states each row of the store gets, if shuffled
+        shuffled = control in ("shuffled", "words-shuffled")
+        self._donor = donors(store.lengths(teacher), seed, store.index.text_hash) if shuffled else None
+        # Utterances with other neighbours than their contexts saw; controls that read no states have none
+        self._stale = frozenset(() if corpus is None or control is not None else _stale(store, self.views, corpus))
+
+    def _specs(self) -> list[ViewSpec]:
+        if self._control == "static":
+            return [ViewSpec(f"{self.name}/static", self.name, self.table.shape[1], *table_norm(self.table))]
+        if self._codes:
+            zero, one = np.zeros(len(self._words) + 1, np.float32), np.ones(len(self._words) + 1, np.float32)
+            return [ViewSpec(f"{self.name}/words", self.name, len(zero), zero, one)]
+        specs = []
+        for view in self.views:
+            mean, std = (np.asarray(value, np.float32) for value in self.store.norm(view))
+            address = view.address.replace(self.teacher, self.name, 1)
+            specs.append(ViewSpec(address, self.name, len(mean), mean, std))
+        return specs
+
+    def present(self, ids: Sequence[str], texts: Sequence[str], skip: bool = False) -> np.ndarray:
+        """bool [B]: utterances that the store holds, in every view asked for, from these very transcripts.
+
+        Errors, unless `skip`: NoStoreError and StaleError for those that it does not.
+        """
+
+        def refuse(error: type[StoreError], what: str, wrong: np.ndarray, remedy: str) -> None:
+            if wrong.any() and not skip:
+                names = some([ids[i] for i in np.flatnonzero(wrong).tolist()])
+                raise error(f"{what} {names}", where=self.name, remedy=remedy + ', or on_missing = "skip"')
+
+        held = np.ones(len(ids), bool)
+        for view in self.views:
+            held &= self.store.has(ids, view)
+        refuse(NoStoreError, "no states of", ~held, "extract the missing utterances: stillhouse extract")
+        index = np.flatnonzero(held).tolist()
+        fresh = held.copy()
+        stored = np.asarray(self.store.text_hash([ids[i] for i in index], self.teacher))
+        fresh[index] = [int(old) == hash_text(texts[i]) for old, i in zip(stored, index, strict=True)]
+        refuse(StaleError, "changed transcripts of", held & ~fresh, _REFRESH)
+        moved = np.array([i in self._stale for i in ids], bool) if self._stale else np.zeros(len(ids), bool)
+        refuse(StaleError, "other neighbours than their contexts saw have", fresh & moved, _REFRESH)
+        fresh &= ~moved
+        if self._donor is not None:  # the longest utterance has nobody to take from
+            index = np.flatnonzero(fresh).tolist()
+            fresh[index] = self._donor[self.store.rows([ids[i] for i in index])] >= 0
+        return fresh
+
+    def gather(self, ids: Sequence[str], chosen: Sequence[int]) -> Gathered:
+        """Tokens of utterances that are present, and the states of the `chosen` of `specs`, by number."""
+        giver = ids
+        if self._donor is not None:
+            giver = [self.store.index.id(int(r)) for r in self._donor[self.store.rows(ids)]]
+        states: list[np.ndarray] = []
+        if self._control == "static" or self._codes or not chosen:
+            lengths, token_id, span = self.store.tokens(giver, self.teacher)
+            if self._codes and chosen:
+                states = [word_codes(word_numbers(token_id, span, lengths, self._silent), self._words)]
+        else:
+            views = [self.views[n] for n in chosen]
+            found = self.store.gather(giver, views)
+            lengths, token_id, span = (f[self.teacher] for f in (found.lengths, found.token_id, found.span))
+            states = [to_float32(found.states[view], self._dtype) for view in views]
+        if self._donor is not None:
+            begin = np.cumsum(lengths, dtype=np.int64) - lengths
+            lengths, token_id, span = self.store.tokens(ids, self.teacher)
+            rows = expand(begin, lengths.astype(np.int64))
+            states = [values[rows] for values in states]
+        table_row = self._table_row(token_id)
+        if self._control == "static" and chosen:
+            states = [self.table[table_row].astype(np.float32)]
+        return Gathered(lengths, token_id, span, table_row, states)
+
+    def _table_row(self, token_id: np.ndarray) -> np.ndarray:
+        if not len(token_id):
+            return np.zeros(0, np.int64)
+        row = np.searchsorted(self._vocabulary, token_id)
+        found = self._vocabulary[np.minimum(row, len(self._vocabulary) - 1)] == token_id
+        if not found.all():
+            missing = np.unique(token_id[~found])[:5].tolist()
+            raise StoreError(
+                f"no input embedding of token ids {missing}", where=self.name, remedy="run stillhouse inspect verify"
+            )
+        return row.astype(np.int64)
+
+
+def _silent(store: Store, teacher: str, corpus: Corpus | None) -> np.ndarray:
+    """Token ids of punctuation, as the texts of the corpus show it; none where there is no corpus."""
+    texts = {} if corpus is None else {u.id: u.text for u in corpus.utterances}
+    rows = np.flatnonzero(store.lengths(teacher))
+    ids = [i for i in map(store.index.id, rows.tolist()) if i in texts]
+    if not ids:
+        return np.zeros(0, np.int64)
+    hashes = np.asarray(store.text_hash(ids, teacher)).tolist()
+    ids = [i for i, old in zip(ids, hashes, strict=True) if int(old) == hash_text(texts[i])]
+    lengths, token_id, span = store.tokens(ids, teacher)
+    return silent_tokens(token_id, span, lengths, [texts[i] for i in ids])
+
+
+def _stale(store: Store, views: Sequence[View], corpus: Corpus) -> list[str]:
+    """Utterances whose contexts saw what the corpus no longer says."""
+    own = corpus.select(store.plan.corpus.get("split"))
+    said = [[(u.id, u.text) for u in (own.utterances[i] for i in s)] for s in own.sessions()]
+    return list(stale(store, views, said))
