@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..data.durable import sync
 from ..data.errors import CheckpointError
+from ..data.plainfile import read_plain, sha256_plain
 
 FORMAT = 2  # 1: state.json had no digest of its own
 _NAME = re.compile(r"step-(\d{8,})")
@@ -60,7 +61,7 @@ class Checkpoint:
 
     def _compare(self, path: Path) -> None:
         try:
-            found = _sha256(path)
+            found = sha256_plain(path)
         except OSError as e:
             raise DamagedError(f"cannot be read: {e.strerror}", where=path, remedy=_REMEDY) from None
         if found != self.state["sha256"][path.name]:
@@ -78,7 +79,7 @@ def save(folder: Path, state: dict[str, Any], tensors: dict[str, dict[str, Tenso
     for name, values in tensors.items():
         path = draft / f"{name}.safetensors"
         save_file({k: v.detach().cpu().contiguous() for k, v in values.items()}, path)
-        sums[path.name] = _sha256(path)
+        sums[path.name] = sha256_plain(path)
     state = {"format": FORMAT, **state, "sha256": sums}
     state["digest"] = _digest(state)
     (draft / "state.json").write_text(json.dumps(state, indent=1))
@@ -102,7 +103,7 @@ def load(path: Path) -> Checkpoint:
     """Open one checkpoint folder. DamagedError: it is not what was written; CheckpointError: of another format."""
     where = path / "state.json"
     try:
-        state = json.loads(where.read_text())
+        state = json.loads(read_plain(where))
     except (OSError, ValueError) as e:
         raise DamagedError(f"not a checkpoint: {e}", where=where, remedy=_REMEDY) from None
     if not isinstance(state, dict):
@@ -113,6 +114,7 @@ def load(path: Path) -> Checkpoint:
     if state.get("format") not in (1, FORMAT):
         raise CheckpointError(f"format {state.get('format')}", where=where, expected=f"{FORMAT}, or 1")
     whole = isinstance(state.get("sha256"), dict) and type(state.get("step")) is int
+    whole &= isinstance(state.get("best", {}), dict) and type(state.get("best", {}).get("step", 0)) is int
     if not whole or (digest is None and state["format"] != 1):
         raise DamagedError("damaged: not all is there", where=where, remedy=_REMEDY)
     named = _NAME.fullmatch(path.name)
@@ -162,7 +164,8 @@ def prune(folder: Path, keep: int, best: int | None) -> None:
     """Keep the newest `keep` checkpoints and the one of step `best`."""
     for path in checkpoints(folder)[:-keep]:
         if int(path.name[5:]) != best:
-            shutil.rmtree(path, ignore_errors=True)
+            gone = path.rename(folder / f".{path.name}.gone")  # killed here, no half of it is left by its name
+            shutil.rmtree(gone, ignore_errors=True)
 
 
 def optimiser_tensors(optimiser: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:
@@ -174,16 +177,23 @@ def optimiser_tensors(optimiser: torch.optim.Optimizer, names: dict[Tensor, str]
     }
 
 
-def restore_optimiser(optimiser: torch.optim.Optimizer, names: dict[Tensor, str], tensors: dict[str, Tensor]) -> None:
-    """Inverse of optimiser_tensors; raises CheckpointError for state of other parameters."""
+def restore_optimiser(
+    optimiser: torch.optim.Optimizer, names: dict[Tensor, str], tensors: dict[str, Tensor], where: Path
+) -> None:
+    """Inverse of optimiser_tensors; CheckpointError: not AdamW's state of these parameters."""
     parameters = {name: p for p, name in names.items()}
     for key, value in tensors.items():
         name, _, field = key.rpartition("/")
         p = parameters.get(name)
-        if p is None or (value.dim() and value.shape != p.shape):
-            raise CheckpointError(f"optimiser state of an unknown parameter {name} {tuple(value.shape)}")
+        shape = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}.get(field) if p is not None else None
+        if p is None or value.shape != shape or value.dtype != torch.float32:
+            found = f"{field} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+            raise CheckpointError(f"optimiser state of another model: {name} has {found}", where=where)
         # torch keeps AdamW's step count on the CPU
-        optimiser.state[p][field] = value.to(p.device) if value.dim() else value
+        optimiser.state[p][field] = value.to(p.device) if field != "step" else value
+    for p, fields in optimiser.state.items():
+        if len(fields) != 3:
+            raise CheckpointError(f"optimiser state of {names[p]}: only {', '.join(sorted(fields))}", where=where)
 
 
 def load_weights(module: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
@@ -199,11 +209,6 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], where: Path) -> 
     if wrong:
         raise CheckpointError(f"weights of another model: {'; '.join(sorted(wrong)[:5])}", where=where)
     module.load_state_dict(tensors)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _digest(state: dict[str, Any]) -> str:

@@ -32,6 +32,7 @@ def train(config: Path, changes: tuple[str, ...], out: Path | None, profile: int
     """
     from dataclasses import asdict
 
+    from ..data.errors import StillhouseError
     from .config import load_config
     from .distributed import joined
     from .profile import Profile, Profiled
@@ -46,8 +47,15 @@ def train(config: Path, changes: tuple[str, ...], out: Path | None, profile: int
         say(found.table(ops=8) + f"profile: {found.trace}" if found else "no step to profile: the run ended too early")
 
     with joined(settings.run.backend, settings.run.timeout_s) as ranks:
-        trainer = Trainer(settings, folder, say, ranks)
-        trainer.run(Profile(folder / "profile", profile, show) if profile else None)
+        try:
+            trainer = Trainer(settings, folder, say, ranks)
+            trainer.run(Profile(folder / "profile", profile, show) if profile else None)
+        except OSError as e:  # the disk is full, or something else lies where the run writes
+            raise StillhouseError(
+                f"cannot be read or written: {e.strerror or e}",
+                where=e.filename2 or e.filename or folder,  # of a rename, what is in its way
+                remedy="put that right; the same command again goes on from the last checkpoint",
+            ) from e
         if not ranks.first:
             return
         if as_json:

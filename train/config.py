@@ -21,7 +21,7 @@ Kind = TypeVar("Kind", bound=BaseModel)
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class Data(Section):
@@ -35,17 +35,19 @@ class Data(Section):
     speeds: list[float] = Field([1.0], min_length=1, description="speeds drawn for each utterance and epoch")
     batch_frames: int = Field(16_000, ge=100, description="padded frames of 10 ms in a batch")
     mix_shards: int = Field(16, ge=0, description="shards of the first store that are mixed at a time; 0: all")
-    workers: int = Field(0, ge=0, description="processes that read batches; 0: a thread, which is faster as a rule")
+    workers: int = Field(
+        0, ge=0, le=1_024, description="processes that read batches; 0: a thread, which is faster as a rule"
+    )
     worker_start: Literal["spawn", "fork"] = "spawn"
     max_frames: int = Field(3_000, ge=10, description="longer utterances are left out of training, and counted")
 
 
 class Model(Section):
-    dim: int = Field(176, ge=8)
-    layers: int = Field(6, ge=0)
+    dim: int = Field(176, ge=8, le=1 << 16)
+    layers: int = Field(6, ge=0, le=1_024)
     heads: int = Field(4, ge=1)
-    inner: int = Field(704, ge=8, description="width inside the feed-forward modules")
-    kernel: int = Field(15, ge=1, description="frames that a depthwise convolution spans; odd")
+    inner: int = Field(704, ge=8, le=1 << 18, description="width inside the feed-forward modules")
+    kernel: int = Field(15, ge=1, le=1 << 16, description="frames that a depthwise convolution spans; odd")
     subsampling: Literal[2, 3, 4, 6, 8] = 4
     causal: bool = Field(False, description="convolutions see no later frame; chunks imply it")
     chunk_frames: int = Field(
@@ -56,9 +58,9 @@ class Model(Section):
         [], description="chunk_frames drawn for each batch in training, so that one model serves them all"
     )
     predictor: Literal["stateless", "lstm"] = "stateless"
-    predictor_dim: int = Field(192, ge=8)
-    predictor_context: int = Field(2, ge=1)
-    joint_dim: int = Field(256, ge=8)
+    predictor_dim: int = Field(192, ge=8, le=1 << 16)
+    predictor_context: int = Field(2, ge=1, le=1 << 16)
+    joint_dim: int = Field(256, ge=8, le=1 << 16)
     joint: Literal["additive", "multiplicative"] = Field(
         "additive", description="how the joint brings encoder and prediction network together"
     )
@@ -114,15 +116,15 @@ class Optim(Section):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     final_lr: float = Field(0.02, ge=0, le=1, description="learning rate at the end, as a share of lr")
     weight_decay: float = Field(0.01, ge=0)
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     ema: float = Field(0.0, ge=0, lt=1, description="decay of a moving average of the weights, 0.999 say; 0: none")
 
 
 class SpecAugment(Section):
-    frequency_masks: int = Field(2, ge=0)
+    frequency_masks: int = Field(2, ge=0, le=1_024)
     frequency_width: int = Field(20, ge=0, description="bins")
-    time_masks: int = Field(5, ge=0)
+    time_masks: int = Field(5, ge=0, le=1_024)
     time_width: int = Field(30, ge=0, description="frames of 10 ms")
     time_share: float = Field(0.25, ge=0, le=1, description="largest share of an utterance that time masks take")
 
@@ -133,6 +135,7 @@ class TransferSection(Section):
     aligner: Literal["attention", "occupancy", "cif", "predictor"] = "attention"
     position: Literal["token", "word", "unit"] = "token"
     distance: Literal["cosine", "l1", "smooth_l1", "mse", "contrastive"] = "cosine"
+    temperature: float = Field(0.1, ge=1e-3, description="of the contrastive distance: the lower, the stricter")
     mixing: Literal["mean", "learned", "sample"] = "mean"
     sample: int | None = Field(None, ge=1, description="views drawn each step, for mixing = sample")
     weight: float = Field(1.0, ge=0, description="lambda")
@@ -143,8 +146,8 @@ class TransferSection(Section):
     layers: list[int] = Field([], description="encoder layers that are tapped, from 1; none: the last")
     control: Literal["shuffled", "static", "words", "words-shuffled"] | None = Field(
         None,
-        description="shuffled: targets of another utterance; static: the teacher's input embeddings; words: a code for "
-        "each word, a planted signal; words-shuffled: such codes of another utterance's words",
+        description="shuffled: targets of another utterance; static: the teacher's input embeddings; words: one-hot "
+        "codes of the words, a planted signal; words-shuffled: such codes of another utterance's words",
     )
     on_missing: Literal["error", "skip"] = "error"
 
@@ -165,12 +168,12 @@ class TransferSection(Section):
 
 
 class Run(Section):
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=1 << 63)
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 where the device computes it fast, else float32"
     )
     device: str = Field("auto", description="auto: cuda where there is one, else cpu")
-    threads: int = Field(0, ge=0, description="CPU threads of torch; 0: all cores")
+    threads: int = Field(0, ge=0, le=1 << 16, description="CPU threads of torch; 0: all cores")
     log_every: int = Field(20, ge=1)
     eval_every: int = Field(500, ge=1)
     checkpoint_every: int = Field(500, ge=1)

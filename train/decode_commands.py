@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,12 @@ import click
 from .live_commands import rate_of, samples_of, say, speed, tell
 
 PATH = click.Path(path_type=Path)
+
+
+def finite(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no number to reckon with", context, option)
+    return value
 
 
 def of_a_trained_run(command: Callable) -> Callable:
@@ -28,14 +35,17 @@ def of_a_trained_run(command: Callable) -> Callable:
 def searching(command: Callable) -> Callable:
     """How hypotheses are searched for."""
     for option in (
-        click.option("--ilm-weight", type=float, default=0.0, help="Of the internal language model, taken off."),
-        click.option("--blank-penalty", type=float, default=0.0, help="Taken off the blank's logit: more words."),
+        click.option("--ilm-weight", type=float, callback=finite, default=0.0,
+                     help="Of the internal language model, taken off."),
+        click.option("--blank-penalty", type=float, callback=finite, default=0.0,
+                     help="Taken off the blank's logit: more words."),
         click.option("--max-symbols", type=click.IntRange(min=1), default=8, show_default=True, help="Units a frame."),
-        click.option("--lm-unknown", type=click.FloatRange(min=0), default=10.0, show_default=True,
+        click.option("--lm-unknown", type=click.FloatRange(min=0), callback=finite, default=10.0, show_default=True,
                      help="What an unknown word costs beside <unk>, in nats, before --lm-weight."),
         click.option("--lm-unit", type=click.Choice(["word", "unit"]), default="word", show_default=True,
                      help="What the n-grams are of: words, or the recogniser's units."),
-        click.option("--lm-weight", type=float, default=0.3, show_default=True, help="Of the n-gram model."),
+        click.option("--lm-weight", type=float, callback=finite, default=0.3, show_default=True,
+                     help="Of the n-gram model."),
         click.option("--lm", type=PATH, help="An n-gram model, ARPA or ARPA.gz, for shallow fusion."),
         click.option("--nbest", type=click.IntRange(min=1), default=1, show_default=True, help="Hypotheses to write."),
         click.option("--beam", type=click.IntRange(min=1), default=1, show_default=True,
@@ -58,9 +68,9 @@ def searching(command: Callable) -> Callable:
 @click.option("--id", "name", help="Of - or AUDIO: its id. [default: stdin, or the file's name]")
 @click.option("--chunk", type=click.IntRange(min=1), metavar="FRAMES",
               help="Of - or AUDIO: frames of 10 ms to hear at a time. [default: the model's]")  # fmt: skip
-@click.option("--segment", type=click.FloatRange(min=0.1), metavar="SECONDS",
+@click.option("--segment", type=click.FloatRange(min=0.1), callback=finite, metavar="SECONDS",
               help="Of - or AUDIO: a result is final after so long at most.")  # fmt: skip
-@click.option("--endpoint", type=click.FloatRange(min=0.1), metavar="SECONDS",
+@click.option("--endpoint", type=click.FloatRange(min=0.1), callback=finite, metavar="SECONDS",
               help="Of - or AUDIO: a result is final after so long without a word.")  # fmt: skip
 @click.option("--no-partial", is_flag=True, help="Of - or AUDIO: final results alone.")
 def decode(
@@ -187,7 +197,10 @@ def _search(
     if beam == 1 and lm is None and not ilm_weight and not blank_penalty:
         return partial(greedy_search, max_symbols=max_symbols), 1
     if model.durations:
-        raise UsageError("this model emits tokens and durations, which the beam does not search", expected="--beam 1")
+        raise UsageError(
+            "this model emits tokens and durations, which only the greedy search finds",
+            expected="--beam 1, without --lm, --ilm-weight and --blank-penalty",
+        )
     if ilm_weight and model.joint.combine != "add":
         raise UsageError("a joint that multiplies has no internal language model", expected="--ilm-weight 0")
     fusion: Fusion | None = None

@@ -11,7 +11,6 @@ Exercised by `stillhouse export RUN --format onnx --out FOLDER`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..data.errors import CheckpointError, UsageError
+from ..data.plainfile import read_plain, sha256_plain
 from ..data.units import Units, load_units
 from .building import build_model, load_run
 from .checkpoint import load_weights
@@ -116,7 +116,7 @@ def export_run(
             unfit_for_sherpa=sherpa,
         )
         head: dict[str, Any] = {"format": FORMAT, "version": VERSION, **asdict(found)}
-        head["files"] = {name: _sha256(draft / name) for name in files}
+        head["files"] = {name: sha256_plain(draft / name) for name in files}
         del head["folder"]
         (draft / HEAD).write_text(json.dumps(head, indent=1) + "\n")
     return found
@@ -129,7 +129,7 @@ def load_export(folder: Path) -> tuple[Transducer, Units, Config, int]:
     """
     remedy = f"export it again: stillhouse export RUN --format safetensors --out {folder} --force"
     try:
-        head = json.loads((folder / HEAD).read_text(encoding="utf-8"))
+        head = json.loads(read_plain(folder / HEAD))
         if head["format"] != FORMAT or head["version"] != VERSION:
             raise ValueError(f"{head['format']} of version {head['version']}")
         if head["kind"] != "safetensors":
@@ -137,7 +137,7 @@ def load_export(folder: Path) -> tuple[Transducer, Units, Config, int]:
                 f"an export as {head['kind']}", where=folder, expected="a run, or an export as safetensors"
             )
         for name, expected in head["files"].items():
-            if _sha256(folder / name) != expected:
+            if sha256_plain(folder / name) != expected:
                 raise CheckpointError("damaged: its checksum differs", where=folder / name, remedy=remedy)
         tensors, step = load_file(folder / "model.safetensors"), int(head["step"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as e:
@@ -187,8 +187,3 @@ def _rate(config: Config) -> int | None:
             return int(features.settings["rate_hz"])
     except (FeatureError, OSError):
         return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

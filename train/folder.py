@@ -13,12 +13,12 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from ..data.errors import CheckpointError, StaleError, UsageError
+from ..data.errors import CheckpointError, StaleError, UsageError, some
 from ..data.units import Units
 from . import checkpoint, identity
 from .config import Config, dump_config, load_config
@@ -32,12 +32,45 @@ _BEFORE = {"config.draft", identity.FILE, "units"}
 _LOGS = {".log", ".out", ".err"}
 
 
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class Best(_Strict):
+    step: Count
+    wer: float
+
+
+class Window(_Strict):
+    """`Monitor.state`; empty where a checkpoint lies between two windows."""
+
+    steps: Count = 0
+    sums: dict[str, float] = {}
+
+
+class State(_Strict):
+    """What a run goes on from, besides tensors: the part of a checkpoint's state.json that decides what comes next."""
+
+    step: Count
+    epoch: Count
+    position: Count
+    best: Best | None
+    bad_steps: Count = 0
+    window: Window = Window()
+    averaged: Count = 0
+    precision: Literal["float32", "bfloat16"]
+    data: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Progress:
     """What a checkpoint said, on every rank."""
 
     where: Path
-    state: dict[str, Any]
+    state: State
     tensors: dict[str, dict[str, Tensor]]
 
     def of(self, name: str) -> dict[str, Tensor]:
@@ -56,7 +89,7 @@ def take_up(out: Path, config: Config, ranks: Ranks, report: Callable[[str], Non
     """
     own: list[Progress | None] = [None]
 
-    def read() -> tuple[Path, dict[str, Any], list[str]] | None:
+    def read() -> tuple[Path, State, list[str]] | None:
         own[0] = _read(out, config, report)
         return None if own[0] is None else (own[0].where, own[0].state, sorted(own[0].tensors))
 
@@ -84,7 +117,14 @@ def _read(out: Path, config: Config, report: Callable[[str], None]) -> Progress 
         identity.refuse_other_settings(theirs, config, newest.path)
     for error in damaged:
         report(f"{error.where}: {error.what}; going back to step {newest.step}, {out / CHECKPOINTS}/damaged-* keeps it")
-    return Progress(newest.path, newest.state, tensors)
+    try:
+        # A run without an evaluation has an empty best
+        state = State.model_validate(newest.state | {"best": newest.state.get("best") or None})
+    except ValidationError as e:
+        wrong = e.errors()[0]
+        said = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
+        raise CheckpointError(f"its state cannot be gone on from: {said}", where=newest.path) from None
+    return Progress(newest.path, state, tensors)
 
 
 def refuse_foreign(out: Path) -> None:
@@ -98,9 +138,8 @@ def refuse_foreign(out: Path) -> None:
     names = sorted(p.name for p in out.iterdir())
     foreign = [n for n in names if n not in _BEFORE and not n.startswith(".") and Path(n).suffix not in _LOGS]
     if foreign:
-        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
         raise UsageError(
-            f"it holds no run ({SETTINGS}), but {', '.join(foreign[:3])}{more}",
+            f"it holds no run ({SETTINGS}), but {some(foreign, 3)}",
             where=out,
             expected="a new or empty folder, or a run's",
             remedy="choose another --out",

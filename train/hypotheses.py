@@ -77,10 +77,12 @@ def _jsonl(lines: Lines, path: Path) -> Found:
     for number, line in lines:
         try:
             record = json.loads(line)
+            if not isinstance(record, dict) or not {"id", "hyp"} <= record.keys():
+                raise TypeError("it has no id and hyp")
             id, ref, hyp = record["id"], record.get("ref"), record["hyp"]
             if not all(isinstance(value, str) for value in (id, hyp, "" if ref is None else ref)):
                 raise TypeError("id, ref and hyp must be text")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        except (ValueError, TypeError, RecursionError) as e:
             raise CorpusError(
                 f"not a hypothesis: {e}", where=f"{path}:{number}", expected='{"id": …, "hyp": …, "ref": …}'
             ) from None

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..data.durable import sync
 from ..data.errors import StaleError
+from ..data.plainfile import read_plain
 from ..data.sampler import BatchSampler
 from .config import Config
 from .loader import BatchLoader
@@ -61,9 +62,11 @@ def write(out: Path, identity: Mapping[str, Any]) -> None:
 def read(out: Path) -> dict[str, Any] | None:
     """None where a run has none: it has not begun, or was begun before runs had one."""
     try:
-        return json.loads((out / FILE).read_text())
+        return json.loads(read_plain(out / FILE))
     except (FileNotFoundError, ValueError):
         return None
+    except OSError as e:
+        raise StaleError(f"cannot be read: {e.strerror}", where=out / FILE) from None
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:

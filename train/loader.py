@@ -8,18 +8,22 @@ for machines whose one thread does not keep up. Exercised by `stillhouse train`.
 from __future__ import annotations
 
 import copy
+import multiprocessing
+import os
 import queue
+import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data._utils import signal_handling
 
-from ..data.errors import CorpusError
+from ..data.errors import CorpusError, StillhouseError
 from ..data.features import FeatureFile
 from ..data.manifest import Corpus, Utterance
 from ..data.sampler import BatchPlan, BatchSampler
@@ -171,6 +175,34 @@ def _as_it_is(item: Any) -> Any:
     return item
 
 
+def _end_with_parent(worker: int) -> None:
+    """In each worker: it ends when its parent does.
+
+    The DataLoader's own watch takes the parent's number when the worker begins to serve, so a parent killed before
+    that leaves a worker which waits for ever.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="stillhouse-parent", daemon=True).start()
+
+
+def _started(loader: torch.utils.data.DataLoader) -> Iterator[Any]:
+    """Its batches, without the handler by which a worker's death raises RuntimeError wherever the main thread is, as in
+    the middle of a checkpoint. `next` notices a death too, within 5 s.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    items = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        from_torch = getattr(before, "__module__", None) == signal_handling.__name__  # of an earlier DataLoader
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None or from_torch else before)
+    return items
+
+
 def with_workers(
     sampler: BatchSampler,
     load: Callable[[BatchPlan], Batch],
@@ -182,7 +214,7 @@ def with_workers(
     depth: int = 4,
 ) -> Generator[tuple[int, int, Batch], None, None]:
     """The same as `prefetch`, read by a DataLoader's processes. `start`: "spawn" or "fork"; with "spawn", `load` must
-    be picklable.
+    be picklable. StillhouseError: one of them was killed.
     """
     loader = torch.utils.data.DataLoader(
         _Batches(load),
@@ -192,8 +224,19 @@ def with_workers(
         prefetch_factor=max(1, depth // workers),
         multiprocessing_context=start,
         collate_fn=_as_it_is,
+        worker_init_fn=_end_with_parent,
     )
-    for item in loader:
+    items = _started(loader)
+    while True:
+        try:
+            item = next(items)
+        except RuntimeError as e:
+            if "DataLoader worker" not in str(e):
+                raise
+            raise StillhouseError(
+                f"a process that reads batches is gone, as where memory is short: {str(e).splitlines()[0]}",
+                remedy="set fewer data.workers, or 0; the same command again goes on from the last checkpoint",
+            ) from None
         if isinstance(item, Exception):
             raise item
         yield item

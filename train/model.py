@@ -205,8 +205,10 @@ class LstmPredictor(nn.Module):
 
     def forward(self, targets: Tensor) -> Tensor:
         """targets [B, U] -> states [B, U + 1, dim]; state u has seen the first u units."""
-        units = F.pad(targets.long(), (1, 0), value=BLANK)
-        return self.lstm(self.drop(self.embedding(units)))[0]
+        x = self.drop(self.embedding(F.pad(targets.long(), (1, 0), value=BLANK)))
+        # oneDNN has no bfloat16 LSTM on processors without bfloat16 of their own: autocast is an error there
+        with torch.autocast("cpu", enabled=False):
+            return self.lstm(x)[0]
 
     def initial(self, batch: int, device: torch.device) -> Any:
         zero = torch.zeros(batch, self.dim, device=device)

@@ -170,13 +170,17 @@ def store_facts(store: Store) -> dict[str, Any]:
 
 
 def curve(lines: Mapping[str, Sequence[tuple[float, float]]], label: str, *, log: bool = False, name: str = "") -> str:
-    """An inline SVG of curves [(step, value)], in colours that suit a light and a dark page; "" without a point."""
+    """An inline SVG of curves [(step, value)], in colours that suit a light and a dark page; "" without a point.
+
+    A curve without points keeps its colour, so that the same names have the same colours in all plots of a page.
+    """
+    places = {k: place for place, k in enumerate(lines)}
     lines = {k: few for k, v in lines.items() if (few := thinned(v))}
 
     def plot(axes: Any) -> None:
-        for place, (key, points) in enumerate(lines.items()):
+        for key, points in lines.items():
             x, y = zip(*points)
-            again, colour = divmod(place, len(COLOURS))
+            again, colour = divmod(places[key], len(COLOURS))
             style = {"color": COLOURS[colour], "linestyle": ("-", "--", ":", "-.")[again % 4], "linewidth": 1.8}
             axes.plot(x, y, **style, label=key, marker="o" if len(x) < 12 else "", markersize=3.5)
         if log:

@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..data.errors import CheckpointError
+from ..data.plainfile import read_plain
 from . import checkpoint, identity
 from .config import Config, load_config
 from .folder import CHECKPOINTS, HYPOTHESES, SETTINGS
@@ -200,6 +201,6 @@ def _kept(path: Path) -> Kept:
 
 def _profile(out: Path) -> dict[str, Any] | None:
     try:
-        return json.loads((out / "profile" / "profile.json").read_text())
+        return json.loads(read_plain(out / "profile" / "profile.json"))
     except (OSError, ValueError):
         return None

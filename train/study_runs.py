@@ -20,6 +20,7 @@ from typing import Any
 
 from ..data.durable import sync
 from ..data.errors import StaleError, StillhouseError
+from ..data.plainfile import read_plain
 from . import identity
 from .config import Config, load_config
 from .study import Run, Study
@@ -38,11 +39,10 @@ def hypotheses(run: Run, split: str) -> Path:
 def done(run: Run, study: Study) -> bool:
     """Whether a run is trained and decoded as the study wants it."""
     try:
-        result = json.loads((run.folder / "result.json").read_text())
-    except (FileNotFoundError, ValueError):
+        result = json.loads(read_plain(run.folder / "result.json"))
+        return result["checkpoint"] == study.definition.checkpoint and set(study.definition.test) <= set(result["test"])
+    except (OSError, ValueError, LookupError, TypeError):  # a file that is not ours
         return False
-    wanted = set(study.definition.test)
-    return result["checkpoint"] == study.definition.checkpoint and wanted <= set(result["test"])
 
 
 def check(study: Study) -> None:

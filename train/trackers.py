@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.errors import ConfigError
+from ..data.plainfile import read_plain
 from .loggers import Record, scalars
 
 PARAMS, PARAM_LENGTH = 100, 500  # what MLflow takes of one request, and of one value in any version
@@ -42,8 +43,8 @@ class _Ids:
 
     def read(self) -> dict[str, str]:
         try:
-            return json.loads(self.path.read_text())
-        except (FileNotFoundError, ValueError):
+            return json.loads(read_plain(self.path))
+        except (OSError, ValueError):
             return {}
 
     def keep(self, service: str, id: str) -> None:

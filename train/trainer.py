@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import warnings
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -29,7 +30,7 @@ from ..data.units import load_units
 from . import checkpoint, folder, identity
 from .averaging import moving_average
 from .bad_steps import BadSteps
-from .building import build_model, build_transfer, resolve_device, resolve_precision, store_shards
+from .building import build_model, build_optimiser, build_transfer, resolve_device, resolve_precision, store_shards
 from .config import Config
 from .decode import transcribe
 from .distributed import ALONE, GradientSum, Ranks
@@ -151,34 +152,24 @@ class Trainer:
             if self.transfer is not None:
                 checkpoint.load_weights(self.transfer, found.of("transfer"), found.where)
             state = found.state
-            identity.refuse_other_data(state["data"], self.identity["data"], found.where)
-            self.step, self.epoch, self.position = state["step"], state["epoch"], state["position"]
-            self.best, self.precision = state["best"], state["precision"]
-            self.bad.count, self.window = state.get("bad_steps", 0), state.get("window", {})
+            identity.refuse_other_data(state.data, self.identity["data"], found.where)
+            self.step, self.epoch, self.position = state.step, state.epoch, state.position
+            self.best = {} if state.best is None else state.best.model_dump()
+            self.precision, self.bad.count, self.window = state.precision, state.bad_steps, state.window.model_dump()
             self.report(f"resuming {self.out} at step {self.step}")
         self.model.to(self.device)
         modules = {"model": self.model} | ({"transfer": self.transfer.to(self.device)} if self.transfer else {})
         self.names: dict[torch.Tensor, str] = {
             p: f"{m}.{n}" for m, module in modules.items() for n, p in module.named_parameters()
         }
-        self.optimiser = torch.optim.AdamW(
-            [
-                {
-                    "params": [p for p in self.names if p.dim() > 1],
-                    "weight_decay": self.config.optim.weight_decay,
-                },
-                {"params": [p for p in self.names if p.dim() <= 1], "weight_decay": 0.0},
-            ],
-            lr=self.config.optim.lr,
-            betas=self.config.optim.betas,
-        )
+        self.optimiser = build_optimiser(self.names, self.config, self.device)
         if found is not None:
-            checkpoint.restore_optimiser(self.optimiser, self.names, found.of("optimiser"))
+            checkpoint.restore_optimiser(self.optimiser, self.names, found.of("optimiser"), found.where)
         self.sum = GradientSum(list(self.names)) if self.ranks.size > 1 else None
         self.average = moving_average(self.model, self.config.optim.ema) if self.config.optim.ema else None
         if self.average is not None and found is not None:
             checkpoint.load_weights(self.average.module, found.of("ema"), found.where)
-            self.average.n_averaged.fill_(found.state["averaged"])
+            self.average.n_averaged.fill_(found.state.averaged)
         settled = (self.out, self.config, self.units, self.identity, self.step)
         self.ranks.from_first(lambda: folder.begin(*settled))
 
@@ -232,7 +223,8 @@ class Trainer:
 
     def run(self, profile: Profile | None = None) -> None:
         """Train to the last step; on return the last checkpoint is on disk. LockedError: another process does."""
-        with self._alone():
+        with self._alone(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "rnnt loss: row", RuntimeWarning)  # bad_steps names the utterances
             self.ranks.from_first(lambda: folder.refuse_moved(self.out, self.step))
             self._run(profile)
 

@@ -9,7 +9,7 @@ import torch
 from stillhouse.train.rnnt import numeric, rnnt_loss
 from stillhouse.train.rnnt.numeric import clear_rows, kernel
 from stillhouse.train.rnnt.rows import load, store
-from stillhouse.train.rnnt.vector import LOG2E, scale_powers, sum_powers
+from stillhouse.train.rnnt.vector import LOG2E, combine_tanh, scale_powers, sum_powers
 
 
 @kernel
@@ -138,3 +138,29 @@ def test_results_do_not_depend_on_where_the_logits_lie(V: int) -> None:
     for loss, gradient in results[1:]:
         assert torch.equal(loss, results[0][0])
         assert torch.equal(gradient, results[0][1])
+
+
+@kernel
+def one_tanh(left, i, right, j, out, k, multiply):
+    combine_tanh(left, i, right, j, out, k, multiply)
+
+
+@pytest.mark.parametrize("multiply", [False, True])
+def test_tanh_of_rows_of_any_length(multiply):
+    """Against numpy in float64, all of a row's elements and none of its neighbours'."""
+    rng = np.random.default_rng(0)
+    for H in [*range(1, 50), 63, 64, 65, 512]:
+        left, right = (rng.normal(0, 4, (3, H)).astype(np.float32) for _ in range(2))
+        out = np.full((3, H), 7, np.float32)
+        one_tanh(left, 2, right, 0, out, 1, multiply)
+        a, b = left[2].astype(np.float64), right[0].astype(np.float64)
+        assert np.abs(out[1] - np.tanh(a * b if multiply else a + b)).max() < 2.5e-7
+        assert (out[[0, 2]] == 7).all()
+
+
+def test_tanh_at_the_ends():
+    ends = np.array([[0, 1e-7, 45, -45, 1e30, -1e30, np.inf, -np.inf, np.nan] * 3], np.float32)
+    out = np.empty_like(ends)
+    one_tanh(ends, 0, np.zeros_like(ends), 0, out, 0, False)
+    np.testing.assert_allclose(out[0, :8], [0, 0, 1, -1, 1, -1, 1, -1], atol=2.5e-7)
+    assert np.isnan(out[0, 8::9]).all() and np.isfinite(np.delete(out[0], [8, 17, 26])).all()

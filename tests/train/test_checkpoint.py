@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from stillhouse.data.errors import CheckpointError
 from stillhouse.train import checkpoint
+from stillhouse.train.building import build_optimiser
+from stillhouse.train.config import Config, Data, Optim
 
 
 def save(folder: Path, step: int) -> checkpoint.Checkpoint:
@@ -41,6 +44,24 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert [int(p.name[5:]) for p in checkpoint.checkpoints(tmp_path)] == [3, 5, 6]
 
 
+def test_killed_while_it_prunes_no_half_of_a_checkpoint_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in range(1, 4):
+        save(tmp_path, step)
+
+    def killed(path: Path, **_: object) -> None:
+        next(path.iterdir()).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint.shutil, "rmtree", killed)
+        checkpoint.prune(tmp_path, 1, best=None)
+    assert [checkpoint.load(p).step for p in checkpoint.checkpoints(tmp_path)] == [2, 3]
+    checkpoint.sweep(tmp_path, 3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_a_damaged_file_is_refused_in_words(tmp_path: Path, damage: str) -> None:
     found = save(tmp_path, 1)
@@ -69,11 +90,12 @@ def test_weights_of_another_model_are_named() -> None:
         checkpoint.load_weights(net, {"weight": torch.zeros(2, 4), "other": torch.zeros(1)}, Path("x"))
 
 
-def test_optimiser_state_round_trip() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_optimiser_state_round_trip(fused: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net, twin = nn.Linear(4, 3), nn.Linear(4, 3)
     twin.load_state_dict(net.state_dict())
-    optimisers = [torch.optim.AdamW(n.parameters(), lr=0.1) for n in (net, twin)]
+    optimisers = [torch.optim.AdamW(n.parameters(), lr=0.1, fused=fused) for n in (net, twin)]
     x = torch.randn(8, 4)
 
     def step(n: nn.Module, o: torch.optim.Optimizer) -> None:
@@ -85,12 +107,49 @@ def test_optimiser_state_round_trip() -> None:
     names = {p: n for n, p in net.named_parameters()}
     saved = {k: v.clone() for k, v in checkpoint.optimiser_tensors(optimisers[0], names).items()}
     twin.load_state_dict(net.state_dict())
-    checkpoint.restore_optimiser(optimisers[1], {p: n for n, p in twin.named_parameters()}, saved)
+    twins = {p: n for n, p in twin.named_parameters()}
+    checkpoint.restore_optimiser(optimisers[1], twins, saved, tmp_path)
     for n, o in zip((net, twin), optimisers):
         step(n, o)
     assert torch.equal(net.weight, twin.weight)
-    with pytest.raises(CheckpointError, match="unknown parameter"):
-        checkpoint.restore_optimiser(optimisers[1], {}, saved)
+    with pytest.raises(CheckpointError, match=r"state of another model: (weight|bias) has"):
+        checkpoint.restore_optimiser(optimisers[1], {}, saved, tmp_path)
+    for wrong in (torch.zeros(0), torch.zeros(3, 4, dtype=torch.float64), torch.tensor(1.0), None):
+        changed = {k: v for k, v in saved.items() if k != "weight/exp_avg"}
+        with pytest.raises(CheckpointError, match="optimiser state of"):
+            fresh = torch.optim.AdamW(twin.parameters(), fused=fused)
+            checkpoint.restore_optimiser(
+                fresh, twins, changed if wrong is None else changed | {"weight/exp_avg": wrong}, tmp_path
+            )
+
+
+def test_the_optimiser_is_plain_adamw_in_one_kernel(tmp_path: Path) -> None:
+    data = Data(corpus=tmp_path, features=tmp_path, units=tmp_path)
+    config = Config(data=data, optim=Optim(lr=0.01, weight_decay=0.3, betas=(0.8, 0.95)))
+    torch.manual_seed(0)
+    net, twin = (nn.Sequential(nn.Linear(40, 33), nn.LayerNorm(33), nn.Linear(33, 7)) for _ in range(2))
+    twin.load_state_dict(net.state_dict())
+    ours = build_optimiser(net.parameters(), config, torch.device("cpu"))
+    plain = torch.optim.AdamW(
+        [
+            {"params": [twin[0].weight, twin[2].weight], "weight_decay": 0.3},
+            {"params": [twin[0].bias, *twin[1].parameters(), twin[2].bias], "weight_decay": 0.0},
+        ],
+        lr=0.01,
+        betas=(0.8, 0.95),
+        foreach=False,
+    )
+    x = torch.randn(16, 40)
+    for _ in range(30):
+        for n, o in ((net, ours), (twin, plain)):
+            o.zero_grad()
+            n(x).square().sum().backward()
+            o.step()
+    for a, b in zip(net.parameters(), twin.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        ours.step()
+    assert sum(e.count for e in seen.key_averages() if "adamw" in e.key.lower() and e.key.startswith("aten::")) == 2
 
 
 def test_any_changed_bit_of_the_state_is_refused(tmp_path: Path) -> None:

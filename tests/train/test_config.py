@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from stillhouse.data.errors import ConfigError
+from stillhouse.train import building
+from stillhouse.train.building import build_model
 from stillhouse.train.config import dump_config, load_config
 from stillhouse.train.study import load_study
 
@@ -35,6 +38,13 @@ def test_set_and_round_trip(tmp_path: Path) -> None:
         (MINIMAL, ["optim.lr"], "section.name=value"),
         (MINIMAL, ["model.dim=30"], "multiple of 2 x heads"),
         (MINIMAL, ["model.kernel=4"], "odd"),
+        (MINIMAL, ["model.inner=10000000000000000000"], "model.inner"),
+        (MINIMAL, ["run.threads=10000000000000000000"], "run.threads"),
+        (MINIMAL, ["run.seed=-1"], "run.seed"),
+        (MINIMAL, ["optim.lr=inf"], "optim.lr"),
+        (MINIMAL, ["transfer.weight=nan"], "transfer.weight"),
+        (MINIMAL, ["optim.betas=[0.9, 1.0]"], "optim.betas"),
+        (MINIMAL, ["run.seed=10000000000000000000000"], "run.seed"),
         (MINIMAL, ['transfer.views=["a/alone/1"]'], "views need a store"),
         (MINIMAL, ["transfer.layers=[9]"], "the encoder has 6 layers"),
         (MINIMAL, ["transfer.mixing=sample"], "go together"),
@@ -88,3 +98,20 @@ def test_lambda_rises_stays_and_falls(tmp_path: Path) -> None:
     assert found == pytest.approx([0.8, 0.8, 0.65, 0.5, 0.35, 0.2, 0.2])
     found = curve(*changes, "transfer.decay=cosine", steps=(4, 5, 6, 7, 8, 9))
     assert found == pytest.approx([0.8, 0.2 + 0.6 * 0.853553, 0.5, 0.2 + 0.6 * 0.146447, 0.2, 0.2], abs=1e-5)
+
+
+def test_a_model_larger_than_the_memory_is_refused_in_words(tmp_path: Path) -> None:
+    vast = ["model.dim=65536", "model.layers=1024", "model.inner=262144"]
+    with pytest.raises(ConfigError, match="no room for a model of dim = 65536"):
+        build_model(load_config(write(tmp_path, MINIMAL), vast), 6)
+
+
+@pytest.mark.parametrize(("bfloat16", "chosen"), [(1.0, "bfloat16"), (2.0, "bfloat16"), (2.1, "float32")])
+def test_precision_is_the_faster_one(monkeypatch: pytest.MonkeyPatch, bfloat16: float, chosen: str) -> None:
+    monkeypatch.setattr(building, "_seconds", lambda dtype: bfloat16 if dtype == torch.bfloat16 else 2.0)
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    assert building.resolve_precision("auto", cpu) == chosen
+    assert building.resolve_precision("bfloat16", cpu) == "bfloat16"
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
+    assert building.resolve_precision("auto", cpu) == "float32", "elsewhere it is emulated"

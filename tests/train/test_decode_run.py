@@ -132,6 +132,13 @@ def test_a_reader_that_goes_away_is_no_error(hearing: Path, tones: Path) -> None
     assert done.returncode == -signal.SIGPIPE and b"Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("option", ["--lm-weight", "--blank-penalty", "--ilm-weight", "--lm-unknown", "--segment"])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_what_is_no_number_is_refused(option: str, value: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli, ["decode", str(tmp_path), "-", option, value])
+    assert result.exit_code == 2 and "no number to reckon with" in result.output
+
+
 @pytest.mark.parametrize(
     "options, words",
     [

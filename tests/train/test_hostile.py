@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from stillhouse.data.errors import CheckpointError, ConfigError, StillhouseError
+from stillhouse.data.plainfile import sha256_plain
 from stillhouse.train import checkpoint
 from stillhouse.train.config import Config, load_config
 from stillhouse.train.study import load_study
@@ -84,15 +85,23 @@ def test_every_setting_hostile(tones: Path, tmp_path: Path, section: str) -> Non
                 build_model(config, 6)
 
 
+@pytest.fixture(scope="module")
+def brief(tones: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Settings of a run of one step, without a dev split."""
+    path = tmp_path_factory.mktemp("brief") / "run.toml"
+    text = (tones / "run.toml").read_text().replace('dev = "dev"\n', "")
+    path.write_text(text.replace("steps = 24", "steps = 1").replace("warmup_steps = 5", "warmup_steps = 0"))
+    assert run("train", path, "--out", path.with_name("out")).exit_code == 0
+    return path
+
+
 @slow
 @pytest.mark.parametrize("section", sorted(Config.model_fields))
-def test_every_setting_hostile_in_a_run(tones: Path, tmp_path: Path, section: str) -> None:
-    few = ["optim.steps=1", "run.eval_every=9", "run.checkpoint_every=9", "data.dev=''", "optim.warmup_steps=0"]
+def test_every_setting_hostile_in_a_run(brief: Path, tmp_path: Path, section: str) -> None:
     for number, (name, value) in enumerate((n, v) for n in settings_of(section) for v in HOSTILE):
         if name == "optim.steps" and value[0] in "19":
             continue  # meant, if it is
-        words = [w for change in (*few, f"{name}={value}") for w in ("--set", change)]
-        run("train", tones / "run.toml", "--out", tmp_path / f"{number}", *words)
+        run("train", brief, "--out", tmp_path / f"{number}", "--set", f"{name}={value}")
 
 
 def test_settings_that_are_no_file(tmp_path: Path) -> None:
@@ -126,6 +135,18 @@ def commands(folder: Path, tones: Path) -> list[list[object]]:
         ["train", folder / "config.toml", "--out", folder],
         ["align", folder, *data, "--split", "dev", "--checkpoint", "last"],
     ]
+
+
+def last(folder: Path) -> Path:
+    (path,) = (folder / "checkpoints").glob("step-*4")
+    return path
+
+
+def halved(folder: Path) -> Path:
+    """`folder` as a run killed between its two checkpoints leaves it; the first of them."""
+    shutil.rmtree(last(folder))
+    (path,) = (folder / "checkpoints").glob("step-*")
+    return path
 
 
 def spoil_file(folder: Path, rng: random.Random) -> str:
@@ -164,14 +185,48 @@ def test_every_file_of_a_run(trained: Path, tones: Path, tmp_path: Path, cases: 
         shutil.rmtree(folder)
 
 
+def test_a_pipe_for_every_file_of_a_run(trained: Path, tones: Path, tmp_path: Path) -> None:
+    """Nobody writes into it: whoever opens it as a file waits for ever."""
+    for file in sorted(p.relative_to(trained) for p in trained.rglob("*") if p.is_file()):
+        for number in range(3):
+            folder = tmp_path / "run"
+            shutil.copytree(trained, folder)
+            (folder / file).unlink()
+            os.mkfifo(folder / file)
+            run(*commands(folder, tones)[number])
+            shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("name", ["dev.jsonl", "metrics.jsonl", "tb", "units", "checkpoints"])
+def test_what_lies_where_a_run_writes(trained: Path, tones: Path, tmp_path: Path, name: str) -> None:
+    """A run that has two steps to do, and a folder where its files belong, or a file where its folders do."""
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    shutil.rmtree(folder / "checkpoints" / "step-00000004")
+    if (folder / name).is_dir():
+        shutil.rmtree(folder / name)
+        (folder / name).touch()
+    else:
+        (folder / name).unlink()
+        (folder / name).mkdir()
+    found = run("train", folder / "config.toml", "--out", folder)
+    assert found.exit_code and f"{folder / name}" in str(found.exception)
+
+
 @pytest.mark.parametrize("cases", [pytest.param(30, marks=slow), pytest.param(1_500, marks=slow)])
 def test_checkpoints_that_someone_signed(trained: Path, tones: Path, tmp_path: Path, cases: int) -> None:
     """States that say something else and tensors of other shapes and types, with checksums that are right."""
     rng = random.Random(cases)
+    shutil.copytree(trained, tmp_path / "whole")
+    halved(tmp_path / "whole")
+    assert run(*commands(tmp_path / "whole", tones)[1]).exit_code == 0, (
+        "what is spoilt below is what a run goes on from"
+    )
+    assert last(tmp_path / "whole")
     for number in range(cases):
         folder = tmp_path / "run"
         shutil.copytree(trained, folder)
-        (path,) = (folder / "checkpoints").glob("step-*4")
+        path = halved(folder) if number % 3 == 1 else last(folder)
         state = json.loads((path / "state.json").read_text())
         state.pop("digest")
         if rng.random() < 0.4:
@@ -187,7 +242,7 @@ def test_checkpoints_that_someone_signed(trained: Path, tones: Path, tmp_path: P
             else:
                 tensors[name] = rng.choice(other)(tensors[name])
             save_file(tensors, file)
-            state["sha256"][file.name] = checkpoint._sha256(file)
+            state["sha256"][file.name] = sha256_plain(file)
         else:
             state = put(state, rng.choice(list(places(state))), rng.choice(WRONG), drop=rng.random() < 0.2)
         try:
@@ -195,22 +250,37 @@ def test_checkpoints_that_someone_signed(trained: Path, tones: Path, tmp_path: P
         except (ValueError, TypeError):
             digest = {}
         (path / "state.json").write_bytes(dumped({**state, **digest}))
-        if number % 3 == 1:  # there is still something to be done
-            text = (folder / "config.toml").read_text().replace("steps = 4\n", "steps = 5\n", 1)
-            (folder / "config.toml").write_text(text)
         run(*commands(folder, tones)[number % 3])
         shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("position", None), ("epoch", True), ("data", 3.5), ("best", {"step": 2}), ("best", [1]),
+        ("window", {"sums": [1]}), ("precision", "int4"), ("bad_steps", -1),
+    ],
+)  # fmt: skip
+def test_a_state_that_no_run_wrote_is_told(trained: Path, tones: Path, tmp_path: Path, name: str, value: Any) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    path = halved(folder)
+    state = json.loads((path / "state.json").read_text()) | {name: value}
+    state.pop("digest")
+    (path / "state.json").write_bytes(dumped({**state, "digest": checkpoint._digest(state)}))
+    found = run(*commands(folder, tones)[1])
+    assert isinstance(found.exception, CheckpointError) and f"{path}" in str(found.exception)
 
 
 def test_a_pickle_is_no_checkpoint(trained: Path, tones: Path, tmp_path: Path) -> None:
     """What would run code on torch.load is refused by its checksum, and by the format with a right one."""
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
-    (path,) = (folder / "checkpoints").glob("step-*4")
+    path = last(folder)
     torch.save({"w": torch.zeros(3)}, path / "model.safetensors")
     state = json.loads((path / "state.json").read_text())
     state.pop("digest")
-    state["sha256"]["model.safetensors"] = checkpoint._sha256(path / "model.safetensors")
+    state["sha256"]["model.safetensors"] = sha256_plain(path / "model.safetensors")
     state["digest"] = checkpoint._digest(state)
     (path / "state.json").write_text(json.dumps(state))
     result = run(*commands(folder, tones)[0], "--checkpoint", "4")
@@ -223,7 +293,7 @@ FEATURE_TABLES = ("offsets", "ids", "id_offsets", "speeds", "audio", "crc32c", "
 
 
 @pytest.mark.parametrize("table", FEATURE_TABLES)
-def test_features_of_other_types_and_shapes(tones: Path, tmp_path: Path, table: str) -> None:
+def test_features_of_other_types_and_shapes(tones: Path, brief: Path, tmp_path: Path, table: str) -> None:
     def other_type(values: np.ndarray) -> np.ndarray:
         return values.astype(np.float64)
 
@@ -246,8 +316,7 @@ def test_features_of_other_types_and_shapes(tones: Path, tmp_path: Path, table: 
             del file[table]
             if change is not None:
                 file[table] = change(values)
-        some = ["--set", f"data.features='{copy}'", "--set", "optim.steps=1", "--set", "data.dev=''"]
-        result = run("train", tones / "run.toml", "--out", tmp_path / "out", *some)
+        result = run("train", brief, "--out", tmp_path / "out", "--set", f"data.features='{copy}'")
         assert isinstance(result.exception, StillhouseError) or result.exit_code == 0
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
 

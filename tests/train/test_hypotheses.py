@@ -86,7 +86,8 @@ def test_ids_that_a_format_cannot_hold(kind: str, id: str) -> None:
         ("a.trn", "oh no (a-1)\nno id here\n", "a.trn:2: not a line of trn"),
         ("a.ctm", "a-1 1 0.0 0.1 oh\na-1 1 zero 0.1 no\n", "a.ctm:2: not a line of ctm"),
         ("a", "a-1 oh\na-1 no\n", "a:2: a second hypothesis of 'a-1'"),
-        ("a.jsonl", '{"id": "a-1", "hyp": "x"}\n[1]\n', "a.jsonl:2: not a hypothesis"),
+        ("a.jsonl", '{"id": "a-1", "hyp": "x"}\n[1]\n', "a.jsonl:2: not a hypothesis: it has no id and hyp"),
+        ("a.jsonl", '{"id": "a-1", "text": "x"}\n', "a.jsonl:1: not a hypothesis: it has no id and hyp"),
         ("a", " \n", "no hypothesis"),
     ],
 )

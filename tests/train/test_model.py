@@ -94,3 +94,15 @@ def test_dropout_keeps_the_mean_and_drops_its_share() -> None:
     assert dropout(x, 0.25, False) is x
     columns = (dropout(torch.ones(4096, 64), 0.5, True) == 0).float().mean(0)
     assert columns.min() > 0.45 and columns.max() < 0.55  # no lane of the 64-bit words is biased
+
+
+def test_an_lstm_on_the_cpu_trains_in_bfloat16() -> None:
+    """In float32, which costs next to nothing: what it gives is what it gives without autocast."""
+    torch.manual_seed(0)
+    net, targets = LstmPredictor(9, 16), torch.randint(1, 9, (3, 7))
+    expected = net(targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = net(targets)
+    assert torch.equal(found, expected)
+    found.sum().backward()
+    assert net.lstm.weight_hh_l0.grad.abs().sum() > 0

@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 
 from stillhouse.cli import cli
+from stillhouse.data.errors import UsageError
 from stillhouse.data.features import FeatureFile
 from stillhouse.data.manifest import read_manifest
 from stillhouse.train.building import load_run
@@ -76,3 +77,11 @@ def test_its_words_have_times(tones: Path, run: Path) -> None:
     words = [line.split()[4] for line in found.stdout.splitlines()]
     texts = [u.text for u in read_manifest(tones / "corpus.jsonl").select("dev").utterances]
     assert sorted(words) == sorted(word for text in texts for word in text.split())
+
+
+@pytest.mark.parametrize("option", [("--beam", "4"), ("--lm", "words.arpa"), ("--blank-penalty", "1")])
+def test_tokens_and_durations_have_no_beam_and_it_says_so(tones: Path, run: Path, option: tuple[str, str]) -> None:
+    arguments = [str(v) for v in (run, tones / "corpus.jsonl", tones / "features.h5", *option)]
+    found = CliRunner().invoke(cli, ["decode", *arguments])
+    assert isinstance(found.exception, UsageError) and "--beam 1, without --lm" in str(found.exception)
+    assert not found.stdout

@@ -121,12 +121,13 @@ def test_curves_are_not_cut_off_at_the_top_and_keep_their_size(monkeypatch: pyte
     seen = []
     monkeypatch.setattr(report, "figure", lambda plot, name: seen.append(plot) or "svg")
     flat = [(n, 100.0 - 0.01 * (n % 2)) for n in range(10_001)]
-    assert report.curve({"wer": flat, "nothing": [(1, float("nan"))]}, "%") == "svg"
+    assert report.curve({"nothing": [(1, float("nan"))], "wer": flat}, "%") == "svg"
     from matplotlib.figure import Figure
 
     axes = Figure().add_subplot()
     seen[0](axes)
     (line,) = axes.lines
+    assert line.get_color() == report.COLOURS[1]  # as in a plot where the first one has points
     assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 1.05 * max(line.get_ydata())
     assert len(line.get_xdata()) <= 400 and line.get_xdata()[0] < 20 and line.get_xdata()[-1] > 9_980
     assert report.thinned([(1, 2.0), (2, 4.0), (3, 9.0)], most=2) == [(1.5, 3.0), (3, 9.0)]

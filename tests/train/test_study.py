@@ -191,6 +191,16 @@ def pretend(tones: Path, out: Path, hypotheses: dict[tuple[str, int], list[str]]
     return study
 
 
+@pytest.mark.parametrize(
+    "text", ["", "[]", "3", '{"test": 3}', '{"checkpoint": "last", "test": [{}]}', '{"test": ["dev"]}']
+)
+def test_a_result_of_another_hand_is_none(tones: Path, tmp_path: Path, text: str) -> None:
+    study = pretend(tones, tmp_path, {("none", 1): ["a"]}, ["a"])
+    (run,) = study.runs
+    (run.folder / "result.json").write_text(text)
+    assert not done(run, study)
+
+
 def test_figures_worked_by_hand(tones: Path, tmp_path: Path) -> None:
     """Two utterances of 4 and 6 words. none: 3 and 5 errors by seed, single: 1 and 2."""
     refs = ["a b c d", "a b c d a b"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stillhouse.data.errors import CheckpointError, CorpusError, StaleError
+from stillhouse.data.errors import CheckpointError, CorpusError, StaleError, UsageError
 from stillhouse.data.manifest import read_manifest, write_manifest
 from stillhouse.train.building import load_run
 from stillhouse.train.config import load_config
@@ -111,7 +111,6 @@ def test_a_split_without_utterances_is_an_error(tones: Path, tmp_path: Path) -> 
         Trainer(load_config(tones / "run.toml", ["data.train=nothing"]), tmp_path / "run")
 
 
-@pytest.mark.filterwarnings("ignore:rnnt loss")  # it names the rows; the trainer names the utterances
 def test_a_loss_that_is_not_finite_changes_nothing_and_stops_the_run(tones: Path, tmp_path: Path) -> None:
     from stillhouse.data.errors import StillhouseError
 
@@ -122,6 +121,11 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_stops_the_run(tones: Path
     with pytest.raises(StillhouseError, match="10 steps in a row"):
         trainer.run()
     assert torch.equal(weight, trainer.model.joint.encoder.weight)
+
+
+def test_a_folder_that_cannot_be_is_refused_in_words(tones: Path) -> None:
+    with pytest.raises(UsageError, match="cannot write here: Not a directory"):
+        Trainer(load_config(tones / "run.toml"), Path(os.devnull) / "run")
 
 
 def test_no_language_model_library_is_loaded(tones: Path, tmp_path: Path) -> None:

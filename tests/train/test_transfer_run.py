@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import stores
 import torch
 from safetensors import safe_open
 
 from stillhouse.data.errors import StillhouseError
 from stillhouse.data.manifest import read_manifest, write_manifest
+from stillhouse.extract.store import Store
 from stillhouse.train.building import build_model, load_run
 from stillhouse.train.config import load_config
 from stillhouse.train.trainer import Trainer
@@ -91,6 +94,18 @@ def test_several_taps_and_learned_weights(tones: Path, store: Path, tmp_path: Pa
     assert sum(v for k, v in lines[-1].items() if k.startswith("weight/")) == pytest.approx(1)
 
 
+def test_the_temperature_of_the_contrastive_distance(tones: Path, store: Path, tmp_path: Path) -> None:
+    """So hot that all targets are alike, every view is at the logarithm of their number; else none is."""
+    transfer = [f"transfer.stores={store}", 'transfer.views=["minilm/*/3,6"]', "transfer.distance=contrastive"]
+    spread = {}
+    for temperature in ("0.1", "1e6"):
+        changes = [*transfer, f"transfer.temperature={temperature}", "optim.steps=1", "run.log_every=1"]
+        (line,) = run(tones, tmp_path / temperature, *changes)
+        found = [v for k, v in line.items() if k.startswith("transfer/")]
+        spread[temperature] = max(found) - min(found)
+    assert spread["1e6"] < 1e-4 < spread["0.1"]
+
+
 def test_sampled_views_change_from_step_to_step(tones: Path, store: Path, tmp_path: Path) -> None:
     transfer = [f"transfer.stores={store}", 'transfer.views=["minilm/*/3,6"]', "transfer.mixing=sample"]
     lines = run(tones, tmp_path / "run", *transfer, "transfer.sample=1", "run.log_every=1")
@@ -123,6 +138,42 @@ def test_a_changed_transcript_is_refused_by_name(tones: Path, store: Path, tmp_p
         run(tones, tmp_path / "run", *transfer)
 
 
+def test_a_number_that_no_longer_is_what_was_written_is_refused_by_name(
+    tones: Path, store: Path, tmp_path: Path
+) -> None:
+    """A flipped bit that leaves the number finite: training compares what it reads with the store's checksums."""
+    shutil.copytree(store, tmp_path / "torn.zarr")
+    torn = Store.open(tmp_path / "torn.zarr")
+    (view,) = torn.resolve("minilm/alone/6")
+    stores.flip(torn.path, torn.gather(["u7"], [view]).states[view].tobytes())
+    transfer = [f"transfer.stores={tmp_path}/torn.zarr", f'transfer.views=["{view.address}"]']
+    with pytest.raises(StillhouseError, match="u7"):
+        run(tones, tmp_path / "run", *transfer)
+    lines = run(tones, tmp_path / "skip", *transfer, "transfer.on_missing=skip", "run.log_every=1")
+    assert {line["transfer_skipped"] for line in lines} == {0, 1}
+
+
 def test_a_view_that_is_not_there_is_refused_before_the_first_step(tones: Path, store: Path, tmp_path: Path) -> None:
     with pytest.raises(StillhouseError, match="minilm/alone/3"):  # it lists what there is
         run(tones, tmp_path / "run", f"transfer.stores={store}", 'transfer.views=["minilm/past:64/6"]')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["s", "m", "l"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_recipes_of_all_sizes_step_with_a_transfer(
+    tones: Path, store: Path, tmp_path: Path, root: Path, size: str, precision: str
+) -> None:
+    recipe = tmp_path / "run.toml"
+    text = (root / "recipes" / f"conformer-{size}.toml").read_text()
+    recipe.write_text("".join(line for line in text.splitlines(True) if not line.startswith(("dev =", "train ="))))
+    changes = [f"data.{k}={tones}/{name}" for k, name in
+               {"corpus": "corpus.jsonl", "features": "features.h5", "units": "units"}.items()]  # fmt: skip
+    changes += [f"transfer.stores={store}", "transfer.views=minilm/*/3,6", "transfer.weight=0.3"]
+    changes += ["data.speeds=[1.0]", "data.batch_frames=400", f"run.precision={precision}", "run.device=cpu"]
+    changes += ["optim.steps=2", "run.log_every=1"]
+    Trainer(load_config(recipe, changes), tmp_path / "run").run()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and all(
+        line["transfer"] > 0 and line["rnnt"] > 0 and "skipped" not in line for line in lines
+    )

@@ -20,7 +20,7 @@ from . import threads
 from .checks import Batch, check_band, check_batch, check_joint, check_options
 from .loss import reduce, warn_nan
 
-TILE_ELEMENTS = 1 << 18  # logits of a tile: a megabyte, which stays in a core's cache between the stages
+TILE_ELEMENTS = 1 << 17  # logits of a tile: half a megabyte, which stays in a core's cache between the stages
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def _forward(e, p, weight, bias, batch: Batch, plan, o: JointOptions, lse, blank
         (b, start, min(start + rows, int(n))) for b, n in enumerate(batch.T * width) for start in range(0, int(n), rows)
     ]
     number = itertools.count()
-    transposed = weight.t()
+    transposed = weight.t().contiguous()  # a packed product takes a fifth less
 
     def work(thread: int) -> None:
         room = _Room(rows, weight)
@@ -109,7 +109,7 @@ def _backward(e, p, weight, bias, batch: Batch, plan, o: JointOptions, lse, occ_
     shares = _shares(batch, counts, threads.thread_count())
     grad_e, grad_p = torch.zeros_like(e), torch.zeros_like(p)
     results: list[Any] = [None] * len(shares)
-    transposed = weight.t()
+    transposed = weight.t().contiguous()  # a packed product takes a fifth less
 
     def work(thread: int) -> None:
         if not shares[thread]:

