@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-quick study-demo test test-all lint format docs bench-loss bench-loss-gpu bench-store bench-store-shapes bench-remote bench-extract bench-features bench-inspect bench-step bench-train wheel clean
+.PHONY: demo demo-quick study-demo study-kathleen test test-all lint format docs bench-loss bench-loss-gpu bench-store bench-store-shapes bench-remote bench-extract bench-features bench-inspect bench-step bench-train wheel clean
 
 $(INSTALLED): setup.cfg pyproject.toml recipes/demo-teachers.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,8 +27,22 @@ study-demo: $(INSTALLED)
 	$(BIN)/stillhouse demo --study --out study-demo
 	cd study-demo && $(abspath $(BIN))/stillhouse study ../recipes/study-demo.toml --out study --jobs $(JOBS)
 
+# Real speech of one speaker, $STILLHOUSE_CORPORA/kathleen-arctic: runs of half an hour; stopped, it goes on
+STILLHOUSE_CORPORA ?= ../shared/corpora
+KATHLEEN := cd study-kathleen && $(abspath $(BIN))/stillhouse
+study-kathleen: $(INSTALLED)
+	mkdir -p study-kathleen
+	$(KATHLEEN) corpus import csv $(abspath $(STILLHOUSE_CORPORA))/kathleen-arctic/manifest.tsv corpus.jsonl --force
+	$(KATHLEEN) corpus split corpus.jsonl --by prompt --dev 5% --test 10%
+	$(KATHLEEN) corpus features corpus.jsonl features.h5 --speeds 0.85,0.925,1.0,1.075,1.15
+	$(KATHLEEN) corpus tokenizer corpus.jsonl units --kind characters --split train
+	$(KATHLEEN) extract corpus.jsonl minilm.zarr --split train --teacher $$($(BIN)/python -c 'from stillhouse.train.demo import find_teacher; print(find_teacher())') --name minilm --layers 2,4,6
+	$(KATHLEEN) study ../recipes/study-kathleen.toml --out study --jobs $(JOBS)
+
+# TEST_JOBS processes at a time, a file of tests to each
+TEST_JOBS ?= 2
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(TEST_JOBS) --dist loadfile
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not bench and not gpu"
@@ -85,4 +99,4 @@ wheel: $(INSTALLED)
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf build dist *.egg-info $(VENV) demo-out demo-out-quick study-demo
+	rm -rf build dist *.egg-info $(VENV) demo-out demo-out-quick study-demo study-kathleen

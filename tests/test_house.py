@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import ast
 import configparser
-import os
+import resource
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,17 +129,16 @@ def test_help_is_fast_and_imports_nothing_heavy(command: str) -> None:
         "    heavy = {'torch', 'zarr', 'h5py', 'numba', 'transformers', 'pydantic', 'matplotlib'} & set(sys.modules)\n"
         "    sys.exit(f'imports {heavy}' if heavy else e.code)\n"
     )
-    # 0.3 s on a quiet machine; the rest of the suite may be running beside it in CI
-    most = 0.3 if os.environ.get("CI") is None else 0.6
-    for last in (False, False, True):
-        began = time.perf_counter()
+    # Of CPU: on a quiet machine the same as by the clock, and other tests may run beside this one. The best of three.
+    took = []
+    while not took or (took[-1] >= 0.3 and len(took) < 3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-        took = time.perf_counter() - began
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        took.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
         assert done.returncode == 0, done.stderr
         assert "Usage: stillhouse" in done.stdout
-        if took < most:
-            break
-        assert not last, f"{took:.2f} s"
+    assert took[-1] < 0.3, took
 
 
 def test_python_cli_py_works_in_a_checkout(root: Path) -> None:

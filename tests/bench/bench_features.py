@@ -20,7 +20,8 @@ from measuring import Row, at_least, rounds, write_table
 
 from stillhouse.data.audio import change_speed, resample
 from stillhouse.data.fbank import fbank
-from stillhouse.data.feature_file import FeatureFile, FeatureSettings, Rows, merge, write_rows
+from stillhouse.data.feature_file import FeatureFile, FeatureSettings
+from stillhouse.data.feature_writer import Rows, merge, write_rows
 
 BATCH, ROUNDS = 32, 400
 

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent.parent / "extract"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "lib"))
 import s3
 from made_up import MadeUpTeacher, made_up_corpus
 

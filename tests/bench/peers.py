@@ -138,7 +138,7 @@ def peers(store: Store, folder: Path) -> list[Row]:
         try:
             read = make(store, ids, mine)
         except ImportError as e:
-            rows.append(absent(f"hot, vs {name}", f"not installed: {e.name}"))
+            rows.append(absent(f"hot, vs {name}", f"not installed: {e.name} (pip install -e '.[peers]')"))
             continue
         took, size = time.perf_counter() - began, sum(p.stat().st_size for p in mine.rglob("*") if p.is_file())
         if size:

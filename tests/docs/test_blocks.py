@@ -23,6 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import click
+import peers
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,6 +156,9 @@ def type_it(
         (tmp_path / source.name).symlink_to(source)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.chdir(tmp_path)
+    for name, module in peers.modules().items():  # toolkits that docs/python.md has classes for
+        monkeypatch.setitem(sys.modules, name, module)
+    Path("train_manifest.json").write_text('{"id": "84-121123-0000"}\n')
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     names: dict[str, object] = {"__name__": "block"}
 

@@ -109,6 +109,19 @@ def test_the_field_outlives_a_new_name(store, cuts):
     assert next(iter(cuts)).supervisions[0].custom == {"loud": True}, "the cuts given are as they were"
 
 
+def test_a_field_of_the_cut_serves_a_supervision_that_is_alone(store, cuts):
+    """As NeMo's Lhotse loader lays out a manifest: ids are paths, other keys of a line are the cut's."""
+    from dataclasses import replace
+
+    one, two = cuts.map_supervisions(renamed)
+    one = replace(one, custom={"stillhouse_id": "s00-0001"})
+    assert cut_ids(store, [one])[0] == ["s00-0001"]
+    assert cut_ids(store, [one.perturb_speed(0.9)])[0] == ["s00-0001"]
+    assert cut_ids(store, [one.pad(duration=5.0)])[0] == ["s00-0001"]
+    with pytest.raises(NoStoreError):  # whose it would be, of two, nobody knows
+        cut_ids(store, [replace(two, custom={"stillhouse_id": "s00-0001"})])
+
+
 def renamed(supervision):
     from dataclasses import replace
 

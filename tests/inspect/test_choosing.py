@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,9 @@ import torch
 from stillhouse.data.errors import NoStoreError, StaleError
 from stillhouse.data.manifest import Corpus, Utterance
 from stillhouse.data.units import Units, train_units
-from stillhouse.extract.inspect import choosing, rendering
+from stillhouse.extract.inspect import choosing, rendering_numbers
 from stillhouse.extract.inspect.choosing import choose, suggest
-from stillhouse.extract.inspect.probe import STRENGTHS, Probe, fold_numbers, ridge
+from stillhouse.extract.inspect.probe import STRENGTHS, Probe, fold_numbers, ridge, tied
 from stillhouse.extract.store import Store
 from stillhouse.extract.tokens import Tokens
 
@@ -154,6 +155,61 @@ def test_folds_keep_groups_together_and_are_of_a_size() -> None:
     assert (fold == fold_numbers(groups, 5, seed=3)).all()
 
 
+def test_sessions_that_share_a_text_are_one_group() -> None:
+    """0 and 1 share a text, 1 and 3 another one; 2 has all of its own. Then a chain of 40 sessions, out of order."""
+    sessions, texts = np.array([0, 0, 1, 1, 2, 2, 3]), np.array([7, 8, 8, 9, 4, 4, 9], np.uint64)
+    assert tied(sessions, texts).tolist() == [0, 0, 0, 0, 2, 2, 0]
+    links = np.random.default_rng(0).permutation(40)
+    ring = tied(np.concatenate([links, links]), np.concatenate([np.arange(40), np.roll(np.arange(40), 1)]))
+    assert len(set(ring.tolist())) == 1
+    assert len(set(tied(links, np.arange(40)).tolist())) == 40
+
+
+@pytest.mark.parametrize("readings", [1, 4])
+def test_what_is_said_again_is_not_judged_by_itself(
+    known: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, readings: int
+) -> None:
+    """Eight chapters of five sentences, each in words of its own, read once and by four speakers: a chapter, whose
+    sentences are each other's contexts, is in one fold, whoever reads it.
+    """
+    chapters = [[f"w{c}{k}1 w{c}{k}2" for k in range(5)] for c in range(8)]
+    texts = [text for chapter in chapters for _ in range(readings) for text in chapter]
+    store = known.build(tmp_path, texts, per_session=5, layers=(0, 4))
+    corpus, units = known.corpus_of(tmp_path, texts, 5), train_units(texts, "characters")
+    seen: list[np.ndarray] = []
+    monkeypatch.setattr(choosing, "fold_numbers", lambda *a: seen.append(a[0]) or fold_numbers(*a))
+    c = choose(store, store.views, corpus, units)
+    assert c.folds_by == "session" and c.utterances == 40 * readings
+    assert sorted(np.unique(seen[0], return_counts=True)[1].tolist()) == [5 * 8 * readings] * 8
+
+
+def test_two_teachers_of_other_tokens_one_of_them_a_decoder_in_int8(
+    planted: SimpleNamespace, known: SimpleNamespace, tmp_path: Path
+) -> None:
+    """A decoder to which an utterance is one word tells no letter of it; what tells them is chosen before it."""
+    from stillhouse.extract.plan import Request
+    from stillhouse.extract.run import extract
+
+    shutil.copytree(planted.store.path, tmp_path / "store.zarr")
+    teacher = known.Teacher(width=24, kind="decoder", seed=1)
+    extract(tmp_path / "store.zarr", planted.corpus, teacher, Request("words", (4,), ("past:8",), dtype="int8"))
+    store = Store.open(tmp_path / "store.zarr")
+    views = store.resolve(["known/alone/1,4", "words/*/*"])
+    c = choose(store, views, planted.corpus, planted.units, places=900)
+    assert [(p.view, p.width) for p in c.views] == [
+        ("known/alone/1", 16), ("known/alone/4", 16), ("words/past:8/4", 24),
+    ]  # fmt: skip
+    assert c.views[2].score < 0.05 and {s.view for s in c.suggested} == {"known/alone/1", "known/alone/4"}
+    assert [p.view for p in c.static] == ["known/static", "words/static"] and np.isfinite(c.cka).all()
+
+
+def test_one_text_cannot_be_judged(known: SimpleNamespace, tmp_path: Path) -> None:
+    texts = ["w1 w2 w3"] * 12
+    store = known.build(tmp_path, texts, per_session=1, layers=(0,))
+    with pytest.raises(NoStoreError, match="1 different texts"):
+        choose(store, store.views, known.corpus_of(tmp_path, texts, 1), train_units(texts, "characters"))
+
+
 def test_a_wide_view_is_projected_and_still_told(monkeypatch: pytest.MonkeyPatch) -> None:
     from stillhouse.extract.inspect import probe
 
@@ -195,4 +251,4 @@ def test_few_sessions_are_folded_by_utterance_and_a_space_is_no_place(known: Sim
     c = choose(store, store.views, known.corpus_of(tmp_path, texts, 12), units)
     assert c.folds_by == "utterance" and c.places == 36 * 9 and c.utterances == 36
     assert [p.view for p in c.views] == [v.address for v in store.views]
-    assert "by utterance" in rendering.choice(c)
+    assert "by utterance" in rendering_numbers.choice(c)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -21,7 +22,7 @@ def other(known, tmp_path_factory) -> Store:
 
 def test_a_store_is_the_same_as_itself_and_as_its_twin(store, known, tmp_path, stillhouse):
     twin = known.build(tmp_path)
-    found = differing.diff(store, twin, tokens=None)
+    found = differing.diff(store, twin, full=True)
     assert found.same and found.utterances.both == 6
     assert {n.view for n in found.numbers} == {v.address for v in store.views}
     assert all((n.tokens, n.equal, n.largest) == (26, 1, 0) for n in found.numbers)
@@ -30,7 +31,7 @@ def test_a_store_is_the_same_as_itself_and_as_its_twin(store, known, tmp_path, s
 
 
 def test_what_differs_is_told(store, other, stillhouse):
-    found = differing.diff(store, other, tokens=None)
+    found = differing.diff(store, other, full=True)
     assert not found.same
     assert [(s.setting, s.a, s.b) for s in found.settings] == [("dtype", "float16", "float32")]
     assert found.views_only_a == ["known/alone/2", "known/both:8/2"] and found.views_only_b == []
@@ -66,8 +67,18 @@ def test_stores_without_anything_in_common(store, known, tmp_path):
 
 
 def test_a_partial_store_is_compared_as_far_as_it_goes(partial, stillhouse):
-    found = differing.diff(partial, partial, tokens=None)
+    found = differing.diff(partial, partial, full=True)
     both = facts.view_facts(partial, partial.planned_views)[-1].tokens  # a writer may have been a unit ahead
     assert found.same and 0 < both < 9000 and {n.tokens for n in found.numbers} == {9000, both}
     sampled = differing.diff(partial, partial, tokens=100)
     assert all(100 <= n.tokens < 140 for n in sampled.numbers)
+
+
+def test_a_store_that_lacks_states_is_not_the_same(partial, tmp_path, stillhouse):
+    path = tmp_path / "less.zarr"
+    shutil.copytree(partial.path, path)
+    shard = Store.open(path).plan.latest("known").shards[1]
+    next(path.glob("commits/known/alone/1.*.json")).unlink()
+    done = stillhouse("inspect", "diff", path, partial.path)
+    assert done.code == 1 and f"known/alone/2: states of {9000 - shard.rows:,} tokens in a, of 9,000 in b" in done.out
+    assert stillhouse("inspect", "diff", partial.path, partial.path).code == 0

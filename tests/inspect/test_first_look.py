@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from stillhouse.extract.inspect import facts, showing
-from stillhouse.extract.inspect.text import pairs, share, size, table, width, wrap
+from stillhouse.extract.inspect.text import pairs, share, size, table, tables, width, wrap
 from stillhouse.extract.store import Store, View
 
 
@@ -49,6 +50,33 @@ def test_info_and_ls_of_a_store_in_the_making(partial, stillhouse):
     assert [v.held for v in found.teachers[0].views] == [True] * 3 + [False] * 3
     assert "not extracted yet: known/both:8/0" in stillhouse("inspect", "show", partial.path, missing).out
     assert stillhouse("inspect", "verify", partial.path, "--data").code == 0
+
+
+def test_numbers_of_views_in_the_making(partial, store, stillhouse, tmp_path):
+    """None of the six is complete: every command takes them as far as they go, and says so."""
+    both, held = "known/both:8/0", partial.held(partial.planned_views[-1])
+    utterance = partial.index.id(int(np.flatnonzero(held)[0]))
+    missing = partial.index.id(int(np.flatnonzero(~held)[0]))
+    for command in (
+        ["stats", "--json"],
+        ["similarity"],
+        ["neighbours", f"{utterance}:0", "--view", both],
+        ["compare", utterance, "--views", "*/*/0"],
+        ["plot", tmp_path / "norms.png", "--kind", "norms"],
+    ):
+        done = stillhouse("inspect", command[0], partial.path, *command[1:])
+        assert done.code == 0 and done.out and "not complete, taken as far as they go: known/" in done.err, command
+    told = stillhouse("inspect", "neighbours", partial.path, f"{missing}:0", "--view", both)
+    assert told.code == 10 and f"{missing} is not extracted yet" in told.err and told.out == ""
+    assert "as far as" not in stillhouse("inspect", "stats", store.path).err
+
+
+def test_what_is_hardly_begun_is_told(known, tmp_path, stillhouse):
+    begun = known.build(tmp_path, ["A BANK", "BANK"], stop_after=0)
+    for command in (["stats"], ["similarity"], ["export", tmp_path / "x.npz"]):
+        done = stillhouse("inspect", command[0], begun.path, *command[1:])
+        assert done.code == 10 and "nothing is extracted yet" in done.err and done.out == ""
+    assert not (tmp_path / "x.npz").exists()
 
 
 def test_show_says_what_the_teacher_saw(store, known):
@@ -210,6 +238,13 @@ def test_tables_count_terminal_columns():
     assert table([]) == ""
 
 
+def test_what_a_teacher_does_not_know_takes_the_room_of_its_characters():
+    pieces = [("[UNK]", 0, 1), ("天", 1, 2), ("[UNK]", 2, 4), ("[x]", 5, 8)]
+    assert showing.spelt([showing.TokenFacts(0, p, b, e, None) for p, b, e in pieces]) == "\ufffd天\ufffd\ufffd [x]"
+    damaged = [("the", 0, 3), ("ox", 2_000_000_000, 2_000_000_002), ("[UNK]", 5, 2**31 - 1)]
+    assert showing.spelt([showing.TokenFacts(0, p, b, e, None) for p, b, e in damaged]) == "\ufffd" * 100
+
+
 def test_sizes_and_shares():
     assert [size(n) for n in (0, 999, 1000, 1_500_000, 2 * 10**9, 3 * 10**12)] == [
         "0 B", "999 B", "1.0 kB", "1.5 MB", "2.0 GB", "3.0 TB",
@@ -245,13 +280,34 @@ def test_a_pipe_that_closes_is_quiet(store):
     assert done.stdout.startswith("s00-0001: number 2 of 3") and done.stderr == ""
 
 
-def test_lines_for_people_fit_80_columns(store, stillhouse):
+@pytest.fixture(scope="module")
+def wide(known, tmp_path_factory):
+    """Twenty views."""
+    contexts = ("alone", "both:8", "past:8", "future:16")
+    return known.build(tmp_path_factory.mktemp("wide"), layers=(0, 1, 2, 3, 4), contexts=contexts)
+
+
+@pytest.mark.parametrize("columns", [None, 80, 140, 64])
+def test_lines_for_people_fit_the_columns(wide, stillhouse, monkeypatch, columns):
     """What paths and names do not make longer; ids and messages of findings stay on one line, for grep."""
-    utterance, two = "s00-0000", "known/alone/0,known/both:8/4"
-    looks = [["info"], ["ls"], ["show", utterance], ["stats"], ["similarity"], ["tree"], ["verify"]]
-    for command in [*looks, ["compare", utterance, "--views", two], ["neighbours", f"{utterance}:bank", "--view", "*"]]:
-        out = stillhouse("inspect", command[0], store.path, *command[1:]).out.replace(str(store.path), "STORE")
-        assert max(map(len, out.splitlines())) <= 80 + (15 if command == ["info"] else 0), out
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", str(columns))
+    utterance = "s00-0000"
+    looks = [["info"], ["ls"], ["show", utterance], ["similarity"], ["tree"], ["verify"]]
+    looks += [["compare", utterance, "--views", "*/*/*"], ["neighbours", f"{utterance}:bank", "--view", "*"]]
+    for command in looks if columns == 64 else [*looks, ["stats"]]:
+        out = stillhouse("inspect", command[0], wide.path, *command[1:]).out.replace(str(wide.path), "STORE")
+        assert max(map(len, out.splitlines())) <= (columns or 80) + (35 if command == ["info"] else 0), out
+        if command == ["similarity"]:  # every pair is there, however many tables it takes
+            assert len(re.findall(r"-?\d\.\d\d", out)) == 20 * 21 // 2
+
+
+def test_what_is_too_long_stays_in_its_row(known, tmp_path, stillhouse):
+    rows = [("x" * 150, 1), ("ab", 2)]
+    assert table(rows, header=("id", "n")) == f"id  n\n{'x' * 150}  1\nab  2"
+    drawn = tables([(1, "a", 0.5, 0.25)], header=("#", "t", "first", "second"), right="rlrr", keep=2, room=12)
+    assert drawn == ["#  t  first\n1  a    0.5", "#  t  second\n1  a    0.25"]
+    assert tables([(1, "a")], header=("#", "t"), right="rl", keep=2, room=9) == ["#  t\n1  a"]
 
 
 def test_wrapping():

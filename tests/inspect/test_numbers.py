@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 
 from stillhouse.data.errors import NoStoreError, UsageError
-from stillhouse.extract.inspect import layout, neighbours, reading, similarity, statistics
-from stillhouse.extract.inspect.rendering import around
+from stillhouse.extract.inspect import (
+    differing,
+    layout,
+    neighbours,
+    reading,
+    rendering_numbers,
+    similarity,
+    statistics,
+)
+from stillhouse.extract.inspect.rendering_numbers import around
 from stillhouse.extract.inspect.showing import TokenFacts
 from stillhouse.extract.store import View
 
@@ -39,7 +47,7 @@ def all_states(store, view):
 def test_stats_against_plain_numpy(decoder, known, monkeypatch):
     monkeypatch.setattr(reading.blocks, "__defaults__", (100,))  # several blocks
     view = View("known", "alone", 2)
-    [found] = statistics.statistics(decoder, [view], tokens=None)
+    [found] = statistics.statistics(decoder, [view], full=True)
     states, first = all_states(decoder, view)
     rest = states[~first]
     assert (found.tokens, found.first_tokens, found.utterances) == (len(rest), 120, 120)
@@ -62,7 +70,7 @@ def test_stats_against_plain_numpy(decoder, known, monkeypatch):
 
 def test_stats_count_what_is_not_finite(many, monkeypatch):
     view = View("known", "alone", 0)
-    whole = statistics.statistics(many, [view], tokens=None)[0]
+    whole = statistics.statistics(many, [view], full=True)[0]
     gather = type(many).gather
 
     def poisoned(self, ids, views):
@@ -71,7 +79,7 @@ def test_stats_count_what_is_not_finite(many, monkeypatch):
         return found
 
     monkeypatch.setattr(type(many), "gather", poisoned)
-    [found] = statistics.statistics(many, [view], tokens=None)
+    [found] = statistics.statistics(many, [view], full=True)
     assert found.not_finite == 1 and found.tokens == whole.tokens - 1
     assert np.isfinite(found.effective_rank) and np.isfinite(found.anisotropy)
 
@@ -86,12 +94,71 @@ def test_a_sample_is_whole_utterances_and_repeats(many):
     assert len(reading.sample_rows(many, views, None)) == 120
 
 
+def test_the_rank_of_wide_states_is_that_of_some_tokens(decoder, known, monkeypatch):
+    monkeypatch.setattr(reading.blocks, "__defaults__", (100,))  # several blocks
+    monkeypatch.setattr(statistics, "RANK_SIDE", 11)
+    view = View("known", "alone", 2)
+    states, first = all_states(decoder, view)
+    drawn = states[~first][:: -(-len(states) // 11)]
+    [found] = statistics.statistics(decoder, [view])
+    assert len(drawn) <= 11 and found.rank_tokens == len(drawn) < found.tokens
+    p = np.maximum(np.linalg.eigvalsh(np.cov(drawn.T, bias=True)), 0)
+    p = p[p > 1e-12] / p.sum()
+    assert found.effective_rank == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-3)
+    [whole] = statistics.statistics(decoder, [view], full=True)
+    assert whole.rank_tokens == whole.tokens and whole.dead == found.dead == [known.DEAD]
+    assert [d.dimension for d in whole.outliers] == [d.dimension for d in found.outliers] == [known.OUTLIER]
+    assert "of 10 tokens, which bounds it" in rendering_numbers.statistics([found]).replace("\n", " ")
+    assert "bounds" not in rendering_numbers.statistics([whole])
+
+
+def test_samples_are_smaller_where_views_are_wide_or_many(many, monkeypatch):
+    monkeypatch.setattr(reading, "SAMPLE_NUMBERS", 12 * 2 * 150)
+    monkeypatch.setattr(reading, "LEAST_TOKENS", 60)
+    views = [View("known", c, k) for c in ("alone", "both:8") for k in (0, 2, 4)]
+    assert [reading.affordable(many, views[:n], 200) for n in (1, 2, 3, 6)] == [200, 150, 100, 60]
+
+    def tokens(**how):
+        found = statistics.statistics(many, views[:3], **how)
+        return {s.tokens + s.first_tokens for s in found}
+
+    assert max(tokens()) < 111 <= 120 <= min(tokens(tokens=120)) < min(tokens(full=True))
+    assert similarity.similarity(many, views[:3]).places == 100
+    monkeypatch.setattr(similarity, "GRAM_NUMBERS", 3 * 50**2)
+    assert similarity.similarity(many, views[:3]).places == 50
+    assert [n.tokens for n in differing.diff(many, many).numbers] == pytest.approx([65] * 6, abs=5)
+    near = neighbours.nearest(many, views[0], many.utterance_ids[7], "1", tokens=80)
+    assert 60 <= near.searched < 100 and len(near.neighbours) == 10
+
+
+def test_a_block_of_wide_states_is_no_larger_and_nothing_stays_mapped(many, monkeypatch):
+    monkeypatch.setattr(reading, "BLOCK_NUMBERS", 12 * 40)
+    view, rows = View("known", "alone", 0), np.arange(len(many.index))
+    rows = rows[many.lengths("known") > 0]
+    sizes = []
+    for _, _, states in reading.blocks(many, view, rows):
+        sizes.append(len(states))
+        assert not many._handles._open
+    assert sum(sizes) == many.lengths("known").sum() and max(sizes) < 40 + 12
+
+
+def test_views_evenly_apart():
+    views = [View("t", c, k) for c in ("alone", "both:8", "past:8") for k in range(33)]
+    some = reading.spread(views, 24)
+    assert len(some) == 24 and some == sorted(some)
+    assert {(v.context, v.layer) for v in some} >= {(c, k) for c in ("alone", "both:8", "past:8") for k in (0, 32)}
+    assert reading.spread(views, 99) == views and reading.spread(views[:5], 1) == views[:1]
+    contexts = [View("t", f"past:{n}", k) for n in range(40) for k in (3, 6)]
+    some = reading.spread(contexts, 24)
+    assert len(some) == 24 and some[0] == contexts[0] and some[-1] == contexts[-1]
+
+
 def test_a_partial_store_is_sampled_where_it_is_there(partial):
     both = View("known", "both:8", 0)
     rows = reading.held_rows(partial, [both])
     assert len(rows) in (204, 306)  # two shards of five, or three
     assert partial.has([partial.index.id(int(r)) for r in rows], both).all()
-    [found] = statistics.statistics(partial, [both], tokens=None)
+    [found] = statistics.statistics(partial, [both], full=True)
     assert found.tokens + found.first_tokens == 20 * len(rows)
 
 
@@ -181,7 +248,9 @@ def test_the_bank_of_the_river_and_the_bank_that_lends(store, stillhouse):
     deep = neighbours.nearest(store, View("known", "both:8", 4), "s00-0000", "bank", count=1)
     assert deep.neighbours[0].utterance == "s00-0001"
     shown = stillhouse("inspect", "neighbours", store.path, "s00-0000:bank", "--view", "known/*/4", "--count", 1)
-    assert shown.code == 0 and shown.out.count("[bank]") == 2
+    assert shown.code == 0 and shown.out.count("[bank]") == 4
+    every = stillhouse("inspect", "neighbours", store.path, "s00-0000:bank", "--json")
+    assert [n["view"] for n in json.loads(every.out)["views"]] == [v.address for v in store.views]
     wrong = stillhouse("inspect", "neighbours", store.path, "s00-0000:wharf", "--view", "known/alone/4")
     assert wrong.code == 10 and "the river bank was wet" in wrong.err
     assert stillhouse("inspect", "neighbours", store.path, "s00-0000", "--view", "known/alone/4").code == 2
@@ -220,6 +289,8 @@ def test_compare(store, stillhouse):
         "inspect", "compare", store.path, "s00-0001", "--views", "known/alone/0,4,known/both:8/4", "--json"
     )
     assert [c["b"] for c in json.loads(shown.out)["views"]] == ["known/alone/4", "known/both:8/4"]
+    every = stillhouse("inspect", "compare", store.path, "s00-0001", "--json")
+    assert [c["b"] for c in json.loads(every.out)["views"]] == [v.address for v in store.views[1:]]
 
 
 def test_tree_counts_every_file_once(store, stillhouse):
@@ -240,6 +311,10 @@ def test_a_sentence_is_cut_around_its_word():
     assert "[four]" in cut and len(cut) <= 20 and cut.startswith("…") and cut.endswith("…")
     assert around(sentence, 0, 3, 12) == "[one] two t…"
     assert around("short", 0, 5, 3) == "[short]"
+    # Of an hour's transcript no more is looked at than fits
+    long = "ab " * 200_000
+    cut = around(long, 300_000, 300_002, 40)
+    assert "[ab]" in cut and len(cut) == 40 and cut.startswith("…") and cut.endswith("…")
 
 
 @pytest.mark.parametrize("command", [["stats"], ["similarity"], ["tree"]])
