@@ -27,7 +27,7 @@ def litter(plan: Plan, orders: Mapping[str, np.ndarray] | None = None) -> list[P
     `orders`: rows of the corpus, by teacher, of editions that are not on disk yet.
     """
     orders = orders or {}
-    found = [*_plans(plan), *_editions(plan), *_teachers(plan)]
+    found = [*_plans(plan), *_editions(plan), *_teachers(plan), *_drafts(plan)]
     for name in plan.teachers:
         found += [*_states(plan, name), *_tokens(plan, name, orders.get(name)), *_commits(plan, name)]
     return sorted(found)
@@ -57,6 +57,11 @@ def _folders(path: Path) -> Iterator[Path]:
 def _plans(plan: Plan) -> Iterator[Path]:
     kept = {str(g.number) for g in plan.generations}
     yield from (p for p in _folders(plan.paths.root / "plan") if p.name not in kept)
+
+
+def _drafts(plan: Plan) -> Iterator[Path]:
+    """Of writers that died; nobody writes now."""
+    return (p for folder in (plan.paths.root / "plan", plan.paths.data) for p in folder.rglob(".*.tmp"))
 
 
 def _editions(plan: Plan) -> Iterator[Path]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ...data.errors import StoreError
-from .files import allocate, pwrite_all, read_json, room, write_bytes, write_json
+from .files import open_sized, pwrite_all, read_json, room, write_bytes, write_json
 from .remote import local, mirror_of
 from .sums import note
 
@@ -191,12 +191,10 @@ class RawArray:
             part = values[done : done + length - inside]
             path = self.file(*lead, index)
             if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
                 written += [p for p in path.parents if p.is_relative_to(self.path)]
             with room(path):
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                fd = open_sized(path, length * item)
                 try:
-                    allocate(fd, length * item)
                     pwrite_all(fd, memoryview(part.data).cast("B"), inside * item)
                 finally:
                     os.close(fd)

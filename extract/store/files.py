@@ -1,7 +1,8 @@
 """Durable files: atomic writes, locks that die with their holder, scratch folders that sweep themselves.
 
-Invariant: a name under the store either does not exist or has its whole content on disk; whatever a killed writer
-left lies under tmp/ and is removed by the next one. Run: `pytest tests/extract/test_crash.py`.
+Invariant: a name under the store either does not exist or has its whole content on disk (files that several writers
+fill: their whole size); whatever a killed writer left lies under tmp/ and is removed by the next one, or is a draft
+`.NAME.….tmp` that `store gc` removes. Run: `pytest tests/extract/test_crash.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import shutil
 import socket
 import stat
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -215,6 +217,32 @@ def _sweep(tmp: Path) -> int:
             lock.release()
             swept += 1
     return swept
+
+
+def open_sized(path: Path, size: int) -> int:
+    """A descriptor to write ranges of a file that has all its `size` bytes from the moment that it has its name.
+
+    Its writers fill disjoint ranges and others read it meanwhile; none of them may find it shorter than it will be.
+    """
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        allocate(fd, size)
+        os.fsync(fd)
+        os.link(draft, path)
+    except FileExistsError:  # another writer was first
+        os.close(fd)
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except BaseException:
+        os.close(fd)
+        raise
+    finally:
+        draft.unlink()
+    return fd
 
 
 def allocate(fd: int, size: int) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .arrays import RawArray
-from .files import allocate, fsync_all, pwrite_all, read_json, room, write_json
+from .files import fsync_all, open_sized, pwrite_all, read_json, room, write_json
 from .sums import note
 
 
@@ -42,11 +42,9 @@ def append(path: Path, values: np.ndarray, first: int, last: bool = False) -> No
         number, inside = divmod(first + done, length)
         part = values[done : done + length - inside]
         file = array.file(number, *(0 for _ in array.shape[1:]))
-        file.parent.mkdir(parents=True, exist_ok=True)
         with room(file):
-            fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            fd = open_sized(file, length * row_bytes)
             try:
-                allocate(fd, length * row_bytes)
                 pwrite_all(fd, memoryview(part.data).cast("B"), inside * row_bytes)
             finally:
                 os.close(fd)

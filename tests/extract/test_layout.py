@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numpy as np
 import pytest
 import zarr
+from pytest import MonkeyPatch
 
 from stillhouse.data.errors import NoStoreError, StoreError, UsageError
-from stillhouse.extract.store import Store, View
-from stillhouse.extract.store.arrays import RawArray
+from stillhouse.extract.store import Store, View, files
+from stillhouse.extract.store.arrays import RawArray, create_array
+from stillhouse.extract.store.growing import append
 from stillhouse.extract.store.layout import (
     check_teacher_name,
     dtype_of,
@@ -83,6 +89,62 @@ def test_zarr_reads_every_array_the_same(small_store: Path) -> None:
                         assert np.array_equal(raw.read(*index, j), group[name][index[0], j])
                 else:
                     assert np.array_equal(raw.read(*index), group[name][index] if index else group[name][:])
+
+
+@pytest.mark.parametrize("how", ["range", "grown"])
+def test_a_file_that_is_being_made_is_never_found_short(how: str, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    """At every call that a writer makes of the system, another reads the array: nothing, or what is written."""
+    path, values = tmp_path / "length", np.arange(1, 41, dtype=np.int32)
+    codecs = [{"name": "bytes", "configuration": {"endian": "little"}}]
+    grid = {"name": "regular", "configuration": {"chunk_shape": [16]}}
+    meta = {"shape": [40], "chunk_grid": grid, "data_type": "int32", "codecs": codecs, "fill_value": 0}
+    create_array(path, meta)
+    seen: list[list[int]] = []
+
+    def watched(name: str) -> None:
+        true = getattr(os, name)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            before = RawArray(path).read().tolist()
+            done = true(*arguments, **named)
+            seen.extend([before, RawArray(path).read().tolist()])
+            return done
+
+        monkeypatch.setattr(files.os, name, call)
+
+    for name in ("posix_fallocate", "fsync", "link", "pwrite", "unlink", "close"):
+        watched(name)
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "memmap", lambda p, dtype, mode, shape: np.frombuffer(p.read_bytes(), dtype).reshape(shape))
+        for first in (0, 10, 20, 30):
+            if how == "range":
+                RawArray(path).write_range(values[first : first + 10], first=first)
+            else:
+                append(path, values[first : first + 10], first)
+    monkeypatch.undo()
+    assert len(seen) > 20 and all(not found or found == n for line in seen for n, found in enumerate(line, 1))
+    assert np.array_equal(RawArray(path).read(), values)
+    assert sorted(p.name for p in (path / "c").iterdir()) == ["0", "1", "2"]
+
+
+def test_two_that_make_a_file_at_once_make_one(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    true, met = os.link, threading.Barrier(2)
+
+    def link(*arguments: Any) -> None:
+        met.wait(10)
+        true(*arguments)
+
+    monkeypatch.setattr(files.os, "link", link)
+    path = tmp_path / "c" / "0"
+
+    def write(at: int) -> None:
+        fd = files.open_sized(path, 8)
+        os.pwrite(fd, b"abcd", at)
+        os.close(fd)
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(write, (0, 4)))
+    assert path.read_bytes() == b"abcdabcd" and [p.name for p in path.parent.iterdir()] == ["0"]
 
 
 def test_rows_between_utterances_read_as_nan(small_store: Path) -> None:
