@@ -15,8 +15,10 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,14 +28,21 @@ from stillhouse.train.trainer import Trainer
 DRAFTS = ("checkpoints/.step-*", "*.draft", "units/.*", ".identity.json")
 
 
-def child(pipe: int, config: Path, changes: Sequence[str], out: Path) -> None:
-    """Never returns."""
+def child(pipe: int, config: Path, changes: Sequence[str], out: Path, slow: bool) -> None:
+    """Never returns. slow: what is written waits before it gets its name, so that a kill can fall into it."""
+    for name in ("rename", "replace") if slow else ():
+        setattr(os, name, partial(_later, getattr(os, name)))
     try:
         Trainer(load_config(config, changes), out, lambda line: say(pipe, line)).run()
     except BaseException as e:
         say(pipe, f"error: {e!r}")
         os._exit(1)
     os._exit(0)
+
+
+def _later(call: Callable[..., None], *arguments: Any, **named: Any) -> None:
+    time.sleep(0.05)
+    call(*arguments, **named)
 
 
 def say(pipe: int, line: str) -> None:
@@ -47,14 +56,14 @@ def drafts(out: Path) -> list[str]:
 class Run:
     """One process that trains, in a session of its own."""
 
-    def __init__(self, config: Path, changes: Sequence[str], out: Path) -> None:
+    def __init__(self, config: Path, changes: Sequence[str], out: Path, slow: bool = False) -> None:
         self.out = out
         self.said = b""
         self.pipe, write_end = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
             os.close(self.pipe)
-            child(write_end, config, changes, out)
+            child(write_end, config, changes, out, slow)
         os.close(write_end)
 
     def lines(self) -> list[str]:
@@ -98,9 +107,10 @@ def case(config: Path, out: Path, changes: Sequence[str], kills: int, rng: rando
         return {"error": whole.lines()[-1:], "killed": 0}
     took, steps = time.perf_counter() - began, len(whole.lines())
     said, left, killed = [], [], 0
+    ways = rng.sample(["time", "lines", "writing"], 3)
     while killed < kills:
-        run = Run(config, changes, out / "killed")
-        how = rng.choice(["time", "lines", "writing"])
+        how = ways[killed % 3]
+        run = Run(config, changes, out / "killed", slow=how == "writing")
         if how == "time":
             run.until(seconds=rng.uniform(0, took / 2))
         elif how == "lines":
