@@ -19,7 +19,7 @@ demo: $(INSTALLED)
 demo-quick: $(INSTALLED)
 	$(BIN)/stillhouse demo --quick --out demo-out-quick
 
-# Eight arms, three seeds, runs of a few minutes; stopped, it goes on. JOBS runs at a time.
+# Ten arms, three seeds, runs of a few minutes; stopped, it goes on. JOBS runs at a time.
 JOBS ?= 2
 study-demo: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable '.[gguf]'
