@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.sampler import BatchSampler
 from .config import Config
 from .costs import ctc_cost, transducer_costs
-from .loader import Batch
+from .loader import Batch, BatchLoader
 from .model import BLANK, Transducer
 from .rnnt import prune_ranges, rnnt_loss_simple
 from .shares import Whole, sizes
@@ -139,3 +140,18 @@ def losses(
         total = total * 0.0
         parts = {name: value if name.startswith("weight/") else value * 0.0 for name, value in parts.items()}
     return Losses(total, costs.detach(), parts, tuple(inputs))
+
+
+@torch.no_grad()
+def held_out_cost(model: Transducer, loader: BatchLoader, config: Config, device: torch.device) -> tuple[float, int]:
+    """The RNN-T loss of every utterance of `loader` and its units, both summed: nothing masked or dropped out, float32,
+    no transfer. The quotient is what training calls `rnnt`.
+    """
+    model.eval()
+    cost, units = 0.0, 0
+    for plan in BatchSampler(loader.frames, max_frames=config.data.batch_frames, shuffle=False).epoch(0):
+        batch = loader.load(plan).to(device)
+        found = losses(model, None, batch, config, precision="float32", transfer_weight=0.0, augment=None)
+        cost += float(found.costs.double().sum())
+        units += int(batch.target_lengths.sum())
+    return cost, units

@@ -238,7 +238,11 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
 
     views = sorted({k for m in metrics for k in m if k.startswith("transfer/")})
     found = [
-        ("Loss on training batches", {k: points("train", k) for k in ("rnnt", "ctc")}, "loss"),
+        (
+            "Loss a unit",
+            {k: points("train", k) for k in ("rnnt", "ctc")} | {"rnnt on dev": points("dev", "rnnt")},
+            "loss",
+        ),
         ("Distance to the teacher, by view", {v.removeprefix("transfer/"): points("train", v) for v in views}, "loss"),
         ("Error rate on dev", {k.upper(): points("dev", k, 100.0) for k in ("wer", "cer")}, "%"),
     ]

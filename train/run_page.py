@@ -88,7 +88,7 @@ def read_run(out: Path, examples: int = 24) -> Run:
     steps = [m for m in metrics if m.get("kind") == "train"]
     dev = [m for m in metrics if m.get("kind") == "dev"]
     heard = read_hypotheses(out / HYPOTHESES) if (out / HYPOTHESES).exists() else []
-    last = {k: dev[-1][k] for k in ("step", "wer", "cer")} if dev else None
+    last = {k: v for k, v in dev[-1].items() if k != "kind"} if dev else None
     shown = section("dev", f"What the run heard at step {last['step']}." if last else "", heard, show=examples)
     before = [0, *(m["step"] for m in steps)]
     facts = RunFacts(

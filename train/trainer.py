@@ -36,7 +36,7 @@ from .decode import transcribe
 from .distributed import ALONE, GradientSum, Ranks
 from .loader import Batch, BatchLoader, prefetch, with_workers
 from .monitor import Monitor, Report
-from .objective import losses
+from .objective import held_out_cost, losses
 from .profile import Profile
 from .schedule import learning_rate, transfer_weight
 from .score import score
@@ -324,18 +324,21 @@ class Trainer:
         return {n: v if n.startswith("weight/") else math.fsum(p[n] for p in every) for n, v in parts.items()}
 
     def evaluate(self) -> dict[str, Any]:
-        """WER and CER of greedy decoding on the dev split, of the averaged weights where there is an average; every
-        rank decodes its part.
+        """WER and CER of greedy decoding on the dev split, and the RNN-T loss a unit: of the averaged weights where there
+        is an average. Every rank does its part.
         """
         assert self.dev is not None
         model: Any = self.model if self.average is None else self.average.module
         found = list(transcribe(model, self.dev, device=self.device)) if self.dev.utterances else []
+        mine = held_out_cost(model, self.dev, self.config, self.device) if self.dev.utterances else (0.0, 0)
+        costs, units = zip(*self.ranks.gather(mine))
+        loss = math.fsum(costs) / sum(units)
         triples = [triple for part in self.ranks.gather([(h.id, h.ref, h.hyp) for h in found]) for triple in part]
         wer, cer = self.ranks.from_first(lambda: self._rates(triples))
         if not self.best or wer < self.best["wer"]:
             self.best = {"step": self.step, "wer": wer}
-        self.report(f"step {self.step}  dev WER {100 * wer:.1f} %  CER {100 * cer:.1f} %")
-        return {"kind": "dev", "step": self.step, "wer": wer, "cer": cer}
+        self.report(f"step {self.step}  dev WER {100 * wer:.1f} %  CER {100 * cer:.1f} %  rnnt {loss:.3f}")
+        return {"kind": "dev", "step": self.step, "wer": wer, "cer": cer, "rnnt": loss}
 
     def _rates(self, triples: list[tuple[str, str, str]]) -> tuple[float, float]:
         """Also leaves what was heard in RUN/dev.jsonl, as `stillhouse decode` writes it."""

@@ -14,6 +14,7 @@ import torch
 
 from stillhouse.data.errors import CheckpointError, CorpusError, StaleError, UsageError
 from stillhouse.data.manifest import read_manifest, write_manifest
+from stillhouse.data.sampler import BatchSampler
 from stillhouse.train.building import load_run
 from stillhouse.train.config import load_config
 from stillhouse.train.decode import decoding_loader, transcribe
@@ -53,6 +54,24 @@ def test_it_learns_to_read_tones(tones: Path, tmp_path: Path) -> None:
     found = list(transcribe(model, loader, device=torch.device("cpu")))
     assert sorted(h.id for h in found) == sorted(u.id for u in corpus.utterances)
     assert score([h.ref for h in found], [h.hyp for h in found]).cer.rate < 0.25
+
+
+def test_the_loss_on_dev_is_torchaudios(tones: Path, finished: Path) -> None:
+    """Of the last weights, an utterance at a time: nothing padded, masked or dropped."""
+    rnnt_loss = pytest.importorskip("torchaudio").functional.rnnt_loss
+    model, units, config, step = load_run(finished, "last")
+    loader = decoding_loader(read_manifest(config.data.corpus).select("dev"), config.data.features, units)
+    costs, count = [], 0
+    for plan in BatchSampler(loader.frames, max_frames=1, shuffle=False).epoch(0):
+        batch = loader.load(plan)
+        with torch.no_grad():
+            states, lengths = model.encode(batch.features, batch.feature_lengths)
+            e, p = model.joint.encoder(states), model.joint.predictor(model.predictor(batch.targets))
+            logits = model.joint(e[:, :, None], p[:, None])
+        costs.append(rnnt_loss(logits, batch.targets, lengths.int(), batch.target_lengths, blank=0, reduction="sum"))
+        count += int(batch.target_lengths)
+    (line,) = [m for m in metrics(finished) if m["kind"] == "dev" and m["step"] == step]
+    assert len(costs) == 12 and line["rnnt"] == pytest.approx(float(sum(costs)) / count, rel=1e-5)
 
 
 def test_killed_at_any_step_it_goes_on_bit_by_bit(tones: Path, finished: Path, tmp_path: Path) -> None:
