@@ -324,8 +324,8 @@ class Trainer:
         return {n: v if n.startswith("weight/") else math.fsum(p[n] for p in every) for n, v in parts.items()}
 
     def evaluate(self) -> dict[str, Any]:
-        """WER and CER of greedy decoding on the dev split, and the RNN-T loss a unit: of the averaged weights where there
-        is an average. Every rank does its part.
+        """WER and CER of greedy decoding on the dev split, and the RNN-T loss a unit, by the averaged weights where
+        there are any. Every rank does its part.
         """
         assert self.dev is not None
         model: Any = self.model if self.average is None else self.average.module
