@@ -338,7 +338,8 @@ class Trainer:
         if not self.best or wer < self.best["wer"]:
             self.best = {"step": self.step, "wer": wer}
         self.report(f"step {self.step}  dev WER {100 * wer:.1f} %  CER {100 * cer:.1f} %  rnnt {loss:.3f}")
-        return {"kind": "dev", "step": self.step, "wer": wer, "cer": cer, "rnnt": loss}
+        found_loss = {"rnnt": loss} if math.isfinite(loss) else {}  # a transcript that no alignment fits has none
+        return {"kind": "dev", "step": self.step, "wer": wer, "cer": cer} | found_loss
 
     def _rates(self, triples: list[tuple[str, str, str]]) -> tuple[float, float]:
         """Also leaves what was heard in RUN/dev.jsonl, as `stillhouse decode` writes it."""

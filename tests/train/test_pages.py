@@ -35,9 +35,9 @@ def run(tones: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             line["share"] = {"data": 0.015, "transfer": 0.0425}
             line["time"] = {"encoder": 0.2, "backward": 0.4, "transfer": 0.01, "teacher": 0.005}
         elif line["step"] == 4:
-            line |= {"wer": 0.998, "cer": 0.996}
+            line |= {"wer": 0.998, "cer": 0.996, "rnnt": 3.5}
         else:
-            line |= {"wer": 1.0, "cer": 1.0}
+            line |= {"wer": 1.0, "cer": 1.0, "rnnt": 3.25}
     (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "tra')
     heard = [("a b c d", "a b c"), ("a b", NASTY), ("c d", "c d")]
     triples = [{"id": f"utterance-{n}", "ref": ref, "hyp": hyp} for n, (ref, hyp) in enumerate(heard)]
@@ -54,7 +54,8 @@ def run(tones: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_runs_facts(run: Path) -> None:
     facts = read_run(run).facts
     assert (facts.name, facts.step, facts.steps) == ("a-run", 8, 8)
-    assert facts.best == {"step": 4, "wer": 0.998, "cer": 0.996} and facts.last == {"step": 8, "wer": 1.0, "cer": 1.0}
+    assert facts.best == {"step": 4, "wer": 0.998, "cer": 0.996, "rnnt": 3.5}
+    assert facts.last == {"step": 8, "wer": 1.0, "cer": 1.0, "rnnt": 3.25}
     assert facts.share == pytest.approx({"data": 0.015, "transfer": 0.0425})
     assert facts.times == pytest.approx({"encoder": 0.2, "backward": 0.4, "transfer": 0.01, "teacher": 0.005})
     assert facts.skipped == 1 and facts.bad == ["step-5.safetensors"]
