@@ -108,16 +108,17 @@ def case(config: Path, out: Path, changes: Sequence[str], kills: int, rng: rando
     took, steps = time.perf_counter() - began, len(whole.lines())
     said, left, killed = [], [], 0
     ways = rng.sample(["time", "lines", "writing"], 3)
+    most = max(2, steps // (kills + 1))  # lines: all kills together come before the end
     while killed < kills:
         how = ways[killed % 3]
         run = Run(config, changes, out / "killed", slow=how == "writing")
         if how == "time":
-            run.until(seconds=rng.uniform(0, took / 2))
+            run.until(seconds=rng.uniform(0, took / (kills + 1)))
         elif how == "lines":
-            run.until(lines=rng.randint(1, max(2, steps // kills)))
+            run.until(lines=rng.randint(1, most))
             run.until(seconds=rng.uniform(0, 0.02))
         else:
-            run.until(lines=rng.randint(1, max(2, steps // kills)), writing=True)
+            run.until(lines=rng.randint(1, most), writing=True)
             run.until(seconds=rng.choice([0, rng.uniform(0, 0.005)]))
         status = run.end(kill=True)
         said.append(run.lines())
