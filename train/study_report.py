@@ -57,13 +57,13 @@ def markdown(table: Table) -> str:
     for split in dict.fromkeys(row.split for row in table.rows):
         heads = ["arm", "seeds", "WER % (95 %)", "CER % (95 %)"]
         heads += [f"{name} less {arm}'s: points (95 %); relative; verdict [by seed]" for arm in table.against]
-        heads += ["steps", "min a run", "transfer loss"]
+        heads += ["steps", "min a run", "transfer loss", "RNN-T loss on dev"]
         lines += ["", f"## {split}", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
         for row in table.of(split):
             cells = [row.arm, ", ".join(map(str, row.seeds)), points(row.wer), points(row.cer)]
             cells += [difference(to(row, arm)) for arm in table.against]
             cells += [f"{row.steps:,}", f"{row.seconds / 60:.1f}"]
-            cells.append("" if row.transfer is None else f"{row.transfer:.3f}")
+            cells += ["" if loss is None else f"{loss:.3f}" for loss in (row.transfer, row.dev_loss)]
             lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
@@ -86,7 +86,7 @@ def html(table: Table, curves: Mapping[str, Mapping[str, Curve]]) -> str:
         for arm in table.against
     ]
     plots += [
-        (caption, curve(lines, "%" if "dev" in caption else "loss", name=caption)) for caption, lines in curves.items()
+        (caption, curve(lines, "loss" if "loss" in caption else "%", name=caption)) for caption, lines in curves.items()
     ]
     return page(
         "study.html.j2",

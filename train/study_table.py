@@ -59,6 +59,7 @@ class Row:
     steps: int
     seconds: float  # of training a run, the mean
     transfer: float | None  # the transfer loss over the last tenth of training, the mean
+    dev_loss: float | None  # the RNN-T loss a unit of data.dev at the end, the mean
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ def curves(study: Study) -> dict[str, dict[str, Curve]]:
     kinds = {
         "Error rate on dev": ("dev", study.definition.metric, 100.0),
         "Transducer loss": ("train", "rnnt", 1.0),
+        "Transducer loss on dev": ("dev", "rnnt", 1.0),
         "Transfer loss": ("train", "transfer", 1.0),
     }
     metrics = {arm: [_metrics(run) for run in study.of(arm)] for arm in study.definition.arms}
@@ -239,7 +241,9 @@ def _mean(errors: _Errors, metric: str) -> Estimate:
 
 
 def _row(arm: str, split: str, runs: Sequence[Run], errors: _Errors, others: dict[str, _Errors], metric: str) -> Row:
-    trained = [[m for m in _metrics(run) if m["kind"] == "train"] for run in runs]
+    metrics = [_metrics(run) for run in runs]
+    trained = [[m for m in lines if m["kind"] == "train"] for lines in metrics]
+    evaluated = [m["rnnt"] for lines in metrics for m in lines if "rnnt" in m and _is_last(m, runs[0])]
     seconds = [sum(m["seconds"] for m in lines) for lines in trained]
     ends = [m["transfer"] for lines in trained for m in lines[-max(1, len(lines) // 10) :] if "transfer" in m]
     differences = tuple(_difference(errors, other, to, metric) for to, other in others.items())
@@ -253,7 +257,12 @@ def _row(arm: str, split: str, runs: Sequence[Run], errors: _Errors, others: dic
         runs[0].config.optim.steps,
         float(np.mean(seconds)),
         float(np.mean(ends)) if ends else None,
+        float(np.mean(evaluated)) if len(evaluated) == len(runs) else None,
     )
+
+
+def _is_last(line: dict, run: Run) -> bool:
+    return line["kind"] == "dev" and line["step"] == run.config.optim.steps
 
 
 def _difference(mine: _Errors, theirs: _Errors, to: str, metric: str) -> Difference | None:

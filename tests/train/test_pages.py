@@ -152,6 +152,7 @@ def study() -> Table:
             cer=Estimate(0.123, 0.112, 0.134),
             differences=(differing("none"), replace(differing("single"), verdict="lower")),
             transfer=0.1234,
+            dev_loss=1.2345,
         )
         for n in range(4)
     ]

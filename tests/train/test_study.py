@@ -87,6 +87,10 @@ def test_a_done_study_runs_nothing_and_its_reports_agree(finished: tuple[Path, P
     assert markdown(table) == said[0] == (out / "study.md").read_text()
     assert json.dumps(asdict(table)) == json.dumps(json.loads((out / "study.json").read_text()))
     assert [(row.arm, row.seeds, row.steps) for row in table.rows] == [("none", (1, 2), 12), ("slow", (1, 2), 12)]
+    for row in table.rows:
+        logs = [(out / row.arm / f"seed-{seed}" / "metrics.jsonl").read_text().splitlines() for seed in row.seeds]
+        ends = [[m["rnnt"] for m in map(json.loads, lines) if m["kind"] == "dev"][-1] for lines in logs]
+        assert row.dev_loss == pytest.approx(sum(ends) / 2) and f"| {row.dev_loss:.3f} |" in said[0]
     page = (out / "study.html").read_text()
     assert "<svg" in page and "optim.lr = 1e-05" in page
     assert not re.findall(r"""(?:src|href)="(?!#)""", page)  # nothing from elsewhere
