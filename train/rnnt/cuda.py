@@ -94,7 +94,8 @@ class _Launch:
     def __init__(self, tensor: torch.Tensor) -> None:
         from numba import cuda
 
-        from .cuda_kernels import SIMULATED, kernels
+        from .cuda_cells import SIMULATED
+        from .cuda_kernels import kernels
 
         self.kernels = kernels(str(tensor.dtype).removeprefix("torch."))
         self.simulated = SIMULATED
