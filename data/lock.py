@@ -62,7 +62,3 @@ def held(path: Path, what: str) -> Iterator[None]:
         if fd in _open:  # not in a forked process
             _open.remove(fd)
             os.close(fd)
-
-
-def _no_place(folder: Path, e: OSError) -> UsageError:
-    return UsageError(f"cannot write here: {e.strerror}", where=folder, remedy="choose another place")

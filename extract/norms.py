@@ -19,10 +19,11 @@ from .store.arrays import RawArray
 from .store.commits import Commit, Commits, link_commit
 from .store.files import Lock, fsync_all
 from .store.index import Index
-from .store.layout import crc32c, dtype_of, to_float32
+from .store.layout import Paths, crc32c, dtype_of, to_float32
 from .store.plan import Plan, Unit
 from .store.plan import Teacher as Record
 from .store.reader import Store
+from .store.verify_sums import NORMS
 from .store.views import View
 from .store.writer import versions
 
@@ -75,15 +76,11 @@ def fix_norms_again(store: Store, view: View) -> bool:
     if dtype_of(record.dtype).scaled:
         return False
     ids = [store.index.id(int(r)) for r in sample_rows(store.lengths(view.teacher))]
-    found = _moments(store.paths.root, [view], ids, record.dtype)[view.layer]
-    told, names = commits.of["norms", view.layer].checksums, ("norm_mean", "norm_std")
-    if any(told.get(f"{n}.{view.layer}") != crc32c(v) for n, v in zip(names, found)):
+    found = _moments(store.paths.root, [view], ids, record.dtype)
+    told = commits.of["norms", view.layer].checksums
+    if any(told.get(name) != crc for name, crc in _checksums(found).items()):
         return False
-    c, axis = record.contexts.index(view.context), record.layers.index(view.layer)
-    group, written = store.paths.data / view.teacher, []
-    for name, values in zip(names, found):
-        written += RawArray(group / name).write_range(values, c, axis, first=0)
-    fsync_all(written)
+    fsync_all(_write(store.paths, record, view.context, found))
     return True
 
 
@@ -134,15 +131,28 @@ def commit_norms(
     scratch: Path,
 ) -> None:
     """Write {layer: (mean, std) float32 [D]} and commit them; nobody else writes norms meanwhile."""
-    record, group = plan.teachers[teacher], plan.paths.data / teacher
-    c, written, sums = record.contexts.index(context), [], {}
-    for k, axis in _axes(record, list(norms)).items():
-        for name, values in zip(("norm_mean", "norm_std"), norms[k]):
-            written += RawArray(group / name).write_range(values, c, axis, first=0)
-            sums[f"{name}.{k}"] = crc32c(np.ascontiguousarray(values, "<f4"))
-    fsync_all(written)
+    fsync_all(_write(plan.paths, plan.teachers[teacher], context, norms))
+    sums = _checksums(norms)
     commit = Commit(teacher, context, "norms", generation, sorted(norms), [], [], checksums=sums, versions=versions())
     link_commit(plan.paths, scratch, commit)
+
+
+Norms = dict[int, tuple[np.ndarray, np.ndarray]]  # {layer: (mean, std) float32 [D]}
+
+
+def _write(paths: Paths, record: Record, context: str, norms: Norms) -> list[Path]:
+    """What is to be synced before anything may rely on them."""
+    group, c, written = paths.data / record.name, record.contexts.index(context), []
+    for k, axis in _axes(record, list(norms)).items():
+        for name, values in zip(NORMS, norms[k]):
+            written += RawArray(group / name).write_range(values, c, axis, first=0)
+    return written
+
+
+def _checksums(norms: Norms) -> dict[str, int]:
+    """As a commit has them: {"norm_mean.LAYER": crc32c, …}."""
+    every = ((f"{name}.{k}", values) for k, both in norms.items() for name, values in zip(NORMS, both))
+    return {key: crc32c(np.ascontiguousarray(values, "<f4")) for key, values in every}
 
 
 class Moments:

@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import socket
-import stat
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data.errors import LockedError, StoreError
+from ...data.plainfile import open_plain
 from .layout import Paths
 from .remote import local, mirror_of
 from .seals import sealed
@@ -101,10 +101,9 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 def read_json(path: Path) -> Any:
     """Errors: FileNotFoundError; StoreError for what is no JSON, no plain file or of no size that a record has."""
     try:
-        with open(os.open(local(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as f:
-            facts = os.fstat(f.fileno())
-            if not stat.S_ISREG(facts.st_mode) or facts.st_size > _LARGEST_JSON:
-                raise StoreError("not a plain file, or far too large", where=path, expected="JSON")
+        with open_plain(local(path)) as f:
+            if os.fstat(f.fileno()).st_size > _LARGEST_JSON:
+                raise StoreError("far too large", where=path, expected="JSON")
             return json.loads(f.read())
     except FileNotFoundError:
         raise
