@@ -36,7 +36,7 @@ study-kathleen: $(INSTALLED)
 	$(KATHLEEN) corpus split corpus.jsonl --by prompt --dev 5% --test 10%
 	$(KATHLEEN) corpus features corpus.jsonl features.h5 --speeds 0.85,0.925,1.0,1.075,1.15
 	$(KATHLEEN) corpus tokenizer corpus.jsonl units --kind characters --split train
-	$(KATHLEEN) extract corpus.jsonl minilm.zarr --split train --teacher $$($(BIN)/python -c 'from stillhouse.train.demo import find_teacher; print(find_teacher())') --name minilm --layers 2,4,6
+	$(KATHLEEN) extract corpus.jsonl minilm.zarr --split train --teacher $$($(BIN)/python -c 'from stillhouse.train.demo.demo import find_teacher; print(find_teacher())') --name minilm --layers 2,4,6
 	$(KATHLEEN) study ../recipes/study-kathleen.toml --out study --jobs $(JOBS)
 
 # TEST_JOBS processes at a time, a file of tests to each
@@ -59,7 +59,7 @@ format: $(INSTALLED)
 # What is written from the code: the commands, the schemas of inspect, the Python reference; then the site, build/site
 docs: $(INSTALLED)
 	$(BIN)/python tests/docs/test_cli_reference.py
-	$(BIN)/python tests/inspect/test_docs.py
+	$(BIN)/python tests/extract/inspect/test_docs.py
 	$(BIN)/python tests/docs/test_api_reference.py
 	$(BIN)/python -m mkdocs build --strict -f .mkdocs.yml
 

@@ -15,21 +15,21 @@ import click
 
 # name -> (module:attribute, one line of help); strings, so that no package is imported to print the list.
 COMMANDS = {
-    "demo": ("stillhouse.train.commands:demo", "The whole of it on an embedded corpus, ending in a report."),
-    "corpus": ("stillhouse.data.commands:corpus", "Import, check and split a corpus; features; ASR units."),
-    "extract": ("stillhouse.extract.commands:extract", "Run a language model over the transcripts into a store."),
-    "teacher": ("stillhouse.extract.commands:teacher", "Bring a language model into a form that loads fast."),
-    "inspect": ("stillhouse.extract.inspect.commands:inspect", "Look into a store."),
-    "store": ("stillhouse.extract.store_commands:store", "Import into stores, clear, cut, copy and merge them."),
-    "views": ("stillhouse.extract.inspect.number_commands:choose_views", "Help to choose views before training."),
-    "train": ("stillhouse.train.commands:train", "Train a transducer, with transfer from a store or without."),
-    "report": ("stillhouse.train.report_commands:report", "Show a run of train as one HTML page."),
-    "study": ("stillhouse.train.commands:study", "Arms and seeds of a recipe, trained, decoded and compared."),
-    "decode": ("stillhouse.train.decode_commands:decode", "Write hypotheses of a trained model."),
-    "align": ("stillhouse.train.decode_commands:align", "Write when a trained model hears each word: CTM, TextGrid."),
-    "score": ("stillhouse.train.score_commands:score", "WER and CER with bootstrap intervals."),
-    "export": ("stillhouse.train.export_commands:export", "A trained model as ONNX, torch.export or safetensors."),
-    "doctor": ("stillhouse.data.doctor.commands:doctor", "What works on this machine, and what to install."),
+    "demo": ("stillhouse.train.commands.train:demo", "The whole of it on an embedded corpus, ending in a report."),
+    "corpus": ("stillhouse.data.commands.corpus:corpus", "Import, check and split a corpus; features; ASR units."),
+    "extract": ("stillhouse.extract.commands.extract:extract", "Store a language model's states of the transcripts."),
+    "teacher": ("stillhouse.extract.commands.extract:teacher", "Bring a language model into a form that loads fast."),
+    "inspect": ("stillhouse.extract.commands.inspect:inspect", "Look into a store."),
+    "store": ("stillhouse.extract.commands.store:store", "Import into stores, clear, cut, copy and merge them."),
+    "views": ("stillhouse.extract.commands.inspect_numbers:choose_views", "Help to choose views before training."),
+    "train": ("stillhouse.train.commands.train:train", "Train a transducer, with transfer from a store or without."),
+    "report": ("stillhouse.train.commands.report:report", "Show a run of train as one HTML page."),
+    "study": ("stillhouse.train.commands.train:study", "Arms and seeds of a recipe, trained, decoded and compared."),
+    "decode": ("stillhouse.train.commands.decode:decode", "Write hypotheses of a trained model."),
+    "align": ("stillhouse.train.commands.decode:align", "Write when a trained model hears each word: CTM, TextGrid."),
+    "score": ("stillhouse.train.commands.score:score", "WER and CER with bootstrap intervals."),
+    "export": ("stillhouse.train.commands.export:export", "A trained model as ONNX, torch.export or safetensors."),
+    "doctor": ("stillhouse.data.commands.doctor:doctor", "What works on this machine, and what to install."),
 }
 
 

@@ -19,8 +19,8 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .errors import CorpusError
-from .paths import confined
-from .textfile import parse_object, scan_bytes
+from .files.lines import parse_object, scan_bytes
+from .files.paths import confined
 
 # 30 years: more seconds than that times a rate would leave the integers that libraries count samples with.
 Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]

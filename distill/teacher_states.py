@@ -16,7 +16,7 @@ import numpy as np
 from ..data.errors import NoStoreError, StaleError, StoreError, some
 from ..data.manifest import Corpus
 from ..extract.store import Store, View, hash_text, to_float32
-from ..extract.store.freshness import stale
+from ..extract.store.verify.stale import stale
 from .controls import donors, silent_tokens, table_norm, vocabulary, word_codes, word_numbers
 from .spans import expand
 

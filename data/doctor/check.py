@@ -23,6 +23,6 @@ class Check:
 
 
 def as_json(checks: list[Check]) -> dict[str, Any]:
-    """The schema is in docs/doctor.md and only grows."""
+    """The schema is in docs/reference/doctor.md and only grows."""
     ok = not any(c.state == "broken" for c in checks)
     return {"schema": "stillhouse.doctor/1", "ok": ok, "checks": [asdict(c) for c in checks]}

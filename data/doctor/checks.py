@@ -14,8 +14,8 @@ from pathlib import Path
 from . import programs
 from .check import Check
 from .machine import machine
-from .needs import Need, fits, install, installed, module, needs
-from .probing import Answer, ask, together
+from .probes import Answer, ask, together
+from .requirements import Need, fits, install, installed, module, needs
 
 
 def examine(path: Path) -> list[Check]:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AudioError, ConfigError, CorpusError
-from ..paths import below, confined, relative_audio
-from .imported import Imported, SessionPattern, by_time, in_session_order, inside, is_seconds, meta_of
-from .places import Places, Unpacked, above
+from ..files.paths import below, confined, relative_audio
+from .audio_files import Places, Unpacked, above
+from .common import Imported, SessionPattern, by_time, in_session_order, inside, is_seconds, meta_of
 from .table import FIELDS, USUAL
 
 MAGIC = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"ID3": ".mp3", b"\xff\xfb": ".mp3", b"FORM": ".aiff"}

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import AudioError, CorpusError
-from ..paths import below, relative_audio
-from ..textfile import scan_lines
-from .entries import Entries
-from .imported import Imported, SessionPattern, by_time, in_session_order, inside
-from .places import Places, Unpacked, above
+from ..files.lines import scan_lines
+from ..files.paths import below, relative_audio
+from .audio_files import Places, Unpacked, above
+from .common import Imported, SessionPattern, by_time, in_session_order, inside
+from .kaldi_entries import Entries
 
 DURATIONS = ("utt2dur", "utt2num_frames", "utt2num_samples", "utt2category")
 TEXT, SCP, SEGMENTS = "text", "wav.scp", "segments"

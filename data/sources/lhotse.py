@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AudioError, CorpusError
-from ..paths import relative_audio
-from ..textfile import scan_objects
-from .entries import Entries
-from .imported import Imported, SessionPattern, by_time, in_session_order, inside, is_seconds, meta_of
-from .places import Places, Unpacked, above
+from ..files.lines import scan_objects
+from ..files.paths import relative_audio
+from .audio_files import Places, Unpacked, above
+from .common import Imported, SessionPattern, by_time, in_session_order, inside, is_seconds, meta_of
+from .kaldi_entries import Entries
 
 HARMLESS = {"Resample"}  # `corpus features` resamples whatever comes
 TAKEN = {"id", "recording_id", "start", "duration", "channel", "text", "speaker", "custom", "alignment"}

@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ..audio import audio_length
+from ..audio.read import audio_length
 from ..errors import AudioError, CorpusError
+from ..files.lines import read_lines
+from ..files.paths import below, confined, relative_audio
 from ..manifest import Utterance
-from ..paths import below, confined, relative_audio
-from ..textfile import read_lines
-from .imported import Imported
+from .common import Imported
 
 ID = re.compile(r"(?P<speaker>\d+)-(?P<chapter>\d+)-(?P<number>\d+)")
 SPLIT = re.compile(r"(train|dev|test)(-.+)?")

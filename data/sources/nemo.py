@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AudioError, CorpusError
-from ..paths import relative_audio
-from ..textfile import scan_objects
-from .imported import Imported, SessionPattern, by_time, in_session_order, inside, is_seconds, meta_of
-from .places import Places, above
+from ..files.lines import scan_objects
+from ..files.paths import relative_audio
+from .audio_files import Places, above
+from .common import Imported, SessionPattern, by_time, in_session_order, inside, is_seconds, meta_of
 
 IDS = ("id", "utt_id", "uttid", "utterance_id", "audio_id")
 TAKEN = {*IDS, "audio_filepath", "offset", "duration", "text", "speaker", "session", "split"}

@@ -14,11 +14,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..audio import audio_length
+from ..audio.read import audio_length
 from ..errors import AudioError, ConfigError, CorpusError
-from ..paths import confined, relative_audio
-from ..textfile import read_text
-from .imported import Imported, SessionPattern, in_session_order
+from ..files.lines import read_text
+from ..files.paths import confined, relative_audio
+from .common import Imported, SessionPattern, in_session_order
 
 # Names under which a header usually has a field; the first that is there counts.
 USUAL: dict[str, tuple[str, ...]] = {

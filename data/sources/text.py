@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import CorpusError
-from ..textfile import read_lines
-from .imported import Imported, SessionPattern, in_session_order
+from ..files.lines import read_lines
+from .common import Imported, SessionPattern, in_session_order
 
 
 def import_text(

@@ -3,7 +3,7 @@
 Invariant: a supervision is looked up by the field that `attach` wrote, which every copy of it keeps, or by that of a
 cut that holds nothing else, or else by its id; all ways lead a copy with another speed to the utterance it was made of.
 Lhotse itself is not imported: cuts are taken for what they say they are. Exercised by: pytest
-tests/inspect/test_adapters.py.
+tests/extract/adapters/test_adapters.py.
 """
 
 from __future__ import annotations

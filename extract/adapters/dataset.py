@@ -1,7 +1,7 @@
 """A store as a map-style `torch.utils.data.Dataset`. This module imports torch; the store does not.
 
 Invariant: item i is utterance ids[i], whatever asks for it and in whichever process; a batch is one gather.
-Exercised by: pytest tests/inspect/test_adapters.py.
+Exercised by: pytest tests/extract/adapters/test_adapters.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Ids of other toolkits to ids of a store: copies that augmentation renamed are the utterance that they were made of.
 
 Invariant: an id that the store knows is itself, whatever it looks like; nothing is guessed beyond the affixes below.
-Exercised by: pytest tests/inspect/test_adapters.py.
+Exercised by: pytest tests/extract/adapters/test_adapters.py.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Invariant: float32 of what `Store.gather` returns, nothing else. The whole store opens without this too, lazily:
 `xarray.open_zarr("corpus.zarr/data.zarr", group="minilm", consolidated=False)`.
-Exercised by: pytest tests/inspect/test_adapters.py.
+Exercised by: pytest tests/extract/adapters/test_adapters.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A store from one end to the other in batches of bounded size.
 
 Invariant: every utterance that all the views hold comes once, in the order of the store, in which reading is
-sequential; one batch is in memory. Exercised by: pytest tests/inspect/test_adapters.py.
+sequential; one batch is in memory. Exercised by: pytest tests/extract/adapters/test_adapters.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from .gathering import Gathered
+from .gather import Gathered
 from .reader import Store
 from .views import View
 

@@ -2,7 +2,7 @@
 
 Invariant: nothing here writes. A Store holds no open file until it reads, may be forked, and pickles as its path. It
 is made in layers: opened.py knows where things are, gathering.py reads states, and this asks the rest of a store.
-Run: `pytest tests/extract/test_reader.py`.
+Run: `pytest tests/extract/store/test_reader.py`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from ...data.errors import NoStoreError, StaleError, StoreError, some
-from . import notebook
-from . import plan as plans
-from .arrays import RawArray
-from .gathering import Gathering
-from .layout import hash_text
-from .quantise import Loss, sum_up
+from . import display as notebook
+from .disk.layout import hash_text
+from .format import plan as plans
+from .format.arrays import RawArray
+from .format.int8 import Loss, sum_up
+from .gather import Gathering
 from .views import View, matching
 
 

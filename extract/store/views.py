@@ -1,7 +1,7 @@
 """Views: what a store has of a transcript, and the patterns that name them.
 
 Invariant: an address, TEACHER/CONTEXT/LAYER, means one view; a pattern gives views in the order in which they were
-given. Run: `pytest tests/extract/test_reader.py -k view`.
+given. Run: `pytest tests/extract/store/test_reader.py -k view`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from . import notebook
-from .plan import Plan
+from . import display as notebook
+from .format.plan import Plan
 
 
 @dataclass(frozen=True, order=True)

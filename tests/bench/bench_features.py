@@ -1,6 +1,6 @@
 """The bars of the acoustic features: random gathers against np.memmap; how fast fbank and speed perturbation are.
 
-Usage: python tests/bench/bench_features.py [--utterances 3000] [--out docs/bench-features.md]
+Usage: python tests/bench/bench_features.py [--utterances 3000] [--out docs/bench/features.md]
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 from measuring import Row, at_least, rounds, write_table
 
-from stillhouse.data.audio import change_speed, resample
-from stillhouse.data.fbank import fbank
-from stillhouse.data.feature_file import FeatureFile, FeatureSettings
-from stillhouse.data.feature_writer import Rows, merge, write_rows
+from stillhouse.data.audio.fbank import fbank
+from stillhouse.data.audio.read import change_speed, resample
+from stillhouse.data.features.file import FeatureFile, FeatureSettings
+from stillhouse.data.features.writer import Rows, merge, write_rows
 
 BATCH, ROUNDS = 32, 400
 

@@ -24,13 +24,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from made_up import MadeUpTeacher, made_up_corpus
 from measuring import Row, at_most, write_table
 
-from stillhouse.extract.making import UnitMaker
-from stillhouse.extract.norms import fix_norms
-from stillhouse.extract.plan import Request, make_plan
-from stillhouse.extract.progress import Progress
+from stillhouse.extract.pipeline.norms import fix_norms
+from stillhouse.extract.pipeline.progress import Progress
+from stillhouse.extract.pipeline.request import Request, make_plan
+from stillhouse.extract.pipeline.runner import UnitMaker
 from stillhouse.extract.store import Store, writer
-from stillhouse.extract.store.files import Scratch
-from stillhouse.extract.store.rows import TeacherRows
+from stillhouse.extract.store.disk.durable import Scratch
+from stillhouse.extract.store.read.rows import TeacherRows
 from stillhouse.extract.store.writer import UnitWriter
 
 LOOK_S, LOOK_BYTES = 1.0, 200 << 20  # of what is told without states
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--utterances", type=int, default=30_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="on a disk with room for 6 GB")
-    parser.add_argument("--out", type=Path, default=Path("docs/bench-inspect.md"))
+    parser.add_argument("--out", type=Path, default=Path("docs/bench/inspect.md"))
     options = parser.parse_args()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:

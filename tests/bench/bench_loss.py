@@ -1,4 +1,4 @@
-"""The RNN-T loss beside its peers: one run, interleaved, medians; writes docs/bench-loss.md.
+"""The RNN-T loss beside its peers: one run, interleaved, medians; writes docs/bench/loss.md.
 
 Run: make bench-loss, or `python tests/bench/bench_loss.py [--rounds 7] [--out FILE] [--only PART,…]`.
 Every time is forward + backward; memory is the growth of the peak resident set over what was there before the call,
@@ -32,14 +32,7 @@ from loss_cases import (
     roofline,
 )
 
-from stillhouse.train.rnnt import (
-    precompile,
-    prune_ranges,
-    rnnt_loss,
-    rnnt_loss_joint,
-    rnnt_loss_simple,
-    tdt_loss,
-)
+from stillhouse.train.rnnt import precompile, prune_ranges, rnnt_loss, rnnt_loss_joint, rnnt_loss_simple, tdt_loss
 
 RECTANGLES = [(8, 200, 40, 256), (16, 250, 60, 500), (4, 400, 100, 1024)]
 CHARACTERS = (16, 400, 120, 32)
@@ -260,7 +253,7 @@ def machine() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "bench-loss.md")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "bench" / "loss.md")
     parser.add_argument("--only", default=",".join(PARTS))
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "lib"))
 import s3
 from made_up import MadeUpTeacher, made_up_corpus
 
-from stillhouse.data.sampler import BatchSampler
-from stillhouse.extract.plan import Request
-from stillhouse.extract.run import extract
+from stillhouse.data.batches.sampler import BatchSampler
+from stillhouse.extract.pipeline.extract import extract
+from stillhouse.extract.pipeline.request import Request
 from stillhouse.extract.store import Store
 
 UTTERANCES, WIDTH, BATCH = 5_000, 384, 64

@@ -22,21 +22,23 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "lib"))
+import known_store
 from measuring import Row, ratio, write_table
 
-from stillhouse.data.demo.stories import read_stories
+from stillhouse.data.batches.loader import Batch, prefetch
 from stillhouse.distill import TargetReader, Transfer
-from stillhouse.extract.batches import make_batches
-from stillhouse.extract.convert import convert
-from stillhouse.extract.teacher import Teacher, load_teacher
-from stillhouse.extract.windows import Frame, parse_context, passes
+from stillhouse.extract.teacher.batching import make_batches
+from stillhouse.extract.teacher.contexts import Frame, parse_context, passes
+from stillhouse.extract.teacher.convert import convert
+from stillhouse.extract.teacher.model import Teacher, load_teacher
 from stillhouse.train.config import Config
-from stillhouse.train.loader import Batch, prefetch
-from stillhouse.train.objective import losses
-from stillhouse.train.trainer import build_model
+from stillhouse.train.demo.stories import read_stories
+from stillhouse.train.loop.objective import losses
+from stillhouse.train.loop.trainer import build_model
 
 UTTERANCES, FRAMES, UNITS = 10, 500, 60
-OUT = Path(__file__).resolve().parents[2] / "docs" / "bench-step.md"
+OUT = Path(__file__).resolve().parents[2] / "docs" / "bench" / "step.md"
 BARS = {1: 1.05, 6: 1.15}
 ONLINE_BAR, WAIT_BAR = 3.0, 0.05
 ALONE, THREE = ["alone"], ["alone", "past:64", "both:64"]
@@ -50,13 +52,10 @@ def texts_of() -> list[str]:
 
 def store_of(folder: Path, texts: list[str]) -> Any:
     """Six views, made by the real extraction from the tests' known teacher."""
-    path = Path(__file__).resolve().parents[1] / "inspect" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("stores", path)
-    assert spec is not None and spec.loader is not None
-    stores = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(stores)
-    teacher = stores.KnownTeacher(width=384)
-    return stores.build(folder, texts, layers=(0, 2, 4), contexts=("alone", "both:8"), teacher=teacher, per_session=30)
+    teacher = known_store.KnownTeacher(width=384)
+    return known_store.build(
+        folder, texts, layers=(0, 2, 4), contexts=("alone", "both:8"), teacher=teacher, per_session=30
+    )
 
 
 def online(teacher: Teacher, session: list[str], contexts: list[str], chosen: range) -> Callable[[], None]:

@@ -31,12 +31,12 @@ from peers import peers
 from store_reading import BATCH, Memmap, cold, int8, loading, reading
 
 from stillhouse.data.manifest import Corpus
-from stillhouse.extract.plan import Request, make_plan
-from stillhouse.extract.run import extract
+from stillhouse.extract.pipeline.extract import extract
+from stillhouse.extract.pipeline.request import Request, make_plan
 from stillhouse.extract.store import Store
-from stillhouse.extract.store.files import Scratch
-from stillhouse.extract.store.plan import Plan
-from stillhouse.extract.store.rows import TeacherRows
+from stillhouse.extract.store.disk.durable import Scratch
+from stillhouse.extract.store.format.plan import Plan
+from stillhouse.extract.store.read.rows import TeacherRows
 from stillhouse.extract.store.writer import UnitWriter
 
 
@@ -96,7 +96,7 @@ def writing(folder: Path, corpus: Corpus, teacher: MadeUpTeacher, layers: list[i
 
 
 def sizes(store: Store) -> list[Row]:
-    from stillhouse.extract.progress import folder_bytes
+    from stillhouse.extract.pipeline.progress import folder_bytes
 
     info = store.teacher(store.views[0].teacher)
     hidden = folder_bytes(store.path / "data.zarr" / info.name / "hidden")
@@ -120,7 +120,7 @@ _OPENED = """
 import json, sys, time
 import numpy as np
 from stillhouse.extract.store import Store
-from stillhouse.extract.inspect.facts import store_facts
+from stillhouse.extract.inspect.facts.store import store_facts
 
 def resident():
     lines = dict(line.split(":") for line in open("/proc/self/status"))
@@ -189,7 +189,7 @@ def main() -> None:
             setattr(options, name, value)
     whole = {"rounds": parser.get_default("rounds")} | SHAPES[options.shape]
     suffix = "" if options.shape == "librispeech" else f"-{options.shape}"
-    out = options.out or Path(__file__).parents[2] / "docs" / f"bench-store{suffix}.md"
+    out = options.out or Path(__file__).parents[2] / "docs" / "bench" / f"store{suffix}.md"
     parts = options.parts.split(",")
     if set(parts) - set(PARTS):
         parser.error(f"--parts are of {', '.join(PARTS)}")

@@ -36,18 +36,18 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent))
 from measuring import NO_BAR, Row, beside, ratio, rounds, write_table
 
+from stillhouse.data.batches.loader import Batch
 from stillhouse.data.manifest import read_manifest, write_manifest
 from stillhouse.data.units import train_units
 from stillhouse.train.config import Config, load_config
-from stillhouse.train.loader import Batch
+from stillhouse.train.loop.specaugment import spec_augment
+from stillhouse.train.loop.trainer import Trainer, _mix
 from stillhouse.train.rnnt import joint
+from stillhouse.train.run.stopwatch import Stopwatch
 from stillhouse.train.schedule import learning_rate
-from stillhouse.train.specaugment import spec_augment
-from stillhouse.train.stopwatch import Stopwatch
-from stillhouse.train.trainer import Trainer, _mix
 
 ROOT = Path(__file__).resolve().parents[2]
-OUT = ROOT / "docs" / "bench-train.md"
+OUT = ROOT / "docs" / "bench" / "train.md"
 RECIPE = ROOT / "recipes" / "librispeech-100.toml"
 CORPORA = Path(os.environ.get("STILLHOUSE_CORPORA", ROOT.parent / "shared" / "corpora"))
 UTTERANCES, SHARE_BAR, WAIT_BAR = 300, 0.25, 0.02

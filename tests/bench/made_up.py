@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from stillhouse.data.manifest import Corpus, Utterance
-from stillhouse.extract.tokens import Tokens
-from stillhouse.extract.windows import Window
+from stillhouse.extract.teacher.contexts import Window
+from stillhouse.extract.teacher.tokenizer import Tokens
 
 
 class MadeUpTokeniser:

@@ -192,7 +192,7 @@ def int8(store: Store, small: Store, n: int) -> list[Row]:
     rows = [
         at_least(f"int8 to float32 vs float16 and numpy's conversion, {len(every)} layers", ours, theirs, 1.3, note)
     ]
-    from stillhouse.extract.progress import folder_bytes
+    from stillhouse.extract.pipeline.progress import folder_bytes
 
     width, name = store.teacher(every[0].teacher).width, every[0].teacher
     of = [folder_bytes(small.path / "data.zarr" / name / a) for a in ("hidden", "scale")]

@@ -25,12 +25,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stillhouse.cli import cli
-from stillhouse.data.checking import check_corpus
+from stillhouse.data.corpus.check import check_corpus
 from stillhouse.data.errors import CorpusError, FeatureError, PartialError, StillhouseError
-from stillhouse.data.feature_file import FeatureSettings
-from stillhouse.data.feature_writer import Rows, write_rows
+from stillhouse.data.features.file import FeatureSettings
+from stillhouse.data.features.writer import Rows, write_rows
 from stillhouse.data.manifest import Utterance, read_manifest, to_line, write_manifest
-from stillhouse.data.sources.imported import Imported
+from stillhouse.data.sources.common import Imported
 from stillhouse.data.sources.kaldi import import_kaldi
 from stillhouse.data.sources.lhotse import import_lhotse
 from stillhouse.data.sources.nemo import import_nemo
@@ -224,7 +224,7 @@ CHILD = """
 import random, sys
 from pathlib import Path
 from stillhouse.data.errors import FeatureError
-from stillhouse.data.feature_file import FeatureFile
+from stillhouse.data.features.file import FeatureFile
 
 good, path = Path(sys.argv[1]).read_bytes(), Path(sys.argv[1] + ".fuzz.h5")
 frames = FeatureFile(sys.argv[1]).gather(["u1"])[0]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from stillhouse.data.errors import CorpusError
+from stillhouse.data.files.paths import relative_audio
 from stillhouse.data.manifest import Corpus, Utterance, read_manifest, to_line, write_manifest
-from stillhouse.data.paths import relative_audio
 
 A = Utterance(
     id="a-1", text="Ä b", audio="x y/ä.wav", start_s=1.5, duration_s=2.0, session="s", speaker="p", split="dev"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
+import known_store
 import numpy as np
 import pytest
 import torch
@@ -27,11 +26,7 @@ TEXTS = [" ".join(f"w{(i * 5 + j * 3) % 40}" for j in range(2 + i % 4)) for i in
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    path = Path(__file__).parent.parent / "inspect" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("stores", path)
-    stores = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(stores)
-    return stores.build(tmp_path_factory.mktemp("controls"), TEXTS)
+    return known_store.build(tmp_path_factory.mktemp("controls"), TEXTS)
 
 
 @settings(deadline=None)

@@ -1,11 +1,11 @@
-"""docs/transfer.md: its code runs, and every choice of the code is told."""
+"""docs/guide/transfer.md: its code runs, and every choice of the code is told."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 
+import known_store
 import torch
 
 from stillhouse.distill.aligners import ALIGNERS
@@ -13,19 +13,15 @@ from stillhouse.distill.controls import CONTROLS
 from stillhouse.distill.mixing import MIXINGS
 from stillhouse.distill.targets import POSITIONS
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "transfer.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "guide" / "transfer.md"
 
 
 def test_the_example_runs(tmp_path, monkeypatch):
-    path = Path(__file__).parent.parent / "inspect" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("stores", path)
-    stores = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(stores)
-    store = stores.build(tmp_path, layers=(3, 4))
+    store = known_store.build(tmp_path, layers=(3, 4))
     (tmp_path / "corpus.zarr").symlink_to(store.path)
     monkeypatch.chdir(tmp_path)
     [code] = re.findall(r"```python quick\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
-    transcripts = {i: stores.TEXTS[int(i.split("-")[1])] for i in store.utterance_ids}
+    transcripts = {i: known_store.TEXTS[int(i.split("-")[1])] for i in store.utterance_ids}
     torch.manual_seed(0)
     names = {"transcripts": transcripts}
     exec(compile(code.replace("minilm", "known"), str(DOCS), "exec"), names)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import pickle
 import threading
-from pathlib import Path
 
+import known_store
 import numpy as np
 import pytest
 import torch
@@ -18,12 +17,7 @@ from stillhouse.extract.store import Store, View
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    # conftest modules cannot be imported under --import-mode=importlib
-    path = Path(__file__).parent.parent / "inspect" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("stores", path)
-    stores = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(stores)
-    return stores.build(tmp_path_factory.mktemp("real")), stores.TEXTS
+    return known_store.build(tmp_path_factory.mktemp("real")), known_store.TEXTS
 
 
 def test_targets_are_the_standardised_states_of_the_store(store):

@@ -10,7 +10,7 @@ import pytest
 
 from stillhouse.data.errors import ConfigError, NoStoreError
 from stillhouse.distill import TargetReader, Transfer
-from stillhouse.distill.sources import resolve_views
+from stillhouse.distill.views import resolve_views
 from stillhouse.extract.store import View
 
 

@@ -12,7 +12,7 @@ import click
 import pytest
 
 from stillhouse.cli import cli
-from stillhouse.data.demo.stories import read_stories
+from stillhouse.train.demo.stories import read_stories
 
 
 def walk(command: click.Command = cli, path: tuple[str, ...] = ("stillhouse",)) -> Iterator[tuple[str, click.Command]]:

@@ -1,4 +1,4 @@
-"""docs/api.md is written from the docstrings of the public modules; anew: make docs."""
+"""docs/reference/api.md is written from the docstrings of the public modules; anew: make docs."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "api.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "api.md"
 HEAD = """# Python reference
 
 <!-- written by tests/docs/test_api_reference.py from the docstrings; `make docs` writes it anew -->
 
 What other programs may import. Letters of shapes: B batch, T frames, U units, V vocabulary, N tokens, D width. Examples
-that run are in [python.md](python.md), [transfer.md](transfer.md) and [rnnt-loss.md](rnnt-loss.md).
+that run are in [python.md](python.md), [transfer.md](../guide/transfer.md) and [rnnt-loss.md](rnnt-loss.md).
 """
 MODULES = {
     "stillhouse.data.manifest": ["Corpus", "Utterance", "read_manifest", "write_manifest"],

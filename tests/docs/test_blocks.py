@@ -27,7 +27,7 @@ import peers
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [p for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))]
+PAGES = [p for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))]
 SHELLS = {"sh": "bash", "bash": "bash", "zsh": "zsh", "fish": "fish"}
 MARKS = ("quick", "slow", "needs-data")
 FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```[ ]*$", re.MULTILINE | re.DOTALL)
@@ -156,7 +156,7 @@ def type_it(
         (tmp_path / source.name).symlink_to(source)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.chdir(tmp_path)
-    for name, module in peers.modules().items():  # toolkits that docs/python.md has classes for
+    for name, module in peers.modules().items():  # toolkits that docs/reference/python.md has classes for
         monkeypatch.setitem(sys.modules, name, module)
     Path("train_manifest.json").write_text('{"id": "84-121123-0000"}\n')
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")

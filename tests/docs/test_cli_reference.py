@@ -1,4 +1,4 @@
-"""docs/cli.md is written from the commands themselves, every command and option is described, every example parses.
+"""docs/reference/cli.md is written from the commands; every command and option is described, every example parses.
 
 Write it anew after a command has changed: make docs (python tests/docs/test_cli_reference.py).
 """
@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import click
 import pytest
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "cli.md"
 HEAD = """# The command line
 
 <!-- written by tests/docs/test_cli_reference.py from the commands; `make docs` writes it anew -->

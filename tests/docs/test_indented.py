@@ -24,7 +24,7 @@ def shown(text: str) -> Iterator[tuple[int, str]]:
 
 SHOWN = [
     (page.name, number, line)
-    for page in sorted(DOCS.glob("*.md"))
+    for page in sorted(DOCS.rglob("*.md"))
     for number, line in shown(page.read_text(encoding="utf-8"))
     if page.name != "cli.md" and "OPTIONS" not in line and "…" not in line
 ]

@@ -1,10 +1,9 @@
-"""The classes of docs/python.md for icefall, ESPnet, SpeechBrain and NeMo, over stand-ins with those toolkits'
-arguments and shapes: the loss is the one that our own call gives, gradients arrive, validation is left alone.
+"""The classes of docs/reference/python.md for icefall, ESPnet, SpeechBrain and NeMo, over stand-ins with
+those toolkits' arguments and shapes: the loss is that of our own call, gradients arrive, validation is left alone.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import known_store
 import peers
 import pytest
 import torch
@@ -19,7 +19,7 @@ import torch
 from stillhouse.distill import TargetReader, Transfer
 from stillhouse.extract.adapters import store_ids
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "python.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "python.md"
 DIM = 8
 KEYS = ["s00-0002", "s00-0001_sp0.9", "sp1.1-s01-0003"]
 LENGTHS = torch.tensor([7, 5, 4])  # frames
@@ -27,14 +27,9 @@ LENGTHS = torch.tensor([7, 5, 4])  # frames
 
 @pytest.fixture(scope="module")
 def known(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    path = Path(__file__).parent.parent / "inspect" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("stores_of_inspect", path)
-    assert spec is not None and spec.loader is not None
-    stores = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(stores)
-    store = stores.build(tmp_path_factory.mktemp("toolkits"))
+    store = known_store.build(tmp_path_factory.mktemp("toolkits"))
     reader = TargetReader([(store, store.resolve("known/both:8/4"))], position="word")
-    texts = {i: stores.TEXTS[int(i[-4:])] for i in store.utterance_ids}
+    texts = {i: known_store.TEXTS[int(i[-4:])] for i in store.utterance_ids}
     return SimpleNamespace(store=store, reader=reader, texts=texts)
 
 

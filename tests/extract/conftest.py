@@ -11,10 +11,10 @@ import s3
 import torch
 
 from stillhouse.data.manifest import Corpus, Utterance
-from stillhouse.extract.plan import Request
-from stillhouse.extract.run import extract
-from stillhouse.extract.store import objects as objects_module
-from stillhouse.extract.teacher import Teacher, load_teacher
+from stillhouse.extract.pipeline.extract import extract
+from stillhouse.extract.pipeline.request import Request
+from stillhouse.extract.store.remote import client as objects_module
+from stillhouse.extract.teacher.model import Teacher, load_teacher
 
 
 @pytest.fixture(scope="session", autouse=True)

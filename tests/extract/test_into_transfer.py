@@ -19,11 +19,11 @@ from stillhouse.data.text import transform
 from stillhouse.data.units import train_units
 from stillhouse.distill import TargetReader, Transfer
 from stillhouse.distill.aligners import ALIGNERS
-from stillhouse.distill.sources import resolve_views
 from stillhouse.distill.spans import overlaps, pack, word_spans
 from stillhouse.distill.targets import POSITIONS
-from stillhouse.extract.plan import Request
-from stillhouse.extract.run import extract
+from stillhouse.distill.views import resolve_views
+from stillhouse.extract.pipeline.extract import extract
+from stillhouse.extract.pipeline.request import Request
 from stillhouse.extract.store import Store
 
 from .conftest import loaded, sentences

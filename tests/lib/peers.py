@@ -1,5 +1,5 @@
-"""Stand-ins for the classes of other toolkits that docs/python.md builds on: the same names, arguments and shapes as
-theirs, and next to nothing inside.
+"""Stand-ins for the classes of other toolkits that docs/reference/python.md builds on: names, arguments and shapes
+as theirs, and next to nothing inside.
 
 Invariant: what a method is called with there, it is called with here, by position or by name as there. Used by
 tests/docs/test_toolkits.py and tests/docs/test_blocks.py.
@@ -116,7 +116,7 @@ class EncDecRNNTBPEModel(nn.Module):
 
 
 def modules() -> dict[str, ModuleType]:
-    """By the names under which docs/python.md imports them."""
+    """By the names under which docs/reference/python.md imports them."""
 
     def module(name: str, **names: Any) -> ModuleType:
         made = ModuleType(name)

@@ -1,7 +1,7 @@
 """What tests of several folders do to stores.
 
 Invariant: what is changed here is what a store holds as it is, so it finds out by its checksums alone. Used by
-tests/extract/test_into_transfer.py and tests/train/test_transfer_run.py.
+tests/extract/test_into_transfer.py and tests/train/loop/test_transfer_run.py.
 """
 
 from __future__ import annotations

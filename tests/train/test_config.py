@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from stillhouse.data.errors import ConfigError
-from stillhouse.train import building
-from stillhouse.train.building import build_model
 from stillhouse.train.config import dump_config, load_config
-from stillhouse.train.study import load_study
+from stillhouse.train.model import build as building
+from stillhouse.train.model.build import build_model
+from stillhouse.train.study.definition import load_study
 
 MINIMAL = '[data]\ncorpus = "c.jsonl"\nfeatures = "f.h5"\nunits = "u"\n'
 

@@ -1,7 +1,7 @@
 """Settings, studies, checkpoints, run folders and hypotheses that nobody meant well.
 
 Whatever comes in, the answer is data or an error of ours, soon, in little memory, and nothing half written.
-Feature files, manifests and units are wrecked in tests/data/test_hostile.py, stores in tests/inspect.
+Feature files, manifests and units are wrecked in tests/data/test_hostile.py, stores in tests/extract/inspect.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from stillhouse.data.errors import CheckpointError, ConfigError, StillhouseError
-from stillhouse.data.plainfile import sha256_plain
-from stillhouse.train import checkpoint
+from stillhouse.data.files.plainfile import sha256_plain
 from stillhouse.train.config import Config, load_config
-from stillhouse.train.study import load_study
-from stillhouse.train.trainer import Trainer
+from stillhouse.train.loop.trainer import Trainer
+from stillhouse.train.run import checkpoint
+from stillhouse.train.study.definition import load_study
 
 slow = pytest.mark.slow
 # A model of NaNs is told so by a warning
@@ -71,7 +71,7 @@ HOSTILE = ["-1", "0", "1", "1e308", "nan", "inf", "-inf", "1000000000000", "9223
 @pytest.mark.parametrize("section", sorted(Config.model_fields))
 def test_every_setting_hostile(tones: Path, tmp_path: Path, section: str) -> None:
     """What cannot be meant is refused in words, and what is allowed can be built, before any data is asked for."""
-    from stillhouse.train.building import build_model
+    from stillhouse.train.model.build import build_model
 
     rng = random.Random(section)
     for name in settings_of(section):

@@ -1,7 +1,7 @@
 """The RNN-T loss: rnnt_loss (logits given) and rnnt_loss_joint (logits never exist), usable alone.
 
 Invariant: imports torch, numpy and numba alone, and numba's kernels only when a loss is first computed.
-Run: pytest tests/rnnt; see docs/rnnt-loss.md.
+Run: pytest tests/train/rnnt; see docs/reference/rnnt-loss.md.
 """
 
 from .joint import rnnt_loss_joint

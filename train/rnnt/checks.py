@@ -2,7 +2,7 @@
 
 Checked on the CPU at no cost worth measuring; lengths and targets that live on another device are checked by whoever
 brings them over. Invariant: an index that passes here can't leave its array in a kernel.
-Run: pytest tests/rnnt/test_guards.py
+Run: pytest tests/train/rnnt/test_guards.py
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def check_batch(
     targets [B, Umax], lengths [B]. max_frames and max_units are what the logits have room for (None: packed).
     Raises TypeError for a wrong dtype, ValueError for anything outside, with the row of the batch and its lengths.
     """
-    from .plan_kernels import sound
+    from .cpu.plan import sound
 
     y = _integers("targets", targets, 2)
     T = _integers("logit_lengths", logit_lengths, 1)

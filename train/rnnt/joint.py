@@ -3,7 +3,7 @@
 Forward, tile by tile: hidden rows, matrix product, logsumexp; two numbers a cell stay. Backward recomputes tiles, but
 only of cells whose occupancy exceeds eps. Threads take tiles, each with matrix products of one thread.
 Invariant: which tiles a thread takes in the backward pass, and the order of its sums, depend on lengths, occupancies
-and the number of threads alone: gradients are reproducible to the bit. Run: pytest tests/rnnt/test_joint.py
+and the number of threads alone: gradients are reproducible to the bit. Run: pytest tests/train/rnnt/test_joint.py
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import threads
 from .checks import Batch, check_band, check_batch, check_joint, check_options
+from .cpu import threads
 from .loss import reduce, warn_nan
 
 TILE_ELEMENTS = 1 << 17  # logits of a tile: half a megabyte, which stays in a core's cache between the stages
@@ -52,7 +52,7 @@ class _Room:
 
 
 def _forward(e, p, weight, bias, batch: Batch, plan, o: JointOptions, lse, blank_lp, label_lp) -> None:
-    from .tiles import band_cells, hidden_rows, keep_rows
+    from .cpu.tiles import band_cells, hidden_rows, keep_rows
 
     rows = tile_rows(weight.shape[0])
     width = np.minimum(batch.U + 1, o.width) if o.band is not None else batch.U + 1
@@ -101,7 +101,7 @@ def _shares(batch: Batch, counts: np.ndarray, count: int) -> list[list[tuple[int
 
 
 def _backward(e, p, weight, bias, batch: Batch, plan, o: JointOptions, lse, occ_blank, occ_label, scale):
-    from .tiles import active_cells, count_active, gradient_rows, hidden_rows, scatter_rows
+    from .cpu.tiles import active_cells, count_active, gradient_rows, hidden_rows, scatter_rows
 
     rows = tile_rows(weight.shape[0])
     counts = np.zeros(int(batch.T.sum()), np.int64)
@@ -155,7 +155,7 @@ def _backward(e, p, weight, bias, batch: Batch, plan, o: JointOptions, lse, occ_
 class _CpuJointLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, encoder, predictor, weight, bias, batch: Batch, o: JointOptions, want_occupancy: bool):
-        from .cpu import CLOSED, lattices, unpack_occupancy
+        from .cpu.lattice import CLOSED, lattices, unpack_occupancy
         from .plan import make_plan
 
         kind = torch.float64 if encoder.dtype == torch.float64 else torch.float32
@@ -210,8 +210,8 @@ def _on_cuda(
     activation, combine, want_occupancy,
 ):  # fmt: skip
     """(costs [B], occupancy or None); batch None: the integers are on the device, unchecked."""
-    from .cuda import device_batch
-    from .cuda_joint import joint_cuda
+    from .cuda.joint import joint_cuda
+    from .cuda.launch import device_batch
     from .loss import Options
 
     longest = None if batch is None else [int(t) for t in batch.T]

@@ -1,7 +1,7 @@
 """rnnt_loss: the entry point with logits given; picks the implementation by device, binds it to autograd.
 
 Invariant: the forward pass keeps, beside the logits, 12 bytes a cell of the lattice, and the backward pass needs no
-more than that (and a gradient, unless in place). Run: pytest tests/rnnt/test_loss.py
+more than that (and a gradient, unless in place). Run: pytest tests/train/rnnt/test_loss.py
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import threads
 from .checks import Batch, check_band, check_batch, check_options, check_packed_rows
-from .memory import as_rows, fresh_like
+from .cpu import threads
+from .cpu.memory import as_rows, fresh_like
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -57,7 +57,7 @@ def warn_nan(costs: np.ndarray, batch: Batch) -> None:
 class _CpuLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits, batch: Batch, padded, band, options: Options, want_occupancy: bool):
-        from .cpu import CLOSED, forward, unpack_occupancy
+        from .cpu.lattice import CLOSED, forward, unpack_occupancy
         from .plan import make_plan, make_tasks
 
         x = as_rows(logits)
@@ -92,7 +92,7 @@ class _CpuLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_costs, _):
-        from .cpu import backward
+        from .cpu.lattice import backward
         from .plan import make_tasks
 
         if ctx.state is None:
@@ -176,7 +176,7 @@ def rnnt_loss(
     options = Options(clamp, fused_log_softmax, fastemit_lambda, delay_penalty, inplace, eps)
     on_cpu = all(v.device.type == "cpu" for v in (targets, logit_lengths, target_lengths))
     if logits.device.type == "cuda" and not (on_cpu or check):
-        from .cuda import rnnt_loss_cuda
+        from .cuda.launch import rnnt_loss_cuda
 
         costs, occupancy = rnnt_loss_cuda(
             logits.contiguous(), (targets, logit_lengths, target_lengths), blank, padded, options,
@@ -191,7 +191,7 @@ def rnnt_loss(
             if width != padded[1]:
                 raise ValueError(f"rnnt loss: ranges are {width} units wide, logits {padded[1]}")
         if logits.device.type == "cuda":
-            from .cuda import rnnt_loss_cuda
+            from .cuda.launch import rnnt_loss_cuda
 
             first = None if band is None else torch.from_numpy(band).to(logits.device, non_blocking=True)
             costs, occupancy = rnnt_loss_cuda(

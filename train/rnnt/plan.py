@@ -1,7 +1,7 @@
 """Where everything of one batch lies: rows of the logits, cells of the lattice, tasks of the threads.
 
 Invariant: offsets are 64-bit, and the tasks depend on the lengths alone, never on the number of threads, so that
-results are the same bits for any number. Run: pytest tests/rnnt/test_threads.py
+results are the same bits for any number. Run: pytest tests/train/rnnt/test_threads.py
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Plan:
 
 def make_plan(batch: Batch, padded: tuple[int, int] | None, band: np.ndarray | None = None) -> Plan:
     """padded: (Tmax, rows a frame) of the logits, None for packed rows. band [B, Tmax]: see Plan."""
-    from .plan_kernels import lay_out
+    from .cpu.plan import lay_out
 
     first, per_frame, frames, at, cells, base = lay_out(batch.T, batch.U, *(padded or (0, 0)))
     pruned = band is not None
@@ -56,6 +56,6 @@ def make_plan(batch: Batch, padded: tuple[int, int] | None, band: np.ndarray | N
 
 def make_tasks(frames: np.ndarray, per_frame: np.ndarray, V: int) -> tuple[np.ndarray, np.ndarray]:
     """Tasks int64 [K, 3] (utterance, frames from, to) of about TASK_ELEMENTS logits; their number per utterance [B]."""
-    from .plan_kernels import share_out
+    from .cpu.plan import share_out
 
     return share_out(frames, per_frame, V, TASK_ELEMENTS)

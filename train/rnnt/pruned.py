@@ -3,7 +3,7 @@
 As in k2 (Kuang et al. 2022, arXiv 2206.13236): rnnt_loss_simple on two projections am [B, T, V] and lm [B, U+1, V],
 prune_ranges on its occupancies, then rnnt_loss_joint(..., ranges=ranges) or rnnt_loss(..., ranges=ranges); train on
 the sum of both losses. Unlike k2's, the band is the best one there is (dynamic programming), not the best of every
-frame mended afterwards. Invariant: a band always holds an alignment. Run: pytest tests/rnnt/test_pruned.py
+frame mended afterwards. Invariant: a band always holds an alignment. Run: pytest tests/train/rnnt/test_pruned.py
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import threads
 from .checks import Batch, check_batch, check_options
+from .cpu import threads
 from .loss import reduce, rnnt_loss, warn_nan
 
 
@@ -24,9 +24,9 @@ class _CpuLattice(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, blank_lp, label_lp, batch: Batch, fastemit: float):
-        from .cpu import lattices
+        from .cpu.lattice import lattices
+        from .cpu.pruned import to_dense, to_diagonals
         from .plan import make_plan
-        from .pruned_kernels import to_dense, to_diagonals
 
         exact = blank_lp.dtype == torch.float64
         plan = make_plan(batch, (blank_lp.shape[1], blank_lp.shape[2]))
@@ -128,7 +128,7 @@ def prune_ranges(
     less than its width, so that it always holds an alignment; where width > U+1, its last units are outside.
     Raises ValueError, with the row, where an utterance has too few frames for the width: T * (width-1) < U.
     """
-    from .pruned_kernels import best_band
+    from .cpu.pruned import best_band
 
     B, Tmax, _ = gamma.shape
     T, U = (v.detach().cpu().numpy().astype(np.int64) for v in (logit_lengths, target_lengths))

@@ -30,7 +30,7 @@ FastEmit (Yu et al. 2021, eq. 9) counts the gradient of every label arc 1 + lamb
 the scores, of the loss's value and of the occupancies. clamp limits every element of g, before grad_output scales it.
 With fused_log_softmax off, x holds log-probabilities: g has the two subtracted terms alone.
 
-Invariant: nothing here is fast, and every other implementation is tested against it. Run: pytest tests/rnnt
+Invariant: nothing here is fast, and every other implementation is tested against it. Run: pytest tests/train/rnnt
 """
 
 from __future__ import annotations

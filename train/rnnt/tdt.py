@@ -6,7 +6,7 @@ An arc emits the blank or the next unit and moves on by one of the durations, ea
                   and over all d of     alpha(t-d, u-1) + label(t-d, u-1) + dur(d | t-d, u-1) - sigma
     log P(y)    = logadd over d > 0 of  alpha(T-d, U)   + blank(T-d, U)   + dur(d | T-d, U)   - sigma
 
-Invariant: values and gradients equal tdt_reference's. Run: pytest tests/rnnt/test_tdt.py
+Invariant: values and gradients equal tdt_reference's. Run: pytest tests/train/rnnt/test_tdt.py
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import threads
 from .checks import Batch, check_batch, check_options
+from .cpu import threads
+from .cpu.memory import as_rows, fresh_like
 from .loss import DTYPES, Options, reduce, warn_nan
-from .memory import as_rows, fresh_like
 
 
 class _CpuTdtLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits, duration_logits, batch: Batch, durations, options: dict, want_occupancy: bool):
-        from .cpu import unpack_occupancy
+        from .cpu.lattice import unpack_occupancy
+        from .cpu.tdt import tdt_forward
         from .plan import make_plan, make_tasks
-        from .tdt_kernels import tdt_forward
 
         x, d_rows = as_rows(logits), as_rows(duration_logits)
         plan = make_plan(batch, (logits.shape[1], logits.shape[2]))
@@ -59,9 +59,9 @@ class _CpuTdtLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_costs, _):
-        from .cpu import backward
+        from .cpu.lattice import backward
+        from .cpu.tdt import duration_backward
         from .plan import make_tasks
-        from .tdt_kernels import duration_backward
 
         batch, plan, options, lse, occ_blank, occ_label, dur = ctx.state
         logits, duration_logits = ctx.saved_tensors
@@ -82,8 +82,8 @@ class _CpuTdtLoss(torch.autograd.Function):
 
 
 def _on_cuda(tokens, steps_logits, batch: Batch, steps, options: dict, want_occupancy: bool):
-    from .cuda import device_batch
-    from .cuda_joint import CudaTdtLoss
+    from .cuda.joint import CudaTdtLoss
+    from .cuda.launch import device_batch
 
     integers = tuple(torch.from_numpy(v) for v in (batch.y, batch.T, batch.U))
     padded, V = (tokens.shape[1], tokens.shape[2]), tokens.shape[3]

@@ -32,8 +32,8 @@ def main() -> None:
 
 def voices() -> None:
     """audio/one.flac, a mono voice; audio/talk.flac, two speakers, a channel each, one after the other."""
-    from stillhouse.data.audio import resample
-    from stillhouse.data.demo.espeak import EspeakVoice, speak
+    from stillhouse.data.audio.read import resample
+    from stillhouse.train.demo.espeak import EspeakVoice, speak
 
     spoken = {}
     for name, voice in (("one", "en-us+f2"), ("left", "en-us+m3"), ("right", "en-gb-x-rp+f4")):

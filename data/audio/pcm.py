@@ -1,0 +1,117 @@
+"""Samples from a pipe: a WAV stream, or raw 16-bit PCM.
+
+Invariant: samples come out as soon as they came in, as the numbers that a file of them would give; what is not mono at
+the rate that is asked for is refused, since resampling piece by piece is another program's work.
+Exercised by `sox talk.flac -t wav -r 16000 -c 1 - | stillhouse decode RUN -`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from ..errors import AudioError
+
+READ_BYTES = 1 << 16
+UNTOLD_BYTES = 0x7FFFF000  # data that says to be so long was written into a pipe: it ends where the stream ends
+LARGEST_CHUNK = 1 << 26
+PCM, FLOAT, EXTENSIBLE = 1, 3, 0xFFFE
+# (format, bits) -> what a sample is; 24 bits are handled apart
+KINDS = {(PCM, 8): "u1", (PCM, 16): "<i2", (PCM, 24): "", (PCM, 32): "<i4", (FLOAT, 32): "<f4", (FLOAT, 64): "<f8"}
+
+
+class PcmStream:
+    """Mono float32 samples in [-1, 1] of a buffered binary stream; `raw`: 16-bit little-endian PCM without a header.
+
+    Raises AudioError for what is no such stream, at once, and for samples that are not numbers.
+    """
+
+    def __init__(self, source: Any, rate_hz: int, *, raw: bool = False, where: str = "stdin") -> None:
+        self.source, self.rate_hz, self.where = source, rate_hz, where
+        self.format, self.bits = PCM, 16
+        self.left: int | None = None  # bytes; None: until the stream ends
+        self.cut_short = False
+        if not raw:
+            self._header()
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Samples as they arrive. A sample that the end cuts in two is left out."""
+        size, rest = self.bits // 8, b""
+        while self.left is None or self.left > 0:
+            data = self.source.read1(READ_BYTES if self.left is None else min(READ_BYTES, self.left))
+            if not data:
+                break
+            if self.left is not None:
+                self.left -= len(data)
+            data = rest + data
+            whole = len(data) // size * size
+            rest = data[whole:]
+            if whole:
+                yield self._samples(data[:whole])
+        self.cut_short = bool(self.left) or bool(rest)
+
+    def _samples(self, data: bytes) -> np.ndarray:
+        if self.bits == 24:
+            padded = np.zeros((len(data) // 3, 4), np.uint8)
+            padded[:, 1:] = np.frombuffer(data, np.uint8).reshape(-1, 3)
+            return (padded.view("<i4")[:, 0] / 2.0**31).astype(np.float32)
+        found = np.frombuffer(data, KINDS[self.format, self.bits])
+        if self.format == FLOAT:
+            if not np.isfinite(found).all():
+                raise AudioError("the audio holds samples that are not numbers", where=self.where)
+            return found.astype(np.float32)
+        if self.bits == 8:
+            return (found.astype(np.float32) - 128) / 128
+        return (found / 2.0 ** (self.bits - 1)).astype(np.float32)
+
+    def _header(self) -> None:
+        remedy = f"sox FILE -t wav -r {self.rate_hz} -c 1 - | stillhouse decode RUN -"
+        head = self._read(12)
+        if not head:
+            raise AudioError("no audio came", where=self.where, remedy=remedy)
+        if head[:4] not in (b"RIFF", b"RF64") or head[8:] != b"WAVE":
+            raise AudioError(
+                f"not a WAV stream: it begins with {head[:12]!r}",
+                where=self.where,
+                expected="WAV, or --raw for 16-bit PCM without a header",
+                remedy=remedy,
+            )
+        told = None
+        while True:
+            chunk = self._read(8)
+            if len(chunk) < 8:
+                raise AudioError("the WAV header is cut off", where=self.where, remedy=remedy)
+            name, size = chunk[:4], struct.unpack("<I", chunk[4:])[0]
+            if name == b"data":
+                break
+            body = self._read(size + size % 2) if size <= LARGEST_CHUNK else b""
+            if len(body) < size:
+                raise AudioError(f"the WAV header's chunk {name!r} is cut off", where=self.where, remedy=remedy)
+            if name == b"fmt ":
+                told = body
+        if told is None or len(told) < 16:
+            raise AudioError("the WAV header does not say the format", where=self.where, remedy=remedy)
+        self.format, channels, rate, _, _, self.bits = struct.unpack("<HHIIHH", told[:16])
+        if self.format == EXTENSIBLE and len(told) >= 26:
+            self.format = struct.unpack("<H", told[24:26])[0]
+        wrong = [f"{rate} Hz"] if rate != self.rate_hz else []
+        wrong += [f"{channels} channels"] if channels != 1 else []
+        wrong += [f"format {self.format} of {self.bits} bits"] if (self.format, self.bits) not in KINDS else []
+        if wrong:
+            raise AudioError(
+                f"the audio has {', '.join(wrong)}",
+                where=self.where,
+                expected=f"{self.rate_hz} Hz, 1 channel, PCM or float",
+                remedy=remedy,
+            )
+        self.left = size if 0 < size < UNTOLD_BYTES else None
+
+    def _read(self, size: int) -> bytes:
+        """`size` bytes, fewer where the stream ends."""
+        data = b""
+        while len(data) < size and (more := self.source.read1(min(READ_BYTES, size - len(data)))):
+            data += more
+        return data

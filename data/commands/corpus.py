@@ -1,0 +1,297 @@
+"""The `stillhouse corpus` commands: thin over the functions of this package.
+
+Invariant: everything heavier than click is imported inside a command. Run: `stillhouse corpus --help`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .corpus_import import EXISTING, PATH, import_, root_option, say
+
+FEATURE_SUFFIXES = (".h5", ".hdf5")
+
+if TYPE_CHECKING:
+    from ..corpus.info import CorpusFacts
+    from ..features.compute import PartDone
+
+
+@click.group()
+def corpus() -> None:
+    """Import, check and split a corpus; features; ASR units."""
+
+
+corpus.add_command(import_)
+
+
+class _Progress:
+    """A bar on a terminal, a line every few seconds elsewhere."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self.rows, self.to_do, self.audio_s, self.said = what, 0, 0, 0.0, 0.0
+        self.bar: Any = None
+
+    def start(self, there: int, to_do: int) -> None:
+        say(f"{self.what}: {there} rows there, {to_do} to do")
+        self.to_do, self.begun = to_do, time.monotonic()
+        if to_do and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self.bar = Progress(console=Console(stderr=True), transient=True)
+            self.task = self.bar.add_task("features", total=to_do)
+            self.bar.start()
+
+    def part(self, part: PartDone) -> None:
+        self.rows, self.audio_s, now = self.rows + part.rows, self.audio_s + part.audio_s, time.monotonic()
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.rows)
+        elif now - self.said > 5:
+            self.said = now
+            speed = self.audio_s / (now - self.begun)
+            say(f"{self.rows}/{self.to_do} rows, {self.audio_s / 3600:.2f} h, {speed:.0f}× real time")
+
+    def stop(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+@corpus.command()
+@click.argument("manifest", type=EXISTING)
+@click.argument("features_file", metavar="FEATURES", type=PATH)
+@click.option("--speeds", default="1.0", show_default=True, help="Factors, joined by commas: 0.9,1.0,1.1.")
+@click.option("--split", help="Only these splits, joined by commas.")
+@click.option("--rate", "rate_hz", default=16000, show_default=True, help="Rate in Hz that audio is resampled to.")
+@click.option("--bins", default=80, show_default=True, help="Mel bins.")
+@click.option("--workers", type=int, help="Processes; 0: none but this one. Default: the cores, if it is worth it.")
+@click.option("--redo-changed", is_flag=True, help="Compute anew what has another audio than it had.")
+@root_option
+@click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
+def features(
+    manifest: Path,
+    features_file: Path,
+    speeds: str,
+    split: str | None,
+    rate_hz: int,
+    bins: int,
+    workers: int | None,
+    redo_changed: bool,
+    root: Path | None,
+    as_json: bool,
+) -> None:
+    """Compute Kaldi fbank features into an HDF5 file; goes on where it stopped, adds what is new.
+
+    Example: stillhouse corpus features corpus.jsonl features.h5 --speeds 0.9,1.0,1.1
+    """
+    from ..errors import UsageError
+    from ..features.compute import FeatureSettings, compute_features
+    from ..manifest import read_manifest
+
+    try:
+        factors = tuple(float(s) for s in speeds.split(","))
+    except ValueError as e:
+        raise UsageError(f"speeds {speeds!r}", expected="numbers joined by commas") from e
+    chosen = read_manifest(manifest, root).select(split)
+    started = time.monotonic()
+    progress = _Progress(str(features_file))
+    try:
+        report = compute_features(
+            chosen,
+            features_file,
+            factors,
+            settings=FeatureSettings(rate_hz=rate_hz, bins=bins),
+            workers=workers,
+            redo_changed=redo_changed,
+            on_start=progress.start,
+            on_part=progress.part,
+        )
+    finally:
+        progress.stop()
+    took = time.monotonic() - started
+    if as_json:
+        facts = {k: v for k, v in vars(report).items() if k != "failures"}
+        click.echo(json.dumps({**facts, "seconds": round(took, 3)}))
+    else:
+        say(
+            f"{features_file}: {report.rows_computed} rows of {report.audio_s / 3600:.2f} h in {took:.1f} s "
+            f"({report.audio_s / took:.0f}× real time), {report.frames} frames in all"
+        )
+
+
+@corpus.command()
+@click.argument("manifest", type=EXISTING)
+@click.argument("folder", metavar="UNITS", type=PATH)
+@click.option(
+    "--kind",
+    type=click.Choice(["characters", "sentencepiece"]),
+    default="sentencepiece",
+    show_default=True,
+    help="One unit a character, or pieces that occur often.",
+)
+@click.option("--size", default=500, show_default=True, help="Most units, blank and unknown included.")
+@click.option("--transform", default="lower+no_punct+squeeze", show_default=True, help="Of the text, joined by +.")
+@click.option("--coverage", default=1.0, show_default=True, help="Share of the characters that get units.")
+@click.option("--split", help="Learn from these splits only, joined by commas.")
+@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+def tokenizer(
+    manifest: Path,
+    folder: Path,
+    kind: str,
+    size: int,
+    transform: str,
+    coverage: float,
+    split: str | None,
+    as_json: bool,
+) -> None:
+    """Learn the recogniser's units from the transcripts into the folder UNITS.
+
+    Example: stillhouse corpus tokenizer corpus.jsonl units --size 500 --split train
+    """
+    from ..manifest import read_manifest
+    from ..units import train_units
+
+    texts = [u.text for u in read_manifest(manifest).select(split).utterances]
+    units = train_units(texts, kind, size=size, transform=transform, coverage=coverage)
+    units.save(folder)
+    facts = {"kind": kind, "size": units.size, "transform": transform, "fingerprint": units.fingerprint}
+    if as_json:
+        click.echo(json.dumps(facts, ensure_ascii=False))
+    else:
+        few = f" ({size} asked for; the corpus has no more)" if units.size < size and kind == "sentencepiece" else ""
+        say(f"{folder}: {units.size} units{few}, fingerprint {units.fingerprint}")
+
+
+@corpus.command()
+@click.argument("manifest", type=EXISTING)
+@click.argument("out", type=PATH, required=False)
+@click.option("--by", default="speaker", show_default=True, help="speaker, session, id, text, or a column of meta.")
+@click.option("--dev", default="5%", show_default=True, help="Share of the groups.")
+@click.option("--test", default="10%", show_default=True, help="Share of the groups.")
+@click.option("--seed", default=0, show_default=True, help="Another seed, another split.")
+@click.option("--only", help="Split up these splits alone, joined by commas; the others stay.")
+@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+def split(
+    manifest: Path, out: Path | None, by: str, dev: str, test: str, seed: int, only: str | None, as_json: bool
+) -> None:
+    """Set the split of every utterance, so that no group is on two sides; in place, or into OUT.
+
+    A group's side stays when the corpus grows.
+
+    Example: stillhouse corpus split corpus.jsonl --by speaker --dev 5% --test 10%
+    """
+    from ..corpus.info import describe
+    from ..corpus.split import parse_share, split_corpus
+    from ..files.paths import relative_audio
+    from ..manifest import Corpus, read_manifest, write_manifest
+
+    source = read_manifest(manifest)
+    names = only.split(",") if only else None
+    utterances = split_corpus(source, by, parse_share(dev), parse_share(test), seed, names)
+    target = out or source.path
+    if target.absolute().parent != source.path.absolute().parent:
+        moved = {u.id: relative_audio(source.audio_path(u), target) for u in utterances if u.audio is not None}
+        utterances = [u.model_copy(update={"audio": moved.get(u.id)}) for u in utterances]
+    write_manifest(target, utterances)
+    _show(describe(Corpus(target, utterances)), as_json)
+
+
+@corpus.command()
+@click.argument("manifest", type=EXISTING)
+@click.option("--rate", "rate_hz", type=int, help="Rate in Hz that all audio should have; default: what most has.")
+@click.option("--full", is_flag=True, help="Decode all audio, not only headers and ends.")
+@click.option("--audio/--no-audio", default=True, help="Whether to look at audio files at all.")
+@root_option
+@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+@click.pass_context
+def check(
+    ctx: click.Context,
+    manifest: Path,
+    rate_hz: int | None,
+    full: bool,
+    audio: bool,
+    root: Path | None,
+    as_json: bool,
+) -> None:
+    """Look for what is wrong with a corpus, or with a feature file (.h5); exit code 1 if something is.
+
+    Example: stillhouse corpus check corpus.jsonl --full
+    """
+    from ..corpus.check import check_corpus, check_features
+
+    if manifest.suffix in FEATURE_SUFFIXES:
+        done = check_features(manifest)
+    else:
+        done = check_corpus(manifest, rate_hz=rate_hz, full=full, audio=audio, root=root)
+    if as_json:
+        facts = {"utterances": done.utterances, "files": done.files, "findings": [f.facts() for f in done.findings]}
+        click.echo(json.dumps(facts, ensure_ascii=False, indent=1))
+    else:
+        for finding in done.findings:
+            click.echo(str(finding))
+        say(f"{done.utterances} utterances, {done.files} audio files: {len(done.findings) or 'no'} findings")
+    if done.findings:
+        ctx.exit(1)
+
+
+@corpus.command()
+@click.argument("path", metavar="CORPUS|FEATURES", type=EXISTING)
+@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+def info(path: Path, as_json: bool) -> None:
+    """What a manifest (CORPUS) or a feature file (FEATURES) holds.
+
+    Example: stillhouse corpus info corpus.jsonl
+    """
+    if path.suffix in FEATURE_SUFFIXES:
+        _show_features(path, as_json)
+        return
+    from ..corpus.info import describe
+    from ..manifest import read_manifest
+
+    _show(describe(read_manifest(path)), as_json)
+
+
+def _show(facts: CorpusFacts, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(asdict(facts), ensure_ascii=False, indent=1))
+        return
+    click.echo(facts.path)
+    head = ("split", "utterances", "sessions", "speakers", "hours", "words", "seconds: min 10% 50% 90% max")
+    click.echo("{:16} {:>10} {:>8} {:>8} {:>8} {:>9}  {}".format(*head))
+    for name, part in [*facts.splits.items(), ("all", facts.total)]:
+        numbers = f"{part.utterances:10} {part.sessions:8} {part.speakers:8} {part.hours:8.2f} {part.words:9}"
+        click.echo(f"{name or '(none)':16} {numbers}  {' '.join(f'{q:g}' for q in part.seconds_quantiles)}".rstrip())
+    if facts.total.with_audio < facts.total.utterances:
+        click.echo(f"{facts.total.utterances - facts.total.with_audio} utterances are text alone")
+    if facts.meta:
+        click.echo("meta: " + ", ".join(f"{name} ({n} values)" for name, n in facts.meta.items()))
+    click.echo(f"{len(facts.alphabet)} characters: " + " ".join(facts.alphabet[:80]).replace("\n", "\\n"))
+
+
+def _show_features(path: Path, as_json: bool) -> None:
+    from ..features.file import FeatureFile
+
+    file = FeatureFile(path).open()
+    facts = {
+        "path": str(path),
+        "utterances": len(file.ids),
+        "speeds": file.speeds,
+        "rows": len(file.row_ids),
+        "frames": int(file.offsets[-1]),
+        "bytes": path.stat().st_size,
+        "settings": file.settings,
+        "fingerprint": file.fingerprint,
+    }
+    if as_json:
+        click.echo(json.dumps(facts, ensure_ascii=False, indent=1))
+        return
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k} {v}" for k, v in value.items())
+        click.echo(f"{name:12} {', '.join(f'{v:g}' for v in value) if isinstance(value, list) else value}")

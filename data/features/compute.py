@@ -1,0 +1,238 @@
+"""Acoustic features: Kaldi fbank, computed by worker processes into parts and merged into one features.h5.
+
+Invariant: a part appears under its name only when it is whole, and parts go only after the file that holds their rows
+is in place. So what was reported done is never lost nor computed again, whenever the process is killed.
+Exercised by `stillhouse corpus features CORPUS features.h5 --speeds 0.9,1.0,1.1`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ..audio.fbank import fbank
+from ..errors import ConfigError, FeatureError, PartialError, StaleError, some
+from ..files.lock import held
+from ..manifest import Corpus
+from .file import FeatureFile, FeatureSettings
+from .parts import Job, PartDone, identity, run
+from .writer import merge
+
+__all__ = ["FeatureFile", "FeatureReport", "FeatureSettings", "PartDone", "compute_features", "fbank"]
+
+ASSUMED_S = 10.0  # an utterance whose manifest does not say how long it is
+
+
+@dataclass(frozen=True)
+class FeatureReport:
+    """What a run of compute_features did. Rows count (utterance, speed) pairs."""
+
+    rows_before: int
+    rows_computed: int
+    audio_s: float
+    text_only: int
+    frames: int
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+def compute_features(
+    corpus: Corpus,
+    path: Path | str,
+    speeds: Sequence[float] = (1.0,),
+    *,
+    settings: FeatureSettings | None = None,
+    workers: int | None = None,
+    part_s: float = 300.0,
+    redo_changed: bool = False,
+    on_start: Callable[[int, int], None] | None = None,
+    on_part: Callable[[PartDone], None] | None = None,
+) -> FeatureReport:
+    """Bring features.h5 to hold every utterance of the corpus at every speed; compute only what is not there yet.
+
+    workers: processes; 0 computes in this one; None takes the cores. part_s: seconds of features in a part, the
+    most that a kill can cost each worker. on_start(rows already there, rows to do); on_part(part) is
+    called when its rows are safe on disk.
+    Raises StaleError where the file has other settings or an utterance's sound has changed (redo_changed computes
+    those anew), LockedError where another process writes, PartialError after the rest is done where utterances failed.
+    """
+    path, settings = Path(path), settings or FeatureSettings()
+    speeds = _checked_speeds(speeds)
+    jobs_audio = [u for u in corpus.utterances if u.audio is not None]
+    if not jobs_audio:
+        raise FeatureError("no utterance of the corpus has audio", where=corpus.path)
+    parts = path.with_name(path.name + ".parts")
+    with held(parts / "lock", what=f"features {path}"):
+        try:
+            before, made = _bring(
+                corpus, path, speeds, settings, parts, workers, part_s, redo_changed, on_start, on_part
+            )
+        finally:
+            if not _part_paths(parts):
+                shutil.rmtree(parts)
+    with FeatureFile(path) if path.exists() else nullcontext() as file:
+        frames = int(file.offsets[-1]) if file is not None else 0
+    rows, audio_s = sum(d.rows for d in made), sum(d.audio_s for d in made)
+    failures = {id: why for d in made for id, why in d.failures.items()}
+    report = FeatureReport(before, rows, audio_s, len(corpus) - len(jobs_audio), frames, failures)
+    if failures:
+        raise partial(failures, path)
+    return report
+
+
+def _bring(
+    corpus: Corpus,
+    path: Path,
+    speeds: tuple[float, ...],
+    settings: FeatureSettings,
+    parts: Path,
+    workers: int | None,
+    part_s: float,
+    redo_changed: bool,
+    on_start: Callable[[int, int], None] | None,
+    on_part: Callable[[PartDone], None] | None,
+) -> tuple[int, list[PartDone]]:
+    """Compute what is missing into parts, merge them into the file, remove them; the lock is held."""
+    for litter in [*parts.glob("*.tmp"), *parts.glob("*.merging")]:
+        litter.unlink(missing_ok=True)
+    left = [part for part in _part_paths(parts) if _whole(part)]
+    sources = [FeatureFile(p) for p in ([path] if path.exists() else []) + left]
+    before = _refuse_other_settings(settings, sources, parts)
+    jobs = list(_missing(corpus, speeds, sources, redo_changed))
+    if on_start is not None:
+        on_start(before, sum(len(j.speeds) for j in jobs))
+    workers = _worker_count(workers, jobs)
+    first = 1 + max((int(p.stem.removeprefix("part-")) for p in left), default=-1)
+    named = [(parts / f"part-{first + k:08d}.h5", task) for k, task in enumerate(_tasks(jobs, part_s, workers))]
+    made: list[PartDone] = []
+    for done in run(named, settings, workers):
+        made.append(done)
+        if on_part is not None and done.ids:
+            on_part(done)
+    if new := _part_paths(parts):
+        whole = [FeatureFile(p) for p in ([path] if path.exists() else []) + new]
+        merge(path, settings, whole, parts / "features.merging")
+        for part in new:
+            part.unlink()
+    return before, made
+
+
+def partial(failures: dict[str, str], path: Path) -> PartialError:
+    shown = "\n".join(f"  {id}: {why}" for id, why in list(failures.items())[:20])
+    more = f"\n  … and {len(failures) - 20} more" if len(failures) > 20 else ""
+    n = len(failures)
+    return PartialError(
+        f"{n} utterance{'s' * (n > 1)} failed, the others are done:\n{shown}{more}\n",
+        where=path,
+        remedy="mend the audio or take them out of the manifest, and run the same command again",
+    )
+
+
+def _checked_speeds(speeds: Sequence[float]) -> tuple[float, ...]:
+    out = tuple(dict.fromkeys(float(s) for s in speeds))
+    if not out or any(not 0.5 <= s <= 2.0 for s in out) or any(round(s, 3) != s for s in out):
+        raise ConfigError(
+            f"speeds {', '.join(map(str, out))}", expected="factors from 0.5 to 2 with at most three decimals"
+        )
+    return out
+
+
+def _part_paths(parts: Path) -> list[Path]:
+    return sorted(parts.glob("part-*.h5"))
+
+
+def _whole(part: Path) -> bool:
+    """Whether a part can be read; one that a failing disk has damaged goes, and is computed again."""
+    try:
+        FeatureFile(part).open().close()
+    except FeatureError:
+        part.unlink()
+        return False
+    return True
+
+
+def _refuse_other_settings(settings: FeatureSettings, sources: Sequence[FeatureFile], parts: Path) -> int:
+    """StaleError where a file has other settings; else how many rows there are."""
+    keys: set[tuple[str, float]] = set()
+    for source in sources:
+        with source:
+            keys.update(source.keys())
+            stored = source.settings
+        if differ := settings.differences(stored):
+            unfinished = source.path.parent == parts
+            place = parts if unfinished else source.path
+            raise StaleError(
+                f"{'the unfinished features were' if unfinished else 'the file was'} made with other settings: "
+                + "; ".join(differ),
+                where=place,
+                remedy=f"ask for the same settings, write to another file, or delete {place}",
+            )
+    return len(keys)
+
+
+def _missing(
+    corpus: Corpus, speeds: tuple[float, ...], sources: Sequence[FeatureFile], redo_changed: bool
+) -> Iterator[Job]:
+    have: dict[str, dict[float, int]] = {}
+    for source in sources:
+        with source:
+            for (id, speed), audio in zip(source.keys(), source.audio.tolist(), strict=True):
+                have.setdefault(id, {})[speed] = audio
+    contents: dict[Path, bytes] = {}
+    changed: list[str] = []
+    for u in corpus.utterances:
+        if u.audio is None:
+            continue
+        path = corpus.audio_path(u)
+        stored = have.get(u.id, {})
+        todo = [s for s in speeds if s not in stored]
+        if stored:
+            try:
+                now = identity(path, u.start_s, u.duration_s, u.channel, contents)
+            except OSError:
+                now = None  # sound that is gone cannot be said to have changed
+            if stale := [s for s, then in stored.items() if now not in (None, then)]:
+                changed.append(u.id)
+                todo += stale
+        if todo:
+            yield Job(u.id, path, u.start_s, u.duration_s, tuple(todo), u.channel)
+    if changed and not redo_changed:
+        raise StaleError(
+            f"the audio, start or duration of {some(changed)} has changed since the features were made",
+            where=sources[0].path,
+            remedy="compute these anew with --redo-changed, or restore them",
+        )
+
+
+def _seconds(job: Job) -> float:
+    return (job.duration_s or ASSUMED_S) * sum(1 / s for s in job.speeds)
+
+
+def _worker_count(workers: int | None, jobs: list[Job]) -> int:
+    if workers is not None and workers < 0:
+        raise ConfigError(f"{workers} workers", expected="0 or more")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if workers is None:
+        # Starting a process costs about as much as 15 minutes of audio.
+        workers = min(cores, int(sum(map(_seconds, jobs)) / 900))
+        workers = 0 if workers == 1 else workers
+    return min(workers, len(jobs))
+
+
+def _tasks(jobs: list[Job], part_s: float, workers: int) -> list[list[Job]]:
+    """Runs of utterances, in order, of about part_s seconds each; smaller where workers would go without."""
+    part_s = min(part_s, sum(map(_seconds, jobs)) / max(4 * workers, 1))
+    tasks: list[list[Job]] = []
+    filled = np.inf
+    for job in jobs:
+        if filled >= part_s:
+            tasks.append([])
+            filled = 0.0
+        tasks[-1].append(job)
+        filled += _seconds(job)
+    return tasks

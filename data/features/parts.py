@@ -1,0 +1,180 @@
+"""Computing parts of a feature file: the work itself, and the processes that share it.
+
+Invariant: a part is at its name only when it is whole, and a worker that is alone in the world leaves. Exercised by
+`stillhouse corpus features --workers 2` and by a test that kills it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, cast
+
+from ..audio.fbank import fbank
+from ..audio.read import change_speed, read_segment, resample
+from ..errors import AudioError, FeatureError, StillhouseError
+from .file import FeatureSettings
+from .writer import Rows, write_rows
+
+
+@dataclass(frozen=True)
+class Job:
+    """One utterance's rows that are to be computed."""
+
+    id: str
+    path: Path
+    start_s: float
+    duration_s: float | None
+    speeds: tuple[float, ...]
+    channel: int | None = None
+
+
+@dataclass(frozen=True)
+class PartDone:
+    """A part that is in place: the utterances in it, and those that failed (id -> why)."""
+
+    ids: list[str]
+    rows: int
+    audio_s: float
+    failures: dict[str, str]
+
+
+def identity(
+    path: Path,
+    start_s: float,
+    duration_s: float | None,
+    channel: int | None = None,
+    cache: dict[Path, bytes] | None = None,
+) -> int:
+    """A 64-bit name of a stretch of sound: size and five samples of the file's bytes, start, duration and channel.
+
+    Neither path nor time of change count: a corpus that was moved or copied is still the same.
+    """
+    content = cache.get(path) if cache is not None else None
+    if content is None:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe in a file's place must not be waited for
+        try:
+            size, block = os.fstat(fd).st_size, 4096
+            places = range(0, max(size, 1), block) if size <= 8 * block else [k * (size - block) // 4 for k in range(5)]
+            content = repr(size).encode() + b"".join(os.pread(fd, block, at) for at in places)
+        finally:
+            os.close(fd)
+        content = blake2b(content, digest_size=16).digest()
+        if cache is not None:
+            cache[path] = content
+    tail = f"{start_s:.6f} {duration_s if duration_s is None else format(duration_s, '.6f')}".encode()
+    tail += b"" if channel is None else f" channel {channel}".encode()
+    return int.from_bytes(blake2b(content + tail, digest_size=8).digest(), "little")
+
+
+def compute_part(target: Path, jobs: list[Job], settings: FeatureSettings) -> PartDone:
+    """Compute one part and put it in place."""
+    rows = Rows()
+    ids: list[str] = []
+    failures: dict[str, str] = {}
+    audio_s = 0.0
+    for job in jobs:
+        try:
+            samples, own_hz = read_segment(job.path, job.start_s, job.duration_s, job.channel)
+            name = identity(job.path, job.start_s, job.duration_s, job.channel)
+            samples, seconds = resample(samples, own_hz, settings.rate_hz), len(samples) / own_hz
+            made = []
+            for speed in job.speeds:
+                mel = fbank(change_speed(samples, speed), settings.rate_hz, settings.bins)
+                made.append((job.id, speed, name, mel))
+        except (AudioError, OSError) as e:
+            failures[job.id] = str(e)
+            continue
+        for row in made:
+            rows.add(*row)
+        ids.append(job.id)
+        audio_s += sum(seconds / s for s in job.speeds)
+    if ids:
+        write_rows(target, settings, rows)
+    return PartDone(ids, len(rows.ids), audio_s, failures)
+
+
+def run(named: list[tuple[Path, list[Job]]], settings: FeatureSettings, workers: int) -> Iterator[PartDone]:
+    """Compute parts (where to put each, its jobs) in some order; yields each as soon as it is in place.
+
+    Raises FeatureError where a worker dies; what the others have finished stays.
+    """
+    if workers == 0:
+        import torch
+
+        # Frames are too small to share among threads, and waiting threads slow everyone on a busy machine.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            for target, jobs in named:
+                yield compute_part(target, jobs, settings)
+        finally:
+            torch.set_num_threads(threads)
+        return
+    # Spawned, not forked: torch's threads do not survive a fork. One pipe a worker, closed everywhere else, so that
+    # a worker sees the end of this process at once, even after kill -9, and leaves.
+    context = multiprocessing.get_context("spawn")
+    busy: dict[Any, Any] = {}
+    queue = iter(named)
+    try:
+        for _ in range(min(workers, len(named))):
+            here, there = context.Pipe()
+            process = context.Process(target=_work, args=(there, settings), daemon=True)
+            process.start()
+            there.close()
+            busy[here] = process
+            here.send(next(queue))
+        while busy:
+            for ready in wait(list(busy)):
+                here = cast("Connection[Any, Any]", ready)
+                try:
+                    answer = here.recv()
+                except (EOFError, ConnectionError):
+                    busy[here].join()
+                    raise FeatureError(
+                        f"a worker process died (exit code {busy[here].exitcode})",
+                        remedy="run the same command again: it goes on where it stopped; "
+                        "with fewer --workers if memory ran out",
+                    ) from None
+                if isinstance(answer, BaseException):
+                    raise answer
+                task = next(queue, None)
+                if task is None:
+                    here.close()
+                    busy.pop(here).join()
+                else:
+                    here.send(task)
+                yield answer
+    finally:
+        for here, process in busy.items():
+            here.close()
+            process.terminate()
+            process.join()
+
+
+def _work(pipe: Connection, settings: FeatureSettings) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            target, jobs = pipe.recv()
+        except (EOFError, ConnectionError):
+            return
+        try:
+            answer: PartDone | BaseException = compute_part(target, jobs, settings)
+        except StillhouseError as e:
+            answer = e
+        except Exception as e:
+            answer = FeatureError(f"a worker failed: {type(e).__name__}: {e}", where=jobs[0].id)
+        try:
+            pipe.send(answer)
+        except (BrokenPipeError, ConnectionError):
+            return

@@ -1,0 +1,147 @@
+"""Writing features.h5 and the parts that it is made of, in the layout that `feature_file.py` draws.
+
+Invariant: a file at its final name is whole: written aside, fsynced, renamed.
+Exercised by `stillhouse corpus features CORPUS features.h5` and tests/bench/bench_features.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from ..errors import FeatureError
+from ..files.atomic import sync
+from .file import FORMAT, VERSION, FeatureFile, FeatureSettings, checksum, sum_of_tables
+
+# Frames a write: whole pages, whatever the number of bins, and 20 MB of them. From large aligned writes Linux makes
+# large folios of page cache, which reads copy twice as fast as those that a write an utterance leaves.
+WRITE_FRAMES = 1 << 17
+
+
+@dataclass
+class Rows:
+    """Rows to be written: any number of (utterance, speed) with their frames."""
+
+    ids: list[str] = field(default_factory=list)
+    speeds: list[float] = field(default_factory=list)
+    audio: list[int] = field(default_factory=list)
+    frames: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, id: str, speed: float, audio: int, frames: np.ndarray) -> None:
+        self.ids.append(id)
+        self.speeds.append(speed)
+        self.audio.append(audio)
+        self.frames.append(np.ascontiguousarray(frames, dtype=np.float16))
+
+
+def write_rows(path: Path, settings: FeatureSettings, rows: Rows) -> None:
+    """Write a part: whole at `path`, or not there."""
+    lengths = np.array([len(f) for f in rows.frames], np.int64)
+    crc = np.array([checksum(f) for f in rows.frames], np.uint32)
+    _write(path, settings, rows.ids, rows.speeds, rows.audio, crc, lengths, iter(rows.frames))
+
+
+def merge(path: Path, settings: FeatureSettings, sources: Sequence[FeatureFile], temporary: Path) -> int:
+    """Write all rows of `sources` to `path`; of a row that several hold, the last one counts. Returns the rows."""
+    last: dict[tuple[str, float], tuple[int, int]] = {}
+    for s, source in enumerate(sources):
+        with source:  # one file open at a time: a large corpus has more parts than a process may open
+            for r, key in enumerate(source.keys()):
+                last[key] = (s, r)
+    picked = sorted(last.values())
+    ids = [sources[s].row_ids[r] for s, r in picked]
+    speeds = [float(sources[s].row_speeds[r]) for s, r in picked]
+    audio = [int(sources[s].audio[r]) for s, r in picked]
+    crc = np.array([sources[s].crc32c[r] for s, r in picked], np.uint32)
+    lengths = np.array([sources[s].lengths[r] for s, r in picked], np.int64)
+    blocks = _blocks(sources, picked)
+    _write(path, settings, ids, speeds, audio, crc, lengths, blocks, temporary)
+    return len(picked)
+
+
+def _blocks(sources: Sequence[FeatureFile], picked: list[tuple[int, int]]) -> Iterator[np.ndarray]:
+    """The frames of the picked rows, neighbours read together."""
+    k = 0
+    while k < len(picked):
+        s, first = picked[k]
+        last, frames = first, int(sources[s].lengths[first])
+        k += 1
+        while k < len(picked) and picked[k] == (s, last + 1) and frames < WRITE_FRAMES:
+            last += 1
+            frames += int(sources[s].lengths[last])
+            k += 1
+        yield sources[s].rows(np.arange(first, last + 1))
+        if k == len(picked) or picked[k][0] != s:
+            sources[s].close()
+
+
+def _write(
+    path: Path,
+    settings: FeatureSettings,
+    ids: list[str],
+    speeds: list[float],
+    audio: list[int],
+    crc: np.ndarray,
+    lengths: np.ndarray,
+    blocks: Iterator[np.ndarray],
+    temporary: Path | None = None,
+) -> None:
+    temporary = temporary or path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    encoded = [i.encode("utf-8") for i in ids]
+    try:
+        aligned = {"alignment_threshold": 1 << 16, "alignment_interval": 4096}
+        # HDF5 checks its own structures by checksums only since version 1.10, and crashes on some damaged older ones;
+        # texts of fixed length lie among what is checked, others do not.
+        with h5py.File(temporary, "w", locking=False, libver="v110", **aligned) as file:
+            file.attrs["format"] = np.bytes_(FORMAT)
+            file.attrs["version"] = VERSION
+            file.attrs["settings"] = np.bytes_(json.dumps(asdict(settings), sort_keys=True))
+            file.attrs["fingerprint"] = np.bytes_(settings.fingerprint)
+            tables: dict[str, np.ndarray] = {
+                "offsets": offsets,
+                "ids": np.frombuffer(b"".join(encoded), np.uint8),
+                "id_offsets": np.concatenate([[0], np.cumsum([len(e) for e in encoded])]).astype(np.int64),
+                "speeds": np.array(speeds, np.float64),
+                "audio": np.array(audio, np.uint64),
+                "crc32c": crc,
+            }
+            for name, table in tables.items():
+                file[name] = table
+            file.attrs["tables_crc32c"] = np.uint32(sum_of_tables(tables))
+            data = file.create_dataset("features", (int(offsets[-1]), settings.bins), np.float16)
+            at = 0
+            for block in _large(blocks, settings.bins):
+                data[at : at + len(block)] = block
+                at += len(block)
+            assert at == offsets[-1], (at, offsets[-1])
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except (OSError, RuntimeError) as e:  # h5py has both
+        why = os.strerror(e.errno) if isinstance(e, OSError) and e.errno else str(e)
+        raise FeatureError(f"cannot write: {why}", where=path, remedy="make room and run the same command again") from e
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _large(blocks: Iterator[np.ndarray], bins: int) -> Iterator[np.ndarray]:
+    """The same frames in runs of WRITE_FRAMES; each is valid until the next is asked for."""
+    buffer, filled = np.empty((WRITE_FRAMES, bins), np.float16), 0
+    for block in blocks:
+        done = 0
+        while done < len(block):
+            step = min(len(block) - done, WRITE_FRAMES - filled)
+            buffer[filled : filled + step] = block[done : done + step]
+            done, filled = done + step, filled + step
+            if filled == WRITE_FRAMES:
+                yield buffer
+                filled = 0
+    if filled:
+        yield buffer[:filled]

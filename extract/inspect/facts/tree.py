@@ -1,0 +1,90 @@
+"""What lies where in a store's folder: `tree`.
+
+Invariant: Zarr nodes are told by their own zarr.json, so foreign arrays show, too; files are counted, not read.
+Exercised by: `stillhouse inspect tree STORE`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ....data.errors import StoreError
+from ...store import Store
+from ...store.disk.durable import read_json
+from ...store.disk.json_records import fits
+from ...store.remote.paths import mirror_of
+from .store import files
+
+WHAT = {
+    "store.json": "teachers, settings, fingerprints, versions",
+    "data.zarr": "plain Zarr v3: anything opens it",
+    "plan": "tokenisation, order and shards, one folder a generation",
+    "commits": "one record a unit of work: the only proof that it exists",
+    "locks": "held by writers",
+    "tmp": "of writers; swept by the next one",
+}
+
+
+@dataclass(frozen=True)
+class Node:
+    """A file, folder, Zarr group or array. `shape`, `dtype` and `dimensions` are an array's."""
+
+    path: str  # relative to the store
+    depth: int
+    kind: str  # "file", "folder", "group" or "array"
+    files: int
+    bytes: int
+    shape: list[int] | None = None
+    dtype: str | None = None
+    dimensions: list[str] | None = None
+    about: str | None = None
+
+
+def tree(store: Store) -> list[Node]:
+    """Nodes in the order in which a tree is drawn. Errors: StoreError where a zarr.json cannot be read."""
+    root = store.paths.root
+    sizes = {path.relative_to(root).parts: size for path, size in files(root)}
+    if mirror_of(root) is None:  # a bucket knows no empty folders
+        sizes |= {(p.name, ""): 0 for p in root.iterdir() if p.is_dir() and not any(p.iterdir())}
+    names = sorted({parts[0] for parts in sizes}, key=lambda n: (list(WHAT).index(n) if n in WHAT else 99, n))
+    return [node for name in names for node in _nodes(root, (name,), _under(sizes, name))]
+
+
+Sizes = dict[tuple[str, ...], int]  # of the files below a place, by the rest of their paths
+
+
+def _under(sizes: Sizes, name: str) -> Sizes:
+    return {parts[1:]: size for parts, size in sizes.items() if parts[0] == name and parts[1:] != ("",)}
+
+
+def _nodes(root: Path, place: tuple[str, ...], sizes: Sizes) -> Iterator[Node]:
+    facts = "/".join(place), len(place) - 1
+    count, total, about = len(sizes), sum(sizes.values()), WHAT.get(place[-1])
+    if () in sizes:
+        yield Node(*facts, "file", count, total, about=about)
+        return
+    if ("zarr.json",) not in sizes:
+        yield Node(*facts, "folder", count, total, about=about)
+        return
+    file = root.joinpath(*place, "zarr.json")
+    try:
+        meta = read_json(file)
+    except FileNotFoundError as e:
+        raise StoreError("leads nowhere, or was cleared away just now", where=file) from e
+    if not fits(meta, dict[str, Any]) or meta.get("node_type") not in ("array", "group"):
+        raise StoreError("damaged", where=file, expected="the metadata of a Zarr array or group")
+    if meta["node_type"] == "array":
+        shape, attributes, names = meta.get("shape"), meta.get("attributes", {}), meta.get("dimension_names")
+        sound = fits(shape, list[int]) and fits(attributes, dict[str, Any]) and fits(names, list[str | None] | None)
+        if not sound:
+            raise StoreError("damaged: shape, attributes or dimension_names", where=file)
+        dtype = str(attributes.get("logical_dtype", meta.get("data_type")))
+        names = [n or "?" for n in names] if names else None
+        yield Node(*facts, "array", count, total, shape=shape, dtype=dtype, dimensions=names)
+        return
+    yield Node(*facts, "group", count, total, about=about)
+    for name in sorted({parts[0] for parts in sizes if len(parts) > 1}):
+        yield from _nodes(root, (*place, name), _under(sizes, name))

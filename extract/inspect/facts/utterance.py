@@ -1,0 +1,183 @@
+"""One utterance as the teachers saw it: `show`.
+
+Invariant: the transcript is never guessed. It comes from a manifest whose text still is what was extracted (its hash
+says so), or is spelt from the tokens and said to be.
+Exercised by: `stillhouse inspect show STORE UTT`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ....data.errors import CorpusError, NoStoreError, StaleError, StoreError
+from ...store import Store, View, hash_text, to_float32
+
+
+@dataclass(frozen=True)
+class TokenFacts:
+    """`begin` and `end` count code points of the raw transcript; `text` is what lies there, where it is known."""
+
+    token_id: int
+    piece: str
+    begin: int
+    end: int
+    text: str | None
+
+
+@dataclass(frozen=True)
+class ContextFacts:
+    context: str
+    left: int  # tokens seen before the utterance
+    right: int
+
+
+@dataclass(frozen=True)
+class ShownView:
+    """Norms of the states, one a token; `values` [N][D] only when asked for.
+
+    `held` false: not extracted yet, or, where `problem` says so, damaged.
+    """
+
+    view: str
+    held: bool
+    problem: str | None
+    norms: list[float]
+    values: list[list[float]] | None
+
+
+@dataclass(frozen=True)
+class ShownTeacher:
+    name: str
+    tokens: list[TokenFacts]
+    contexts: list[ContextFacts]
+    views: list[ShownView]
+
+
+@dataclass(frozen=True)
+class Shown:
+    utterance: str
+    row: int
+    session: int
+    session_row: int  # its number inside the session, from 0
+    session_utterances: int
+    text: str
+    text_from: str  # "corpus" or "tokens"
+    teachers: list[ShownTeacher]
+
+
+def show(
+    store: Store, utterance: str, views: Sequence[View], *, values: bool = False, corpus: Path | None = None
+) -> Shown:
+    """Errors: NoStoreError for an unknown utterance; StaleError where the manifest's text has changed."""
+    row = int(store.rows([utterance])[0])
+    session, order = store.index.session, store.index.order
+    mates = order[session[order] == session[row]].tolist()
+    text = None if corpus is None else transcript(corpus, utterance)
+    if text is not None and hash_text(text) != int(store.text_hash([utterance])[0]):
+        raise StaleError(
+            f"the transcript of {utterance} has changed since it was extracted", where=corpus, remedy="extract it again"
+        )
+    teachers = [
+        _teacher(store, utterance, name, [v for v in views if v.teacher == name], values, text)
+        for name in dict.fromkeys(v.teacher for v in views)
+    ]
+    return Shown(
+        utterance=utterance,
+        row=row,
+        session=int(session[row]),
+        session_row=mates.index(row),
+        session_utterances=len(mates),
+        text=spelt(teachers[0].tokens) if text is None else text,
+        text_from="tokens" if text is None else "corpus",
+        teachers=teachers,
+    )
+
+
+def _teacher(
+    store: Store, utterance: str, name: str, views: list[View], values: bool, text: str | None
+) -> ShownTeacher:
+    dtype = store.teacher(name).dtype
+    shown: list[ShownView] = []
+    contexts: dict[str, ContextFacts] = {}
+    tokens = tokens_of(store, utterance, name, text)
+    for view in views:
+        if not store.has([utterance], view)[0]:
+            shown.append(ShownView(view.address, False, None, [], None))
+            continue
+        try:
+            matrix = to_float32(store.gather([utterance], [view]).states[view], dtype)
+        except StoreError as e:
+            shown.append(ShownView(view.address, False, str(e), [], None))
+            continue
+        if view.context not in contexts:
+            left, right = store.context_seen([utterance], view)
+            contexts[view.context] = ContextFacts(view.context, int(left[0]), int(right[0]))
+        norms = np.linalg.norm(matrix, axis=1).tolist()
+        shown.append(ShownView(view.address, True, None, norms, matrix.tolist() if values else None))
+    return ShownTeacher(name, tokens, list(contexts.values()), shown)
+
+
+def tokens_of(store: Store, utterance: str, teacher: str, text: str | None = None) -> list[TokenFacts]:
+    """An utterance's tokens; they are known from the plan on, before any state is."""
+    _, token_id, span = store.tokens([utterance], teacher)
+    pieces = pieces_of(store, teacher, token_id)
+    return [
+        TokenFacts(int(t), piece, b, e, None if text is None else text[b:e])
+        for t, piece, (b, e) in zip(token_id, pieces, span.tolist())
+    ]
+
+
+def pieces_of(store: Store, teacher: str, token_id: np.ndarray) -> list[str]:
+    """The tokenizer's spelling of token ids."""
+    spelling = store.pieces(teacher)
+    return [spelling[i] for i in store.vocabulary_rows(teacher, token_id).tolist()]
+
+
+def spelt(tokens: Sequence[TokenFacts]) -> str:
+    """The transcript as far as the tokens tell: each piece, less its marks, where its span begins; � for each character
+    that a piece like [UNK] stands for.
+    """
+    out, omitted = "", 0  # characters of gaps: a damaged span may begin at the two thousand millionth
+    for token in tokens:
+        piece, room = plain(token.piece), token.end - token.begin
+        unknown = piece[:1] + piece[-1:] in ("[]", "<>") and len(piece) > 2 and len(piece) != room
+        omitted += max(0, token.begin - omitted - len(out) - 1)
+        begin = max(0, token.begin - omitted)
+        out = out.ljust(begin)[:begin] + ("\ufffd" * min(room, 100) if unknown else piece)
+    return " ".join(out.split())
+
+
+def plain(piece: str) -> str:
+    """A piece without the marks of its tokenizer; bytes that are no ASCII stay as the tokenizer writes them."""
+    for mark in ("##", "▁", "Ġ", "Ċ"):
+        piece = piece.removeprefix(mark)
+    return piece.removesuffix("</w>")
+
+
+def transcript(manifest: Path, utterance: str) -> str:
+    """The raw text of one utterance, without validating the rest of its manifest (a big one takes seconds).
+
+    Errors: CorpusError where the file cannot be read, NoStoreError where the utterance is not in it.
+    """
+    wanted = json.dumps(utterance), json.dumps(utterance, ensure_ascii=False)
+    number = 0
+    try:
+        with open(manifest, encoding="utf-8") as lines:
+            for line in lines:
+                number += 1
+                if any(w in line for w in wanted):
+                    entry = json.loads(line)
+                    if entry.get("id") == utterance:
+                        return str(entry["text"])
+    except OSError as e:
+        raise CorpusError(f"cannot be read: {e.strerror}", where=manifest) from e
+    except (ValueError, KeyError, AttributeError) as e:
+        raise CorpusError(
+            "no line of a manifest", where=f"{manifest}:{number}", expected="JSON with id and text"
+        ) from e
+    raise NoStoreError(f"no utterance {utterance}", where=manifest)

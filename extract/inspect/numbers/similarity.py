@@ -1,0 +1,127 @@
+"""How alike views are: `similarity`, by linear CKA.
+
+Invariant: every view is read at the same places of the same transcripts, so views of different tokenisers and widths
+compare; and the estimate is unbiased: unrelated views come out at 0 however wide they are.
+Exercised by: `stillhouse inspect similarity STORE`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ....data.errors import NoStoreError
+from ...store import Store, View, to_float32
+from ..sample import affordable, sample_rows, unmap
+
+PLACES = 2000
+GRAM_NUMBERS = 1 << 27  # of all views' Gram matrices
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """cka [V][V], in the order of `views`; `places` is how many tokens it was taken at."""
+
+    views: list[str]
+    places: int
+    cka: list[list[float]]
+
+
+def similarity(
+    store: Store,
+    views: Sequence[View],
+    tokens: int | None = None,
+    seed: int = 0,
+    report: Callable[[View], None] | None = None,
+) -> Similarity:
+    """Linear CKA of every pair of views at `tokens` places; None: 2,000, but fewer where views are wide or many.
+    Memory: [tokens, tokens] floats a view.
+
+    Errors: NoStoreError where fewer than four places lie under a token of every teacher.
+    """
+    if tokens is None:
+        tokens = min(affordable(store, views, PLACES), int((GRAM_NUMBERS / max(1, len(views))) ** 0.5))
+    ids, tokens_of = places(store, views, tokens, seed)
+    count = sum(len(t) for t in next(iter(tokens_of.values())))
+    if count < 4:
+        raise NoStoreError(f"only {count} tokens to compare views at", where=store.address, expected="4 at least")
+    gram = np.empty((len(views), count, count), np.float32)
+    for number, view in enumerate(views):
+        if report is not None:
+            report(view)
+        gram[number] = centred_gram(states_at(store, view, ids, tokens_of[view.teacher]))
+        unmap(store)
+    flat = gram.reshape(len(views), -1)
+    product = (flat @ flat.T).astype(np.float64)
+    scale = np.sqrt(np.maximum(np.diag(product), 1e-30))
+    cka = product / scale[:, None] / scale
+    return Similarity([v.address for v in views], count, cka.round(6).tolist())
+
+
+def places(
+    store: Store, views: Sequence[View], tokens: int, seed: int
+) -> tuple[list[str], dict[str, list[np.ndarray]]]:
+    """Utterances, and for each teacher the indices of the tokens to read in each of them.
+
+    The places are where the first teacher's tokens begin; another teacher's token is the one that spans that
+    character. Places that some teacher has no token for are left out.
+    """
+    names = list(dict.fromkeys(v.teacher for v in views))
+    ids = [store.index.id(int(r)) for r in sample_rows(store, views, tokens, seed)]
+    lengths, _, span = store.tokens(ids, names[0])
+    spans = np.split(span, np.cumsum(lengths)[:-1])
+    good, over = tokens_over(store, ids, names[1:], [s[:, 0] for s in spans])
+    found: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    left = tokens
+    for number in range(len(ids)):
+        own = np.flatnonzero(good[number])
+        solid = spans[number][own, 1] > spans[number][own, 0]
+        found[names[0]].append(own[solid][:left])
+        for name in names[1:]:
+            found[name].append(over[name][number][solid][:left])
+        left -= len(found[names[0]][-1])
+    return ids, found
+
+
+def tokens_over(
+    store: Store, ids: Sequence[str], teachers: Sequence[str], begins: Sequence[np.ndarray]
+) -> tuple[list[np.ndarray], dict[str, list[np.ndarray]]]:
+    """For each utterance the characters of `begins` that every teacher has a token over, bool; and, for each teacher
+    and utterance, those tokens' indices.
+    """
+    good = [np.ones(len(begin), bool) for begin in begins]
+    at: dict[str, list[np.ndarray]] = {}
+    for name in teachers:
+        lengths, _, packed = store.tokens(ids, name)
+        spans = np.split(packed, np.cumsum(lengths)[:-1])
+        # Tokens are in order: the one over a character is the last that begins at or before it, if it reaches it
+        at[name] = [np.searchsorted(s[:, 0], b, side="right") - 1 for s, b in zip(spans, begins)]
+        for number, (s, b, index) in enumerate(zip(spans, begins, at[name])):
+            good[number] &= (index >= 0) & (s[np.maximum(index, 0), 1] > b) if len(s) else False
+    return good, {name: [i[g] for i, g in zip(index, good)] for name, index in at.items()}
+
+
+def states_at(store: Store, view: View, ids: list[str], tokens: list[np.ndarray]) -> np.ndarray:
+    """float32 [places, D]."""
+    gathered = store.gather(ids, [view])
+    lengths = gathered.lengths[view.teacher].astype(np.int64)
+    start = np.cumsum(lengths) - lengths
+    rows = np.concatenate([t + s for t, s in zip(tokens, start.tolist())])
+    return to_float32(gathered.states[view][rows], store.teacher(view.teacher).dtype)
+
+
+def centred_gram(states: np.ndarray) -> np.ndarray:
+    """The U-centred Gram matrix [n, n]: products of two such matrices are unbiased estimates of HSIC.
+
+    After Székely and Rizzo 2014, "Partial distance correlation with methods for dissimilarities".
+    """
+    states = states - states.mean(0)
+    gram = (states @ states.T).astype(np.float64)
+    n = len(gram)
+    np.fill_diagonal(gram, 0)
+    rows = gram.sum(0)
+    gram -= (rows[:, None] + rows) / (n - 2) - rows.sum() / ((n - 1) * (n - 2))
+    np.fill_diagonal(gram, 0)
+    return gram / max(np.linalg.norm(gram), 1e-30)

@@ -1,0 +1,167 @@
+"""What the numbers of a view are like: `stats`.
+
+Invariant: one pass over the states; the first token of each utterance is counted apart, since a decoder's is often
+tens of times as long as the others and would hide them.
+Exercised by: `stillhouse inspect stats STORE --view 'minilm/*/*'`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...store import Store, View
+from ..sample import affordable, blocks, sample_rows
+
+SAMPLE_TOKENS = 20_000  # a view, where the views are neither wide nor many
+RANK_SIDE = 1024  # of a sample of wider states, the rank is that of so many tokens: width³ operations are too many
+OUTLIER = 5.0  # times the median dimension's root mean square
+DEAD = 1e-3  # times the median dimension's deviation
+
+
+@dataclass(frozen=True)
+class Dimension:
+    dimension: int
+    mean: float
+    rms: float  # root mean square
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of all tokens but first ones, except where it says `first`.
+
+    anisotropy        mean cosine of two random states: 0 where directions spread evenly, 1 where all are alike
+    effective_rank    exp of the entropy of the covariance's spectrum: in how many dimensions the states vary
+    rank_tokens       of how many tokens that is, which bounds it: 1,024 in a sample of states wider than that
+    dead              dimensions whose deviation is below 1e-3 of the median dimension's
+    outliers          dimensions whose root mean square is above 5 times the median dimension's, largest first
+    not_finite        states with a NaN or an infinity, first ones included; they enter nothing else
+    int8_error        of int8, measured on all tokens as they were written: root mean square error over root mean square
+    int8_error_standardised    the same of the standardised states, which training sees
+    """
+
+    view: str
+    width: int
+    utterances: int
+    tokens: int
+    first_tokens: int
+    norm_mean: float
+    norm_std: float
+    first_norm_mean: float
+    anisotropy: float
+    effective_rank: float
+    dead: list[int]
+    outliers: list[Dimension]
+    not_finite: int
+    int8_error: float | None
+    int8_error_standardised: float | None
+    rank_tokens: int = 0
+
+
+def statistics(
+    store: Store,
+    views: Sequence[View],
+    tokens: int | None = None,
+    seed: int = 0,
+    report: Callable[[View], None] | None = None,
+    rank: bool = True,
+    full: bool = False,
+) -> list[Statistics]:
+    """Of a sample of about `tokens` tokens a view (None: 20,000, but fewer of views that are wide or many), or `full`:
+    of all. Without `rank` the effective rank is NaN, and what grows with the square of the width is not computed.
+    Errors: NoStoreError where a view has no states.
+    """
+    found = []
+    most = None if full else tokens or affordable(store, views, SAMPLE_TOKENS)
+    for view in views:
+        if report is not None:
+            report(view)
+        rows = sample_rows(store, [view], most, seed)
+        narrow = full or store.teacher(view.teacher).width <= RANK_SIDE
+        found.append(_of_view(store, view, rows, "none" if not rank else "all" if narrow else "some"))
+    return found
+
+
+def _of_view(store: Store, view: View, rows: np.ndarray, rank: str) -> Statistics:
+    """`rank`: of "all" tokens, of "some", or "none"."""
+    width = store.teacher(view.teacher).width
+    total, direction = np.zeros(width), np.zeros(width)
+    shift: np.ndarray | None = None
+    square = np.zeros((width, width) if rank == "all" else width)
+    some: list[np.ndarray] = []
+    every = -(-int(store.lengths(view.teacher)[rows].sum()) // RANK_SIDE)
+    norms: list[np.ndarray] = []
+    first_norms: list[np.ndarray] = []
+    not_finite = count = 0
+    for _, lengths, states in blocks(store, view, rows):
+        first = np.zeros(len(states), bool)
+        first[np.cumsum(lengths) - lengths] = True
+        finite = np.isfinite(states).all(1)
+        not_finite += int((~finite).sum())
+        first_norms.append(np.linalg.norm(states[first & finite], axis=1))
+        states = states[finite & ~first]
+        if not len(states):
+            continue
+        if shift is None:  # near the mean, so that the products keep their digits
+            shift = states.mean(0, dtype=np.float64).astype(np.float32)
+        length = np.linalg.norm(states, axis=1)
+        norms.append(length)
+        direction += (states / np.maximum(length, 1e-30)[:, None]).sum(0, dtype=np.float64)
+        moved = states - shift
+        total += moved.sum(0, dtype=np.float64)
+        square += moved.T @ moved if rank == "all" else np.einsum("nd,nd->d", moved, moved)
+        if rank == "some":
+            some.append(moved[-count % every :: every])
+        count += len(states)
+    lengths_all = np.concatenate(norms) if norms else np.zeros(0)
+    first_all = np.concatenate(first_norms) if first_norms else np.zeros(0)
+    mean = total / max(count, 1)
+    covariance = square / max(count, 1) - (np.outer(mean, mean) if rank == "all" else mean**2)
+    mean = mean + (0 if shift is None else shift)
+    std = np.sqrt(np.maximum(np.diag(covariance) if rank == "all" else covariance, 0))
+    ranked, spectrum_of = count, covariance
+    if rank == "some" and some:
+        drawn = np.concatenate(some)
+        drawn -= drawn.mean(0)
+        ranked, spectrum_of = len(drawn), drawn @ drawn.T
+    rms = np.sqrt(std**2 + mean**2)
+    large = np.flatnonzero(rms > OUTLIER * np.median(rms))
+    pairs = count * (count - 1)
+    loss = store.loss(view)
+    return Statistics(
+        view=view.address,
+        width=width,
+        utterances=len(rows),
+        tokens=count,
+        first_tokens=len(first_all),
+        norm_mean=float(lengths_all.mean()) if count else 0.0,
+        norm_std=float(lengths_all.std()) if count else 0.0,
+        first_norm_mean=float(first_all.mean()) if len(first_all) else 0.0,
+        # Over ordered pairs of different states; a state's cosine with itself is 1
+        anisotropy=float((direction @ direction - count) / pairs) if pairs else 0.0,
+        effective_rank=float("nan") if rank == "none" else _effective_rank(spectrum_of) if count else 0.0,
+        dead=np.flatnonzero(std <= DEAD * np.median(std)).tolist() if count else [],
+        outliers=[
+            Dimension(int(d), float(mean[d]), float(rms[d])) for d in large[np.argsort(-rms[large], kind="stable")]
+        ],
+        not_finite=not_finite,
+        int8_error=loss.relative if loss else None,
+        int8_error_standardised=loss.standardised if loss else None,
+        rank_tokens=0 if rank == "none" else ranked,
+    )
+
+
+def _effective_rank(covariance: np.ndarray) -> float:
+    """Roy and Vetterli 2007, "The effective rank": exp of the Shannon entropy of the normalised spectrum, which a Gram
+    matrix of the same states has, too.
+    """
+    if not np.isfinite(covariance).all():  # of norms that are damaged; verify names them
+        return float("nan")
+    spectrum = np.maximum(np.linalg.eigvalsh(covariance), 0)
+    if not spectrum.sum():
+        return 0.0
+    p = spectrum / spectrum.sum()
+    p = p[p > 0]
+    return float(np.exp(-(p * np.log(p)).sum()))

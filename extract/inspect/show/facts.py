@@ -1,0 +1,146 @@
+"""The text that people read for each fact.
+
+Invariant: fits the terminal, or 80 columns in a pipe, where ids and names allow it.
+Exercised by: pytest tests/extract/inspect/test_first_look.py -k columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .terminal import columns, pad, pairs, share, size, table, tables, width, wrap
+
+if TYPE_CHECKING:
+    from ..facts.export import Exported
+    from ..facts.store import StoreFacts, TeacherFacts, UtteranceFacts, Verified, ViewFacts
+    from ..facts.tree import Node
+    from ..facts.utterance import Shown, ShownTeacher
+
+
+def store(s: StoreFacts) -> str:
+    planned = sum(t.views_planned for t in s.teachers)
+    complete = sum(t.views for t in s.teachers)
+    units, units_planned = sum(t.units for t in s.teachers), sum(t.units_planned for t in s.teachers)
+    state = "complete" if s.complete else f"in the making: {share(units, units_planned)} of the units of work"
+    rows: list[tuple[str, str]] = [
+        ("store", f"{s.path} (format {s.version}, made {s.created})"),
+        ("state", f"{state}; {complete} of {planned} views"),
+        ("corpus", f"{s.utterances:,} utterances in {s.sessions:,} sessions"),
+        ("size", f"{size(s.bytes)}, of which states {size(s.hidden_bytes)}"),
+        ("made with", ", ".join(f"{k} {v}" for k, v in s.versions.items())),
+    ]
+    return "\n\n".join([pairs(rows), *(_teacher(t) for t in s.teachers)])
+
+
+def _teacher(t: TeacherFacts) -> str:
+    kind = "bidirectional encoder" if t.kind == "encoder" else "causal decoder"
+    text = "the transcripts as they are" if t.transform == "none" else f"the transcripts through {t.transform}"
+    join = f", utterances joined by {t.join!r}" if t.join else ""
+    revision = "" if t.revision is None else f" at {t.revision}"
+    error = "" if t.int8_error is None else f" (error {t.int8_error:.2%} at most)"
+    rows = [
+        ("teacher", t.name),
+        ("  model", f"{t.architecture}, {kind}, {t.depth} layers, {t.width} wide"),
+        ("  from", f"{t.model}{revision}"),
+        *([("  about", t.about)] if t.about else []),
+        ("  saw", f"{text}{join}; up to {t.window} tokens a pass"),
+        ("  contexts", ", ".join(t.contexts)),
+        ("  layers", ", ".join(map(str, sorted(t.layers)))),
+        ("  tokens", f"{t.tokens:,}, {t.vocabulary:,} different"),
+        ("  numbers", f"{t.dtype}{error}, computed in {t.model_dtype}; {size(t.hidden_bytes)}"),
+        ("  done", f"{t.units:,} of {t.units_planned:,} units of work; {t.views} of {t.views_planned} views"),
+    ]
+    return pairs(rows)
+
+
+def views(listed: Sequence[ViewFacts]) -> str:
+    rows = [
+        (v.view, share(v.tokens, v.tokens_planned), f"{v.utterances:,}", f"{v.tokens:,}", size(v.bytes),
+         "complete" if v.complete else "norms not fixed yet" if v.tokens == v.tokens_planned else "not complete")
+        for v in listed
+    ]  # fmt: skip
+    return table(rows, header=("view", "done", "utterances", "tokens", "states", ""), right="lrrrr")
+
+
+def utterances(listed: Sequence[UtteranceFacts]) -> str:
+    teachers = list(listed[0].tokens) if listed else []
+    rows = [
+        (u.utterance, u.session, *(f"{u.tokens[t]:,}" for t in teachers), f"{u.views} of {u.views_planned}")
+        for u in listed
+    ]
+    return table(
+        rows, header=("utterance", "session", *(f"{t} tokens" for t in teachers), "views"), right="l" + "r" * 9
+    )
+
+
+def shown(s: Shown) -> str:
+    where = f"number {s.session_row + 1} of {s.session_utterances} in session {s.session}, row {s.row}"
+    source = "" if s.text_from == "corpus" else "\n(spelt from the tokens; --corpus shows the transcript itself)"
+    head = f"{s.utterance}: {where}\n{wrap(s.text)}{source}"
+    return "\n\n".join([head, *(_shown_teacher(t) for t in s.teachers)])
+
+
+def _shown_teacher(t: ShownTeacher) -> str:
+    parts = [f"{t.name}: {len(t.tokens)} tokens"]
+    parts += [f"  {c.context} saw {c.left} tokens before and {c.right} after" for c in t.contexts]
+    missing = [v.view for v in t.views if not v.held and v.problem is None]
+    parts += [f"  damaged: {v.view}: {v.problem}" for v in t.views if v.problem is not None]
+    if missing:
+        parts.append(wrap(f"  not extracted yet: {', '.join(missing)}", indent=4))
+    held = [v for v in t.views if v.held]
+    text_header = ["text"] if t.tokens and t.tokens[0].text is not None else []
+    # The teacher's name stands above the tables
+    header = ("#", "token", "span", *text_header, *(v.view.split("/", 1)[1] for v in held))
+    keep = 3 + len(text_header)
+    rows = []
+    for i, token in enumerate(t.tokens):
+        text = [] if token.text is None else [token.text]
+        rows.append((i, token.piece, f"{token.begin}:{token.end}", *text, *(f"{v.norms[i]:.2f}" for v in held)))
+    sides = "rll" + "l" * len(text_header) + "r" * len(held)
+    parts += [f"\n{drawn}" for drawn in tables(rows, header=header, right=sides, keep=keep, room=columns())]
+    if held:
+        parts.append("norm of each state, by context/layer")
+    for v in held:
+        if v.values is not None:
+            parts.append(f"\n{v.view}")
+            parts += [" ".join(f"{x:.5g}" for x in row) for row in v.values]
+    return "\n".join(parts)
+
+
+def verified(v: Verified) -> str:
+    lines = [f"{m.how}: {m.unit} ({'; '.join(f.what for f in m.findings)})" for m in v.mended]
+    lines += [f"{f.where}: {f.what}; {f.remedy}" for f in v.findings]
+    read = f", {v.data:.4g} of their utterances read" if v.data else ", states not read (--data reads them)"
+    if v.data >= 1:
+        read = ", every byte of them read"
+    state = "" if v.complete else "; its extraction is not finished"
+    count = len(v.findings)
+    found = "no findings" if not count else "1 finding" if count == 1 else f"{count} findings"
+    if v.unchecked:
+        lines.append(f"not checked, written before these had checksums: {'; '.join(v.unchecked)}")
+    told = f"{v.path}: {v.units:,} of {v.units_planned:,} units of work are there{read}: {found}{state}"
+    lines.append(wrap(told, indent=2))
+    return "\n".join(lines)
+
+
+def tree(path: str, nodes: Sequence[Node]) -> str:
+    rows, abouts = [], []
+    for n in nodes:
+        name = "  " * (n.depth + 1) + n.path.rsplit("/", 1)[-1] + ("/" if n.kind in ("folder", "group") else "")
+        about = n.about or ""
+        if n.kind == "array":
+            axes = n.dimensions or ["?"] * len(n.shape or [])
+            about = f"{n.dtype} [" + ", ".join(f"{a} {s:,}" for a, s in zip(axes, n.shape or [])) + "]"
+        rows.append((name, f"{n.files:,}", size(n.bytes)))
+        abouts.append(about)
+    drawn = table(rows, header=("", "files", "size"), right="lrr").splitlines()
+    room = max(map(width, drawn)) + 2
+    told = (wrap(pad(line, room) + about, indent=room).rstrip() for line, about in zip(drawn, ["", *abouts]))
+    return "\n".join([path, *told])
+
+
+def exported(e: Exported) -> str:
+    tokens = ", ".join(f"{n:,} tokens of {name}" for name, n in e.tokens.items())
+    left = f"; {e.left_out:,} utterances without all these views left out" if e.left_out else ""
+    return f"{e.path}: {e.utterances:,} utterances, {tokens}, {len(e.views)} views, {size(e.bytes)}{left}"

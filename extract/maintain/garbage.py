@@ -1,0 +1,124 @@
+"""What lies in a store that no generation asks for: files of dead shards and views, superseded records, old plans.
+
+Invariant: a file goes only when store.json, as it is on disk, needs it no more; so a sweep may die at any moment and
+the next one goes on. A reader that opened the store before either has the file open still or is told that it is gone.
+Run: `stillhouse store gc STORE --dry-run`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ..pipeline.progress import folder_bytes
+from ..store.disk.durable import fsync_folder, phase
+from ..store.format.arrays import RawArray
+from ..store.format.commits import Commits
+from ..store.format.index import Index
+from ..store.format.plan import Plan
+
+
+def litter(plan: Plan, orders: Mapping[str, np.ndarray] | None = None) -> list[Path]:
+    """Files and folders of a store that its plan does not need.
+
+    `orders`: rows of the corpus, by teacher, of editions that are not on disk yet.
+    """
+    orders = orders or {}
+    found = [*_plans(plan), *_editions(plan), *_teachers(plan), *_drafts(plan)]
+    for name in plan.teachers:
+        found += [*_states(plan, name), *_tokens(plan, name, orders.get(name)), *_commits(plan, name)]
+    return sorted(found)
+
+
+def size_of(paths: list[Path]) -> int:
+    return sum(folder_bytes(p) if p.is_dir() else p.stat().st_size for p in paths)
+
+
+def remove(paths: list[Path]) -> None:
+    """Delete; and sync the folders that they were in."""
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        phase("swept")
+    for folder in {p.parent for p in paths}:
+        if folder.is_dir():
+            fsync_folder(folder)
+
+
+def _folders(path: Path) -> Iterator[Path]:
+    return (p for p in sorted(path.iterdir())) if path.is_dir() else iter(())
+
+
+def _plans(plan: Plan) -> Iterator[Path]:
+    kept = {str(g.number) for g in plan.generations}
+    yield from (p for p in _folders(plan.paths.root / "plan") if p.name not in kept)
+
+
+def _drafts(plan: Plan) -> Iterator[Path]:
+    """Of writers that died; nobody writes now."""
+    return (p for folder in (plan.paths.root / "plan", plan.paths.data) for p in folder.rglob(".*.tmp"))
+
+
+def _editions(plan: Plan) -> Iterator[Path]:
+    kept = {str(plan.edition(t)) for t in plan.teachers} | {"zarr.json"}
+    yield from (p for p in _folders(plan.paths.data / "utterances" / "editions") if p.name not in kept)
+
+
+def _teachers(plan: Plan) -> Iterator[Path]:
+    """Groups and records of teachers that the store no longer has."""
+    for folder in (plan.paths.data, plan.paths.root / "commits"):
+        yield from (p for p in _folders(folder) if p.is_dir() and p.name not in {"utterances", *plan.teachers})
+
+
+def _states(plan: Plan, name: str) -> Iterator[Path]:
+    """Files of `hidden` and `scale` in which nothing is that a unit of work asks for."""
+    record = plan.teachers[name]
+    needed = {
+        (record.contexts.index(u.context), record.layers.index(k), u.shard.number)
+        for u in plan.units(name)
+        for k in u.layers
+    }
+    for array in ("hidden", "scale"):
+        chunks = plan.paths.array(name, array) / "c"
+        for context in _folders(chunks):
+            for layer in _folders(context):
+                mine = {s for c, k, s in needed if str(c) == context.name and str(k) == layer.name}
+                if not mine:
+                    yield layer
+                    continue
+                yield from (p for p in _folders(layer) if p.name.isdigit() and int(p.name) not in mine)
+
+
+def _tokens(plan: Plan, name: str, order: np.ndarray | None) -> Iterator[Path]:
+    """Token chunks of dropped shards in which nobody lies that is served, or anybody's context."""
+    start, length = (RawArray(plan.paths.data / name / a).read() for a in ("start", "length"))
+    if order is None:
+        order = Index(plan.paths.data / "utterances", plan.edition(name)).order
+    order = order[order < len(start)]  # the rest is not written yet
+    used = set((start[order[length[order] > 0]] // plan.latest(name).shard_rows).tolist())
+    used |= {s.number for s in plan.shards(name)}
+    for array in ("token_id", "span"):
+        chunks = _folders(plan.paths.array(name, array) / "c")
+        yield from (p for p in chunks if p.name.isdigit() and int(p.name) not in used)
+
+
+def _commits(plan: Plan, name: str) -> Iterator[Path]:
+    """Records of which every layer is dropped, or counts by a later record."""
+    views = plan.views(name)
+    asked: set[tuple[str, int | str, int]]
+    asked = {(u.context, u.shard.number, k) for u in plan.units(name) for k in u.layers}
+    asked |= {(c, "norms", k) for c, layers in views.items() for k in layers}
+    kept = {plan.paths.commits(name, c): c for c in views}
+    for folder in _folders(plan.paths.root / "commits" / name):
+        context = kept.get(folder)
+        if context is None:
+            yield folder
+            continue
+        counts = {id(c): c for (s, k), c in Commits(plan.paths, name, context).of.items() if (context, s, k) in asked}
+        names = {f"{c.shard}.{c.generation}.json" for c in counts.values()}
+        yield from (p for p in _folders(folder) if p.name.endswith(".json") and p.name not in names)

@@ -1,0 +1,112 @@
+"""Where a new store is built: beside its name on a disk, or under a URL without the store.json that makes it one.
+
+Invariant: a store of that name is whole or not there. On a disk it is renamed at the end; in an object store its
+store.json is put last, and only where there is none, and what is under the URL before that belongs to one undertaking,
+which the same command takes up again. Run: `stillhouse store cp STORE s3://BUCKET/PREFIX`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ...data.errors import UsageError
+from ..store.disk.durable import Lock, fsync_all, fsync_folder
+from ..store.format.plan import Plan
+from ..store.remote.client import Conflict, is_url
+from ..store.remote.mirror import Mirror, Planned
+from ..store.remote.paths import mirror_of, workspace
+
+CLAIM = "locks/build.json"
+
+
+@contextmanager
+def place(out: Path | str, undertaking: str) -> Iterator[Path]:
+    """A folder that becomes `out` at the end; `undertaking` is a hash of all that the new store is made of.
+
+    Errors: UsageError where something is there already.
+    """
+    if not is_url(out):
+        with _beside(Path(out)) as root:
+            yield root
+        return
+    with workspace(out) as root:
+        mirror = mirror_of(root)
+        assert mirror is not None
+        if mirror.etag is not None:
+            raise _taken(mirror)
+        _begin(mirror, undertaking)
+        yield root
+
+
+def publish(plan: Plan, undertaking: str) -> None:
+    """The moment at which a store in an object store is there; on a disk `place` does it."""
+    mirror = mirror_of(plan.paths.root)
+    if mirror is None:
+        return
+    from ..pipeline.extract import share_arrays
+
+    for name in plan.teachers:
+        share_arrays(plan, name)
+    try:
+        mirror.publish_plan(plan.paths.store_json, by=undertaking)
+    except Planned as e:
+        raise _taken(mirror) from e
+
+
+def _taken(mirror: Mirror) -> UsageError:
+    return UsageError("a store is there already", where=mirror.url, remedy="give another name, or remove it")
+
+
+def _begin(mirror: Mirror, undertaking: str) -> None:
+    """Errors: UsageError where what is under the URL is not what this undertaking has put there."""
+    note = mirror.root / "claim"
+    note.write_text(json.dumps({"builds": undertaking}))
+    others = [k for k in mirror.objects.list("") if k != CLAIM]
+    if CLAIM not in mirror.objects.list("locks") and not others:
+        try:
+            mirror.objects.put(CLAIM, note, "create")
+            return
+        except Conflict:
+            pass  # another began just now, or the answer to our own attempt was lost
+    elif others and CLAIM not in mirror.objects.list("locks"):
+        raise UsageError(
+            f"{len(others)} objects are there, and no store",
+            where=mirror.url,
+            expected="nothing",
+            remedy="give another name, or delete what is under this one",
+        )
+    if not mirror.objects.same(CLAIM, note):
+        raise UsageError(
+            "another store has been begun there and never finished",
+            where=mirror.url,
+            remedy="give the command again that began it, or another name, or delete what is under this one",
+        )
+
+
+@contextmanager
+def _beside(out: Path) -> Iterator[Path]:
+    """A folder that becomes `out` when all of it is on disk; what killed ones left of it is swept."""
+    if out.exists():
+        raise UsageError("is there already", where=out, remedy="give another name, or remove it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for old in out.parent.glob(f".{out.name}.*.partial"):
+        lock = Lock(old / "builder.lock")
+        if lock.acquire():
+            shutil.rmtree(old, ignore_errors=True)
+            lock.release()
+    root = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    with Lock(root / "builder.lock", wait=True):
+        try:
+            yield root
+            fsync_all([p for p in root.rglob("*") if p.is_dir()])
+            (root / "builder.lock").unlink()
+            os.rename(root, out)
+            fsync_folder(out.parent)
+        except BaseException:
+            shutil.rmtree(root, ignore_errors=True)
+            raise

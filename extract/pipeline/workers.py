@@ -1,0 +1,137 @@
+"""Several processes on one store: each loads the teacher and takes units that nobody holds.
+
+Invariant: workers share nothing but the store; its locks and commits make the same bytes, whatever their number and
+whichever of them dies (on one kind of processor; see threads.py). Run: `stillhouse extract CORPUS STORE --teacher …
+--workers 3`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+from ...data.errors import StillhouseError, StoreError, UsageError
+from ..store.disk.layout import Paths
+from ..store.format.plan import Plan, read_plan
+from ..store.remote.paths import mirror_of, origin, workspace
+from .progress import Outcome, Progress
+
+
+def parse_part(text: str | None) -> tuple[int, int]:
+    """ "i/n" of a job array, i from 0. Errors: UsageError for anything else."""
+    if text is None:
+        return (0, 1)
+    i, _, n = text.partition("/")
+    if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
+        raise UsageError(f"--shard {text}", expected="i/n with i from 0 to n - 1, as in 0/4")
+    return int(i), int(n)
+
+
+def part_of(plan: Plan, part: tuple[int, int], rank: int, count: int) -> tuple[int, int]:
+    """What one of `count` workers does of a part: all of it, as locks let it; in an object store, which has none, an
+    equal share by its rank.
+    """
+    return part if mirror_of(plan.paths.root) is None else (part[0] + part[1] * rank, part[1] * count)
+
+
+class Crew:
+    """The other workers of one command; this process is the first."""
+
+    def __init__(self, plan: Plan, name: str, load: dict[str, Any], count: int, part: tuple[int, int]) -> None:
+        import torch
+
+        context = multiprocessing.get_context("spawn")
+        self._results: Any = context.Queue()
+        self._processes: list[SpawnProcess] = []
+        threads = torch.get_num_threads()
+        for rank in range(1, count):
+            options = load | {"device": worker_device(load["device"], rank)}
+            arguments = (
+                origin(plan.paths.root),
+                name,
+                options,
+                part_of(plan, part, rank, count),
+                threads,
+                self._results,
+            )
+            process = context.Process(target=_work, args=arguments, name=f"stillhouse-worker-{rank}")
+            process.start()
+            self._processes.append(process)
+
+    def finish(self) -> Outcome:
+        """Wait for all. Errors: what a worker raised; StoreError where one was killed."""
+        for process in self._processes:
+            process.join()
+        done = Outcome()
+        while True:
+            try:
+                result = self._results.get_nowait()
+            except Empty:
+                break
+            if isinstance(result, StillhouseError):
+                raise result
+            done += result
+        dead = [p.name for p in self._processes if p.exitcode]
+        if dead:
+            raise StoreError(
+                f"{', '.join(dead)} died; what was committed is safe", remedy="give the same command again: it resumes"
+            )
+        return done
+
+
+def make_crew(name: str, load: dict[str, Any], count: int, part: tuple[int, int]) -> Callable[[Plan], Crew] | None:
+    """For `run.extract`: starts `count - 1` helpers when the plan is there. `load` are `load_teacher`'s arguments."""
+    if count <= 1:
+        return None
+    return lambda plan: Crew(plan, name, load, count, part)
+
+
+def pick_device(device: str) -> str:
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def worker_device(device: str, rank: int) -> str:
+    """One worker a GPU where there are several; the CPU otherwise."""
+    import torch
+
+    device = pick_device(device)
+    return f"cuda:{rank % torch.cuda.device_count()}" if device == "cuda" else device
+
+
+def share_threads(count: int) -> None:
+    """Let torch use this process's share of the cores that it has had, where `count` processes share them."""
+    import torch
+
+    torch.set_num_threads(max(1, torch.get_num_threads() // count))
+
+
+def work(root: Path | str, name: str, load: dict[str, Any], part: tuple[int, int], threads: int) -> Outcome:
+    """Units of a planned store until none is left that nobody holds."""
+    import torch
+
+    from ..store.disk.durable import Scratch
+    from ..teacher.model import load_teacher
+    from .extract import run_units
+
+    torch.set_num_threads(threads)
+    progress = Progress()
+    with workspace(root) as folder, Scratch(Paths(folder)) as scratch:
+        plan = read_plan(folder)  # as it is now that we are seen to write
+        run_units(plan, name, load_teacher(**load), scratch.folder, progress, None, part)
+    return progress.outcome
+
+
+def _work(root: Path | str, name: str, load: dict[str, Any], part: tuple[int, int], threads: int, results: Any) -> None:
+    try:
+        results.put(work(root, name, load, part, threads))
+    except StillhouseError as e:
+        results.put(e)
+    except KeyboardInterrupt:
+        os._exit(130)

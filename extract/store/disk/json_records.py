@@ -1,0 +1,77 @@
+"""Records out of JSON: a dataclass whose fields have the types that they say, or an error that names the field.
+
+Invariant: what `as_record` returns may be used without another look; what a damaged or foreign file says ends here.
+Run: `pytest tests/extract/inspect/test_hostile_stores.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ....data.errors import StoreError
+
+Kind = TypeVar("Kind")
+MOST = 1 << 53  # no number in a store's files is larger, but hashes, which are text or arrays
+
+
+def as_record(kind: type[Kind], value: object, where: Path, **known: object) -> Kind:
+    """`kind` out of a JSON object; `known` are fields that are not in it.
+
+    Errors: StoreError naming file and field, for what is missing, unknown or of another type.
+    """
+    if not isinstance(value, Mapping):
+        raise StoreError("damaged", where=where, expected=f"a JSON object for {kind.__name__}")
+    types_of = _types(kind)  # type: ignore[arg-type]
+    for name, found in value.items():
+        if name not in types_of:
+            raise StoreError(f"damaged: {kind.__name__} has no {str(name)!r:.60}", where=where)
+        if name not in known and not fits(found, types_of[name]):
+            raise StoreError(f"damaged: {name} is {found!r:.60}", where=where, expected=_word(types_of[name]))
+    needed = {f.name for f in dataclasses.fields(kind) if _required(f)}  # type: ignore[arg-type]
+    missing = sorted(needed - value.keys() - known.keys())
+    if missing:
+        raise StoreError(f"damaged: {kind.__name__} lacks {', '.join(missing)}", where=where)
+    return kind(**{**value, **known})
+
+
+def fits(value: object, wanted: Any) -> bool:
+    """Whether a JSON value is of a type such as `dict[str, list[int]]` or `str | None`. Integers are finite and below
+    2^53; text has no half surrogates and no NUL.
+    """
+    origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
+    if wanted is Any:
+        return True
+    if origin in (types.UnionType, typing.Union):
+        return any(fits(value, w) for w in inner)
+    if origin is list:
+        return isinstance(value, list) and all(fits(v, inner[0]) for v in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
+    if wanted is bool or wanted is type(None):
+        return isinstance(value, wanted)
+    if wanted is int:
+        return isinstance(value, int) and not isinstance(value, bool) and -MOST < value < MOST
+    if wanted is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if wanted is str:
+        return isinstance(value, str) and "\0" not in value and not any("\ud800" <= c <= "\udfff" for c in value)
+    raise TypeError(f"no JSON for {wanted}")
+
+
+@functools.cache
+def _types(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _word(wanted: Any) -> str:
+    return wanted.__name__ if isinstance(wanted, type) and not typing.get_args(wanted) else str(wanted)

@@ -1,0 +1,95 @@
+"""How a store, a view and a batch look where Python shows them: a few lines of text, or a table in a notebook.
+
+Invariant: showing never fails and reads no states; what cannot be told of a damaged store is left out.
+Exercised by: pytest tests/extract/inspect/test_notebook.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from ...data.errors import StillhouseError
+
+if TYPE_CHECKING:
+    from .gather import Gathered
+    from .reader import Store
+    from .views import View
+
+MOST = 20  # rows of a table
+
+
+def store_text(store: Store) -> str:
+    head, rows = _store(store)
+    lines = [f"<Store {head}>"]
+    for teacher, width, tokens, contexts, layers, dtype in rows:
+        lines.append(f"  {teacher}: {width} wide, {tokens} tokens, {dtype}; {contexts}; layers {layers}")
+    return "\n".join(lines)
+
+
+def store_html(store: Store) -> str:
+    head, rows = _store(store)
+    return _html(f"Store {head}", ("teacher", "width", "tokens", "contexts", "layers", "dtype"), rows)
+
+
+def view_html(view: View) -> str:
+    return f"<code>{escape(view.address)}</code>"
+
+
+def gathered_text(batch: Gathered) -> str:
+    head, rows = _gathered(batch)
+    return "\n".join([f"<Gathered {head}>", *(f"  {view}: {shape} {dtype}" for view, shape, dtype in rows)])
+
+
+def gathered_html(batch: Gathered) -> str:
+    head, rows = _gathered(batch)
+    return _html(f"Gathered {head}", ("view", "shape", "dtype"), rows)
+
+
+def _store(store: Store) -> tuple[str, list[tuple[str, ...]]]:
+    utterances = _or(lambda: f"{len(store.index):,} utterances", "utterances unknown")
+    planned = store.planned_views
+    complete = _or(lambda: len(store.views), None)
+    if complete is None:
+        state = f"{len(planned)} views, damaged"
+    elif complete == len(planned):
+        state = f"{complete} views, complete"
+    else:
+        state = f"{complete} of {len(planned)} views complete"
+    rows: list[tuple[str, ...]] = []
+    for name, settings in store.plan.teachers.items():
+        tokens = _or(lambda name=name: f"{store.teacher(name).tokens:,}", "?")  # type: ignore[misc]
+        layers = ", ".join(map(str, sorted(settings.layers)))
+        rows.append((name, str(settings.width), tokens, ", ".join(settings.contexts), layers, settings.dtype))
+    return f"{store.address!r}: {utterances}, {state}", rows
+
+
+def _gathered(batch: Gathered) -> tuple[str, list[tuple[str, ...]]]:
+    sizes = [len(length) for length in batch.lengths.values()]
+    head = f"{sizes[0] if sizes else 0} utterances"
+    for teacher, length in batch.lengths.items():
+        head += f", {int(length.sum()):,} tokens of {teacher}"
+    rows: list[tuple[str, ...]] = [
+        (v.address, f"[{', '.join(map(str, x.shape))}]", str(x.dtype)) for v, x in batch.states.items()
+    ]
+    return head, rows
+
+
+def _or(tell: Callable[[], Any], otherwise: Any) -> Any:
+    try:
+        return tell()
+    except (StillhouseError, OSError, ValueError, LookupError):
+        return otherwise
+
+
+def _html(head: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Inherits the page's colours, so that it can be read on light and dark."""
+    cell = "padding:2px 12px 2px 0;text-align:left;border:0;background:none;color:inherit"
+    top = "".join(f'<th style="{cell}">{escape(c)}</th>' for c in columns)
+    body = "".join(
+        "<tr>" + "".join(f'<td style="{cell}">{escape(str(c))}</td>' for c in row) + "</tr>" for row in rows[:MOST]
+    )
+    more = f"<div>and {len(rows) - MOST} more</div>" if len(rows) > MOST else ""
+    table = f'<table style="border-collapse:collapse"><tr>{top}</tr>{body}</table>'
+    return f'<div style="overflow-x:auto"><div><b>{escape(head)}</b></div>{table}{more}</div>'

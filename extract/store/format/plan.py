@@ -1,0 +1,259 @@
+"""What a store is meant to hold: teachers, generations, shards and units of work, read from its JSON files.
+
+Invariant: a generation's plan.json is written once and never changed; what exists is told by commits alone.
+Run: `stillhouse extract --status CORPUS STORE`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ....data.errors import NoStoreError, StoreError, UsageError
+from ..disk.checksums import unsealed
+from ..disk.durable import read_json, write_json
+from ..disk.json_records import MOST, as_record, fits
+from ..disk.layout import DTYPES, FORMAT, INNER_ROWS, VERSION, Paths, check_teacher_name
+from ..remote.paths import located, mirror_of
+from .block_sums import Summed, carried, write_sums
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A language model as one store uses it: all that decides what its states are. `contexts` and `layers` are
+    the axes C and L of its arrays, in order of arrival.
+    """
+
+    name: str
+    kind: str  # "encoder" or "decoder"
+    model: str  # the name or path that was given
+    architecture: str
+    revision: str | None
+    weights_hash: str
+    tokenizer_hash: str
+    transform: str
+    join: str
+    join_ids: list[int]
+    prefix_ids: list[int]
+    suffix_ids: list[int]
+    leading_space: bool
+    width: int
+    depth: int
+    window: int  # most tokens a pass, special ones included
+    dtype: str  # of the stored states
+    model_dtype: str
+    contexts: list[str] = field(default_factory=list)
+    layers: list[int] = field(default_factory=list)
+    fingerprints: dict[str, str] = field(default_factory=dict)  # "CONTEXT/LAYER" -> hash of the view's settings
+    about: str = ""  # what the model's folder says of itself, as "instruct-tuned, 4-bit quantised"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Utterances [first, last) of the store lie in rows [number · S, number · S + rows)."""
+
+    number: int
+    first: int
+    last: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """One context's layers, to be made for every shard of the generation's list."""
+
+    context: str
+    layers: list[int]
+    shards: list[int]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One immutable plan: the teacher's whole list of shards after it, what work it adds, and what it takes back."""
+
+    number: int
+    teacher: str
+    work: list[Work]
+    shard_rows: int
+    shards: list[Shard]
+    batch_tokens: int
+    batch_overhead_tokens: int
+    core_tokens: int
+    seed: int
+    created: str
+    edition: int = 0  # which table of utterances (store/index.py) is the corpus as this teacher has it
+    vocabulary: int = 0  # how many rows of `embedding` count; 0: all
+    dropped_shards: list[int] = field(default_factory=list)  # that earlier generations asked for and none serves
+    dropped_views: list[str] = field(default_factory=list)  # "CONTEXT/LAYER", the same
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The unit of work and of commit: (teacher, context, shard), with the layers that a generation asks for."""
+
+    generation: Generation
+    context: str
+    layers: tuple[int, ...]
+    shard: Shard
+
+    @property
+    def teacher(self) -> str:
+        return self.generation.teacher
+
+    def __str__(self) -> str:
+        return f"{self.teacher}/{self.context} shard {self.shard.number}"
+
+
+@dataclass
+class Plan:
+    """store.json and every generation's plan.json."""
+
+    paths: Paths
+    created: str
+    corpus: dict[str, Any]
+    versions: dict[str, str]
+    teachers: dict[str, Teacher]
+    generations: list[Generation]
+
+    def units(self, teacher: str | None = None) -> list[Unit]:
+        """All units of work in the order in which writers take them, without what a later generation took back."""
+        found: list[Unit] = []
+        for n, g in enumerate(self.generations):
+            if teacher is not None and g.teacher != teacher:
+                continue
+            later = [h for h in self.generations[n + 1 :] if h.teacher == g.teacher]
+            shards = {s for h in later for s in h.dropped_shards}
+            views = {v for h in later for v in h.dropped_views}
+            for work in g.work:
+                layers = tuple(k for k in work.layers if f"{work.context}/{k}" not in views)
+                if layers:
+                    found += [Unit(g, work.context, layers, g.shards[s]) for s in work.shards if s not in shards]
+        return found
+
+    def views(self, teacher: str) -> dict[str, list[int]]:
+        """{context: layers} that generations ask for, in the order of the teacher's axes."""
+        asked = {(u.context, k) for u in self.units(teacher) for k in u.layers}
+        t = self.teachers[teacher]
+        found = {c: [k for k in t.layers if (c, k) in asked] for c in t.contexts}
+        return {c: layers for c, layers in found.items() if layers}
+
+    def shards(self, teacher: str) -> list[Shard]:
+        """The shards of a teacher that hold something."""
+        dropped = {s for g in self.generations if g.teacher == teacher for s in g.dropped_shards}
+        return [s for s in self.latest(teacher).shards if s.number not in dropped]
+
+    def edition(self, teacher: str | None = None) -> int:
+        """The table of utterances that a teacher is at; without one, the newest of all."""
+        return max(self.latest(t).edition for t in (self.teachers if teacher is None else [teacher]))
+
+    def latest(self, teacher: str) -> Generation:
+        """The newest generation of a teacher: its list of shards is the whole list."""
+        return [g for g in self.generations if g.teacher == teacher][-1]
+
+
+def read_plan(root: Path) -> Plan:
+    """Read a store's plan. Errors: NoStoreError where there is none, StoreError where it is of another version."""
+    paths = Paths(located(root))
+    try:
+        head = read_json(paths.store_json)
+    except FileNotFoundError as e:
+        raise NoStoreError("there is no store", where=root, remedy="stillhouse extract CORPUS STORE …") from e
+    if not isinstance(head, dict) or head.get("format") != FORMAT:
+        raise NoStoreError("this is not a store", where=paths.store_json, expected=f"format {FORMAT!r}")
+    if head.get("version") != VERSION:
+        raise StoreError(f"version {head.get('version')!r:.60}", where=root, expected=f"version {VERSION}")
+    for key, kind in _HEAD.items():
+        if not fits(head.get(key), kind):
+            raise StoreError(f"the plan is damaged: {key} is {head.get(key)!r:.60}", where=paths.store_json)
+    teachers = {name: as_record(Teacher, t, paths.store_json) for name, t in head["teachers"].items()}
+    for name, teacher in teachers.items():
+        _check_teacher(name, teacher, paths.store_json)
+    generations = [_generation(paths.plan(n), n, teachers) for n in head["generations"]]
+    idle = teachers.keys() - {g.teacher for g in generations}
+    if idle or not teachers or len({g.number for g in generations}) < len(generations):
+        raise StoreError("the plan is damaged: teachers and generations do not belong together", where=paths.store_json)
+    return Plan(paths, head["created"], head["corpus"], head["versions"], teachers, generations)
+
+
+_HEAD = {
+    "created": str,
+    "corpus": dict[str, Any],
+    "versions": dict[str, str],
+    "teachers": dict[str, dict[str, Any]],
+    "generations": list[int],
+}
+
+
+def _check_teacher(name: str, t: Teacher, where: Path) -> None:
+    """Errors: StoreError where a teacher's record cannot be, or would lead out of the store."""
+    try:
+        check_teacher_name(name)
+    except UsageError as e:
+        raise StoreError(f"the plan is damaged: {e.what}", where=where) from None
+    sound = t.name == name and t.dtype in DTYPES and 0 < t.width < 1 << 20 and 0 <= t.depth < 1 << 16
+    sound &= all(c and not set(c) & set("/\\\0") and c[0] != "." for c in t.contexts)
+    if not sound or len(set(t.contexts)) < len(t.contexts) or len(set(t.layers)) < len(t.layers):
+        raise StoreError(f"the plan is damaged: the record of the teacher {name}", where=where)
+
+
+def _generation(path: Path, number: int, teachers: dict[str, Teacher]) -> Generation:
+    try:
+        value = unsealed(read_json(path), path.name)
+    except FileNotFoundError as e:
+        raise StoreError("the plan is damaged: a generation is missing", where=path) from e
+    shape = {"work": list[dict[str, Any]], "shards": list[list[int]]}
+    if not isinstance(value, dict) or not all(fits(value.get(key), kind) for key, kind in shape.items()):
+        raise StoreError("the plan is damaged: work and shards", where=path)
+    if not all(len(entry) == 3 for entry in value["shards"]):
+        raise StoreError("the plan is damaged: shards", where=path, expected="[first, last, rows] each")
+    work = [as_record(Work, w, path) for w in value["work"]]
+    shards = [Shard(i, *entry) for i, entry in enumerate(value["shards"])]
+    g = as_record(Generation, value, path, work=work, shards=shards)
+    teacher = teachers.get(g.teacher)
+    sound = g.number == number >= 0 and 0 < g.shard_rows < MOST and g.shard_rows % INNER_ROWS == 0
+    sound &= g.edition >= 0 and g.vocabulary >= 0
+    if teacher is None or not sound:
+        raise StoreError("the plan is damaged: teacher, number or shard_rows", where=path)
+    if not all(0 <= s.first <= s.last and 0 <= s.rows <= g.shard_rows for s in shards):
+        raise StoreError("the plan is damaged: a shard that cannot be", where=path)
+    for w in work:
+        known = w.context in teacher.contexts and set(w.layers) <= set(teacher.layers)
+        if not known or not all(0 <= s < len(shards) for s in w.shards):
+            raise StoreError("the plan is damaged: work that cannot be", where=path)
+    return g
+
+
+_TAKES_BACK = ("dropped_shards", "dropped_views")
+
+
+def write_generation(plan: Plan, generation: Generation, made: dict[Path, list[Summed]]) -> None:
+    """Write a generation of a plan beside those before it; `made`: sums of what was written for it (see sums.py)."""
+    before = [(g.number, g.teacher) for g in plan.generations if g.number < generation.number]
+    sums = carried(plan.paths, before, generation.teacher, generation.edition, made)
+    write_sums(plan.paths, generation.number, sums)
+    value = dataclasses.asdict(generation)
+    value["shards"] = [[s.first, s.last, s.rows] for s in generation.shards]
+    # What a store never needed is not written, so that who does not know it can read the store
+    value = {k: v for k, v in value.items() if v or k not in ("edition", "vocabulary", *_TAKES_BACK)}
+    write_json(plan.paths.plan(generation.number), value)
+
+
+def write_head(plan: Plan, publish: bool = True) -> None:
+    """Write store.json: the moment at which its generations come into force; in an object store, if `publish`."""
+    write_json(
+        plan.paths.store_json,
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "created": plan.created,
+            "corpus": plan.corpus,
+            "teachers": {name: dataclasses.asdict(t) for name, t in plan.teachers.items()},
+            "generations": [g.number for g in plan.generations],
+            "versions": plan.versions,
+        },
+    )
+    mirror = mirror_of(plan.paths.store_json)
+    if mirror is not None and publish:
+        mirror.publish_plan(plan.paths.store_json)

@@ -1,0 +1,93 @@
+"""Verifying the small arrays as files: that their metadata reads, and every chunk is there and whole.
+
+Invariant: read only; tells what a reader of plain Zarr would stumble over, or take for the fill value.
+Run: `stillhouse inspect verify STORE`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from ....data.errors import StillhouseError, StoreError
+from ..disk.durable import read_json
+from ..format.arrays import RawArray
+
+# Written whole when a plan is made; of the others, chunks come with the commits
+PLANNED = ("start", "length", "token_id", "span", "vocab_id", "embedding", "vocab_piece")
+BY_CONTEXT = ("input_hash", "context_left", "context_right")
+
+
+def array_damage(group: Path, contexts: set[int], rows: np.ndarray, shards: set[int]) -> Iterator[tuple[str, Path]]:
+    """(what, where) of all that is wrong with a teacher's arrays; `contexts`: positions of those that are complete.
+
+    rows int64: of the utterances that are served; shards: those that serve them. Other rows may be gone.
+    """
+    for name in sorted({p.name for p in group.iterdir() if p.is_dir()} | {"hidden", *PLANNED, *BY_CONTEXT}):
+        path = group / name
+        try:
+            array = _opened(path)
+        except StoreError as e:
+            yield e.what, path / "zarr.json"
+            continue
+        if not array.plain:
+            continue  # `hidden` and `scale`, whose units are checked, or someone's compressed copy
+        served = set((rows.astype(np.int64) // max(1, array.chunks[-1])).tolist())
+        try:
+            indices = array.indices()
+        except StoreError as e:
+            yield e.what, path / "zarr.json"
+            continue
+        for index in indices:
+            file = array.file(*index)
+            needed = name in PLANNED or (name in BY_CONTEXT and index[0] in contexts)
+            if name in ("token_id", "span"):
+                needed = index[0] in shards
+            elif name in ("start", "length", *BY_CONTEXT):
+                needed = needed and index[-1] in served
+            yield from _chunk_damage(array, file, needed)
+
+
+def table_damage(folder: Path, editions: set[int], utterances: int) -> Iterator[tuple[str, Path]]:
+    """The same of the group `utterances` in `folder`: its first tables, and those of `editions`.
+
+    utterances: how many rows count; a planner that died may have left others, or half of them, behind those.
+    Errors: StoreError, OSError, ValueError, IndexError where a table cannot be read at all.
+    """
+    tables = [folder, *(folder / "editions" / str(e) for e in sorted(editions - {0}))]
+    arrays = {path: _opened(path) for t in tables for path in (t / name for name in _TABLES[t != folder])}
+    rows = {"text_hash": utterances, "id_offset": utterances + 1}
+    rows["id_bytes"] = int(arrays[folder / "id_offset"].read()[utterances])
+    for path, array in arrays.items():
+        if array.plain:
+            for n in range(-(-rows.get(path.name, array.shape[0]) // array.chunks[0])):
+                yield from _chunk_damage(array, array.file(n), True)
+
+
+_TABLES = (
+    ("id_offset", "id_bytes", "id_hash", "id_row", "text_hash", "session"),
+    ("id_hash", "id_row", "order", "session", "source"),
+)
+
+
+def _opened(path: Path) -> RawArray:
+    """Errors: StoreError where its metadata cannot be read, or is not an array's."""
+    try:
+        array = RawArray(path)
+        nodes = [read_json(path / "zarr.json").get(key) for key in ("zarr_format", "node_type")]
+    except (StillhouseError, OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        raise StoreError(f"its metadata cannot be read: {e}", where=path) from e
+    if nodes != [3, "array"]:
+        raise StoreError("its metadata is not an array's", where=path)
+    return array
+
+
+def _chunk_damage(array: RawArray, file: Path, needed: bool) -> Iterator[tuple[str, Path]]:
+    expected = int(np.prod(array.chunks)) * array.dtype.itemsize
+    if not file.exists():
+        if needed:
+            yield "a chunk is missing", file
+    elif file.stat().st_size != expected:
+        yield f"a chunk has {file.stat().st_size:,} bytes, expected {expected:,}", file

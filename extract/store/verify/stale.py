@@ -1,0 +1,104 @@
+"""Whether a store's contexts are still those of a corpus, told without a teacher: who stands where, and what they say.
+
+Invariant: an utterance whose window saw another text than stands there now, or an end of the session that is none any
+more, is named. Windows are known by `context_left` and `context_right`; a neighbour that a window saw a part of counts
+whole, and windows that only were cut otherwise are as good as before (`extract --refresh` compares what is fed,
+exactly). Run: `pytest tests/extract/pipeline/test_refresh.py -k freshness`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..disk.layout import hash_text
+from ..format.arrays import RawArray
+from ..reader import Store
+from ..views import View
+
+Session = Sequence[tuple[str, str]]  # (id, raw text) of its utterances, in order
+
+
+def stale(store: Store, views: Sequence[View], sessions: Sequence[Session]) -> dict[str, list[str]]:
+    """{utterance: contexts} that saw other neighbours than `sessions` say. A changed text of its own is not looked at.
+
+    Sessions are those of the whole corpus that the store was made from, as they are now.
+    """
+    found: dict[str, list[str]] = {}
+    for teacher in dict.fromkeys(v.teacher for v in views):
+        contexts = list(dict.fromkeys(v.context for v in views if v.teacher == teacher and v.context != "alone"))
+        if contexts:
+            _of_teacher(store, teacher, contexts, sessions, found)
+    return found
+
+
+def _of_teacher(
+    store: Store, teacher: str, contexts: list[str], sessions: Sequence[Session], found: dict[str, list[str]]
+) -> None:
+    index, record = store.index_of(teacher), store.plan.teachers[teacher]
+    length = np.asarray(RawArray(store.paths.data / teacher / "length").read())
+    seen = {c: _seen(store, teacher, record.contexts.index(c)) for c in contexts}
+    # Whoever says nothing is nobody's context.
+    said = index.order[length[index.order] > 0]
+    position = np.full(len(index), -1)
+    position[said] = np.arange(len(said))
+    groups = index.session[said]
+    begins = _begins(groups)
+    ends = len(groups) - 1 - _begins(groups[::-1])[::-1]  # the last of each session
+    texts = index.text_hash[said]
+    for session in sessions:
+        spoken = [(i, hash_text(t)) for i, t in session if t.strip()]
+        rows = index.rows([i for i, _ in spoken])
+        now = np.array([h for _, h in spoken], dtype=np.uint64)
+        here = position[np.maximum(rows, 0)] if len(rows) else rows
+        mine = np.flatnonzero((rows >= 0) & (here >= 0))
+        mine = mine[texts[here[mine]] == now[mine]]  # its own text is as it was
+        if len(mine) and len(mine) == len(spoken):
+            first = int(here[0])
+            whole = first == begins[first] and first + len(spoken) - 1 == ends[first]
+            if whole and np.array_equal(here, np.arange(first, first + len(spoken))):
+                continue
+        for u in mine.tolist():
+            at, row = int(here[u]), int(rows[u])
+            for context in contexts:
+                left, right = seen[context][0][row], seen[context][1][row]
+                before = _as_it_was(at, u, -1, left, _asked(context)[0], texts, now, length[said], int(begins[at]))
+                if not before or not _as_it_was(
+                    at, u, 1, right, _asked(context)[1], texts, now, length[said], int(ends[at])
+                ):
+                    found.setdefault(spoken[u][0], []).append(context)
+
+
+def _seen(store: Store, teacher: str, context: int) -> tuple[np.ndarray, np.ndarray]:
+    group = store.paths.data / teacher
+    return RawArray(group / "context_left").read(context), RawArray(group / "context_right").read(context)
+
+
+def _asked(context: str) -> tuple[int, int]:
+    """How many tokens a context wants on either side."""
+    side, _, count = context.partition(":")
+    n = int(count.removesuffix("+block"))
+    return (n if side != "future" else 0, n if side != "past" else 0)
+
+
+def _begins(groups: np.ndarray) -> np.ndarray:
+    """For each place in runs of equal numbers, where its run begins."""
+    start = np.flatnonzero(np.diff(groups, prepend=groups[0] - 1)) if len(groups) else np.zeros(0, int)
+    return np.repeat(start, np.diff(np.append(start, len(groups))))
+
+
+def _as_it_was(
+    at: int, u: int, step: int, seen: int, asked: int, texts: np.ndarray, now: np.ndarray, length: np.ndarray, end: int
+) -> bool:
+    """Whether the neighbours of `at` (of `u` in the session as it is now) are as a window of `seen` tokens saw them."""
+    if asked == 0:
+        return True
+    rest = int(seen)
+    while rest > 0 and at != end:
+        at, u = at + step, u + step
+        if not 0 <= u < len(now) or texts[at] != now[u]:
+            return False
+        rest -= int(length[at])
+    # It wanted more and the session ended; so it must now.
+    return not (at == end and seen < asked) or not 0 <= u + step < len(now)

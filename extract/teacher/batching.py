@@ -1,0 +1,42 @@
+"""Windows into batches of nearly equal length.
+
+Invariant: batches depend on the windows and two numbers of the plan, so any number of writers makes the same ones.
+Run: `pytest tests/extract/teacher/test_windows.py`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .contexts import Window
+
+
+def make_batches(windows: list[Window], most_tokens: int, overhead_tokens: int) -> list[list[Window]]:
+    """Cut the windows, longest first, into runs whose padded size is at most `most_tokens` (one window at least).
+
+    The cuts minimise the padded tokens plus `overhead_tokens` a batch, the cost of a call in tokens: an exact
+    dynamic programme over the sorted lengths. Windows with blocks and without do not meet in one call.
+    """
+    order = sorted(range(len(windows)), key=lambda i: (-len(windows[i].ids), i))
+    ranked = [windows[i] for i in order]
+    lengths = np.array([len(w.ids) for w in ranked], dtype=np.int64)
+    n = len(ranked)
+    cost = np.zeros(n + 1, dtype=np.int64)
+    cut = np.zeros(n + 1, dtype=np.int64)
+    low = 0
+    for i in range(1, n + 1):
+        # A batch [j, i) costs its count times its longest, which is lengths[j].
+        while low < i - 1 and (i - low) * lengths[low] > most_tokens:
+            low += 1
+        j = np.arange(low, i)
+        sizes = (i - j) * lengths[low:i]
+        total = cost[low:i] + sizes + overhead_tokens
+        total[(sizes > most_tokens) & (j < i - 1)] = np.iinfo(np.int64).max
+        best = int(np.argmin(total))
+        cost[i], cut[i] = total[best], low + best
+    batches: list[list[Window]] = []
+    i = n
+    while i > 0:
+        batches.append(ranked[cut[i] : i])
+        i = int(cut[i])
+    return batches[::-1]

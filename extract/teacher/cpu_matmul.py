@@ -1,0 +1,98 @@
+"""A teacher's matrix products on a CPU, by the library that is fast there; everything else stays as the model has it.
+
+Invariant: in float32 the products are float32 products, only summed in another order; in bfloat16 what is rounded is
+the operands and results of linear layers, while attention, norms and sums between blocks stay float32. Which way is
+taken depends on the processor alone, so all writers of one kind of machine give the same bytes.
+Run: `pytest tests/extract/teacher/test_cpu_matmul.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
+class Products(TorchFunctionMode):
+    """Inside `with Products(product)`, linear layers (and GPT-2's, which call addmm) go through `product`, and what
+    attention is given becomes float32 again.
+    """
+
+    def __init__(self, product: Product) -> None:
+        super().__init__()
+        self._product = product
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.linear and len(args) + len(kwargs) in (2, 3) and "weight" not in kwargs:
+            return self._product(args[0], args[1], args[2] if len(args) > 2 else kwargs.get("bias"))
+        if func is torch.addmm and len(args) == 3 and not kwargs and args[2].dim() == 2:
+            return self._product(args[1], args[2].t(), args[0])
+        if func is functional.scaled_dot_product_attention:
+            args = tuple(_float32(a) for a in args)
+            kwargs = {k: _float32(v) for k, v in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _float32(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def float32_products() -> Products | None:
+    """oneDNN's where the linked MKL is known to be slow: it uses half the width of an AMD processor with AVX-512.
+
+    None: torch's own choice is as good.
+    """
+    if not _has_onednn() or torch.backends.cpu.get_cpu_capability() != "AVX512" or _vendor() != "AuthenticAMD":
+        return None
+
+    def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if x.dtype != torch.float32 or weight.dtype != torch.float32:
+            return functional.linear(x, weight, bias)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    return Products(product)
+
+
+def bfloat16_products() -> Products | None:
+    """oneDNN's, with each weight cast and laid out once. None where the processor or the build has none."""
+    if not _has_onednn() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    # By the parameter itself, which is kept: an id could become another tensor's
+    laid_out: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = {}
+
+    def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        known = laid_out.get(id(weight))
+        low = x.bfloat16()
+        if known is None:
+            cast = weight.bfloat16().contiguous(), None if bias is None else bias.bfloat16()
+            if not isinstance(weight, torch.nn.Parameter):
+                return functional.linear(low, *cast)
+            known = weight, torch.ops.mkldnn._reorder_linear_weight(cast[0]), cast[1]
+            laid_out[id(weight)] = known
+        return torch.ops.mkldnn._linear_pointwise(low, known[1], known[2], "none", [], "")
+
+    return Products(product)
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@functools.cache
+def _vendor() -> str:
+    """The processor's maker as Linux tells it, "" elsewhere."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    return next((line.split(":")[1].strip() for line in text.splitlines() if line.startswith("vendor_id")), "")

@@ -1,0 +1,88 @@
+"""A batch through the teacher, and its states as a store keeps them, on the host.
+
+Invariant: rounding is that of the store's numpy twins (`writer.encode`, `quantise`), bit by bit, on every device.
+Run: `pytest tests/extract/store/test_int8.py tests/extract/store/test_layout.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from ...data.errors import StoreError
+from ..store.disk.layout import Dtype
+from ..store.format.int8 import LARGEST, Quantised
+from .contexts import Window
+from .model import Teacher
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+Norm = tuple["torch.Tensor", "torch.Tensor"]  # mean and std float32 [D] of a view, on the teacher's device
+
+
+def encode_tensor(states: torch.Tensor, dtype: Dtype, norm: Norm | None = None) -> np.ndarray | Quantised:
+    """States [..., D] on any device → as stored; int8 needs the view's norm. Rounding is to nearest even."""
+    import torch
+
+    if dtype.scaled:
+        assert norm is not None
+        return _quantise(states.float(), *norm)
+    if dtype.logical == "bfloat16":
+        return states.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy().view(np.uint16)
+    return states.to(getattr(torch, dtype.logical)).cpu().contiguous().numpy()
+
+
+def tensors(norm: tuple[np.ndarray, np.ndarray], device: str) -> Norm:
+    import torch
+
+    mean, std = (torch.from_numpy(np.array(v, np.float32)).to(device) for v in norm)
+    return mean, std
+
+
+def _quantise(states: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> Quantised:
+    """`store.quantise.quantise` on the states' device."""
+    import torch
+
+    with torch.inference_mode():
+        z = (states - mean) / std
+        scale = (z.abs().amax(-1) / LARGEST).to(torch.float16)
+        wide = scale.float()[..., None]
+        values = torch.round(z / torch.where(wide == 0, 1.0, wide)).clamp_(-LARGEST, LARGEST)
+        error = z - values * wide
+        loss = torch.stack([v.square().sum(-1) for v in (error * std, states, error, z)], dim=-1)
+        whole = torch.nan_to_num(values).to(torch.int8)
+        return Quantised(whole.cpu().contiguous().numpy(), scale.cpu().numpy(), loss.cpu().numpy())
+
+
+def forward(
+    teacher: Teacher,
+    batch: list[Window],
+    layers: Sequence[int],
+    keep: Callable[[dict[int, torch.Tensor]], T],
+    where: object,
+) -> Iterator[tuple[list[Window], T]]:
+    """What `keep` makes of the states {layer: [B, T, D]} of a batch; of its halves where the device's memory is full.
+
+    Errors: StoreError where one window alone does not fit.
+    """
+    import torch
+
+    try:
+        kept = keep(teacher.states(batch, layers))
+    except torch.cuda.OutOfMemoryError as e:
+        if len(batch) == 1:
+            raise StoreError(
+                f"one window of {len(batch[0].ids)} tokens does not fit into the device's memory",
+                where=where,
+                remedy="give a smaller --window, or --model-dtype bfloat16",
+            ) from e
+        torch.cuda.empty_cache()
+        half = len(batch) // 2
+        yield from forward(teacher, batch[:half], layers, keep, where)
+        yield from forward(teacher, batch[half:], layers, keep, where)
+    else:
+        yield batch, kept

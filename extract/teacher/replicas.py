@@ -1,0 +1,114 @@
+"""Several batches at a time through one teacher, each of them in one thread.
+
+Invariant: a batch is computed by a single thread, because the last bits of a matrix product depend on how many share
+it. So the bytes of a store do not depend on the number of cores, threads or processes; those decide only how many
+batches are computed at a time. Run: `stillhouse extract CORPUS STORE --teacher … --workers 3`.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .contexts import Window
+from .forward import forward
+from .model import Teacher
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A batch of windows (or none) for one of the threads; what `keep` makes of its states; and for the caller, whose
+    it is and whether it is the last one of these.
+    """
+
+    batch: list[Window]
+    layers: Sequence[int]
+    keep: Callable[[dict[int, torch.Tensor]], Any]
+    where: object
+    owner: Any = None
+    last: bool = False
+
+
+class Threads:
+    """As many threads as torch may use on the CPU, each with a twin of the teacher; on a GPU one is enough.
+
+    As a context it sets torch's own number of threads to one, and back at its end.
+    """
+
+    def __init__(self, teacher: Teacher) -> None:
+        import torch
+
+        self._before = torch.get_num_threads()
+        self.count = self._before if teacher.device == "cpu" else 1
+        self._teacher = teacher
+        self._idle: queue.SimpleQueue[Teacher] = queue.SimpleQueue()
+        self._pool = ThreadPoolExecutor(
+            self.count, "stillhouse-model", initializer=torch.set_num_threads, initargs=(1,)
+        )
+        self.seconds = 0.0  # that the model has run, summed over threads
+
+    def __enter__(self) -> Threads:
+        import torch
+
+        torch.set_num_threads(1)
+        self._idle.put(self._teacher)
+        for _ in range(self.count - 1):
+            self._idle.put(self._teacher.twin())
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        import torch
+
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(self._before)
+
+    def run(
+        self,
+        batches: Iterable[list[Window]],
+        layers: Sequence[int],
+        keep: Callable[[dict[int, torch.Tensor]], T],
+        where: object,
+    ) -> Iterator[tuple[list[Window], T]]:
+        """What `keep` makes of the states of each batch, in order; of its halves where a GPU's memory is full.
+
+        At most one batch more than there are threads is held. Errors: as `encoding.forward`.
+        """
+        for _, parts in self.run_all(Task(batch, layers, keep, where) for batch in batches):
+            yield from parts
+
+    def run_all(self, tasks: Iterable[Task | None]) -> Iterator[tuple[Task, list[tuple[list[Window], Any]]]]:
+        """The same of batches that differ in more than their windows. None instead of a task asks for a result that is
+        still to come before the next one is begun.
+        """
+
+        def one(task: Task) -> tuple[Task, list[tuple[list[Window], Any]]]:
+            teacher, began = self._idle.get(), time.perf_counter()
+            try:
+                parts = forward(teacher, task.batch, task.layers, task.keep, task.where) if task.batch else ()
+                return task, list(parts)
+            finally:
+                self.seconds += time.perf_counter() - began
+                self._idle.put(teacher)
+
+        running: deque[Future[tuple[Task, list[tuple[list[Window], Any]]]]] = deque()
+        try:
+            for task in tasks:
+                if task is not None:
+                    running.append(self._pool.submit(one, task))
+                if running and (task is None or len(running) > self.count):
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            for future in running:
+                future.cancel()

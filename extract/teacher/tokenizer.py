@@ -1,0 +1,155 @@
+"""Transcripts to a teacher's token ids, each with its span in the manifest's raw text.
+
+Invariant: an utterance is tokenised once, by itself, so every context has the same token axis; ids equal what the
+tokenizer gives inside running text (with the leading space that byte-BPE expects).
+Run: `pytest tests/extract/teacher/test_tokenizer.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from ...data.errors import TeacherError
+from ...data.text import MappedText, transform
+
+# Words that any vocabulary spells somehow; a word must be spelt at the start of a text as in the middle of it.
+_PROBES = ("the", "a", "of", "and")
+
+_ASCII_BLACK = np.array([not chr(c).isspace() for c in range(128)])
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of many utterances: ids int32 [ΣN], length int32 [U], span int32 [ΣN, 2] (code points, raw text)."""
+
+    ids: np.ndarray
+    length: np.ndarray
+    span: np.ndarray
+
+
+class Tokeniser:
+    """A Hugging Face fast tokenizer with the settings that a store records.
+
+    `kind` is "encoder" or "decoder": decoders get BOS, or EOS where there is none, before the text.
+    """
+
+    def __init__(self, tokenizer: Any, kind: str) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise TeacherError(
+                f"{type(tokenizer).__name__} cannot say which characters a token came from",
+                expected="a fast tokenizer (tokenizer.json)",
+                remedy="convert it with transformers and save it beside the model",
+            )
+        self._hf = tokenizer
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self.leading_space = self._wants_space()
+        self.prefix, self.suffix = self._around(kind)
+        self.hash = hashlib.blake2b(self._backend.to_str().encode(), digest_size=16).hexdigest()
+
+    def _ids(self, text: str, special: bool = False) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=special).ids
+
+    def _wants_space(self) -> bool:
+        """Whether a first word must get a space to be spelt as the same word is further on."""
+
+        def same(text: str) -> bool:
+            ids = self._ids(text)
+            half = len(ids) // 2
+            return len(ids) % 2 == 0 and ids[:half] == ids[half:]
+
+        bare = sum(same(f"{w} {w}") for w in _PROBES)
+        spaced = sum(same(f" {w} {w}") for w in _PROBES)
+        return spaced > bare
+
+    def _around(self, kind: str) -> tuple[list[int], list[int]]:
+        bare, full = (
+            self._ids(" the" if self.leading_space else "the"),
+            self._ids(" the" if self.leading_space else "the", special=True),
+        )
+        at = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), 0)
+        prefix, suffix = full[:at], full[at + len(bare) :]
+        if kind == "encoder":
+            return prefix, suffix
+        if not prefix:
+            first = self._hf.bos_token_id if self._hf.bos_token_id is not None else self._hf.eos_token_id
+            prefix = [] if first is None else [int(first)]
+        return prefix, []
+
+    def join_ids(self, join: str) -> list[int]:
+        """Ids that stand between two utterances of one window."""
+        return self._ids(join) if join else []
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        return [self._hf.convert_ids_to_tokens(int(i)) or "" for i in ids]
+
+    def encode(self, texts: Sequence[str], transform_name: str) -> Tokens:
+        """Raw transcripts → tokens. Errors: ConfigError for an unknown transform."""
+        ids: list[np.ndarray] = []
+        spans: list[np.ndarray] = []
+        lengths = np.zeros(len(texts), dtype=np.int32)
+        space = " " if self.leading_space else ""
+        for first in range(0, len(texts), 1000):
+            mapped = [transform(t, transform_name) for t in texts[first : first + 1000]]
+            encodings = self._backend.encode_batch(
+                [space + m.text if m.text.strip() else "" for m in mapped], add_special_tokens=False
+            )
+            found = [e.ids for e in encodings]
+            lengths[first : first + len(found)] = [len(i) for i in found]
+            ids.append(np.fromiter(chain.from_iterable(found), dtype=np.int32))
+            numbers = chain.from_iterable(chain.from_iterable(e.offsets for e in encodings))
+            offsets = np.fromiter(numbers, dtype=np.int64).reshape(-1, 2)
+            spans.append(raw_spans(offsets, lengths[first : first + len(found)], mapped, len(space)))
+        return Tokens(
+            np.concatenate(ids) if ids else np.zeros(0, np.int32),
+            lengths,
+            np.concatenate(spans) if spans else np.zeros((0, 2), np.int32),
+        )
+
+    def settings(self) -> dict[str, Any]:
+        return json.loads(self._backend.to_str())
+
+
+def raw_spans(offsets: np.ndarray, count: np.ndarray, mapped: Sequence[MappedText], shift: int) -> np.ndarray:
+    """Offsets [ΣN, 2] in tokenised texts, of which each has count [U] tokens → spans int32 [ΣN, 2] in the raw texts.
+
+    `shift` characters were put before each `mapped[u].text`. White space at a token's ends is no part of its span, and
+    a piece of a character has the whole character's span. All texts are worked on as one, each inside its bounds.
+    """
+    if not len(offsets):
+        return np.zeros((0, 2), dtype=np.int32)
+    size = np.array([len(m.text) for m in mapped], dtype=np.int64)
+    last = np.cumsum(size)
+    low, high = np.repeat(last - size, count), np.repeat(last, count)  # bounds of each token's text
+    begin = np.clip(low + offsets[:, 0] - shift, low, high)
+    end = np.clip(low + offsets[:, 1] - shift, low, high)
+    black = np.concatenate([_black(m.text) for m in mapped])
+    where = np.arange(len(black))
+    # next_black[i]: first non-space at or after i; last_black[i]: one past the last non-space before i
+    next_black = np.minimum.accumulate(np.where(black, where, len(black))[::-1])[::-1]
+    next_black = np.append(next_black, len(black))
+    last_black = np.maximum.accumulate(np.append(0, np.where(black, where + 1, 0)))
+    inner_begin, inner_end = np.minimum(next_black[begin], high), np.maximum(last_black[end], low)
+    solid = inner_begin < inner_end
+    begin, end = np.where(solid, inner_begin, begin), np.where(solid, inner_end, end)
+    # An empty offset is a later byte of the character that it points into.
+    empty = begin >= end
+    begin = np.where(empty, np.minimum(begin, high - 1), begin)
+    end = np.where(empty, begin + 1, end)
+    source = np.concatenate([m.source for m in mapped])
+    return np.stack([source[begin, 0], source[end - 1, 1]], axis=1).astype(np.int32)
+
+
+def _black(text: str) -> np.ndarray:
+    """bool [len(text)]: which characters are no white space."""
+    if text.isascii():
+        return _ASCII_BLACK[np.frombuffer(text.encode("ascii"), np.uint8)]
+    return np.array([not c.isspace() for c in text])

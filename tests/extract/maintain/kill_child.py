@@ -1,0 +1,89 @@
+"""Run by test_store_life_kills.py as a process of its own: one change of a store after another, each killed -9 in it.
+
+Usage: python kill_child.py ACTION STORE TEACHER CORPUS OUT [PHASE:N …]
+ACTION is refresh, clear, remove or merge. Each attempt is a forked child; the last has no kill. Prints one JSON line an
+attempt: the signal that ended it, and a digest of what a fresh reader finds, utterance by utterance.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from stillhouse.data.manifest import read_manifest
+from stillhouse.extract.maintain import combine as rebuild
+from stillhouse.extract.maintain import garbage as sweep
+from stillhouse.extract.maintain import remove as life
+from stillhouse.extract.pipeline import generation as extend
+from stillhouse.extract.pipeline.extract import extract
+from stillhouse.extract.pipeline.request import Request
+from stillhouse.extract.store import Store, writer
+from stillhouse.extract.store.format import commits
+from stillhouse.extract.teacher.model import load_teacher
+
+LAYERS, CONTEXTS = [0, 2], ["alone", "both:4"]
+PHASED = (extend, life, rebuild, sweep, writer, commits)
+
+
+def seen(root: Path) -> dict:
+    """{view: {utterance: digest}} of what is served, checksums compared; nothing where there is no store."""
+    if not (root / "store.json").exists():
+        return {}
+    store = Store.open(root, checksums=True)
+    found: dict[str, dict[str, str]] = {}
+    for view in store.planned_views:
+        have = store.has(store.utterance_ids, view)
+        ids = [i for i, h in zip(store.utterance_ids, have) if h]
+        found[view.address] = {
+            i: hashlib.blake2b(store.gather([i], [view]).states[view].tobytes(), digest_size=6).hexdigest() for i in ids
+        }
+    return found
+
+
+def main() -> None:
+    sys.path.insert(0, str(Path(__file__).parents[1] / "pipeline"))
+    from crash_child import kill_at  # beside this file when it is run; the test imports it as part of a package
+
+    action, root, source, corpus, out, *phases = sys.argv[1:]
+    torch.set_num_threads(1)
+    teacher = load_teacher(source, device="cpu") if action == "refresh" else None
+    now = read_manifest(corpus)
+    run: Callable[[], object]
+    if action == "refresh":
+        request = Request("t", LAYERS, CONTEXTS)
+        run = lambda: extract(Path(root), now, teacher, request, refresh=True)  # type: ignore[arg-type]  # noqa: E731
+    elif action == "clear":
+        run = lambda: life.clear(Path(root))  # noqa: E731
+    elif action == "remove":
+        run = lambda: life.remove_views(Path(root), ["t/both:4/2"])  # noqa: E731
+    else:
+        run = lambda: rebuild.merge(Path(root), Path(root).with_name("other"), Path(out))  # noqa: E731
+    watched = Path(out if action == "merge" else root)
+    for where in [*phases, ""]:
+        child = os.fork()
+        if child == 0:
+            if where:
+                kill_at(where, PHASED)
+            try:
+                run()
+            except BaseException as e:
+                print(repr(e), file=sys.stderr, flush=True)
+                os._exit(1)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        killed = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+        print(json.dumps({"phase": where, "killed": killed, "exit": 0 if killed else status, "seen": seen(watched)}))
+        sys.stdout.flush()
+        if action == "merge" and where and watched.exists():
+            shutil.rmtree(watched)
+
+
+if __name__ == "__main__":
+    main()

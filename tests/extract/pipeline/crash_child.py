@@ -1,0 +1,88 @@
+"""Run by test_crash.py as a process of its own: extract again and again, each time killed -9 where it is told.
+
+Usage: python crash_child.py CORPUS STORE TEACHER CONTEXTS [PHASE:N …]
+Each attempt is a forked child, so that torch is imported once. The last attempt has no kill. Prints one JSON line
+an attempt: the signal that ended it, and what a reader sees afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from stillhouse.data.errors import NoStoreError
+from stillhouse.data.manifest import read_manifest
+from stillhouse.extract.pipeline import generation as extend
+from stillhouse.extract.pipeline import new_store as skeleton
+from stillhouse.extract.pipeline.extract import extract
+from stillhouse.extract.pipeline.request import Request
+from stillhouse.extract.store import Store, writer
+from stillhouse.extract.store.format import commits
+from stillhouse.extract.teacher.model import load_teacher
+
+LAYERS = [0, 2]
+
+
+def kill_at(where: str, modules: Sequence[ModuleType] = (skeleton, extend, writer, commits)) -> None:
+    """Put a SIGKILL at the n-th passing of a named phase of these modules."""
+    name, _, count = where.partition(":")
+    left = int(count or 1)
+
+    def phase(reached: str) -> None:
+        nonlocal left
+        if reached == name:
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    for module in modules:
+        module.phase = phase  # type: ignore[attr-defined]
+
+
+def seen(root: Path) -> dict:
+    """What a fresh reader finds: committed (view, utterance) pairs and their checksums, verified while read."""
+    try:
+        store = Store.open(root, checksums=True)
+    except NoStoreError:
+        return {"planned": False, "rows": 0, "units": 0}
+    rows = units = 0
+    for view in store.planned_views:
+        have = store.has(store.utterance_ids, view)
+        ids = [i for i, h in zip(store.utterance_ids, have) if h]
+        rows += len(store.gather(ids, [view]).states[view])
+        units += sum(
+            1 for shard, k in store.commits(view.teacher, view.context).of if k == view.layer and shard != "norms"
+        )
+    return {"planned": True, "rows": rows, "units": units, "views": len(store.views)}
+
+
+def main() -> None:
+    corpus_path, root, source, contexts, *phases = sys.argv[1:]
+    corpus = read_manifest(corpus_path)
+    teacher = load_teacher(source, device="cpu")
+    dtype = os.environ.get("STILLHOUSE_TEST_DTYPE", "float16")
+    request = Request("t", LAYERS, contexts.split(","), dtype=dtype)
+    for where in [*phases, ""]:
+        child = os.fork()
+        if child == 0:
+            if where:
+                kill_at(where)
+            try:
+                extract(Path(root), corpus, teacher, request)
+            except BaseException as e:
+                print(repr(e), file=sys.stderr, flush=True)
+                os._exit(1)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        killed = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+        print(json.dumps({"phase": where, "killed": killed, "exit": status if not killed else 0, **seen(Path(root))}))
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

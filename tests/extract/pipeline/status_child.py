@@ -1,0 +1,62 @@
+"""Run by test_store_life_status.py as a process of its own: writers on one store, and what is told of it meanwhile.
+
+Usage: python status_child.py CORPUS STORE TEACHER CONTEXTS WRITERS KILL
+Writers are forked children that stop themselves whenever they begin a unit; the parent asks for the status and lets
+them go on, but for the KILL-th to stop, which is killed -9 there. Prints one JSON line a question: what happened to
+whom, and the status.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from stillhouse.data.manifest import read_manifest
+from stillhouse.extract.pipeline.extract import extract
+from stillhouse.extract.pipeline.request import Request
+from stillhouse.extract.pipeline.status import status
+from stillhouse.extract.store import writer
+from stillhouse.extract.teacher.model import load_teacher
+
+LAYERS = [0, 2]
+
+
+def main() -> None:
+    corpus_path, root, source, contexts, writers, kill = sys.argv[1:]
+    torch.set_num_threads(1)
+    corpus, teacher = read_manifest(corpus_path), load_teacher(source, device="cpu")
+    request = Request("t", LAYERS, contexts.split(","))
+    alive, stops = set(), 0
+    for _ in range(int(writers)):
+        child = os.fork()
+        if child:
+            alive.add(child)
+            continue
+        writer.phase = lambda name: os.kill(os.getpid(), signal.SIGSTOP) if name == "allocated" else None
+        try:
+            extract(Path(root), corpus, teacher, request)
+        except BaseException as e:
+            print(repr(e), file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+    while alive:
+        pid, how = os.waitpid(-1, os.WUNTRACED)
+        stopped = os.WIFSTOPPED(how)
+        stops += stopped
+        what = "stopped" if stopped else "killed" if os.WIFSIGNALED(how) else f"ended {os.WEXITSTATUS(how)}"
+        print(json.dumps({"what": what, "pid": pid, **status(Path(root)).as_json()}), flush=True)
+        if not stopped:
+            alive.remove(pid)
+        elif stops == int(kill):
+            os.kill(pid, signal.SIGKILL)
+        else:
+            os.kill(pid, signal.SIGCONT)
+
+
+if __name__ == "__main__":
+    main()

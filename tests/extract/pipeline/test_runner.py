@@ -1,0 +1,125 @@
+"""Units on their way together: one is computed while another is written and a third committed; errors let all go."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stillhouse.data.errors import StoreError
+from stillhouse.extract.pipeline import runner as making
+from stillhouse.extract.pipeline.extract import extract
+from stillhouse.extract.pipeline.request import Request
+from stillhouse.extract.store import Store
+from stillhouse.extract.store.disk.durable import Lock
+from stillhouse.extract.store.verify.verify import verify
+from stillhouse.extract.store.writer import UnitWriter
+
+from ..conftest import loaded, make_corpus, sentences
+from .test_crash import tree
+
+REQUEST = Request("t", [0, 2], ["alone", "both:4"])
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> Path:
+    folder = tmp_path_factory.mktemp("calm")
+    extract(folder, corpus(), loaded(bert), REQUEST)
+    return folder
+
+
+def corpus() -> Any:
+    return make_corpus([t for t in sentences() if t.isascii()] * 4, per_session=5)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_unit_is_computed_while_the_one_before_is_committed(
+    calm: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first commit waits for a batch of the second unit, which never came if the two took turns."""
+    units = len(Store.open(calm).plan.units("t"))
+    assert units >= 4
+    second, overlapped, order = threading.Event(), [], []
+    write, commit = UnitWriter.write, UnitWriter.commit
+
+    def watched_write(self: UnitWriter, *arguments: Any) -> None:
+        if self.unit.shard.number == 1:
+            second.set()
+        write(self, *arguments)
+
+    def watched_commit(self: UnitWriter, *arguments: Any) -> bool:
+        if not order:
+            overlapped.append(second.wait(20))
+        order.append(str(self.unit))
+        return commit(self, *arguments)
+
+    monkeypatch.setattr(UnitWriter, "write", watched_write)
+    monkeypatch.setattr(UnitWriter, "commit", watched_commit)
+    extract(tmp_path / "s", corpus(), loaded(bert), REQUEST)
+    assert overlapped == [True]
+    assert order == [str(u) for u in Store.open(calm).plan.units("t")]
+    assert tree(tmp_path / "s") == tree(calm)
+
+
+@pytest.mark.parametrize("where", ["model", "write", "commit"])
+def test_an_error_leaves_what_was_committed_and_no_lock(
+    where: str, calm: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two_threads: None
+) -> None:
+    teacher, root = loaded(bert), tmp_path / "s"
+    plan = Store.open(calm).plan
+    bad = plan.units("t")[2]
+
+    def refuse(self: Any, *arguments: Any) -> Any:
+        if str(self.unit) == str(bad):
+            raise StoreError(f"no {where}")
+        return before(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        if where == "model":
+            before = making.Keep.__call__
+            patch.setattr(making.Keep, "unit", property(lambda self: self.writer.unit), raising=False)
+            patch.setattr(making.Keep, "__call__", refuse)
+        else:
+            before = getattr(UnitWriter, where)
+            patch.setattr(UnitWriter, where, refuse)
+        with pytest.raises(StoreError, match=f"no {where}"):
+            extract(root, corpus(), teacher, REQUEST)
+    store = Store.open(root)
+    assert store.commits("t", "alone").has(0, [0, 2])
+    assert not store.commits("t", "alone").has(bad.shard.number, [0, 2])
+    for unit in plan.units("t"):
+        with Lock(store.paths.lock("t", unit.context, unit.shard.number)):
+            pass  # LockedError where one is still held
+    assert verify(store) == []  # and no litter
+    assert extract(root, corpus(), teacher, REQUEST).units_done_now >= len(plan.units("t")) - 3
+    assert tree(root) == tree(calm)
+
+
+def test_few_units_are_open_at_a_time(
+    calm: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two_threads: None
+) -> None:
+    """Many threads would otherwise hold more files than a process may have."""
+    monkeypatch.setattr(making, "most_handles", lambda: 0)
+    most = []
+    begin = making.UnitMaker._begin
+
+    def watched(self: making.UnitMaker, claim: making.Claim) -> making.Job:
+        job = begin(self, claim)
+        self.threads.count = 16  # as on a larger machine: as many batches are looked ahead
+        most.append(len(self._open))
+        return job
+
+    monkeypatch.setattr(making.UnitMaker, "_begin", watched)
+    extract(tmp_path / "s", corpus(), loaded(bert), REQUEST)
+    assert max(most) == 3 and tree(tmp_path / "s") == tree(calm)

@@ -1,0 +1,208 @@
+"""One bit of a store turns over, wherever it lies: it is found, named, and put right again."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hostile import run
+
+from stillhouse.data.errors import StoreError
+from stillhouse.extract.inspect.facts.store import verified
+from stillhouse.extract.maintain.combine import copy
+from stillhouse.extract.maintain.remove import clear, remove_utterances
+from stillhouse.extract.maintain.repair import repair_all
+from stillhouse.extract.pipeline.extract import extract
+from stillhouse.extract.pipeline.request import Request
+from stillhouse.extract.store import Store
+from stillhouse.extract.store.disk import layout
+from stillhouse.extract.store.disk.checksums import flipped_bit, mended, seal_damage, sealed, turned
+from stillhouse.extract.store.disk.layout import crc32c
+from stillhouse.extract.store.verify.verify import verify
+
+from ..conftest import loaded, make_corpus
+
+CHECKED = ("data.zarr", "plan", "commits", "store.json")
+
+
+@pytest.fixture(scope="module", params=["float16", "int8"])
+def sound(request: pytest.FixtureRequest, bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two shards and more, two contexts, two layers."""
+    return built(tmp_path_factory.mktemp("sound") / "s", bert, request.param)
+
+
+def built(root: Path, bert: Path, dtype: str) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layout, "MIN_SHARD_ROWS", 128)
+        extract(root, make_corpus(), loaded(bert), Request("bert", [0, 2], ["alone", "both:4"], dtype=dtype))
+    return root
+
+
+def files(root: Path) -> list[Path]:
+    return [p for p in sorted(root.rglob("*")) if p.is_file() and p.relative_to(root).parts[0] in CHECKED]
+
+
+def served(root: Path) -> list[bytes]:
+    store = Store.open(root, checksums=True)
+    g = store.gather(store.utterance_ids, store.views)
+    return [*(s.tobytes() for s in g.states.values()), g.token_id["bert"].tobytes(), g.span["bert"].tobytes()]
+
+
+def flips(root: Path, count: int, seed: int) -> Iterator[tuple[Path, int, int]]:
+    """(file, byte, bit): every file is as likely as any other, however small it is."""
+    chance, every = random.Random(seed), [p for p in files(root) if p.stat().st_size]
+    for _ in range(count):
+        path = chance.choice(every)
+        yield path, chance.randrange(path.stat().st_size), chance.randrange(8)
+
+
+def same_value(path: Path, a: bytes, b: bytes) -> bool:
+    """Whether two JSON files say the same, as "\\u00e9" and "\\u00E9" do: that is harmless."""
+    try:
+        return path.suffix == ".json" and json.loads(a) == json.loads(b)
+    except ValueError:
+        return False
+
+
+@pytest.mark.parametrize("count", [10, pytest.param(1_000, marks=pytest.mark.slow)])
+def test_a_bit_anywhere(sound: Path, tmp_path: Path, count: int) -> None:
+    root = tmp_path / "s"
+    shutil.copytree(sound, root)
+    before = served(root)
+    for path, at, bit in flips(root, count, seed=count):
+        data = path.read_bytes()
+        path.write_bytes(turned(data, at, bit))
+        where = f"{path.relative_to(root)} byte {at} bit {bit}"
+        found = run("inspect", "verify", root, "--data")
+        if found.exit_code == 0:
+            assert same_value(path, data, path.read_bytes()), where
+            path.write_bytes(data)
+            continue
+        assert found.exit_code == 1 and "--repair" in found.output, where
+        put_right = run("inspect", "verify", root, "--data", "--repair", "--device", "cpu")
+        assert put_right.exit_code == 0, (where, put_right.output)
+        assert path.read_bytes() == data or "hidden" in path.parts or "scale" in path.parts, where
+    assert served(root) == before
+
+
+@pytest.mark.parametrize(
+    "array, says",
+    [
+        ("bert/token_id", "bert/token_id utterance u"),
+        ("bert/span", "bert/span utterance u"),
+        ("bert/length", "bert/length utterance u"),
+        ("bert/input_hash", "bert/alone shard 0 utterance u"),
+        ("bert/crc32c", "bert/alone/0 shard 0 utterance u"),
+        ("bert/norm_mean", "bert/alone/0 norm_mean"),
+        ("bert/embedding", "bert/embedding row 0"),
+        ("utterances/text_hash", "utterances/text_hash utterance u"),
+    ],
+)
+def test_what_is_named(sound: Path, tmp_path: Path, array: str, says: str) -> None:
+    """A bit whose value stays plausible; without reading any state."""
+    root = tmp_path / "s"
+    shutil.copytree(sound, root)
+    path = next(p for p in files(root) if f"/{array}/c/" in str(p))
+    data = path.read_bytes()
+    path.write_bytes(turned(data, 0, 0))
+    found = [f.where for f in verify(Store.open(root), data=0.0)]
+    assert len(found) == 1 and found[0].startswith(says), found
+
+
+def test_an_index_that_cannot_be_read(sound: Path, tmp_path: Path) -> None:
+    """Offsets that lead out of the table: nothing can be looked up, and verify still says what it is and mends it."""
+    root = tmp_path / "s"
+    shutil.copytree(sound, root)
+    path = root / "data.zarr/utterances/id_offset/c/0"
+    data = path.read_bytes()
+    path.write_bytes(turned(data, 19, 5))
+    found = run("inspect", "verify", root)
+    assert found.exit_code == 1 and "--repair" in found.output, found.exception
+    assert run("inspect", "verify", root, "--repair", "--device", "cpu").exit_code == 0
+    assert path.read_bytes() == data
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8"])
+def test_states_of_every_dtype(bert: Path, tmp_path: Path, dtype: str) -> None:
+    root = built(tmp_path / "s", bert, dtype)
+    before, path = served(root), root / "data.zarr/bert/hidden/c/0/1/0/0"
+    path.write_bytes(turned(path.read_bytes(), 40, 6))
+    found = verify(Store.open(root))
+    assert len(found) == 1 and found[0].where.startswith("bert/alone/2 shard 0 utterance u")
+    assert [m.unit for m in repair_all(root, {}, "cpu")] == ["bert/alone shard 0"]
+    assert verify(Store.open(root)) == [] and served(root) == before
+
+
+def test_more_than_a_bit(bert: Path, tmp_path: Path) -> None:
+    """Norms are worked out again; tokens can't be, and are left as they are."""
+    root = built(tmp_path / "s", bert, "float16")
+    norms, tokens = root / "data.zarr/bert/norm_std/c/1/0/0", root / "data.zarr/bert/token_id/c/0"
+    data, size = norms.read_bytes(), tokens.stat().st_size
+    norms.write_bytes(bytes(len(data)))
+    assert [(m.unit, m.how) for m in repair_all(root, {}, "cpu")] == [("bert/both:4/0 norms", "worked out again")]
+    assert norms.read_bytes() == data and verify(Store.open(root)) == []
+    tokens.write_bytes(bytes(size))
+    assert repair_all(root, {}, "cpu") == [] and tokens.read_bytes() == bytes(size)
+    found = verify(Store.open(root))
+    assert found and {f.remedy for f in found} == {"extract into a new store"}
+
+
+def test_what_is_damaged_is_not_copied(bert: Path, tmp_path: Path) -> None:
+    """Or its copy would have a checksum that is right."""
+    root = built(tmp_path / "s", bert, "float16")
+    path = root / "data.zarr/bert/token_id/c/0"
+    path.write_bytes(turned(path.read_bytes(), 0, 0))
+    for command in (lambda: copy(root, tmp_path / "out"), lambda: clear(root), lambda: remove_utterances(root, ["u1"])):
+        with pytest.raises(StoreError, match="bert/token_id utterance u"):
+            command()
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_come_later_are_checked(bert: Path, tmp_path: Path) -> None:
+    root = built(tmp_path / "s", bert, "float16")
+    corpus = make_corpus()
+    corpus.utterances[4] = corpus.utterances[4].model_copy(update={"text": "we saw the sea"})
+    extract(root, corpus, loaded(bert), Request("bert", [0, 2], ["alone", "both:4"]), refresh=True)
+    new = int(Store.open(root).rows(["u4"])[0])
+    clear(root)
+    store = Store.open(root)
+    assert verify(store) == [] and verified(store).unchecked == [] and new >= 30
+    start = int(store._rows_of("bert").start[store.rows(["u4"])[0]])
+    shard, row = divmod(start, store.teacher("bert").shard_rows)
+    path = root / f"data.zarr/bert/token_id/c/{shard}"
+    path.write_bytes(turned(path.read_bytes(), 4 * row, 1))
+    assert [f.where for f in verify(Store.open(root))] == ["bert/token_id utterance u4"]
+
+
+def test_which_bit_it_is() -> None:
+    chance = random.Random(0)
+    for size in (1, 4, 65, 5_000):
+        data = chance.randbytes(size)
+        for _ in range(20):
+            at, bit = chance.randrange(size), chance.randrange(8)
+            assert flipped_bit(turned(data, at, bit), crc32c(data)) == (at, bit)
+    many = np.frombuffer(chance.randbytes(4096), np.uint8)
+    assert flipped_bit(bytes(4096), crc32c(many)) is None
+    for said in (-200, 1 << 32, 1e308, "7", None, []):  # a damaged record may say anything
+        assert flipped_bit(many, said) is None
+
+
+@pytest.mark.parametrize("name", ["plan.json", "zarr.json"])
+def test_every_bit_of_a_record(name: str) -> None:
+    """Whatever bit of it turns: it says the same, or it is found; and it is put right in either case."""
+    value = {"zarr_format": 3, "attributes": {"a": [1, 2.5, "é\n"], "b": None}, "more": "crc32c"}
+    data = sealed(value, name)
+    for at in range(len(data)):
+        for bit in range(8):
+            other = turned(data, at, bit)
+            try:
+                found = seal_damage(json.loads(other), name) is not None
+            except ValueError:
+                found = True
+            assert found or same_value(Path(name), data, other), other
+            assert mended(other, name) == data, other

@@ -1,0 +1,313 @@
+"""Stores in an object store: read over S3's protocol, by every command, from a server on loopback made to fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import s3
+import soundfile
+import torch
+from click.testing import CliRunner
+
+from stillhouse.data.errors import NoStoreError, StoreError, UsageError
+from stillhouse.data.features.compute import compute_features
+from stillhouse.data.manifest import Utterance, read_manifest, write_manifest
+from stillhouse.data.units import train_units
+from stillhouse.extract.commands.inspect import inspect
+from stillhouse.extract.pipeline.extract import extract
+from stillhouse.extract.pipeline.request import Request
+from stillhouse.extract.store import Store, View
+from stillhouse.extract.store.disk.durable import Lock
+from stillhouse.extract.store.remote import block_cache as blocks_module
+from stillhouse.extract.store.remote import client as objects_module
+from stillhouse.extract.store.remote.helper import evict
+from stillhouse.extract.store.verify.verify import verify
+from stillhouse.train.commands.train import train
+
+from ..conftest import loaded
+
+VIEWS = [View("bert", c, k) for c in ("alone", "both:4") for k in (0, 1, 2)]
+REQUEST = Request("bert", [0, 1, 2], ["alone", "both:4"])
+
+
+@pytest.fixture(scope="module")
+def uploaded(server: int, small_store: Path) -> str:
+    return s3.upload(server, small_store, "up/small")
+
+
+def same(url: str, root: Path, ids: list[str] | None = None) -> None:
+    there, here = Store.open(url), Store.open(root)
+    ids = here.utterance_ids if ids is None else ids
+    a, b = there.gather(ids, VIEWS), here.gather(ids, VIEWS)
+    for view in VIEWS:
+        assert np.array_equal(a.states[view], b.states[view])
+        assert np.array_equal(there.input_hash(ids, view), here.input_hash(ids, view))
+        assert all(np.array_equal(x, y) for x, y in zip(there.norm(view), here.norm(view)))
+    assert np.array_equal(a.token_id["bert"], b.token_id["bert"])
+
+
+def test_an_uploaded_store_reads_the_same(proxy: s3.Proxy, uploaded: str, small_store: Path) -> None:
+    same(uploaded, small_store)
+    store = Store.open(uploaded, checksums=True)
+    assert store.views == VIEWS and store.resolve("bert/alone/last") == [VIEWS[2]]
+    store.gather(store.utterance_ids[:7], VIEWS)
+    assert verify(store) == verify(store, data=False) == []
+
+
+def test_what_was_read_is_not_asked_for_again(proxy: s3.Proxy, uploaded: str) -> None:
+    store = Store.open(uploaded)
+    ids = store.utterance_ids[:8]
+    store.gather(ids, VIEWS)
+    before = proxy.counts.total()
+    store.gather(ids[::-1], VIEWS)
+    assert proxy.counts.total() == before
+    Store.open(uploaded).gather(ids, VIEWS[:1])  # another reader: store.json, commits, the shard's size
+    assert proxy.counts.total() - before <= 4
+
+
+def once(fault: str, *methods: str) -> s3.Fault:
+    """Every object's first request fails."""
+    seen: set[tuple[str, str]] = set()
+
+    def harm(method: str, path: str) -> str | None:
+        if method in methods and (method, path) not in seen:
+            seen.add((method, path))
+            return fault
+        return None
+
+    return harm
+
+
+@pytest.mark.parametrize("fault", ["500", "drop", pytest.param("slow", marks=pytest.mark.slow)])
+def test_failing_reads_are_tried_again(
+    proxy: s3.Proxy, uploaded: str, small_store: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STILLHOUSE_REMOTE_TIMEOUT_S", "1")
+    proxy.fault = once(fault, "GET")
+    there, here = Store.open(uploaded), Store.open(small_store)
+    ids = here.utterance_ids
+    assert np.array_equal(there.gather(ids, VIEWS[4:5]).states[VIEWS[4]], here.gather(ids, VIEWS[4:5]).states[VIEWS[4]])
+    assert proxy.harmed[fault] >= 10
+
+
+@pytest.mark.parametrize(
+    "fault,words",
+    [
+        (
+            "500",
+            r"s3://bucket/up/small/store.json: the object store does not answer: .*500.*\(4 attempts\).*AWS_ENDPOINT",
+        ),
+        ("403", r"s3://bucket/up/small/store.json: the object store refuses: .*403.*AWS_SECRET_ACCESS_KEY"),
+    ],
+)
+def test_an_object_store_that_stays_away_is_told(proxy: s3.Proxy, uploaded: str, fault: str, words: str) -> None:
+    proxy.fault = lambda method, path: fault
+    with pytest.raises(StoreError, match=words):
+        Store.open(uploaded)
+    proxy.fault = lambda method, path: None
+    store = Store.open(uploaded)
+    proxy.fault = lambda method, path: fault if "hidden" in path else None
+    with pytest.raises(StoreError, match="hidden"):
+        store.gather(store.utterance_ids[:2], VIEWS[:1])
+    proxy.fault = lambda method, path: None
+    assert len(store.gather(store.utterance_ids[:2], VIEWS[:1]).states) == 1  # it goes on
+
+
+def test_urls_that_name_no_store(proxy: s3.Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NoStoreError, match=r"s3://bucket/nothing: there is no store"):
+        Store.open("s3://bucket/nothing")
+    with pytest.raises(UsageError, match="s3://BUCKET/PREFIX"):
+        Store.open("s3://bucket")
+    monkeypatch.setattr(objects_module, "find_spec", lambda name: None)
+    objects_module.close_all()
+    with pytest.raises(UsageError, match=r"pip install 'stillhouse\[cloud\]'"):
+        Store.open("s3://bucket/up/small")
+
+
+class Read(torch.utils.data.Dataset):
+    """What a DataLoader's workers do with a store."""
+
+    def __init__(self, store: Store, ids: list[str]) -> None:
+        self.store, self.ids = store, ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> bytes:
+        return self.store.gather([self.ids[i]], VIEWS[1:2]).states[VIEWS[1]].tobytes()
+
+
+@pytest.mark.parametrize("how", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_workers_of_a_dataloader_read_after_their_parent(proxy: s3.Proxy, uploaded: str, how: str) -> None:
+    store = Store.open(uploaded)
+    ids = store.utterance_ids[:6]
+    want = [Read(store, ids)[i] for i in range(6)]  # the parent has a helper and open shards by now
+    loader = torch.utils.data.DataLoader(
+        Read(store, ids), batch_size=None, num_workers=2, multiprocessing_context=how, timeout=120
+    )
+    assert list(loader) == want
+    assert pickle.loads(pickle.dumps(store)).path == store.path
+
+
+def test_a_damaged_block_is_fetched_again(proxy: s3.Proxy, uploaded: str, small_store: Path) -> None:
+    store = Store.open(uploaded)
+    store.gather(store.utterance_ids, VIEWS)
+    blocks = [p for p in (objects_module.cache_folder() / "blocks").rglob("*") if p.is_file()]
+    assert len(blocks) == 6 and not any(p.name.endswith(".tmp") for p in blocks)
+    for path in blocks:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 3] ^= 1
+        path.write_bytes(data)
+    same(uploaded, small_store)
+
+
+def test_a_shard_that_was_replaced_is_told(proxy: s3.Proxy, server: int, small_store: Path) -> None:
+    key = "re/data.zarr/bert/hidden/c/0/0/0/0"
+    for path in small_store.rglob("*"):
+        if path.is_file():
+            s3.put(server, f"re/{path.relative_to(small_store)}", path.read_bytes())
+    store = Store.open("s3://bucket/re")
+    blocks = blocks_module.Blocks(blocks_module.mirror_of(store.paths.root), store.paths.hidden("bert", 0, 0, 0))  # type: ignore[arg-type]
+    data = s3.get(server, key)
+    s3.put(server, key, data[:100] + bytes(len(data) - 100))
+    with pytest.raises(StoreError, match="replaced while it was read; open the store again"):
+        blocks.read(memoryview(bytearray(10)), 0)
+
+
+def test_the_cache_is_bounded(tmp_path: Path) -> None:
+    """What was used longest ago goes first; what a writer is making stays."""
+    for i in range(20):
+        path = tmp_path / "blocks" / f"{i % 3}" / str(i)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(1000))
+        os.utime(path, (i, i))
+    own = tmp_path / "writers" / "w" / "file"
+    own.parent.mkdir(parents=True)
+    own.write_bytes(bytes(9000))
+    evict(str(tmp_path), 10_000)
+    left = sorted(int(p.name) for p in (tmp_path / "blocks").rglob("*") if p.is_file())
+    assert left == list(range(11, 20)) and own.exists()
+    evict(str(tmp_path), 10_000)
+    assert len(list((tmp_path / "blocks").rglob("*"))) == 3 + 9
+
+
+@pytest.mark.slow
+def test_reading_goes_on_while_the_cache_is_too_small(
+    proxy: s3.Proxy, uploaded: str, small_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks_module, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(objects_module, "cache_limit_bytes", lambda: 30_000)
+    for _ in range(3):
+        same(uploaded, small_store)
+    total = sum(p.stat().st_size for p in (objects_module.cache_folder() / "blocks").rglob("*") if p.is_file())
+    assert total <= 31_000
+
+
+def test_what_changes_a_store_on_a_disk_is_refused(proxy: s3.Proxy, uploaded: str) -> None:
+    store = Store.open(uploaded)
+    with pytest.raises(StoreError, match="s3://bucket/up/small: this changes stores on a disk alone; aws s3 sync"):
+        Lock(store.paths.lock("plan"), wait=True).acquire()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["info"],
+        ["ls", "--utterances"],
+        ["show", "u1"],
+        ["stats", "--full"],
+        ["verify", "--data"],
+        ["tree"],
+        ["similarity"],
+    ],
+)
+def test_inspect_takes_urls(proxy: s3.Proxy, uploaded: str, small_store: Path, command: list[str]) -> None:
+    def facts(store: str) -> object:
+        done = CliRunner().invoke(inspect, [command[0], store, *command[1:], "--json"], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
+    def strip(value: object) -> object:
+        """Without what the place of the store and its folders for writers make different."""
+        if isinstance(value, dict):
+            own = {"path", "store", "bytes", "files", "other_bytes", "seconds", "nodes"}
+            return {k: strip(v) for k, v in value.items() if k not in own}
+        return [strip(v) for v in value] if isinstance(value, list) else value
+
+    assert strip(facts(uploaded)) == strip(facts(str(small_store)))
+
+
+def test_status_and_training_take_urls(proxy: s3.Proxy, uploaded: str, small_store: Path) -> None:
+    from stillhouse.extract.commands.extract import extract as command
+    from stillhouse.train.config import TransferSection
+
+    arguments = [str(small_store), uploaded, "--status", "--json"]
+    state = json.loads(CliRunner().invoke(command, arguments, catch_exceptions=False).stdout)
+    assert state["complete"] and [c["missing"] for c in state["contexts"]] == [0, 0]
+    section = TransferSection(stores=[uploaded], views=["bert/*/last"])  # type: ignore[list-item]
+    store = Store.open(section.stores[0])
+    assert store.resolve(section.views) == [VIEWS[2], VIEWS[5]] and store.shards(["u1", "nobody"]).tolist() == [0, -1]
+
+
+def test_training_from_a_bucket_is_training_from_a_disk(proxy: s3.Proxy, bert: Path, tmp_path: Path) -> None:
+    """`stillhouse train`, with the store at a URL and then on this disk: the losses of all steps are the same."""
+    texts = ["we", "it's done", "she would not wear it there", "a knight rode"] * 2
+    rng = np.random.default_rng(0)
+    utterances = []
+    for i, text in enumerate(texts):
+        soundfile.write(tmp_path / f"{i}.wav", 0.1 * rng.standard_normal(32_000), 16_000)
+        split = "dev" if i == len(texts) - 1 else "train"
+        utterances.append(Utterance(id=f"u{i}", text=text, audio=f"{i}.wav", split=split, session=f"s{i // 4}"))
+    write_manifest(tmp_path / "corpus.jsonl", utterances)
+    corpus = read_manifest(tmp_path / "corpus.jsonl")
+    compute_features(corpus, tmp_path / "features.h5", speeds=(1.0,), workers=0)
+    train_units(texts, "characters").save(tmp_path / "units")
+    for store in ("s3://bucket/trained", tmp_path / "store.zarr"):
+        extract(store, corpus, loaded(bert), REQUEST)  # type: ignore[arg-type]
+    (tmp_path / "run.toml").write_text(f"""
+[data]
+corpus = "{tmp_path}/corpus.jsonl"
+features = "{tmp_path}/features.h5"
+units = "{tmp_path}/units"
+train = "train"
+dev = "dev"
+speeds = [1.0]
+batch_frames = 600
+[model]
+dim = 32
+layers = 1
+heads = 2
+inner = 32
+kernel = 7
+predictor_dim = 16
+joint_dim = 32
+[optim]
+steps = 4
+warmup_steps = 2
+[transfer]
+views = ["bert/*/1,2"]
+[run]
+device = "cpu"
+precision = "float32"
+threads = 1
+log_every = 1
+eval_every = 4
+checkpoint_every = 4
+""")
+    losses = []
+    for name, store in (("url", "s3://bucket/trained"), ("disk", str(tmp_path / "store.zarr"))):
+        before = proxy.counts["GET"]
+        arguments = [str(tmp_path / "run.toml"), "--set", f"transfer.stores={store}", "--out", str(tmp_path / name)]
+        done = CliRunner().invoke(train, arguments, catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        assert (proxy.counts["GET"] > before) == (name == "url")
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        steps = [line for line in lines if line["kind"] == "train"]
+        losses.append([{k: v for k, v in s.items() if "loss" in k or "transfer" in k or k == "rnnt"} for s in steps])
+    views = {f"transfer/bert/{context}/{layer}" for context in ("alone", "both:4") for layer in (1, 2)}
+    assert len(losses[0]) == 4 and views <= set(losses[0][0]) and losses[0] == losses[1]

@@ -1,0 +1,94 @@
+"""The faster matrix products give what the plain ones give, for models of each kind, and leave other things alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from stillhouse.extract.teacher import cpu_matmul as products
+from stillhouse.extract.teacher.cpu_matmul import Products, bfloat16_products, float32_products
+from stillhouse.extract.teacher.model import Teacher, load_teacher
+
+TEACHERS = ["minilm", "bert", "gpt2", "llama"]
+IDS = torch.tensor([[5, 7, 6, 8, 5, 11, 9], [9, 9, 5, 6, 7, 8, 30]])
+
+
+@pytest.fixture
+def amd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if on the processor for which float32 takes the other way, wherever oneDNN is."""
+    if not products._has_onednn():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(products, "_vendor", lambda: "AuthenticAMD")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+
+
+def plain(teacher: Teacher) -> list[torch.Tensor]:
+    with torch.inference_mode():
+        return list(teacher.model(input_ids=IDS, output_hidden_states=True).hidden_states)
+
+
+@pytest.mark.parametrize("which", TEACHERS)
+def test_float32_is_float32(which: str, amd: None, request: pytest.FixtureRequest) -> None:
+    teacher = load_teacher(str(request.getfixturevalue(which)), device="cpu")
+    assert teacher._products is not None
+    for a, b in zip(teacher._plain(IDS), plain(teacher), strict=True):
+        assert a.dtype == torch.float32
+        assert (a - b).norm() <= 3e-6 * b.norm()
+
+
+@pytest.mark.parametrize("which", TEACHERS)
+def test_bfloat16_rounds_products_alone(which: str, request: pytest.FixtureRequest) -> None:
+    teacher = load_teacher(str(request.getfixturevalue(which)), device="cpu", dtype="bfloat16")
+    assert teacher._autocast
+    if bfloat16_products() is not None:
+        assert teacher._products is not None
+    exact = plain(teacher)
+    for layer, (a, b) in enumerate(zip(teacher._plain(IDS), exact, strict=True)):
+        off = float((a.float() - b).norm() / b.norm())
+        assert off <= 0.02 and (off > 1e-4) == (layer > 0), (layer, off)
+    assert [torch.equal(a, b) for a, b in zip(plain(teacher), exact)] == [True] * len(exact)  # the model is as it was
+
+
+def test_other_processors_keep_torchs_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_vendor", lambda: "GenuineIntel")
+    assert float32_products() is None
+    monkeypatch.setattr(products, "_vendor", lambda: "AuthenticAMD")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert float32_products() is None
+
+
+def test_a_model_that_does_not_run_with_them_runs_without(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stillhouse.extract.teacher import model as module
+
+    def refuse(*_: object) -> torch.Tensor:
+        raise RuntimeError("mat1 and mat2 must have the same dtype")
+
+    monkeypatch.setattr(module, "float32_products", lambda: Products(refuse))
+    monkeypatch.setattr(module, "bfloat16_products", lambda: Products(refuse))
+    for dtype in ("float32", "bfloat16"):
+        teacher = load_teacher(str(bert), device="cpu", dtype=dtype)
+        assert teacher._products is None and teacher._blocks is not None
+
+
+def test_what_is_intercepted() -> None:
+    """Linear layers and GPT-2's addmm by the product, attention in float32, nothing else."""
+    seen: list[str] = []
+
+    def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        seen.append(f"{tuple(x.shape)}{tuple(weight.shape)}")
+        return functional.linear(x, weight, bias).bfloat16()
+
+    x, w, b = torch.ones(2, 3), torch.arange(12.0).reshape(4, 3), torch.ones(4)
+    with Products(product):
+        assert functional.linear(x, w, b).tolist() == [[4.0, 13.0, 22.0, 31.0]] * 2
+        assert functional.linear(x, w, bias=b).dtype == torch.bfloat16
+        assert torch.addmm(b, x, w.t()).tolist() == [[4.0, 13.0, 22.0, 31.0]] * 2
+        assert torch.addmm(b, x, w.t(), beta=2).tolist() == [[5.0, 14.0, 23.0, 32.0]] * 2
+        assert torch.matmul(x, w.t()).dtype == torch.float32
+        q = torch.ones(1, 1, 2, 4, dtype=torch.bfloat16)
+        mask = torch.zeros(1, 1, 2, 2, dtype=torch.bfloat16)
+        assert functional.scaled_dot_product_attention(q, q.float(), q, attn_mask=mask).dtype == torch.float32
+    assert seen == ["(2, 3)(4, 3)"] * 3

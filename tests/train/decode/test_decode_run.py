@@ -1,0 +1,156 @@
+"""`stillhouse decode` of a small trained run: formats, beam and language model, pipes, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from click.testing import CliRunner
+
+from stillhouse.cli import cli
+from stillhouse.data.errors import StillhouseError
+from stillhouse.train.config import load_config
+from stillhouse.train.loop.trainer import Trainer
+
+SETTINGS = ("model.chunk_frames=32", "optim.steps=100", "run.eval_every=50", "run.checkpoint_every=50")
+
+
+@pytest.fixture(scope="module")
+def hearing(tones: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that streams and has learnt something."""
+    out = tmp_path_factory.mktemp("hearing") / "run"
+    Trainer(load_config(tones / "run.toml", SETTINGS), out, lambda _: None).run()
+    return out
+
+
+def command(*args: object) -> list[str]:
+    return [sys.executable, "-m", "stillhouse.cli", *map(str, args)]
+
+
+def stillhouse(*args: object, stdin: bytes = b"", error: str = "") -> tuple[str, str]:
+    """(standard output, standard error); `error`: words of the error that it has to end in."""
+    result = CliRunner().invoke(cli, list(map(str, args)), input=stdin)
+    if error:
+        assert isinstance(result.exception, StillhouseError) and error in str(result.exception)
+    else:
+        assert result.exception is None, result.exception
+    return result.stdout, result.stderr
+
+
+def records(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def language_model(tones: Path, path: Path) -> Path:
+    """The words of the dev split and how often they stand there."""
+    lines = [json.loads(line) for line in (tones / "corpus.jsonl").read_text().splitlines()]
+    texts = [r["text"] for r in lines if r.get("split") == "dev"]
+    counts = Counter(word for text in texts for word in text.split())
+    total = sum(counts.values()) + len(texts)
+    rows = [f"{math.log10(n / total):.5f}\t{word}" for word, n in counts.items()]
+    head = f"\\data\\\nngram 1={len(rows) + 2}\n\n\\1-grams:\n-99\t<s>\n{math.log10(len(texts) / total):.5f}\t</s>\n"
+    path.write_text(head + "\n".join(rows) + "\n\n\\end\\\n")
+    return path
+
+
+def test_beam_and_language_model_make_fewer_errors(hearing: Path, tones: Path, tmp_path: Path) -> None:
+    dev = (tones / "corpus.jsonl", tones / "features.h5", "--split", "dev")
+    lm = language_model(tones, tmp_path / "dev.arpa")
+    found = {}
+    for name, options in {"greedy": [], "fused": ["--beam", 8, "--lm", lm, "--lm-weight", 0.5, "--nbest", 3]}.items():
+        out, said = stillhouse("decode", hearing, *dev, *options)
+        assert "x real time" in said and "12 utterances" in said
+        (tmp_path / name).write_text(out)
+        found[name] = json.loads(stillhouse("score", tmp_path / name, "--json")[0])["wer"]["rate"]
+    assert found["fused"] < 0.7 * found["greedy"]
+    for record in records((tmp_path / "fused").read_text()):
+        scores = [r["score"] for r in record["nbest"]]
+        assert scores == sorted(scores, reverse=True) and len({r["hyp"] for r in record["nbest"]}) == len(scores)
+        assert (record["hyp"], record["score"]) == (record["nbest"][0]["hyp"], scores[0])
+        assert record["nbest"][0]["fused"] < 0
+    rates = []
+    for kind in ("trn", "ctm", "text"):  # every format is scored alike
+        (tmp_path / kind).write_text(stillhouse("decode", hearing, *dev, "--format", kind)[0])
+        told = stillhouse("score", tmp_path / kind, "--corpus", tones / "corpus.jsonl", "--json")[0]
+        rates.append(json.loads(told)["wer"]["rate"])
+    assert rates == [found["greedy"]] * 3
+
+
+def test_a_pipe_gives_what_the_features_give(hearing: Path, tones: Path, tmp_path: Path) -> None:
+    dev = (tones / "corpus.jsonl", tones / "features.h5", "--split", "dev")
+    expected = {r["id"]: r for r in records(stillhouse("decode", hearing, *dev)[0])}
+    for id in ("u61", "u66"):
+        path = tones / f"{id[1:]}.wav"
+        out, said = stillhouse("decode", hearing, "-", stdin=path.read_bytes())
+        *partial, final = records(out)
+        assert final["final"] and not any(r["final"] for r in partial)
+        assert (final["hyp"], final["words"]) == (expected[id]["hyp"], expected[id]["words"])
+        assert final["id"] == "stdin" and "real time" in said
+    samples = (soundfile.read(path, dtype="int16")[0]).astype("<i2").tobytes()
+    raw, _ = stillhouse("decode", hearing, "-", "--raw", "--format", "text", "--id", "u", stdin=samples)
+    assert raw.split() == ["u", *final["hyp"].split()]
+    assert stillhouse("decode", hearing, path, "--format", "text")[0].split() == ["66", *final["hyp"].split()]
+    slow = tmp_path / "slow.wav"
+    soundfile.write(slow, np.zeros(8_000), 8_000)
+    stillhouse("decode", hearing, "-", stdin=slow.read_bytes(), error="-r 16000 -c 1")
+    stillhouse("decode", hearing, "-", stdin=b"", error="no audio came")
+
+
+def test_results_come_while_the_pipe_is_open_and_ctrl_c_keeps_them(hearing: Path, tones: Path) -> None:
+    data = b"".join(soundfile.read(tones / f"{k}.wav", dtype="int16")[0].astype("<i2").tobytes() for k in range(60, 66))
+    process = subprocess.Popen(
+        command("decode", hearing, "-", "--raw"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(data)
+    process.stdin.flush()
+    first = json.loads(process.stdout.readline())  # while the other end is open
+    assert not first["final"] and first["hyp"]
+    process.send_signal(signal.SIGINT)
+    rest, said = process.communicate()
+    assert process.returncode == 130 and b"interrupted" in said and b"Traceback" not in said
+    last = records(rest.decode())[-1]
+    assert last["final"] and last["hyp"].startswith(first["hyp"])
+
+
+def test_a_reader_that_goes_away_is_no_error(hearing: Path, tones: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)  # as `| head` does
+    done = subprocess.run(
+        command("decode", hearing, tones / "60.wav"), stdout=write, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL
+    )
+    os.close(write)
+    assert done.returncode == -signal.SIGPIPE and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--lm-weight", "--blank-penalty", "--ilm-weight", "--lm-unknown", "--segment"])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_what_is_no_number_is_refused(option: str, value: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli, ["decode", str(tmp_path), "-", option, value])
+    assert result.exit_code == 2 and "no number to reckon with" in result.output
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["corpus.jsonl"], "FEATURES is missing"),
+        (["corpus.jsonl", "features.h5", "--raw"], "--raw is of audio"),
+        (["corpus.jsonl", "features.h5", "--nbest", 2], "--beam 2 or more"),
+        (["corpus.jsonl", "features.h5", "--beam", 2, "--nbest", 2, "--format", "trn"], "--format jsonl"),
+        (["60.wav", "--split", "dev"], "--split is of a corpus"),
+        (["60.wav", "--format", "trn", "--id", "a b"], "white space"),
+        (["60.wav", "--chunk", 30], "chunk_frames = 30"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(hearing: Path, tones: Path, options: list, words: str) -> None:
+    args = [str(tones / o) if str(o).endswith((".jsonl", ".h5", ".wav")) else str(o) for o in options]
+    stillhouse("decode", hearing, *args, error=words)

@@ -1,0 +1,125 @@
+"""The demo's corpus: who reads what, and speech that a fresh process repeats byte for byte."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import soundfile
+
+from stillhouse.data.errors import AudioError, ConfigError, CorpusError
+from stillhouse.data.manifest import read_manifest
+from stillhouse.train.demo import corpus as demo
+from stillhouse.train.demo.espeak import EspeakVoice
+from stillhouse.train.demo.plan import CASTS, ESPEAK, FULL, QUICK, Size, cast, plan
+from stillhouse.train.demo.stories import read_stories
+
+TINY = Size(heard=2, readers=1, unheard=1, known=1, heard_on_new=0)
+
+
+@pytest.mark.parametrize("engine", sorted(CASTS))
+@pytest.mark.parametrize("size", [FULL, QUICK], ids=["full", "quick"])
+def test_no_voice_and_no_story_of_the_tests_is_trained_on(engine: str, size: Size) -> None:
+    readings = plan(read_stories(), cast(engine), size)
+    assert len({(r.voice.name, r.story.number) for r in readings}) == len(readings)
+    heard = {r.voice.name for r in readings if r.split == "train"}
+    told = {r.story.number for r in readings if r.split == "train"}
+    assert told == {s.number for s in read_stories() if s.split == "train" and s.number <= (size.stories or 10**6)}
+    for r in readings:
+        if r.split == "test-known":
+            assert r.voice.name not in heard and r.story.number in told
+        if r.split == "test-new":
+            assert r.story.split == "test" and r.story.number not in told
+    assert {r.voice.name for r in readings if r.split == "test-known"} <= {
+        r.voice.name for r in readings if r.split == "test-new"
+    }
+
+
+def test_each_story_has_its_readers() -> None:
+    readings = [r for r in plan(read_stories(), ESPEAK, FULL) if r.split == "train"]
+    stories = [s for s in read_stories() if s.split == "train"]
+    count = Counter(r.story.number for r in readings)
+    assert {count[s.number] for s in stories} == {1, 2} and len(count) == len(stories)
+    assert count.total() == int(FULL.readers * len(stories))
+    of_voice = Counter(r.voice.name for r in readings)
+    assert len(of_voice) == FULL.heard and max(of_voice.values()) - min(of_voice.values()) <= 1
+
+
+def test_more_readers_than_voices_are_all_voices() -> None:
+    readings = plan(read_stories(), ESPEAK, replace(FULL, heard=3, readers=5, stories=4))
+    train = [(r.voice.name, r.story.number) for r in readings if r.split == "train"]
+    assert len(set(train)) == len(train) == 3 * 4
+
+
+def test_test_voices_are_variants_of_their_own() -> None:
+    def variant(v: EspeakVoice) -> str:
+        return v.voice.partition("+")[2]
+
+    def accent(v: EspeakVoice) -> str:
+        return v.voice.partition("+")[0]
+
+    for voice in ESPEAK.unheard:
+        assert isinstance(voice, EspeakVoice)
+        assert variant(voice) not in {variant(v) for v in ESPEAK.heard if isinstance(v, EspeakVoice)}
+        assert accent(voice) in {accent(v) for v in ESPEAK.heard if isinstance(v, EspeakVoice)}
+
+
+def test_no_such_voice() -> None:
+    with pytest.raises(ConfigError, match="espeak or hibari"):
+        cast("parrot")
+
+
+def test_two_fresh_processes_say_the_same() -> None:
+    pytest.importorskip("espeakng_loader")
+    texts = ["The knight rode by the sea.", "One cold night, no one knew.", "The knight rode by the sea."]
+    assert ESPEAK.heard[1].voice == "en-us+f2"  # a voice with breath, which is noise
+    # One worker, and a long text between: the two are more than a second apart, and the library knows the time.
+    voices = [ESPEAK.heard[1], ESPEAK.heard[0], ESPEAK.heard[1]]
+    (rate_hz, first), (_, other), (_, second) = demo.speak_fresh(
+        voices, [texts, texts + texts[:1] * 400, texts], workers=1
+    )
+    assert rate_hz == 22050
+    assert [a.tobytes() for a in first] == [b.tobytes() for b in second]
+    assert first[0].tobytes() != other[0].tobytes()  # another voice is another sound
+    assert all(0.8 * rate_hz < len(a) < 3 * rate_hz for a in first)  # 5 or 6 words at 205 a minute
+    assert all(np.abs(a.astype(int)).max() > 3000 for a in first)
+
+
+def test_espeak_has_no_such_voice() -> None:
+    pytest.importorskip("espeakng_loader")
+    with pytest.raises(AudioError, match="espeak-ng has no voice 'xx-nowhere'"):
+        list(demo.speak_fresh([EspeakVoice("zoe", "xx-nowhere")], [["Hello."]]))
+
+
+def test_corpus_on_disk_and_again(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("espeakng_loader")
+    few = [s for s in read_stories() if s.number <= 4 or s.split == "dev" or s.number == len(read_stories())]
+    monkeypatch.setattr(demo, "read_stories", lambda: few)
+    built = demo.build_demo_corpus(tmp_path, size=TINY)
+    assert built.fresh
+    corpus = read_manifest(built.path)
+    assert len(corpus) == sum(built.utterances.values()) == len(corpus.by_id)
+    assert set(built.utterances) == {"train", "dev", "test-known", "test-new"}
+    by_number = {s.number: s for s in read_stories()}
+    for session in corpus.sessions():
+        utterances = [corpus.utterances[k] for k in session]
+        number = int((utterances[0].session or "").split("-")[1])
+        assert tuple(u.text for u in utterances) == by_number[number].sentences  # a session is a story, in order
+        assert len({u.speaker for u in utterances}) == len({u.split for u in utterances}) == 1
+    for u in corpus.utterances[::11]:
+        info = soundfile.info(corpus.audio_path(u))
+        assert (info.samplerate, info.channels) == (16000, 1)
+        assert info.frames / 16000 == u.duration_s
+
+    u = corpus.utterances[3]
+    audio = corpus.audio_path(u).read_bytes()
+    again = demo.build_demo_corpus(tmp_path, size=TINY)
+    assert not again.fresh and again.seconds == built.seconds
+    with pytest.raises(CorpusError, match="other stories, voices or size"):
+        demo.build_demo_corpus(tmp_path, size=FULL)  # features made of the first would be taken for the second's
+    (tmp_path / demo.STAMP).unlink()  # as if a run had been killed before its end
+    corpus.audio_path(u).write_bytes(b"torn")
+    assert demo.build_demo_corpus(tmp_path, size=TINY).fresh
+    assert corpus.audio_path(u).read_bytes() == audio

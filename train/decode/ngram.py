@@ -1,0 +1,278 @@
+"""Back-off n-gram language models in ARPA files, plain or gzipped, read into sorted tables.
+
+Invariant: a file that is not whole and consistent is refused, by name and line; probabilities are those of the file's
+back-off model, whether n-grams or their prefixes were pruned or not. Exercised by
+`stillhouse decode RUN CORPUS FEATURES --beam 8 --lm words.arpa.gz`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ...data.errors import CorpusError
+from ...data.files.lines import scan_lines
+
+LN10 = math.log(10)
+NEVER = -99 * LN10  # how ARPA files write a probability of 0
+UNKNOWN = ("<unk>", "<UNK>", "<Unk>")
+KENLM_BINARY = b"mmap lm http://kheafield.com/code"
+_COUNT = re.compile(r"ngram[ \t]+(\d+)[ \t]*=[ \t]*(\d+)[ \t]*$")
+_SECTION = re.compile(r"\\(\d+)-grams:[ \t]*$")
+REMEDY = "make the file again, as with `lmplz -o 3 < text > lm.arpa`"
+
+
+class NGram:
+    """P(word | the words before it), natural logarithms. A word is its number in `words`; a context a tuple of such.
+
+    tables[n - 1] are the n-grams: keys int64, ascending, prefix · V + last word, where prefix is the place of the
+    first n - 1 words in the table before (n = 1: keys are the words); log-probabilities, NaN where only longer n-grams
+    needed the prefix; back-off weights.
+    """
+
+    def __init__(self, words: dict[str, int], tables: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
+        self.words, self.tables, self.order = words, list(tables), len(tables)
+        self.unknown = next((words[name] for name in UNKNOWN if name in words), None)
+        self.begin, self.end = words.get("<s>"), words.get("</s>")
+        known = self.tables[0][1][self.tables[0][1] > 0.99 * NEVER]
+        self.floor = float(known.min()) if len(known) else NEVER
+
+    @property
+    def size(self) -> int:
+        return len(self.words)
+
+    @property
+    def start(self) -> tuple[int, ...]:
+        """The context of a first word."""
+        return () if self.begin is None else self.shortened((self.begin,))
+
+    def shortened(self, context: tuple[int, ...]) -> tuple[int, ...]:
+        """The longest end of `context` that the model can tell from its own end."""
+        for first in range(max(0, len(context) - self.order + 1), len(context)):
+            if self._place(context[first:]) >= 0:
+                return context[first:]
+        return ()
+
+    def score(self, context: tuple[int, ...], word: int | None) -> float:
+        """log P(word | context); None, a word that the model cannot know, costs what the rarest known one does."""
+        if word is None:
+            return self.floor
+        added = 0.0
+        for first in range(len(context)):
+            place = self._place(context[first:])
+            if place < 0:
+                continue
+            length = len(context) - first
+            keys, logp, _ = self.tables[length]
+            at = self._find(keys, place * self.size + word)
+            if at >= 0 and not math.isnan(logp[at]):
+                return max(added + float(logp[at]), NEVER)
+            added += float(self.tables[length - 1][2][place])
+        return max(added + float(self.tables[0][1][word]), NEVER)
+
+    def row(self, context: tuple[int, ...]) -> np.ndarray:
+        """float64 [V]: `score` of every word."""
+        scores = self.tables[0][1].copy()
+        for length in range(1, len(context) + 1):
+            place = self._place(context[len(context) - length :])
+            if place < 0:
+                continue
+            scores += self.tables[length - 1][2][place]
+            keys, logp, _ = self.tables[length]
+            low, high = np.searchsorted(keys, (place * self.size, (place + 1) * self.size))
+            told = ~np.isnan(logp[low:high])
+            scores[keys[low:high][told] - place * self.size] = logp[low:high][told]
+        return np.maximum(scores, NEVER)
+
+    def _place(self, context: tuple[int, ...]) -> int:
+        """Where the n-gram stands in its table, -1 where it does not."""
+        if len(context) >= self.order:
+            return -1
+        place = context[0]
+        for table, word in zip(self.tables[1:], context[1:]):
+            place = self._find(table[0], place * self.size + word)
+            if place < 0:
+                return -1
+        return place
+
+    @staticmethod
+    def _find(keys: np.ndarray, key: int) -> int:
+        at = int(np.searchsorted(keys, key))
+        return at if at < len(keys) and keys[at] == key else -1
+
+
+@dataclass
+class _Section:
+    """The n-grams of one order as the file lists them."""
+
+    order: int
+    grams: array = field(default_factory=lambda: array("i"))
+    logp: array = field(default_factory=lambda: array("d"))
+    backoff: array = field(default_factory=lambda: array("d"))
+    lines: array = field(default_factory=lambda: array("q"))
+
+
+def read_arpa(path: Path | str) -> NGram:
+    """Raises CorpusError naming file and line."""
+    path = Path(path)
+    try:
+        with path.open("rb") as f:
+            if f.read(len(KENLM_BINARY)) == KENLM_BINARY:
+                raise CorpusError(
+                    "a binary of KenLM", where=path, expected="an ARPA file", remedy="give the file it was built from"
+                )
+    except OSError as e:
+        raise CorpusError(f"cannot read: {e.strerror}", where=path) from e
+    words: dict[str, int] = {}
+    sections = _sections(path, words)
+    grams = [np.array(s.grams, np.int64).reshape(-1, s.order) for s in sections]
+    values = [(np.array(s.logp) * LN10, np.array(s.backoff) * LN10) for s in sections]
+    tables = _tables(grams, values, len(words), path, sections)
+    if tables is None:
+        grams, values = _with_prefixes(grams, values)
+        tables = _tables(grams, values, len(words), path, sections)
+        assert tables is not None
+    return NGram(words, tables)
+
+
+def _sections(path: Path, words: dict[str, int]) -> list[_Section]:
+    lines = _lines(path)
+    counts: list[int] = []
+    for _, line in lines:
+        if line == "\\data\\":
+            break
+    else:
+        raise CorpusError("no \\data\\ section", where=path, expected="an ARPA file", remedy=REMEDY)
+    sections: list[_Section] = []
+    where, line = f"{path}", ""
+    for number, line in lines:
+        where = f"{path}:{number}"
+        if found := _COUNT.match(line):
+            if int(found[1]) != len(counts) + 1 or sections:
+                raise CorpusError(f"the count of {found[1]}-grams is out of order", where=where, remedy=REMEDY)
+            counts.append(int(found[2]))
+        elif line.startswith("\\") and (line == "\\end\\" or _SECTION.match(line)):
+            if sections:
+                _whole(sections[-1], counts, where)
+            if line == "\\end\\":
+                break
+            order = int(line[1:].split("-")[0])
+            if order != len(sections) + 1 or order > len(counts):
+                expected = f"\\{len(sections) + 1}-grams:" if len(sections) < len(counts) else "\\end\\"
+                raise CorpusError(f"the section {line} is out of order", where=where, expected=expected, remedy=REMEDY)
+            sections.append(_Section(order))
+        elif sections:
+            _entry(line, sections[-1], words, where, number, top=len(sections) == len(counts))
+        else:
+            raise CorpusError(f"not a count: {line[:60]!r}", where=where, expected="ngram 1=…", remedy=REMEDY)
+    if line != "\\end\\":
+        raise CorpusError("the file ends before \\end\\", where=where, remedy=REMEDY)
+    if len(sections) < len(counts) or not sections:
+        raise CorpusError(f"there are no {len(sections) + 1}-grams", where=where, remedy=REMEDY)
+    return sections
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    for number, line in scan_lines(path):
+        if isinstance(line, CorpusError):
+            raise line
+        yield number, line.strip(" \t")
+
+
+def _entry(line: str, section: _Section, words: dict[str, int], where: str, number: int, *, top: bool) -> None:
+    """One n-gram: its log10 probability, its words, and maybe its back-off weight."""
+    order = section.order
+    fields = [f for f in line.replace("\t", " ").split(" ") if f]
+    if not order + 1 <= len(fields) <= order + 2:
+        raise CorpusError(
+            f"{len(fields)} fields in the section of {order}-grams",
+            where=where,
+            expected=f"a log10 probability, {order} words" + ("" if top else " and a back-off weight"),
+            remedy=REMEDY,
+        )
+    logp = _number(fields[0], "a log10 probability", where)
+    if logp > 1e-4:
+        raise CorpusError(f"a log10 probability of {fields[0]}", where=where, expected="0 or less", remedy=REMEDY)
+    backoff = _number(fields[-1], "a back-off weight", where) if len(fields) == order + 2 else 0.0
+    own = fields[1 : order + 1]
+    if order == 1:
+        if own[0] in words:
+            raise CorpusError(f"the 1-gram {own[0]!r} stands there twice", where=where, remedy=REMEDY)
+        words[own[0]] = len(words)
+    for word in own:
+        if word not in words:
+            raise CorpusError(f"{word!r} is not among the 1-grams", where=where, remedy=REMEDY)
+        section.grams.append(words[word])
+    section.logp.append(min(0.0, logp))
+    section.backoff.append(0.0 if top else backoff)
+    section.lines.append(number)
+
+
+def _number(text: str, what: str, where: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if math.isnan(value) or value == math.inf or "_" in text:
+        raise CorpusError(f"{text[:40]!r} is not {what}", where=where, expected="a number", remedy=REMEDY)
+    return value
+
+
+def _whole(section: _Section, counts: Sequence[int], where: str) -> None:
+    if len(section.logp) != counts[section.order - 1]:
+        raise CorpusError(
+            f"{len(section.logp)} {section.order}-grams before this line",
+            where=where,
+            expected=f"{counts[section.order - 1]}, as \\data\\ says",
+            remedy=REMEDY,
+        )
+
+
+def _tables(
+    grams: Sequence[np.ndarray],
+    values: Sequence[tuple[np.ndarray, np.ndarray]],
+    size: int,
+    path: Path,
+    sections: Sequence[_Section],
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]] | None:
+    """Sorted tables; None where a prefix of an n-gram is no n-gram."""
+    tables = [(np.arange(size), *values[0])]
+    for rows, (logp, backoff), section in zip(grams[1:], values[1:], sections[1:]):
+        place = rows[:, 0]
+        for column, (keys, _, _) in zip(rows.T[1:-1], tables[1:]):
+            wanted = place * size + column
+            place = np.searchsorted(keys, wanted)
+            if (len(keys) == 0 and len(wanted)) or (keys[np.minimum(place, len(keys) - 1)] != wanted).any():
+                return None
+        found = place * size + rows[:, -1]
+        order = np.argsort(found, kind="stable")
+        found = found[order]
+        if len(twice := np.flatnonzero(found[1:] == found[:-1])):
+            raise CorpusError(
+                f"the {section.order}-gram of this line stands there twice",
+                where=f"{path}:{section.lines[int(order[twice[0] + 1])]}",
+                remedy=REMEDY,
+            )
+        tables.append((found, logp[order], backoff[order]))
+    return tables
+
+
+def _with_prefixes(
+    grams: list[np.ndarray], values: list[tuple[np.ndarray, np.ndarray]]
+) -> tuple[list[np.ndarray], list[tuple[np.ndarray, np.ndarray]]]:
+    """The same with each n-gram's prefix, which some tools prune: no probability of its own, back-off weight 1."""
+    grams, values = list(grams), list(values)
+    for n in range(len(grams) - 1, 1, -1):
+        known = set(map(bytes, np.ascontiguousarray(grams[n - 1])))
+        prefixes = np.unique(grams[n][:, :-1], axis=0)
+        absent = prefixes[[bytes(row) not in known for row in prefixes]]
+        grams[n - 1] = np.concatenate([grams[n - 1], absent])
+        logp, backoff = values[n - 1]
+        values[n - 1] = np.r_[logp, np.full(len(absent), np.nan)], np.r_[backoff, np.zeros(len(absent))]
+    return grams, values

@@ -1,0 +1,189 @@
+"""A trained model leaves the house: as a folder of ONNX graphs, of torch programs, or of weights that load again.
+
+    FOLDER/model.json       what it is, of which step, and the checksums of the other files
+    onnx         encoder.onnx decoder.onnx joiner.onnx tokens.txt [*.int8.onnx]
+    torch        encoder.pt2 decoder.pt2 joiner.pt2 tokens.txt
+    safetensors  model.safetensors config.toml units/
+
+Invariant: the folder is there whole or not at all, holds no transfer head, and replaces only what an export wrote.
+Exercised by `stillhouse export RUN --format onnx --out FOLDER`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ...data.errors import CheckpointError, UsageError
+from ...data.files.plainfile import read_plain, sha256_plain
+from ...data.units import Units, load_units
+from ..config import Config, dump_config, load_config
+from ..decode.decode import MAX_SYMBOLS
+from ..model.build import build_model, load_run
+from ..model.transducer import Transducer
+from ..run.checkpoint import load_weights
+from .folder import HEAD, new_folder
+from .graphs import Graph, offline_graph, search_graphs, unfit_for_sherpa
+from .streaming import stream_graph
+
+FORMAT, VERSION = "stillhouse-export", 1
+Kind = Literal["onnx", "torch", "safetensors"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written. difference: of the graphs' outputs from the model's at most; symbols_per_frame: copies of
+    each encoder state in encoder.onnx; unfit_for_sherpa: why sherpa-onnx cannot read it, None where it can."""
+
+    kind: Kind
+    folder: str
+    step: int
+    files: list[str]
+    rate_hz: int | None
+    bins: int
+    subsampling: int
+    units: int
+    streaming: bool
+    difference: float
+    symbols_per_frame: int
+    unfit_for_sherpa: str | None
+
+
+def export_run(
+    run: Path,
+    out: Path,
+    kind: Kind,
+    *,
+    which: str = "best",
+    symbols: int | None = None,
+    streaming: bool = False,
+    chunk_frames: int | None = None,
+    left_chunks: int | None = None,
+    int8: bool = False,
+    force: bool = False,
+) -> Exported:
+    """Export a trained run (or a folder that was exported as safetensors).
+
+    symbols: units that sherpa-onnx may find in one encoder state (None: as many as `stillhouse decode` may).
+    streaming: an encoder that is fed chunk by chunk (chunk_frames, left_chunks: other than the model's own).
+    Raises ConfigError where the model cannot stream, ExportError where a graph cannot be written or does not say what
+    the model says, UsageError for what the format cannot do.
+    """
+    if kind == "onnx":
+        from .onnx import need_onnx
+
+        need_onnx()
+    elif int8:
+        raise UsageError(f"--quantise is for ONNX, not for {kind}", expected="--format onnx")
+    if (chunk_frames or left_chunks) is not None and not streaming:
+        raise UsageError("--chunk-frames and --left-chunks are for --streaming")
+    if streaming and kind == "safetensors":
+        raise UsageError("--streaming is for ONNX and torch: weights stream or not as their config.toml says")
+    model, units, config, step = load_run(run, which)
+    sherpa = unfit_for_sherpa(model) if kind == "onnx" else "it reads ONNX"
+    if symbols is not None and sherpa:
+        raise UsageError(f"--symbols-per-frame is for sherpa-onnx, which cannot run this: {sherpa}", where=run)
+    symbols = (symbols or MAX_SYMBOLS) if sherpa is None else 1
+    with new_folder(out, force) as draft:
+        difference = 0.0
+        if kind == "safetensors":
+            _write_weights(model, units, config, draft)
+        else:
+            encoder = (
+                stream_graph(model, symbols=symbols, chunk_frames=chunk_frames, left_chunks=left_chunks)
+                if streaming
+                else offline_graph(model, symbols=symbols)
+            )
+            difference = _write_graphs([encoder, *search_graphs(model)], units, draft, kind, int8)
+        files = sorted(str(p.relative_to(draft)) for p in draft.rglob("*") if p.is_file())
+        found = Exported(
+            kind=kind,
+            folder=str(out),
+            step=step,
+            files=files,
+            rate_hz=_rate(config),
+            bins=len(model.encoder.feature_mean),
+            subsampling=model.encoder.subsampling,
+            units=units.size,
+            streaming=streaming,
+            difference=difference,
+            symbols_per_frame=symbols,
+            unfit_for_sherpa=sherpa,
+        )
+        head: dict[str, Any] = {"format": FORMAT, "version": VERSION, **asdict(found)}
+        head["files"] = {name: sha256_plain(draft / name) for name in files}
+        del head["folder"]
+        (draft / HEAD).write_text(json.dumps(head, indent=1) + "\n")
+    return found
+
+
+def load_export(folder: Path) -> tuple[Transducer, Units, Config, int]:
+    """A folder that was exported as safetensors, as `load_run` gives a run: (model in eval mode, units, config, step).
+
+    Raises CheckpointError for another kind of export and for one that is damaged.
+    """
+    remedy = f"export it again: stillhouse export RUN --format safetensors --out {folder} --force"
+    try:
+        head = json.loads(read_plain(folder / HEAD))
+        if head["format"] != FORMAT or head["version"] != VERSION:
+            raise ValueError(f"{head['format']} of version {head['version']}")
+        if head["kind"] != "safetensors":
+            raise CheckpointError(
+                f"an export as {head['kind']}", where=folder, expected="a run, or an export as safetensors"
+            )
+        for name, expected in head["files"].items():
+            if sha256_plain(folder / name) != expected:
+                raise CheckpointError("damaged: its checksum differs", where=folder / name, remedy=remedy)
+        tensors, step = load_file(folder / "model.safetensors"), int(head["step"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as e:
+        raise CheckpointError(f"not a whole export: {e!r}", where=folder, remedy=remedy) from None
+    config, units = load_config(folder / "config.toml"), load_units(folder / "units")
+    model = build_model(config, units.size)
+    model.simple = None
+    load_weights(model, tensors, folder / "model.safetensors")
+    return model.eval(), units, config, step
+
+
+def _write_graphs(graphs: list[Graph], units: Units, draft: Path, kind: Kind, int8: bool) -> float:
+    """Returns the largest difference from the model's outputs."""
+    from .onnx import tokens_txt, write_int8, write_onnx
+    from .torch import write_torch
+
+    (draft / "tokens.txt").write_text(tokens_txt(units), encoding="utf-8")
+    worst = 0.0
+    for graph in graphs:
+        graph.module.eval()
+        if kind == "torch":
+            worst = max(worst, write_torch(graph, draft / f"{graph.name}.pt2"))
+            continue
+        path = draft / f"{graph.name}.onnx"
+        worst = max(worst, write_onnx(graph, path))
+        if int8:
+            write_int8(path, path.with_suffix(".int8.onnx"))
+    return worst
+
+
+def _write_weights(model: Transducer, units: Units, config: Config, draft: Path) -> None:
+    """`config` goes in as it is, so that it also says how the model was trained; the simple joint, which training
+    alone needs, does not."""
+    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if not k.startswith("simple.")}
+    save_file(weights, draft / "model.safetensors")
+    (draft / "config.toml").write_text(dump_config(config), encoding="utf-8")
+    units.save(draft / "units")
+
+
+def _rate(config: Config) -> int | None:
+    """The rate of the audio that the features came from, where their file is still there."""
+    from ...data.errors import FeatureError
+    from ...data.features.file import FeatureFile
+
+    try:
+        with FeatureFile(config.data.features) as features:
+            return int(features.settings["rate_hz"])
+    except (FeatureError, OSError):
+        return None

@@ -1,0 +1,354 @@
+"""The training loop, with all of its state in one checkpoint.
+
+Invariant: a step depends on the weights, the optimiser's state and the step's number alone: the batches follow from
+(seed, epoch, position) and every random draw is seeded by (seed, step). So a run that was killed goes on exactly as
+it would have gone. With several ranks, each batch is shared out among them and every rank has all of that state.
+Exercised by `stillhouse train CONFIG --out RUN`, killed and started again, and by torchrun.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import warnings
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...data.batches.loader import Batch, BatchLoader, prefetch, with_workers
+from ...data.batches.sampler import BatchSampler
+from ...data.errors import UsageError
+from ...data.features.compute import FeatureFile
+from ...data.files.lock import held
+from ...data.manifest import read_manifest
+from ...data.units import load_units
+from ..config import Config
+from ..decode.decode import transcribe
+from ..model.build import build_model, build_optimiser, build_transfer, resolve_device, resolve_precision, store_shards
+from ..run import checkpoint, folder, identity
+from ..run.averaging import moving_average
+from ..run.monitor import Monitor, Report
+from ..run.profile import Profile
+from ..run.ranks import ALONE, GradientSum, Ranks
+from ..run.stopwatch import Stopwatch
+from ..schedule import learning_rate, transfer_weight
+from ..score.wer import score
+from .bad_steps import BadSteps
+from .batch_share import Whole, sizes
+from .objective import held_out_cost, losses
+
+
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """Euclidean norm of all gradients, float32, summed in float64: heads whose gradient is 0 do not change its last
+    bit, so a transfer of weight 0 is none, bit by bit.
+    """
+    norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
+    return torch.stack(norms).double().norm().float()
+
+
+class Trainer:
+    """Trains into the folder `out`; goes on from its newest checkpoint if there is one.
+
+    Raises ConfigError, CorpusError, StoreError and the like before the first step, StaleError where `out` holds a run
+    with other settings, StillhouseError when the loss stays without a finite value, RankError when another rank stops.
+    """
+
+    def __init__(self, config: Config, out: Path, report: Report = lambda _: None, ranks: Ranks = ALONE) -> None:
+        self.config, self.out, self.ranks = config, out, ranks
+        self.report: Report = report if ranks.first else lambda _: None
+        self.device = resolve_device(config.run.device, ranks.local if ranks.size > 1 else None)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        self.precision = ranks.from_first(lambda: resolve_precision(config.run.precision, self.device))
+        torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // ranks.local_size))
+        corpus = read_manifest(config.data.corpus)
+        self.units = load_units(config.data.units)
+        self.features = FeatureFile(config.data.features)
+        self.model = build_model(config, self.units.size)
+        self.transfer, targets = build_transfer(config, self.model.encoder.dim)
+        self.loader = BatchLoader(
+            corpus.select(config.data.train),
+            self.features,
+            self.units,
+            speeds=config.data.speeds,
+            max_frames=config.data.max_frames,
+            targets=targets,
+        )
+        self.dev = None
+        if config.data.dev is not None:
+            dev = BatchLoader(corpus.select(config.data.dev), self.features, self.units)
+            self.dev = dev.shared(ranks.rank, ranks.size)
+        sampler = BatchSampler(
+            self.loader.frames,
+            max_frames=config.data.batch_frames,
+            seed=config.run.seed,
+            shards=store_shards(config, [u.id for u in self.loader.utterances]),
+            mix=config.data.mix_shards,
+        )
+        self.identity: dict[str, Any] = {
+            "data": identity.data_identity(self.loader, sampler),
+            "budget": identity.budget(config, self.precision),
+            "initialisation": identity.initialisation(self.model),
+        }
+        self._refuse_unlike_ranks(sampler)
+        self.sampler = sampler.shared(ranks.rank, ranks.size)
+        self.step = self.epoch = self.position = 0
+        self.bad = BadSteps(out, config.run.bad_steps, config.run.seed, self.report, ranks)
+        self.best: dict[str, float] = {}
+        self.window: dict[str, Any] = {}
+        ranks.from_first(lambda: folder.refuse_foreign(out))
+        with self._alone():
+            self._begin()
+
+    # -- state
+
+    def _refuse_unlike_ranks(self, sampler: BatchSampler) -> None:
+        """Before anything is written: all ranks mean the same run, and there is work for each."""
+        ranks, settings = self.ranks, self.config.model_dump(mode="json")
+        if ranks.size == 1:
+            return
+        apart = {"device", "threads", "backend", "timeout_s"}  # may be each machine's own
+        own = {f"{name}.{k}": v for name, values in settings.items() for k, v in values.items() if k not in apart}
+        own |= {f"data {k}": v for k, v in self.identity["data"].items()}
+        own |= {"first weights": self.identity["initialisation"], "torch": torch.__version__}
+        if self.transfer is not None:
+            own["transfer"] = identity.initialisation(self.transfer)
+        ranks.refuse_unlike(own)
+        counts = [len(plan.indices) for plan in sampler.epoch(0)]
+        few = sum(count < ranks.size for count in counts)
+        if max(counts) < ranks.size:
+            raise UsageError(
+                f"{ranks.size} ranks, but no batch has more than {max(counts)} utterances",
+                remedy="raise data.batch_frames, which is the size of the whole batch, or start fewer ranks",
+            )
+        if few:
+            self.report(
+                f"{few} of {len(counts)} batches have fewer than {ranks.size} utterances: ranks will idle there"
+            )
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """With the run's lock, which rank 0 holds for all."""
+        with ExitStack() as stack:
+            self.ranks.from_first(lambda: stack.enter_context(held(self.out / ".lock", "run")))
+            yield
+
+    def _begin(self) -> None:
+        """Create the run's folder or take up what it holds."""
+        found = folder.take_up(self.out, self.config, self.ranks, self.report)
+        if found is None:
+            self._fit_normalisation()
+            if self.ranks.size > 1:  # the same bits everywhere
+                first = self.model.state_dict() if self.ranks.first else None
+                checkpoint.load_weights(self.model, self.ranks.tensors_from_first(first), self.out)
+        else:
+            checkpoint.load_weights(self.model, found.of("model"), found.where)
+            if self.transfer is not None:
+                checkpoint.load_weights(self.transfer, found.of("transfer"), found.where)
+            state = found.state
+            identity.refuse_other_data(state.data, self.identity["data"], found.where)
+            self.step, self.epoch, self.position = state.step, state.epoch, state.position
+            self.best = {} if state.best is None else state.best.model_dump()
+            self.precision, self.bad.count, self.window = state.precision, state.bad_steps, state.window.model_dump()
+            self.report(f"resuming {self.out} at step {self.step}")
+        self.model.to(self.device)
+        modules = {"model": self.model} | ({"transfer": self.transfer.to(self.device)} if self.transfer else {})
+        self.names: dict[torch.Tensor, str] = {
+            p: f"{m}.{n}" for m, module in modules.items() for n, p in module.named_parameters()
+        }
+        self.optimiser = build_optimiser(self.names, self.config, self.device)
+        if found is not None:
+            checkpoint.restore_optimiser(self.optimiser, self.names, found.of("optimiser"), found.where)
+        self.sum = GradientSum(list(self.names)) if self.ranks.size > 1 else None
+        self.average = moving_average(self.model, self.config.optim.ema) if self.config.optim.ema else None
+        if self.average is not None and found is not None:
+            checkpoint.load_weights(self.average.module, found.of("ema"), found.where)
+            self.average.n_averaged.fill_(found.state.averaged)
+        settled = (self.out, self.config, self.units, self.identity, self.step)
+        self.ranks.from_first(lambda: folder.begin(*settled))
+
+    def _fit_normalisation(self) -> None:
+        """Mean and deviation of each bin over up to 500 training utterances, spread evenly."""
+        count = len(self.loader.utterances)
+        chosen = np.unique(np.linspace(0, count - 1, min(count, 500)).astype(int))
+        ids = [self.loader.utterances[i].id for i in chosen]
+        packed = self.features.gather(ids, [self.config.data.speeds[0]] * len(ids))[0].astype(np.float64)
+        packed = packed[np.isfinite(packed).all(axis=1)]  # an utterance with others is met, and named, as a bad step
+        self.model.encoder.feature_mean.copy_(torch.from_numpy(packed.mean(axis=0)))
+        self.model.encoder.feature_std.copy_(torch.from_numpy(packed.std(axis=0).clip(min=1e-3)))
+
+    def save(self) -> None:
+        """On return the checkpoint is on disk, whichever rank asks."""
+        if self.ranks.size > 1:
+            weights = hashlib.sha256()
+            for value in self.model.state_dict().values():
+                weights.update(value.detach().cpu().contiguous().numpy().tobytes())
+            self.ranks.refuse_unlike({"their weights": weights.hexdigest()[:16]})
+        self.ranks.from_first(self._save)
+
+    def _save(self) -> None:
+        tensors = {
+            "model": self.model.state_dict(),
+            "optimiser": checkpoint.optimiser_tensors(self.optimiser, self.names),
+        }
+        if self.transfer is not None:
+            tensors["transfer"] = self.transfer.state_dict()
+        if self.average is not None:
+            tensors["ema"] = self.average.module.state_dict()
+        state = {
+            "step": self.step,
+            "epoch": self.epoch,
+            "position": self.position,
+            "best": self.best,
+            "bad_steps": self.bad.count,
+            "window": self.window,
+            "averaged": 0 if self.average is None else int(self.average.n_averaged),
+            "precision": self.precision,
+            "data": self.identity["data"],
+            "config": self.config.model_dump(mode="json"),
+            "ranks": self.ranks.size,
+            "versions": {"torch": torch.__version__},
+        }
+        checkpoint.save(self.out / "checkpoints", state, tensors)
+        best = self.best.get("step")
+        checkpoint.prune(self.out / "checkpoints", self.config.run.keep, None if best is None else int(best))
+
+    # -- the loop
+
+    def run(self, profile: Profile | None = None) -> None:
+        """Train to the last step; on return the last checkpoint is on disk. LockedError: another process does."""
+        with self._alone(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "rnnt loss: row", RuntimeWarning)  # bad_steps names the utterances
+            self.ranks.from_first(lambda: folder.refuse_moved(self.out, self.step))
+            self._run(profile)
+
+    def _batches(self) -> Generator[tuple[int, int, Batch], None, None]:
+        data, where = self.config.data, {"epoch": self.epoch, "position": self.position}
+        if data.workers:
+            start = data.worker_start
+            if self.loader.targets is not None:
+                self.loader.targets.pin = False  # other processes have no device
+            return with_workers(self.sampler, self.loader.load, **where, workers=data.workers, start=start)
+        return prefetch(self.sampler, self.loader.load, **where)
+
+    def _run(self, profile: Profile | None) -> None:
+        config = self.config
+        if self.step >= config.optim.steps:
+            self.report(f"{self.out} is done: step {self.step}")
+            return
+        parameters = sum(p.numel() for p in self.model.parameters())
+        hours = self.loader.frames[:, 0].sum() / 360_000
+        left_out = ", ".join(f"{n} {why}" for why, n in self.loader.left_out.items() if n) or "none"
+        self.report(
+            f"{parameters / 1e6:.2f} M parameters, {self.units.size} units, {len(self.loader.utterances)} utterances "
+            f"({hours:.2f} h; left out: {left_out}), {self.precision} on {self.device}"
+            + (f", {self.ranks.size} ranks" if self.ranks.size > 1 else "")
+        )
+        steps = config.optim.steps
+        with (
+            Monitor(config, self.out, self.step, self.report, self.device, profile, on=self.ranks.first) as monitor,
+            closing(self._batches()) as batches,
+        ):
+            monitor.resume(self.window)
+            while self.step < steps:
+                with monitor.watch("data"):
+                    epoch, position, batch = next(batches)
+                found = self._update(batch.to(self.device), monitor.watch)
+                self.step, self.epoch, self.position = self.step + 1, epoch, position
+                monitor.step(self.step, epoch, batch, found)
+                if self.dev is not None and (self.step % config.run.eval_every == 0 or self.step == steps):
+                    with monitor.aside("dev"):
+                        monitor.log(self.evaluate())
+                best = self.best.get("step") == self.step
+                if self.step % config.run.checkpoint_every == 0 or self.step == steps or best:
+                    with monitor.aside("checkpoint"):
+                        monitor.flush()
+                        self.window = monitor.state()
+                        self.save()
+
+    def _update(self, batch: Batch, watch: Stopwatch) -> dict[str, float]:
+        """One step of the optimiser. A step whose loss or gradient is not finite changes nothing."""
+        config, step = self.config, self.step
+        torch.manual_seed(_mix(config.run.seed, step, self.ranks.rank))
+        whole = Whole(self.ranks.gather(sizes(self.model, self.transfer, batch)), self.ranks)
+        augment = torch.Generator().manual_seed(_mix(config.run.seed + 7919, step))
+        self.model.train()
+        found = losses(
+            self.model,
+            self.transfer,
+            batch,
+            config,
+            precision=self.precision,
+            transfer_weight=transfer_weight(step, config),
+            augment=augment,
+            timed=watch,
+            whole=whole,
+        )
+        watch.watch_transfer(found.transfer_inputs)
+        with watch("backward"):
+            if self.sum is None:
+                self.optimiser.zero_grad(set_to_none=True)
+            else:
+                self.sum.zero()
+            found.total.backward()
+            if self.sum is not None:
+                self.sum.finish()
+        with watch("optimiser"):
+            norm = gradient_norm(self.names)
+            torch.nn.utils.clip_grads_with_norm_(self.names, config.optim.clip, norm)
+            parts = self._over_ranks({name: float(v) for name, v in found.parts.items()})
+            finite = math.isfinite(norm) and math.isfinite(parts["loss"])  # the same on every rank
+            if finite:
+                for group in self.optimiser.param_groups:
+                    group["lr"] = learning_rate(step, config)
+                self.optimiser.step()
+                if self.average is not None:
+                    self.average.update_parameters(self.model)
+        if not finite:
+            self.bad.skip(step, batch, found.costs)
+            return {"skipped": 1.0}
+        self.bad.count = 0
+        return {"grad_norm": float(norm)} | parts
+
+    def _over_ranks(self, parts: dict[str, float]) -> dict[str, float]:
+        """Sums over ranks; the learned weights of views are the same on all."""
+        every = self.ranks.gather(parts)
+        if len(every) == 1:
+            return parts
+        return {n: v if n.startswith("weight/") else math.fsum(p[n] for p in every) for n, v in parts.items()}
+
+    def evaluate(self) -> dict[str, Any]:
+        """WER and CER of greedy decoding on the dev split, and the RNN-T loss a unit, by the averaged weights where
+        there are any. Every rank does its part.
+        """
+        assert self.dev is not None
+        model: Any = self.model if self.average is None else self.average.module
+        found = list(transcribe(model, self.dev, device=self.device)) if self.dev.utterances else []
+        mine = held_out_cost(model, self.dev, self.config, self.device) if self.dev.utterances else (0.0, 0)
+        costs, units = zip(*self.ranks.gather(mine))
+        loss = math.fsum(costs) / sum(units)
+        triples = [triple for part in self.ranks.gather([(h.id, h.ref, h.hyp) for h in found]) for triple in part]
+        wer, cer = self.ranks.from_first(lambda: self._rates(triples))
+        if not self.best or wer < self.best["wer"]:
+            self.best = {"step": self.step, "wer": wer}
+        self.report(f"step {self.step}  dev WER {100 * wer:.1f} %  CER {100 * cer:.1f} %  rnnt {loss:.3f}")
+        found_loss = {"rnnt": loss} if math.isfinite(loss) else {}  # a transcript that no alignment fits has none
+        return {"kind": "dev", "step": self.step, "wer": wer, "cer": cer} | found_loss
+
+    def _rates(self, triples: list[tuple[str, str, str]]) -> tuple[float, float]:
+        """Also leaves what was heard in RUN/dev.jsonl, as `stillhouse decode` writes it."""
+        folder.keep_hypotheses(self.out, triples)
+        result = score([ref for _, ref, _ in triples], [hyp for _, _, hyp in triples])
+        return result.wer.rate, result.cer.rate
+
+
+def _mix(seed: int, step: int, rank: int = 0) -> int:
+    """A seed for a step. Rank 0 draws what one process would."""
+    entropy = [seed, step, rank] if rank else [seed, step]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,0 +1,225 @@
+"""Building blocks of the encoder that are exact under padding: what lies behind an utterance's end never reaches it.
+
+Invariant: padding is zeroed before every convolution and masked in every attention, and nothing normalises over a
+batch, so a batch gives each utterance what it gets alone (to float rounding). A causal block may be given what lies
+before its frames (`past`), and gives back what the next frames need: zeros there are the beginning of an utterance.
+Exercised by `stillhouse train`; held by tests/train/model/test_model.py and test_streaming.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Past = tuple[Tensor, Tensor, Tensor]  # of a block: keys, values [B, left, D], convolution [B, kernel - 1, D]
+
+
+def length_mask(lengths: Tensor, size: int) -> Tensor:
+    """[B] lengths -> [B, size] bool, True inside the utterance."""
+    return torch.arange(size, device=lengths.device)[None, :] < lengths[:, None]
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """F.dropout, with p rounded to 1/256 on the CPU.
+
+    There torch draws one Mersenne number an element on one thread, which costs more than the matrix product whose
+    output it drops; eight elements share one 64-bit number here (5x faster).
+    """
+    if not training or p <= 0:
+        return x
+    if x.device.type != "cpu":
+        return F.dropout(x, p)
+    threshold = min(255, round(256 * p))
+    count = x.numel()
+    words = torch.empty((count + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
+    keep = words.view(torch.uint8)[:count].view(x.shape) >= threshold
+    return x * keep.to(x.dtype).mul_(256 / (256 - threshold))
+
+
+class Dropout(nn.Module):
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(x, self.p, self.training)
+
+
+STRIDES = {2: (2,), 3: (3,), 4: (2, 2), 6: (2, 3), 8: (2, 2, 2)}
+
+
+class Subsampling(nn.Module):
+    """Strided convolutions over time: [B, T, bins] -> [B, ceil(T / factor), dim].
+
+    One-dimensional convolutions (bins are channels): on a CPU a two-dimensional front end costs more than four
+    Conformer blocks. Causal: state t has seen frames up to (t + 1) * factor - 1, the last one of its own stretch.
+    """
+
+    def __init__(self, bins: int, dim: int, factor: int, dropout_p: float, causal: bool = False) -> None:
+        super().__init__()
+        self.strides, self.causal = STRIDES[factor], causal
+        widths = [bins] + [dim] * len(self.strides)
+        self.convolutions = nn.ModuleList(
+            nn.Conv1d(a, b, 2 * (s // 2) + 3, stride=s, padding=0 if causal else s // 2 + 1)
+            for a, b, s in zip(widths[:-1], widths[1:], self.strides)
+        )
+        # (frames, width) that each convolution looks back to, before the stretch of its first state
+        self.past_shapes = [(2 * (s // 2) + 3 - s, a) for a, s in zip(widths[:-1], self.strides)]
+        self.norm = nn.LayerNorm(dim)
+        self.drop = Dropout(dropout_p)
+
+    def forward(
+        self, x: Tensor, lengths: Tensor, past: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Returns states, their lengths and, where causal, the `past` of the next frames (one for each convolution);
+        x holds a multiple of `factor` frames then, unless it is the end.
+        """
+        new_past = []
+        for number, (stride, convolution) in enumerate(zip(self.strides, self.convolutions)):
+            x = x * length_mask(lengths, x.shape[1])[:, :, None]
+            if self.causal:
+                frames, (back, width) = x.shape[1], self.past_shapes[number]
+                before = x.new_zeros(x.shape[0], back, width) if past is None else past[number].to(x.dtype)
+                x = torch.cat([before, x], dim=1)
+                new_past.append(x[:, frames:])
+                x = F.pad(x, (0, 0, 0, stride - 1))  # fills the last stretch where frames are missing
+            x = F.silu(convolution(x.transpose(1, 2)).transpose(1, 2))
+            lengths = (lengths + stride - 1) // stride
+        # The residual stream stays in float32 under autocast.
+        return self.drop(self.norm(x.float())), lengths, new_past
+
+
+def rotary(positions: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [positions, head_dim / 2] of rotary embeddings (Su et al. 2021, base 10,000)."""
+    frequency = 10_000 ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angle = torch.arange(positions, device=device, dtype=torch.float32)[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cosine - b * sine, b * cosine + a * sine], dim=-1)
+
+
+def chunk_mask(frames: int, chunk: int, left_chunks: int, device: torch.device) -> Tensor:
+    """[frames, frames] bool: query frame i may see key frame j, of its own chunk or of the `left_chunks` before it."""
+    number = torch.arange(frames, device=device) // chunk
+    behind = number[:, None] - number[None, :]
+    return (behind >= 0) & (behind <= left_chunks)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with rotary positions over [B, T, dim]; `bias` [B, 1, 1 or T, keys] masks keys."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.inputs = nn.Linear(dim, 3 * dim)
+        self.output = nn.Linear(dim, dim)
+
+    def forward(
+        self, x: Tensor, bias: Tensor, positions: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """`past`: keys and values [B, left, dim] of the frames before x, which are keys first; `positions` are of all
+        keys. Keys are kept as they are before rotation: scores know only how far apart two frames are, so that
+        positions may begin anew with every chunk. Returns the output and the past of the next frames.
+        """
+        batch, frames, dim = x.shape
+        q, k, v = self.inputs(x).view(batch, frames, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+        new_past = None
+        if past is not None:
+            heads = (batch, past[0].shape[1], self.heads, dim // self.heads)
+            k, v = (torch.cat([p.to(n.dtype).view(heads).transpose(1, 2), n], dim=2) for p, n in zip(past, (k, v)))
+            kept = [n[:, :, frames:].transpose(1, 2).reshape(p.shape).to(p.dtype) for p, n in zip(past, (k, v))]
+            new_past = (kept[0], kept[1])
+        cosine, sine = positions[0].to(q.dtype), positions[1].to(q.dtype)
+        left = k.shape[2] - frames
+        q, k = rotate(q, cosine[left:], sine[left:]), rotate(k, cosine, sine)
+        if x.device.type == "cpu":
+            # The fused CPU kernel is 2.7x slower than two products in bfloat16, and no faster in float32.
+            weights = torch.softmax(q @ (k * q.shape[-1] ** -0.5).transpose(-1, -2) + bias.to(q.dtype), dim=-1)
+            y = weights.to(v.dtype) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        return self.output(y.transpose(1, 2).reshape(batch, frames, dim)), new_past
+
+
+class ConvolutionModule(nn.Module):
+    """Pointwise, GLU, depthwise over time, LayerNorm (not BatchNorm: see the module's invariant), SiLU, pointwise.
+
+    Causal: the depthwise convolution spans the `kernel` frames that end with its own.
+    """
+
+    def __init__(self, dim: int, kernel: int, causal: bool = False) -> None:
+        super().__init__()
+        self.inputs = nn.Linear(dim, 2 * dim)
+        self.kernel, self.causal = kernel, causal
+        self.depthwise = nn.Conv1d(dim, dim, kernel, groups=dim)
+        self.norm = nn.LayerNorm(dim)
+        self.output = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, mask: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """`past` [B, kernel - 1, dim]: what the convolution saw before x. Returns the output and, where causal, the
+        past of the next frames.
+        """
+        x = F.glu(self.inputs(x), dim=-1) * mask
+        if x.device.type == "cpu":
+            # In bfloat16 oneDNN (torch 2.14) searches its depthwise kernel without end for some shapes, and is no
+            # faster where it finds one.
+            x = x.to(self.depthwise.weight.dtype)
+        new_past = None
+        if self.causal:
+            frames = x.shape[1]
+            if past is None:
+                x = F.pad(x, (0, 0, self.kernel - 1, 0))
+            else:
+                x = torch.cat([past.to(x.dtype), x], dim=1)
+                new_past = x[:, frames:].to(past.dtype)
+        # [B, T, D] seen as a channels-last image of height 1: no transposed copy, and 3x faster than conv1d on a CPU.
+        image = x.transpose(1, 2).unsqueeze(2)
+        with torch.autocast("cpu", enabled=False):
+            y = F.conv2d(
+                image,
+                self.depthwise.weight.unsqueeze(2),
+                self.depthwise.bias,
+                padding=(0, 0 if self.causal else self.kernel // 2),
+                groups=self.depthwise.groups,
+            )
+        return self.output(F.silu(self.norm(y.squeeze(2).transpose(1, 2)))), new_past
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int, inner: int) -> None:
+        super().__init__()
+        self.inputs = nn.Linear(dim, inner)
+        self.output = nn.Linear(inner, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(F.silu(self.inputs(x)))
+
+
+class ConformerBlock(nn.Module):
+    """Gulati et al. 2020 (arXiv 2005.08100), figure 1, with rotary positions and LayerNorm in the convolution."""
+
+    def __init__(self, dim: int, heads: int, inner: int, kernel: int, dropout_p: float, causal: bool = False) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(5))
+        self.first, self.second = FeedForward(dim, inner), FeedForward(dim, inner)
+        self.attention = SelfAttention(dim, heads)
+        self.convolution = ConvolutionModule(dim, kernel, causal)
+        self.drop = Dropout(dropout_p)
+
+    def forward(
+        self, x: Tensor, mask: Tensor, bias: Tensor, positions: tuple[Tensor, Tensor], past: Past | None = None
+    ) -> tuple[Tensor, Past | None]:
+        """x [B, T, D]; mask [B, T, 1] float, 1 inside; bias [B, 1, 1 or T, keys], -inf on keys that are not seen."""
+        x = x + 0.5 * self.drop(self.first(self.norms[0](x)))
+        attended, keys_values = self.attention(self.norms[1](x), bias, positions, past and past[:2])
+        x = x + self.drop(attended)
+        convolved, before = self.convolution(self.norms[2](x), mask, past and past[2])
+        x = x + self.drop(convolved)
+        x = self.norms[4](x + 0.5 * self.drop(self.second(self.norms[3](x))))
+        return x, None if keys_values is None or before is None else (*keys_values, before)

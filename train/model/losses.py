@@ -1,0 +1,131 @@
+"""What a transducer's alignments cost: the loss of its kind (RNN-T or token-and-duration), and CTC on its encoder.
+
+Invariant: one place knows which loss goes with which joint; costs are one number an utterance, computed in float32
+whatever autocast does. Exercised by `stillhouse train` and `stillhouse align`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ..rnnt import rnnt_loss_joint, tdt_loss
+from .transducer import BLANK, Transducer
+
+TDT_LOGITS = 1 << 26  # in memory at a time: 256 MiB, unless one utterance has more
+
+
+def transducer_costs(
+    model: Transducer,
+    encoder: Tensor,
+    predictor: Tensor,
+    targets: Tensor,
+    lengths: Tensor,
+    target_lengths: Tensor,
+    *,
+    eps: float = 1e-6,
+    fastemit: float = 0.0,
+    sigma: float = 0.0,
+    ranges: Tensor | None = None,
+    want_occupancy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Costs [B] and, if asked for, occupancies [B, U, T]: P(unit u is emitted at frame t).
+
+    encoder [B, T, J] and predictor [B, U + 1, J], projected to the joint's width. targets and both lengths on the CPU.
+    eps, ranges: of the RNN-T loss (see rnnt_loss_joint); sigma: of the token-and-duration loss, whose logits are in
+    memory for a few utterances at a time.
+    """
+    encoder, predictor, joint = encoder.float(), predictor.float(), model.joint
+    if model.durations:
+        known = (targets, lengths, target_lengths)
+        some = partial(_tdt, model, sigma=sigma, fastemit=fastemit, want_occupancy=want_occupancy)
+        room = TDT_LOGITS // (model.size + len(model.durations))
+        parts = list(_runs(lengths.tolist(), target_lengths.tolist(), room))
+        if len(parts) > 1 and torch.is_grad_enabled():
+            # Logits are made again for the backward pass: what is kept of a part is a few numbers a cell
+            some = partial(checkpoint, some, use_reentrant=False, preserve_rng_state=False)
+        found = [some(encoder[p], predictor[p], *(v[p] for v in known)) for p in parts]
+        costs = torch.cat([costs for costs, _ in found])
+        if not want_occupancy:
+            return costs, None
+        units, frames = targets.shape[1], encoder.shape[1]
+        padded = [F.pad(o, (0, frames - o.shape[2], 0, units - o.shape[1])) for _, o in found if o is not None]
+        return costs, torch.cat(padded)
+    result = rnnt_loss_joint(
+        encoder,
+        predictor,
+        joint.output.weight,
+        joint.output.bias,
+        targets,
+        lengths,
+        target_lengths,
+        blank=BLANK,
+        reduction="none",
+        combine=joint.combine,
+        eps=eps,
+        fastemit_lambda=fastemit,
+        ranges=ranges,
+        return_occupancy=want_occupancy,
+    )
+    return result if want_occupancy else (result, None)
+
+
+def _tdt(
+    model: Transducer,
+    encoder: Tensor,
+    predictor: Tensor,
+    targets: Tensor,
+    lengths: Tensor,
+    target_lengths: Tensor,
+    *,
+    sigma: float,
+    fastemit: float,
+    want_occupancy: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """transducer_costs of utterances whose logits fit into memory; the occupancies end with the longest of them."""
+    frames, units = int(lengths.max()), int(target_lengths.max())
+    with torch.autocast(encoder.device.type, enabled=False):
+        tokens, durations = model.joint.with_durations(encoder[:, :frames, None], predictor[:, None, : units + 1])
+    result = tdt_loss(
+        tokens,
+        durations,
+        targets[:, :units],
+        lengths,
+        target_lengths,
+        blank=BLANK,
+        durations=model.durations,
+        sigma=sigma,
+        reduction="none",
+        fastemit_lambda=fastemit,
+        return_occupancy=want_occupancy,
+    )
+    return result if want_occupancy else (result, None)
+
+
+def _runs(frames: list[int], units: list[int], room: int) -> Iterator[slice]:
+    """The batch in runs whose padded lattices [count, T, U + 1] have `room` cells at most, one utterance at least."""
+    start, longest, most = 0, 0, 0
+    for k, (t, u) in enumerate(zip(frames, units)):
+        longest, most = max(longest, t), max(most, u + 1)
+        if k > start and (k + 1 - start) * longest * most > room:
+            yield slice(start, k)
+            start, longest, most = k, t, u + 1
+    yield slice(start, len(frames))
+
+
+def ctc_cost(scores: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor) -> Tensor:
+    """CTC loss summed over the batch, of scores [B, T, V] before the softmax; utterances too short for it cost 0."""
+    return F.ctc_loss(
+        scores.float().log_softmax(-1).transpose(0, 1),
+        targets.to(scores.device).long(),
+        lengths,
+        target_lengths.to(scores.device).long(),
+        blank=BLANK,
+        reduction="sum",
+        zero_infinity=True,
+    )

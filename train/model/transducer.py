@@ -1,0 +1,317 @@
+"""The transducer: encoder, prediction network, joint; plain fbank in, unit log-probabilities out.
+
+Invariant: the model holds everything that inference needs (feature normalisation included) and nothing of the
+transfer. Blank is unit 0. Chunk by chunk an encoder says what it says of the whole (see streaming.py). Exercised by
+`stillhouse train` and `stillhouse decode`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...data.errors import ConfigError
+from .layers import ConformerBlock, Dropout, Subsampling, chunk_mask, length_mask, rotary
+
+BLANK = 0
+PAST = ("keys", "values", "convolution")  # of a block, in `stream`'s state
+
+
+class Encoder(nn.Module):
+    """fbank [B, T, bins] and lengths [B] -> states [B, T', dim] and lengths, T' = ceil(T / subsampling).
+
+    causal          convolutions see no later frame
+    chunk_frames    frames of 10 ms in a chunk, a multiple of `subsampling`: a frame attends to its own chunk and to
+                    the `left_chunks` before it; 0: to the whole utterance. Both may be changed on a trained model
+    chunk_choices   chunk_frames drawn for each batch in training (Zhang et al. 2020, arXiv 2012.05481); none: always
+                    `chunk_frames`
+    """
+
+    feature_mean: Tensor
+    feature_std: Tensor
+
+    def __init__(
+        self,
+        *,
+        bins: int = 80,
+        dim: int = 176,
+        layers: int = 6,
+        heads: int = 4,
+        inner: int = 704,
+        kernel: int = 15,
+        subsampling: int = 4,
+        causal: bool = False,
+        chunk_frames: int = 0,
+        left_chunks: int = 4,
+        chunk_choices: Sequence[int] = (),
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.dim, self.subsampling, self.head_dim, self.kernel = dim, subsampling, dim // heads, kernel
+        self.causal = causal
+        self.chunk_frames, self.left_chunks, self.chunk_choices = chunk_frames, left_chunks, tuple(chunk_choices)
+        self.register_buffer("feature_mean", torch.zeros(bins))
+        self.register_buffer("feature_std", torch.ones(bins))
+        self.front = Subsampling(bins, dim, subsampling, dropout, causal)
+        self.blocks = nn.ModuleList(ConformerBlock(dim, heads, inner, kernel, dropout, causal) for _ in range(layers))
+
+    def output_lengths(self, lengths: Tensor) -> Tensor:
+        """Lengths of the states of utterances of `lengths` frames."""
+        return (lengths + self.subsampling - 1) // self.subsampling
+
+    def normalise(self, features: Tensor, lengths: Tensor) -> Tensor:
+        """Mean and variance normalisation with the training set's statistics; padding becomes 0."""
+        mask = length_mask(lengths, features.shape[1])[:, :, None]
+        return torch.where(mask, (features - self.feature_mean) / self.feature_std, 0.0)
+
+    def forward(
+        self, features: Tensor, lengths: Tensor, taps: Sequence[int] = (), generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor, dict]:
+        """`features` already normalised. Returns states, lengths and {layer: states [B, T', dim]} of the layers
+        in `taps` (1 is the first block's output). `generator`, on the CPU, draws one of `chunk_choices`."""
+        chunk = self._drawn_chunk(generator) // self.subsampling
+        x, lengths, _ = self.front(features, lengths)
+        inside = length_mask(lengths, x.shape[1])
+        mask = inside[:, :, None].to(x.dtype)
+        seen = inside[:, None, None, :]
+        if chunk:
+            near = chunk_mask(x.shape[1], chunk, self.left_chunks, x.device)
+            # Frames of the padding see themselves at least: a softmax over nothing is NaN
+            seen = (seen & near) | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+        bias = torch.zeros(seen.shape, device=x.device).masked_fill_(~seen, float("-inf"))
+        positions = rotary(x.shape[1], self.head_dim, x.device)
+        tapped = {}
+        for number, block in enumerate(self.blocks, 1):
+            x, _ = block(x, mask, bias, positions)
+            if number in taps:
+                tapped[number] = x * mask
+        return x * mask, lengths, tapped
+
+    def _drawn_chunk(self, generator: torch.Generator | None) -> int:
+        if not (self.training and self.chunk_choices):
+            return self.chunk_frames
+        return self.chunk_choices[int(torch.randint(len(self.chunk_choices), (), generator=generator))]
+
+    def stream_state(
+        self, batch: int = 1, *, chunk_frames: int | None = None, left_chunks: int | None = None
+    ) -> dict[str, Tensor]:
+        """What `stream` keeps from chunk to chunk, at the beginning: all zeros, batch first, of fixed shapes.
+
+        processed   [B] int64: states so far
+        keys        [B, layers, left, dim], and `values`: of the attention; left = left_chunks * states of a chunk
+        convolution [B, layers, kernel - 1, dim]
+        front0, …   [B, frames, width]: one for each convolution of the subsampling
+        chunk_frames and left_chunks: other than the model's own. Raises ConfigError where the model cannot stream.
+        """
+        chunk = self.chunk_frames if chunk_frames is None else chunk_frames
+        left_chunks = self.left_chunks if left_chunks is None else left_chunks
+        if not self.causal:
+            raise ConfigError(
+                "this model hears whole utterances: it was not trained to stream",
+                remedy="train one with model.chunk_frames, and model.chunk_choices to stream with several",
+            )
+        if chunk <= 0 or chunk % self.subsampling:
+            raise ConfigError(f"chunk_frames = {chunk}", expected=f"a multiple of the {self.subsampling} of a state")
+        if left_chunks < 0:
+            raise ConfigError(f"left_chunks = {left_chunks}", expected="0 or more")
+        zeros = self.feature_mean.new_zeros
+        left, layers = left_chunks * (chunk // self.subsampling), len(self.blocks)
+        state = {"processed": torch.zeros(batch, dtype=torch.int64, device=self.feature_mean.device)}
+        state |= {name: zeros(batch, layers, left, self.dim) for name in ("keys", "values")}
+        state["convolution"] = zeros(batch, layers, self.kernel - 1, self.dim)
+        state |= {f"front{n}": zeros(batch, *shape) for n, shape in enumerate(self.front.past_shapes)}
+        return state
+
+    def stream(
+        self, features: Tensor, state: Mapping[str, Tensor], lengths: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One chunk of plain fbank [B, t, bins] -> states [B, t / subsampling, dim] and the next chunk's `state`.
+
+        t is the same in every call: the chunk_frames that the state was made for. lengths [B]: frames of each
+        utterance in this chunk, fewer than t (or none) once it has ended; None: all t. States past an utterance's end
+        are 0. What is computed depends on shapes alone, so that it can be traced.
+        """
+        batch, frames, _ = features.shape
+        if lengths is None:
+            lengths = torch.full((batch,), frames, dtype=torch.int64, device=features.device)
+        past = [state[f"front{n}"] for n in range(len(self.front.past_shapes))]
+        x, lengths, front = self.front(self.normalise(features, lengths), lengths, past)
+        size, left = x.shape[1], state["keys"].shape[2]
+        inside = length_mask(lengths, size)
+        mask = inside[:, :, None].to(x.dtype)
+        behind = torch.arange(left, 0, -1, device=x.device) <= state["processed"][:, None]
+        place = torch.arange(left + size, device=x.device)
+        itself = place[left:, None] == place
+        seen = torch.cat([behind, inside], dim=1)[:, None, None, :] | itself
+        bias = torch.zeros(seen.shape, device=x.device).masked_fill(~seen, float("-inf"))
+        positions = rotary(left + size, self.head_dim, x.device)
+        kept = []
+        for number, block in enumerate(self.blocks):
+            x, new = block(x, mask, bias, positions, tuple(state[k][:, number] for k in PAST))
+            kept.append(new)
+        next_state = {"processed": state["processed"] + lengths}
+        next_state |= {name: torch.stack(t, 1) for name, t in zip(PAST, zip(*kept))} if kept else {}
+        next_state |= {f"front{n}": value for n, value in enumerate(front)}
+        return x * mask, {name: next_state.get(name, value) for name, value in state.items()}
+
+
+class StatelessPredictor(nn.Module):
+    """The last `context` units, embedded and mixed by a depthwise convolution (Ghodsi et al. 2020, icassp).
+
+    State for decoding: int64 [B, context], the last units, blank where there is none yet.
+    """
+
+    def __init__(self, size: int, dim: int, context: int = 2, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.dim, self.context = dim, context
+        self.embedding = nn.Embedding(size, dim)
+        self.mix = nn.Conv1d(dim, dim, context, groups=dim, bias=False)
+        self.drop = Dropout(dropout)
+
+    def _states(self, units: Tensor) -> Tensor:
+        x = self.drop(self.embedding(units)).transpose(1, 2)
+        return F.relu(self.mix(x).transpose(1, 2))
+
+    def forward(self, targets: Tensor) -> Tensor:
+        """targets [B, U] -> states [B, U + 1, dim]; state u has seen the first u units."""
+        return self._states(F.pad(targets.long(), (self.context, 0), value=BLANK))
+
+    def initial(self, batch: int, device: torch.device) -> Any:
+        return torch.full((batch, self.context), BLANK, dtype=torch.int64, device=device)
+
+    def step(self, state: Any) -> Tensor:
+        """[B, dim] for the units in `state`."""
+        return self._states(state)[:, 0]
+
+    def advance(self, state: Any, units: Tensor, where: Tensor) -> Any:
+        """`state` after `units` [B], only where `where` [B]."""
+        moved = torch.cat([state[:, 1:], units[:, None]], dim=1)
+        return torch.where(where[:, None], moved, state)
+
+
+class LstmPredictor(nn.Module):
+    """Embedding and one LSTM layer over all units so far. State: (output [B, dim], h [B, dim], c [B, dim])."""
+
+    def __init__(self, size: int, dim: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.dim = dim
+        self.embedding = nn.Embedding(size, dim)
+        self.lstm = nn.LSTM(dim, dim, batch_first=True)
+        self.drop = Dropout(dropout)
+
+    def forward(self, targets: Tensor) -> Tensor:
+        """targets [B, U] -> states [B, U + 1, dim]; state u has seen the first u units."""
+        x = self.drop(self.embedding(F.pad(targets.long(), (1, 0), value=BLANK)))
+        # oneDNN has no bfloat16 LSTM on processors without bfloat16 of their own: autocast is an error there
+        with torch.autocast("cpu", enabled=False):
+            return self.lstm(x)[0]
+
+    def initial(self, batch: int, device: torch.device) -> Any:
+        zero = torch.zeros(batch, self.dim, device=device)
+        blank = torch.full((batch,), BLANK, dtype=torch.int64, device=device)
+        return self.advance((zero, zero, zero), blank, torch.ones(batch, dtype=torch.bool, device=device))
+
+    def step(self, state: Any) -> Tensor:
+        return state[0]
+
+    def advance(self, state: Any, units: Tensor, where: Tensor) -> Any:
+        x = self.embedding(units)[:, None]
+        output, (h, c) = self.lstm(x, (state[1][None].contiguous(), state[2][None].contiguous()))
+        new = (output[:, 0], h[0], c[0])
+        return tuple(torch.where(where[:, None], n, s) for n, s in zip(new, state))
+
+
+class Joint(nn.Module):
+    """out(tanh(encoder(e) + predictor(p))), or of their product. The projections are apart so that the loss can fuse.
+
+    combine "add" or "mul". durations: how many a token-and-duration transducer chooses from, with logits of their own.
+    """
+
+    def __init__(
+        self,
+        encoder_dim: int,
+        predictor_dim: int,
+        dim: int,
+        size: int,
+        combine: Literal["add", "mul"] = "add",
+        durations: int = 0,
+    ) -> None:
+        super().__init__()
+        self.combine: Literal["add", "mul"] = combine
+        self.encoder = nn.Linear(encoder_dim, dim)
+        # In a sum the encoder's bias serves both
+        self.predictor = nn.Linear(predictor_dim, dim, bias=combine == "mul")
+        self.output = nn.Linear(dim, size)
+        self.durations = nn.Linear(dim, durations) if durations else None
+
+    def hidden(self, encoder: Tensor, predictor: Tensor) -> Tensor:
+        return torch.tanh(encoder + predictor if self.combine == "add" else encoder * predictor)
+
+    def forward(self, encoder: Tensor, predictor: Tensor) -> Tensor:
+        """Projected encoder and predictor states that broadcast against each other -> logits [..., V]."""
+        return self.output(self.hidden(encoder, predictor))
+
+    def with_durations(self, encoder: Tensor, predictor: Tensor) -> tuple[Tensor, Tensor]:
+        """As forward: logits of the units [..., V] and of the durations [..., D]."""
+        if self.durations is None:
+            raise ValueError("this joint has no durations")
+        hidden = self.hidden(encoder, predictor)
+        return self.output(hidden), self.durations(hidden)
+
+
+class SimpleJoint(nn.Module):
+    """Unit scores of encoder and predictor apart, whose sum chooses the pruned loss's band; training only."""
+
+    def __init__(self, encoder_dim: int, predictor_dim: int, size: int) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(encoder_dim, size)
+        self.predictor = nn.Linear(predictor_dim, size, bias=False)
+
+    def forward(self, encoder: Tensor, predictor: Tensor) -> tuple[Tensor, Tensor]:
+        """States [B, T, dim] and [B, U+1, dim] -> scores [B, T, V] and [B, U+1, V]."""
+        return self.encoder(encoder), self.predictor(predictor)
+
+
+class Transducer(nn.Module):
+    """Encoder, prediction network and joint over `size` units, blank included; an optional CTC head.
+
+    durations: frames that an arc may move on by, which makes it a token-and-duration transducer; none: RNN-T.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        encoder: dict,
+        *,
+        predictor: str = "stateless",
+        predictor_dim: int = 192,
+        predictor_context: int = 2,
+        joint_dim: int = 256,
+        joint: str = "additive",
+        durations: Sequence[int] = (),
+        ctc: bool = True,
+        pruned: bool = False,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.size = size
+        self.encoder = Encoder(**encoder, dropout=dropout)
+        self.predictor: StatelessPredictor | LstmPredictor
+        if predictor == "stateless":
+            self.predictor = StatelessPredictor(size, predictor_dim, predictor_context, dropout)
+        else:
+            self.predictor = LstmPredictor(size, predictor_dim, dropout)
+        combine: Literal["add", "mul"] = "mul" if joint == "multiplicative" else "add"
+        self.durations = tuple(durations)
+        self.joint = Joint(self.encoder.dim, predictor_dim, joint_dim, size, combine, len(self.durations))
+        self.ctc = nn.Linear(self.encoder.dim, size) if ctc else None
+        self.simple = SimpleJoint(self.encoder.dim, predictor_dim, size) if pruned else None
+
+    def encode(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Plain fbank [B, T, bins] -> encoder states [B, T', dim], lengths [B]; for inference."""
+        states, lengths, _ = self.encoder(self.encoder.normalise(features, lengths), lengths)
+        return states, lengths

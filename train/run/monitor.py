@@ -1,0 +1,197 @@
+"""What a run tells while it trains: means over a window of steps, speed, times of its parts, to loggers and a line.
+
+Invariant: it watches only. A run whose monitor is off computes the same weights, bit by bit. Exercised by
+`stillhouse train`; pytest tests/train/run/test_monitor.py.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...data.batches.loader import Batch
+from ..config import Config
+from ..schedule import learning_rate, transfer_weight
+from . import loggers
+from .profile import Profile
+from .stopwatch import HOST, Stopwatch, shares
+
+Report = Callable[[str], None]
+
+
+class Monitor:
+    """A context manager around the loop. `step` is where the run goes on from; `on` False (a rank that is not the
+    first): nothing is written and nothing reported.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        out: Path,
+        step: int,
+        report: Report,
+        device: torch.device,
+        profile: Profile | None = None,
+        *,
+        on: bool = True,
+    ) -> None:
+        self.config, self.from_step, self.device, self.profile = config, step, device, profile if on else None
+        self.report: Report = report if on else lambda _: None
+        self.watch = Stopwatch(device)
+        self.loggers = loggers.Loggers(loggers.make(config.run.loggers, out) if on else [], self.report)
+        self.left = TimeLeft(config)
+        self._restart()
+
+    def __enter__(self) -> Monitor:
+        try:
+            self.loggers.start(self.config.model_dump(mode="json"), self.from_step)
+        except BaseException:
+            self.loggers.close(failed=True)
+            raise
+        self._restart()
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if self.profile is not None:
+            self.profile.close()
+        self.loggers.close(failed=kind is not None)
+
+    def _restart(self) -> None:
+        self.window: dict[str, float] = defaultdict(float)
+        self.steps, self.frames = 0, 0.0
+        self.before = 0  # steps of the window that a process before this one computed
+        self.began, self.elsewhere = time.perf_counter(), 0.0
+
+    @contextmanager
+    def aside(self, what: str) -> Iterator[None]:
+        """Around what is no training step, "dev" or "checkpoint": it counts for no speed, but for the time left."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            took = time.perf_counter() - began
+            self.elsewhere += took
+            self.left.aside[what] = took
+
+    def step(self, step: int, epoch: int, batch: Batch, found: Mapping[str, float]) -> None:
+        """After step number `step` (from 1): `found` are its losses and the like, by name."""
+        self.steps += 1
+        if self.profile is not None:
+            self.profile.step(step)
+        self.frames += int(batch.feature_lengths.sum()) / (batch.share or 1.0)  # other ranks hear the rest
+        self.watch.seconds["teacher"] += batch.teacher_s
+        for name, value in found.items():
+            self.window[name] += value
+        if step % self.config.run.log_every == 0 or step == self.config.optim.steps:
+            self._log(step, epoch, batch)
+
+    def _log(self, step: int, epoch: int, batch: Batch) -> None:
+        parts = self.watch.take()  # on CUDA the window's work is done only now
+        elapsed = time.perf_counter() - self.began - self.elsewhere
+        self.left.saw(elapsed, self.steps)
+        record: dict[str, Any] = {"kind": "train", "step": step, "epoch": epoch}
+        steps = self.before + self.steps
+        good = steps - self.window.get("skipped", 0)
+        record |= {name: value / (steps if name == "skipped" else good) for name, value in self.window.items()}
+        record |= {"lr": learning_rate(step - 1, self.config), "seconds": elapsed}
+        if self.config.transfer.views:
+            record["lambda"] = transfer_weight(step - 1, self.config)
+        record |= {"realtime": self.frames / 100 / elapsed, "batch": batch.part[0] if batch.part else len(batch.ids)}
+        # Parts are seconds a step. The teacher is read in the prefetch thread, beside the others.
+        record["time"] = {part: s / self.steps for part, s in parts.items()}
+        record["share"] = shares(record["time"], elapsed / self.steps)
+        record["memory"] = memory(self.device)
+        self.loggers.log(record)
+        self.report(line(record, self.config.optim.steps, self.left(step)))
+        self._restart()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint in the middle of a window must keep."""
+        return {"steps": self.before + self.steps, "sums": dict(self.window)}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        self.before = state.get("steps", 0)
+        self.window.update(state.get("sums", {}))
+
+    def log(self, record: loggers.Record) -> None:
+        self.loggers.log(record)
+
+    def flush(self) -> None:
+        self.loggers.flush()
+
+
+class TimeLeft:
+    """Seconds to the end of the run, from this process's own last steps, evaluations and checkpoints."""
+
+    def __init__(self, config: Config) -> None:
+        self.steps = config.optim.steps
+        self.every = {"checkpoint": config.run.checkpoint_every, "dev": config.run.eval_every}
+        self.aside: dict[str, float] = {}  # what one takes
+        self.windows: deque[tuple[float, int]] = deque(maxlen=20)
+        self.seen = 0
+
+    def saw(self, seconds: float, steps: int) -> None:
+        self.seen += 1
+        if self.seen == 2:
+            self.windows.clear()  # the first window compiled kernels: it counts only until there is a second
+        self.windows.append((seconds, steps))
+
+    def __call__(self, step: int) -> float:
+        """After step number `step`, whose evaluation and checkpoint, if any, are still to come."""
+        seconds, steps = map(sum, zip(*self.windows))
+        left = (self.steps - step) * seconds / steps
+        for what, took in self.aside.items():
+            left += took * (-(-self.steps // self.every[what]) - (step - 1) // self.every[what])
+        return left
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """Bytes: "resident" of this process now (where the system tells only the most so far, that), "cuda" the most that
+    tensors took on the device so far.
+    """
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        found = {"resident": float(pages * resource.getpagesize())}
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024
+        found = {"resident": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)}
+    if device.type == "cuda":
+        found["cuda"] = float(torch.cuda.max_memory_allocated(device))
+    return found
+
+
+def line(record: Mapping[str, Any], steps: int, left: float) -> str:
+    """A record of kind "train" for the terminal; `left` in seconds."""
+    losses = [f"{n} {record[n]:.3f}" for n in ("loss", "rnnt", "ctc", "transfer") if n in record]
+    parts = {part: s for part, s in record["time"].items() if part not in HOST}
+    whole = sum(parts.values()) or 1.0
+    took = ", ".join(f"{part.replace('_', ' ')} {100 * s / whole:.0f}" for part, s in parts.items())
+    share, held = record["share"], record["memory"]
+    told = [
+        f"step {record['step']}/{steps}",
+        f"epoch {record['epoch']}",
+        *losses,
+        f"{record['realtime']:.0f}x real time",
+        f"{1000 * whole:.0f} ms a step (% {took})",
+        f"outside ASR {100 * share['transfer']:.1f} %",
+        f"waiting for data {100 * share['data']:.1f} %",
+        f"{held['resident'] / 1e9:.2f} GB" + (f" + {held['cuda'] / 1e9:.2f} GB CUDA" if "cuda" in held else ""),
+        f"{duration(left)} left",
+    ]
+    return "  ".join(told)
+
+
+def duration(seconds: float) -> str:
+    """Rounded to what one can plan by: "40 s", "12 min", "3 h 05 min"."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
