@@ -37,7 +37,7 @@ class StillhouseError(Exception):
         return (_rebuild, (type(self), self.what, self.where, self.expected, self.remedy))
 
 
-def some(names: Sequence[str], most: int = 5) -> str:
+def first_few(names: Sequence[str], most: int = 5) -> str:
     """The first few of many names, for an error."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 

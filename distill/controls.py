@@ -20,7 +20,7 @@ MOST_WORDS = 4095  # that have a place of their own in a code
 LEAST_STD = 1e-3  # as the store's norms
 
 
-def donors(lengths: np.ndarray, seed: int, texts: np.ndarray | None = None) -> np.ndarray:
+def shuffled_partners(lengths: np.ndarray, seed: int, texts: np.ndarray | None = None) -> np.ndarray:
     """For each utterance (lengths int [U]) another one with another text, int64 [U]: of equal length, or the next
     longer one, whose end is cut off.
 
@@ -54,7 +54,7 @@ def table_norm(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return table.mean(0), np.maximum(table.std(0), LEAST_STD)
 
 
-def silent_tokens(token_id: np.ndarray, span: np.ndarray, lengths: np.ndarray, texts: Sequence[str]) -> np.ndarray:
+def punctuation_ids(token_id: np.ndarray, span: np.ndarray, lengths: np.ndarray, texts: Sequence[str]) -> np.ndarray:
     """Packed tokens of B utterances (int [ΣN], [ΣN, 2], [B]) and their texts -> the ids of punctuation, sorted: tokens
     whose first occurrence spans no letter and no digit.
     """

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..data.errors import NoStoreError, StaleError, StoreError, some
+from ..data.errors import NoStoreError, StaleError, StoreError, first_few
 from ..data.manifest import Corpus
 from ..extract.store import Store, View, hash_text, to_float32
 from ..extract.store.verify.stale import stale
-from .controls import donors, silent_tokens, table_norm, vocabulary, word_codes, word_numbers
+from .controls import punctuation_ids, shuffled_partners, table_norm, vocabulary, word_codes, word_numbers
 from .spans import expand
 
 _REFRESH = "extract what has changed: stillhouse extract CORPUS STORE … --refresh"
@@ -35,7 +35,7 @@ class ViewSpec:
 
 
 @dataclass(frozen=True)
-class Gathered:
+class TeacherBatch:
     """Packed tokens of B utterances, N of all of them together."""
 
     lengths: np.ndarray  # int [B]
@@ -79,7 +79,7 @@ class TeacherStates:
         self.specs = self._specs()
         # int64 [U]: whose states each row of the store gets, if shuffled
         shuffled = control in ("shuffled", "words-shuffled")
-        self._donor = donors(store.lengths(teacher), seed, store.index.text_hash) if shuffled else None
+        self._donor = shuffled_partners(store.lengths(teacher), seed, store.index.text_hash) if shuffled else None
         # Utterances with other neighbours than their contexts saw; controls that read no states have none
         self._stale = frozenset(() if corpus is None or control is not None else _stale(store, self.views, corpus))
 
@@ -104,7 +104,7 @@ class TeacherStates:
 
         def refuse(error: type[StoreError], what: str, wrong: np.ndarray, remedy: str) -> None:
             if wrong.any() and not skip:
-                names = some([ids[i] for i in np.flatnonzero(wrong).tolist()])
+                names = first_few([ids[i] for i in np.flatnonzero(wrong).tolist()])
                 raise error(f"{what} {names}", where=self.name, remedy=remedy + ', or on_missing = "skip"')
 
         held = np.ones(len(ids), bool)
@@ -124,7 +124,7 @@ class TeacherStates:
             fresh[index] = self._donor[self.store.rows([ids[i] for i in index])] >= 0
         return fresh
 
-    def gather(self, ids: Sequence[str], chosen: Sequence[int]) -> Gathered:
+    def gather(self, ids: Sequence[str], chosen: Sequence[int]) -> TeacherBatch:
         """Tokens of utterances that are present, and the states of the `chosen` of `specs`, by number."""
         giver = ids
         if self._donor is not None:
@@ -147,7 +147,7 @@ class TeacherStates:
         table_row = self._table_row(token_id)
         if self._control == "static" and chosen:
             states = [self.table[table_row].astype(np.float32)]
-        return Gathered(lengths, token_id, span, table_row, states)
+        return TeacherBatch(lengths, token_id, span, table_row, states)
 
     def _table_row(self, token_id: np.ndarray) -> np.ndarray:
         if not len(token_id):
@@ -172,7 +172,7 @@ def _silent(store: Store, teacher: str, corpus: Corpus | None) -> np.ndarray:
     hashes = np.asarray(store.text_hash(ids, teacher)).tolist()
     ids = [i for i, old in zip(ids, hashes, strict=True) if int(old) == hash_text(texts[i])]
     lengths, token_id, span = store.tokens(ids, teacher)
-    return silent_tokens(token_id, span, lengths, [texts[i] for i in ids])
+    return punctuation_ids(token_id, span, lengths, [texts[i] for i in ids])
 
 
 def _stale(store: Store, views: Sequence[View], corpus: Corpus) -> list[str]:

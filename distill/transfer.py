@@ -23,7 +23,7 @@ from .targets import ViewSpec
 
 
 @dataclass(frozen=True)
-class Whole:
+class RankTotals:
     """What a part of a batch, shared out among ranks, must know of the whole: then the parts' losses, and their
     gradients, add up to the whole batch's.
 
@@ -129,7 +129,7 @@ class Transfer(nn.Module):
         batch: TransferBatch,
         occupancy: Tensor | None = None,
         predictor: Tensor | None = None,
-        whole: Whole | None = None,
+        whole: RankTotals | None = None,
     ) -> TransferLoss:
         """encoder float [B, T, H], or one such tensor a tap; encoder_lengths int [B] (same device); occupancy float
         [B, U, T] and predictor float [B, U + 1, W] for the aligners that need them; `whole` where `batch` is a part.

@@ -20,11 +20,11 @@ from ..data.errors import ConfigError
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
-class Section(BaseModel):
+class ConfigSection(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-class Data(Section):
+class DataSection(ConfigSection):
     """Paths are taken from the folder in which the command runs."""
 
     corpus: Path = Field(description="corpus.jsonl")
@@ -42,7 +42,7 @@ class Data(Section):
     max_frames: int = Field(3_000, ge=10, description="longer utterances are left out of training, and counted")
 
 
-class Model(Section):
+class ModelSection(ConfigSection):
     dim: int = Field(176, ge=8, le=1 << 16)
     layers: int = Field(6, ge=0, le=1_024)
     heads: int = Field(4, ge=1)
@@ -67,7 +67,7 @@ class Model(Section):
     dropout: float = Field(0.1, ge=0, lt=1)
 
     @model_validator(mode="after")
-    def _fits(self) -> Model:
+    def _fits(self) -> ModelSection:
         if self.dim % (2 * self.heads):
             raise ValueError(f"dim = {self.dim} must be a multiple of 2 x heads = {2 * self.heads}")
         if self.kernel % 2 == 0:
@@ -78,7 +78,7 @@ class Model(Section):
         return self
 
 
-class Loss(Section):
+class LossSection(ConfigSection):
     ctc_weight: float = Field(0.3, ge=0, description="weight of the auxiliary CTC loss on the encoder; 0: no CTC head")
     inter_ctc_layers: list[Annotated[int, Field(ge=1)]] = Field(
         [], description="encoder layers, from 1, that get a CTC loss of their own, through the same head"
@@ -99,7 +99,7 @@ class Loss(Section):
     sigma: float = Field(0.05, ge=0, description="what every arc's log-probability is lowered by, for kind = tdt")
 
     @model_validator(mode="after")
-    def _whole(self) -> Loss:
+    def _whole(self) -> LossSection:
         if self.inter_ctc_layers and not self.ctc_weight:
             raise ValueError("inter_ctc_layers need ctc_weight > 0: theirs is a share of the CTC loss")
         if len(set(self.durations)) < len(self.durations) or not {0, 1} <= set(self.durations):
@@ -109,7 +109,7 @@ class Loss(Section):
         return self
 
 
-class Optim(Section):
+class OptimSection(ConfigSection):
     steps: int = Field(2_000, ge=1)
     lr: float = Field(1e-3, gt=0)
     warmup_steps: int = Field(200, ge=0)
@@ -121,7 +121,7 @@ class Optim(Section):
     ema: float = Field(0.0, ge=0, lt=1, description="decay of a moving average of the weights, 0.999 say; 0: none")
 
 
-class SpecAugment(Section):
+class SpecAugmentSection(ConfigSection):
     frequency_masks: int = Field(2, ge=0, le=1_024)
     frequency_width: int = Field(20, ge=0, description="bins")
     time_masks: int = Field(5, ge=0, le=1_024)
@@ -129,7 +129,7 @@ class SpecAugment(Section):
     time_share: float = Field(0.25, ge=0, le=1, description="largest share of an utterance that time masks take")
 
 
-class TransferSection(Section):
+class TransferSection(ConfigSection):
     stores: list[Path] = Field([], description="stores over the corpus; one may go without the brackets")
     views: list[str] = Field([], description="view addresses or globs, over all stores; none: no transfer")
     aligner: Literal["attention", "occupancy", "cif", "predictor"] = "attention"
@@ -167,7 +167,7 @@ class TransferSection(Section):
         return self
 
 
-class Run(Section):
+class RunSection(ConfigSection):
     seed: int = Field(0, ge=0, lt=1 << 63)
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 where the device computes it fast, else float32"
@@ -186,14 +186,14 @@ class Run(Section):
     bad_steps: int = Field(10, ge=1, description="steps in a row without a finite loss or gradient that end the run")
 
 
-class Config(Section):
-    data: Data
-    model: Model = Model()
-    loss: Loss = Loss()
-    optim: Optim = Optim()
-    specaugment: SpecAugment = SpecAugment()
+class Config(ConfigSection):
+    data: DataSection
+    model: ModelSection = ModelSection()
+    loss: LossSection = LossSection()
+    optim: OptimSection = OptimSection()
+    specaugment: SpecAugmentSection = SpecAugmentSection()
     transfer: TransferSection = TransferSection()
-    run: Run = Run()
+    run: RunSection = RunSection()
 
     @model_validator(mode="after")
     def _tap(self) -> Config:

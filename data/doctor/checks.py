@@ -15,7 +15,7 @@ from . import programs
 from .check import Check
 from .machine import machine
 from .probes import Answer, ask, together
-from .requirements import Need, fits, install, installed, module, needs
+from .requirements import Need, install, installed, module, needs, satisfies
 
 
 def examine(path: Path) -> list[Check]:
@@ -64,7 +64,7 @@ def _library(need: Need, answer: Answer | None) -> Check:
         if need.name == "torchaudio":
             again = "install torch and torchaudio anew from one place, both for the CPU or both for the same CUDA"
         return Check("library", need.name, "broken", f"{version} does not work: {answer.error}", again)
-    if not fits(version, need.versions):
+    if not satisfies(version, need.versions):
         return Check("library", need.name, "broken", f"{version}, {need.versions} asked for", need.remedy)
     if answer.get("implementation") == "python":
         what = f"{version}, without its compiled part: checksums are some hundred times slower"
@@ -130,7 +130,9 @@ def _extras(asked: list[Need], answers: dict[str, Answer]) -> Iterator[Check]:
         have = {n.name: installed(n.name) for n in mine}
         broken = [f"{n.name} does not work: {e}" for n in mine if n.name in answers and (e := answers[n.name].error)]
         broken += [
-            f"{n.name} {v}, {n.versions} asked for" for n in mine if (v := have[n.name]) and not fits(v, n.versions)
+            f"{n.name} {v}, {n.versions} asked for"
+            for n in mine
+            if (v := have[n.name]) and not satisfies(v, n.versions)
         ]
         missing = [name for name, version in have.items() if version is None]
         shown = ", ".join(f"{name} {version}" for name, version in have.items() if version is not None)

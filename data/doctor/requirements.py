@@ -77,7 +77,7 @@ def installed(name: str) -> str | None:
         return None
 
 
-def fits(version: str, versions: str) -> bool:
+def satisfies(version: str, versions: str) -> bool:
     """Whether a version is one of those asked for; true where nothing here can tell."""
     try:
         from packaging.specifiers import SpecifierSet

@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from ..audio.fbank import fbank
-from ..errors import ConfigError, FeatureError, PartialError, StaleError, some
+from ..errors import ConfigError, FeatureError, PartialError, StaleError, first_few
 from ..files.lock import held
 from ..manifest import Corpus
 from .file import FeatureFile, FeatureSettings
-from .parts import Job, PartDone, identity, run
+from .parts import FeatureJob, PartDone, identity, run
 from .writer import merge
 
 __all__ = ["FeatureFile", "FeatureReport", "FeatureSettings", "PartDone", "compute_features", "fbank"]
@@ -177,7 +177,7 @@ def _refuse_other_settings(settings: FeatureSettings, sources: Sequence[FeatureF
 
 def _missing(
     corpus: Corpus, speeds: tuple[float, ...], sources: Sequence[FeatureFile], redo_changed: bool
-) -> Iterator[Job]:
+) -> Iterator[FeatureJob]:
     have: dict[str, dict[float, int]] = {}
     for source in sources:
         with source:
@@ -200,20 +200,20 @@ def _missing(
                 changed.append(u.id)
                 todo += stale
         if todo:
-            yield Job(u.id, path, u.start_s, u.duration_s, tuple(todo), u.channel)
+            yield FeatureJob(u.id, path, u.start_s, u.duration_s, tuple(todo), u.channel)
     if changed and not redo_changed:
         raise StaleError(
-            f"the audio, start or duration of {some(changed)} has changed since the features were made",
+            f"the audio, start or duration of {first_few(changed)} has changed since the features were made",
             where=sources[0].path,
             remedy="compute these anew with --redo-changed, or restore them",
         )
 
 
-def _seconds(job: Job) -> float:
+def _seconds(job: FeatureJob) -> float:
     return (job.duration_s or ASSUMED_S) * sum(1 / s for s in job.speeds)
 
 
-def _worker_count(workers: int | None, jobs: list[Job]) -> int:
+def _worker_count(workers: int | None, jobs: list[FeatureJob]) -> int:
     if workers is not None and workers < 0:
         raise ConfigError(f"{workers} workers", expected="0 or more")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -224,10 +224,10 @@ def _worker_count(workers: int | None, jobs: list[Job]) -> int:
     return min(workers, len(jobs))
 
 
-def _tasks(jobs: list[Job], part_s: float, workers: int) -> list[list[Job]]:
+def _tasks(jobs: list[FeatureJob], part_s: float, workers: int) -> list[list[FeatureJob]]:
     """Runs of utterances, in order, of about part_s seconds each; smaller where workers would go without."""
     part_s = min(part_s, sum(map(_seconds, jobs)) / max(4 * workers, 1))
-    tasks: list[list[Job]] = []
+    tasks: list[list[FeatureJob]] = []
     filled = np.inf
     for job in jobs:
         if filled >= part_s:

@@ -25,7 +25,7 @@ import google_crc32c
 import h5py
 import numpy as np
 
-from ..errors import FeatureError, some
+from ..errors import FeatureError, first_few
 
 HDF5 = b"\x89HDF\r\n\x1a\n"
 FORMAT, VERSION = "stillhouse-features", 1
@@ -282,7 +282,7 @@ class FeatureFile:
         except KeyError:
             missing = [f"{i} at speed {s:g}" for i, s in self._pairs(ids, speeds) if not self._has(i, s)]
             raise FeatureError(
-                f"no features of {some(missing)}",
+                f"no features of {first_few(missing)}",
                 where=self.path,
                 expected=f"speeds {', '.join(f'{s:g}' for s in self.speeds)}",
                 remedy="add them with `stillhouse corpus features CORPUS FEATURES --speeds …`",

@@ -24,7 +24,7 @@ from .writer import Rows, write_rows
 
 
 @dataclass(frozen=True)
-class Job:
+class FeatureJob:
     """One utterance's rows that are to be computed."""
 
     id: str
@@ -73,7 +73,7 @@ def identity(
     return int.from_bytes(blake2b(content + tail, digest_size=8).digest(), "little")
 
 
-def compute_part(target: Path, jobs: list[Job], settings: FeatureSettings) -> PartDone:
+def compute_part(target: Path, jobs: list[FeatureJob], settings: FeatureSettings) -> PartDone:
     """Compute one part and put it in place."""
     rows = Rows()
     ids: list[str] = []
@@ -100,7 +100,7 @@ def compute_part(target: Path, jobs: list[Job], settings: FeatureSettings) -> Pa
     return PartDone(ids, len(rows.ids), audio_s, failures)
 
 
-def run(named: list[tuple[Path, list[Job]]], settings: FeatureSettings, workers: int) -> Iterator[PartDone]:
+def run(named: list[tuple[Path, list[FeatureJob]]], settings: FeatureSettings, workers: int) -> Iterator[PartDone]:
     """Compute parts (where to put each, its jobs) in some order; yields each as soon as it is in place.
 
     Raises FeatureError where a worker dies; what the others have finished stays.

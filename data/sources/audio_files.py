@@ -21,7 +21,7 @@ from ..files.paths import confined
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
-class Places:
+class AudioFiles:
     """Files by the paths that a list has.
 
     folders: where a relative path may begin; the one where the first was found is tried first from then on.

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import AudioError, ConfigError, CorpusError
 from ..files.paths import below, confined, relative_audio
-from .audio_files import Places, Unpacked, above
+from .audio_files import AudioFiles, Unpacked, above
 from .common import Imported, SessionPattern, by_time, in_session_order, inside, is_seconds, meta_of
 from .table import FIELDS, USUAL
 
@@ -53,8 +53,8 @@ def import_huggingface(
     for split, source in sources:
         rows: dict[str | None, int] = {}
         for path, name in _files(source, split):
-            places = Places([path.absolute().parent, *above(source)], root)
-            reader = _Reader(path, name, given, places, unpacked, manifest, pattern, root, result)
+            places = AudioFiles([path.absolute().parent, *above(source)], root)
+            reader = _DatasetReader(path, name, given, places, unpacked, manifest, pattern, root, result)
             row = rows.get(name, 0)
             try:
                 for batch in _batches(path):
@@ -139,7 +139,7 @@ def _features(schema: Any) -> dict[str, Any]:
     return features if isinstance(features, dict) else {}
 
 
-class _Reader:
+class _DatasetReader:
     """The rows of one file."""
 
     def __init__(
@@ -147,7 +147,7 @@ class _Reader:
         path: Path,
         split: str | None,
         given: Mapping[str, str],
-        places: Places,
+        places: AudioFiles,
         unpacked: Unpacked,
         manifest: Path,
         pattern: SessionPattern | None,

@@ -19,7 +19,7 @@ from pathlib import Path
 from ..errors import AudioError, CorpusError
 from ..files.lines import scan_lines
 from ..files.paths import below, relative_audio
-from .audio_files import Places, Unpacked, above
+from .audio_files import AudioFiles, Unpacked, above
 from .common import Imported, SessionPattern, by_time, in_session_order, inside
 from .kaldi_entries import Entries
 
@@ -68,7 +68,7 @@ def import_kaldi(
     result = Imported()
     folders = [found for source in sources for found in _folders(*source, text_name, result)]
     for split, folder in folders:
-        places = Places([audio_root] if audio_root else above(folder), root)
+        places = AudioFiles([audio_root] if audio_root else above(folder), root)
         finder = Entries(result, places, unpacked, root, allow_pipes)
         tables = _read_folder(folder, split, result, text_name, pieces)
         if (folder / SEGMENTS).is_file():

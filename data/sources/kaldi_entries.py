@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import AudioError
 from ..files.paths import confined
-from .audio_files import Places, Unpacked
+from .audio_files import AudioFiles, Unpacked
 from .common import Imported
 from .kaldi_archives import audio_in_archive, copy_stretch
 from .kaldi_pipes import decoded_file, run_command
@@ -24,7 +24,7 @@ class Entries:
     """The files behind the entries of wav.scp."""
 
     def __init__(
-        self, result: Imported, places: Places, unpacked: Unpacked, root: Path | None, allow_pipes: bool
+        self, result: Imported, places: AudioFiles, unpacked: Unpacked, root: Path | None, allow_pipes: bool
     ) -> None:
         self.result, self.places, self.unpacked = result, places, unpacked
         self.root, self.allow_pipes = root, allow_pipes

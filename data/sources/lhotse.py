@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import AudioError, CorpusError
 from ..files.lines import scan_objects
 from ..files.paths import relative_audio
-from .audio_files import Places, Unpacked, above
+from .audio_files import AudioFiles, Unpacked, above
 from .common import Imported, SessionPattern, by_time, in_session_order, inside, is_seconds, meta_of
 from .kaldi_entries import Entries
 
@@ -54,8 +54,8 @@ def import_lhotse(
     sessions = _several(source for _, source, kind in kinds if kind != "recordings")
     known: dict[str, _Recording | AudioError] = {}
     for split, source, kind in sorted(kinds, key=lambda item: item[2] != "recordings"):
-        places = Places([audio_root] if audio_root else [source.absolute().parent, *above(source.parent)], root)
-        reader = _Reader(
+        places = AudioFiles([audio_root] if audio_root else [source.absolute().parent, *above(source.parent)], root)
+        reader = _LhotseReader(
             Entries(result, places, unpacked, root, allow_pipes), known, sessions, manifest, pattern, split, result
         )
         for number, entry in scan_objects(source):
@@ -109,7 +109,7 @@ def _several(sources: Iterator[Path]) -> bool:
     return False
 
 
-class _Reader:
+class _LhotseReader:
     def __init__(
         self,
         entries: Entries,

@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import AudioError, CorpusError
 from ..files.lines import scan_objects
 from ..files.paths import relative_audio
-from .audio_files import Places, above
+from .audio_files import AudioFiles, above
 from .common import Imported, SessionPattern, by_time, in_session_order, inside, is_seconds, meta_of
 
 IDS = ("id", "utt_id", "uttid", "utterance_id", "audio_id")
@@ -39,7 +39,7 @@ def import_nemo(
     result = Imported()
     for split, source in sources:
         names = _Names(source)
-        places = Places([audio_root] if audio_root else [source.absolute().parent, *above(source.parent)], root)
+        places = AudioFiles([audio_root] if audio_root else [source.absolute().parent, *above(source.parent)], root)
         for number, entry in scan_objects(source):
             where = f"{source}:{number}"
             if isinstance(entry, CorpusError):
@@ -95,7 +95,7 @@ def _stem(path: str) -> str:
 def _fields(
     entry: dict[str, Any],
     names: _Names,
-    places: Places,
+    places: AudioFiles,
     manifest: Path,
     pattern: SessionPattern | None,
     text_key: str,

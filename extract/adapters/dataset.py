@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..store import Store, View
-from ..store.batches import held_ids
+from ..store.batches import available_ids
 
 
 class States(Dataset):
@@ -25,7 +25,7 @@ class States(Dataset):
 
     def __init__(self, store: Store, views: Sequence[View], ids: Sequence[str] | None = None) -> None:
         self.store, self.views = store, list(dict.fromkeys(views))
-        self.ids = held_ids(store, self.views) if ids is None else list(ids)
+        self.ids = available_ids(store, self.views) if ids is None else list(ids)
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...data.errors import NoStoreError, UsageError, some
+from ...data.errors import NoStoreError, UsageError, first_few
 from ..store import Store
 
 # utt_sp0.9 (Lhotse: also tempo, volume, reverberation, loudness), utt-sp0.9, and Kaldi's and ESPnet's sp0.9-utt
@@ -41,7 +41,7 @@ def store_ids(store: Store, ids: Sequence[str], on_missing: str = "error") -> li
     missing = [ids[i] for i, r in zip(unknown, store.index.rows([out[i] for i in unknown]).tolist()) if r < 0]
     if missing and on_missing == "error":
         raise NoStoreError(
-            f"not in this store: {some(missing)}",
+            f"not in this store: {first_few(missing)}",
             where=store.address,
             remedy="extract this corpus into it, or give on_missing",
         )

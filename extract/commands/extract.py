@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from ..pipeline.progress import Progress, Report, Summary
+    from ..pipeline.progress import ExtractionProgress, Report, Summary
 
 REPORT_EVERY_S = 5.0
 
@@ -131,9 +131,9 @@ def _run(options: dict[str, Any]) -> tuple[Any, str]:
     from ..pipeline.estimate import render as render_sizing
     from ..pipeline.extract import extract as run
     from ..pipeline.request import Request
-    from ..pipeline.workers import make_crew, parse_part, share_threads
+    from ..pipeline.workers import parse_part, share_threads, start_workers
     from ..store.remote.client import is_url
-    from ..store.remote.paths import workspace
+    from ..store.remote.paths import writable_copy
     from ..teacher.model import load_teacher
 
     store, part, workers = options["store"], parse_part(options["shard"]), options["workers"]
@@ -151,18 +151,18 @@ def _run(options: dict[str, Any]) -> tuple[Any, str]:
         seed=options["seed"],
     )
     if options["dry_run"]:
-        with workspace(store) as folder:
+        with writable_copy(store) as folder:
             sizing = size_up(folder, corpus, teacher, request, refresh=options["refresh"])
         return sizing.as_json(), render_sizing(sizing)
     check = None if options["force"] else check_room
     if options["engine"] == "ray":
-        from ..pipeline.cluster import make_ray_crew
+        from ..pipeline.cluster import start_ray_workers
 
-        ray_crew = make_ray_crew(request.name, load, workers, part, options["ray_address"])
+        ray_crew = start_ray_workers(request.name, load, workers, part, options["ray_address"])
         summary = run(store, corpus, teacher, request, progress_lines(), None, ray_crew, check, options["refresh"])
         return summary.as_json(), render(summary)
     share_threads(workers)
-    crew = make_crew(request.name, load, workers, part)
+    crew = start_workers(request.name, load, workers, part)
     mine = (part[0], part[1] * workers) if is_url(store) else part  # no locks there: every worker has its share
     summary = run(store, corpus, teacher, request, progress_lines(), mine, crew, check, options["refresh"])
     return summary.as_json(), render(summary)
@@ -196,14 +196,14 @@ def progress_lines() -> Report:
     """A line on stderr every few seconds."""
     last = time.perf_counter()
 
-    def report(p: Progress) -> None:
+    def report(p: ExtractionProgress) -> None:
         nonlocal last
         now = time.perf_counter()
         if now - last < REPORT_EVERY_S:
             return
         last = now
         click.echo(
-            f"{p.unit}: {p.rows:,} of {p.rows_total:,} tokens, {p.tokens_per_s:,.0f} tokens/s, "
+            f"{p.item}: {p.rows:,} of {p.rows_total:,} tokens, {p.tokens_per_s:,.0f} tokens/s, "
             f"padding {p.padding_share:.1%}, {p.eta_s / 60:.1f} min to go",
             file=sys.stderr,
         )

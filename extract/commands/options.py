@@ -98,11 +98,11 @@ def chosen_views(store: Any, patterns: tuple[str, ...], planned: bool = False) -
     """The views that patterns name; all where there are none. Of those that the store has states of, complete or not,
     which is told on stderr; with `planned`, also of those that it has none of yet.
     """
-    from ...data.errors import NoStoreError, some
+    from ...data.errors import NoStoreError, first_few
 
     among = store.planned_views
     if not planned:
-        among = [v for v in among if store.held(v).any()]
+        among = [v for v in among if store.available(v).any()]
         if not among:
             raise NoStoreError(
                 "nothing is extracted yet", where=store.address, remedy="stillhouse extract CORPUS STORE …"
@@ -112,7 +112,7 @@ def chosen_views(store: Any, patterns: tuple[str, ...], planned: bool = False) -
         complete = set(store.views)
         begun = [v.address for v in chosen if v not in complete]
         if begun:
-            click.echo(f"not complete, taken as far as they go: {some(begun)}", file=sys.stderr)
+            click.echo(f"not complete, taken as far as they go: {first_few(begun)}", file=sys.stderr)
     return chosen
 
 

@@ -61,7 +61,7 @@ def import_(**options: Any) -> None:
 
     from ...data.errors import UsageError
     from ...data.manifest import read_manifest
-    from ..maintain.import_states import Cache, GivenTokens, Unknown, import_states, read_names
+    from ..maintain.import_states import GivenTokens, ImportCache, UnknownTeacher, import_states, read_names
     from ..pipeline.request import Request
 
     given = [n for n in ("teacher", "tokenizer", "token_ids") if options[n]]
@@ -72,7 +72,7 @@ def import_(**options: Any) -> None:
         raise UsageError(f"--drop {options['drop']}", expected="two numbers, as in 1,1")
     names = read_names(options["names"]) if options["names"] else {}
     layers, corpus = options["layers"], read_manifest(options["corpus"]).select(options["split"])
-    cache = Cache(
+    cache = ImportCache(
         options["source"], layers, options["file"], options["key"], options["layer_axis"], (int(begin), int(end)), names
     )
     if options["teacher"]:
@@ -96,7 +96,7 @@ def import_(**options: Any) -> None:
         width = next(iter(cache.states(first, layers).values())).shape[1]
         source = options["tokenizer"] or str(options["source"])
         depth = max(layers) if options["depth"] is None else options["depth"]
-        teacher = Unknown(tokeniser, source, width, depth, options["kind"])
+        teacher = UnknownTeacher(tokeniser, source, width, depth, options["kind"])
     request = Request(
         options["name"] or default_name(options["teacher"] or options["tokenizer"] or str(options["source"])),
         layers,

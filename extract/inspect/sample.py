@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ...data.errors import NoStoreError, some
+from ...data.errors import NoStoreError, first_few
 from ..store import Store, View, to_float32
 from ..store.remote.paths import mirror_of
-from ..store.verify.verify import damaged_units
+from ..store.verify.verify import damaged_items
 
 BLOCK_TOKENS = 16_384
 BLOCK_NUMBERS = 1 << 23  # of one block, if that is less
@@ -24,7 +24,7 @@ LEAST_TOKENS = 1000  # a view, though the views be many
 def whole(store: Store, views: Sequence[View]) -> tuple[list[View], list[str]]:
     """Views of which no committed file is damaged as far as can be told without reading states; the others' damage."""
     damage: dict[View, str] = {}
-    for unit, found in damaged_units(store, data=False):
+    for unit, found in damaged_items(store, data=False):
         for finding in found:
             for layer in unit.layers:
                 view = View(unit.teacher, unit.context, layer)
@@ -39,7 +39,7 @@ def held_rows(store: Store, views: Sequence[View]) -> np.ndarray:
     for teacher in dict.fromkeys(v.teacher for v in views):
         held &= store.lengths(teacher) > 0
     for view in views:
-        held &= store.held(view)
+        held &= store.available(view)
     return np.flatnonzero(held)
 
 
@@ -51,7 +51,7 @@ def sample_rows(store: Store, views: Sequence[View], tokens: int | None, seed: i
     rows = held_rows(store, views)
     if not len(rows):
         raise NoStoreError(
-            f"no utterance has states in {'all of ' if len(views) > 1 else ''}{some([v.address for v in views])}",
+            f"no utterance has states in {'all of ' if len(views) > 1 else ''}{first_few([v.address for v in views])}",
             where=store.address,
             remedy="name fewer views with --view, or finish the extraction"
             if len(views) > 1

@@ -20,25 +20,25 @@ from ..pipeline.layout import Layout, cut_shards
 from ..pipeline.new_store import write_teacher
 from ..pipeline.norms import commit_norms, fix_norms
 from ..pipeline.progress import folder_bytes
-from ..store.disk.durable import Scratch, phase, write_json
+from ..store.disk.durable import Scratch, crash_point, write_json
 from ..store.disk.layout import Paths, dtype_of, group_json, shard_rows
 from ..store.format import plan as plans
-from ..store.format.block_sums import noted
+from ..store.format.block_sums import recording_sums
 from ..store.format.commits import Commits
 from ..store.format.index import write_edition, write_index
-from ..store.format.plan import Generation, Plan, Shard, Work
+from ..store.format.plan import Generation, Plan, PlannedWork, Shard
 from ..store.reader import Store
 from ..store.verify.sums import check_sound
 from ..store.views import View
 from ..store.writer import versions
 from ..teacher.tokenizer import Tokens
-from .copy_unit import copy_unit
-from .members import Member, check_settings, complete_views, others, select
-from .staging import place, publish
+from .copy_unit import copy_item
+from .members import Included, check_settings, choose_utterances, complete_views, only_in_second
+from .staging import publish_store, staging_folder
 
 
 @dataclass(frozen=True)
-class Built:
+class Combined:
     """The new store."""
 
     store: str
@@ -48,23 +48,27 @@ class Built:
     bytes: int
 
 
-def copy(source: Path | str, out: Path | str, patterns: Sequence[str] = ()) -> Built:
+def copy(source: Path | str, out: Path | str, patterns: Sequence[str] = ()) -> Combined:
     """Some views of a store (none named: all) with all utterances. Errors: as `build`."""
     store = Store.open(source, checksums=True)
-    return build(out, [store], select(store, lambda _: True), complete_views(store, patterns), store.plan.corpus)
+    return combine(
+        out, [store], choose_utterances(store, lambda _: True), complete_views(store, patterns), store.plan.corpus
+    )
 
 
-def subset(source: Path | str, out: Path | str, ids: Sequence[str], patterns: Sequence[str] = ()) -> Built:
+def subset(source: Path | str, out: Path | str, ids: Sequence[str], patterns: Sequence[str] = ()) -> Combined:
     """Some utterances of a store. Errors: NoStoreError naming those that it does not have; as `build`."""
     store = Store.open(source, checksums=True)
     if not len(ids):
         raise UsageError("no utterances to keep", where=source)
     store.rows(ids)
     wanted = set(ids)
-    return build(out, [store], select(store, wanted.__contains__), complete_views(store, patterns), store.plan.corpus)
+    return combine(
+        out, [store], choose_utterances(store, wanted.__contains__), complete_views(store, patterns), store.plan.corpus
+    )
 
 
-def merge(a: Path | str, b: Path | str, out: Path | str, patterns: Sequence[str] = ()) -> Built:
+def merge(a: Path | str, b: Path | str, out: Path | str, patterns: Sequence[str] = ()) -> Combined:
     """All utterances of two stores with the same settings and views. One that both have must be the same in both.
 
     Errors: StaleError naming the setting, view or utterance in which they differ; as `build`.
@@ -72,13 +76,13 @@ def merge(a: Path | str, b: Path | str, out: Path | str, patterns: Sequence[str]
     stores = [Store.open(a, checksums=True), Store.open(b, checksums=True)]
     both = [complete_views(s, patterns) for s in stores]
     check_settings(stores, both)
-    found = select(stores[0], lambda _: True)
-    found += others(stores, found, both[0])
+    found = choose_utterances(stores[0], lambda _: True)
+    found += only_in_second(stores, found, both[0])
     corpus = {k: v for k, v in stores[0].plan.corpus.items() if k != "split"}
-    return build(out, stores, found, both[0], corpus)
+    return combine(out, stores, found, both[0], corpus)
 
 
-def build(out: Path | str, stores: list[Store], members: list[Member], views: list[View], corpus: dict) -> Built:
+def combine(out: Path | str, stores: list[Store], members: list[Included], views: list[View], corpus: dict) -> Combined:
     """Write the new store. Errors: UsageError where `out` is there; StoreError where a source is damaged."""
     for store in stores:
         check_sound(store)
@@ -89,7 +93,7 @@ def build(out: Path | str, stores: list[Store], members: list[Member], views: li
     served = np.array([m.served for m in members])
     count = int(served.sum())
     made_of = _undertaking(stores, told, views)
-    with place(out, made_of) as root, noted() as made:
+    with staging_folder(out, made_of) as root, recording_sums() as made:
         paths, base = Paths(root), 0 if served.all() else 1
         name_of = next(iter(dict.fromkeys(v.teacher for v in views)))
         texts = _texts(stores, told, name_of)
@@ -114,26 +118,26 @@ def build(out: Path | str, stores: list[Store], members: list[Member], views: li
         plans.write_head(plan, publish=False)
         with Scratch(paths) as scratch:
             there = {(t, c): Commits(paths, t, c) for t in plan.teachers for c in plan.views(t)}
-            for unit in plan.units():
-                if there[unit.teacher, unit.context].has(unit.shard.number, unit.layers):
+            for item in plan.work_items():
+                if there[item.teacher, item.context].has(item.shard.number, item.layers):
                     continue  # an earlier attempt put it under this URL
-                first, last = unit.shard.first, unit.shard.last
+                first, last = item.shard.first, item.shard.last
                 ids = [m.id for m in told[first:last]]
-                copy_unit(plan, scratch.folder, unit, sources[unit.teacher][first:last], ids)
-                phase("unit_copied")
+                copy_item(plan, scratch.folder, item, sources[item.teacher][first:last], ids)
+                crash_point("unit_copied")
             for name in plan.teachers:
                 for context in plan.views(name):
                     if len(stores) == 1 or dtype_of(plan.teachers[name].dtype).scaled:
                         _copy_norms(plan, stores[0], name, context, scratch.folder)
                     else:
                         fix_norms(plan, name, context, scratch.folder)
-        phase("built")
-        publish(plan, made_of)
+        crash_point("built")
+        publish_store(plan, made_of)
         size = folder_bytes(root)
-    return Built(str(out), [v.address for v in views], count, len(told) - count, size)
+    return Combined(str(out), [v.address for v in views], count, len(told) - count, size)
 
 
-def _undertaking(stores: list[Store], told: list[Member], views: list[View]) -> str:
+def _undertaking(stores: list[Store], told: list[Included], views: list[View]) -> str:
     """A hash of all that decides what the new store will be."""
     made = hashlib.blake2b(digest_size=16)
     for store in stores:
@@ -150,7 +154,7 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _rows(stores: list[Store], told: list[Member], name: str) -> list[tuple[Store, int]]:
+def _rows(stores: list[Store], told: list[Included], name: str) -> list[tuple[Store, int]]:
     """(store, row) of every utterance, those that are context alone too."""
     known = []
     for store in stores:
@@ -159,7 +163,7 @@ def _rows(stores: list[Store], told: list[Member], name: str) -> list[tuple[Stor
     return [(stores[m.source], known[m.source][m.id]) for m in told]
 
 
-def _texts(stores: list[Store], told: list[Member], name: str) -> np.ndarray:
+def _texts(stores: list[Store], told: list[Included], name: str) -> np.ndarray:
     return np.array([s.index_of(name).text_hash[r] for s, r in _rows(stores, told, name)], dtype=np.uint64)
 
 
@@ -169,7 +173,7 @@ def _add_teacher(
     number: int,
     edition: int,
     sources: list[tuple[Store, int]],
-    told: list[Member],
+    told: list[Included],
     views: list[View],
     count: int,
 ) -> Plan:
@@ -198,7 +202,7 @@ def _add_teacher(
         number=number,
         teacher=name,
         work=[
-            Work(c, [k for k in record.layers if View(name, c, k) in mine], list(range(states)))
+            PlannedWork(c, [k for k in record.layers if View(name, c, k) in mine], list(range(states)))
             for c in record.contexts
         ],
         shard_rows=rows,

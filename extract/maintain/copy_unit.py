@@ -12,30 +12,32 @@ from pathlib import Path
 import numpy as np
 
 from ..pipeline.reuse import block
-from ..store.format.plan import Plan, Unit
+from ..store.format.plan import Plan, WorkItem
 from ..store.reader import Store
 from ..store.views import View
-from ..store.writer import UnitWriter
+from ..store.writer import ItemWriter
 
 READ_BYTES = 16 << 20  # at a time: an object store answers many requests at once
 
 
-def copy_unit(plan: Plan, scratch: Path, unit: Unit, sources: Sequence[tuple[Store, int]], ids: Sequence[str]) -> None:
+def copy_item(
+    plan: Plan, scratch: Path, item: WorkItem, sources: Sequence[tuple[Store, int]], ids: Sequence[str]
+) -> None:
     """Write and commit a unit out of rows of stores: one (store opened with checksums, row) an utterance.
 
     Errors: StoreError naming view and utterance where what is to be copied is damaged.
     """
-    shard, record = unit.shard, plan.teachers[unit.teacher]
-    lengths = np.array([s.row_length(unit.teacher, r) for s, r in sources], dtype=np.int64)
-    starts = shard.number * unit.generation.shard_rows + np.cumsum(lengths) - lengths
+    shard, record = item.shard, plan.teachers[item.teacher]
+    lengths = np.array([s.row_length(item.teacher, r) for s, r in sources], dtype=np.int64)
+    starts = shard.number * item.generation.shard_rows + np.cumsum(lengths) - lengths
     passes: tuple[np.ndarray, np.ndarray, np.ndarray]
     passes = np.zeros(len(ids), np.uint64), np.zeros(len(ids), np.int32), np.zeros(len(ids), np.int32)
-    fed = {id(s): s.fed(View(unit.teacher, unit.context, unit.layers[0])) for s, _ in sources}
-    with UnitWriter(plan.paths, scratch, record, unit, starts, lengths, list(ids)) as writer:
+    fed = {id(s): s.inputs_seen(View(item.teacher, item.context, item.layers[0])) for s, _ in sources}
+    with ItemWriter(plan.paths, scratch, record, item, starts, lengths, list(ids)) as writer:
         for part in _parts(sources, lengths, max(1, READ_BYTES // writer.row_bytes)):
             store, rows = sources[part[0]][0], np.array([sources[u][1] for u in part])
-            for layer in unit.layers:
-                values, scale = store.stored_rows(rows, View(unit.teacher, unit.context, layer))
+            for layer in item.layers:
+                values, scale = store.stored_rows(rows, View(item.teacher, item.context, layer))
                 end = 0
                 for u in part:
                     here = slice(end, end := end + int(lengths[u]))
@@ -43,9 +45,9 @@ def copy_unit(plan: Plan, scratch: Path, unit: Unit, sources: Sequence[tuple[Sto
         for u, (store, row) in enumerate(sources):
             for into, every in zip(passes, fed[id(store)]):
                 into[u] = every[row]
-        for layer in unit.layers if writer.dtype.scaled else ():
-            writer.loss[layer] += _losses(unit, layer, sources, lengths)
-        writer.commit(*passes, unit.generation.number)
+        for layer in item.layers if writer.dtype.scaled else ():
+            writer.loss[layer] += _losses(item, layer, sources, lengths)
+        writer.commit(*passes, item.generation.number)
 
 
 def _parts(sources: Sequence[tuple[Store, int]], lengths: np.ndarray, most: int) -> Iterator[list[int]]:
@@ -60,12 +62,12 @@ def _parts(sources: Sequence[tuple[Store, int]], lengths: np.ndarray, most: int)
         yield part
 
 
-def _losses(unit: Unit, layer: int, sources: Sequence[tuple[Store, int]], lengths: np.ndarray) -> np.ndarray:
+def _losses(item: WorkItem, layer: int, sources: Sequence[tuple[Store, int]], lengths: np.ndarray) -> np.ndarray:
     """What int8 cost these rows: recorded a shard, so each row counts its share of its shard's."""
     total = np.zeros(4)
     for (store, row), n in zip(sources, lengths.tolist()):
-        number = store.shard_of(unit.teacher, row)
-        commit = store.commits(unit.teacher, unit.context).of.get((number, layer))
+        number = store.shard_of(item.teacher, row)
+        commit = store.commits(item.teacher, item.context).of.get((number, layer))
         if commit is not None and str(layer) in commit.losses and commit.rows[1] > commit.rows[0]:
             total += np.array(commit.losses[str(layer)]) * (n / (commit.rows[1] - commit.rows[0]))
     return total

@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from ..pipeline.progress import folder_bytes
-from ..store.disk.durable import fsync_folder, phase
+from ..store.disk.durable import crash_point, fsync_folder
 from ..store.format.arrays import RawArray
 from ..store.format.commits import Commits
 from ..store.format.index import Index
 from ..store.format.plan import Plan
 
 
-def litter(plan: Plan, orders: Mapping[str, np.ndarray] | None = None) -> list[Path]:
+def unreferenced_files(plan: Plan, orders: Mapping[str, np.ndarray] | None = None) -> list[Path]:
     """Files and folders of a store that its plan does not need.
 
     `orders`: rows of the corpus, by teacher, of editions that are not on disk yet.
@@ -44,7 +44,7 @@ def remove(paths: list[Path]) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-        phase("swept")
+        crash_point("swept")
     for folder in {p.parent for p in paths}:
         if folder.is_dir():
             fsync_folder(folder)
@@ -80,7 +80,7 @@ def _states(plan: Plan, name: str) -> Iterator[Path]:
     record = plan.teachers[name]
     needed = {
         (record.contexts.index(u.context), record.layers.index(k), u.shard.number)
-        for u in plan.units(name)
+        for u in plan.work_items(name)
         for k in u.layers
     }
     for array in ("hidden", "scale"):
@@ -111,7 +111,7 @@ def _commits(plan: Plan, name: str) -> Iterator[Path]:
     """Records of which every layer is dropped, or counts by a later record."""
     views = plan.views(name)
     asked: set[tuple[str, int | str, int]]
-    asked = {(u.context, u.shard.number, k) for u in plan.units(name) for k in u.layers}
+    asked = {(u.context, u.shard.number, k) for u in plan.work_items(name) for k in u.layers}
     asked |= {(c, "norms", k) for c, layers in views.items() for k in layers}
     kept = {plan.paths.commits(name, c): c for c in views}
     for folder in _folders(plan.paths.root / "commits" / name):

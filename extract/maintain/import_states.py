@@ -22,10 +22,10 @@ from ...data.manifest import Corpus, Utterance
 from ..pipeline.extract import extract
 from ..pipeline.progress import Report, Summary
 from ..pipeline.request import Request
-from ..pipeline.runner import Job, UnitMaker
+from ..pipeline.runner import ItemRunner, OpenItem
 from ..store.disk.layout import dtype_of
 from ..store.format.int8 import quantise
-from ..store.format.plan import Unit
+from ..store.format.plan import WorkItem
 from ..store.writer import encode
 from ..teacher.tokenizer import Tokens
 
@@ -36,7 +36,7 @@ PROBED = 20  # utterances that are read before anything is written
 
 
 @dataclass(frozen=True)
-class Cache:
+class ImportCache:
     """Where the states of an utterance lie. `file` and `key` may name {id}, {layer}, {session}, {speaker} and {split}.
 
     source      a folder of files; or one .h5, .npz or .safetensors with a dataset an utterance
@@ -204,7 +204,7 @@ class GivenTokens:
     suffix: Sequence[int] = ()
     leading_space = False
 
-    def __init__(self, cache: Cache, corpus: Corpus, ids_key: str, spans_key: str) -> None:
+    def __init__(self, cache: ImportCache, corpus: Corpus, ids_key: str, spans_key: str) -> None:
         self._of: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         begin, end = cache.drop
         digest = hashlib.blake2b(digest_size=16)
@@ -237,7 +237,7 @@ class GivenTokens:
 
 
 @dataclass
-class Unknown:
+class UnknownTeacher:
     """A teacher of which nothing is there but its tokens: its input embeddings are NaN."""
 
     tokeniser: Any
@@ -265,32 +265,32 @@ class Unknown:
         """There is no model to ask."""
 
 
-class ImportMaker(UnitMaker):
+class ImportRunner(ItemRunner):
     """Makes units of work of a cache instead of a model."""
 
-    def __init__(self, *arguments: Any, cache: Cache, corpus: Corpus) -> None:
+    def __init__(self, *arguments: Any, cache: ImportCache, corpus: Corpus) -> None:
         super().__init__(*arguments)
         self.cache, self.corpus = cache, corpus
 
-    def __enter__(self) -> ImportMaker:
+    def __enter__(self) -> ImportRunner:
         return self
 
     def __exit__(self, *exc: object) -> None:
         super().__exit__(*exc)
         close()
 
-    def blocks(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Callable[[], None] | None]]:
+    def blocks(self, jobs: Iterable[OpenItem]) -> Iterator[tuple[OpenItem, Callable[[], None] | None]]:
         for job in jobs:
-            self.progress.unit = str(job.unit)
-            norms = self.norms(job.unit)
+            self.progress.item = str(job.item)
+            norms = self.norms(job.item)
             for u in sorted({p.utterance for batch in job.batches for window in batch for p in window.pieces}):
-                yield job, partial(_write, job, u, self._states(job.unit.shard.first + u, job.unit.layers), norms)
-                self.progress.rows += int(self.rows.length[job.unit.shard.first + u])
+                yield job, partial(_write, job, u, self._states(job.item.shard.first + u, job.item.layers), norms)
+                self.progress.rows += int(self.rows.length[job.item.shard.first + u])
                 if self.report is not None:
                     self.report(self.progress)
             yield job, None
 
-    def sample(self, unit: Unit, rows: np.ndarray, layers: Sequence[int]) -> Iterator[tuple[int, dict]]:
+    def sample(self, item: WorkItem, rows: np.ndarray, layers: Sequence[int]) -> Iterator[tuple[int, dict]]:
         for row in rows.tolist():
             yield row, self._states(row, layers)
 
@@ -301,7 +301,9 @@ class ImportMaker(UnitMaker):
         return states
 
 
-def _write(job: Job, u: int, states: dict[int, np.ndarray], norms: dict[int, tuple[np.ndarray, np.ndarray]]) -> None:
+def _write(
+    job: OpenItem, u: int, states: dict[int, np.ndarray], norms: dict[int, tuple[np.ndarray, np.ndarray]]
+) -> None:
     for layer, values in states.items():
         kept = quantise(values, *norms[layer]) if norms else encode(values, job.writer.dtype)
         job.writer.write(layer, u, 0, kept)
@@ -322,7 +324,7 @@ def check_states(u: Utterance, states: Mapping[int, np.ndarray], tokens: int, wi
 
 
 def import_states(
-    root: Path, corpus: Corpus, cache: Cache, teacher: Any, request: Request, report: Report | None = None
+    root: Path, corpus: Corpus, cache: ImportCache, teacher: Any, request: Request, report: Report | None = None
 ) -> Summary:
     """Make a view of every layer of the cache. Again it goes on where it ended.
 
@@ -337,7 +339,7 @@ def import_states(
         for u, n in zip(probed, tokens):
             if n:
                 check_states(u, cache.states(u, cache.layers), n, teacher.width)
-        maker = partial(ImportMaker, cache=cache, corpus=corpus)
+        maker = partial(ImportRunner, cache=cache, corpus=corpus)
         return extract(root, corpus, teacher, request, report, maker=maker)
     finally:
         close()

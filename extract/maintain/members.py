@@ -19,7 +19,7 @@ from ..store.views import View
 
 
 @dataclass(frozen=True)
-class Member:
+class Included:
     """An utterance of the new store: which source has it, under which id, in which session; served or context alone."""
 
     source: int
@@ -41,7 +41,7 @@ def complete_views(store: Store, patterns: Sequence[str]) -> list[View]:
     return asked
 
 
-def select(store: Store, wanted: Callable[[str], bool]) -> list[Member]:
+def choose_utterances(store: Store, wanted: Callable[[str], bool]) -> list[Included]:
     """The wanted utterances, in the order of the store, and whoever else is of their sessions, as context.
 
     Errors: StaleError where the store's teachers are at different states of the corpus.
@@ -53,13 +53,13 @@ def select(store: Store, wanted: Callable[[str], bool]) -> list[Member]:
             where=store.address,
             remedy="extract the others with --refresh first",
         )
-    found: list[Member] = []
+    found: list[Included] = []
     session: list[tuple[str, bool]] = []
     number, last = 0, None
     for id_, _, group, served in [*tables[0], ("", 0, -1, False)]:
         if group != last:
             if any(s for _, s in session):
-                found += [Member(0, i, number, s) for i, s in session]
+                found += [Included(0, i, number, s) for i, s in session]
                 number += 1
             session, last = [], group
         session.append((id_, served and wanted(id_)))
@@ -96,17 +96,17 @@ def check_settings(stores: list[Store], views: list[list[View]]) -> None:
                     )
 
 
-def others(stores: list[Store], mine: list[Member], views: list[View]) -> list[Member]:
+def only_in_second(stores: list[Store], mine: list[Included], views: list[View]) -> list[Included]:
     """Sessions of the second store that the first does not have. Errors: StaleError where they have some, but not all,
     of a session in common, or the same one otherwise.
     """
     a, b = stores
     have = {m.id for m in mine if m.served}
-    theirs = select(b, lambda _: True)
-    sessions: dict[int, list[Member]] = {}
+    theirs = choose_utterances(b, lambda _: True)
+    sessions: dict[int, list[Included]] = {}
     for m in theirs:
         sessions.setdefault(m.session, []).append(m)
-    found: list[Member] = []
+    found: list[Included] = []
     number = 1 + max((m.session for m in mine), default=-1)
     for members in sessions.values():
         ids = [m.id for m in members if m.served]

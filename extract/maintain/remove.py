@@ -18,29 +18,29 @@ from pathlib import Path
 import numpy as np
 
 from ...data.errors import NoStoreError, UsageError
-from ..pipeline.generation import Growth, grow_teacher, next_generation, rows_after, write_growth, write_tokens
+from ..pipeline.generation import NewRows, grow_teacher, next_generation, rows_after, write_new_rows, write_tokens
 from ..pipeline.layout import compact
-from ..store.disk.durable import Lock, fsync_folder, phase, write_json
-from ..store.disk.exclusive import nobody_writes
+from ..store.disk.durable import Lock, crash_point, fsync_folder, write_json
+from ..store.disk.exclusive import exclusive_access
 from ..store.disk.layout import Paths, group_json
 from ..store.format import plan as plans
 from ..store.format.arrays import RawArray
-from ..store.format.block_sums import Summed, noted
+from ..store.format.block_sums import RowSums, recording_sums
 from ..store.format.commits import Commit, Commits, link_commit
 from ..store.format.index import Index
-from ..store.format.plan import Generation, Plan, Shard, Work
+from ..store.format.plan import Generation, Plan, PlannedWork, Shard
 from ..store.read.rows import TeacherRows
 from ..store.reader import Store
 from ..store.verify.sums import check_sound
 from ..store.views import View
 from ..store.writer import versions
 from ..teacher.tokenizer import Tokens
-from .copy_unit import copy_unit
-from .garbage import litter, remove, size_of
+from .copy_unit import copy_item
+from .garbage import remove, size_of, unreferenced_files
 
 
 @dataclass(frozen=True)
-class Cleared:
+class Removed:
     """What a command took out of a store, or would. `bytes` is the room that it gives back."""
 
     store: str
@@ -53,7 +53,7 @@ class Cleared:
     done: bool
 
 
-def remove_views(root: Path, patterns: Sequence[str], dry_run: bool = False) -> Cleared:
+def remove_views(root: Path, patterns: Sequence[str], dry_run: bool = False) -> Removed:
     """Take views out of a store, files and all. Errors: NoStoreError where none matches, or none would be left."""
     with _alone(root) as (plan, scratch):
         store = Store.open(root)
@@ -64,7 +64,7 @@ def remove_views(root: Path, patterns: Sequence[str], dry_run: bool = False) -> 
         after = _without_views(plan, chosen)
         gone = [p for p in _files_of(plan, chosen)]
         tokens = 0
-        fact = Cleared(str(root), [v.address for v in chosen], 0, tokens, 0, len(gone), size_of(gone), not dry_run)
+        fact = Removed(str(root), [v.address for v in chosen], 0, tokens, 0, len(gone), size_of(gone), not dry_run)
         if dry_run:
             return fact
         _write_generations(plan, after, {})
@@ -72,16 +72,16 @@ def remove_views(root: Path, patterns: Sequence[str], dry_run: bool = False) -> 
             group = after.paths.data / name
             write_json(group / "zarr.json", group_json({"stillhouse": asdict(after.teachers[name])}))
         write_json(after.paths.data / "zarr.json", group_json({"stillhouse": {"teachers": list(after.teachers)}}))
-        phase("written")
+        crash_point("written")
         plans.write_head(after)
         fsync_folder(root)
-        phase("switched")
+        crash_point("switched")
         _renew_norms(after, chosen, scratch)
-        remove([p for p in litter(after) if _concerns(after.paths, p, chosen)] + gone)
+        remove([p for p in unreferenced_files(after) if _concerns(after.paths, p, chosen)] + gone)
         return fact
 
 
-def remove_utterances(root: Path, ids: Sequence[str], dry_run: bool = False) -> Cleared:
+def remove_utterances(root: Path, ids: Sequence[str], dry_run: bool = False) -> Removed:
     """Serve these utterances no more. Their text stays what their neighbours' contexts saw; `clear` gives back room.
 
     Errors: NoStoreError naming those that the store does not know.
@@ -104,19 +104,19 @@ def remove_utterances(root: Path, ids: Sequence[str], dry_run: bool = False) -> 
                 raise UsageError("this would take every utterance", where=root, remedy="remove the folder itself")
             after, growth = _new_edition(after, name, index, index.order, served)
             growths.append(growth)
-        fact = Cleared(str(root), [], len(set(ids)), tokens, 0, 0, 0, not dry_run)
+        fact = Removed(str(root), [], len(set(ids)), tokens, 0, 0, 0, not dry_run)
         if not dry_run:
-            with noted() as made:
+            with recording_sums() as made:
                 for growth in growths:
-                    write_growth(after, growth)
+                    write_new_rows(after, growth)
             _write_generations(plan, after, made)
-            phase("written")
+            crash_point("written")
             plans.write_head(after)
             fsync_folder(root)
         return fact
 
 
-def clear(root: Path, dry_run: bool = False) -> Cleared:
+def collect_garbage(root: Path, dry_run: bool = False) -> Removed:
     """Move what lives out of shards that have dead rows, then delete those, and all that nothing asks for.
 
     Errors: NoStoreError where the extraction is not finished; StoreError where what is to be moved is damaged;
@@ -142,24 +142,24 @@ def clear(root: Path, dry_run: bool = False) -> Cleared:
             moved += int(t.length[rows].sum())
             after, growth = _moved(after, name, index, t, packed, go)
             moves.append((name, growth, rows))
-        fact = Cleared(str(root), [], 0, dead, moved, 0, 0, not dry_run)
+        fact = Removed(str(root), [], 0, dead, moved, 0, 0, not dry_run)
         if dry_run:
             after = replace(after, generations=_needed(after))
-            doomed = litter(after, {name: growth.order for name, growth, _ in moves})
+            doomed = unreferenced_files(after, {name: growth.order for name, growth, _ in moves})
             grows = sum(_bytes_of(after, name, growth) for name, growth, _ in moves)
             return replace(fact, files=len(doomed), bytes=size_of(doomed) - grows)
         size = size_of([root])
-        with noted() as made:
+        with recording_sums() as made:
             for name, growth, rows in moves:
                 _write_moved(after, name, growth, store, rows, scratch)
         after = replace(after, generations=_needed(after))
         _write_generations(plan, after, made)
-        phase("copied")
+        crash_point("copied")
         if after != plan:
             plans.write_head(after)
             fsync_folder(root)
-        phase("switched")
-        doomed = litter(after)
+        crash_point("switched")
+        doomed = unreferenced_files(after)
         remove(doomed)
         return replace(fact, files=len(doomed), bytes=size - size_of([root]))
 
@@ -170,7 +170,7 @@ def _alone(root: Path) -> Iterator[tuple[Plan, Path]]:
     if not Paths(root).store_json.exists():
         plans.read_plan(root)  # says what is wrong
     paths = Paths(root)
-    with Lock(paths.lock("plan"), wait=True), nobody_writes(paths):
+    with Lock(paths.lock("plan"), wait=True), exclusive_access(paths):
         scratch = paths.tmp / f"life-{os.getpid()}"
         with Lock(scratch / "lock", wait=True):
             try:
@@ -183,7 +183,7 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _write_generations(before: Plan, after: Plan, made: dict[Path, list[Summed]]) -> None:
+def _write_generations(before: Plan, after: Plan, made: dict[Path, list[RowSums]]) -> None:
     """Those that are new; `made`: sums of what was written for them."""
     there = {g.number for g in before.generations}
     for g in after.generations:
@@ -246,7 +246,7 @@ def _renew_norms(plan: Plan, views: Sequence[View], scratch: Path) -> None:
                 link_commit(plan.paths, scratch, commit)
 
 
-def _new_edition(plan: Plan, name: str, index: Index, order: np.ndarray, served: np.ndarray) -> tuple[Plan, Growth]:
+def _new_edition(plan: Plan, name: str, index: Index, order: np.ndarray, served: np.ndarray) -> tuple[Plan, NewRows]:
     """The same rows, of which other ones are served."""
     number, latest = next_generation(plan), plan.latest(name)
     used = order[served]
@@ -257,7 +257,7 @@ def _new_edition(plan: Plan, name: str, index: Index, order: np.ndarray, served:
     generation = replace(
         latest, number=number, work=[], created=_now(), edition=number, dropped_shards=dropped, dropped_views=[]
     )
-    growth = Growth(
+    growth = NewRows(
         number=number,
         first=rows_after(plan),
         ids=[],
@@ -287,7 +287,7 @@ def _all(packed: Sequence[np.ndarray]) -> np.ndarray:
 
 def _moved(
     plan: Plan, name: str, index: Index, t: TeacherRows, packed: Sequence[np.ndarray], go: Sequence[Shard]
-) -> tuple[Plan, Growth]:
+) -> tuple[Plan, NewRows]:
     """A generation in which these rows, by shard, lie in shards at the end, and those that they were in are dropped."""
     number, latest, rows = next_generation(plan), plan.latest(name), _all(packed)
     first, begin, lengths = rows_after(plan), len(latest.shards), t.length[rows].astype(np.int64)
@@ -302,7 +302,7 @@ def _moved(
     order[index.position[rows]] = first + np.arange(len(rows))
     places = t.places(rows)
     tokens = Tokens(t.tokens(t.token_id, places), lengths.astype(np.int32), t.tokens(t.span, places))
-    growth = Growth(
+    growth = NewRows(
         number=number,
         first=first,
         ids=[index.id(r) for r in rows.tolist()],
@@ -319,7 +319,7 @@ def _moved(
     generation = replace(
         latest,
         number=number,
-        work=[Work(c, layers, ends) for c, layers in plan.views(name).items() if ends],
+        work=[PlannedWork(c, layers, ends) for c, layers in plan.views(name).items() if ends],
         shards=[*latest.shards, *tail],
         created=_now(),
         edition=number,
@@ -330,25 +330,25 @@ def _moved(
     return replace(plan, generations=[*plan.generations, generation]), growth
 
 
-def _write_moved(plan: Plan, name: str, growth: Growth, store: Store, rows: np.ndarray, scratch: Path) -> None:
+def _write_moved(plan: Plan, name: str, growth: NewRows, store: Store, rows: np.ndarray, scratch: Path) -> None:
     """Rows, tokens and units of a moved generation; nothing counts before store.json names it."""
     mine = replace(plan, generations=[g for g in plan.generations if g.number <= growth.number])
-    write_growth(mine, growth)
+    write_new_rows(mine, growth)
     only = replace(mine, generations=[g for g in mine.generations if g.teacher == name])
     grow_teacher(only, growth)
     write_tokens(only, growth, None)
-    phase("grown")
-    for unit in only.units(name):
-        if unit.generation.number == growth.number:
-            some = range(unit.shard.first - growth.first, unit.shard.last - growth.first)
+    crash_point("grown")
+    for item in only.work_items(name):
+        if item.generation.number == growth.number:
+            some = range(item.shard.first - growth.first, item.shard.last - growth.first)
             sources = [(store, int(rows[i])) for i in some]
-            copy_unit(mine, scratch, unit, sources, [growth.ids[i] for i in some])
-            phase("unit_copied")
+            copy_item(mine, scratch, item, sources, [growth.ids[i] for i in some])
+            crash_point("unit_copied")
 
 
 def _needed(plan: Plan) -> list[Generation]:
     """Generations without those that ask for nothing any more and take nothing back."""
-    asked = {u.generation.number for u in plan.units()}
+    asked = {u.generation.number for u in plan.work_items()}
     kept: list[Generation] = []
     for g in plan.generations:
         takes = bool(g.dropped_views) and any(k.teacher == g.teacher for k in kept)
@@ -358,13 +358,13 @@ def _needed(plan: Plan) -> list[Generation]:
     return kept
 
 
-def _bytes_of(plan: Plan, name: str, growth: Growth) -> int:
+def _bytes_of(plan: Plan, name: str, growth: NewRows) -> int:
     """What moved rows take: states, tokens, checksums and hashes."""
     from ..pipeline.estimate import view_bytes
 
     last, views = plan.latest(name), plan.views(name)
-    units = [u for u in plan.units(name) if u.generation.number == last.number]
-    shards = len({u.shard.number for u in units})
+    items = [u for u in plan.work_items(name) if u.generation.number == last.number]
+    shards = len({u.shard.number for u in items})
     a_row = 8 + 8 + 12 + 16 * len(views) + 4 * sum(len(layers) for layers in views.values())
     rows = len(growth.order) * 16 + len(growth.ids) * a_row
-    return sum(view_bytes(plan.teachers[name], units).values()) + 12 * shards * last.shard_rows + rows
+    return sum(view_bytes(plan.teachers[name], items).values()) + 12 * shards * last.shard_rows + rows

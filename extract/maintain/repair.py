@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 from ...data.errors import StaleError
 from ..store.disk.durable import Lock, Scratch
 from ..store.disk.layout import Paths
-from ..store.format.plan import Unit, read_plan
+from ..store.format.plan import WorkItem, read_plan
 from ..store.read.rows import TeacherRows
 from ..store.reader import Store
 from ..store.remote.client import is_url
-from ..store.remote.paths import workspace
+from ..store.remote.paths import writable_copy
 from ..store.verify.bit_repair import mend_arrays, mend_records
-from ..store.verify.sums import norm_rot
-from ..store.verify.verify import Finding, damaged_units
+from ..store.verify.sums import norm_damage
+from ..store.verify.verify import StoreFinding, damaged_items
 
 if TYPE_CHECKING:
     from ..pipeline.progress import Report
@@ -32,17 +32,17 @@ _A_BIT = "one bit put right"
 
 
 @dataclass(frozen=True)
-class Mended:
+class Repaired:
     """A unit of work, norms, or one bit of something small, and what had been wrong with it."""
 
     unit: str
-    findings: list[Finding]
+    findings: list[StoreFinding]
     how: str = "extracted again"
 
 
 def repair_all(
     root: Path, models: dict[str, str], device: str = "auto", report: Report | None = None, data: float = 1.0
-) -> list[Mended]:
+) -> list[Repaired]:
     """Mend what is damaged in a store with the teachers that it names; `models` says by name where one lies now.
 
     What is small is put right by its checksum where one bit of it is wrong; norms are worked out anew. A teacher is
@@ -54,23 +54,23 @@ def repair_all(
     mended = []
     if not is_url(root):
         for file, what in mend_records(Path(root)):
-            mended.append(Mended(file, [Finding(what, file, "")], _A_BIT))
+            mended.append(Repaired(file, [StoreFinding(what, file, "")], _A_BIT))
         for where in mend_arrays(Path(root)):
-            mended.append(Mended(where, [Finding("stored bytes differ from their checksum", where, "")], _A_BIT))
+            mended.append(Repaired(where, [StoreFinding("stored bytes differ from their checksum", where, "")], _A_BIT))
     store = Store.open(root)
     for view in store.views if not is_url(root) else []:
-        rot = list(norm_rot(store, view))
+        rot = list(norm_damage(store, view))
         if rot and fix_norms_again(store, view):
-            found = [Finding("stored bytes differ from their checksum", r.where, r.remedy) for r in rot]
-            mended.append(Mended(f"{view.address} norms", found, "worked out again"))
-    damaged = damaged_units(store, data)
+            found = [StoreFinding("stored bytes differ from their checksum", r.where, r.remedy) for r in rot]
+            mended.append(Repaired(f"{view.address} norms", found, "worked out again"))
+    damaged = damaged_items(store, data)
     for name in dict.fromkeys(u.teacher for u, _ in damaged):
         t = store.plan.teachers[name]
         teacher = load_teacher(
             models.get(name, t.model), device=device, dtype=t.model_dtype, window=t.window, revision=t.revision
         )
         mine = [(u, f) for u, f in damaged if u.teacher == name]
-        mended += [Mended(str(u), f) for u, f in repair(root, teacher, name, report, mine)]
+        mended += [Repaired(str(u), f) for u, f in repair(root, teacher, name, report, mine)]
     return mended
 
 
@@ -79,16 +79,16 @@ def repair(
     teacher: Teacher,
     name: str,
     report: Report | None = None,
-    damaged: list[tuple[Unit, list[Finding]]] | None = None,
-) -> list[tuple[Unit, list[Finding]]]:
+    damaged: list[tuple[WorkItem, list[StoreFinding]]] | None = None,
+) -> list[tuple[WorkItem, list[StoreFinding]]]:
     """Extract every damaged unit of a teacher again (or those that are known). Returns them with what was wrong.
 
     Errors: StaleError where the teacher is not the one that the store was made with.
     """
     from ..pipeline.generation import next_generation
-    from ..pipeline.progress import Progress
+    from ..pipeline.progress import ExtractionProgress
     from ..pipeline.request import Request, differences, teacher_record
-    from ..pipeline.runner import UnitMaker
+    from ..pipeline.runner import ItemRunner
 
     store = Store.open(root)
     settings = store.teacher(name).settings
@@ -97,12 +97,12 @@ def repair(
     if differ:
         raise StaleError(f"this is not the teacher of {name!r}: {'; '.join(differ)}", where=root)
     if damaged is None:
-        damaged = [(u, f) for u, f in damaged_units(store) if u.teacher == name]
-    with workspace(root) as folder, Scratch(Paths(folder)) as scratch:
+        damaged = [(u, f) for u, f in damaged_items(store) if u.teacher == name]
+    with writable_copy(root) as folder, Scratch(Paths(folder)) as scratch:
         plan = read_plan(folder)
         generation = next_generation(plan)
-        with UnitMaker(plan, teacher, TeacherRows(plan, name), scratch.folder, Progress(), report) as maker:
-            for unit, _ in damaged:
-                with Lock(plan.paths.lock(name, unit.context, unit.shard.number), wait=True):
-                    maker.make(unit, generation)
+        with ItemRunner(plan, teacher, TeacherRows(plan, name), scratch.folder, ExtractionProgress(), report) as maker:
+            for item, _ in damaged:
+                with Lock(plan.paths.lock(name, item.context, item.shard.number), wait=True):
+                    maker.make(item, generation)
     return damaged

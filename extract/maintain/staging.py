@@ -19,22 +19,22 @@ from ..store.disk.durable import Lock, fsync_all, fsync_folder
 from ..store.format.plan import Plan
 from ..store.remote.client import Conflict, is_url
 from ..store.remote.mirror import Mirror, Planned
-from ..store.remote.paths import mirror_of, workspace
+from ..store.remote.paths import mirror_of, writable_copy
 
 CLAIM = "locks/build.json"
 
 
 @contextmanager
-def place(out: Path | str, undertaking: str) -> Iterator[Path]:
+def staging_folder(out: Path | str, undertaking: str) -> Iterator[Path]:
     """A folder that becomes `out` at the end; `undertaking` is a hash of all that the new store is made of.
 
     Errors: UsageError where something is there already.
     """
     if not is_url(out):
-        with _beside(Path(out)) as root:
+        with _local_staging(Path(out)) as root:
             yield root
         return
-    with workspace(out) as root:
+    with writable_copy(out) as root:
         mirror = mirror_of(root)
         assert mirror is not None
         if mirror.etag is not None:
@@ -43,7 +43,7 @@ def place(out: Path | str, undertaking: str) -> Iterator[Path]:
         yield root
 
 
-def publish(plan: Plan, undertaking: str) -> None:
+def publish_store(plan: Plan, undertaking: str) -> None:
     """The moment at which a store in an object store is there; on a disk `place` does it."""
     mirror = mirror_of(plan.paths.root)
     if mirror is None:
@@ -89,7 +89,7 @@ def _begin(mirror: Mirror, undertaking: str) -> None:
 
 
 @contextmanager
-def _beside(out: Path) -> Iterator[Path]:
+def _local_staging(out: Path) -> Iterator[Path]:
     """A folder that becomes `out` when all of it is on disk; what killed ones left of it is swept."""
     if out.exists():
         raise UsageError("is there already", where=out, remedy="give another name, or remove it")

@@ -14,8 +14,8 @@ from typing import Any
 
 from ...data.errors import StillhouseError, StoreError, UsageError
 from ..store.format.plan import Plan
-from ..store.remote.paths import origin
-from .progress import Outcome
+from ..store.remote.paths import address_of
+from .progress import ItemOutcome
 from .workers import part_of, pick_device, work
 
 RETRIES = 3  # of a task whose node was lost
@@ -32,7 +32,7 @@ def ray_module() -> Any:
     return ray
 
 
-class RayCrew:
+class RayWorkers:
     """`count` tasks on the cluster at `address` ("auto": the one of this machine), or on one started here for them.
 
     Every node needs Stillhouse, the teacher under the same name, and the store under the same path or URL.
@@ -51,16 +51,16 @@ class RayCrew:
         threads = max(1, threads)
         needs: dict[str, Any] = {"num_cpus": threads} | ({"num_gpus": 1} if device != "cpu" else {})
         task = ray.remote(**needs, max_retries=RETRIES)(_task)
-        root = origin(plan.paths.root)
+        root = address_of(plan.paths.root)
         root = str(root.absolute() if isinstance(root, Path) else root)
         load = load | {"device": device}
         self._tasks = [
             task.remote(root, name, load, part_of(plan, part, rank, count), threads) for rank in range(count)
         ]
 
-    def finish(self) -> Outcome:
+    def finish(self) -> ItemOutcome:
         """Wait for all. Errors: what a worker raised; StoreError where Ray gave one up."""
-        done = Outcome()
+        done = ItemOutcome()
         try:
             for result in self._ray.get(self._tasks):
                 if isinstance(result, StillhouseError):
@@ -77,12 +77,12 @@ class RayCrew:
         return done
 
 
-def make_ray_crew(
+def start_ray_workers(
     name: str, load: dict[str, Any], count: int, part: tuple[int, int], address: str | None
-) -> Callable[[Plan], RayCrew]:
+) -> Callable[[Plan], RayWorkers]:
     """For `run.extract`: starts the tasks when the plan is there."""
     ray_module()
-    return lambda plan: RayCrew(plan, name, load, count, part, address)
+    return lambda plan: RayWorkers(plan, name, load, count, part, address)
 
 
 def _task(root: str, name: str, load: dict[str, Any], part: tuple[int, int], threads: int) -> Any:

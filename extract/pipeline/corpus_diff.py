@@ -19,7 +19,7 @@ from ..store.disk.layout import hash_text
 from ..store.format.arrays import RawArray
 from ..store.format.commits import Commits
 from ..store.format.index import Index
-from ..store.format.plan import Plan, Teacher
+from ..store.format.plan import Plan, TeacherRecord
 from ..store.read.rows import TeacherRows
 from ..teacher.contexts import Frame, Passes, Texts, bounds, parse_context, passes
 from ..teacher.tokenizer import Tokeniser, Tokens
@@ -29,7 +29,7 @@ NAMED = 5
 
 
 @dataclass(frozen=True)
-class Change:
+class CorpusDiff:
     """A corpus as it is now, in the order of the store, against the edition that a teacher is at.
 
     rows int64 [n]: the row of each utterance whose text is as it was, else -1; replaces int64 [n]: the row of the same
@@ -88,7 +88,7 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED:,} more" if len(names) > NAMED else "")
 
 
-def compare(plan: Plan, corpus: Corpus, record: Teacher, tokeniser: Tokeniser) -> Change | None:
+def diff_corpus(plan: Plan, corpus: Corpus, record: TeacherRecord, tokeniser: Tokeniser) -> CorpusDiff | None:
     """What has changed for a teacher, or None. One that is new to the store is compared with the newest edition."""
     known = record.name in plan.teachers
     index = Index(plan.paths.data / "utterances", plan.edition(record.name if known else None))
@@ -107,7 +107,7 @@ def compare(plan: Plan, corpus: Corpus, record: Teacher, tokeniser: Tokeniser) -
     lost = np.flatnonzero(index.live & ~here)
     if not touched.any() and not len(lost):
         return None
-    change = Change(utterances, session, rows, replaces, [index.id(int(r)) for r in lost], corpus.split)
+    change = CorpusDiff(utterances, session, rows, replaces, [index.id(int(r)) for r in lost], corpus.split)
     if known:
         change.stale.update(_stale(plan, record, tokeniser, change, touched))
     return change
@@ -129,7 +129,7 @@ def _as_before(index: Index, rows: np.ndarray, session: np.ndarray, sizes: np.nd
 
 
 def _stale(
-    plan: Plan, record: Teacher, tokeniser: Tokeniser, change: Change, touched: np.ndarray
+    plan: Plan, record: TeacherRecord, tokeniser: Tokeniser, change: CorpusDiff, touched: np.ndarray
 ) -> dict[str, np.ndarray]:
     """{context: positions}: of utterances whose text is as it was, those that would be fed something else."""
     candidates = np.flatnonzero(touched & (change.rows >= 0))
@@ -156,7 +156,7 @@ def _stale(
 
 
 def tokenise(
-    change: Change, positions: np.ndarray, tokeniser: Tokeniser, record: Teacher
+    change: CorpusDiff, positions: np.ndarray, tokeniser: Tokeniser, record: TeacherRecord
 ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """{position: (token ids, spans)} of utterances whose tokens the store does not have."""
     tokens = tokeniser.encode([change.utterances[p].text for p in positions.tolist()], record.transform)
@@ -183,11 +183,16 @@ class PlannedTexts:
 
 
 def windows_of(
-    record: Teacher, context: str, core: int, texts: Texts, session: np.ndarray, wanted: Sequence[int] | np.ndarray
+    record: TeacherRecord,
+    context: str,
+    core: int,
+    texts: Texts,
+    session: np.ndarray,
+    wanted: Sequence[int] | np.ndarray,
 ) -> Passes:
     """The windows that a teacher is fed for some utterances of a corpus, in one context."""
     frame = Frame(record.prefix_ids, record.suffix_ids, record.join_ids, record.window, core, record.kind == "decoder")
     return passes(parse_context(context), frame, texts, session, wanted)
 
 
-__all__ = ["Change", "PlannedTexts", "bounds", "compare", "some", "tokenise", "windows_of"]
+__all__ = ["CorpusDiff", "PlannedTexts", "bounds", "diff_corpus", "some", "tokenise", "windows_of"]

@@ -20,18 +20,18 @@ from ...data.manifest import Corpus
 from ..store.disk.layout import dtype_of, shard_bytes
 from ..store.format.index import Index
 from ..store.format.int8 import SCALE_BYTES
-from ..store.format.plan import Plan, Unit
-from ..store.format.plan import Teacher as Record
+from ..store.format.plan import Plan, WorkItem
+from ..store.format.plan import TeacherRecord as Record
 from ..store.read.rows import TeacherRows
-from ..store.remote.paths import mirror_of, origin
+from ..store.remote.paths import address_of, mirror_of
 from ..teacher.batching import make_batches
 from ..teacher.contexts import Texts
 from ..teacher.model import Teacher
-from ..teacher.replicas import Threads
+from ..teacher.replicas import TeacherPool
 from ..teacher.tokenizer import Tokens
 from .corpus_diff import PlannedTexts, split_tokens
 from .extract import committed
-from .generation import Draft
+from .generation import PlanDraft
 from .layout import Layout
 from .request import Request, next_plan, teacher_record
 from .runner import StoredTexts, context_passes
@@ -71,8 +71,8 @@ class _Corpus:
     row, -1 for one that is dead.
     """
 
-    def __init__(self, draft: Draft, name: str) -> None:
-        plan, layout, growth = draft.plan, draft.layout, draft.growth
+    def __init__(self, draft: PlanDraft, name: str) -> None:
+        plan, layout, growth = draft.plan, draft.layout, draft.new_rows
         if growth is not None:
             order, self.session, count = growth.order, growth.session, growth.first + len(growth.ids)
         elif layout is not None and len(plan.generations) == 1:
@@ -120,17 +120,17 @@ def size_up(
     record = plan.teachers[record.name]
     known = _Corpus(draft, record.name)
     other = other_bytes(plan, draft.layout) if draft.new else 0
-    units = plan.units(record.name)
-    todo = [u for u in units if not committed(plan, u)]
+    items = plan.work_items(record.name)
+    todo = [u for u in items if not committed(plan, u)]
     per_view = view_bytes(record, todo)
     fed, speed, seconds = _measure(plan, teacher, todo, known) if measure and todo else (0, None, None)
     return Sizing(
-        store=str(origin(root)),
+        store=str(address_of(root)),
         teacher=record.name,
         utterances=len(known.length),
         tokens=int(known.length.sum()),
         longest_tokens=int(known.length.max()),
-        units=len(units),
+        units=len(items),
         units_missing=len(todo),
         bytes_per_view=per_view,
         other_bytes=other,
@@ -142,12 +142,12 @@ def size_up(
     )
 
 
-def view_bytes(record: Record, units: list[Unit]) -> dict[str, int]:
+def view_bytes(record: Record, items: list[WorkItem]) -> dict[str, int]:
     """Bytes of `hidden`, and of int8's `scale`, that units will take, by view."""
     dtype = dtype_of(record.dtype)
     arrays = [record.width * dtype.bytes] + ([SCALE_BYTES] if dtype.scaled else [])
     out: dict[str, int] = {}
-    for u in units:
+    for u in items:
         for layer in u.layers:
             address = f"{record.name}/{u.context}/{layer}"
             size = sum(shard_bytes(u.shard.rows, u.generation.shard_rows, row_bytes) for row_bytes in arrays)
@@ -160,8 +160,8 @@ def check_room(plan: Plan, layout: Layout | None) -> None:
     if mirror_of(plan.paths.root) is not None:
         return  # a bucket has room; of the disk, a writer takes a unit at a time
     last = plan.generations[-1]
-    units = [u for u in plan.units(last.teacher) if u.generation is last]
-    need = sum(view_bytes(plan.teachers[last.teacher], units).values()) + other_bytes(plan, layout)
+    items = [u for u in plan.work_items(last.teacher) if u.generation is last]
+    need = sum(view_bytes(plan.teachers[last.teacher], items).values()) + other_bytes(plan, layout)
     free = free_bytes(plan.paths.root)
     if need > free:
         raise StoreError(
@@ -194,25 +194,25 @@ def other_bytes(plan: Plan, layout: Layout | None) -> int:
     return sums + tokens + index + len(np.unique(layout.tokens.ids)) * (4 + 10 + 2 * record.width)
 
 
-def _measure(plan: Plan, teacher: Teacher, todo: list[Unit], known: _Corpus) -> tuple[int, float, float]:
+def _measure(plan: Plan, teacher: Teacher, todo: list[WorkItem], known: _Corpus) -> tuple[int, float, float]:
     """(tokens to be fed, fed tokens a second, seconds), from a few batches of one unit of each context."""
     fed_total, seconds_total = 0.0, 0.0
     for context in dict.fromkeys(u.context for u in todo):
         mine = [u for u in todo if u.context == context]
-        unit = mine[len(mine) // 2]
-        wanted = known.position[unit.shard.first : unit.shard.last]
-        work = context_passes(plan, unit, known.texts, known.session, wanted)
-        batches = make_batches(work.windows, unit.generation.batch_tokens, unit.generation.batch_overhead_tokens)
+        item = mine[len(mine) // 2]
+        wanted = known.position[item.shard.first : item.shard.last]
+        work = context_passes(plan, item, known.texts, known.session, wanted)
+        batches = make_batches(work.windows, item.generation.batch_tokens, item.generation.batch_overhead_tokens)
         if not batches:
             continue
         chosen = [batches[i] for i in np.unique(np.linspace(0, len(batches) - 1, PROBED_BATCHES).round().astype(int))]
-        with Threads(teacher) as threads:
+        with TeacherPool(teacher) as threads:
             for first in (True, False):  # the first calls pay for what later ones find ready
                 began = time.perf_counter()
                 some = chosen[:1] * threads.count if first else chosen
-                list(threads.run(some, unit.layers, lambda s: [v.float().cpu() for v in s.values()][:0], unit))
+                list(threads.run(some, item.layers, lambda s: [v.float().cpu() for v in s.values()][:0], item))
         speed = sum(len(w.ids) for b in chosen for w in b) / (time.perf_counter() - began)
-        fed = work.tokens * sum(u.shard.rows for u in mine) / max(1, unit.shard.rows)
+        fed = work.tokens * sum(u.shard.rows for u in mine) / max(1, item.shard.rows)
         fed_total, seconds_total = fed_total + fed, seconds_total + fed / speed
     return int(fed_total), fed_total / max(seconds_total, 1e-9), seconds_total
 

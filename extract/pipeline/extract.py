@@ -15,15 +15,15 @@ from ...data.manifest import Corpus
 from ..store.disk.durable import Lock, Scratch
 from ..store.format.arrays import RawArray
 from ..store.format.commits import Commits
-from ..store.format.plan import Plan, Unit, read_plan
+from ..store.format.plan import Plan, WorkItem, read_plan
 from ..store.read.rows import TeacherRows
-from ..store.remote.paths import mirror_of, planned, workspace
+from ..store.remote.paths import mirror_of, retry_plan, writable_copy
 from ..teacher.model import Teacher
 from .layout import Layout
 from .norms import fix_norms
-from .progress import Outcome, Progress, Report, Summary, summarise
+from .progress import ExtractionProgress, ItemOutcome, Report, Summary, summarise
 from .request import Request, make_plan
-from .runner import Claim, UnitMaker
+from .runner import ItemRunner, LockedItem
 
 
 def extract(
@@ -36,7 +36,7 @@ def extract(
     helpers: Callable[[Plan], Helpers] | None = None,
     before: Callable[[Plan, Layout | None], None] | None = None,
     refresh: bool = False,
-    maker: Callable[..., UnitMaker] | None = None,
+    maker: Callable[..., ItemRunner] | None = None,
 ) -> Summary:
     """Extract all that is asked for and not there yet; of `part` (i, n), only every n-th unit from the i-th on;
     None: `helpers` do all of it.
@@ -46,17 +46,17 @@ def extract(
     Errors: StaleError where the store was made with other settings or from other texts; StoreError where a value is
     not finite or the disk is full.
     """
-    with workspace(root) as folder:
-        plan = planned(folder, lambda: make_plan(folder, corpus, teacher, request, before, refresh))
-        progress = Progress()
+    with writable_copy(root) as folder:
+        plan = retry_plan(folder, lambda: make_plan(folder, corpus, teacher, request, before, refresh))
+        progress = ExtractionProgress()
         with Scratch(plan.paths) as scratch:
             plan = read_plan(folder)  # as it is now that we are seen to write (see store/exclusive.py)
             crew = helpers(plan) if helpers is not None else None
             try:
                 if part is None:
-                    progress.units_total = len(plan.units(request.name))
+                    progress.units_total = len(plan.work_items(request.name))
                 else:
-                    run_units(plan, request.name, teacher, scratch.folder, progress, report, part, maker)
+                    run_work_items(plan, request.name, teacher, scratch.folder, progress, report, part, maker)
             finally:
                 if crew is not None:
                     progress.add(crew.finish())
@@ -69,65 +69,65 @@ def extract(
 class Helpers(Protocol):
     """Processes that work on the same store; `finish` waits for them, tells what they did, raises what they raised."""
 
-    def finish(self) -> Outcome: ...
+    def finish(self) -> ItemOutcome: ...
 
 
-def run_units(
+def run_work_items(
     plan: Plan,
     name: str,
     teacher: Teacher,
     scratch: Path,
-    progress: Progress,
+    progress: ExtractionProgress,
     report: Report | None = None,
     part: tuple[int, int] = (0, 1),
-    maker: Callable[..., UnitMaker] | None = None,
+    maker: Callable[..., ItemRunner] | None = None,
 ) -> None:
     """Run every unit that is not committed. Those that another process holds are waited for at the end."""
     todo = []
-    units = plan.units(name)[part[0] :: part[1]]
-    progress.units_total = len(units)
-    known = {c: Commits(plan.paths, name, c) for c in dict.fromkeys(u.context for u in units)}
-    for unit in units:
-        if known[unit.context].has(unit.shard.number, unit.layers, unit.generation.number):
+    items = plan.work_items(name)[part[0] :: part[1]]
+    progress.units_total = len(items)
+    known = {c: Commits(plan.paths, name, c) for c in dict.fromkeys(u.context for u in items)}
+    for item in items:
+        if known[item.context].has(item.shard.number, item.layers, item.generation.number):
             progress.units_found += 1
         else:
-            todo.append(unit)
-            progress.rows_total += unit.shard.rows
+            todo.append(item)
+            progress.rows_total += item.shard.rows
     progress.units_todo, progress.rows_todo = len(todo), progress.rows_total
     if not todo:
         return
     if mirror_of(plan.paths.root) is not None:  # no locks there: writers begin in different places
         first = random.SystemRandom().randrange(len(todo))
         todo = todo[first:] + todo[:first]
-    held: list[Unit] = []
+    held: list[WorkItem] = []
 
-    def claims(units: Sequence[Unit], wait: bool) -> Iterator[Claim]:
-        for unit in units:
-            lock = Lock(plan.paths.lock(unit.teacher, unit.context, unit.shard.number))
+    def claims(items: Sequence[WorkItem], wait: bool) -> Iterator[LockedItem]:
+        for item in items:
+            lock = Lock(plan.paths.lock(item.teacher, item.context, item.shard.number))
             if not lock.acquire(wait=wait):
-                held.append(unit)
+                held.append(item)
                 continue
             try:
-                there = committed(plan, unit)
+                there = committed(plan, item)
             except BaseException:
                 lock.release()
                 raise
             if there:
                 lock.release()
-                progress.rows_total -= unit.shard.rows
+                progress.rows_total -= item.shard.rows
                 progress.units_found += 1
             else:
-                yield Claim(unit, lock)
+                yield LockedItem(item, lock)
 
-    with (maker or UnitMaker)(plan, teacher, TeacherRows(plan, name), scratch, progress, report) as making:
-        making.make_all(claims(todo, wait=False))
-        for unit in held:  # one by one: who waits for another must not hold what that one waits for
-            making.make_all(claims([unit], wait=True))
+    with (maker or ItemRunner)(plan, teacher, TeacherRows(plan, name), scratch, progress, report) as making:
+        making.run_items(claims(todo, wait=False))
+        for item in held:  # one by one: who waits for another must not hold what that one waits for
+            making.run_items(claims([item], wait=True))
 
 
-def committed(plan: Plan, unit: Unit) -> bool:
-    commits = Commits(plan.paths, unit.teacher, unit.context)
-    return commits.has(unit.shard.number, unit.layers, unit.generation.number)
+def committed(plan: Plan, item: WorkItem) -> bool:
+    commits = Commits(plan.paths, item.teacher, item.context)
+    return commits.has(item.shard.number, item.layers, item.generation.number)
 
 
 def share_arrays(plan: Plan, name: str) -> None:
@@ -137,10 +137,10 @@ def share_arrays(plan: Plan, name: str) -> None:
         return
     record, group = plan.teachers[name], plan.paths.data / name
     for context in record.contexts:
-        units = [u for u in plan.units(name) if u.context == context]
+        items = [u for u in plan.work_items(name) if u.context == context]
         commits, c = Commits(plan.paths, name, context), record.contexts.index(context)
-        if units and all(commits.has(u.shard.number, u.layers, u.generation.number) for u in units):
-            axes = {record.layers.index(k) for u in units for k in u.layers}
+        if items and all(commits.has(u.shard.number, u.layers, u.generation.number) for u in items):
+            axes = {record.layers.index(k) for u in items for k in u.layers}
             for array in ("input_hash", "context_left", "context_right"):
                 mirror.put_arrays(RawArray(group / array).files(c))
             for axis in sorted(axes):

@@ -16,25 +16,25 @@ import numpy as np
 
 from ...data.errors import StoreError
 from ...data.manifest import Corpus
-from ..store.disk.durable import fsync_folder, phase, write_json
+from ..store.disk.durable import crash_point, fsync_folder, write_json
 from ..store.disk.layout import dtype_of, group_json, hash_text, shard_rows
 from ..store.format import plan as plans
 from ..store.format.arrays import RawArray
-from ..store.format.block_sums import noted
+from ..store.format.block_sums import recording_sums
 from ..store.format.commits import Commits
 from ..store.format.growing import append, grow
 from ..store.format.index import Index, write_edition
-from ..store.format.plan import Generation, Plan, Shard, Work
+from ..store.format.plan import Generation, Plan, PlannedWork, Shard
 from ..store.read.rows import TeacherRows
 from ..store.writer import encode
 from ..teacher.model import Teacher
 from ..teacher.tokenizer import Tokens
-from .corpus_diff import Change
+from .corpus_diff import CorpusDiff
 from .layout import Layout, cut_shards
 from .new_store import write_teacher
 
 
-def missing_views(plan: Plan, record: plans.Teacher) -> dict[str, list[int]]:
+def missing_views(plan: Plan, record: plans.TeacherRecord) -> dict[str, list[int]]:
     """{context: layers} that are asked for and in no generation yet."""
     have = plan.teachers[record.name].fingerprints if record.name in plan.teachers else {}
     out = {c: [k for k in record.layers if f"{c}/{k}" not in have] for c in record.contexts}
@@ -51,7 +51,7 @@ def next_generation(plan: Plan) -> int:
 
 
 @dataclass(frozen=True)
-class Growth:
+class NewRows:
     """Rows that a changed corpus adds to a store, and the corpus's table with them.
 
     ids, text_hash uint64, source int32: of the new rows [first, first + len(ids)), source being the row that each
@@ -74,18 +74,20 @@ class Growth:
 
 
 @dataclass(frozen=True)
-class Draft:
+class PlanDraft:
     """A plan on paper: `new` where it is yet to be written, with the layout of a teacher new to the store, and what a
     changed corpus adds.
     """
 
     plan: Plan
     layout: Layout | None = None
-    growth: Growth | None = None
+    new_rows: NewRows | None = None
     new: bool = True
 
 
-def extended(plan: Plan, record: plans.Teacher, change: Change | None = None, teacher: Teacher | None = None) -> Draft:
+def plan_more_views(
+    plan: Plan, record: plans.TeacherRecord, change: CorpusDiff | None = None, teacher: Teacher | None = None
+) -> PlanDraft:
     """More views of a teacher that the store knows, or (with the teacher) what has changed in the corpus."""
     old, latest = plan.teachers[record.name], plan.latest(record.name)
     views, missing, number = plan.views(record.name), missing_views(plan, record), next_generation(plan)
@@ -101,8 +103,8 @@ def extended(plan: Plan, record: plans.Teacher, change: Change | None = None, te
         dropped, there = [s for s in there if s not in used], [s for s in there if s in used]
         vocabulary = growth.known + len(growth.vocabulary if growth.vocabulary is not None else ())
     ends = [s.number for s in tail]
-    work = [Work(c, layers + missing.get(c, []), ends) for c, layers in views.items() if ends]
-    work += [Work(c, layers, there if c in views else there + ends) for c, layers in missing.items()]
+    work = [PlannedWork(c, layers + missing.get(c, []), ends) for c, layers in views.items() if ends]
+    work += [PlannedWork(c, layers, there if c in views else there + ends) for c, layers in missing.items()]
     generation = replace(
         latest,
         number=number,
@@ -121,17 +123,17 @@ def extended(plan: Plan, record: plans.Teacher, change: Change | None = None, te
         fingerprints=old.fingerprints
         | {f"{c}/{k}": record.fingerprints[f"{c}/{k}"] for c, layers in missing.items() for k in layers},
     )
-    return Draft(_with(plan, grown, generation, change), growth=growth)
+    return PlanDraft(_with(plan, grown, generation, change), new_rows=growth)
 
 
-def with_teacher(
+def plan_new_teacher(
     plan: Plan,
     corpus: Corpus,
     teacher: Teacher,
-    record: plans.Teacher,
+    record: plans.TeacherRecord,
     batch: tuple[int, int],
-    change: Change | None = None,
-) -> Draft:
+    change: CorpusDiff | None = None,
+) -> PlanDraft:
     """Another teacher: the same utterances in the same rows, its own tokens and shards.
 
     `batch` is (tokens a batch, overhead in tokens). A corpus that has changed becomes an edition that this teacher is
@@ -157,7 +159,7 @@ def with_teacher(
         first,
         number=number,
         teacher=record.name,
-        work=[Work(c, record.layers, [s.number for s in shards]) for c in record.contexts],
+        work=[PlannedWork(c, record.layers, [s.number for s in shards]) for c in record.contexts],
         shard_rows=rows,
         shards=shards,
         batch_tokens=batch[0],
@@ -171,10 +173,10 @@ def with_teacher(
     by_row = np.full(count, -1, dtype=np.int32)
     by_row[order] = session
     layout = Layout(ids, hashes, by_row, tokens, start, rows, shards)
-    return Draft(_with(plan, record, generation, change), layout, growth)
+    return PlanDraft(_with(plan, record, generation, change), layout, growth)
 
 
-def _with(plan: Plan, record: plans.Teacher, generation: Generation, change: Change | None) -> Plan:
+def _with(plan: Plan, record: plans.TeacherRecord, generation: Generation, change: CorpusDiff | None) -> Plan:
     corpus = plan.corpus
     if change is not None:
         counts = {"utterances": len(change.utterances), "sessions": int(change.session.max()) + 1}
@@ -197,12 +199,12 @@ def rows_after(plan: Plan) -> int:
     return max(s.last for g in plan.generations for s in g.shards)
 
 
-def _table(change: Change, new: np.ndarray, number: int, first: int) -> Growth:
+def _table(change: CorpusDiff, new: np.ndarray, number: int, first: int) -> NewRows:
     """The corpus's table, with rows from `first` on for the utterances at the positions `new`."""
     order = np.where(change.keep, change.rows, 0)
     order[new] = first + np.arange(len(new))
     said = [change.utterances[p] for p in new.tolist()]
-    return Growth(
+    return NewRows(
         number=number,
         first=first,
         ids=[u.id for u in said],
@@ -214,8 +216,8 @@ def _table(change: Change, new: np.ndarray, number: int, first: int) -> Growth:
 
 
 def _grown(
-    plan: Plan, record: plans.Teacher, change: Change, teacher: Teacher, number: int
-) -> tuple[Growth, list[Shard]]:
+    plan: Plan, record: plans.TeacherRecord, change: CorpusDiff, teacher: Teacher, number: int
+) -> tuple[NewRows, list[Shard]]:
     """Rows, tokens and tail shards for all that has no row that serves on. Errors: StoreError for one too long."""
     latest = plan.latest(record.name)
     first = rows_after(plan)
@@ -238,7 +240,7 @@ def _grown(
     return grown, tail
 
 
-def write_generation(plan: Plan, teacher: Teacher | None, layout: Layout | None, growth: Growth | None = None) -> None:
+def write_generation(plan: Plan, teacher: Teacher | None, layout: Layout | None, growth: NewRows | None = None) -> None:
     """Bring the last generation of a plan into force; the caller holds the lock `plan`.
 
     With `layout`, its teacher is new to the store; with `growth`, the corpus has changed.
@@ -246,10 +248,10 @@ def write_generation(plan: Plan, teacher: Teacher | None, layout: Layout | None,
     paths, generation = plan.paths, plan.generations[-1]
     record = plan.teachers[generation.teacher]
     group = paths.data / record.name
-    with noted() as made:
+    with recording_sums() as made:
         if growth is not None:
-            write_growth(plan, growth)
-            phase("grown")
+            write_new_rows(plan, growth)
+            crash_point("grown")
         if layout is not None and teacher is not None:
             shutil.rmtree(group, ignore_errors=True)  # a planner died here; the store does not know this teacher yet
             write_teacher(paths, record, teacher, layout)
@@ -260,19 +262,19 @@ def write_generation(plan: Plan, teacher: Teacher | None, layout: Layout | None,
                 write_tokens(plan, growth, teacher)
             write_json(group / "zarr.json", group_json({"stillhouse": asdict(record)}))
     plans.write_generation(plan, generation, made)
-    phase("planned")
+    crash_point("planned")
     plans.write_head(plan)
     fsync_folder(paths.root)
 
 
-def write_growth(plan: Plan, growth: Growth) -> None:
+def write_new_rows(plan: Plan, growth: NewRows) -> None:
     """The table of a changed corpus."""
     g = growth
     served = np.ones(len(g.order), dtype=bool) if g.served is None else g.served
     write_edition(plan.paths, g.number, g.first, g.ids, g.text_hash, g.order, g.session, served, g.source)
 
 
-def grow_teacher(plan: Plan, growth: Growth | None) -> None:
+def grow_teacher(plan: Plan, growth: NewRows | None) -> None:
     """Make a teacher's arrays as long as its contexts, layers, rows and tokens are now."""
     generation = plan.generations[-1]
     record, group = plan.teachers[generation.teacher], plan.paths.data / generation.teacher
@@ -288,7 +290,7 @@ def grow_teacher(plan: Plan, growth: Growth | None) -> None:
         grow(group / name, {0: c, 1: u})
 
 
-def write_tokens(plan: Plan, growth: Growth, teacher: Teacher | None) -> None:
+def write_tokens(plan: Plan, growth: NewRows, teacher: Teacher | None) -> None:
     """Tokens and vocabulary of the new rows."""
     generation = plan.generations[-1]
     group, rows = plan.paths.data / generation.teacher, generation.shard_rows

@@ -11,11 +11,11 @@ from dataclasses import asdict
 
 import numpy as np
 
-from ..store.disk.durable import fsync_folder, phase, synced_together, write_json
+from ..store.disk.durable import crash_point, fsync_folder, synced_together, write_json
 from ..store.disk.layout import Paths, array_json, dtype_of, group_json, hidden_json, scale_json
 from ..store.format import plan as plans
 from ..store.format.arrays import create_array
-from ..store.format.block_sums import noted
+from ..store.format.block_sums import recording_sums
 from ..store.format.index import write_index
 from ..store.format.plan import Plan
 from ..store.writer import encode
@@ -23,23 +23,23 @@ from ..teacher.model import Teacher
 from .layout import Layout
 
 
-def write_skeleton(plan: Plan, teacher: Teacher, layout: Layout) -> None:
+def write_new_store(plan: Plan, teacher: Teacher, layout: Layout) -> None:
     """Write everything of a new plan; the caller holds the lock `plan`."""
     paths, generation = plan.paths, plan.generations[0]
     record = plan.teachers[generation.teacher]
     if paths.data.exists():  # a planner died here before it wrote store.json; nobody can have used this
         shutil.rmtree(paths.data)
-    with synced_together(), noted() as made:  # before store.json names any of it
+    with synced_together(), recording_sums() as made:  # before store.json names any of it
         write_index(paths, layout.ids, layout.text_hash, layout.session)
         write_teacher(paths, record, teacher, layout)
         write_json(paths.data / "zarr.json", group_json({"stillhouse": {"teachers": [record.name]}}))
         plans.write_generation(plan, generation, made)
-    phase("planned")
+    crash_point("planned")
     plans.write_head(plan)
     fsync_folder(paths.root)
 
 
-def write_teacher(paths: Paths, record: plans.Teacher, teacher: Teacher, layout: Layout) -> None:
+def write_teacher(paths: Paths, record: plans.TeacherRecord, teacher: Teacher, layout: Layout) -> None:
     """All arrays of a teacher: filled where the plan knows them, metadata alone where units fill them."""
     group = paths.data / record.name
     u, s = len(layout.ids), layout.shard_rows

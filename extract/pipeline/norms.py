@@ -20,8 +20,8 @@ from ..store.disk.layout import Paths, crc32c, dtype_of, to_float32
 from ..store.format.arrays import RawArray
 from ..store.format.commits import Commit, Commits, link_commit
 from ..store.format.index import Index
-from ..store.format.plan import Plan, Unit
-from ..store.format.plan import Teacher as Record
+from ..store.format.plan import Plan, WorkItem
+from ..store.format.plan import TeacherRecord as Record
 from ..store.reader import Store
 from ..store.verify.sums import NORMS
 from ..store.views import View
@@ -53,12 +53,12 @@ def fix_norms(plan: Plan, teacher: str, context: str, scratch: Path) -> None:
             for k in w.layers
         }
         store = Store.open(plan.paths.root)
-        units = [u for u in plan.units(teacher) if u.context == context]
+        items = [u for u in plan.work_items(teacher) if u.context == context]
         ready = [
             k
             for k in sorted(asked)
             if not commits.has("norms", [k])
-            and all(commits.has(u.shard.number, [k], u.generation.number) for u in units if k in u.layers)
+            and all(commits.has(u.shard.number, [k], u.generation.number) for u in items if k in u.layers)
         ]
         if not ready:
             return
@@ -84,21 +84,23 @@ def fix_norms_again(store: Store, view: View) -> bool:
     return True
 
 
-def fix_norms_first(plan: Plan, unit: Unit, sample: Sample, scratch: Path) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+def fix_norms_first(
+    plan: Plan, item: WorkItem, sample: Sample, scratch: Path
+) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """{layer: (mean, std) float32 [D]} of a unit's views, before anything of them is written: int8 needs them.
 
     Where nobody has fixed them yet, the states of the sample are made for this alone. The first writer does it under a
     lock, and what it commits holds for all. Errors: StoreError naming view and utterance of a state that is not finite.
     """
-    name, context = unit.teacher, unit.context
+    name, context = item.teacher, item.context
     group, record = plan.paths.data / name, plan.teachers[name]
     with Lock(plan.paths.lock(name, context, "norms"), wait=True):
         commits = Commits(plan.paths, name, context)
-        missing = [k for k in unit.layers if not commits.has("norms", [k])]
+        missing = [k for k in item.layers if not commits.has("norms", [k])]
         if missing:
             rows = sample_rows(np.asarray(RawArray(group / "length").read()))
             moments = {k: Moments() for k in missing}
-            for row, states in sample(unit, rows, missing):
+            for row, states in sample(item, rows, missing):
                 for k, values in states.items():
                     if not np.isfinite(values).all():
                         raise StoreError(
@@ -108,14 +110,14 @@ def fix_norms_first(plan: Plan, unit: Unit, sample: Sample, scratch: Path) -> di
                         )
                     moments[k].add(values)
             found = {k: m.result() for k, m in moments.items()}
-            commit_norms(plan, name, context, unit.generation.number, found, scratch)
+            commit_norms(plan, name, context, item.generation.number, found, scratch)
     c = record.contexts.index(context)
     read = RawArray(group / "norm_mean"), RawArray(group / "norm_std")
-    return {k: (read[0].read(c, axis), read[1].read(c, axis)) for k, axis in _axes(record, unit.layers).items()}
+    return {k: (read[0].read(c, axis), read[1].read(c, axis)) for k, axis in _axes(record, item.layers).items()}
 
 
 # (unit, rows, layers) -> (row, {layer: float32 [n, D]}) of the rows' tokens, in whatever order
-Sample = Callable[[Unit, np.ndarray, Sequence[int]], Iterable[tuple[int, dict[int, np.ndarray]]]]
+Sample = Callable[[WorkItem, np.ndarray, Sequence[int]], Iterable[tuple[int, dict[int, np.ndarray]]]]
 
 
 def _axes(record: Record, layers: Sequence[int]) -> dict[int, int]:

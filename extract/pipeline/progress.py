@@ -14,11 +14,11 @@ from typing import Any
 
 from ..store.format.plan import Plan
 from ..store.reader import Store
-from ..store.remote.paths import mirror_of, origin
+from ..store.remote.paths import address_of, mirror_of
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ItemOutcome:
     """What another process has done: units, their rows, tokens fed and padded."""
 
     units: int = 0
@@ -26,12 +26,12 @@ class Outcome:
     fed_tokens: int = 0
     padded_tokens: int = 0
 
-    def __add__(self, other: Outcome) -> Outcome:
-        return Outcome(*(a + b for a, b in zip(astuple(self), astuple(other))))
+    def __add__(self, other: ItemOutcome) -> ItemOutcome:
+        return ItemOutcome(*(a + b for a, b in zip(astuple(self), astuple(other))))
 
 
 @dataclass
-class Progress:
+class ExtractionProgress:
     """Where a run stands. Rows are tokens of text × contexts; fed tokens count specials and context, too."""
 
     units: int = 0
@@ -45,13 +45,13 @@ class Progress:
     padded_tokens: int = 0
     model_s: float = 0.0
     started: float = field(default_factory=time.perf_counter)
-    unit: str = ""
+    item: str = ""
 
     @property
-    def outcome(self) -> Outcome:
-        return Outcome(self.units, self.rows, self.fed_tokens, self.padded_tokens)
+    def outcome(self) -> ItemOutcome:
+        return ItemOutcome(self.units, self.rows, self.fed_tokens, self.padded_tokens)
 
-    def add(self, other: Outcome) -> None:
+    def add(self, other: ItemOutcome) -> None:
         for name, value in asdict(other).items():
             setattr(self, name, getattr(self, name) + value)
 
@@ -97,7 +97,7 @@ class Summary:
         return asdict(self)
 
 
-Report = Callable[[Progress], None]
+Report = Callable[[ExtractionProgress], None]
 
 
 def folder_bytes(folder: Path) -> int:
@@ -111,11 +111,11 @@ def folder_bytes(folder: Path) -> int:
     return total
 
 
-def summarise(plan: Plan, name: str, progress: Progress) -> Summary:
+def summarise(plan: Plan, name: str, progress: ExtractionProgress) -> Summary:
     store = Store.open(plan.paths.root)
     wall = progress.wall_s
     return Summary(
-        store=str(origin(plan.paths.root)),
+        store=str(address_of(plan.paths.root)),
         teacher=name,
         views=[v.address for v in store.views if v.teacher == name],
         utterances=len(store.utterance_ids),

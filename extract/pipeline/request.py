@@ -17,18 +17,18 @@ from ...data.errors import StaleError, UsageError
 from ...data.manifest import Corpus
 from ...data.text import check_transform
 from ..store.disk.durable import Lock
-from ..store.disk.exclusive import nobody_writes
+from ..store.disk.exclusive import exclusive_access
 from ..store.disk.layout import Paths, check_teacher_name
 from ..store.format import plan as plans
-from ..store.format.plan import Generation, Plan, Work
-from ..store.remote.paths import mirror_of, origin
+from ..store.format.plan import Generation, Plan, PlannedWork
+from ..store.remote.paths import address_of, mirror_of
 from ..store.writer import versions
 from ..teacher.contexts import check_context, parse_context
 from ..teacher.model import Teacher
-from .corpus_diff import compare
-from .generation import Draft, extended, missing_views, split_of, with_teacher, write_generation
+from .corpus_diff import diff_corpus
+from .generation import PlanDraft, missing_views, plan_more_views, plan_new_teacher, split_of, write_generation
 from .layout import Layout, lay_out
-from .new_store import write_skeleton
+from .new_store import write_new_store
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Request:
     seed: int = 0
 
 
-def view_fingerprint(record: plans.Teacher, context: str, layer: int) -> str:
+def view_fingerprint(record: plans.TeacherRecord, context: str, layer: int) -> str:
     """Hash of all settings that decide a view's numbers."""
     decides = (
         record.kind,
@@ -67,7 +67,7 @@ def view_fingerprint(record: plans.Teacher, context: str, layer: int) -> str:
     return hashlib.blake2b(repr(decides).encode(), digest_size=16).hexdigest()
 
 
-def teacher_record(teacher: Teacher, request: Request) -> plans.Teacher:
+def teacher_record(teacher: Teacher, request: Request) -> plans.TeacherRecord:
     """The teacher as the store will know it. Errors: UsageError for contexts, layers, names that cannot be."""
     check_transform(request.transform)
     layers = teacher.layer_numbers(request.layers)
@@ -80,7 +80,7 @@ def teacher_record(teacher: Teacher, request: Request) -> plans.Teacher:
             teacher.check_blocks()
     if not layers or not contexts:
         raise UsageError("nothing to extract", expected="a layer and a context at least")
-    record = plans.Teacher(
+    record = plans.TeacherRecord(
         name=check_teacher_name(request.name),
         kind=teacher.kind,
         model=teacher.source,
@@ -122,7 +122,7 @@ _WORDS = {
 }
 
 
-def differences(old: plans.Teacher, new: plans.Teacher) -> list[str]:
+def differences(old: plans.TeacherRecord, new: plans.TeacherRecord) -> list[str]:
     """In words, which settings of a teacher differ."""
     out = []
     for name, words in _WORDS.items():
@@ -136,7 +136,7 @@ def differences(old: plans.Teacher, new: plans.Teacher) -> list[str]:
     return out
 
 
-def check_settings(plan: Plan, record: plans.Teacher) -> None:
+def check_settings(plan: Plan, record: plans.TeacherRecord) -> None:
     """Errors: StaleError naming, in words, the settings in which a teacher of the store differs."""
     old = plan.teachers.get(record.name)
     differ = differences(old, record) if old is not None else []
@@ -167,41 +167,41 @@ def make_plan(
     record = teacher_record(teacher, request)
     with Lock(Paths(root).lock("plan"), wait=True):
         draft = next_plan(root, corpus, teacher, record, request, refresh)
-        if draft.growth is not None and mirror_of(draft.plan.paths.root) is not None:
+        if draft.new_rows is not None and mirror_of(draft.plan.paths.root) is not None:
             raise UsageError(
                 "the corpus has changed, and rows of a store in an object store cannot be added to",
-                where=origin(root),
+                where=address_of(root),
                 remedy="bring it to a disk, refresh it there and put it under another name: "
-                f"stillhouse store cp {origin(root)} FOLDER, the same command with FOLDER, "
+                f"stillhouse store cp {address_of(root)} FOLDER, the same command with FOLDER, "
                 "stillhouse store cp FOLDER s3://BUCKET/NEW",
             )
         if draft.new:
             if before is not None:
                 before(draft.plan, draft.layout)
             if len(draft.plan.generations) == 1 and draft.layout is not None:
-                write_skeleton(draft.plan, teacher, draft.layout)
+                write_new_store(draft.plan, teacher, draft.layout)
             else:
-                with nobody_writes(draft.plan.paths) if draft.growth is not None else nullcontext():
-                    write_generation(draft.plan, teacher, draft.layout, draft.growth)
+                with exclusive_access(draft.plan.paths) if draft.new_rows is not None else nullcontext():
+                    write_generation(draft.plan, teacher, draft.layout, draft.new_rows)
     return draft.plan
 
 
 def next_plan(
-    root: Path, corpus: Corpus, teacher: Teacher, record: plans.Teacher, request: Request, refresh: bool = False
-) -> Draft:
+    root: Path, corpus: Corpus, teacher: Teacher, record: plans.TeacherRecord, request: Request, refresh: bool = False
+) -> PlanDraft:
     """The plan that holds all that is asked for. Nothing is written here. Errors: as `make_plan`."""
     if not Paths(root).store_json.exists():
-        return Draft(*draft_plan(root, corpus, teacher, record, request))
+        return PlanDraft(*draft_plan(root, corpus, teacher, record, request))
     plan = plans.read_plan(root)
     check_settings(plan, record)
-    change = compare(plan, corpus, record, teacher.tokeniser)
+    change = diff_corpus(plan, corpus, record, teacher.tokeniser)
     if change is not None and not refresh:
         change.check(plan, record.name)
     if record.name not in plan.teachers:
-        return with_teacher(plan, corpus, teacher, record, batch_sizes(teacher, request), change)
+        return plan_new_teacher(plan, corpus, teacher, record, batch_sizes(teacher, request), change)
     if change is not None or missing_views(plan, record):
-        return extended(plan, record, change, teacher)
-    return Draft(plan, new=False)
+        return plan_more_views(plan, record, change, teacher)
+    return PlanDraft(plan, new=False)
 
 
 def batch_sizes(teacher: Teacher, request: Request) -> tuple[int, int]:
@@ -211,7 +211,7 @@ def batch_sizes(teacher: Teacher, request: Request) -> tuple[int, int]:
 
 
 def draft_plan(
-    root: Path, corpus: Corpus, teacher: Teacher, record: plans.Teacher, request: Request
+    root: Path, corpus: Corpus, teacher: Teacher, record: plans.TeacherRecord, request: Request
 ) -> tuple[Plan, Layout]:
     """The plan of a new store, on paper: nothing is written."""
     layout = lay_out(corpus, teacher.tokeniser, request.transform, request.seed, teacher.width, request.dtype)
@@ -220,7 +220,7 @@ def draft_plan(
     generation = Generation(
         number=0,
         teacher=record.name,
-        work=[Work(c, record.layers, [s.number for s in layout.shards]) for c in record.contexts],
+        work=[PlannedWork(c, record.layers, [s.number for s in layout.shards]) for c in record.contexts],
         shard_rows=layout.shard_rows,
         shards=layout.shards,
         batch_tokens=batch_tokens,

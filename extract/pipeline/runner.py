@@ -19,18 +19,18 @@ import numpy as np
 from ..store.disk.durable import Lock
 from ..store.format.index import Index
 from ..store.format.int8 import Quantised
-from ..store.format.plan import Plan, Unit
+from ..store.format.plan import Plan, WorkItem
 from ..store.read.handles import most_handles
 from ..store.read.rows import TeacherRows
-from ..store.writer import UnitWriter
+from ..store.writer import ItemWriter
 from ..teacher.batching import make_batches
 from ..teacher.contexts import Passes, Texts, Window
 from ..teacher.forward import encode_tensor, tensors
 from ..teacher.model import Teacher
-from ..teacher.replicas import Task, Threads
+from ..teacher.replicas import Task, TeacherPool
 from .corpus_diff import windows_of
 from .norms import fix_norms_first
-from .progress import Progress, Report
+from .progress import ExtractionProgress, Report
 from .reuse import Reuse, without
 from .reuse import write as write_copies
 
@@ -39,36 +39,36 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Claim:
+class LockedItem:
     """A unit to be made; `lock` is given back when it is committed, None where the caller keeps it. `generation`: of
     the commit, None: the unit's own.
     """
 
-    unit: Unit
+    item: WorkItem
     lock: Lock | None = None
     generation: int | None = None
 
 
 @dataclass(eq=False)
-class Job:
+class OpenItem:
     """A unit on its way: its open files, and what is left to be computed."""
 
-    claim: Claim
-    writer: UnitWriter
+    claim: LockedItem
+    writer: ItemWriter
     work: Passes
     batches: list[list[Window]]
     computed: bool = False
 
     @property
-    def unit(self) -> Unit:
-        return self.claim.unit
+    def item(self) -> WorkItem:
+        return self.claim.item
 
     def commit(self, written: Future[None] | None) -> None:
         """Commit what has been written, and let go of it."""
         if written is not None:
             written.result()
         g, work = self.claim.generation, self.work
-        number = self.unit.generation.number if g is None else g
+        number = self.item.generation.number if g is None else g
         self.writer.commit(work.input_hash, work.context_left, work.context_right, number)
         self.close()
 
@@ -78,7 +78,7 @@ class Job:
             self.claim.lock.release()
 
 
-class UnitMaker:
+class ItemRunner:
     """Makes units of work; a thread writes their batches, another commits them, the teacher's own compute the next."""
 
     def __init__(
@@ -87,7 +87,7 @@ class UnitMaker:
         teacher: Teacher,
         rows: TeacherRows,
         scratch: Path,
-        progress: Progress,
+        progress: ExtractionProgress,
         report: Report | None = None,
     ) -> None:
         self.plan, self.teacher, self.rows, self.scratch = plan, teacher, rows, scratch
@@ -96,15 +96,15 @@ class UnitMaker:
         self.session = np.asarray(self.index.session_of)
         self.texts = StoredTexts(rows, self.index.order)
         self.reuse = Reuse(plan, self.index)
-        self.threads = Threads(teacher)
+        self.threads = TeacherPool(teacher)
         self._writer = ThreadPoolExecutor(1, "stillhouse-writer")
         self._committer = ThreadPoolExecutor(1, "stillhouse-committer")
         self._writing: Future[None] | None = None
         self._committing: Future[None] | None = None
-        self._open: dict[Job, None] = {}
+        self._open: dict[OpenItem, None] = {}
         self._most_open = max(2, most_handles() // max(1, len(rows.record.layers)))
 
-    def __enter__(self) -> UnitMaker:
+    def __enter__(self) -> ItemRunner:
         self.threads.__enter__()
         return self
 
@@ -113,11 +113,11 @@ class UnitMaker:
         self._writer.shutdown(wait=True)
         self._committer.shutdown(wait=True)
 
-    def make(self, unit: Unit, generation: int | None = None) -> None:
+    def make(self, item: WorkItem, generation: int | None = None) -> None:
         """Run a unit and commit it; the caller holds its lock."""
-        self.make_all([Claim(unit, None, generation)])
+        self.run_items([LockedItem(item, None, generation)])
 
-    def make_all(self, claims: Iterable[Claim]) -> None:
+    def run_items(self, claims: Iterable[LockedItem]) -> None:
         """Run units and commit them. The next claim is asked for when the threads have no batch of the last one left
         to begin with, so it is asked for early, and seldom more than one is held that waits to be computed.
 
@@ -143,7 +143,7 @@ class UnitMaker:
                     job.close()
             self._open.clear()
 
-    def _begun(self, claims: Iterable[Claim]) -> Iterator[Job]:
+    def _begun(self, claims: Iterable[LockedItem]) -> Iterator[OpenItem]:
         for claim in claims:
             try:
                 job = self._begin(claim)
@@ -153,38 +153,38 @@ class UnitMaker:
                 raise
             yield job
 
-    def _begin(self, claim: Claim) -> Job:
+    def _begin(self, claim: LockedItem) -> OpenItem:
         """Open a unit's files and lay out its windows; what the store has already is copied here."""
-        unit, record = claim.unit, self.plan.teachers[claim.unit.teacher]
-        shard, g = unit.shard, unit.generation
+        item, record = claim.item, self.plan.teachers[claim.item.teacher]
+        shard, g = item.shard, item.generation
         wanted = self.index.position[shard.first : shard.last]
-        work = context_passes(self.plan, unit, self.texts, self.session, wanted)
-        copies = self.reuse.copies(unit, work.input_hash)
+        work = context_passes(self.plan, item, self.texts, self.session, wanted)
+        copies = self.reuse.copies(item, work.input_hash)
         windows = without(work.windows, set(copies))
         ids = [self.index.id(u) for u in range(shard.first, shard.last)]
         starts, lengths = self.rows.start[shard.first : shard.last], self.rows.length[shard.first : shard.last]
         batches = make_batches(windows, g.batch_tokens, g.batch_overhead_tokens)
-        writer = UnitWriter(self.plan.paths, self.scratch, record, unit, starts, lengths, ids)
-        job = Job(claim, writer, work, batches)
+        writer = ItemWriter(self.plan.paths, self.scratch, record, item, starts, lengths, ids)
+        job = OpenItem(claim, writer, work, batches)
         self._open[job] = None
         writer.leave_out(np.flatnonzero(wanted < 0))
         write_copies(writer, copies)
         self.progress.rows += int(lengths[wanted < 0].sum() + lengths[list(copies)].sum())
         return job
 
-    def _commit(self, job: Job, written: Future[None] | None) -> None:
+    def _commit(self, job: OpenItem, written: Future[None] | None) -> None:
         job.commit(written)
         self._open.pop(job)
         self.progress.units += 1
 
-    def blocks(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Callable[[], None] | None]]:
+    def blocks(self, jobs: Iterable[OpenItem]) -> Iterator[tuple[OpenItem, Callable[[], None] | None]]:
         """(job, what writes a part of it) in the order of the jobs; and (job, None) after all parts of one."""
         p = self.progress
         for task, parts in self.threads.run_all(self._tasks(jobs)):
-            job: Job = task.owner
-            p.unit, p.model_s = str(job.unit), self.threads.seconds / self.threads.count
+            job: OpenItem = task.owner
+            p.item, p.model_s = str(job.item), self.threads.seconds / self.threads.count
             for windows, states in parts:
-                yield job, Write(job.writer, windows, states)
+                yield job, WriteBlock(job.writer, windows, states)
                 p.rows += sum(piece.last - piece.first for w in windows for piece in w.pieces)
                 p.fed_tokens += sum(len(w.ids) for w in windows)
                 p.padded_tokens += len(windows) * max(len(w.ids) for w in windows)
@@ -193,33 +193,33 @@ class UnitMaker:
             if task.last:
                 yield job, None
 
-    def _tasks(self, jobs: Iterable[Job]) -> Iterator[Task | None]:
+    def _tasks(self, jobs: Iterable[OpenItem]) -> Iterator[Task | None]:
         for job in jobs:
             while len(self._open) > self._most_open:
                 if all(other.computed or other is job for other in self._open):
                     _finish(self._committing)
                 else:
                     yield None
-            norms = {k: tensors(norm, self.teacher.device) for k, norm in self.norms(job.unit).items()}
-            keep = Keep(job.writer, norms)
+            norms = {k: tensors(norm, self.teacher.device) for k, norm in self.norms(job.item).items()}
+            keep = Encode(job.writer, norms)
             batches = job.batches or [[]]
             for number, batch in enumerate(batches, start=1):
-                yield Task(batch, job.unit.layers, keep, job.unit, job, number == len(batches))
+                yield Task(batch, job.item.layers, keep, job.item, job, number == len(batches))
 
-    def norms(self, unit: Unit) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    def norms(self, item: WorkItem) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         """What standardises the states of an int8 store, by layer; fixed now where this is its first unit."""
-        return fix_norms_first(self.plan, unit, self.sample, self.scratch) if self.rows.dtype.scaled else {}
+        return fix_norms_first(self.plan, item, self.sample, self.scratch) if self.rows.dtype.scaled else {}
 
-    def sample(self, unit: Unit, rows: np.ndarray, layers: Sequence[int]) -> Iterator[tuple[int, dict]]:
+    def sample(self, item: WorkItem, rows: np.ndarray, layers: Sequence[int]) -> Iterator[tuple[int, dict]]:
         """(row, {layer: float32 [n, D]}) of the rows' tokens in the unit's context, by parts."""
-        work = context_passes(self.plan, unit, self.texts, self.session, self.index.position[rows])
-        g = unit.generation
+        work = context_passes(self.plan, item, self.texts, self.session, self.index.position[rows])
+        g = item.generation
 
         def keep(states: dict[int, torch.Tensor]) -> dict[int, np.ndarray]:
             return {k: v.float().cpu().numpy() for k, v in states.items()}
 
         batches = make_batches(work.windows, g.batch_tokens, g.batch_overhead_tokens)
-        for part, states in self.threads.run(batches, layers, keep, unit):
+        for part, states in self.threads.run(batches, layers, keep, item):
             for row, window in enumerate(part):
                 for p in window.pieces:
                     kept = slice(p.at, p.at + p.last - p.first)
@@ -227,10 +227,10 @@ class UnitMaker:
 
 
 @dataclass(frozen=True)
-class Keep:
+class Encode:
     """What the model's thread makes of a batch's states: what is stored."""
 
-    writer: UnitWriter
+    writer: ItemWriter
     norms: dict[int, tuple[torch.Tensor, torch.Tensor]]
 
     def __call__(self, states: dict[int, torch.Tensor]) -> dict[int, np.ndarray | Quantised]:
@@ -238,10 +238,10 @@ class Keep:
 
 
 @dataclass(frozen=True)
-class Write:
+class WriteBlock:
     """Puts the states {layer: [B, T, ...]} of a batch of windows into a unit's files."""
 
-    writer: UnitWriter
+    writer: ItemWriter
     windows: list[Window]
     states: dict[int, np.ndarray | Quantised]
 
@@ -260,11 +260,11 @@ def _finish(future: Future[None] | None) -> None:
 
 
 def context_passes(
-    plan: Plan, unit: Unit, texts: Texts, session: np.ndarray, wanted: Sequence[int] | np.ndarray
+    plan: Plan, item: WorkItem, texts: Texts, session: np.ndarray, wanted: Sequence[int] | np.ndarray
 ) -> Passes:
     """The windows that these utterances come out of, in the unit's context; `wanted` are positions in the corpus."""
-    record, core = plan.teachers[unit.teacher], unit.generation.core_tokens
-    return windows_of(record, unit.context, core, texts, session, wanted)
+    record, core = plan.teachers[item.teacher], item.generation.core_tokens
+    return windows_of(record, item.context, core, texts, session, wanted)
 
 
 class StoredTexts:

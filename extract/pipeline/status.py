@@ -51,9 +51,9 @@ def status(root: Path) -> Status:
     plan = read_plan(root)
     out = []
     for teacher in plan.teachers:
-        units = plan.units(teacher)
-        for context in dict.fromkeys(u.context for u in units):
-            mine = [u for u in units if u.context == context]
+        items = plan.work_items(teacher)
+        for context in dict.fromkeys(u.context for u in items):
+            mine = [u for u in items if u.context == context]
             layers = sorted({k for u in mine for k in u.layers})
             commits = Commits(plan.paths, teacher, context)
             done = [u for u in mine if commits.has(u.shard.number, u.layers, u.generation.number)]

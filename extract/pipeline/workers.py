@@ -18,8 +18,8 @@ from typing import Any
 from ...data.errors import StillhouseError, StoreError, UsageError
 from ..store.disk.layout import Paths
 from ..store.format.plan import Plan, read_plan
-from ..store.remote.paths import mirror_of, origin, workspace
-from .progress import Outcome, Progress
+from ..store.remote.paths import address_of, mirror_of, writable_copy
+from .progress import ExtractionProgress, ItemOutcome
 
 
 def parse_part(text: str | None) -> tuple[int, int]:
@@ -39,7 +39,7 @@ def part_of(plan: Plan, part: tuple[int, int], rank: int, count: int) -> tuple[i
     return part if mirror_of(plan.paths.root) is None else (part[0] + part[1] * rank, part[1] * count)
 
 
-class Crew:
+class WorkerProcesses:
     """The other workers of one command; this process is the first."""
 
     def __init__(self, plan: Plan, name: str, load: dict[str, Any], count: int, part: tuple[int, int]) -> None:
@@ -52,7 +52,7 @@ class Crew:
         for rank in range(1, count):
             options = load | {"device": worker_device(load["device"], rank)}
             arguments = (
-                origin(plan.paths.root),
+                address_of(plan.paths.root),
                 name,
                 options,
                 part_of(plan, part, rank, count),
@@ -63,11 +63,11 @@ class Crew:
             process.start()
             self._processes.append(process)
 
-    def finish(self) -> Outcome:
+    def finish(self) -> ItemOutcome:
         """Wait for all. Errors: what a worker raised; StoreError where one was killed."""
         for process in self._processes:
             process.join()
-        done = Outcome()
+        done = ItemOutcome()
         while True:
             try:
                 result = self._results.get_nowait()
@@ -84,11 +84,13 @@ class Crew:
         return done
 
 
-def make_crew(name: str, load: dict[str, Any], count: int, part: tuple[int, int]) -> Callable[[Plan], Crew] | None:
+def start_workers(
+    name: str, load: dict[str, Any], count: int, part: tuple[int, int]
+) -> Callable[[Plan], WorkerProcesses] | None:
     """For `run.extract`: starts `count - 1` helpers when the plan is there. `load` are `load_teacher`'s arguments."""
     if count <= 1:
         return None
-    return lambda plan: Crew(plan, name, load, count, part)
+    return lambda plan: WorkerProcesses(plan, name, load, count, part)
 
 
 def pick_device(device: str) -> str:
@@ -112,19 +114,19 @@ def share_threads(count: int) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // count))
 
 
-def work(root: Path | str, name: str, load: dict[str, Any], part: tuple[int, int], threads: int) -> Outcome:
+def work(root: Path | str, name: str, load: dict[str, Any], part: tuple[int, int], threads: int) -> ItemOutcome:
     """Units of a planned store until none is left that nobody holds."""
     import torch
 
     from ..store.disk.durable import Scratch
     from ..teacher.model import load_teacher
-    from .extract import run_units
+    from .extract import run_work_items
 
     torch.set_num_threads(threads)
-    progress = Progress()
-    with workspace(root) as folder, Scratch(Paths(folder)) as scratch:
+    progress = ExtractionProgress()
+    with writable_copy(root) as folder, Scratch(Paths(folder)) as scratch:
         plan = read_plan(folder)  # as it is now that we are seen to write
-        run_units(plan, name, load_teacher(**load), scratch.folder, progress, None, part)
+        run_work_items(plan, name, load_teacher(**load), scratch.folder, progress, None, part)
     return progress.outcome
 
 

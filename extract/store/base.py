@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ...data.errors import NoStoreError, StoreError, some
+from ...data.errors import NoStoreError, StoreError, first_few
 from .format import plan as plans
 from .format.commits import Commits
 from .format.index import Index
 from .read.handles import Handles
 from .read.rows import TeacherRows, damaged
-from .remote.paths import origin
+from .remote.paths import address_of
 from .views import View
 
 
@@ -38,7 +38,7 @@ class Opened:
     @property
     def address(self) -> str:
         """The path or URL of this store, as one would type it."""
-        return str(origin(self.paths.root))
+        return str(address_of(self.paths.root))
 
     def close(self) -> None:
         """Close this process's files; the store opens them again when it reads."""
@@ -97,7 +97,7 @@ class Opened:
         rows = (self.index if teacher is None else self.index_of(teacher)).rows(ids)
         if (rows < 0).any():
             raise NoStoreError(
-                f"not in this store: {some([i for i, r in zip(ids, rows) if r < 0])}",
+                f"not in this store: {first_few([i for i, r in zip(ids, rows) if r < 0])}",
                 where=self.address,
                 remedy="extract this corpus into it",
             )
@@ -139,7 +139,7 @@ class Opened:
         if key not in t.present:
             need = {
                 u.shard.number: u.generation.number
-                for u in self.plan.units(view.teacher)
+                for u in self.plan.work_items(view.teacher)
                 if u.context == view.context and view.layer in u.layers
             }
             t.present[key] = np.array(

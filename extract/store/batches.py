@@ -29,7 +29,7 @@ def batches(
     dtype   as in Store.gather
     Errors: as Store.gather.
     """
-    ids = held_ids(store, views) if ids is None else ids
+    ids = available_ids(store, views) if ids is None else ids
     lengths = store.tokens(ids, views[0].teacher)[0] if len(ids) else np.zeros(0, np.int32)
     number = (np.cumsum(lengths, dtype=np.int64) - lengths) // max(1, tokens)
     edges = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(ids)]
@@ -39,7 +39,7 @@ def batches(
             yield part, store.gather(part, views, dtype)
 
 
-def held_ids(store: Store, views: Sequence[View]) -> list[str]:
+def available_ids(store: Store, views: Sequence[View]) -> list[str]:
     """Utterances that have states in every view, in the order of the store."""
     ids = store.utterance_ids
     held = np.logical_and.reduce([store.has(ids, view) for view in views])

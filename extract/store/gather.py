@@ -14,14 +14,14 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from ...data.errors import NoStoreError, StoreError, UsageError, some
+from ...data.errors import NoStoreError, StoreError, UsageError, first_few
 from . import display as notebook
 from .base import Opened
 from .disk.layout import dtype_of, to_float32
 from .format.int8 import dequantise
-from .read.buffers import BATCHES
+from .read.buffers import BATCH_BUFFERS
 from .read.handles import Handle
-from .read.rows import Places, Reading, TeacherRows, read_all
+from .read.rows import RowRanges, ShardRead, TeacherRows, read_all
 from .views import View
 
 Allocate = Callable[[tuple[int, ...], Any], np.ndarray]
@@ -65,7 +65,7 @@ class Gathering(Opened):
         if dtype not in (None, "float32", "float16"):
             raise UsageError(f"states as {dtype!r}", expected="float32, float16 or None")
         try:
-            return self._gather(ids, views, dtype, allocate or BATCHES.empty)
+            return self._gather(ids, views, dtype, allocate or BATCH_BUFFERS.empty)
         except StoreError as e:
             self._explain(e)
             raise
@@ -108,7 +108,7 @@ class Gathering(Opened):
         views: list[View],
         rows: np.ndarray,
         t: TeacherRows,
-        places: Places,
+        places: RowRanges,
         dtype: str | None,
         allocate: Allocate,
     ) -> dict[View, np.ndarray]:
@@ -117,7 +117,7 @@ class Gathering(Opened):
         direct = logical == t.dtype.logical
         for view in views:
             self._check_present(view, rows, places)
-        buffers = [self._buffers(view, t, places, allocate if direct else BATCHES.empty) for view in views]
+        buffers = [self._buffers(view, t, places, allocate if direct else BATCH_BUFFERS.empty) for view in views]
         states: dict[View, np.ndarray] = {}
 
         def arrived(number: int) -> None:
@@ -139,17 +139,17 @@ class Gathering(Opened):
         self._fetch([readings for _, _, readings in buffers], arrived)
         return states
 
-    def _check_present(self, view: View, rows: np.ndarray, places: Places) -> None:
+    def _check_present(self, view: View, rows: np.ndarray, places: RowRanges) -> None:
         present = self._present(view)
         if not present[places.shards].all():
             missing = [self.index.id(int(r)) for r, s in zip(rows, places.shard) if not present[s]]
             raise NoStoreError(
-                f"not extracted yet: {some(missing)}", where=view.address, remedy="finish it: stillhouse extract"
+                f"not extracted yet: {first_few(missing)}", where=view.address, remedy="finish it: stillhouse extract"
             )
 
     def _buffers(
-        self, view: View, t: TeacherRows, places: Places, allocate: Allocate = BATCHES.empty
-    ) -> tuple[np.ndarray, np.ndarray | None, list[Reading]]:
+        self, view: View, t: TeacherRows, places: RowRanges, allocate: Allocate = BATCH_BUFFERS.empty
+    ) -> tuple[np.ndarray, np.ndarray | None, list[ShardRead]]:
         """Arrays for a view's states as stored and their scales (None: there are none), and what will fill them."""
         axes = self._axes(view)
         out = allocate((places.total, t.width), np.dtype(t.dtype.stored))
@@ -167,10 +167,10 @@ class Gathering(Opened):
                 else:
                     handles[number] = handle
             if handles:
-                readings.append(Reading(handles, places, t.row_size(name), array))
+                readings.append(ShardRead(handles, places, t.row_size(name), array))
         return out, scale, readings
 
-    def _fetch(self, views: list[list[Reading]], arrived: Callable[[int], None] = lambda _: None) -> None:
+    def _fetch(self, views: list[list[ShardRead]], arrived: Callable[[int], None] = lambda _: None) -> None:
         """Fill the arrays of several views; `arrived` is called with each one's number."""
         every = [r for readings in views for r in readings]
         hot = read_all(every)
@@ -184,7 +184,7 @@ class Gathering(Opened):
                     r.read(runs[r.row_bytes])
             arrived(number)
 
-    def _read_with_zarr(self, name: str, view: View, places: Places, shard: int, out: np.ndarray) -> None:
+    def _read_with_zarr(self, name: str, view: View, places: RowRanges, shard: int, out: np.ndarray) -> None:
         import zarr
 
         path, (c, layer) = self.paths.array(view.teacher, name), self._axes(view)
@@ -202,10 +202,10 @@ class Gathering(Opened):
         self,
         view: View,
         rows: np.ndarray,
-        places: Places,
+        places: RowRanges,
         states: np.ndarray,
         scale: np.ndarray | None,
-        readings: list[Reading],
+        readings: list[ShardRead],
     ) -> None:
         t = self._rows_of(view.teacher)
         stored = t.of_layer("crc32c", *self._axes(view))[rows].tolist()
@@ -224,7 +224,7 @@ class Gathering(Opened):
                     )
 
 
-def _checksums(array: np.ndarray, places: Places, row_bytes: int, before: list[int] | None = None) -> list[int]:
+def _checksums(array: np.ndarray, places: RowRanges, row_bytes: int, before: list[int] | None = None) -> list[int]:
     """crc32c of each utterance's rows, behind the bytes that `before` is of."""
     data = array.reshape(-1).view(np.uint8)
     at = (places.into * row_bytes).tolist()

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from ...data.errors import NoStoreError, StaleError, StoreError, some
+from ...data.errors import NoStoreError, StaleError, StoreError, first_few
 from . import display as notebook
 from .disk.layout import hash_text
 from .format import plan as plans
 from .format.arrays import RawArray
-from .format.int8 import Loss, sum_up
+from .format.int8 import Int8Error, sum_up
 from .gather import Gathering
 from .views import View, matching
 
@@ -28,7 +28,7 @@ from .views import View, matching
 class TeacherInfo:
     """A teacher's settings (see store/plan.py) and how many tokens of the corpus it has."""
 
-    settings: plans.Teacher
+    settings: plans.TeacherRecord
     tokens: int
     shard_rows: int
 
@@ -63,7 +63,7 @@ class Store(Gathering):
     @property
     def planned_views(self) -> list[View]:
         """All views that some generation asks for, complete or not."""
-        return sorted({View(u.teacher, u.context, layer) for u in self.plan.units() for layer in u.layers})
+        return sorted({View(u.teacher, u.context, layer) for u in self.plan.work_items() for layer in u.layers})
 
     @property
     def views(self) -> list[View]:
@@ -72,7 +72,7 @@ class Store(Gathering):
 
     def _complete(self, view: View) -> bool:
         commits = self.commits(view.teacher, view.context)
-        wanted = [u for u in self.plan.units(view.teacher) if u.context == view.context and view.layer in u.layers]
+        wanted = [u for u in self.plan.work_items(view.teacher) if u.context == view.context and view.layer in u.layers]
         return commits.has("norms", [view.layer]) and all(
             commits.has(u.shard.number, [view.layer], u.generation.number) for u in wanted
         )
@@ -99,7 +99,7 @@ class Store(Gathering):
         group = self.paths.data / view.teacher
         return RawArray(group / "norm_mean").read(c, layer), RawArray(group / "norm_std").read(c, layer)
 
-    def loss(self, view: View) -> Loss | None:
+    def loss(self, view: View) -> Int8Error | None:
         """What int8 has cost this view, over all tokens committed; None for other dtypes."""
         commits = {id(c): c for (_, k), c in self.commits(view.teacher, view.context).of.items() if k == view.layer}
         key = str(view.layer)
@@ -169,7 +169,7 @@ class Store(Gathering):
         rows, t = self.index_of(view.teacher).rows(ids), self._rows_of(view.teacher)
         return (rows >= 0) & self._present(view)[t.shard_of(np.maximum(rows, 0))]
 
-    def held(self, view: View) -> np.ndarray:
+    def available(self, view: View) -> np.ndarray:
         """bool [U]: the same of every utterance, by row."""
         t, live = self._rows_of(view.teacher), self.index_of(view.teacher).live
         held = np.zeros(len(self.index), dtype=bool)
@@ -194,7 +194,7 @@ class Store(Gathering):
         changed = [i for i, t, h in zip(ids, texts, self.text_hash(ids)) if hash_text(t) != int(h)]
         if changed:
             raise StaleError(
-                f"the transcript has changed since extraction: {some(changed)}",
+                f"the transcript has changed since extraction: {first_few(changed)}",
                 where=self.address,
                 remedy="extract the corpus again into a new store, or restore the text",
             )
@@ -251,7 +251,7 @@ class Store(Gathering):
         """uint64 [U]: the same of every row, whatever is committed."""
         return RawArray(self.paths.data / view.teacher / "input_hash").read(self._axes(view)[0])
 
-    def fed(self, view: View) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def inputs_seen(self, view: View) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of every row's pass: input hash uint64 [U], tokens of context seen left and right int32 [U]."""
         group, c = self.paths.data / view.teacher, self._axes(view)[0]
         left, right = (RawArray(group / name).read(c) for name in ("context_left", "context_right"))

@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from ...data.errors import StoreError
-from .disk.durable import allocate, fsync_all, phase, pwrite_all, room
+from .disk.durable import allocate, crash_point, explain_full_disk, fsync_all, pwrite_all
 from .disk.layout import INNER_ROWS, Dtype, Paths, crc32c, dtype_of, footer, shard_bytes
 from .format.arrays import RawArray
 from .format.commits import Commit, link_commit
 from .format.int8 import SCALE_BYTES, Quantised
-from .format.plan import Teacher, Unit
+from .format.plan import TeacherRecord, WorkItem
 
 
 @functools.cache
@@ -49,7 +49,7 @@ def is_finite(encoded: np.ndarray, dtype: Dtype) -> bool:
     return (encoded.view(np.uint32) & 0x7F800000).max(initial=0) != 0x7F800000
 
 
-class UnitWriter:
+class ItemWriter:
     """Fills the shard files of a unit. Use: `write` for every utterance and layer, then `commit`.
 
     `first_row` and `lengths` are the store's start and length of the unit's utterances.
@@ -59,24 +59,24 @@ class UnitWriter:
         self,
         paths: Paths,
         scratch: Path,
-        teacher: Teacher,
-        unit: Unit,
+        teacher: TeacherRecord,
+        item: WorkItem,
         starts: np.ndarray,
         lengths: np.ndarray,
         ids: list[str],
     ) -> None:
-        self.paths, self.scratch, self.teacher, self.unit = paths, scratch, teacher, unit
+        self.paths, self.scratch, self.teacher, self.item = paths, scratch, teacher, item
         self.dtype = dtype_of(teacher.dtype)
         self.row_bytes = teacher.width * self.dtype.bytes
         self.ids, self.lengths = ids, lengths
-        shard, rows = unit.shard, unit.generation.shard_rows
+        shard, rows = item.shard, item.generation.shard_rows
         self.starts = starts - shard.number * rows
         self.files: dict[int, Path] = {}
         self.scale_files: dict[int, Path] = {}
         self._fds: dict[int, int] = {}
-        self.written = {layer: np.zeros(shard.rows, dtype=bool) for layer in unit.layers}
-        self.crc = {layer: np.zeros(len(lengths), dtype=np.uint32) for layer in unit.layers}
-        scaled = unit.layers if self.dtype.scaled else ()
+        self.written = {layer: np.zeros(shard.rows, dtype=bool) for layer in item.layers}
+        self.crc = {layer: np.zeros(len(lengths), dtype=np.uint32) for layer in item.layers}
+        scaled = item.layers if self.dtype.scaled else ()
         self.scale = {
             layer: np.full(shard.rows + -shard.rows % INNER_ROWS, np.nan, dtype=np.float16) for layer in scaled
         }
@@ -84,16 +84,16 @@ class UnitWriter:
         self._split: set[tuple[int, int]] = set()
         size = shard_bytes(shard.rows, rows, self.row_bytes)
         try:
-            for layer in unit.layers:
-                path = scratch / f"{teacher.name}.{unit.context.replace(':', '-')}.{layer}.{shard.number}"
-                with room(path):
+            for layer in item.layers:
+                path = scratch / f"{teacher.name}.{item.context.replace(':', '-')}.{layer}.{shard.number}"
+                with explain_full_disk(path):
                     self._fds[layer] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
                     allocate(self._fds[layer], size)
                 self.files[layer] = path
         except BaseException:
             self.close()
             raise
-        phase("allocated")
+        crash_point("allocated")
 
     def write(self, layer: int, utterance: int, first_token: int, block: np.ndarray | Quantised) -> None:
         """Store [n, D], encoded as `encode` or `quantise` do, as tokens [first_token, first_token + n) of the unit's
@@ -106,7 +106,7 @@ class UnitWriter:
             block = block.values
         if not (is_finite(block, self.dtype) if quantised is None else np.isfinite(quantised.scale).all()):
             raise StoreError(
-                f"a value of {self.teacher.name}/{self.unit.context}/{layer} is not finite in {self.dtype.logical}",
+                f"a value of {self.teacher.name}/{self.item.context}/{layer} is not finite in {self.dtype.logical}",
                 where=self.ids[utterance],
                 remedy="store this teacher with --dtype bfloat16"
                 if self.dtype.logical in ("float16", "int8")
@@ -117,7 +117,7 @@ class UnitWriter:
         try:
             pwrite_all(self._fds[layer], data, row * self.row_bytes)
         except OSError:
-            with room(self.files[layer]):
+            with explain_full_disk(self.files[layer]):
                 raise
         self.written[layer][row : row + len(block)] = True
         if quantised is not None:
@@ -127,14 +127,14 @@ class UnitWriter:
             self.crc[layer][utterance] = self._crc(layer, utterance, block)
         else:
             self._split.add((layer, utterance))
-        phase("mid_write")
+        crash_point("mid_write")
 
     def leave_out(self, utterances: np.ndarray) -> None:
         """Fill the rows of utterances that nobody can ask for any more; their scales stay NaN."""
         for utterance in utterances.tolist():
             row, count = int(self.starts[utterance]), int(self.lengths[utterance])
             block = self.dtype.fill_rows(count, self.teacher.width)
-            for layer in self.unit.layers if count else ():
+            for layer in self.item.layers if count else ():
                 pwrite_all(self._fds[layer], memoryview(block.data).cast("B"), row * self.row_bytes)
                 self.written[layer][row : row + count] = True
                 self.crc[layer][utterance] = self._crc(layer, utterance, block)
@@ -150,20 +150,20 @@ class UnitWriter:
         self, input_hash: np.ndarray, context_left: np.ndarray, context_right: np.ndarray, generation: int
     ) -> bool:
         """Make the unit exist. False where another writer's commit came first (its bytes stay)."""
-        teacher, unit = self.teacher, self.unit
-        shard, rows = unit.shard, unit.generation.shard_rows
-        for layer in unit.layers:
+        teacher, item = self.teacher, self.item
+        shard, rows = item.shard, item.generation.shard_rows
+        for layer in item.layers:
             if not self.written[layer].all():
                 hole = int(np.argmin(self.written[layer]))
-                raise StoreError(f"row {hole} was never written", where=f"{unit} layer {layer}")
+                raise StoreError(f"row {hole} was never written", where=f"{item} layer {layer}")
             self._finish_file(layer, shard.rows, rows)
             if self.dtype.scaled:
                 self._write_scale(layer, rows)
         fsync_all([*self.files.values(), *self.scale_files.values()])
-        phase("before_rename")
+        crash_point("before_rename")
         changed: list[Path] = []
-        c = teacher.contexts.index(unit.context)
-        for layer in unit.layers:
+        c = teacher.contexts.index(item.context)
+        for layer in item.layers:
             axes = teacher.name, c, teacher.layers.index(layer), shard.number
             moves = [(self.files[layer], self.paths.hidden(*axes), 4)]
             if self.dtype.scaled:
@@ -172,7 +172,7 @@ class UnitWriter:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(source, target)
                 changed += target.parents[:folders]  # of (shard,) layer and context, and c/
-            phase("mid_rename")
+            crash_point("mid_rename")
         group = self.paths.data / teacher.name
         sums = {str(k): crc32c(v.astype("<u4").tobytes()) for k, v in self.crc.items()}
         for name, values in (
@@ -184,19 +184,19 @@ class UnitWriter:
             changed += array.write_range(values, c, first=shard.first)
             sums[name] = crc32c(np.asarray(values, array.dtype).tobytes())
         crc = RawArray(group / "crc32c")
-        for layer in unit.layers:
+        for layer in item.layers:
             changed += crc.write_range(self.crc[layer], c, teacher.layers.index(layer), first=shard.first)
         fsync_all(changed)
-        phase("renamed")
+        crash_point("renamed")
         record = Commit(
             teacher=teacher.name,
-            context=unit.context,
+            context=item.context,
             shard=shard.number,
             generation=generation,
-            layers=list(unit.layers),
+            layers=list(item.layers),
             utterances=[shard.first, shard.last],
             rows=[shard.number * rows, shard.number * rows + shard.rows],
-            files={str(layer): shard_bytes(shard.rows, rows, self.row_bytes) for layer in unit.layers},
+            files={str(layer): shard_bytes(shard.rows, rows, self.row_bytes) for layer in item.layers},
             checksums=sums,
             writer={"host": socket.gethostname(), "pid": os.getpid(), "machine": platform.machine()},
             versions=versions(),
@@ -210,7 +210,7 @@ class UnitWriter:
         for utterance in sorted(u for k, u in self._split if k == layer):
             size, at = int(self.lengths[utterance]) * self.row_bytes, int(self.starts[utterance]) * self.row_bytes
             self.crc[layer][utterance] = self._crc(layer, utterance, os.pread(fd, size, at))
-        with room(self.files[layer]):
+        with explain_full_disk(self.files[layer]):
             tail = -used % INNER_ROWS
             if tail:
                 fill = self.dtype.fill_rows(tail, self.teacher.width)
@@ -223,9 +223,9 @@ class UnitWriter:
         """The layer's scales as the shard file that they become; NaN behind the last utterance, then the index."""
         hidden = self.files[layer]
         path = self.scale_files[layer] = hidden.with_name(f"{hidden.name}.scale")
-        with room(path), open(path, "wb") as f:
+        with explain_full_disk(path), open(path, "wb") as f:
             f.write(self.scale[layer].data)
-            f.write(footer(self.unit.shard.rows, rows, SCALE_BYTES))
+            f.write(footer(self.item.shard.rows, rows, SCALE_BYTES))
 
     def close(self) -> None:
         """Drop what has not been committed."""
@@ -235,7 +235,7 @@ class UnitWriter:
         for path in (*self.files.values(), *self.scale_files.values()):
             path.unlink(missing_ok=True)
 
-    def __enter__(self) -> UnitWriter:
+    def __enter__(self) -> ItemWriter:
         return self
 
     def __exit__(self, *exc: object) -> None:

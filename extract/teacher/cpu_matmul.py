@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
-class Products(TorchFunctionMode):
+class CpuMatmul(TorchFunctionMode):
     """Inside `with Products(product)`, linear layers (and GPT-2's, which call addmm) go through `product`, and what
     attention is given becomes float32 again.
     """
@@ -47,7 +47,7 @@ def _float32(value: Any) -> Any:
     return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-def float32_products() -> Products | None:
+def float32_products() -> CpuMatmul | None:
     """oneDNN's where the linked MKL is known to be slow: it uses half the width of an AMD processor with AVX-512.
 
     None: torch's own choice is as good.
@@ -60,10 +60,10 @@ def float32_products() -> Products | None:
             return functional.linear(x, weight, bias)
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
-    return Products(product)
+    return CpuMatmul(product)
 
 
-def bfloat16_products() -> Products | None:
+def bfloat16_products() -> CpuMatmul | None:
     """oneDNN's, with each weight cast and laid out once. None where the processor or the build has none."""
     if not _has_onednn() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return None
@@ -81,7 +81,7 @@ def bfloat16_products() -> Products | None:
             laid_out[id(weight)] = known
         return torch.ops.mkldnn._linear_pointwise(low, known[1], known[2], "none", [], "")
 
-    return Products(product)
+    return CpuMatmul(product)
 
 
 def _has_onednn() -> bool:

@@ -22,7 +22,7 @@ import torch
 
 from ...data.errors import TeacherError, UsageError
 from .contexts import Window
-from .cpu_matmul import Products, bfloat16_products, float32_products
+from .cpu_matmul import CpuMatmul, bfloat16_products, float32_products
 from .tokenizer import Tokeniser
 
 LONGEST_WINDOW = 4096  # decoders allow more; attention's cost does not
@@ -73,7 +73,7 @@ class Teacher:
                 with torch.autocast(kind, dtype=dtype, enabled=self._autocast):
                     yield
 
-    def _find_products(self) -> Products | None:
+    def _find_products(self) -> CpuMatmul | None:
         """The faster products of this processor, if this model runs with them."""
         self._products = None
         if self.device != "cpu" or next(self.model.parameters()).dtype != torch.float32:
@@ -137,7 +137,7 @@ class Teacher:
 
     # --- running it ---
 
-    def twin(self) -> Teacher:
+    def clone_model(self) -> Teacher:
         """The same weights for another thread, in modules of its own: `states` puts hooks on them."""
         shared = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
         twin = copy.copy(self)

@@ -39,7 +39,7 @@ class Task:
     last: bool = False
 
 
-class Threads:
+class TeacherPool:
     """As many threads as torch may use on the CPU, each with a twin of the teacher; on a GPU one is enough.
 
     As a context it sets torch's own number of threads to one, and back at its end.
@@ -57,13 +57,13 @@ class Threads:
         )
         self.seconds = 0.0  # that the model has run, summed over threads
 
-    def __enter__(self) -> Threads:
+    def __enter__(self) -> TeacherPool:
         import torch
 
         torch.set_num_threads(1)
         self._idle.put(self._teacher)
         for _ in range(self.count - 1):
-            self._idle.put(self._teacher.twin())
+            self._idle.put(self._teacher.clone_model())
         return self
 
     def __exit__(self, *exc: object) -> None:

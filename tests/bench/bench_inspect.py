@@ -25,13 +25,13 @@ from made_up import MadeUpTeacher, made_up_corpus
 from measuring import Row, at_most, write_table
 
 from stillhouse.extract.pipeline.norms import fix_norms
-from stillhouse.extract.pipeline.progress import Progress
+from stillhouse.extract.pipeline.progress import ExtractionProgress
 from stillhouse.extract.pipeline.request import Request, make_plan
-from stillhouse.extract.pipeline.runner import UnitMaker
+from stillhouse.extract.pipeline.runner import ItemRunner
 from stillhouse.extract.store import Store, writer
 from stillhouse.extract.store.disk.durable import Scratch
 from stillhouse.extract.store.read.rows import TeacherRows
-from stillhouse.extract.store.writer import UnitWriter
+from stillhouse.extract.store.writer import ItemWriter
 
 LOOK_S, LOOK_BYTES = 1.0, 200 << 20  # of what is told without states
 # Of what reads a sample of them, a shard or a whole view
@@ -47,8 +47,8 @@ def build(folder: Path, utterances: int, width: int, layers: int, holes: bool) -
     sparse = mock.patch.object(writer, "allocate", os.ftruncate)
     with Scratch(plan.paths) as scratch, sparse:
         rows = TeacherRows(plan, "made-up")
-        with UnitMaker(plan, teacher, rows, scratch.folder, Progress()) as maker:  # type: ignore[arg-type]
-            for unit in plan.units("made-up"):
+        with ItemRunner(plan, teacher, rows, scratch.folder, ExtractionProgress()) as maker:  # type: ignore[arg-type]
+            for unit in plan.work_items("made-up"):
                 if unit.shard.number == 0 or not holes:
                     maker.make(unit)
                 else:
@@ -61,7 +61,7 @@ def _commit_holes(plan, rows, unit, scratch, index) -> None:
     first, last = unit.shard.first, unit.shard.last
     ids = [index.id(u) for u in range(first, last)]
     record = plan.teachers["made-up"]
-    with UnitWriter(plan.paths, scratch, record, unit, rows.start[first:last], rows.length[first:last], ids) as out:
+    with ItemWriter(plan.paths, scratch, record, unit, rows.start[first:last], rows.length[first:last], ids) as out:
         for layer in unit.layers:
             out.written[layer][:] = True
         seen = np.zeros(last - first, np.int32)

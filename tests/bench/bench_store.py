@@ -37,7 +37,7 @@ from stillhouse.extract.store import Store
 from stillhouse.extract.store.disk.durable import Scratch
 from stillhouse.extract.store.format.plan import Plan
 from stillhouse.extract.store.read.rows import TeacherRows
-from stillhouse.extract.store.writer import UnitWriter
+from stillhouse.extract.store.writer import ItemWriter
 
 
 def writing(folder: Path, corpus: Corpus, teacher: MadeUpTeacher, layers: list[int]) -> list[Row]:
@@ -67,11 +67,11 @@ def writing(folder: Path, corpus: Corpus, teacher: MadeUpTeacher, layers: list[i
         plan, rows, ids = planned()
         with Scratch(plan.paths) as scratch:
             began = time.perf_counter()
-            for unit in plan.units():
+            for unit in plan.work_items():
                 a, b = unit.shard.first, unit.shard.last
                 none = np.zeros(b - a, dtype=np.int32)
                 record = plan.teachers["made"]
-                with UnitWriter(
+                with ItemWriter(
                     plan.paths, scratch.folder, record, unit, rows.start[a:b], rows.length[a:b], ids[a:b]
                 ) as writer:
                     for layer in layers:
@@ -85,7 +85,7 @@ def writing(folder: Path, corpus: Corpus, teacher: MadeUpTeacher, layers: list[i
         b.append(raw(i))
         a.append(ours(i))
     payload = int(rows.length.sum()) * teacher.width * 2 * len(layers)
-    note = f"{payload / np.median(a) / 1e6:,.0f} MB/s, {len(plan.units())} units"
+    note = f"{payload / np.median(a) / 1e6:,.0f} MB/s, {len(plan.work_items())} units"
     result = [at_least("writing with fsync and commits vs one raw file", a[1:], b[1:], 0.85, note)]
     tracemalloc.start()
     ours(0)

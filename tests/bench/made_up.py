@@ -51,7 +51,7 @@ class MadeUpTeacher:
         self.width, self.depth, self.tokeniser = width, depth, MadeUpTokeniser()
         self._pool = torch.from_numpy(np.random.default_rng(0).normal(size=(1 << 21) + (1 << 16)).astype(np.float32))
 
-    def twin(self) -> MadeUpTeacher:
+    def clone_model(self) -> MadeUpTeacher:
         return self
 
     def weights_hash(self) -> str:

@@ -15,7 +15,7 @@ from stillhouse.cli import cli
 from stillhouse.data.errors import ConfigError
 from stillhouse.data.manifest import read_manifest
 from stillhouse.distill import TargetReader
-from stillhouse.distill.controls import donors, silent_tokens, vocabulary, word_codes, word_numbers
+from stillhouse.distill.controls import punctuation_ids, shuffled_partners, vocabulary, word_codes, word_numbers
 from stillhouse.extract.store import Store
 
 TEXTS = [" ".join(f"w{(i * 5 + j * 3) % 40}" for j in range(2 + i % 4)) for i in range(24)] + [
@@ -35,7 +35,7 @@ def test_donors(utterances, seed, texts_differ):
     """Texts of equal length only, as those of a store: the text's number has the length in it."""
     lengths = np.array([n for n, _ in utterances], np.int32)
     texts = np.arange(len(lengths)) if texts_differ else np.array([10 * n + t for n, t in utterances], np.uint64)
-    found = donors(lengths, seed, texts)
+    found = shuffled_partners(lengths, seed, texts)
     for u, (n, donor) in enumerate(zip(lengths, found)):
         alike = lengths == n
         most = max(np.sum(texts[alike] == t) for t in texts[alike])
@@ -47,9 +47,9 @@ def test_donors(utterances, seed, texts_differ):
             assert lengths[donor] == lengths[lengths > n].min()
         else:
             assert donor == -1
-    assert np.array_equal(found, donors(lengths, seed, texts))
+    assert np.array_equal(found, shuffled_partners(lengths, seed, texts))
     if texts_differ:
-        assert np.array_equal(found, donors(lengths, seed))
+        assert np.array_equal(found, shuffled_partners(lengths, seed))
     # in a ring nobody gives twice
     rings = [d for u, d in enumerate(found) if lengths[u] and d >= 0 and lengths[d] == lengths[u]]
     assert len(set(rings)) == len(rings)
@@ -58,13 +58,13 @@ def test_donors(utterances, seed, texts_differ):
 def test_a_text_that_others_read_too_is_no_donor():
     """Five readings of each of eight sentences of one length, as in the demo's corpus."""
     texts = np.repeat(np.arange(8), 5)
-    found = donors(np.full(40, 7), 1, texts)
+    found = shuffled_partners(np.full(40, 7), 1, texts)
     assert (texts[found] != texts).all() and sorted(found) == list(range(40))
 
 
 def test_another_seed_is_another_shuffle():
     lengths = np.full(50, 3)
-    assert not np.array_equal(donors(lengths, 1), donors(lengths, 2))
+    assert not np.array_equal(shuffled_partners(lengths, 1), shuffled_partners(lengths, 2))
 
 
 @pytest.mark.parametrize("position", ["token", "word"])
@@ -79,7 +79,7 @@ def test_shuffled_keeps_everything_but_the_targets(store, position):
         other = getattr(found.positions["known"], name)
         assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, name
     lengths = store.lengths("known")
-    giver = donors(lengths, 3, store.index.text_hash)
+    giver = shuffled_partners(lengths, 3, store.index.text_hash)
     at = 0
     for i in ids:
         row = int(store.rows([i])[0])
@@ -133,7 +133,7 @@ def test_punctuation_is_no_part_of_a_word():
     token_id = np.array([9, 1, 8, 9, 1, 2, 7, 3, 8, 2, 3])
     span = np.array([[0, 1], [1, 4], [4, 5], [5, 6], [0, 3], [4, 7], [7, 8], [8, 9], [10, 11], [12, 15], [15, 16]])
     lengths, texts = np.array([4, 7]), ['"sea."', "sea don't - dont"]
-    silent = silent_tokens(token_id, span, lengths, texts)
+    silent = punctuation_ids(token_id, span, lengths, texts)
     assert silent.tolist() == [7, 8, 9]
     numbers = word_numbers(token_id, span, lengths, silent)
     assert (numbers[:5] == numbers[4]).all()
@@ -191,7 +191,7 @@ def test_planted_words(store, position):
     assert all(torch.equal(code[word], row) for word, row in zip(words, rows, strict=True))
     assert len(torch.unique(rows, dim=0)) == len(set(words))
     lengths = store.lengths("known")
-    giver = donors(lengths, 3, store.index.text_hash)
+    giver = shuffled_partners(lengths, 3, store.index.text_hash)
     expected = []
     for i in ids:
         row = int(store.rows([i])[0])

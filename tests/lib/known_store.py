@@ -78,7 +78,7 @@ class KnownTeacher:
         self.tokeniser = WordTokeniser()
         self.table = np.random.default_rng(seed).normal(size=(40_000, width)).astype(np.float32)
 
-    def twin(self) -> KnownTeacher:
+    def clone_model(self) -> KnownTeacher:
         return self
 
     def weights_hash(self) -> str:

@@ -10,7 +10,7 @@ import click
 
 if TYPE_CHECKING:
     from ..score.groups import Group
-    from ..score.significance import Comparison
+    from ..score.significance import SystemComparison
 
 PATH = click.Path(path_type=Path)
 
@@ -70,7 +70,7 @@ def score(
     groups: list[Group] = []
     if by is not None and manifest is not None:
         groups = by_group(group_names(manifest, [id for id, _, _ in found], by), refs, hyps)
-    difference: Comparison | None = None
+    difference: SystemComparison | None = None
     if against is not None:
         others = same_utterances(found, _normalised(read_hypotheses(against, texts), transform), against)
         difference = compare(refs, hyps, others)
@@ -113,7 +113,7 @@ def score(
                 click.echo(f"{names[kind]}: " + ", ".join(f"{count} × {what}" for what, count in rows))
 
 
-def _say_difference(d: Comparison, against: Path | None) -> None:
+def _say_difference(d: SystemComparison, against: Path | None) -> None:
     click.echo(
         f"\nagainst {against}: WER {100 * d.difference:+.2f} points [{100 * d.low:+.2f}, {100 * d.high:+.2f}], "
         f"better in {d.better} utterances, worse in {d.worse}"

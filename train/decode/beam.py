@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...data.errors import ConfigError
 from ..model.transducer import BLANK, Transducer
-from .decode import MAX_SYMBOLS, sureness
+from .decode import MAX_SYMBOLS, confidence
 from .emissions import Emissions
 
 CACHED_ROWS = 4096
@@ -211,7 +211,7 @@ class Beam:
             fused = torch.where(alive, fused + extra.view(B, K * V).gather(1, index), 0.0)
         key = (picked.key ^ (unit + 1) * 0x1E3779B97F4A7C15) * 0x2545F4914F6CDD1D
         states = self.model.predictor.advance(picked.states, unit.reshape(-1), alive.reshape(-1))
-        sure = sureness(chosen, logp[..., BLANK].gather(1, parent))
+        sure = confidence(chosen, logp[..., BLANK].gather(1, parent))
         where, units = alive.cpu(), unit.cpu()
         node = picked.node.cpu()
         frames = (self.frames[:, None] + t).expand(B, K)

@@ -40,7 +40,7 @@ class Search(Protocol):
         """As `best`, of utterances that end here."""
 
 
-def sureness(unit: Tensor, blank: Tensor) -> Tensor:
+def confidence(unit: Tensor, blank: Tensor) -> Tensor:
     """P(unit | not blank) from their log-probabilities: what the model thinks was said, whenever it was."""
     return torch.exp(unit - torch.log(-torch.expm1(blank.clamp(max=-1e-7)))).clamp(max=1.0)
 
@@ -73,7 +73,7 @@ class Greedy:
                 active = active & (unit != BLANK)
                 if not bool(active.any()):
                     break
-                emitted.append((active, unit, self.frames + t, sureness(best, logp[:, BLANK])))
+                emitted.append((active, unit, self.frames + t, confidence(best, logp[:, BLANK])))
                 self.state = model.predictor.advance(self.state, unit, active)
                 self.predicted = model.joint.predictor(model.predictor.step(self.state))
         self.frames += lengths.clamp(max=states.shape[1])
@@ -112,7 +112,7 @@ def greedy(model: Transducer, states: Tensor, lengths: Tensor, *, max_symbols: i
 
 
 @dataclass(frozen=True)
-class Ranked:
+class ScoredText:
     """One of several hypotheses; score = acoustic + fused, natural logarithms."""
 
     hyp: str
@@ -129,19 +129,19 @@ class Hypothesis:
     id: str
     hyp: str
     ref: str
-    ranked: list[Ranked] = field(default_factory=list)
+    ranked: list[ScoredText] = field(default_factory=list)
 
 
-def ranked(units: Units, found: list[Emissions], frame_s: float, duration_s: float, most: int = 1) -> list[Ranked]:
+def ranked(units: Units, found: list[Emissions], frame_s: float, duration_s: float, most: int = 1) -> list[ScoredText]:
     """The best `most` texts. Unit sequences that spell one text are one: their probabilities add up, the words' times
     are those of the likelier."""
     places: dict[str, int] = {}
-    texts: list[Ranked] = []
+    texts: list[ScoredText] = []
     for e in found:
         text, words = timed_words(units, e, frame_s, duration_s)
         at = places.setdefault(text, len(texts))
         if at == len(texts):
-            texts.append(Ranked(text, e.score, e.acoustic, e.fused, words))
+            texts.append(ScoredText(text, e.score, e.acoustic, e.fused, words))
         else:
             first = texts[at]
             score = float(np.logaddexp(first.score, e.score))

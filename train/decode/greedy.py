@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..model.transducer import BLANK, Transducer
-from .decode import MAX_SYMBOLS, Greedy, sureness
+from .decode import MAX_SYMBOLS, Greedy, confidence
 
 
 class TdtGreedy(Greedy):
@@ -41,7 +41,7 @@ class TdtGreedy(Greedy):
             moved = self.durations[choice]
             self.score += torch.where(active, best + sure, 0.0)
             speaks = active & (unit != BLANK)
-            emitted.append((speaks, unit, self.frames + t, sureness(best, logp[:, BLANK])))
+            emitted.append((speaks, unit, self.frames + t, confidence(best, logp[:, BLANK])))
             self.state = model.predictor.advance(self.state, unit, speaks)
             self.predicted = model.joint.predictor(model.predictor.step(self.state))
             t = torch.where(active, t + moved, t)

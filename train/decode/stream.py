@@ -20,13 +20,13 @@ from ...data.units import Units
 from ..model.streaming import EncoderStream
 from ..model.transducer import Transducer
 from .align import FRAME_S, Word
-from .decode import Hypothesis, Ranked, Search, ranked
+from .decode import Hypothesis, ScoredText, Search, ranked
 
 SMOOTHED_FRAMES = 21  # over which loudness is averaged, the middle most, to find a pause
 
 
 @dataclass(frozen=True)
-class Heard:
+class StreamResult:
     """What is known of a segment that began at start_s and was heard up to end_s; word times count from the start of
     the sound. A segment's last one is `final`."""
 
@@ -34,7 +34,7 @@ class Heard:
     start_s: float
     end_s: float
     final: bool
-    ranked: list[Ranked]
+    ranked: list[ScoredText]
 
     @property
     def hyp(self) -> str:
@@ -88,11 +88,11 @@ class StreamDecoder:
         self.told: list[int] = []  # units of the last partial result
         self.decoder = search(model, 1)
 
-    def push(self, samples: np.ndarray) -> Iterator[Heard]:
+    def push(self, samples: np.ndarray) -> Iterator[StreamResult]:
         """Samples [n] in [-1, 1] -> what is new."""
         yield from self._frames(self.fbank.push(samples))
 
-    def finish(self) -> Iterator[Heard]:
+    def finish(self) -> Iterator[StreamResult]:
         """The sound has ended. Nothing may follow."""
         yield from self._frames(self.fbank.finish())
         if self.encoder is not None:
@@ -102,7 +102,7 @@ class StreamDecoder:
         elif len(self.waiting) or not self.segment:
             yield self._whole(len(self.waiting))
 
-    def _frames(self, features: np.ndarray) -> Iterator[Heard]:
+    def _frames(self, features: np.ndarray) -> Iterator[StreamResult]:
         # As features.h5 holds them, from which the model learnt
         features = features.astype(np.float16).astype(np.float32)
         if self.encoder is not None:
@@ -113,7 +113,7 @@ class StreamDecoder:
             yield self._whole(quietest(self.waiting[: max(1, round(self.segment_s / FRAME_S))]))
 
     @torch.no_grad()
-    def _whole(self, count: int) -> Heard:
+    def _whole(self, count: int) -> StreamResult:
         """The segment of the first `count` frames that wait."""
         features, self.waiting = self.waiting[:count], self.waiting[count:]
         if count:
@@ -123,7 +123,7 @@ class StreamDecoder:
         begin, self.start = self.start * FRAME_S, self.start + count
         return self._ended(begin, begin + count * FRAME_S)
 
-    def _states(self, states: Tensor, *, partial: bool = True) -> Iterator[Heard]:
+    def _states(self, states: Tensor, *, partial: bool = True) -> Iterator[StreamResult]:
         """Feed them, as far as segments reach."""
         longest = max(1, round(self.segment_s / self.frame_s)) if self.segment_s is not None else None
         # An endpoint must not depend on how many states came at once
@@ -149,21 +149,21 @@ class StreamDecoder:
     def _seconds(self) -> tuple[float, float]:
         return self.start * self.frame_s, (self.start + self.states) * self.frame_s
 
-    def _final(self) -> Heard:
+    def _final(self) -> StreamResult:
         begin, end = self._seconds()
         self.start += self.states
         return self._ended(begin, end)
 
-    def _ended(self, begin: float, end: float) -> Heard:
+    def _ended(self, begin: float, end: float) -> StreamResult:
         found = self._heard(self.decoder.finish()[0], (begin, end), final=True)
         self.segment, self.states, self.told = self.segment + 1, 0, []
         self.decoder = self.search(self.model, 1)
         return found
 
-    def _heard(self, found: list, span: tuple[float, float], *, final: bool) -> Heard:
+    def _heard(self, found: list, span: tuple[float, float], *, final: bool) -> StreamResult:
         texts = ranked(self.units, found, self.frame_s, span[1] - span[0], self.nbest)
         moved = [replace(r, words=[_moved(w, span[0]) for w in r.words]) for r in texts]
-        return Heard(self.segment, *span, final, moved)
+        return StreamResult(self.segment, *span, final, moved)
 
 
 def quietest(features: np.ndarray) -> int:

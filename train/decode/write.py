@@ -13,8 +13,8 @@ from typing import Any
 from ...data.errors import UsageError
 from ..score.hypotheses import NOTHING
 from .align import Alignment, Word, ctm_lines
-from .decode import Hypothesis, Ranked
-from .stream import Heard
+from .decode import Hypothesis, ScoredText
+from .stream import StreamResult
 
 FORMATS = ("jsonl", "trn", "ctm", "text")
 
@@ -47,7 +47,7 @@ def as_lines(found: Hypothesis, kind: str, nbest: int = 1) -> list[str]:
     return lines or [f";; {found.id}{NOTHING}"]
 
 
-def live_lines(heard: Heard, kind: str, name: str, segmented: bool, nbest: int = 1) -> list[str]:
+def live_lines(heard: StreamResult, kind: str, name: str, segmented: bool, nbest: int = 1) -> list[str]:
     """Of a sound called `name`. Segments are NAME-0001 and on, except in ctm, whose times count from the beginning."""
     id = f"{name}-{heard.segment + 1:04d}" if segmented and kind != "ctm" else name
     found = heard.as_hypothesis(id)
@@ -80,6 +80,6 @@ def words(found: Iterable[Word]) -> list[dict[str, Any]]:
     ]
 
 
-def _ranked(r: Ranked) -> dict[str, Any]:
+def _ranked(r: ScoredText) -> dict[str, Any]:
     scores = {"score": r.score, "acoustic": r.acoustic, "fused": r.fused}
     return {"hyp": r.hyp, **{name: round(value, 4) for name, value in scores.items()}, "words": words(r.words)}

@@ -37,7 +37,7 @@ STAMP = "demo.json"
 
 
 @dataclass(frozen=True)
-class Built:
+class DemoCorpus:
     """What the corpus holds: seconds of audio and utterances of each split."""
 
     path: Path
@@ -47,7 +47,9 @@ class Built:
     fresh: bool  # False: it was there already
 
 
-def build_demo_corpus(folder: Path, voices: str = "espeak", size: Size = FULL, workers: int | None = None) -> Built:
+def build_demo_corpus(
+    folder: Path, voices: str = "espeak", size: Size = FULL, workers: int | None = None
+) -> DemoCorpus:
     """Speak the stories into `folder`; `voices` is "espeak" or "hibari". Raises AudioError,
     ConfigError, and CorpusError where the folder holds another demo.
     """
@@ -56,7 +58,7 @@ def build_demo_corpus(folder: Path, voices: str = "espeak", size: Size = FULL, w
     fingerprint = _fingerprint(readings)
     done = _stamp(folder)
     if done is not None and done["fingerprint"] == fingerprint:
-        return Built(folder / "corpus.jsonl", done["seconds"], done["utterances"], done["engine"], fresh=False)
+        return DemoCorpus(folder / "corpus.jsonl", done["seconds"], done["utterances"], done["engine"], fresh=False)
     if done is not None:
         raise CorpusError(
             "the folder holds a demo of other stories, voices or size", where=folder, remedy="delete it, or give --out"
@@ -81,7 +83,7 @@ def build_demo_corpus(folder: Path, voices: str = "espeak", size: Size = FULL, w
     temporary = folder / f"{STAMP}.tmp"
     temporary.write_text(json.dumps(stamp) + "\n")
     temporary.replace(folder / STAMP)
-    return Built(folder / "corpus.jsonl", seconds, count, engine, fresh=True)
+    return DemoCorpus(folder / "corpus.jsonl", seconds, count, engine, fresh=True)
 
 
 def speak(voice: Voice, texts: Sequence[str]) -> tuple[int, list[np.ndarray]]:

@@ -22,10 +22,10 @@ from pathlib import Path
 from ...data.errors import StillhouseError, TeacherError
 from ..config import load_config
 from ..report import demo as report
-from ..report.demo import Row, Stage
+from ..report.demo import ErrorRow, Stage
 from ..score.wer import Score, read_hypotheses, score
 from ..study.definition import load_study
-from .corpus import Built, build_demo_corpus
+from .corpus import DemoCorpus, build_demo_corpus
 from .plan import FULL, QUICK, Size
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -111,7 +111,7 @@ class Demo:
 
 @dataclass(frozen=True)
 class Result:
-    rows: tuple[Row, ...]
+    rows: tuple[ErrorRow, ...]
     page: Path
     failures: tuple[str, ...]  # why it does not pass, in words
     librispeech: str
@@ -198,7 +198,7 @@ def prepare_study(
         )
 
 
-def _hear(demo: Demo, voices: str, size: Size, speeds: Sequence[float]) -> Built:
+def _hear(demo: Demo, voices: str, size: Size, speeds: Sequence[float]) -> DemoCorpus:
     """The corpus, its features and units."""
     demo.say(f"The demo works in {demo.out}; its commands run there.")
     demo.say("\n[corpus]\nStories of this project, read aloud by synthetic voices" + _speech(voices))
@@ -255,25 +255,25 @@ def _speech(voices: str) -> str:
     return " (hibari-tts, Apache-2.0; one voice at several speeds and heights)."
 
 
-def _finish(demo: Demo, corpus: Built, quick: bool, recipe: Path) -> Result:
+def _finish(demo: Demo, corpus: DemoCorpus, quick: bool, recipe: Path) -> Result:
     from ...data.manifest import read_manifest
     from ...extract.store import Store
     from .stories import homophones
 
     manifest = read_manifest(corpus.path)
     heard = {u.speaker for u in manifest.utterances if u.split == "train"}
-    rows: list[Row] = []
+    rows: list[ErrorRow] = []
     sections = []
     scores: dict[str, Score] = {}
     for split, limit in LIMITS.items():
         triples = read_hypotheses(demo.out / f"hyp-{split}.jsonl")
         scores[split] = _score(triples)
-        rows.append(Row(split, WHAT[split], scores[split], None if quick else limit))
+        rows.append(ErrorRow(split, WHAT[split], scores[split], None if quick else limit))
         known = [t for t in triples if manifest.by_id[t[0]].speaker in heard]
         if known and len(known) < len(triples):
             rest = [t for t in triples if manifest.by_id[t[0]].speaker not in heard]
-            rows.append(Row(f"{split}, voices new", "Of these, in voices that it never heard.", _score(rest)))
-            rows.append(Row(f"{split}, voices known", "Of these, in voices of the training.", _score(known)))
+            rows.append(ErrorRow(f"{split}, voices new", "Of these, in voices that it never heard.", _score(rest)))
+            rows.append(ErrorRow(f"{split}, voices known", "Of these, in voices of the training.", _score(known)))
         sections.append(report.section(split, WHAT[split], sorted(triples), homophones()))
 
     metrics = report.read_metrics(demo.out / "run" / "metrics.jsonl")
@@ -290,7 +290,7 @@ def _finish(demo: Demo, corpus: Built, quick: bool, recipe: Path) -> Result:
     page = demo.out / "report.html"
     page.write_text(
         report.render(
-            report.Report(
+            report.DemoPage(
                 "Stillhouse: the demo" + (", quick" if quick else ""),
                 "A transducer, trained from nothing on short stories in synthetic voices, with what a language model "
                 "(MiniLM) makes of the sentences as a second target.",

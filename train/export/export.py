@@ -36,7 +36,7 @@ Kind = Literal["onnx", "torch", "safetensors"]
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportedModel:
     """What was written. difference: of the graphs' outputs from the model's at most; symbols_per_frame: copies of
     each encoder state in encoder.onnx; unfit_for_sherpa: why sherpa-onnx cannot read it, None where it can."""
 
@@ -66,7 +66,7 @@ def export_run(
     left_chunks: int | None = None,
     int8: bool = False,
     force: bool = False,
-) -> Exported:
+) -> ExportedModel:
     """Export a trained run (or a folder that was exported as safetensors).
 
     symbols: units that sherpa-onnx may find in one encoder state (None: as many as `stillhouse decode` may).
@@ -101,7 +101,7 @@ def export_run(
             )
             difference = _write_graphs([encoder, *search_graphs(model)], units, draft, kind, int8)
         files = sorted(str(p.relative_to(draft)) for p in draft.rglob("*") if p.is_file())
-        found = Exported(
+        found = ExportedModel(
             kind=kind,
             folder=str(out),
             step=step,

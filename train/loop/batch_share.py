@@ -19,7 +19,7 @@ from ..run.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
-class Sizes:
+class PartSizes:
     """What losses are divided by: ASR units, and positions of the transfer by teacher; `band`: how many units a frame
     of the pruned loss needs at least for the transcripts to fit.
     """
@@ -30,10 +30,10 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Whole:
+class GlobalBatch:
     """The whole batch, as the sizes of its `parts`, by rank."""
 
-    parts: Sequence[Sizes]
+    parts: Sequence[PartSizes]
     ranks: Ranks = ALONE
 
     @property
@@ -49,7 +49,7 @@ class Whole:
         """distill.transfer.Whole, or None where there is but one part."""
         if len(self.parts) == 1:
             return None
-        from ...distill.transfer import Whole as Transferred
+        from ...distill.transfer import RankTotals as Transferred
 
         counts = {teacher: sum(part.positions[teacher] for part in self.parts) for teacher in self.parts[0].positions}
         return Transferred(counts, self._others)
@@ -59,7 +59,7 @@ class Whole:
         return [part for rank, part in enumerate(found) if rank != self.ranks.rank and len(part)]
 
 
-def sizes(model: Transducer, transfer: Any, batch: Batch) -> Sizes:
+def part_sizes(model: Transducer, transfer: Any, batch: Batch) -> PartSizes:
     """Of the part that `batch` is. `transfer` is a distill.Transfer or None."""
     band = 0
     if model.simple is not None:
@@ -67,5 +67,5 @@ def sizes(model: Transducer, transfer: Any, batch: Batch) -> Sizes:
         band = int((-(-batch.target_lengths // frames)).max()) + 1  # T frames of w units get past T * (w - 1) units
     positions = {} if transfer is None else transfer.counts(batch.transfer)
     if not batch.share:
-        return Sizes(0, 0, dict.fromkeys(positions, 0))
-    return Sizes(int(batch.target_lengths.sum()), band, positions)
+        return PartSizes(0, 0, dict.fromkeys(positions, 0))
+    return PartSizes(int(batch.target_lengths.sum()), band, positions)

@@ -23,7 +23,7 @@ from ..config import Config
 from ..model.losses import ctc_cost, transducer_costs
 from ..model.transducer import BLANK, Transducer
 from ..rnnt import prune_ranges, rnnt_loss_simple
-from .batch_share import Whole, sizes
+from .batch_share import GlobalBatch, part_sizes
 from .specaugment import spec_augment
 
 Timed = Callable[[str], AbstractContextManager]
@@ -55,14 +55,14 @@ def losses(
     transfer_weight: float,
     augment: torch.Generator | None,
     timed: Timed = lambda _: nullcontext(),
-    whole: Whole | None = None,
+    whole: GlobalBatch | None = None,
 ) -> Losses:
     """The losses of one batch. `transfer` is a distill.Transfer or None; `augment` None: no SpecAugment; `whole`: what
     `batch` is a part of. Then totals, parts and gradients are those of the part, whose sum over ranks is the whole's.
     """
     device = batch.features.device
     lengths = batch.feature_lengths.to(device)
-    whole = whole or Whole([sizes(model, transfer, batch)])
+    whole = whole or GlobalBatch([part_sizes(model, transfer, batch)])
     units = whole.units
     with timed("encoder"):
         features = model.encoder.normalise(batch.features, lengths)

@@ -40,7 +40,7 @@ from ..run.stopwatch import Stopwatch
 from ..schedule import learning_rate, transfer_weight
 from ..score.wer import score
 from .bad_steps import BadSteps
-from .batch_share import Whole, sizes
+from .batch_share import GlobalBatch, part_sizes
 from .objective import held_out_cost, losses
 
 
@@ -102,7 +102,7 @@ class Trainer:
         self.bad = BadSteps(out, config.run.bad_steps, config.run.seed, self.report, ranks)
         self.best: dict[str, float] = {}
         self.window: dict[str, Any] = {}
-        ranks.from_first(lambda: folder.refuse_foreign(out))
+        ranks.from_first(lambda: folder.refuse_other_folder(out))
         with self._alone():
             self._begin()
 
@@ -141,7 +141,7 @@ class Trainer:
 
     def _begin(self) -> None:
         """Create the run's folder or take up what it holds."""
-        found = folder.take_up(self.out, self.config, self.ranks, self.report)
+        found = folder.resume(self.out, self.config, self.ranks, self.report)
         if found is None:
             self._fit_normalisation()
             if self.ranks.size > 1:  # the same bits everywhere
@@ -171,7 +171,7 @@ class Trainer:
             checkpoint.load_weights(self.average.module, found.of("ema"), found.where)
             self.average.n_averaged.fill_(found.state.averaged)
         settled = (self.out, self.config, self.units, self.identity, self.step)
-        self.ranks.from_first(lambda: folder.begin(*settled))
+        self.ranks.from_first(lambda: folder.create(*settled))
 
     def _fit_normalisation(self) -> None:
         """Mean and deviation of each bin over up to 500 training utterances, spread evenly."""
@@ -276,7 +276,7 @@ class Trainer:
         """One step of the optimiser. A step whose loss or gradient is not finite changes nothing."""
         config, step = self.config, self.step
         torch.manual_seed(_mix(config.run.seed, step, self.ranks.rank))
-        whole = Whole(self.ranks.gather(sizes(self.model, self.transfer, batch)), self.ranks)
+        whole = GlobalBatch(self.ranks.gather(part_sizes(self.model, self.transfer, batch)), self.ranks)
         augment = torch.Generator().manual_seed(_mix(config.run.seed + 7919, step))
         self.model.train()
         found = losses(

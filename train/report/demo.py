@@ -27,7 +27,7 @@ INK = "#010203"  # stands for the text's colour until the figure is in the page
 
 
 @dataclass(frozen=True)
-class Row:
+class ErrorRow:
     """A line of the table of error rates; `limit` is the largest WER that passes."""
 
     name: str
@@ -51,7 +51,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Pair:
+class SpokenPair:
     id: str
     chunks: tuple[Chunk, ...]
 
@@ -61,13 +61,13 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Section:
+class TestSection:
     """Hypotheses of one test set, and which words were taken for which others how often."""
 
     name: str
     what: str
-    pairs: tuple[Pair, ...]
-    shown: tuple[Pair, ...]
+    pairs: tuple[SpokenPair, ...]
+    shown: tuple[SpokenPair, ...]
     confusions: tuple[tuple[str, str, int, bool], ...]  # (ref, hyp, how often, whether they sound alike)
 
     @property
@@ -89,11 +89,11 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Report:
+class DemoPage:
     title: str
     lead: str
-    rows: Sequence[Row]
-    sections: Sequence[Section] = ()
+    rows: Sequence[ErrorRow]
+    sections: Sequence[TestSection] = ()
     metrics: Sequence[Mapping[str, Any]] = ()  # lines of metrics.jsonl
     store: Mapping[str, Any] | None = None  # of store_facts
     stages: Sequence[Stage] = ()
@@ -136,13 +136,15 @@ def section(
     hypotheses: Sequence[tuple[str, str, str]],
     alike: Sequence[Sequence[str]] = (),
     show: int = 24,
-) -> Section:
+) -> TestSection:
     """Of (id, reference, hypothesis) triples; `show` of them, spread evenly over the set."""
-    pairs = tuple(Pair(id, align(ref, hyp, alike)) for id, ref, hyp in hypotheses)
+    pairs = tuple(SpokenPair(id, align(ref, hyp, alike)) for id, ref, hyp in hypotheses)
     step = max(1, -(-len(pairs) // show))
     counts = Counter((c.ref, c.hyp, c.alike) for p in pairs for c in p.chunks if c.kind == "substitute")
     common = sorted(((n, ref, hyp, same) for (ref, hyp, same), n in counts.items()), key=lambda x: (-x[0], x[1:3]))
-    return Section(name, what, pairs, pairs[::step], tuple((ref, hyp, n, same) for n, ref, hyp, same in common[:14]))
+    return TestSection(
+        name, what, pairs, pairs[::step], tuple((ref, hyp, n, same) for n, ref, hyp, same in common[:14])
+    )
 
 
 def store_facts(store: Store) -> dict[str, Any]:
@@ -257,7 +259,7 @@ def step_times(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
     return sorted(((k, sum(x.get(k, 0.0) for x in lines) / len(lines)) for k in parts), key=lambda kv: -kv[1])
 
 
-def render(report: Report) -> str:
+def render(report: DemoPage) -> str:
     """The page, self-contained."""
     return page("demo.html.j2", r=report, curves=curves(report.metrics), step_times=step_times(report.metrics))
 

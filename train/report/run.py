@@ -21,7 +21,7 @@ from ..config import Config, load_config
 from ..run import checkpoint, identity
 from ..run.folder import CHECKPOINTS, HYPOTHESES, SETTINGS
 from ..score.wer import Score, read_hypotheses, score
-from .demo import Section, curve, curves, page, read_metrics, section, step_times
+from .demo import TestSection, curve, curves, page, read_metrics, section, step_times
 
 PARTS = {"transfer_backward": "transfer, backward", "teacher": "teacher, beside the others"}
 
@@ -70,15 +70,15 @@ class RunFacts:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunPage:
     """The facts, and what only a page shows of the folder."""
 
     facts: RunFacts
     metrics: list[dict[str, Any]]
-    examples: Section | None
+    examples: TestSection | None
 
 
-def read_run(out: Path, examples: int = 24) -> Run:
+def read_run(out: Path, examples: int = 24) -> RunPage:
     """CheckpointError where `out` is no run's folder, CorpusError where its hypotheses are not what was written."""
     if not (out / SETTINGS).exists():
         raise CheckpointError("not a run's folder", where=out, expected="what `stillhouse train --out` made")
@@ -112,15 +112,15 @@ def read_run(out: Path, examples: int = 24) -> Run:
         profile=_profile(out),
         dev=score([ref for _, ref, _ in heard], [hyp for _, _, hyp in heard]) if heard else None,
     )
-    return Run(facts, metrics, shown if heard else None)
+    return RunPage(facts, metrics, shown if heard else None)
 
 
-def render(run: Run) -> str:
+def render(run: RunPage) -> str:
     """The page, self-contained."""
     return page("run.html.j2", r=run.facts, curves=run_curves(run.metrics), examples=run.examples, parts=PARTS)
 
 
-def write_page(run: Run, path: Path) -> None:
+def write_page(run: RunPage, path: Path) -> None:
     """Whole or as it was."""
     draft = path.with_name(f".{path.name}")
     draft.write_text(render(run), encoding="utf-8")

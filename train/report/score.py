@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ...data.errors import CorpusError
 from ..score.groups import Aligned, Group
-from ..score.significance import Comparison
+from ..score.significance import SystemComparison
 from ..score.wer import Score
 from .demo import page
 
@@ -24,7 +24,7 @@ def write_page(
     utterances: Sequence[Aligned],
     groups: Sequence[Group] = (),
     by: str | None = None,
-    against: tuple[str, Comparison] | None = None,
+    against: tuple[str, SystemComparison] | None = None,
 ) -> None:
     """Write the page whole or not at all."""
     text = page(

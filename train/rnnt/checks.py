@@ -16,7 +16,7 @@ REDUCTIONS = ("none", "mean", "sum", "mean_volume", "mean_batch")
 
 
 @dataclass(frozen=True)
-class Batch:
+class LossBatch:
     """A batch's integers on the CPU: targets int64 [B, Umax], frames T and units U int64 [B], blank in 0..V-1."""
 
     y: np.ndarray
@@ -43,7 +43,7 @@ def check_batch(
     vocabulary: int,
     max_frames: int | None = None,
     max_units: int | None = None,
-) -> Batch:
+) -> LossBatch:
     """The batch's integers, checked.
 
     targets [B, Umax], lengths [B]. max_frames and max_units are what the logits have room for (None: packed).
@@ -68,7 +68,7 @@ def check_batch(
     room_u = y.shape[1] if max_units is None else min(y.shape[1], max_units)
     clean = np.empty_like(y)
     if sound(y, T, U, blank, vocabulary, room_t, room_u, clean):
-        return Batch(clean, T, U, blank)
+        return LossBatch(clean, T, U, blank)
     # something is not: what, and where
     for b in np.flatnonzero((T < 1) | (room_t < T) | (U < 0) | (room_u < U))[:1]:
         frames = "1 or more" if max_frames is None else f"1..{max_frames}"
@@ -96,7 +96,7 @@ def check_options(reduction: str, fastemit_lambda: float, delay_penalty: float, 
         raise ValueError(f"rnnt loss: delay_penalty {delay_penalty}: expected a finite number")
 
 
-def check_packed_rows(batch: Batch, rows: int, padded: tuple[int, int] | None) -> None:
+def check_packed_rows(batch: LossBatch, rows: int, padded: tuple[int, int] | None) -> None:
     """A packed matrix must have exactly the rows of its lengths."""
     if padded is None:
         expected = int((batch.T * (batch.U + 1)).sum())
@@ -134,7 +134,7 @@ def check_joint(encoder, predictor, weight, bias, activation: str, combine: str)
         raise ValueError(f"rnnt loss: combine {combine!r}: expected add or mul")
 
 
-def check_band(ranges: torch.Tensor, batch: Batch, max_frames: int) -> tuple[np.ndarray, int]:
+def check_band(ranges: torch.Tensor, batch: LossBatch, max_frames: int) -> tuple[np.ndarray, int]:
     """ranges int [B, T, S], runs of S units, as first units int64 [B, T] and S.
 
     Every utterance's band must start at unit 0, reach unit U, and never go back or leave a gap: else it holds no

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
-from .checks import Batch, check_band, check_batch, check_joint, check_options
+from .checks import LossBatch, check_band, check_batch, check_joint, check_options
 from .cpu import threads
 from .loss import reduce, warn_nan
 
@@ -39,7 +39,7 @@ def tile_rows(vocabulary: int) -> int:
     return int(np.clip(TILE_ELEMENTS // max(1, vocabulary), 128, 1024))
 
 
-class _Room:
+class _Workspace:
     """One thread's buffers for tiles of up to `rows` rows."""
 
     def __init__(self, rows: int, weight: torch.Tensor) -> None:
@@ -51,7 +51,7 @@ class _Room:
         self.cells = np.empty((rows, 2), np.int64)
 
 
-def _forward(e, p, weight, bias, batch: Batch, plan, o: JointOptions, lse, blank_lp, label_lp) -> None:
+def _forward(e, p, weight, bias, batch: LossBatch, plan, o: JointOptions, lse, blank_lp, label_lp) -> None:
     from .cpu.tiles import band_cells, hidden_rows, keep_rows
 
     rows = tile_rows(weight.shape[0])
@@ -63,7 +63,7 @@ def _forward(e, p, weight, bias, batch: Batch, plan, o: JointOptions, lse, blank
     transposed = weight.t().contiguous()  # a packed product takes a fifth less
 
     def work(thread: int) -> None:
-        room = _Room(rows, weight)
+        room = _Workspace(rows, weight)
         while (k := next(number)) < len(tiles):
             b, start, stop = tiles[k]
             count = band_cells(start, stop, batch.U[b], width[b], plan.band[b], room.cells)
@@ -82,7 +82,7 @@ def _forward(e, p, weight, bias, batch: Batch, plan, o: JointOptions, lse, blank
         threads.run(work, count)
 
 
-def _shares(batch: Batch, counts: np.ndarray, count: int) -> list[list[tuple[int, int, int]]]:
+def _shares(batch: LossBatch, counts: np.ndarray, count: int) -> list[list[tuple[int, int, int]]]:
     """Every thread's runs of frames (utterance, from, to), about the same number of active cells for each."""
     cumulative = np.cumsum(counts)
     total = int(cumulative[-1]) if counts.size else 0
@@ -100,7 +100,7 @@ def _shares(batch: Batch, counts: np.ndarray, count: int) -> list[list[tuple[int
     return shares
 
 
-def _backward(e, p, weight, bias, batch: Batch, plan, o: JointOptions, lse, occ_blank, occ_label, scale):
+def _backward(e, p, weight, bias, batch: LossBatch, plan, o: JointOptions, lse, occ_blank, occ_label, scale):
     from .cpu.tiles import active_cells, count_active, gradient_rows, hidden_rows, scatter_rows
 
     rows = tile_rows(weight.shape[0])
@@ -114,7 +114,7 @@ def _backward(e, p, weight, bias, batch: Batch, plan, o: JointOptions, lse, occ_
     def work(thread: int) -> None:
         if not shares[thread]:
             return
-        room = _Room(rows, weight)
+        room = _Workspace(rows, weight)
         grad_hidden = torch.empty_like(room.hidden)
         grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
         low = shares[thread][0][0]
@@ -154,7 +154,7 @@ def _backward(e, p, weight, bias, batch: Batch, plan, o: JointOptions, lse, occ_
 
 class _CpuJointLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, encoder, predictor, weight, bias, batch: Batch, o: JointOptions, want_occupancy: bool):
+    def forward(ctx: Any, encoder, predictor, weight, bias, batch: LossBatch, o: JointOptions, want_occupancy: bool):
         from .cpu.lattice import CLOSED, lattices, unpack_occupancy
         from .plan import make_plan
 
@@ -206,8 +206,8 @@ class _CpuJointLoss(torch.autograd.Function):
 
 
 def _on_cuda(
-    encoder, predictor, weight, bias, integers, batch: Batch | None, band, ranges, blank, clamp, fastemit, delay, eps,
-    activation, combine, want_occupancy,
+    encoder, predictor, weight, bias, integers, batch: LossBatch | None, band, ranges, blank, clamp, fastemit, delay,
+    eps, activation, combine, want_occupancy,
 ):  # fmt: skip
     """(costs [B], occupancy or None); batch None: the integers are on the device, unchecked."""
     from .cuda.joint import joint_cuda

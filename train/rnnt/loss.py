@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
-from .checks import Batch, check_band, check_batch, check_options, check_packed_rows
+from .checks import LossBatch, check_band, check_batch, check_options, check_packed_rows
 from .cpu import threads
 from .cpu.memory import as_rows, fresh_like
 
@@ -44,7 +44,7 @@ def reduce(costs: torch.Tensor, target_lengths: torch.Tensor, reduction: str) ->
     return total / max(1, costs.shape[0])
 
 
-def warn_nan(costs: np.ndarray, batch: Batch) -> None:
+def warn_nan(costs: np.ndarray, batch: LossBatch) -> None:
     for b in np.flatnonzero(np.isnan(costs)):
         warnings.warn(
             f"rnnt loss: row {b} of the batch (logit length {batch.T[b]}, target length {batch.U[b]}) has a loss of "
@@ -56,7 +56,7 @@ def warn_nan(costs: np.ndarray, batch: Batch) -> None:
 
 class _CpuLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits, batch: Batch, padded, band, options: Options, want_occupancy: bool):
+    def forward(ctx: Any, logits, batch: LossBatch, padded, band, options: Options, want_occupancy: bool):
         from .cpu.lattice import CLOSED, forward, unpack_occupancy
         from .plan import make_plan, make_tasks
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .checks import Batch
+from .checks import LossBatch
 
 TASK_ELEMENTS = 1 << 18  # logits of one task, a megabyte: long beside taking a task, short beside a batch
 
 
 @dataclass(frozen=True)
-class Plan:
+class LatticePlan:
     """first, per_frame int64 [B]: cell (t, u) of utterance b is row first[b] + t*per_frame[b] + u - band[b, t].
 
     band int64 [B, Tmax] is the first unit that has a row at a frame (0 unless pruned); frames int64 [B] is the room.
@@ -43,7 +43,7 @@ class Plan:
         return int(np.diff(self.cells).max(initial=0))
 
 
-def make_plan(batch: Batch, padded: tuple[int, int] | None, band: np.ndarray | None = None) -> Plan:
+def make_plan(batch: LossBatch, padded: tuple[int, int] | None, band: np.ndarray | None = None) -> LatticePlan:
     """padded: (Tmax, rows a frame) of the logits, None for packed rows. band [B, Tmax]: see Plan."""
     from .cpu.plan import lay_out
 
@@ -51,7 +51,7 @@ def make_plan(batch: Batch, padded: tuple[int, int] | None, band: np.ndarray | N
     pruned = band is not None
     if band is None:
         band = np.zeros((batch.T.size, int(frames.max(initial=0))), np.int64)
-    return Plan(first, per_frame, frames, band, pruned, at, cells, base)
+    return LatticePlan(first, per_frame, frames, band, pruned, at, cells, base)
 
 
 def make_tasks(frames: np.ndarray, per_frame: np.ndarray, V: int) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
-from .checks import Batch, check_batch, check_options
+from .checks import LossBatch, check_batch, check_options
 from .cpu import threads
 from .loss import reduce, rnnt_loss, warn_nan
 
@@ -23,7 +23,7 @@ class _CpuLattice(torch.autograd.Function):
     """costs [B] of arcs given as dense log-probabilities [B, T, U+1]; also the cells' occupancies gamma."""
 
     @staticmethod
-    def forward(ctx: Any, blank_lp, label_lp, batch: Batch, fastemit: float):
+    def forward(ctx: Any, blank_lp, label_lp, batch: LossBatch, fastemit: float):
         from .cpu.lattice import lattices
         from .cpu.pruned import to_dense, to_diagonals
         from .plan import make_plan

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
-from .checks import Batch, check_batch, check_options
+from .checks import LossBatch, check_batch, check_options
 from .cpu import threads
 from .cpu.memory import as_rows, fresh_like
 from .loss import DTYPES, Options, reduce, warn_nan
@@ -26,7 +26,7 @@ from .loss import DTYPES, Options, reduce, warn_nan
 
 class _CpuTdtLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits, duration_logits, batch: Batch, durations, options: dict, want_occupancy: bool):
+    def forward(ctx: Any, logits, duration_logits, batch: LossBatch, durations, options: dict, want_occupancy: bool):
         from .cpu.lattice import unpack_occupancy
         from .cpu.tdt import tdt_forward
         from .plan import make_plan, make_tasks
@@ -81,7 +81,7 @@ class _CpuTdtLoss(torch.autograd.Function):
         return gradient, duration_gradient, None, None, None, None
 
 
-def _on_cuda(tokens, steps_logits, batch: Batch, steps, options: dict, want_occupancy: bool):
+def _on_cuda(tokens, steps_logits, batch: LossBatch, steps, options: dict, want_occupancy: bool):
     from .cuda.joint import CudaTdtLoss
     from .cuda.launch import device_batch
 

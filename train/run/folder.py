@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from ...data.errors import CheckpointError, StaleError, UsageError, some
+from ...data.errors import CheckpointError, StaleError, UsageError, first_few
 from ...data.units import Units
 from ..config import Config, dump_config, load_config
 from . import checkpoint, identity
@@ -44,7 +44,7 @@ class Best(_Strict):
     wer: float
 
 
-class Window(_Strict):
+class MeanWindow(_Strict):
     """`Monitor.state`; empty where a checkpoint lies between two windows."""
 
     steps: Count = 0
@@ -59,14 +59,14 @@ class State(_Strict):
     position: Count
     best: Best | None
     bad_steps: Count = 0
-    window: Window = Window()
+    window: MeanWindow = MeanWindow()
     averaged: Count = 0
     precision: Literal["float32", "bfloat16"]
     data: dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Progress:
+class RunProgress:
     """What a checkpoint said, on every rank."""
 
     where: Path
@@ -80,14 +80,14 @@ class Progress:
         return self.tensors[name]
 
 
-def take_up(out: Path, config: Config, ranks: Ranks, report: Callable[[str], None]) -> Progress | None:
+def resume(out: Path, config: Config, ranks: Ranks, report: Callable[[str], None]) -> RunProgress | None:
     """What a run in `out` has done so far; None where it has not begun. A damaged checkpoint is passed over, in words,
     for the one before it: the steps between are computed again, and come out the same.
 
     Errors: UsageError for a folder that is something else, StaleError for a run with other settings, CheckpointError
     where there are checkpoints but none can be used.
     """
-    own: list[Progress | None] = [None]
+    own: list[RunProgress | None] = [None]
 
     def read() -> tuple[Path, State, list[str]] | None:
         own[0] = _read(out, config, report)
@@ -97,11 +97,13 @@ def take_up(out: Path, config: Config, ranks: Ranks, report: Callable[[str], Non
     if told is None:
         return None
     where, state, names = told
-    return Progress(where, state, {n: ranks.tensors_from_first(own[0].tensors[n] if own[0] else None) for n in names})
+    return RunProgress(
+        where, state, {n: ranks.tensors_from_first(own[0].tensors[n] if own[0] else None) for n in names}
+    )
 
 
-def _read(out: Path, config: Config, report: Callable[[str], None]) -> Progress | None:
-    refuse_foreign(out)
+def _read(out: Path, config: Config, report: Callable[[str], None]) -> RunProgress | None:
+    refuse_other_folder(out)
     settings = out / SETTINGS
     if settings.exists():
         identity.refuse_other_settings(load_config(settings), config, settings)
@@ -124,10 +126,10 @@ def _read(out: Path, config: Config, report: Callable[[str], None]) -> Progress 
         wrong = e.errors()[0]
         said = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
         raise CheckpointError(f"its state cannot be gone on from: {said}", where=newest.path) from None
-    return Progress(newest.path, state, tensors)
+    return RunProgress(newest.path, state, tensors)
 
 
-def refuse_foreign(out: Path) -> None:
+def refuse_other_folder(out: Path) -> None:
     """Raises UsageError for a folder that holds other things than a run."""
     if not out.exists() and not out.is_symlink():
         return
@@ -139,14 +141,14 @@ def refuse_foreign(out: Path) -> None:
     foreign = [n for n in names if n not in _BEFORE and not n.startswith(".") and Path(n).suffix not in _LOGS]
     if foreign:
         raise UsageError(
-            f"it holds no run ({SETTINGS}), but {some(foreign, 3)}",
+            f"it holds no run ({SETTINGS}), but {first_few(foreign, 3)}",
             where=out,
             expected="a new or empty folder, or a run's",
             remedy="choose another --out",
         )
 
 
-def begin(out: Path, config: Config, units: Units, own: dict[str, Any], step: int) -> None:
+def create(out: Path, config: Config, units: Units, own: dict[str, Any], step: int) -> None:
     """Write what the folder says of the run that goes on from `step`, and clear away what a killed one left.
     For who holds the run's lock.
     """

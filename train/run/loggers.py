@@ -151,7 +151,7 @@ def scalars(record: Record) -> Iterator[tuple[str, float]]:
                 yield f"{name}/{below}", float(number)
 
 
-def make(names: Sequence[str], out: Path) -> list[Logger]:
+def make_loggers(names: Sequence[str], out: Path) -> list[Logger]:
     """The loggers of a run; JSON lines come first and always, for they are what pages and tables read."""
     from . import trackers
 

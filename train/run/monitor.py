@@ -46,7 +46,7 @@ class Monitor:
         self.config, self.from_step, self.device, self.profile = config, step, device, profile if on else None
         self.report: Report = report if on else lambda _: None
         self.watch = Stopwatch(device)
-        self.loggers = loggers.Loggers(loggers.make(config.run.loggers, out) if on else [], self.report)
+        self.loggers = loggers.Loggers(loggers.make_loggers(config.run.loggers, out) if on else [], self.report)
         self.left = TimeLeft(config)
         self._restart()
 

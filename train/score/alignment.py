@@ -16,7 +16,7 @@ RIGHT, SUBSTITUTED, DELETED, INSERTED = "=", "S", "D", "I"
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class AlignedPair:
     """One column of an alignment; ref is "" where a word was inserted, hyp where one was deleted."""
 
     kind: str
@@ -24,29 +24,29 @@ class Pair:
     hyp: str
 
 
-def aligned(reference: str, hypothesis: str) -> list[Pair]:
+def aligned(reference: str, hypothesis: str) -> list[AlignedPair]:
     """The columns of one utterance, in order."""
     ref, hyp = reference.split(), hypothesis.split()
     if not ref or not hyp:  # jiwer refuses an empty reference
-        return [Pair(DELETED, w, "") for w in ref] + [Pair(INSERTED, "", w) for w in hyp]
+        return [AlignedPair(DELETED, w, "") for w in ref] + [AlignedPair(INSERTED, "", w) for w in hyp]
     pairs = []
     for chunk in jiwer.process_words(" ".join(ref), " ".join(hyp)).alignments[0]:
         left, right = ref[chunk.ref_start_idx : chunk.ref_end_idx], hyp[chunk.hyp_start_idx : chunk.hyp_end_idx]
         if chunk.type == "delete":
-            pairs += [Pair(DELETED, w, "") for w in left]
+            pairs += [AlignedPair(DELETED, w, "") for w in left]
         elif chunk.type == "insert":
-            pairs += [Pair(INSERTED, "", w) for w in right]
+            pairs += [AlignedPair(INSERTED, "", w) for w in right]
         else:
             kind = RIGHT if chunk.type == "equal" else SUBSTITUTED
-            pairs += [Pair(kind, a, b) for a, b in zip(left, right, strict=True)]
+            pairs += [AlignedPair(kind, a, b) for a, b in zip(left, right, strict=True)]
     return pairs
 
 
-def errors(pairs: Iterable[Pair]) -> int:
+def errors(pairs: Iterable[AlignedPair]) -> int:
     return sum(p.kind != RIGHT for p in pairs)
 
 
-def frequent(alignments: Iterable[Sequence[Pair]], most: int = 20) -> dict[str, list[tuple[str, int]]]:
+def frequent(alignments: Iterable[Sequence[AlignedPair]], most: int = 20) -> dict[str, list[tuple[str, int]]]:
     """The most frequent errors of each kind, as ("ref → hyp", count); equally frequent ones by alphabet."""
     found: dict[str, Counter[str]] = {SUBSTITUTED: Counter(), DELETED: Counter(), INSERTED: Counter()}
     for pairs in alignments:
@@ -58,7 +58,7 @@ def frequent(alignments: Iterable[Sequence[Pair]], most: int = 20) -> dict[str, 
     }
 
 
-def as_text(pairs: Sequence[Pair], width: int = 100) -> str:
+def as_text(pairs: Sequence[AlignedPair], width: int = 100) -> str:
     """Three lines (reference, hypothesis, marks) as often as the width asks for; "·" stands for no word."""
     columns = []
     for p in pairs:

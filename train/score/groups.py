@@ -14,7 +14,7 @@ import numpy as np
 from ...data.corpus.split import group_of
 from ...data.errors import CorpusError
 from ...data.manifest import Corpus
-from .alignment import Pair, aligned, errors
+from .alignment import AlignedPair, aligned, errors
 from .wer import Rate, counts, rate
 
 
@@ -33,7 +33,7 @@ class Aligned:
     """One utterance with its alignment and its word error rate (errors over reference words, at least one)."""
 
     id: str
-    pairs: list[Pair]
+    pairs: list[AlignedPair]
     errors: int
     wer: float
 

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...data.errors import CorpusError
-from .alignment import INSERTED, RIGHT, Pair, aligned
+from .alignment import INSERTED, RIGHT, AlignedPair, aligned
 from .wer import counts, resampled
 
 GOOD_WORDS = 2  # so many words that both have right end a stretch
 
 
 @dataclass(frozen=True)
-class Comparison:
+class SystemComparison:
     """difference: error rate of the first minus that of the second, so below 0 where the first is better.
 
     low, high: its 95 % paired bootstrap interval; p_bootstrap, p_matched_pairs: two-sided; the latter is None where
@@ -41,7 +41,7 @@ class Comparison:
 
 def compare(
     references: Sequence[str], first: Sequence[str], second: Sequence[str], *, resamples: int = 10_000, seed: int = 0
-) -> Comparison:
+) -> SystemComparison:
     """Compare word errors of two hypotheses of each utterance."""
     a, b = counts(references, first), counts(references, second)
     mine, theirs, words = a[:, :3].sum(axis=1), b[:, :3].sum(axis=1), np.maximum(a[:, 3].sum(), 1)
@@ -56,7 +56,7 @@ def compare(
         for ref, one, two in zip(references, first, second, strict=True)
         for x, y in stretches(aligned(ref, one), aligned(ref, two))
     ]
-    return Comparison(
+    return SystemComparison(
         difference=float(gap.sum() / words),
         low=float(low),
         high=float(high),
@@ -68,7 +68,7 @@ def compare(
     )
 
 
-def stretches(first: Sequence[Pair], second: Sequence[Pair]) -> list[tuple[int, int]]:
+def stretches(first: Sequence[AlignedPair], second: Sequence[AlignedPair]) -> list[tuple[int, int]]:
     """Errors of both in every stretch of an utterance where either has some."""
     a, b = _by_word(first), _by_word(second)
     if len(a) != len(b):
@@ -93,7 +93,7 @@ def stretches(first: Sequence[Pair], second: Sequence[Pair]) -> list[tuple[int, 
     return found
 
 
-def _by_word(pairs: Sequence[Pair]) -> list[tuple[int, int]]:
+def _by_word(pairs: Sequence[AlignedPair]) -> list[tuple[int, int]]:
     """(words inserted before it, whether it is wrong) of every reference word, and what is inserted at the end."""
     out, inserted = [], 0
     for p in pairs:

@@ -25,7 +25,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ...data.errors import ConfigError, UsageError
-from ..config import Config, Section, merged, read_toml, validated
+from ..config import Config, ConfigSection, merged, read_toml, validated
 
 USUAL = ("none", "single")  # the arms that others are compared with, where a study has them
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
@@ -33,7 +33,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 _SHARED = ("data", "model", "optim.steps", "loss.kind", "run.precision")
 
 
-class Definition(Section):
+class Definition(ConfigSection):
     """STUDY.toml."""
 
     base: Path | None = Field(None, description="recipe, from the study's folder")
@@ -47,7 +47,7 @@ class Definition(Section):
 
 
 @dataclass(frozen=True)
-class Run:
+class StudyRun:
     """One arm with one seed."""
 
     arm: str
@@ -65,13 +65,13 @@ class Study:
     path: Path
     out: Path
     definition: Definition
-    runs: tuple[Run, ...]  # in the order in which they are to be run: the reference first, then seed by seed
+    runs: tuple[StudyRun, ...]  # in the order in which they are to be run: the reference first, then seed by seed
 
     @property
     def against(self) -> list[str]:
         return _against(self.definition)
 
-    def of(self, arm: str) -> list[Run]:
+    def of(self, arm: str) -> list[StudyRun]:
         return sorted((run for run in self.runs if run.arm == arm), key=lambda run: run.seed)
 
 
@@ -92,7 +92,7 @@ def load_study(path: Path, out: Path) -> Study:
         whole = merged(tree, changes)
         for seed in definition.seeds:
             config = validated(Config, merged(whole, {"run": {"seed": seed}}), f"{path}, arm {arm}")
-            runs[arm, seed] = Run(arm, seed, config, out / arm / f"seed-{seed}")
+            runs[arm, seed] = StudyRun(arm, seed, config, out / arm / f"seed-{seed}")
     reference = _against(definition)[0]
     for arm in definition.arms:
         _refuse_other_terms(runs[reference, definition.seeds[0]], runs[arm, definition.seeds[0]], path)
@@ -101,7 +101,7 @@ def load_study(path: Path, out: Path) -> Study:
     return Study(path.stem, path, out, definition, tuple(runs[key] for key in order))
 
 
-def chosen(study: Study, arms: str | None, seeds: str | None) -> list[Run]:
+def chosen(study: Study, arms: str | None, seeds: str | None) -> list[StudyRun]:
     """The runs of some arms and seeds, named with commas; None: all. Raises UsageError for what there is not."""
     wanted = arms.split(",") if arms else list(study.definition.arms)
     numbers = seeds.split(",") if seeds else [str(seed) for seed in study.definition.seeds]
@@ -118,7 +118,7 @@ def _against(definition: Definition) -> list[str]:
     return definition.against or usual or [next(iter(definition.arms))]
 
 
-def _refuse_other_terms(a: Run, b: Run, path: Path) -> None:
+def _refuse_other_terms(a: StudyRun, b: StudyRun, path: Path) -> None:
     left, right = (_terms(run.config) for run in (a, b))
     differ = [f"{k} is {left[k]} and {right[k]}" for k in left if left[k] != right[k]]
     if differ:

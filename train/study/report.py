@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..report.demo import COLOURS, INK, curve, figure, page
-from .table import Curve, Detectable, Difference, Estimate, Row, Table
+from .table import ArmRow, Curve, Detectable, ErrorDifference, Estimate, Table
 
 
 def points(estimate: Estimate, sign: bool = False) -> str:
@@ -36,14 +36,14 @@ def limit(found: Detectable) -> str:
     )
 
 
-def difference(found: Difference | None) -> str:
+def difference(found: ErrorDifference | None) -> str:
     if found is None:
         return ""
     seeds = ", ".join(f"{100 * x:+.1f}" for x in found.by_seed)
     return f"{points(found.estimate, True)}; {100 * found.relative:+.0f} %; {found.verdict} [{seeds}]"
 
 
-def to(row: Row, arm: str) -> Difference | None:
+def to(row: ArmRow, arm: str) -> ErrorDifference | None:
     return next((d for d in row.differences if d.to == arm), None)
 
 

@@ -23,7 +23,7 @@ from ...data.files.atomic import sync
 from ...data.files.plainfile import read_plain
 from ..config import Config, load_config
 from ..run import identity
-from .definition import Run, Study
+from .definition import Study, StudyRun
 
 Say = Callable[[str], None]
 
@@ -32,11 +32,11 @@ class StudyError(StillhouseError):
     """Some runs of a study failed; the others are done."""
 
 
-def hypotheses(run: Run, split: str) -> Path:
+def hypotheses(run: StudyRun, split: str) -> Path:
     return run.folder / f"hyp-{split}.jsonl"
 
 
-def done(run: Run, study: Study) -> bool:
+def done(run: StudyRun, study: Study) -> bool:
     """Whether a run is trained and decoded as the study wants it."""
     try:
         result = json.loads(read_plain(run.folder / "result.json"))
@@ -51,7 +51,7 @@ def check(study: Study) -> None:
     refuse_unlike(study.runs)
 
 
-def refuse_other_settings(runs: Iterable[Run]) -> None:
+def refuse_other_settings(runs: Iterable[StudyRun]) -> None:
     """Raises StaleError for a folder that holds a run with other settings than the study's."""
     from ..run.identity import refuse_other_settings as refuse
 
@@ -61,12 +61,12 @@ def refuse_other_settings(runs: Iterable[Run]) -> None:
             refuse(load_config(settings), run.config, settings)
 
 
-def refuse_unlike(runs: Iterable[Run]) -> None:
+def refuse_unlike(runs: Iterable[StudyRun]) -> None:
     """Raises StaleError where runs that have begun differ in data, budget or first weights, naming what differs.
 
     Of one seed everything must be equal; between seeds, the budget.
     """
-    first: dict[int, tuple[Run, dict]] = {}
+    first: dict[int, tuple[StudyRun, dict]] = {}
     for run in runs:
         found = identity.read(run.folder)
         if found is None:
@@ -91,12 +91,12 @@ def refuse_unlike(runs: Iterable[Run]) -> None:
             )
 
 
-def done_training(run: Run) -> bool:
+def done_training(run: StudyRun) -> bool:
     return (run.folder / "checkpoints" / f"step-{run.config.optim.steps:08d}").is_dir()
 
 
 def run_study(
-    study: Study, runs: Sequence[Run], *, jobs: int, say: Say, limits: Callable[[], Iterable[str]]
+    study: Study, runs: Sequence[StudyRun], *, jobs: int, say: Say, limits: Callable[[], Iterable[str]]
 ) -> list[str]:
     """Make those of `runs` that are not done, `jobs` at a time. Returns what went wrong, a line a failed run.
 
@@ -107,7 +107,7 @@ def run_study(
     waiting = deque(run for run in runs if not done(run, study))
     say(f"{len(runs)} runs, {len(runs) - len(waiting)} of them done; {jobs} at a time")
     unsaid = list(study.of(study.against[0])) if waiting else []
-    working: dict[Connection, tuple[Any, Run]] = {}
+    working: dict[Connection, tuple[Any, StudyRun]] = {}
 
     def foretell() -> None:
         busy = [run for _, run in working.values()]

@@ -14,7 +14,7 @@ import numpy as np
 from ...data.errors import CorpusError
 from ..report.demo import read_metrics
 from ..score.wer import counts, read_hypotheses, resampled
-from .definition import Run, Study, differing
+from .definition import Study, StudyRun, differing
 from .runs import check, done, hypotheses
 
 Curve = list[tuple[float, float]]  # (step, value)
@@ -32,7 +32,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Difference:
+class ErrorDifference:
     """This arm less `to`, over the seeds that both have; `by_seed` in the order of the seeds.
 
     verdict: "lower" or "higher" where the difference is more than 1.96 times its standard error, taken from the spread
@@ -47,7 +47,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Row:
+class ArmRow:
     """One arm on one split, averaged over its seeds."""
 
     arm: str
@@ -55,7 +55,7 @@ class Row:
     seeds: tuple[int, ...]
     wer: Estimate
     cer: Estimate
-    differences: tuple[Difference, ...]
+    differences: tuple[ErrorDifference, ...]
     steps: int
     seconds: float  # of training a run, the mean
     transfer: float | None  # the transfer loss over the last tenth of training, the mean
@@ -78,13 +78,13 @@ class Table:
     study: str
     metric: str
     against: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[ArmRow, ...]
     detectable: tuple[Detectable, ...]
     missing: tuple[str, ...]  # runs that are not done
     changes: dict[str, str]  # what each arm changes
     commands: dict[str, str]  # arm -> the command that makes it
 
-    def of(self, split: str) -> list[Row]:
+    def of(self, split: str) -> list[ArmRow]:
         return [row for row in self.rows if row.split == split]
 
 
@@ -106,7 +106,7 @@ def tabulate(study: Study) -> Table:
     check(study)
     definition = study.definition
     finished = {arm: [run for run in study.of(arm) if done(run, study)] for arm in definition.arms}
-    rows: list[Row] = []
+    rows: list[ArmRow] = []
     for split in definition.test:
         found = {arm: _read(runs, split) for arm, runs in finished.items() if runs}
         _refuse_other_transcripts(found, split)
@@ -163,7 +163,7 @@ def _mean_curve(runs: Sequence[list[dict]], kind: str, key: str, scale: float) -
     return [(step, float(np.mean(values))) for step, values in sorted(found.items())]
 
 
-def _metrics(run: Run) -> list[dict]:
+def _metrics(run: StudyRun) -> list[dict]:
     path = run.folder / "metrics.jsonl"
     return read_metrics(path) if path.exists() else []
 
@@ -188,7 +188,7 @@ def detectable(errors: _Errors, split: str, metric: str, arm: str, seeds: int) -
     return Detectable(split, FOUND * (variance / seeds) ** 0.5, seeds, len(errors.ids), how)
 
 
-def _read(runs: Sequence[Run], split: str) -> _Errors:
+def _read(runs: Sequence[StudyRun], split: str) -> _Errors:
     ids: list[str] = []
     texts: list[str] = []
     errors: dict[str, list[np.ndarray]] = {"wer": [], "cer": []}
@@ -240,14 +240,16 @@ def _mean(errors: _Errors, metric: str) -> Estimate:
     return _estimate(value, _rates(errors, metric).mean(1))
 
 
-def _row(arm: str, split: str, runs: Sequence[Run], errors: _Errors, others: dict[str, _Errors], metric: str) -> Row:
+def _row(
+    arm: str, split: str, runs: Sequence[StudyRun], errors: _Errors, others: dict[str, _Errors], metric: str
+) -> ArmRow:
     metrics = [_metrics(run) for run in runs]
     trained = [[m for m in lines if m["kind"] == "train"] for lines in metrics]
     evaluated = [m["rnnt"] for lines in metrics for m in lines if "rnnt" in m and _is_last(m, runs[0])]
     seconds = [sum(m["seconds"] for m in lines) for lines in trained]
     ends = [m["transfer"] for lines in trained for m in lines[-max(1, len(lines) // 10) :] if "transfer" in m]
     differences = tuple(_difference(errors, other, to, metric) for to, other in others.items())
-    return Row(
+    return ArmRow(
         arm,
         split,
         tuple(errors.seeds),
@@ -261,11 +263,11 @@ def _row(arm: str, split: str, runs: Sequence[Run], errors: _Errors, others: dic
     )
 
 
-def _is_last(line: dict, run: Run) -> bool:
+def _is_last(line: dict, run: StudyRun) -> bool:
     return line["kind"] == "dev" and line["step"] == run.config.optim.steps
 
 
-def _difference(mine: _Errors, theirs: _Errors, to: str, metric: str) -> Difference | None:
+def _difference(mine: _Errors, theirs: _Errors, to: str, metric: str) -> ErrorDifference | None:
     common = sorted(set(mine.seeds) & set(theirs.seeds))
     if not common:
         return None
@@ -281,4 +283,4 @@ def _difference(mine: _Errors, theirs: _Errors, to: str, metric: str) -> Differe
     if len(common) == 1:
         verdict = "one seed"
     relative = value / float(b.mean()) if b.mean() else 0.0
-    return Difference(to, _estimate(value, drawn), relative, tuple(float(x) for x in by_seed), verdict)
+    return ErrorDifference(to, _estimate(value, drawn), relative, tuple(float(x) for x in by_seed), verdict)

@@ -57,7 +57,7 @@ class NumbersDiffer:
 
 
 @dataclass(frozen=True)
-class HeldDiffers:
+class AvailableDiffers:
     """A view of both stores, of which one has states of more tokens: its extraction is further on."""
 
     view: str
@@ -66,7 +66,7 @@ class HeldDiffers:
 
 
 @dataclass(frozen=True)
-class Difference:
+class StoreDifference:
     a: str
     b: str
     same: bool
@@ -77,7 +77,7 @@ class Difference:
     settings: list[SettingDiffers]
     utterances: UtterancesDiffer
     numbers: list[NumbersDiffer]
-    held: list[HeldDiffers] = field(default_factory=list)
+    held: list[AvailableDiffers] = field(default_factory=list)
 
 
 # What a teacher has by its place on the axes, or by its history, is told by the views
@@ -91,7 +91,7 @@ def diff(
     seed: int = 0,
     report: Callable[[View], None] | None = None,
     full: bool = False,
-) -> Difference:
+) -> StoreDifference:
     """Compare settings, utterances and the states of about `tokens` tokens a view (None: 20,000, but fewer of views
     that are wide or many), or `full`: of all.
     """
@@ -120,10 +120,10 @@ def diff(
     only_a, only_b = sorted(views_a - views_b), sorted(views_b - views_a)
     u = utterances
     whole = set(a.views) & set(b.views)
-    counted = [HeldDiffers(v.address, _held_tokens(a, v), _held_tokens(b, v)) for v in shared if v not in whole]
+    counted = [AvailableDiffers(v.address, _held_tokens(a, v), _held_tokens(b, v)) for v in shared if v not in whole]
     held = [h for h in counted if h.a != h.b]
     same = not (held or settings or only_a or only_b or u.only_a or u.only_b or u.changed or u.tokenised)
-    return Difference(
+    return StoreDifference(
         a=str(a.path),
         b=str(b.path),
         same=same and all(n.equal == 1 for n in numbers),
@@ -139,7 +139,7 @@ def diff(
 
 
 def _held_tokens(store: Store, view: View) -> int:
-    return int(store.lengths(view.teacher)[store.held(view)].sum())
+    return int(store.lengths(view.teacher)[store.available(view)].sum())
 
 
 def _width(store: Store, view: View) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ....data.errors import NoStoreError, StoreError, UsageError, some
+from ....data.errors import NoStoreError, StoreError, UsageError, first_few
 from ...store import Store, View
 from ..sample import held_rows
 from .utterance import pieces_of
@@ -24,7 +24,7 @@ MOST_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportedStates:
     """What was written. Utterances that some view lacks are left out and counted."""
 
     path: str
@@ -44,7 +44,7 @@ def export(
     rows: np.ndarray | None = None,
     float32: bool = False,
     force: bool = False,
-) -> Exported:
+) -> ExportedStates:
     """Write states of utterances (rows of the store; None: all) with their token ids, pieces and spans.
 
     Arrays are packed: `TEACHER/length` says how many tokens each utterance has. float16 stays float16 and int8 becomes
@@ -64,7 +64,7 @@ def export(
     asked = len(store.utterance_ids) if rows is None else len(rows)
     if not len(chosen):
         raise NoStoreError(
-            f"none of {asked:,} utterances has states in {some([v.address for v in views])}",
+            f"none of {asked:,} utterances has states in {first_few([v.address for v in views])}",
             where=store.address,
             remedy="name fewer views, or finish the extraction",
         )
@@ -100,7 +100,9 @@ def export(
     finally:
         scratch.unlink(missing_ok=True)
     addresses = [v.address for v in views]
-    return Exported(str(path), path.suffix[1:], addresses, len(ids), asked - len(ids), tokens, path.stat().st_size)
+    return ExportedStates(
+        str(path), path.suffix[1:], addresses, len(ids), asked - len(ids), tokens, path.stat().st_size
+    )
 
 
 def _hdf5(path: Path, ids: list[str], arrays: dict[str, np.ndarray]) -> None:

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 
 from ....data.errors import NoStoreError, StoreError
-from ...maintain.repair import Mended
+from ...maintain.repair import Repaired
 from ...store import Store, View
 from ...store.disk.layout import VERSION, Paths
 from ...store.format.arrays import RawArray
-from ...store.format.plan import Unit
-from ...store.remote.paths import located, mirror_of, origin
+from ...store.format.plan import WorkItem
+from ...store.remote.paths import address_of, local_copy, mirror_of
 from ...store.verify.sums import unchecked
-from ...store.verify.verify import Finding, damaged_records, findings
+from ...store.verify.verify import StoreFinding, damaged_records, findings
 
 
 def as_json(fact: Any, kind: str) -> dict[str, Any]:
@@ -139,12 +139,12 @@ class Verified:
     units: int  # committed, counted for each layer
     units_planned: int
     data: float
-    findings: list[Finding]
-    mended: list[Mended] = field(default_factory=list)  # with --repair: what was put right before this look
+    findings: list[StoreFinding]
+    mended: list[Repaired] = field(default_factory=list)  # with --repair: what was put right before this look
     unchecked: list[str] = field(default_factory=list)  # what was written before it had checksums
 
 
-def verified(store: Store, data: float = 0.0, report: Callable[[Unit], None] | None = None) -> Verified:
+def verified(store: Store, data: float = 0.0, report: Callable[[WorkItem], None] | None = None) -> Verified:
     """Errors: StoreError where the plan itself cannot be read."""
     found = list(findings(store, data, report))
     try:
@@ -166,11 +166,11 @@ def verified(store: Store, data: float = 0.0, report: Callable[[Unit], None] | N
 
 def unopened(path: Path, error: StoreError) -> Verified:
     """A store that does not open, whose damaged records say why. Errors: the error, where they do not."""
-    root = located(path)
+    root = local_copy(path)
     found = damaged_records(Paths(root))
     if not found:
         raise error
-    return Verified(str(origin(root)), complete=False, units=0, units_planned=0, data=0.0, findings=found)
+    return Verified(str(address_of(root)), complete=False, units=0, units_planned=0, data=0.0, findings=found)
 
 
 def _teacher_facts(store: Store, name: str, views: list[ViewFacts]) -> TeacherFacts:
@@ -211,7 +211,7 @@ def view_facts(store: Store, views: Sequence[View]) -> list[ViewFacts]:
 
 def _view_facts(store: Store, view: View, complete: bool) -> ViewFacts:
     teacher, commits = store.plan.teachers[view.teacher], store.commits(view.teacher, view.context)
-    planned = [u for u in store.plan.units(view.teacher) if u.context == view.context and view.layer in u.layers]
+    planned = [u for u in store.plan.work_items(view.teacher) if u.context == view.context and view.layer in u.layers]
     # A later generation may make a shard anew; the shard counts once
     shards = {u.shard.number: u.shard for u in planned}
     need = {u.shard.number: u.generation.number for u in planned}

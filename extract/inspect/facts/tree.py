@@ -14,7 +14,7 @@ from typing import Any
 from ....data.errors import StoreError
 from ...store import Store
 from ...store.disk.durable import read_json
-from ...store.disk.json_records import fits
+from ...store.disk.json_records import matches_type
 from ...store.remote.paths import mirror_of
 from .store import files
 
@@ -74,11 +74,15 @@ def _nodes(root: Path, place: tuple[str, ...], sizes: Sizes) -> Iterator[Node]:
         meta = read_json(file)
     except FileNotFoundError as e:
         raise StoreError("leads nowhere, or was cleared away just now", where=file) from e
-    if not fits(meta, dict[str, Any]) or meta.get("node_type") not in ("array", "group"):
+    if not matches_type(meta, dict[str, Any]) or meta.get("node_type") not in ("array", "group"):
         raise StoreError("damaged", where=file, expected="the metadata of a Zarr array or group")
     if meta["node_type"] == "array":
         shape, attributes, names = meta.get("shape"), meta.get("attributes", {}), meta.get("dimension_names")
-        sound = fits(shape, list[int]) and fits(attributes, dict[str, Any]) and fits(names, list[str | None] | None)
+        sound = (
+            matches_type(shape, list[int])
+            and matches_type(attributes, dict[str, Any])
+            and matches_type(names, list[str | None] | None)
+        )
         if not sound:
             raise StoreError("damaged: shape, attributes or dimension_names", where=file)
         dtype = str(attributes.get("logical_dtype", meta.get("data_type")))

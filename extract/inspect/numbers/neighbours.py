@@ -194,14 +194,14 @@ class Moved:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class NeighbourComparison:
     a: str
     b: str
     cosine: float  # mean over the tokens
     tokens: list[Moved]
 
 
-def compare(store: Store, utterance: str, views: Sequence[View]) -> list[Comparison]:
+def compare(store: Store, utterance: str, views: Sequence[View]) -> list[NeighbourComparison]:
     """Each other view against the first, token by token. They must be views of one teacher.
 
     Errors: UsageError for views of several teachers or fewer than two; NoStoreError for what is not there.
@@ -226,5 +226,5 @@ def compare(store: Store, utterance: str, views: Sequence[View]) -> list[Compari
         distance = np.linalg.norm(first - other, axis=1) / np.maximum(lengths[0], 1e-30)
         moved = [Moved(i, t.piece, c, d) for i, (t, c, d) in enumerate(zip(tokens, cosine.tolist(), distance.tolist()))]
         mean = float(cosine.mean()) if len(cosine) else 1.0
-        found.append(Comparison(views[0].address, view.address, mean, moved))
+        found.append(NeighbourComparison(views[0].address, view.address, mean, moved))
     return found

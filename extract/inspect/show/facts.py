@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from .terminal import columns, pad, pairs, share, size, table, tables, width, wrap
 
 if TYPE_CHECKING:
-    from ..facts.export import Exported
+    from ..facts.export import ExportedStates
     from ..facts.store import StoreFacts, TeacherFacts, UtteranceFacts, Verified, ViewFacts
     from ..facts.tree import Node
     from ..facts.utterance import Shown, ShownTeacher
@@ -140,7 +140,7 @@ def tree(path: str, nodes: Sequence[Node]) -> str:
     return "\n".join([path, *told])
 
 
-def exported(e: Exported) -> str:
+def exported(e: ExportedStates) -> str:
     tokens = ", ".join(f"{n:,} tokens of {name}" for name, n in e.tokens.items())
     left = f"; {e.left_out:,} utterances without all these views left out" if e.left_out else ""
     return f"{e.path}: {e.utterances:,} utterances, {tokens}, {len(e.views)} views, {size(e.bytes)}{left}"

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from .terminal import columns, pad, printable, share, table, tables, width, wrap
 
 if TYPE_CHECKING:
-    from ..facts.diff import Difference
+    from ..facts.diff import StoreDifference
     from ..numbers.choose_views import Choice, Probed
-    from ..numbers.neighbours import Comparison, Neighbours
+    from ..numbers.neighbours import NeighbourComparison, Neighbours
     from ..numbers.similarity import Similarity
     from ..numbers.statistics import Statistics
 
@@ -134,7 +134,7 @@ def _first(text: str, room: int, cut: bool) -> str:
     return kept + "…" if text or cut else ""
 
 
-def compared(listed: Sequence[Comparison]) -> str:
+def compared(listed: Sequence[NeighbourComparison]) -> str:
     first = listed[0]
     rows = [
         (m.token, m.piece, *(cell for x in moved for cell in (f"{x.cosine:.3f}", f"{x.distance:.2f}")))
@@ -148,7 +148,7 @@ def compared(listed: Sequence[Comparison]) -> str:
     return f"against {first.a}\n{drawn}\n{told}"
 
 
-def difference(d: Difference) -> str:
+def difference(d: StoreDifference) -> str:
     lines = [f"a  {d.a}", f"b  {d.b}"]
     for side, teachers, listed in (("a", d.teachers_only_a, d.views_only_a), ("b", d.teachers_only_b, d.views_only_b)):
         if teachers:

@@ -34,7 +34,7 @@ SEARCHED = 100_000  # tokens that the nearest ones are looked for among, where t
 
 
 @dataclass(frozen=True)
-class Report:
+class StorePage:
     """What the page shows; `maps` are of words in the last layer of each teacher."""
 
     store: facts.StoreFacts
@@ -56,7 +56,7 @@ def collect(
     seed: int = 0,
     full: bool = False,
     report: Callable[[View], None] | None = None,
-) -> Report:
+) -> StorePage:
     """All facts of a page. Views of which nothing is committed are listed and no more; words None has are left out.
 
     Samples are bounded, so that a page takes seconds of any store; `full`: every view, every token, but for CKA.
@@ -89,7 +89,7 @@ def collect(
         for row in held_rows(store, there)[:MOST_UTTERANCES]:
             shown.append(showing.show(store, store.index.id(int(row)), views))
     measured = there if full else spread(there, MOST_MEASURED)
-    return Report(
+    return StorePage(
         store=facts.store_facts(store),
         views=listed,
         statistics=statistics.statistics(
@@ -131,7 +131,7 @@ def _words(store: Store, view: View, count: int = 3) -> list[str]:
     return list(dict.fromkeys(word for _, word in sorted(good)))[:count]
 
 
-def render(report: Report) -> str:
+def render(report: StorePage) -> str:
     """The page."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -165,7 +165,7 @@ def check_path(path: Path, force: bool) -> None:
         raise UsageError("is there already", where=path, remedy="remove it or give --force")
 
 
-def write(report: Report, path: Path) -> None:
+def write(report: StorePage, path: Path) -> None:
     """The page appears whole or not at all."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -13,39 +13,39 @@ from typing import Any
 
 from .layout import crc32c
 
-SEAL = "crc32c"
+CHECKSUM_KEY = "crc32c"
 _STATED = re.compile(rb'"crc32c": (\d+)')
 
 
-def sealed(value: dict[str, Any], name: str) -> bytes:
+def with_checksum(value: dict[str, Any], name: str) -> bytes:
     """The file `name` of a JSON object, its seal last; zarr.json has it among its attributes, where it may be."""
-    value = unsealed(value, name)
+    value = without_checksum(value, name)
     if name == "zarr.json":
-        bare = {**value, "attributes": {**value.get("attributes", {}), SEAL: 0}}
-        return _dumped({**bare, "attributes": {**bare["attributes"], SEAL: crc32c(_dumped(bare))}})
-    return _dumped({**value, SEAL: crc32c(_dumped({**value, SEAL: 0}))})
+        bare = {**value, "attributes": {**value.get("attributes", {}), CHECKSUM_KEY: 0}}
+        return _dumped({**bare, "attributes": {**bare["attributes"], CHECKSUM_KEY: crc32c(_dumped(bare))}})
+    return _dumped({**value, CHECKSUM_KEY: crc32c(_dumped({**value, CHECKSUM_KEY: 0}))})
 
 
 def _dumped(value: Any) -> bytes:
     return (json.dumps(value, indent=1) + "\n").encode()
 
 
-def unsealed(value: Any, name: str) -> Any:
+def without_checksum(value: Any, name: str) -> Any:
     """The object without its seal."""
     if not isinstance(value, dict):
         return value
     if name == "zarr.json":
         attributes = value.get("attributes")
-        if isinstance(attributes, dict) and SEAL in attributes:
-            return {**value, "attributes": {k: v for k, v in attributes.items() if k != SEAL}}
+        if isinstance(attributes, dict) and CHECKSUM_KEY in attributes:
+            return {**value, "attributes": {k: v for k, v in attributes.items() if k != CHECKSUM_KEY}}
         return value
-    return {k: v for k, v in value.items() if k != SEAL}
+    return {k: v for k, v in value.items() if k != CHECKSUM_KEY}
 
 
-def seal_damage(value: Any, name: str) -> str | None:
+def checksum_error(value: Any, name: str) -> str | None:
     """What is wrong with a JSON file that could be read; None: nothing, or it has no seal."""
     holder = value
-    for key in ("attributes", SEAL) if name == "zarr.json" else (SEAL,):
+    for key in ("attributes", CHECKSUM_KEY) if name == "zarr.json" else (CHECKSUM_KEY,):
         if not isinstance(holder, dict):
             return "it is no JSON object"
         if key not in holder:
@@ -53,16 +53,16 @@ def seal_damage(value: Any, name: str) -> str | None:
             return f"it has {almost[0]!r} in place of {key!r}" if almost else None
         holder = holder[key]
     try:
-        whole = json.loads(sealed(value, name))
+        whole = json.loads(with_checksum(value, name))
     except (TypeError, ValueError, RecursionError):
         return "it is no JSON of a store"
-    right = (whole["attributes"] if name == "zarr.json" else whole)[SEAL]
+    right = (whole["attributes"] if name == "zarr.json" else whole)[CHECKSUM_KEY]
     return None if holder == right else "what it says differs from its checksum"
 
 
-def has_seal(value: Any, name: str) -> bool:
+def has_checksum(value: Any, name: str) -> bool:
     """Whether a JSON file has a checksum at all."""
-    return unsealed(value, name) != value
+    return without_checksum(value, name) != value
 
 
 def _one_bit_apart(a: bytes, b: bytes) -> bool:
@@ -116,7 +116,7 @@ def mended(data: bytes, name: str) -> bytes | None:
     for candidate in _candidates(data):
         try:
             value = json.loads(candidate)
-            if has_seal(value, name) and seal_damage(value, name) is None:
+            if has_checksum(value, name) and checksum_error(value, name) is None:
                 return candidate
         except (ValueError, RecursionError):
             continue

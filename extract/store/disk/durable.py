@@ -25,11 +25,11 @@ from typing import Any
 from ....data.errors import LockedError, StoreError
 from ....data.files.plainfile import open_plain
 from ..remote.paths import local, mirror_of
-from .checksums import sealed
+from .checksums import with_checksum
 from .layout import Paths
 
 
-def phase(name: str) -> None:
+def crash_point(name: str) -> None:
     """Called where a writer may die and must not lose anything; crash tests put a SIGKILL here."""
 
 
@@ -63,7 +63,7 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with room(path), open(tmp, "wb") as f:
+        with explain_full_disk(path), open(tmp, "wb") as f:
             f.write(data)
             f.flush()
             if _later.get() is None:
@@ -95,7 +95,7 @@ def synced_together() -> Iterator[None]:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """With its checksum in it; see seals.py."""
-    write_bytes(path, sealed(value, path.name))
+    write_bytes(path, with_checksum(value, path.name))
 
 
 def read_json(path: Path) -> Any:
@@ -115,7 +115,7 @@ _LARGEST_JSON = 1 << 30
 
 
 @contextmanager
-def room(where: Path) -> Iterator[None]:
+def explain_full_disk(where: Path) -> Iterator[None]:
     """Turn a full disk into an error that says what to do; the store stays valid, so the same command resumes."""
     try:
         yield

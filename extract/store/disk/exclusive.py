@@ -17,7 +17,7 @@ from .layout import Paths
 
 
 @contextmanager
-def nobody_writes(paths: Paths) -> Iterator[None]:
+def exclusive_access(paths: Paths) -> Iterator[None]:
     """While this is held no writer begins. Errors: LockedError where one is at work."""
     with Lock(paths.lock("tmp"), wait=True):
         living = [f.name for f in paths.tmp.iterdir() if (f / "lock").exists()] if paths.tmp.is_dir() else []

@@ -31,7 +31,7 @@ def as_record(kind: type[Kind], value: object, where: Path, **known: object) -> 
     for name, found in value.items():
         if name not in types_of:
             raise StoreError(f"damaged: {kind.__name__} has no {str(name)!r:.60}", where=where)
-        if name not in known and not fits(found, types_of[name]):
+        if name not in known and not matches_type(found, types_of[name]):
             raise StoreError(f"damaged: {name} is {found!r:.60}", where=where, expected=_word(types_of[name]))
     needed = {f.name for f in dataclasses.fields(kind) if _required(f)}  # type: ignore[arg-type]
     missing = sorted(needed - value.keys() - known.keys())
@@ -40,7 +40,7 @@ def as_record(kind: type[Kind], value: object, where: Path, **known: object) -> 
     return kind(**{**value, **known})
 
 
-def fits(value: object, wanted: Any) -> bool:
+def matches_type(value: object, wanted: Any) -> bool:
     """Whether a JSON value is of a type such as `dict[str, list[int]]` or `str | None`. Integers are finite and below
     2^53; text has no half surrogates and no NUL.
     """
@@ -48,11 +48,13 @@ def fits(value: object, wanted: Any) -> bool:
     if wanted is Any:
         return True
     if origin in (types.UnionType, typing.Union):
-        return any(fits(value, w) for w in inner)
+        return any(matches_type(value, w) for w in inner)
     if origin is list:
-        return isinstance(value, list) and all(fits(v, inner[0]) for v in value)
+        return isinstance(value, list) and all(matches_type(v, inner[0]) for v in value)
     if origin is dict:
-        return isinstance(value, dict) and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
+        return isinstance(value, dict) and all(
+            matches_type(k, inner[0]) and matches_type(v, inner[1]) for k, v in value.items()
+        )
     if wanted is bool or wanted is type(None):
         return isinstance(value, wanted)
     if wanted is int:

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from ....data.errors import StoreError
-from ..disk.durable import open_sized, pwrite_all, read_json, room, write_bytes, write_json
+from ..disk.durable import explain_full_disk, open_sized, pwrite_all, read_json, write_bytes, write_json
 from ..remote.paths import local, mirror_of
-from .block_sums import note
+from .block_sums import record_sums
 
 _NUMPY = {
     "int8": "i1",
@@ -192,7 +192,7 @@ class RawArray:
             path = self.file(*lead, index)
             if not path.exists():
                 written += [p for p in path.parents if p.is_relative_to(self.path)]
-            with room(path):
+            with explain_full_disk(path):
                 fd = open_sized(path, length * item)
                 try:
                     pwrite_all(fd, memoryview(part.data).cast("B"), inside * item)
@@ -215,5 +215,5 @@ def create_array(path: Path, meta: dict[str, Any], values: np.ndarray | None = N
             part = values[tuple(slice(i * c, (i + 1) * c) for i, c in zip(index, chunks))]
             block[tuple(slice(0, n) for n in part.shape)] = part
             write_bytes(path.joinpath("c", *map(str, index)), block.tobytes())
-        note(path, np.asarray(values, dtype))
+        record_sums(path, np.asarray(values, dtype))
     write_json(path / "zarr.json", meta)

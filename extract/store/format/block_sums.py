@@ -18,16 +18,16 @@ from typing import Any
 import numpy as np
 
 from ....data.errors import StoreError
-from ..disk.checksums import unsealed
+from ..disk.checksums import without_checksum
 from ..disk.durable import read_json, write_json
-from ..disk.json_records import fits
+from ..disk.json_records import matches_type
 from ..disk.layout import Paths, crc32c
 
 BLOCK_ROWS = 64
 
 
 @dataclass(frozen=True)
-class Summed:
+class RowSums:
     """Rows [first, last) of an array and the crc32c of each block of them, uint32."""
 
     first: int
@@ -41,19 +41,19 @@ class Summed:
             yield begin, min(begin + BLOCK_ROWS, self.last), crc
 
 
-Sums = dict[str, list[Summed]]  # by array, as "minilm/token_id"
+Sums = dict[str, list[RowSums]]  # by array, as "minilm/token_id"
 
-_noting: ContextVar[dict[Path, list[Summed]] | None] = ContextVar("_noting", default=None)
+_noting: ContextVar[dict[Path, list[RowSums]] | None] = ContextVar("_noting", default=None)
 
 
 @contextmanager
-def noted() -> Iterator[dict[Path, list[Summed]]]:
+def recording_sums() -> Iterator[dict[Path, list[RowSums]]]:
     """The sums of all that `note` is told in here, by the array's folder. Inside another, it is that one."""
     outer = _noting.get()
     if outer is not None:
         yield outer
         return
-    found: dict[Path, list[Summed]] = {}
+    found: dict[Path, list[RowSums]] = {}
     token = _noting.set(found)
     try:
         yield found
@@ -61,7 +61,7 @@ def noted() -> Iterator[dict[Path, list[Summed]]]:
         _noting.reset(token)
 
 
-def note(path: Path, values: np.ndarray, first: int = 0) -> None:
+def record_sums(path: Path, values: np.ndarray, first: int = 0) -> None:
     """Rows [first, first + len(values)) of an array have been written; first 0: the array is a new one."""
     noting = _noting.get()
     if noting is None or not len(values):
@@ -70,7 +70,7 @@ def note(path: Path, values: np.ndarray, first: int = 0) -> None:
     size = len(data) // len(values) * BLOCK_ROWS
     crc = [crc32c(data[a : a + size]) for a in range(0, len(data), size)]
     before = noting.get(path, []) if first else []
-    noting[path] = [*before, Summed(first, first + len(values), np.array(crc, np.uint32))]
+    noting[path] = [*before, RowSums(first, first + len(values), np.array(crc, np.uint32))]
 
 
 def write_sums(paths: Paths, number: int, sums: Sums) -> None:
@@ -86,20 +86,20 @@ def read_sums(paths: Paths, number: int) -> Sums:
     """Those of a generation; none where it was written before there were any. Errors: StoreError where damaged."""
     path = paths.sums(number)
     try:
-        value = unsealed(read_json(path), path.name)
+        value = without_checksum(read_json(path), path.name)
     except FileNotFoundError:
         return {}
     if not isinstance(value, dict) or value.get("block_rows") != BLOCK_ROWS:
         raise _damaged(path)
     arrays = value.get("arrays")
-    if not fits(arrays, dict[str, list[list[Any]]]):
+    if not matches_type(arrays, dict[str, list[list[Any]]]):
         raise _damaged(path)
     assert isinstance(arrays, dict)
     return {name: [_summed(path, part) for part in parts] for name, parts in arrays.items()}
 
 
-def _summed(path: Path, part: list[Any]) -> Summed:
-    if len(part) != 3 or not fits(part[:2], list[int]) or not isinstance(part[2], str):
+def _summed(path: Path, part: list[Any]) -> RowSums:
+    if len(part) != 3 or not matches_type(part[:2], list[int]) or not isinstance(part[2], str):
         raise _damaged(path)
     first, last, text = part
     try:
@@ -108,15 +108,15 @@ def _summed(path: Path, part: list[Any]) -> Summed:
         raise _damaged(path) from None
     if not 0 <= first < last or len(crc) != -(-(last - first) // BLOCK_ROWS):
         raise _damaged(path)
-    return Summed(first, last, crc)
+    return RowSums(first, last, crc)
 
 
 def _damaged(path: Path) -> StoreError:
     return StoreError("the checksums of the plan are damaged", where=path, remedy="stillhouse inspect verify STORE")
 
 
-def carried(
-    paths: Paths, before: list[tuple[int, str]], teacher: str, edition: int, made: dict[Path, list[Summed]]
+def inherited_sums(
+    paths: Paths, before: list[tuple[int, str]], teacher: str, edition: int, made: dict[Path, list[RowSums]]
 ) -> Sums:
     """The sums of a new generation of `teacher`: what earlier ones, [(number, teacher), …], said of what it still
     uses, and what has been `made` since. `edition` is its table of utterances.

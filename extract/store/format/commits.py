@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ....data.errors import StoreError
-from ..disk.checksums import sealed, unsealed
-from ..disk.durable import fsync_folder, phase, read_json, room
+from ..disk.checksums import with_checksum, without_checksum
+from ..disk.durable import crash_point, explain_full_disk, fsync_folder, read_json
 from ..disk.json_records import as_record
 from ..disk.layout import Paths
 from ..remote.paths import mirror_of
@@ -49,11 +49,11 @@ def link_commit(paths: Paths, scratch: Path, commit: Commit) -> bool:
     target = paths.commit(commit.teacher, commit.context, commit.shard, commit.generation)
     target.parent.mkdir(parents=True, exist_ok=True)
     tmp = scratch / target.name
-    with room(target), open(tmp, "wb") as f:
-        f.write(sealed(asdict(commit), target.name))
+    with explain_full_disk(target), open(tmp, "wb") as f:
+        f.write(with_checksum(asdict(commit), target.name))
         f.flush()
         os.fsync(f.fileno())
-    phase("before_link")
+    crash_point("before_link")
     try:
         os.link(tmp, target)
     except FileExistsError:
@@ -61,7 +61,7 @@ def link_commit(paths: Paths, scratch: Path, commit: Commit) -> bool:
     finally:
         tmp.unlink()
     fsync_folder(target.parent)
-    phase("after_link")
+    crash_point("after_link")
     return publish(paths, target, commit)
 
 
@@ -93,7 +93,7 @@ def publish(paths: Paths, record: Path, commit: Commit) -> bool:
 def _read(path: Path, shard: str, generation: int) -> Commit:
     """Errors: StoreError where a record is damaged, or another's."""
     try:
-        found = as_record(Commit, unsealed(read_json(path), path.name), path)
+        found = as_record(Commit, without_checksum(read_json(path), path.name), path)
     except FileNotFoundError as e:
         raise StoreError("a commit record leads nowhere, or was cleared away just now", where=path) from e
     told = {str(layer) for layer in found.layers}

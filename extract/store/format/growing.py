@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..disk.durable import fsync_all, open_sized, pwrite_all, read_json, room, write_json
+from ..disk.durable import explain_full_disk, fsync_all, open_sized, pwrite_all, read_json, write_json
 from .arrays import RawArray
-from .block_sums import note
+from .block_sums import record_sums
 
 
 def grow(path: Path, shape: dict[int, int], exactly: bool = False) -> None:
@@ -42,7 +42,7 @@ def append(path: Path, values: np.ndarray, first: int, last: bool = False) -> No
         number, inside = divmod(first + done, length)
         part = values[done : done + length - inside]
         file = array.file(number, *(0 for _ in array.shape[1:]))
-        with room(file):
+        with explain_full_disk(file):
             fd = open_sized(file, length * row_bytes)
             try:
                 pwrite_all(fd, memoryview(part.data).cast("B"), inside * row_bytes)
@@ -51,4 +51,4 @@ def append(path: Path, values: np.ndarray, first: int, last: bool = False) -> No
         written += [file, *(p for p in file.parents if p.is_relative_to(path))]
         done += len(part)
     fsync_all(written)
-    note(path, values, first)
+    record_sums(path, values, first)

@@ -57,7 +57,7 @@ def dequantise(values: np.ndarray, scale: np.ndarray, mean: np.ndarray, std: np.
 
 
 @dataclass(frozen=True)
-class Loss:
+class Int8Error:
     """How far int8 states are from the model's, as a ratio of root mean squares over all tokens: of the states as
     they are, and of the standardised ones that training sees.
     """
@@ -66,9 +66,9 @@ class Loss:
     standardised: float
 
 
-def sum_up(losses: Iterable[list[float]]) -> Loss | None:
+def sum_up(losses: Iterable[list[float]]) -> Int8Error | None:
     """From sums as `Quantised.loss` counts them; None where there are none."""
     total = np.sum([np.asarray(x, np.float64) for x in losses] or np.zeros((1, 4)), axis=0)
     if not total[1] or not total[3]:
         return None
-    return Loss(float(np.sqrt(total[0] / total[1])), float(np.sqrt(total[2] / total[3])))
+    return Int8Error(float(np.sqrt(total[0] / total[1])), float(np.sqrt(total[2] / total[3])))

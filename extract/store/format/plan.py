@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from ....data.errors import NoStoreError, StoreError, UsageError
-from ..disk.checksums import unsealed
+from ..disk.checksums import without_checksum
 from ..disk.durable import read_json, write_json
-from ..disk.json_records import MOST, as_record, fits
+from ..disk.json_records import MOST, as_record, matches_type
 from ..disk.layout import DTYPES, FORMAT, INNER_ROWS, VERSION, Paths, check_teacher_name
-from ..remote.paths import located, mirror_of
-from .block_sums import Summed, carried, write_sums
+from ..remote.paths import local_copy, mirror_of
+from .block_sums import RowSums, inherited_sums, write_sums
 
 
 @dataclass(frozen=True)
-class Teacher:
+class TeacherRecord:
     """A language model as one store uses it: all that decides what its states are. `contexts` and `layers` are
     the axes C and L of its arrays, in order of arrival.
     """
@@ -61,7 +61,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Work:
+class PlannedWork:
     """One context's layers, to be made for every shard of the generation's list."""
 
     context: str
@@ -75,7 +75,7 @@ class Generation:
 
     number: int
     teacher: str
-    work: list[Work]
+    work: list[PlannedWork]
     shard_rows: int
     shards: list[Shard]
     batch_tokens: int
@@ -90,7 +90,7 @@ class Generation:
 
 
 @dataclass(frozen=True)
-class Unit:
+class WorkItem:
     """The unit of work and of commit: (teacher, context, shard), with the layers that a generation asks for."""
 
     generation: Generation
@@ -114,12 +114,12 @@ class Plan:
     created: str
     corpus: dict[str, Any]
     versions: dict[str, str]
-    teachers: dict[str, Teacher]
+    teachers: dict[str, TeacherRecord]
     generations: list[Generation]
 
-    def units(self, teacher: str | None = None) -> list[Unit]:
+    def work_items(self, teacher: str | None = None) -> list[WorkItem]:
         """All units of work in the order in which writers take them, without what a later generation took back."""
-        found: list[Unit] = []
+        found: list[WorkItem] = []
         for n, g in enumerate(self.generations):
             if teacher is not None and g.teacher != teacher:
                 continue
@@ -129,12 +129,12 @@ class Plan:
             for work in g.work:
                 layers = tuple(k for k in work.layers if f"{work.context}/{k}" not in views)
                 if layers:
-                    found += [Unit(g, work.context, layers, g.shards[s]) for s in work.shards if s not in shards]
+                    found += [WorkItem(g, work.context, layers, g.shards[s]) for s in work.shards if s not in shards]
         return found
 
     def views(self, teacher: str) -> dict[str, list[int]]:
         """{context: layers} that generations ask for, in the order of the teacher's axes."""
-        asked = {(u.context, k) for u in self.units(teacher) for k in u.layers}
+        asked = {(u.context, k) for u in self.work_items(teacher) for k in u.layers}
         t = self.teachers[teacher]
         found = {c: [k for k in t.layers if (c, k) in asked] for c in t.contexts}
         return {c: layers for c, layers in found.items() if layers}
@@ -155,7 +155,7 @@ class Plan:
 
 def read_plan(root: Path) -> Plan:
     """Read a store's plan. Errors: NoStoreError where there is none, StoreError where it is of another version."""
-    paths = Paths(located(root))
+    paths = Paths(local_copy(root))
     try:
         head = read_json(paths.store_json)
     except FileNotFoundError as e:
@@ -165,9 +165,9 @@ def read_plan(root: Path) -> Plan:
     if head.get("version") != VERSION:
         raise StoreError(f"version {head.get('version')!r:.60}", where=root, expected=f"version {VERSION}")
     for key, kind in _HEAD.items():
-        if not fits(head.get(key), kind):
+        if not matches_type(head.get(key), kind):
             raise StoreError(f"the plan is damaged: {key} is {head.get(key)!r:.60}", where=paths.store_json)
-    teachers = {name: as_record(Teacher, t, paths.store_json) for name, t in head["teachers"].items()}
+    teachers = {name: as_record(TeacherRecord, t, paths.store_json) for name, t in head["teachers"].items()}
     for name, teacher in teachers.items():
         _check_teacher(name, teacher, paths.store_json)
     generations = [_generation(paths.plan(n), n, teachers) for n in head["generations"]]
@@ -186,7 +186,7 @@ _HEAD = {
 }
 
 
-def _check_teacher(name: str, t: Teacher, where: Path) -> None:
+def _check_teacher(name: str, t: TeacherRecord, where: Path) -> None:
     """Errors: StoreError where a teacher's record cannot be, or would lead out of the store."""
     try:
         check_teacher_name(name)
@@ -198,17 +198,17 @@ def _check_teacher(name: str, t: Teacher, where: Path) -> None:
         raise StoreError(f"the plan is damaged: the record of the teacher {name}", where=where)
 
 
-def _generation(path: Path, number: int, teachers: dict[str, Teacher]) -> Generation:
+def _generation(path: Path, number: int, teachers: dict[str, TeacherRecord]) -> Generation:
     try:
-        value = unsealed(read_json(path), path.name)
+        value = without_checksum(read_json(path), path.name)
     except FileNotFoundError as e:
         raise StoreError("the plan is damaged: a generation is missing", where=path) from e
     shape = {"work": list[dict[str, Any]], "shards": list[list[int]]}
-    if not isinstance(value, dict) or not all(fits(value.get(key), kind) for key, kind in shape.items()):
+    if not isinstance(value, dict) or not all(matches_type(value.get(key), kind) for key, kind in shape.items()):
         raise StoreError("the plan is damaged: work and shards", where=path)
     if not all(len(entry) == 3 for entry in value["shards"]):
         raise StoreError("the plan is damaged: shards", where=path, expected="[first, last, rows] each")
-    work = [as_record(Work, w, path) for w in value["work"]]
+    work = [as_record(PlannedWork, w, path) for w in value["work"]]
     shards = [Shard(i, *entry) for i, entry in enumerate(value["shards"])]
     g = as_record(Generation, value, path, work=work, shards=shards)
     teacher = teachers.get(g.teacher)
@@ -228,10 +228,10 @@ def _generation(path: Path, number: int, teachers: dict[str, Teacher]) -> Genera
 _TAKES_BACK = ("dropped_shards", "dropped_views")
 
 
-def write_generation(plan: Plan, generation: Generation, made: dict[Path, list[Summed]]) -> None:
+def write_generation(plan: Plan, generation: Generation, made: dict[Path, list[RowSums]]) -> None:
     """Write a generation of a plan beside those before it; `made`: sums of what was written for it (see sums.py)."""
     before = [(g.number, g.teacher) for g in plan.generations if g.number < generation.number]
-    sums = carried(plan.paths, before, generation.teacher, generation.edition, made)
+    sums = inherited_sums(plan.paths, before, generation.teacher, generation.edition, made)
     write_sums(plan.paths, generation.number, sums)
     value = dataclasses.asdict(generation)
     value["shards"] = [[s.first, s.last, s.rows] for s in generation.shards]

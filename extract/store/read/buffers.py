@@ -26,20 +26,20 @@ HUGE = 2 << 20
 MOST_BLOCKS = 128  # `_take` looks at each
 
 
-class _Lent(weakref.ref):
+class _LentArray(weakref.ref):
     """A weak reference to an array that was handed out, with its memory."""
 
     __slots__ = ("memory",)
     memory: np.ndarray
 
 
-class Memory:
+class BufferPool:
     """`empty` is np.empty whose memory comes back when its array, and all views of it, are gone."""
 
     def __init__(self, most: int = KEPT) -> None:
         self.most = most
         self._free: list[np.ndarray] = []  # uint8 [n], the longest unused first
-        self._lent: dict[int, _Lent] = {}  # the references have to outlive their arrays
+        self._lent: dict[int, _LentArray] = {}  # the references have to outlive their arrays
 
     @property
     def kept(self) -> int:
@@ -56,7 +56,7 @@ class Memory:
         memory = self._take(size)
         # Its base is no array, so numpy leaves `whole` itself as the base of all views of it
         whole = np.frombuffer(memory.data, dtype, count)
-        lent = _Lent(whole, self._back)
+        lent = _LentArray(whole, self._back)
         lent.memory = memory
         self._lent[id(lent)] = lent
         return whole.reshape(shape)
@@ -72,7 +72,7 @@ class Memory:
                 self._free.insert(0, block)
         return _fresh(size * 9 // 8)  # room for a next batch that is a little longer
 
-    def _back(self, lent: _Lent) -> None:
+    def _back(self, lent: _LentArray) -> None:
         """Called by whoever drops the last view, in any thread, also from within `_take`."""
         self._lent.pop(id(lent), None)
         self._free.append(lent.memory)
@@ -102,5 +102,5 @@ def _fresh(size: int) -> np.ndarray:
     return whole[first : first + size]
 
 
-BATCHES = Memory()  # of the whole process, whatever stores it has open
-os.register_at_fork(after_in_child=BATCHES.clear)  # two processes that write to one page both pay for it
+BATCH_BUFFERS = BufferPool()  # of the whole process, whatever stores it has open
+os.register_at_fork(after_in_child=BATCH_BUFFERS.clear)  # two processes that write to one page both pay for it

@@ -26,7 +26,7 @@ Run = tuple[int, int, list[tuple[int, int]]]
 MOST_PARTS = 512  # of one preadv; IOV_MAX is 1,024
 
 
-class Places:
+class RowRanges:
     """Where a batch of utterances lies and where it goes, worked out once for all layers.
 
     start int64 [B] and length [B] are rows of a teacher's token axis; `into` int64 [B] rows of the packed output;
@@ -42,10 +42,10 @@ class Places:
         self.inside = start - self.shard * shard_rows
         self.shards = np.unique(self.shard[self.length > 0]).tolist()
 
-    def copies(self, row_bytes: int) -> Copies:
+    def copies(self, row_bytes: int) -> CopyPlan:
         """For every utterance: (shard, bytes [from, to) in its file, bytes [from, to) in the output), as lists."""
         source, target, size = self.inside * row_bytes, self.into * row_bytes, self.length * row_bytes
-        return Copies(
+        return CopyPlan(
             self.shard.tolist(), source.tolist(), (source + size).tolist(), target.tolist(), (target + size).tolist()
         )
 
@@ -77,7 +77,7 @@ class Places:
 
 
 @dataclass(frozen=True)
-class Copies:
+class CopyPlan:
     """See `Places.copies`."""
 
     shard: list[int]
@@ -137,12 +137,12 @@ class TeacherRows:
         self._arrays: dict[tuple[str, int, int], np.ndarray] = {}
         self._files: dict[tuple[str, int, int, int], Path] = {}
 
-    def places(self, rows: np.ndarray | slice) -> Places:
+    def places(self, rows: np.ndarray | slice) -> RowRanges:
         """Errors: StoreError where start or length lead out of the store."""
         start, length = self.start[rows], self.length[rows]
         if len(start) and (start.min() < 0 or length.min() < 0 or (start + length).max() > self.token_id.shape[0]):
             raise damaged(self.group)
-        return Places(start, length, self.shard_rows)
+        return RowRanges(start, length, self.shard_rows)
 
     def shard_of(self, rows: np.ndarray | slice) -> np.ndarray:
         """int64: the shard that each row lies in. Errors: StoreError where `start` leads out of the store."""
@@ -170,7 +170,7 @@ class TeacherRows:
             self._arrays[key] = RawArray(self.group / array).read(context, layer)
         return self._arrays[key]
 
-    def tokens(self, array: RawArray, places: Places) -> np.ndarray:
+    def tokens(self, array: RawArray, places: RowRanges) -> np.ndarray:
         """[ΣN, …] of a token array, packed in the order of the batch."""
         out = np.empty((places.total, *array.shape[1:]), dtype=array.dtype)
         parts = self._parts.setdefault(array.path.name, {})
@@ -207,10 +207,10 @@ _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 PROBED = 8
 
 
-class Reading:
+class ShardRead:
     """One array of one view on its way into `out`: open files of the shards that a batch needs, and where rows go."""
 
-    def __init__(self, handles: dict[int, Handle], places: Places, row_bytes: int, out: np.ndarray) -> None:
+    def __init__(self, handles: dict[int, Handle], places: RowRanges, row_bytes: int, out: np.ndarray) -> None:
         self.handles, self.places, self.row_bytes = handles, places, row_bytes
         self.out, self.buffer = out, as_bytes(out)
         self.sums: list[int] | None = None  # crc32c of each utterance's rows, where `copy` took them
@@ -231,7 +231,7 @@ class Reading:
                 return False
         return True
 
-    def copy(self, copies: Copies, sums: bool = False) -> None:
+    def copy(self, copies: CopyPlan, sums: bool = False) -> None:
         """Out of the memory maps: the kernel's own copy takes twice as long."""
         maps = {number: handle.map for number, handle in self.handles.items()}
         if sums:
@@ -260,7 +260,7 @@ class Reading:
                     _read(self.handles[number], self.buffer, offset, size, parts)
 
 
-def read_all(readings: Sequence[Reading]) -> bool:
+def read_all(readings: Sequence[ShardRead]) -> bool:
     """Begin to read several arrays that have the same places. True: they are in memory, `copy` them;
     False: the disk has been asked for all of them, `read` them.
     """

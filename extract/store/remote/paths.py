@@ -45,13 +45,13 @@ def mirror_of(path: Path) -> Mirror | None:
     return _mirrors[found[0]]
 
 
-def origin(root: Path) -> Path | str:
+def address_of(root: Path) -> Path | str:
     """The URL that a mirror is of, for people and other processes; any other folder is itself."""
     mirror = mirror_of(root)
     return root if mirror is None else mirror.url
 
 
-def planned(root: Path, make: Callable[[], T]) -> T:
+def retry_plan(root: Path, make: Callable[[], T]) -> T:
     """`make` a plan; where somebody else did so meanwhile in an object store, again, from theirs."""
     while True:
         try:
@@ -68,7 +68,7 @@ def local(path: Path) -> Path:
     return path if mirror is None else mirror.local(path)
 
 
-def located(path: str | Path) -> Path:
+def local_copy(path: str | Path) -> Path:
     """The folder to read a store from: itself, or the mirror of a URL as it is now.
 
     Errors: NoStoreError where there is no store at a URL; StoreError where the object store does not answer.
@@ -91,7 +91,7 @@ def located(path: str | Path) -> Path:
 
 
 @contextlib.contextmanager
-def workspace(path: str | Path) -> Iterator[Path]:
+def writable_copy(path: str | Path) -> Iterator[Path]:
     """The folder to write a store in: itself; for a URL a mirror of this process, gone at the end.
 
     What is reported committed lies in the object store by then.

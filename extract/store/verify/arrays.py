@@ -50,7 +50,7 @@ def array_damage(group: Path, contexts: set[int], rows: np.ndarray, shards: set[
             yield from _chunk_damage(array, file, needed)
 
 
-def table_damage(folder: Path, editions: set[int], utterances: int) -> Iterator[tuple[str, Path]]:
+def table_chunk_damage(folder: Path, editions: set[int], utterances: int) -> Iterator[tuple[str, Path]]:
     """The same of the group `utterances` in `folder`: its first tables, and those of `editions`.
 
     utterances: how many rows count; a planner that died may have left others, or half of them, behind those.

@@ -18,7 +18,7 @@ from ..disk.durable import Lock, fsync_all, write_bytes
 from ..disk.layout import Paths
 from ..format.arrays import RawArray
 from ..reader import Store
-from .sums import Rot, all_rot, record_rot
+from .sums import Damage, all_damage, record_damage
 
 _ROUNDS = 3  # what could not be looked at for the damage of something else is looked at again
 
@@ -27,7 +27,7 @@ def mend_records(root: Path) -> Iterator[tuple[str, str]]:
     """(file, what was wrong) of JSON files in which one bit was wrong and is right now. The store need not open."""
     paths = Paths(root)
     with Lock(paths.lock("plan"), wait=True):  # or a planner's new store.json would be lost
-        for what, path in list(record_rot(paths)):
+        for what, path in list(record_damage(paths)):
             try:
                 right = mended(path.read_bytes(), path.name)
             except OSError:
@@ -41,7 +41,7 @@ def mend_arrays(root: Path) -> Iterator[str]:
     """Where one bit of an array was wrong and is right now. Errors: as `Store.open`."""
     for _ in range(_ROUNDS):
         try:
-            found = [r for r in all_rot(Store.open(root)) if r.bit is not None]
+            found = [r for r in all_damage(Store.open(root)) if r.bit is not None]
         except (ValueError, IndexError):
             return
         done = 0
@@ -57,7 +57,7 @@ def mend_arrays(root: Path) -> Iterator[str]:
             return
 
 
-def turn(rot: Rot) -> bool:
+def turn(rot: Damage) -> bool:
     """Turn the bit. In place: writers of other units may have the file open. False where its array is not raw bytes."""
     array = RawArray(rot.array)
     if rot.bit is None or not array.plain:

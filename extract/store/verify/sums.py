@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ....data.errors import StillhouseError, StoreError, some
-from ..disk.checksums import flipped_bit, has_seal, seal_damage
+from ....data.errors import StillhouseError, StoreError, first_few
+from ..disk.checksums import checksum_error, flipped_bit, has_checksum
 from ..disk.durable import read_json
 from ..disk.layout import Paths, crc32c
 from ..format.arrays import RawArray
 from ..format.block_sums import Sums, read_sums
-from ..format.plan import Shard, Unit
+from ..format.plan import Shard, WorkItem
 from ..reader import Store
 from ..remote.paths import local
 from ..views import View
@@ -33,7 +33,7 @@ _COMMIT = re.compile(r"(norms|\d+)\.\d+\.json")
 
 
 @dataclass(frozen=True)
-class Rot:
+class Damage:
     """Rows [first, last) of an array behind the leading indices `lead`, which are not what was written; `bit`: (byte
     from the first row's on, bit) that alone is wrong, None where that is not all. `where`, for people.
     """
@@ -61,14 +61,14 @@ def record_files(paths: Paths) -> list[Path]:
     return found
 
 
-def record_rot(paths: Paths) -> Iterator[tuple[str, Path]]:
+def record_damage(paths: Paths) -> Iterator[tuple[str, Path]]:
     """(what, file) of JSON files that cannot be read or whose seal is broken, and of sums that have gone."""
     for path in record_files(paths):
         try:
             value = read_json(path)
-            damage = seal_damage(value, path.name)
+            damage = checksum_error(value, path.name)
             beside = path.with_name("sums.json")
-            if path.name == "plan.json" and has_seal(value, path.name) and not local(beside).exists():
+            if path.name == "plan.json" and has_checksum(value, path.name) and not local(beside).exists():
                 yield "is missing", beside
         except (StillhouseError, OSError, ValueError) as e:
             damage = str(e) if not isinstance(e, StillhouseError) else e.what
@@ -76,7 +76,7 @@ def record_rot(paths: Paths) -> Iterator[tuple[str, Path]]:
             yield damage, path
 
 
-def table_rot(store: Store) -> Iterator[Rot]:
+def table_damage(store: Store) -> Iterator[Damage]:
     """Of the tables of utterances."""
     newest = store.plan.generations[-1]
     editions = {store.plan.edition(name) for name in store.plan.teachers}
@@ -87,7 +87,7 @@ def table_rot(store: Store) -> Iterator[Rot]:
         yield from _planned(store, number, partial(_within, f"utterances/editions/{edition}/"))
 
 
-def token_rot(store: Store, teacher: str) -> Iterator[Rot]:
+def token_damage(store: Store, teacher: str) -> Iterator[Damage]:
     """Of a teacher's tokens and vocabulary."""
     number = store.plan.latest(teacher).number
     yield from _planned(store, number, partial(_within, f"{teacher}/"))
@@ -97,7 +97,7 @@ def _within(folder: str, name: str) -> bool:
     return name.startswith(folder)
 
 
-def _planned(store: Store, number: int, chosen: Callable[[str], bool]) -> Iterator[Rot]:
+def _planned(store: Store, number: int, chosen: Callable[[str], bool]) -> Iterator[Damage]:
     for name, parts in read_sums(store.paths, number).items():
         if not chosen(name):
             continue
@@ -117,7 +117,7 @@ def _planned(store: Store, number: int, chosen: Callable[[str], bool]) -> Iterat
                 if first // rows in there and crc32c(whole[first:last]) != crc:
                     data = whole[first:last].tobytes()
                     bit = flipped_bit(data, crc) if last <= len(whole) else None
-                    yield Rot(path, (), first, last, bit, _row_place(store, name, first, last, bit, len(data)))
+                    yield Damage(path, (), first, last, bit, _row_place(store, name, first, last, bit, len(data)))
 
 
 def _row_place(store: Store, name: str, first: int, last: int, bit: tuple[int, int] | None, size: int) -> str:
@@ -135,7 +135,7 @@ def _row_place(store: Store, name: str, first: int, last: int, bit: tuple[int, i
         else:
             return f"{name} row {first}"
         index = store.index if group == "utterances" else store.index_of(group)
-        return f"{name} utterance {some([index.id(r) for r in rows])}" if rows else f"{name} row {first}"
+        return f"{name} utterance {first_few([index.id(r) for r in rows])}" if rows else f"{name} row {first}"
     except (StillhouseError, OSError, ValueError, IndexError):
         return f"{name} row {first}"
 
@@ -143,21 +143,21 @@ def _row_place(store: Store, name: str, first: int, last: int, bit: tuple[int, i
 Arrays = dict[tuple[Path, tuple[int, ...]], np.ndarray]  # that were read: an object store is asked for each anew
 
 
-def unit_rot(store: Store, unit: Unit, arrays: Arrays) -> Iterator[Rot]:
+def item_damage(store: Store, item: WorkItem, arrays: Arrays) -> Iterator[Damage]:
     """Of what a committed unit of work says of its passes, and of the checksums of its utterances."""
-    commits, shard = store.commits(unit.teacher, unit.context), unit.shard
-    record, group = store.plan.teachers[unit.teacher], store.paths.data / unit.teacher
-    c = record.contexts.index(unit.context)
+    commits, shard = store.commits(item.teacher, item.context), item.shard
+    record, group = store.plan.teachers[item.teacher], store.paths.data / item.teacher
+    c = record.contexts.index(item.context)
     seen: set[tuple[str, int]] = set()
     # Layers share what was fed, and whoever came later left out what was dead by then: any of them may have been last
     counted = [commit for (number, _), commit in commits.of.items() if number == shard.number]
     told = [c.checksums for c in sorted(counted, key=lambda c: -c.generation)]
-    for layer in unit.layers:
+    for layer in item.layers:
         commit = commits.of.get((shard.number, layer))
-        if commit is None or commit.generation < unit.generation.number:
+        if commit is None or commit.generation < item.generation.number:
             continue
         lead = (c, record.layers.index(layer))
-        view = f"{unit.teacher}/{unit.context}"
+        view = f"{item.teacher}/{item.context}"
         parts: list[tuple[str, tuple[int, ...], str, str]] = [(name, (c,), name, view) for name in FED]
         for name, axes, key, whose in [*parts, ("crc32c", lead, str(layer), f"{view}/{layer}")]:
             crc = told[0].get(key) if name in FED else commit.checksums.get(key)
@@ -168,7 +168,7 @@ def unit_rot(store: Store, unit: Unit, arrays: Arrays) -> Iterator[Rot]:
                 continue
             rot = _range(group / name, axes, shard.first, shard.last, crc, f"{whose} shard {shard.number}", arrays)
             if rot is not None:
-                yield replace(rot, where=f"{rot.where}{_utterance(store, unit.teacher, rot)} {name}")
+                yield replace(rot, where=f"{rot.where}{_utterance(store, item.teacher, rot)} {name}")
 
 
 def _bytes(arrays: Arrays, path: Path, lead: tuple[int, ...], first: int, last: int) -> bytes:
@@ -186,7 +186,7 @@ def _is_one_of(arrays: Arrays, path: Path, lead: tuple[int, ...], shard: Shard, 
         return True  # which is told where the files themselves are looked at
 
 
-def _utterance(store: Store, teacher: str, rot: Rot) -> str:
+def _utterance(store: Store, teacher: str, rot: Damage) -> str:
     """Whose row it is that a single bit is wrong in."""
     if rot.bit is None:
         return ""
@@ -199,15 +199,15 @@ def _utterance(store: Store, teacher: str, rot: Rot) -> str:
 
 def _range(
     path: Path, lead: tuple[int, ...], first: int, last: int, crc: int, where: str, arrays: Arrays
-) -> Rot | None:
+) -> Damage | None:
     try:
         data = _bytes(arrays, path, lead, first, last)
     except (StillhouseError, OSError, ValueError):
         return None  # which is told where the files themselves are looked at
-    return None if crc32c(data) == crc else Rot(path, lead, first, last, flipped_bit(data, crc), where)
+    return None if crc32c(data) == crc else Damage(path, lead, first, last, flipped_bit(data, crc), where)
 
 
-def norm_rot(store: Store, view: View) -> Iterator[Rot]:
+def norm_damage(store: Store, view: View) -> Iterator[Damage]:
     """Of a complete view's norms."""
     commit = store.commits(view.teacher, view.context).of["norms", view.layer]
     record = store.plan.teachers[view.teacher]
@@ -220,22 +220,22 @@ def norm_rot(store: Store, view: View) -> Iterator[Rot]:
                 yield rot
 
 
-def all_rot(store: Store) -> list[Rot]:
+def all_damage(store: Store) -> list[Damage]:
     """Of everything that is small; states are not read."""
-    found = list(table_rot(store))
+    found = list(table_damage(store))
     arrays: Arrays = {}
     for name in store.plan.teachers:
-        found += token_rot(store, name)
-        for unit in store.plan.units(name):
-            found += unit_rot(store, unit, arrays)
+        found += token_damage(store, name)
+        for item in store.plan.work_items(name):
+            found += item_damage(store, item, arrays)
     for view in store.views:
-        found += norm_rot(store, view)
+        found += norm_damage(store, view)
     return found
 
 
 def check_sound(store: Store) -> None:
     """Before any of it is copied, and summed anew. Errors: StoreError naming what is damaged."""
-    for rot in all_rot(store):
+    for rot in all_damage(store):
         remedy = "stillhouse inspect verify STORE --repair"
         raise StoreError(f"stored bytes differ from their checksum: {rot.where}", where=store.address, remedy=remedy)
 
@@ -243,7 +243,7 @@ def check_sound(store: Store) -> None:
 def unchecked(store: Store) -> list[str]:
     """What was written before it had checksums."""
     plan, found = store.plan, []
-    if not has_seal(read_json(store.paths.store_json), "store.json"):
+    if not has_checksum(read_json(store.paths.store_json), "store.json"):
         found.append("records")
     tables = read_sums(store.paths, plan.generations[-1].number)
     if not _from_the_first(tables, "utterances/id_bytes"):

@@ -144,7 +144,7 @@ def test_too_much_for_one_file_is_refused_before_it_is_read(store, tmp_path, mon
 def test_a_partial_view_is_exported_as_far_as_it_goes(partial, tmp_path, stillhouse):
     done = stillhouse("inspect", "export", partial.path, tmp_path / "a.npz", "--view", "known/both:8/0", "--json")
     found = json.loads(done.out)
-    held = int(partial.held(partial.planned_views[-1]).sum())
+    held = int(partial.available(partial.planned_views[-1]).sum())
     assert 0 < held < 450 and (found["utterances"], found["left_out"]) == (held, 450 - held)
 
 

@@ -55,7 +55,7 @@ def test_info_and_ls_of_a_store_in_the_making(partial, stillhouse):
 
 def test_numbers_of_views_in_the_making(partial, store, stillhouse, tmp_path):
     """None of the six is complete: every command takes them as far as they go, and says so."""
-    both, held = "known/both:8/0", partial.held(partial.planned_views[-1])
+    both, held = "known/both:8/0", partial.available(partial.planned_views[-1])
     utterance = partial.index.id(int(np.flatnonzero(held)[0]))
     missing = partial.index.id(int(np.flatnonzero(~held)[0]))
     for command in (

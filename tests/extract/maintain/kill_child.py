@@ -60,7 +60,7 @@ def main() -> None:
         request = Request("t", LAYERS, CONTEXTS)
         run = lambda: extract(Path(root), now, teacher, request, refresh=True)  # type: ignore[arg-type]  # noqa: E731
     elif action == "clear":
-        run = lambda: life.clear(Path(root))  # noqa: E731
+        run = lambda: life.collect_garbage(Path(root))  # noqa: E731
     elif action == "remove":
         run = lambda: life.remove_views(Path(root), ["t/both:4/2"])  # noqa: E731
     else:

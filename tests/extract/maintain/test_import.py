@@ -16,7 +16,7 @@ from stillhouse.data.errors import StoreError, UsageError
 from stillhouse.data.manifest import write_manifest
 from stillhouse.distill.targets import TargetReader
 from stillhouse.extract.commands.store import store as group
-from stillhouse.extract.maintain.import_states import Cache, GivenTokens, Unknown, import_states
+from stillhouse.extract.maintain.import_states import GivenTokens, ImportCache, UnknownTeacher, import_states
 from stillhouse.extract.pipeline.extract import extract
 from stillhouse.extract.pipeline.request import Request
 from stillhouse.extract.store import Store, View
@@ -78,7 +78,7 @@ def one_hdf5(folder: Path, dump: dict[str, np.ndarray]) -> dict[str, Any]:
 @pytest.mark.parametrize("style", [npy_a_layer, npz_of_layers, safetensors_stacked, one_hdf5])
 def test_a_cache_becomes_the_store_it_was_made_from(style: Any, made: tuple, bert: Path, tmp_path: Path) -> None:
     store, dump = made
-    cache = Cache(layers=LAYERS, drop=(1, 1), **style(tmp_path / "dump", dump))
+    cache = ImportCache(layers=LAYERS, drop=(1, 1), **style(tmp_path / "dump", dump))
     request = Request("t", LAYERS, ["alone"], dtype="float32")
     summary = import_states(tmp_path / "s", CORPUS, cache, loaded(bert), request)
     assert summary.views == ["t/alone/0", "t/alone/2"]
@@ -99,8 +99,8 @@ def test_a_cache_becomes_the_store_it_was_made_from(style: Any, made: tuple, ber
 def test_int8_without_the_model(made: tuple, bert: Path, tmp_path: Path) -> None:
     """The tokenizer alone is left; targets read as from any store, and the static control fails loudly."""
     store, dump = made
-    cache = Cache(layers=LAYERS, drop=(1, 1), **one_hdf5(tmp_path / "dump", dump))
-    teacher = Unknown(loaded(bert).tokeniser, "gone", 16, 2)
+    cache = ImportCache(layers=LAYERS, drop=(1, 1), **one_hdf5(tmp_path / "dump", dump))
+    teacher = UnknownTeacher(loaded(bert).tokeniser, "gone", 16, 2)
     import_states(tmp_path / "s", CORPUS, cache, teacher, Request("t", LAYERS, ["alone"], dtype="int8"))
     ours = Store.open(tmp_path / "s")
     ids = [u.id for u in CORPUS.utterances if u.text]
@@ -120,9 +120,9 @@ def test_tokens_that_are_given(made: tuple, tmp_path: Path) -> None:
                 g = store.gather([u.id], VIEWS[1:])
                 f[f"{u.id}/states"], f[f"{u.id}/ids"] = g.states[VIEWS[1]], g.token_id["t"]
                 f[f"{u.id}/spans"] = g.span["t"]
-    cache = Cache(tmp_path / "dump.h5", [2], key="{id}/states")
+    cache = ImportCache(tmp_path / "dump.h5", [2], key="{id}/states")
     tokens = GivenTokens(cache, CORPUS, "{id}/ids", "{id}/spans")
-    teacher = Unknown(tokens, "dump", 16, 2)
+    teacher = UnknownTeacher(tokens, "dump", 16, 2)
     import_states(tmp_path / "s", CORPUS, cache, teacher, Request("t", [2], ["alone"], dtype="float32"))
     ours = Store.open(tmp_path / "s")
     got, want = (s.gather(s.utterance_ids, VIEWS[1:]) for s in (ours, store))
@@ -135,7 +135,7 @@ def test_what_does_not_fit_is_named(made: tuple, bert: Path, tmp_path: Path) -> 
     options = npz_of_layers(tmp_path / "a", dump)
 
     def run(**other: Any) -> None:
-        import_states(tmp_path / "s", CORPUS, Cache(**({"layers": LAYERS, "drop": (1, 1)} | options | other)),
+        import_states(tmp_path / "s", CORPUS, ImportCache(**({"layers": LAYERS, "drop": (1, 1)} | options | other)),
                       loaded(bert), request)  # fmt: skip
 
     n = dump["u0"].shape[1]
@@ -163,9 +163,9 @@ def test_what_does_not_fit_is_named(made: tuple, bert: Path, tmp_path: Path) -> 
 def test_pickles_are_refused(tmp_path: Path) -> None:
     for name in ("{id}.pt", "{id}.pkl"):
         with pytest.raises(UsageError, match=r"pickled files are not read.*safetensors"):
-            Cache(tmp_path, [1], name)
+            ImportCache(tmp_path, [1], name)
     with pytest.raises(UsageError, match="nothing says which is which"):
-        Cache(tmp_path, [1, 2], "{id}.npy")
+        ImportCache(tmp_path, [1, 2], "{id}.npy")
 
 
 def test_the_command(made: tuple, bert: Path, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 from stillhouse.data.errors import StaleError
 from stillhouse.data.manifest import Corpus, Utterance
 from stillhouse.extract.maintain.combine import copy, merge, subset
-from stillhouse.extract.maintain.garbage import litter
-from stillhouse.extract.maintain.remove import clear, remove_utterances, remove_views
+from stillhouse.extract.maintain.garbage import unreferenced_files
+from stillhouse.extract.maintain.remove import collect_garbage, remove_utterances, remove_views
 from stillhouse.extract.maintain.repair import repair
 from stillhouse.extract.pipeline.extract import extract
 from stillhouse.extract.pipeline.request import Request
@@ -38,7 +38,7 @@ def norms(root: Path) -> dict[str, bytes]:
 def sound(root: Path, corpus: Corpus, teacher: Path, request: Request, scratch: Path) -> None:
     """Checksums, records, no litter; and what is served is what a float16 store of this corpus has, up to the loss."""
     store = Store.open(root, checksums=True)
-    assert verify(store) == [] and status(root).complete and litter(store.plan) == []
+    assert verify(store) == [] and status(root).complete and unreferenced_files(store.plan) == []
     half = Request(request.name, request.layers, request.contexts)
     if not scratch.exists():
         extract(scratch, corpus, loaded(teacher), half)
@@ -90,16 +90,16 @@ def test_refreshed_cleared_and_extended(bert: Path, made: Path, corpus: Corpus, 
     extract(root, now, loaded(bert), WIDER)
     assert {k: v for k, v in norms(root).items() if k in first} == first
     served = states(root)
-    assert clear(root).moved_tokens > 0 and clear(root).files == 0
+    assert collect_garbage(root).moved_tokens > 0 and collect_garbage(root).files == 0
     assert states(root) == served and {k: v for k, v in norms(root).items() if k in first} == first
     sound(root, now, bert, WIDER, tmp_path / "fresh")
     remove_utterances(root, ["u5", "u6"])
     remove_views(root, ["t/both:4/0"])
-    clear(root)
+    collect_garbage(root)
     assert states(root) == {k: v for k, v in served.items() if k[0] != "t/both:4/0" and k[1] not in ("u5", "u6")}
     sound(root, now, bert, WIDER, tmp_path / "fresh")
     extract(root, now, loaded(bert), WIDER)  # they come back: a view with norms of its own
-    assert clear(root).moved_tokens == 0
+    assert collect_garbage(root).moved_tokens == 0
     sound(root, now, bert, WIDER, tmp_path / "fresh")
     assert set(states(root)) == set(served)
 
@@ -145,5 +145,5 @@ def test_mended_after_a_refresh(bert: Path, made: Path, corpus: Corpus, tmp_path
     assert len(repair(root, loaded(bert), "t")) == 2
     assert verify(Store.open(root)) == [] and norms(root) == first and states(root).keys() == served.keys()
     assert sum(states(root)[k] == v for k, v in served.items()) > 0.9 * len(served)
-    clear(root)
+    collect_garbage(root)
     sound(root, now, bert, Request("t", [0, 2], ["both:4"], dtype="int8"), tmp_path / "fresh")

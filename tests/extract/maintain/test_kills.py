@@ -13,8 +13,8 @@ import pytest
 
 from stillhouse.data.manifest import Corpus, write_manifest
 from stillhouse.extract.maintain.combine import merge
-from stillhouse.extract.maintain.garbage import litter
-from stillhouse.extract.maintain.remove import clear
+from stillhouse.extract.maintain.garbage import unreferenced_files
+from stillhouse.extract.maintain.remove import collect_garbage
 from stillhouse.extract.pipeline.extract import extract
 from stillhouse.extract.pipeline.request import Request
 from stillhouse.extract.pipeline.status import status
@@ -82,7 +82,7 @@ def test_clearing(setting: tuple[Path, Corpus, Path], tmp_path: Path) -> None:
     log = attempts("clear", tmp_path / "s", setting, phases)
     assert all(e["seen"] == served for e in log)
     store = Store.open(tmp_path / "s")
-    assert verify(store) == [] and litter(store.plan) == [] and clear(tmp_path / "s").files == 0
+    assert verify(store) == [] and unreferenced_files(store.plan) == [] and collect_garbage(tmp_path / "s").files == 0
     assert extract(tmp_path / "s", setting[1], loaded(setting[2]), REQUEST).units_done_now == 0
 
 
@@ -102,9 +102,9 @@ def test_removing(setting: tuple[Path, Corpus, Path], tmp_path: Path) -> None:
         )
         assert [json.loads(line)["seen"] for line in done.stdout.splitlines()] == [left, left]  # the next finds no view
         assert "no view matches" in done.stderr
-        clear(tmp_path / "s")
+        collect_garbage(tmp_path / "s")
         store = Store.open(tmp_path / "s")
-        assert verify(store) == [] and litter(store.plan) == [] and seen(tmp_path / "s") == left
+        assert verify(store) == [] and unreferenced_files(store.plan) == [] and seen(tmp_path / "s") == left
     extract(tmp_path / "s", make_corpus_of(setting), loaded(setting[2]), REQUEST)
     assert seen(tmp_path / "s") == before
 

@@ -15,8 +15,8 @@ from stillhouse.cli import main
 from stillhouse.data.errors import LockedError, NoStoreError, StaleError, StoreError, UsageError
 from stillhouse.data.manifest import Corpus
 from stillhouse.extract.maintain.combine import copy, merge, subset
-from stillhouse.extract.maintain.garbage import litter
-from stillhouse.extract.maintain.remove import clear, remove_utterances, remove_views
+from stillhouse.extract.maintain.garbage import unreferenced_files
+from stillhouse.extract.maintain.remove import collect_garbage, remove_utterances, remove_views
 from stillhouse.extract.pipeline.extract import extract
 from stillhouse.extract.pipeline.request import Request
 from stillhouse.extract.pipeline.status import status
@@ -71,7 +71,7 @@ def test_views_are_taken_out(bert: Path, tmp_path: Path) -> None:
     assert told.bytes == done.bytes > 0
     assert states(root) == {k: v for k, v in before.items() if k[0] in ("t/alone/0", "t/alone/2", "t/both:4/0")}
     store = Store.open(root)
-    assert verify(store) == [] and status(root).complete and litter(store.plan) == []
+    assert verify(store) == [] and status(root).complete and unreferenced_files(store.plan) == []
     with pytest.raises(NoStoreError):
         store.gather(["u1"], [View("t", "both:4", 2)])
     extract(root, corpus, loaded(bert), REQUEST)  # asked for again, made again
@@ -106,11 +106,11 @@ def test_utterances_are_taken_out_and_stay_context(bert: Path, tmp_path: Path) -
     assert states(root) == left
     store = Store.open(root)
     assert verify(store) == [] and not store.has(["u6"], store.views[0])[0]
-    cleared = clear(root)
+    cleared = collect_garbage(root)
     assert cleared.tokens == done.tokens and cleared.moved_tokens > 0
     assert states(root) == left and verify(Store.open(root)) == []
     opens_with_zarr(root)
-    assert clear(root).files == 0
+    assert collect_garbage(root).files == 0
     # Their text is what the neighbours saw: a view that is added later sees it, too
     extract(root, edited(corpus, u1=None, u6=None), loaded(bert), REQUEST, refresh=True)
     same_as_fresh(root, edited(corpus, u1=None, u6=None), bert, REQUEST, tmp_path / "fresh")
@@ -125,7 +125,7 @@ def test_who_was_taken_out_comes_back_with_the_corpus(bert: Path, tmp_path: Path
     extract(root, corpus, loaded(bert), REQUEST)
     before = states(root)
     remove_utterances(root, ["u1", "u6"])
-    clear(root)
+    collect_garbage(root)
     done = extract(root, corpus, loaded(bert), REQUEST)  # no neighbour is stale: nothing to refresh
     assert done.units_done_now == 3 and done.utterances == 30
     assert {k: len(v) for k, v in states(root).items()} == {k: len(v) for k, v in before.items()}
@@ -139,9 +139,9 @@ def test_clearing_gives_back_what_a_refresh_left(bert: Path, corpus: Corpus, tmp
     extract(root, now, loaded(bert), REQUEST, refresh=True)
     served, size = states(root), sum(p.stat().st_size for p in root.rglob("*") if p.is_file())
     reader = Store.open(root)
-    told = clear(root, dry_run=True)
+    told = collect_garbage(root, dry_run=True)
     assert states(root) == served and not told.done
-    done = clear(root)
+    done = collect_garbage(root)
     assert done.tokens == told.tokens > 0 and done.moved_tokens == told.moved_tokens
     assert abs(done.bytes - told.bytes) < 0.2 * done.bytes
     assert sum(p.stat().st_size for p in root.rglob("*") if p.is_file()) == size - done.bytes
@@ -156,7 +156,7 @@ def test_clearing_gives_back_what_a_refresh_left(bert: Path, corpus: Corpus, tmp
     assert extract(root, now, loaded(bert), REQUEST).units_done_now == 0
     extract(root, now, loaded(bert), Request("t", [1], ["future:4"]))
     assert verify(Store.open(root)) == []
-    clean = litter(Store.open(root).plan)
+    clean = unreferenced_files(Store.open(root).plan)
     assert clean == []
 
 
@@ -175,10 +175,10 @@ def test_who_says_nothing_keeps_no_shard(bert: Path, tmp_path: Path, monkeypatch
     same_as_fresh(root, now, bert, request, tmp_path / "fresh")
     remove_views(root, ["t/past:4/0"])
     assert verify(Store.open(root)) == []
-    clear(root)
+    collect_garbage(root)
     extract(root, now, loaded(bert), request)
     same_as_fresh(root, now, bert, request, tmp_path / "fresh")
-    assert clear(root).moved_tokens == 0 and verify(Store.open(root)) == []
+    assert collect_garbage(root).moved_tokens == 0 and verify(Store.open(root)) == []
 
 
 def test_a_reader_with_open_files_goes_on(bert: Path, corpus: Corpus, tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_a_reader_with_open_files_goes_on(bert: Path, corpus: Corpus, tmp_path: 
     reader = Store.open(root)
     ids, views = reader.utterance_ids, reader.views
     first = reader.gather(ids, views)
-    clear(root)
+    collect_garbage(root)
     second = reader.gather(ids, views)
     assert all(np.array_equal(first.states[v], second.states[v]) for v in views)
 
@@ -197,11 +197,11 @@ def test_nobody_clears_under_a_writer(bert: Path, tmp_path: Path) -> None:
     root = tmp_path / "s"
     extract(root, make_corpus(TEXTS), loaded(bert), Request("t", [2], ["alone"]))
     with Scratch(Paths(root)), pytest.raises(LockedError, match="a writer is at work"):
-        clear(root)
+        collect_garbage(root)
     (Paths(root).commit("t", "alone", 0, 0)).unlink()
     remove_utterances(root, ["u1"])
     with pytest.raises(NoStoreError, match="not complete: t/alone/2"):
-        clear(root)
+        collect_garbage(root)
 
 
 def test_a_subset_serves_the_same_bytes(bert: Path, gpt2: Path, tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_a_subset_serves_the_same_bytes(bert: Path, gpt2: Path, tmp_path: Path) 
     done = subset(root, tmp_path / "sub", kept)
     assert done.utterances == 4 and done.context_only == 8  # three sessions of four
     part = Store.open(tmp_path / "sub")
-    assert sorted(part.utterance_ids) == sorted(kept) and verify(part) == [] and litter(part.plan) == []
+    assert sorted(part.utterance_ids) == sorted(kept) and verify(part) == [] and unreferenced_files(part.plan) == []
     assert states(tmp_path / "sub") == states(root, kept)
     opens_with_zarr(tmp_path / "sub")
     said = [[(u.id, u.text) for u in (corpus.utterances[i] for i in s)] for s in corpus.sessions()]

@@ -14,8 +14,8 @@ import pytest
 from stillhouse.data.errors import StaleError
 from stillhouse.data.manifest import Corpus, Utterance
 from stillhouse.extract.maintain.combine import copy
-from stillhouse.extract.maintain.remove import clear, remove_utterances, remove_views
-from stillhouse.extract.pipeline.corpus_diff import compare
+from stillhouse.extract.maintain.remove import collect_garbage, remove_utterances, remove_views
+from stillhouse.extract.pipeline.corpus_diff import diff_corpus
 from stillhouse.extract.pipeline.extract import extract
 from stillhouse.extract.pipeline.request import Request, teacher_record
 from stillhouse.extract.store import Store
@@ -88,7 +88,7 @@ class Walk:
         """What `extract` says has changed is what has."""
         fresh, store = self.fresh(), Store.open(self.root)
         record = teacher_record(self.teacher, self.request)
-        change = compare(plans.read_plan(self.root), self.corpus, record, self.teacher.tokeniser)
+        change = diff_corpus(plans.read_plan(self.root), self.corpus, record, self.teacher.tokeniser)
         texts = {u.id: hash_text(u.text) for u in self.utterances}
         known = [i for i in store.utterance_ids if i in texts]
         same = [i for i, h in zip(known, store.text_hash(known) if known else []) if int(h) == texts[i]]
@@ -140,8 +140,8 @@ class Walk:
             self.out = set()
         elif what == "clear":
             served = Store.open(self.root).utterance_ids
-            clear(self.root)
-            assert Store.open(self.root).utterance_ids == served and clear(self.root).files == 0
+            collect_garbage(self.root)
+            assert Store.open(self.root).utterance_ids == served and collect_garbage(self.root).files == 0
         elif what == "utterances":
             ids = Store.open(self.root).utterance_ids
             chosen = self.random.sample(ids, k=min(3, len(ids) - 1))

@@ -41,7 +41,7 @@ def kill_at(where: str, modules: Sequence[ModuleType] = (skeleton, extend, write
                 os.kill(os.getpid(), signal.SIGKILL)
 
     for module in modules:
-        module.phase = phase  # type: ignore[attr-defined]
+        module.crash_point = phase  # type: ignore[attr-defined]
 
 
 def seen(root: Path) -> dict:
@@ -50,15 +50,15 @@ def seen(root: Path) -> dict:
         store = Store.open(root, checksums=True)
     except NoStoreError:
         return {"planned": False, "rows": 0, "units": 0}
-    rows = units = 0
+    rows = items = 0
     for view in store.planned_views:
         have = store.has(store.utterance_ids, view)
         ids = [i for i, h in zip(store.utterance_ids, have) if h]
         rows += len(store.gather(ids, [view]).states[view])
-        units += sum(
+        items += sum(
             1 for shard, k in store.commits(view.teacher, view.context).of if k == view.layer and shard != "norms"
         )
-    return {"planned": True, "rows": rows, "units": units, "views": len(store.views)}
+    return {"planned": True, "rows": rows, "units": items, "views": len(store.views)}
 
 
 def main() -> None:

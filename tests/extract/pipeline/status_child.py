@@ -37,7 +37,7 @@ def main() -> None:
         if child:
             alive.add(child)
             continue
-        writer.phase = lambda name: os.kill(os.getpid(), signal.SIGSTOP) if name == "allocated" else None
+        writer.crash_point = lambda name: os.kill(os.getpid(), signal.SIGSTOP) if name == "allocated" else None
         try:
             extract(Path(root), corpus, teacher, request)
         except BaseException as e:

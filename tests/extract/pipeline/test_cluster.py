@@ -67,7 +67,7 @@ def _json(path: Path) -> dict:
 def test_what_a_ray_worker_cannot_do_is_told(bert: Path, corpus: Path, tmp_path: Path) -> None:
     if find_spec("ray") is None:
         pytest.skip("no Ray; pip install 'stillhouse[cluster]'")
-    from stillhouse.extract.pipeline.cluster import make_ray_crew
+    from stillhouse.extract.pipeline.cluster import start_ray_workers
     from stillhouse.extract.pipeline.request import Request, make_plan
 
     from ..conftest import loaded
@@ -75,4 +75,4 @@ def test_what_a_ray_worker_cannot_do_is_told(bert: Path, corpus: Path, tmp_path:
     plan = make_plan(tmp_path / "s", long_corpus(1), loaded(bert), Request("t", [0], ["alone"]))
     load = {"source": str(tmp_path / "gone"), "device": "cpu"}
     with pytest.raises(Exception, match="gone: cannot be loaded"):
-        make_ray_crew("t", load, 2, (0, 1), None)(plan).finish()
+        start_ray_workers("t", load, 2, (0, 1), None)(plan).finish()

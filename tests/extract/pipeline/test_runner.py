@@ -17,7 +17,7 @@ from stillhouse.extract.pipeline.request import Request
 from stillhouse.extract.store import Store
 from stillhouse.extract.store.disk.durable import Lock
 from stillhouse.extract.store.verify.verify import verify
-from stillhouse.extract.store.writer import UnitWriter
+from stillhouse.extract.store.writer import ItemWriter
 
 from ..conftest import loaded, make_corpus, sentences
 from .test_crash import tree
@@ -48,27 +48,27 @@ def test_a_unit_is_computed_while_the_one_before_is_committed(
     calm: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first commit waits for a batch of the second unit, which never came if the two took turns."""
-    units = len(Store.open(calm).plan.units("t"))
-    assert units >= 4
+    items = len(Store.open(calm).plan.work_items("t"))
+    assert items >= 4
     second, overlapped, order = threading.Event(), [], []
-    write, commit = UnitWriter.write, UnitWriter.commit
+    write, commit = ItemWriter.write, ItemWriter.commit
 
-    def watched_write(self: UnitWriter, *arguments: Any) -> None:
-        if self.unit.shard.number == 1:
+    def watched_write(self: ItemWriter, *arguments: Any) -> None:
+        if self.item.shard.number == 1:
             second.set()
         write(self, *arguments)
 
-    def watched_commit(self: UnitWriter, *arguments: Any) -> bool:
+    def watched_commit(self: ItemWriter, *arguments: Any) -> bool:
         if not order:
             overlapped.append(second.wait(20))
-        order.append(str(self.unit))
+        order.append(str(self.item))
         return commit(self, *arguments)
 
-    monkeypatch.setattr(UnitWriter, "write", watched_write)
-    monkeypatch.setattr(UnitWriter, "commit", watched_commit)
+    monkeypatch.setattr(ItemWriter, "write", watched_write)
+    monkeypatch.setattr(ItemWriter, "commit", watched_commit)
     extract(tmp_path / "s", corpus(), loaded(bert), REQUEST)
     assert overlapped == [True]
-    assert order == [str(u) for u in Store.open(calm).plan.units("t")]
+    assert order == [str(u) for u in Store.open(calm).plan.work_items("t")]
     assert tree(tmp_path / "s") == tree(calm)
 
 
@@ -78,31 +78,31 @@ def test_an_error_leaves_what_was_committed_and_no_lock(
 ) -> None:
     teacher, root = loaded(bert), tmp_path / "s"
     plan = Store.open(calm).plan
-    bad = plan.units("t")[2]
+    bad = plan.work_items("t")[2]
 
     def refuse(self: Any, *arguments: Any) -> Any:
-        if str(self.unit) == str(bad):
+        if str(self.item) == str(bad):
             raise StoreError(f"no {where}")
         return before(self, *arguments)
 
     with monkeypatch.context() as patch:
         if where == "model":
-            before = making.Keep.__call__
-            patch.setattr(making.Keep, "unit", property(lambda self: self.writer.unit), raising=False)
-            patch.setattr(making.Keep, "__call__", refuse)
+            before = making.Encode.__call__
+            patch.setattr(making.Encode, "item", property(lambda self: self.writer.item), raising=False)
+            patch.setattr(making.Encode, "__call__", refuse)
         else:
-            before = getattr(UnitWriter, where)
-            patch.setattr(UnitWriter, where, refuse)
+            before = getattr(ItemWriter, where)
+            patch.setattr(ItemWriter, where, refuse)
         with pytest.raises(StoreError, match=f"no {where}"):
             extract(root, corpus(), teacher, REQUEST)
     store = Store.open(root)
     assert store.commits("t", "alone").has(0, [0, 2])
     assert not store.commits("t", "alone").has(bad.shard.number, [0, 2])
-    for unit in plan.units("t"):
-        with Lock(store.paths.lock("t", unit.context, unit.shard.number)):
+    for item in plan.work_items("t"):
+        with Lock(store.paths.lock("t", item.context, item.shard.number)):
             pass  # LockedError where one is still held
     assert verify(store) == []  # and no litter
-    assert extract(root, corpus(), teacher, REQUEST).units_done_now >= len(plan.units("t")) - 3
+    assert extract(root, corpus(), teacher, REQUEST).units_done_now >= len(plan.work_items("t")) - 3
     assert tree(root) == tree(calm)
 
 
@@ -112,14 +112,14 @@ def test_few_units_are_open_at_a_time(
     """Many threads would otherwise hold more files than a process may have."""
     monkeypatch.setattr(making, "most_handles", lambda: 0)
     most = []
-    begin = making.UnitMaker._begin
+    begin = making.ItemRunner._begin
 
-    def watched(self: making.UnitMaker, claim: making.Claim) -> making.Job:
+    def watched(self: making.ItemRunner, claim: making.LockedItem) -> making.OpenItem:
         job = begin(self, claim)
         self.threads.count = 16  # as on a larger machine: as many batches are looked ahead
         most.append(len(self._open))
         return job
 
-    monkeypatch.setattr(making.UnitMaker, "_begin", watched)
+    monkeypatch.setattr(making.ItemRunner, "_begin", watched)
     extract(tmp_path / "s", corpus(), loaded(bert), REQUEST)
     assert max(most) == 3 and tree(tmp_path / "s") == tree(calm)

@@ -49,10 +49,10 @@ def test_while_writers_run_and_die(bert: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     told = [json.loads(line) for line in done.stdout.splitlines()]
     check(told)
-    units = sum(c["units"] for c in told[0]["contexts"])
+    items = sum(c["units"] for c in told[0]["contexts"])
     happened = [entry["what"] for entry in told]
-    assert units >= 4 and sorted(w for w in happened if w != "stopped") == ["ended 0", "ended 0", "killed"], done.stderr
-    assert happened.count("stopped") >= units + 1  # the unit of the killed one was begun twice
+    assert items >= 4 and sorted(w for w in happened if w != "stopped") == ["ended 0", "ended 0", "killed"], done.stderr
+    assert happened.count("stopped") >= items + 1  # the unit of the killed one was begun twice
     for entry in told:
         if entry["what"] == "stopped":
             assert not entry["complete"] and sum(c["running"] for c in entry["contexts"]) >= 1

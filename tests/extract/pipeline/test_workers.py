@@ -11,7 +11,7 @@ import pytest
 from stillhouse.data.errors import StoreError, UsageError
 from stillhouse.extract.pipeline.extract import extract
 from stillhouse.extract.pipeline.request import Request, make_plan
-from stillhouse.extract.pipeline.workers import make_crew, parse_part
+from stillhouse.extract.pipeline.workers import parse_part, start_workers
 from stillhouse.extract.store import Store
 from stillhouse.extract.store.verify.verify import verify
 
@@ -24,7 +24,9 @@ REQUEST = Request("t", [0, 2], ["alone", "both:4"])
 
 def test_three_workers_make_the_same_bytes(bert: Path, tmp_path: Path) -> None:
     load = {"source": str(bert), "device": "cpu"}
-    summary = extract(tmp_path / "three", long_corpus(), loaded(bert), REQUEST, helpers=make_crew("t", load, 3, (0, 1)))
+    summary = extract(
+        tmp_path / "three", long_corpus(), loaded(bert), REQUEST, helpers=start_workers("t", load, 3, (0, 1))
+    )
     extract(tmp_path / "one", long_corpus(), loaded(bert), REQUEST)
     assert tree(tmp_path / "three") == tree(tmp_path / "one")
     assert summary.units_done_now == summary.units > 4 and summary.rows_done_now == 2 * summary.tokens
@@ -34,7 +36,7 @@ def test_three_workers_make_the_same_bytes(bert: Path, tmp_path: Path) -> None:
 def test_a_failing_worker_is_told(bert: Path, tmp_path: Path) -> None:
     load = {"source": str(tmp_path / "no model here"), "device": "cpu"}
     with pytest.raises(Exception, match="cannot be loaded"):
-        extract(tmp_path / "s", long_corpus(1), loaded(bert), REQUEST, helpers=make_crew("t", load, 2, (0, 1)))
+        extract(tmp_path / "s", long_corpus(1), loaded(bert), REQUEST, helpers=start_workers("t", load, 2, (0, 1)))
 
 
 def test_a_killed_worker_is_told_and_replaced(bert: Path, tmp_path: Path) -> None:
@@ -42,7 +44,7 @@ def test_a_killed_worker_is_told_and_replaced(bert: Path, tmp_path: Path) -> Non
     make_plan(tmp_path / "s", long_corpus(1), loaded(bert), REQUEST)
 
     def helpers(plan):
-        crew = make_crew("t", load, 2, (0, 1))(plan)  # type: ignore[misc]
+        crew = start_workers("t", load, 2, (0, 1))(plan)  # type: ignore[misc]
         os.kill(crew._processes[0].pid, signal.SIGKILL)
         return crew
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from stillhouse.extract.store import Store, View
 from stillhouse.extract.store.read import buffers as memory
-from stillhouse.extract.store.read.buffers import BATCHES, HUGE, SMALLEST, Memory
+from stillhouse.extract.store.read.buffers import BATCH_BUFFERS, HUGE, SMALLEST, BufferPool
 
 VIEWS = [View("bert", "alone", k) for k in (0, 1, 2)]
 HELD = {
@@ -33,7 +33,7 @@ HELD = {
 @given(st.lists(st.tuples(st.integers(1, 12), st.sampled_from(sorted(HELD)), st.integers(0, 3)), max_size=20))
 def test_what_is_held_is_not_handed_out(steps: list[tuple[int, str, int]]) -> None:
     """Whatever part of an array is held, and by whom: its content stays."""
-    pool, held = Memory(8 << 20), []
+    pool, held = BufferPool(8 << 20), []
     for number, (rows, how, drop) in enumerate(steps):
         array = pool.empty((rows, SMALLEST // 8), "float32")
         array[:] = number
@@ -55,7 +55,7 @@ def address(array: np.ndarray) -> int:
 
 
 def test_what_is_dropped_is_used_again() -> None:
-    pool = Memory()
+    pool = BufferPool()
     first = pool.empty((1000, 1000), "float16")
     where = address(first)
     second = pool.empty((1000, 1000), "float16")
@@ -73,7 +73,7 @@ def test_what_is_dropped_is_used_again() -> None:
 
 
 def test_no_more_is_kept_than_allowed() -> None:
-    pool = Memory(16 << 20)
+    pool = BufferPool(16 << 20)
     arrays = [pool.empty((n << 20,), "uint8") for n in (1, 2, 3, 4, 5, 6, 7, 8, 17)]
     last = address(arrays[-2])
     while arrays:
@@ -83,7 +83,7 @@ def test_no_more_is_kept_than_allowed() -> None:
 
 
 def test_threads_do_not_share() -> None:
-    pool, before = Memory(4 << 20), sys.getswitchinterval()
+    pool, before = BufferPool(4 << 20), sys.getswitchinterval()
 
     def work(seed: int) -> bool:
         rng, sound = np.random.default_rng(seed), True
@@ -105,7 +105,7 @@ def test_threads_do_not_share() -> None:
 def test_gather_uses_memory_again(small_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Held batches stay what they are; a dropped one's memory is the next one's, in every dtype."""
     monkeypatch.setattr(memory, "SMALLEST", 1)
-    BATCHES.clear()
+    BATCH_BUFFERS.clear()
     store = Store.open(small_store)
     ids = store.utterance_ids
     for dtype in (None, "float32"):
@@ -123,7 +123,7 @@ def test_gather_uses_memory_again(small_store: Path, monkeypatch: pytest.MonkeyP
 
 def test_pages_are_touched_once() -> None:
     """What it is for: batches that follow each other cost the kernel no pages, whatever is a little longer."""
-    pool = Memory()
+    pool = BufferPool()
 
     def batch(rows: int) -> None:
         for array in [pool.empty((rows, 1024), "float16") for _ in range(6)]:
@@ -137,15 +137,15 @@ def test_pages_are_touched_once() -> None:
 
 
 def test_a_fork_begins_without() -> None:
-    array = BATCHES.empty((HUGE,), "uint8")
+    array = BATCH_BUFFERS.empty((HUGE,), "uint8")
     array[:] = 3
     del array
-    held = BATCHES.empty((HUGE // 2,), "uint8")
+    held = BATCH_BUFFERS.empty((HUGE // 2,), "uint8")
     held[:] = 5
     pid = os.fork()
     if not pid:
-        fine = BATCHES.kept == 0 and (held == 5).all()
+        fine = BATCH_BUFFERS.kept == 0 and (held == 5).all()
         held[:] = 6  # its own copy
         os._exit(0 if fine else 1)
     assert os.waitpid(pid, 0)[1] == 0
-    assert (held == 5).all() and BATCHES.kept
+    assert (held == 5).all() and BATCH_BUFFERS.kept

@@ -15,13 +15,13 @@ from hostile import run
 from stillhouse.data.errors import StoreError
 from stillhouse.extract.inspect.facts.store import verified
 from stillhouse.extract.maintain.combine import copy
-from stillhouse.extract.maintain.remove import clear, remove_utterances
+from stillhouse.extract.maintain.remove import collect_garbage, remove_utterances
 from stillhouse.extract.maintain.repair import repair_all
 from stillhouse.extract.pipeline.extract import extract
 from stillhouse.extract.pipeline.request import Request
 from stillhouse.extract.store import Store
 from stillhouse.extract.store.disk import layout
-from stillhouse.extract.store.disk.checksums import flipped_bit, mended, seal_damage, sealed, turned
+from stillhouse.extract.store.disk.checksums import checksum_error, flipped_bit, mended, turned, with_checksum
 from stillhouse.extract.store.disk.layout import crc32c
 from stillhouse.extract.store.verify.verify import verify
 
@@ -157,7 +157,11 @@ def test_what_is_damaged_is_not_copied(bert: Path, tmp_path: Path) -> None:
     root = built(tmp_path / "s", bert, "float16")
     path = root / "data.zarr/bert/token_id/c/0"
     path.write_bytes(turned(path.read_bytes(), 0, 0))
-    for command in (lambda: copy(root, tmp_path / "out"), lambda: clear(root), lambda: remove_utterances(root, ["u1"])):
+    for command in (
+        lambda: copy(root, tmp_path / "out"),
+        lambda: collect_garbage(root),
+        lambda: remove_utterances(root, ["u1"]),
+    ):
         with pytest.raises(StoreError, match="bert/token_id utterance u"):
             command()
     assert not (tmp_path / "out").exists()
@@ -169,7 +173,7 @@ def test_rows_that_come_later_are_checked(bert: Path, tmp_path: Path) -> None:
     corpus.utterances[4] = corpus.utterances[4].model_copy(update={"text": "we saw the sea"})
     extract(root, corpus, loaded(bert), Request("bert", [0, 2], ["alone", "both:4"]), refresh=True)
     new = int(Store.open(root).rows(["u4"])[0])
-    clear(root)
+    collect_garbage(root)
     store = Store.open(root)
     assert verify(store) == [] and verified(store).unchecked == [] and new >= 30
     start = int(store._rows_of("bert").start[store.rows(["u4"])[0]])
@@ -196,12 +200,12 @@ def test_which_bit_it_is() -> None:
 def test_every_bit_of_a_record(name: str) -> None:
     """Whatever bit of it turns: it says the same, or it is found; and it is put right in either case."""
     value = {"zarr_format": 3, "attributes": {"a": [1, 2.5, "é\n"], "b": None}, "more": "crc32c"}
-    data = sealed(value, name)
+    data = with_checksum(value, name)
     for at in range(len(data)):
         for bit in range(8):
             other = turned(data, at, bit)
             try:
-                found = seal_damage(json.loads(other), name) is not None
+                found = checksum_error(json.loads(other), name) is not None
             except ValueError:
                 found = True
             assert found or same_value(Path(name), data, other), other

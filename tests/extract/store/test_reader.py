@@ -261,13 +261,13 @@ def test_ids_are_remembered_and_forgotten(small_store: Path, monkeypatch: pytest
 
 def test_cold_reading_equals_hot(small_store: Path) -> None:
     """The path for what is not in memory, with runs that touch and one that is cut short."""
-    from stillhouse.extract.store.read.rows import Reading
+    from stillhouse.extract.store.read.rows import ShardRead
 
     store = Store.open(small_store, checksums=True)
     ids = ["u4", *store.utterance_ids, "u1", "u1"]
     want = store.gather(ids, VIEWS).states
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Reading, "hot", lambda *_: False)
+        patch.setattr(ShardRead, "hot", lambda *_: False)
         got = store.gather(ids, VIEWS).states
         whole = os.preadv
         patch.setattr(os, "preadv", lambda fd, buffers, at, *rest: whole(fd, [buffers[0][:7]], at, *rest))

@@ -20,7 +20,7 @@ from stillhouse.data.manifest import write_manifest
 from stillhouse.extract.maintain.repair import repair
 from stillhouse.extract.pipeline.extract import extract
 from stillhouse.extract.pipeline.request import Request
-from stillhouse.extract.pipeline.workers import make_crew
+from stillhouse.extract.pipeline.workers import start_workers
 from stillhouse.extract.store import Store
 from stillhouse.extract.store.remote import client as objects_module
 from stillhouse.extract.store.verify.verify import verify
@@ -62,7 +62,7 @@ def test_two_writers_at_once(proxy: s3.Proxy, server: int, bert: Path, tmp_path:
 
     def write() -> None:
         try:
-            summaries.append(extract("s3://bucket/two", corpus, loaded(bert).twin(), request))  # type: ignore[arg-type]
+            summaries.append(extract("s3://bucket/two", corpus, loaded(bert).clone_model(), request))  # type: ignore[arg-type]
         except BaseException as e:
             summaries.append(e)
 
@@ -87,7 +87,7 @@ def test_two_writers_at_once(proxy: s3.Proxy, server: int, bert: Path, tmp_path:
 @pytest.mark.slow
 def test_workers_of_one_command_have_each_its_share(proxy: s3.Proxy, server: int, bert: Path) -> None:
     load, request = {"source": str(bert), "device": "cpu"}, Request("t", [0, 2], ["alone", "both:4"])
-    helpers = make_crew("t", load, 2, (0, 1))
+    helpers = start_workers("t", load, 2, (0, 1))
     done = extract("s3://bucket/crew", long_corpus(), loaded(bert), request, part=(0, 2), helpers=helpers)  # type: ignore[arg-type]
     records = [json.loads(s3.get(server, k)) for k in s3.keys(server, "crew/commits/") if k.endswith(".json")]
     by_writer = Counter(r["writer"]["pid"] for r in records if r["shard"] != "norms")

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from stillhouse.extract.teacher import cpu_matmul as products
-from stillhouse.extract.teacher.cpu_matmul import Products, bfloat16_products, float32_products
+from stillhouse.extract.teacher.cpu_matmul import CpuMatmul, bfloat16_products, float32_products
 from stillhouse.extract.teacher.model import Teacher, load_teacher
 
 TEACHERS = ["minilm", "bert", "gpt2", "llama"]
@@ -66,8 +66,8 @@ def test_a_model_that_does_not_run_with_them_runs_without(bert: Path, monkeypatc
     def refuse(*_: object) -> torch.Tensor:
         raise RuntimeError("mat1 and mat2 must have the same dtype")
 
-    monkeypatch.setattr(module, "float32_products", lambda: Products(refuse))
-    monkeypatch.setattr(module, "bfloat16_products", lambda: Products(refuse))
+    monkeypatch.setattr(module, "float32_products", lambda: CpuMatmul(refuse))
+    monkeypatch.setattr(module, "bfloat16_products", lambda: CpuMatmul(refuse))
     for dtype in ("float32", "bfloat16"):
         teacher = load_teacher(str(bert), device="cpu", dtype=dtype)
         assert teacher._products is None and teacher._blocks is not None
@@ -82,7 +82,7 @@ def test_what_is_intercepted() -> None:
         return functional.linear(x, weight, bias).bfloat16()
 
     x, w, b = torch.ones(2, 3), torch.arange(12.0).reshape(4, 3), torch.ones(4)
-    with Products(product):
+    with CpuMatmul(product):
         assert functional.linear(x, w, b).tolist() == [[4.0, 13.0, 22.0, 31.0]] * 2
         assert functional.linear(x, w, bias=b).dtype == torch.bfloat16
         assert torch.addmm(b, x, w.t()).tolist() == [[4.0, 13.0, 22.0, 31.0]] * 2

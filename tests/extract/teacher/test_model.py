@@ -13,7 +13,7 @@ from stillhouse.data.errors import TeacherError, UsageError
 from stillhouse.extract.pipeline.extract import extract
 from stillhouse.extract.pipeline.request import Request
 from stillhouse.extract.store import Store, View
-from stillhouse.extract.store.format.plan import Teacher as Record
+from stillhouse.extract.store.format.plan import TeacherRecord as Record
 from stillhouse.extract.teacher.model import Teacher, load_teacher
 
 from ..conftest import TEXTS, loaded, make_corpus

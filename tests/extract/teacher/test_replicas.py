@@ -17,7 +17,7 @@ from stillhouse.extract.store import Store
 from stillhouse.extract.store.verify.verify import verify
 from stillhouse.extract.teacher.contexts import Window
 from stillhouse.extract.teacher.model import Teacher, load_teacher
-from stillhouse.extract.teacher.replicas import Threads
+from stillhouse.extract.teacher.replicas import TeacherPool
 
 from ..conftest import loaded, make_corpus
 from ..pipeline.test_crash import tree
@@ -64,7 +64,7 @@ def test_two_threads_make_the_bytes_of_one(watched: Watched, bert: Path, two_thr
 
 def test_a_twin_shares_weights_and_nothing_else(bert: Path) -> None:
     teacher = loaded(bert)
-    twin = teacher.twin()
+    twin = teacher.clone_model()
     for a, b in zip(teacher.model.parameters(), twin.model.parameters(), strict=True):
         assert a is b
     assert not set(map(id, teacher.model.modules())) & set(map(id, twin.model.modules()))
@@ -75,7 +75,7 @@ def test_a_twin_shares_weights_and_nothing_else(bert: Path) -> None:
 
 def test_results_come_in_order_and_errors_where_they_happened(watched: Watched, two_threads: None) -> None:
     batches = [[Window(np.full(3 + i, 5, dtype=np.int32), None, [])] for i in range(9)]
-    with Threads(watched) as threads:
+    with TeacherPool(watched) as threads:
         sizes = [(len(part[0].ids), s) for part, s in threads.run(batches, [1], lambda s: s[1].shape[1], "here")]
         assert sizes == [(3 + i, 3 + i) for i in range(9)] and threads.seconds > 0
 

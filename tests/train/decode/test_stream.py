@@ -14,7 +14,7 @@ from stillhouse.data.errors import ConfigError, UsageError
 from stillhouse.data.units import Units
 from stillhouse.train.decode.beam import Beam
 from stillhouse.train.decode.decode import Greedy, greedy_search, ranked
-from stillhouse.train.decode.stream import Heard, StreamDecoder, chunk_of, quietest
+from stillhouse.train.decode.stream import StreamDecoder, StreamResult, chunk_of, quietest
 from stillhouse.train.model.transducer import BLANK, Transducer
 
 UNITS = Units("characters", "none", ["<blank>", "<unk>", "▁", *"abcd"])
@@ -45,22 +45,22 @@ def sound(seconds: float, seed: int = 0) -> np.ndarray:
     return np.clip(np.concatenate(parts), -1, 1).astype(np.float32)
 
 
-def hear(decoder: StreamDecoder, samples: np.ndarray, arrivals: int) -> list[Heard]:
+def hear(decoder: StreamDecoder, samples: np.ndarray, arrivals: int) -> list[StreamResult]:
     found = []
     for at in range(0, len(samples), arrivals):
         found += decoder.push(samples[at : at + arrivals])
     return found + list(decoder.finish())
 
 
-def whole(net: Transducer, samples: np.ndarray, search) -> Heard:
+def whole(net: Transducer, samples: np.ndarray, search) -> StreamResult:
     features = torch.from_numpy(fbank(samples).astype(np.float16).astype(np.float32))
     decoder = search(net, 1)
     decoder.feed(*net.encode(features[None], torch.tensor([len(features)])))
     seconds = len(features) / 100
-    return Heard(0, 0.0, seconds, True, ranked(UNITS, decoder.finish()[0], 0.04, seconds, 3))
+    return StreamResult(0, 0.0, seconds, True, ranked(UNITS, decoder.finish()[0], 0.04, seconds, 3))
 
 
-def assert_same(a: Heard, b: Heard) -> None:
+def assert_same(a: StreamResult, b: StreamResult) -> None:
     assert [r.hyp for r in a.ranked] == [r.hyp for r in b.ranked]
     assert [r.score for r in a.ranked] == pytest.approx([r.score for r in b.ranked], abs=2e-3)
     for mine, ours in zip(a.ranked[0].words, b.ranked[0].words, strict=True):
@@ -132,11 +132,11 @@ def test_or_for_the_quietest_place_of_a_segment() -> None:
     assert_same(heard[0], whole_of_frames(model(), samples, round(100 * heard[0].end_s)))
 
 
-def whole_of_frames(net: Transducer, samples: np.ndarray, frames: int) -> Heard:
+def whole_of_frames(net: Transducer, samples: np.ndarray, frames: int) -> StreamResult:
     features = torch.from_numpy(fbank(samples)[:frames].astype(np.float16).astype(np.float32))
     decoder = Greedy(net, 1)
     decoder.feed(*net.encode(features[None], torch.tensor([frames])))
-    return Heard(0, 0.0, frames / 100, True, ranked(UNITS, decoder.finish()[0], 0.04, frames / 100))
+    return StreamResult(0, 0.0, frames / 100, True, ranked(UNITS, decoder.finish()[0], 0.04, frames / 100))
 
 
 def test_quietest_stays_in_the_last_third() -> None:

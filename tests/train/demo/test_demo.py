@@ -15,7 +15,7 @@ from stillhouse.cli import COMMANDS, cli
 from stillhouse.data.errors import TeacherError
 from stillhouse.train.demo import demo
 from stillhouse.train.demo.plan import Size
-from stillhouse.train.report.demo import Row
+from stillhouse.train.report.demo import ErrorRow
 from stillhouse.train.score.wer import Score, rate, read_hypotheses, score
 
 TINY = Size(heard=2, readers=1, stories=29, unheard=1, known=1, heard_on_new=1)
@@ -75,7 +75,7 @@ def test_whether_the_loss_fell(losses: list[float], fell: bool) -> None:
 
 def test_the_table() -> None:
     found = scores(17, 51)
-    rows = (Row("test-known", "", found["test-known"], 0.3), Row("test-new", "", found["test-new"]))
+    rows = (ErrorRow("test-known", "", found["test-known"], 0.3), ErrorRow("test-new", "", found["test-new"]))
     lines = demo.Result(rows, Path("r.html"), (), "").table().splitlines()
     assert " ".join(lines[1].split()) == "test-known 1 17.0 % 17.0 to 17.0 17.0 % at most 30 %"
     assert " ".join(lines[2].split()) == "test-new 1 51.0 % 51.0 to 51.0 51.0 %"

@@ -9,8 +9,8 @@ import pytest
 
 from stillhouse.train.report.demo import (
     Chunk,
-    Report,
-    Row,
+    DemoPage,
+    ErrorRow,
     Stage,
     align,
     clock,
@@ -130,13 +130,13 @@ def page(**changes) -> tuple[str, Page]:
     made = {
         "title": "A <run>",
         "lead": "What & why",
-        "rows": [Row("test", "All.", score(["a b"], ["a c"]), 0.3)],
+        "rows": [ErrorRow("test", "All.", score(["a b"], ["a c"]), 0.3)],
         "sections": [found],
         "metrics": [*metrics, {"kind": "dev", "step": 2, "wer": 0.5, "cer": 0.25}],
         "store": facts,
         "stages": [Stage("train", "stillhouse train a.toml > b", 61.0)],
     } | changes
-    text = render(Report(**made))
+    text = render(DemoPage(**made))
     parser = Page()
     parser.feed(text)
     assert parser.open == []
@@ -160,11 +160,11 @@ def test_what_a_corpus_says_is_not_markup() -> None:
 
 
 def test_a_page_of_next_to_nothing() -> None:
-    text, _ = page(sections=(), metrics=(), store=None, stages=(), rows=[Row("test", "All.", score(["a"], ["a"]))])
+    text, _ = page(sections=(), metrics=(), store=None, stages=(), rows=[ErrorRow("test", "All.", score(["a"], ["a"]))])
     assert "<figure>" not in text and "The commands" not in text and "0.0 %" in text
 
 
 def test_a_good_score_passes() -> None:
-    assert Row("t", "", score(["a b c d"], ["a b c d"]), 0.0).passed
-    assert not Row("t", "", score(["a b"], ["a c"]), 0.49).passed
+    assert ErrorRow("t", "", score(["a b c d"], ["a b c d"]), 0.0).passed
+    assert not ErrorRow("t", "", score(["a b"], ["a c"]), 0.49).passed
     assert Chunk("equal", "a", "a") == Chunk("equal", "a", "a", False)

@@ -14,7 +14,7 @@ import pytest
 
 from stillhouse.cli import cli
 from stillhouse.train.demo import demo
-from stillhouse.train.demo.corpus import Built
+from stillhouse.train.demo.corpus import DemoCorpus
 from stillhouse.train.demo.demo import RECIPES, find_decoder, prepare_study
 from stillhouse.train.study.definition import Study, load_study
 
@@ -27,7 +27,9 @@ def test_the_second_teacher_is_found_and_never_imported(smollm2: Path) -> None:
 def test_what_is_prepared_is_what_the_study_reads(tmp_path: Path, minilm: Path, smollm2: Path, monkeypatch) -> None:
     commands: list[list[str]] = []
     monkeypatch.setattr(demo.Demo, "_run", lambda self, args, stdout: commands.append(list(args)) or 0)
-    monkeypatch.setattr(demo, "build_demo_corpus", lambda *_: Built(tmp_path / "corpus.jsonl", {}, {}, "none", True))
+    monkeypatch.setattr(
+        demo, "build_demo_corpus", lambda *_: DemoCorpus(tmp_path / "corpus.jsonl", {}, {}, "none", True)
+    )
     (tmp_path / "corpus.jsonl").touch()
     monkeypatch.chdir(tmp_path)
     prepare_study(tmp_path)

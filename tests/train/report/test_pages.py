@@ -17,7 +17,7 @@ from stillhouse.train.loop.trainer import Trainer
 from stillhouse.train.report import demo as report
 from stillhouse.train.report.run import read_run, render
 from stillhouse.train.study import report as study_report
-from stillhouse.train.study.table import Detectable, Difference, Estimate, Row, Table
+from stillhouse.train.study.table import ArmRow, Detectable, ErrorDifference, Estimate, Table
 
 NASTY = "<script>alert(1)</script> &amp; <b>"
 
@@ -138,12 +138,12 @@ def test_curves_are_not_cut_off_at_the_top_and_keep_their_size(monkeypatch: pyte
 def study() -> Table:
     """Arms with the longest texts that a study's table has."""
 
-    def differing(to: str) -> Difference:
+    def differing(to: str) -> ErrorDifference:
         estimate = Estimate(-0.123, -0.234, -0.012)
-        return Difference(to, estimate, -0.42, (-0.101, -0.123, -0.145, -0.123, -0.145), "not shown")
+        return ErrorDifference(to, estimate, -0.42, (-0.101, -0.123, -0.145, -0.123, -0.145), "not shown")
 
     rows = [
-        Row(
+        ArmRow(
             arm=f"planted-shuffled-{n}",
             split="test-new",
             seeds=(1, 2, 3, 4, 5),

@@ -11,7 +11,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from stillhouse.data.errors import CheckpointError
-from stillhouse.train.config import Config, Data, Optim
+from stillhouse.train.config import Config, DataSection, OptimSection
 from stillhouse.train.model.build import build_optimiser
 from stillhouse.train.run import checkpoint
 
@@ -124,8 +124,8 @@ def test_optimiser_state_round_trip(fused: bool, tmp_path: Path) -> None:
 
 
 def test_the_optimiser_is_plain_adamw_in_one_kernel(tmp_path: Path) -> None:
-    data = Data(corpus=tmp_path, features=tmp_path, units=tmp_path)
-    config = Config(data=data, optim=Optim(lr=0.01, weight_decay=0.3, betas=(0.8, 0.95)))
+    data = DataSection(corpus=tmp_path, features=tmp_path, units=tmp_path)
+    config = Config(data=data, optim=OptimSection(lr=0.01, weight_decay=0.3, betas=(0.8, 0.95)))
     torch.manual_seed(0)
     net, twin = (nn.Sequential(nn.Linear(40, 33), nn.LayerNorm(33), nn.Linear(33, 7)) for _ in range(2))
     twin.load_state_dict(net.state_dict())

@@ -9,8 +9,8 @@ import pytest
 
 from stillhouse.data.errors import CorpusError, UsageError
 from stillhouse.train.decode.align import Word
-from stillhouse.train.decode.decode import Hypothesis, Ranked
-from stillhouse.train.decode.stream import Heard
+from stillhouse.train.decode.decode import Hypothesis, ScoredText
+from stillhouse.train.decode.stream import StreamResult
 from stillhouse.train.decode.write import FORMATS, as_lines, check_ids, live_lines
 from stillhouse.train.score.hypotheses import read_hypotheses
 
@@ -19,7 +19,7 @@ WORDS = [Word("oh", 0.04, 0.12, 0.61), Word("(so)", 0.12, 0.16, 0.4)]
 
 def hypothesis(id: str, words: list[Word], ref: str = "oh no") -> Hypothesis:
     text = " ".join(w.text for w in words)
-    return Hypothesis(id, text, ref, [Ranked(text, -3.5, -3.0, -0.5, words), Ranked("o", -4.0, -4.0, 0.0, [])])
+    return Hypothesis(id, text, ref, [ScoredText(text, -3.5, -3.0, -0.5, words), ScoredText("o", -4.0, -4.0, 0.0, [])])
 
 
 FOUND = [hypothesis("a-1", WORDS), hypothesis("a-2", [], ""), hypothesis("b", WORDS[1:])]
@@ -60,7 +60,11 @@ def test_lines_by_hand() -> None:
 
 def test_partial_results_are_no_hypotheses(tmp_path: Path) -> None:
     ranked = FOUND[0].ranked
-    told = [Heard(0, 0.0, 0.32, False, ranked[1:]), Heard(0, 0.0, 0.5, True, ranked), Heard(1, 0.5, 1.0, True, ranked)]
+    told = [
+        StreamResult(0, 0.0, 0.32, False, ranked[1:]),
+        StreamResult(0, 0.0, 0.5, True, ranked),
+        StreamResult(1, 0.5, 1.0, True, ranked),
+    ]
     path = tmp_path / "live.jsonl"
     path.write_text("\n".join(line for h in told for line in live_lines(h, "jsonl", "talk", True)))
     assert read_hypotheses(path, {"talk-0001": "x", "talk-0002": "y"}) == [

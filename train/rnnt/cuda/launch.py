@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..checks import Batch
+from ..checks import LossBatch
 from ..loss import Options
 
 
@@ -205,11 +205,11 @@ class CudaLoss(torch.autograd.Function):
 
 
 def rnnt_loss_cuda(
-    logits: torch.Tensor, batch: Batch | tuple[torch.Tensor, ...], blank: int, padded: tuple[int, int] | None,
+    logits: torch.Tensor, batch: LossBatch | tuple[torch.Tensor, ...], blank: int, padded: tuple[int, int] | None,
     options: Options, band: torch.Tensor | None, want_occupancy: bool,
 ) -> Any:  # fmt: skip
     """(costs [B], occupancy or None). batch: checked integers of the CPU, or targets and lengths on the device."""
-    if isinstance(batch, Batch):
+    if isinstance(batch, LossBatch):
         integers = tuple(torch.from_numpy(v) for v in (batch.y, batch.T, batch.U))
         longest = int(batch.T.max(initial=0))
     else:
@@ -218,6 +218,6 @@ def rnnt_loss_cuda(
     rows = logits.numel() // V
     d = device_batch(integers, blank % V, V, rows, padded, logits.device, band)
     frames = padded[0] if padded is not None else longest
-    if want_occupancy and padded is None and not isinstance(batch, Batch):
+    if want_occupancy and padded is None and not isinstance(batch, LossBatch):
         raise ValueError("rnnt loss: occupancies of packed logits need the lengths on the CPU")
     return CudaLoss.apply(logits, d, options, frames if want_occupancy else None)
