@@ -1,4 +1,8 @@
-"""The house: who may import whom, what ships, and how fast --help is."""
+"""The layout rules: who may import whom, how large folders and files are, what ships, and how fast --help is.
+
+Guarantees: every rule is counted from the syntax trees of the package, imports inside functions included.
+Try: `pytest tests/test_house.py`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,10 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import click
@@ -17,64 +24,168 @@ import pytest
 
 from stillhouse.cli import cli
 
+ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("data", "extract", "distill", "train")
-# What each room may import of the house; whatever else it imports is a library's.
-MAY = {
+# What each part of the package may import of the package; whatever else it imports is a library's.
+MAY_IMPORT = {
     "data": {"data"},
     "extract": {"extract", "data"},
     "distill": {"distill", "extract.store", "data"},
     "train": {"train", "distill", "extract.store", "data"},
     "train.rnnt": {"train.rnnt"},
 }
+# Folders and files from the lowest to the highest: a module imports from its own line and from lower ones alone.
+LAYERS = {
+    "data": [
+        "errors",
+        "files",
+        "text manifest units",
+        "audio",
+        "features",
+        "batches corpus",
+        "sources doctor",
+        "commands",
+    ],
+    "extract": ["store", "adapters teacher", "pipeline", "maintain", "inspect", "commands"],
+    "extract.store": ["remote", "disk", "format", "read", "base views display gather reader batches writer", "verify"],
+    "train": ["config rnnt score", "model", "run decode", "loop export report", "study", "demo", "commands"],
+}
+MOST_ENTRIES, MOST_LINES, MOST_EQUAL_LINES = 12, 400, 12
 
 
-def modules(root: Path) -> list[Path]:
-    return [p for package in PACKAGES for p in sorted((root / package).rglob("*.py"))]
+def modules() -> dict[str, Path]:
+    """{dotted name below stillhouse: file} of every module of the package."""
+    found = {}
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
 
 
-def imports(path: Path, root: Path) -> set[str]:
-    """Dotted names of what a module imports, relative ones resolved below the package stillhouse."""
-    here = path.relative_to(root).with_suffix("").parts[:-1]
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names that a module imports, relative ones resolved below the package stillhouse."""
+    here = path.relative_to(ROOT).parts[:-1]
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             found |= {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(here[: len(here) - node.level + 1]) if node.level else ""
-            base = f"stillhouse.{base}" if node.level else ""
-            name = ".".join(filter(None, [base.rstrip("."), node.module or ""]))
+            base = ["stillhouse", *here[: len(here) - node.level + 1]] if node.level else []
+            name = ".".join([*base, *filter(None, [node.module])])
             found |= {f"{name}.{a.name}" for a in node.names} | {name}
     return found
 
 
-def test_who_may_import_whom(root: Path) -> None:
+def edges() -> dict[str, set[str]]:
+    """{module: modules of the package that it imports}, also inside functions; a name of a package is that module."""
+    named = modules()
+    graph: dict[str, set[str]] = {}
+    for module, path in named.items():
+        inside = {name.removeprefix("stillhouse.") for name in imports(path) if name.startswith("stillhouse.")}
+        # `from . import x` names the package, too, which holds nothing of its own then
+        packages = {n for n in inside if any(m.startswith(f"{n}.") for m in inside & named.keys())}
+        graph[module] = (inside & named.keys()) - packages - {module}
+    return graph
+
+
+def test_who_may_import_whom() -> None:
     wrong = []
-    for path in modules(root):
-        room = path.relative_to(root).parts[0]
-        if path.is_relative_to(root / "train" / "rnnt"):
-            room = "train.rnnt"
-        for name in imports(path, root):
+    for module, path in modules().items():
+        part = "train.rnnt" if module.startswith("train.rnnt") else module.split(".")[0]
+        for name in imports(path):
             inside = name.removeprefix("stillhouse.")
             if name.startswith("stillhouse.") and inside.split(".")[0] in PACKAGES:
-                # The name of a room's parent is no import of what else is in it.
-                near = (inside == m or inside.startswith(m + ".") or m.startswith(inside + ".") for m in MAY[room])
-                if not any(near):
-                    wrong.append(f"{path.relative_to(root)} imports {name}")
+                # The name of a parent package is no import of what else is in it.
+                allowed = [f"{inside}.".startswith(f"{m}.") or m.startswith(f"{inside}.") for m in MAY_IMPORT[part]]
+                wrong += [] if any(allowed) else [f"{module} imports {name}"]
             top = name.split(".")[0]
-            of_the_shell = path.parent.name == "commands"
-            if top in {"click", "rich"} and not of_the_shell:
-                wrong.append(f"{path.relative_to(root)} imports {top}: only cli.py and commands/ may")
-            if top == "transformers" and room not in {"extract"}:
-                wrong.append(f"{path.relative_to(root)} imports transformers")
-            if top == "pickle" or top == "joblib":
-                wrong.append(f"{path.relative_to(root)} imports {top}")
+            if top in {"click", "rich"} and path.parent.name != "commands":
+                wrong.append(f"{module} imports {top}: only cli.py and folders named commands/ may")
+            if top == "transformers" and part != "extract":
+                wrong.append(f"{module} imports transformers")
+            if top in {"pickle", "joblib"}:
+                wrong.append(f"{module} imports {top}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_modules_import_each_other() -> None:
+    try:
+        TopologicalSorter(edges()).prepare()
+    except CycleError as e:
+        pytest.fail(f"an import circle: {' -> '.join(e.args[1])}")
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_folders_import_downwards_alone(package: str) -> None:
+    level = {name: i for i, line in enumerate(LAYERS[package]) for name in line.split()}
+    wrong = []
+    for module, imported in edges().items():
+        for other in imported:
+            if module.startswith(f"{package}.") and other.startswith(f"{package}."):
+                a, b = (name.removeprefix(f"{package}.").split(".")[0] for name in (module, other))
+                if level[a] < level[b]:
+                    wrong.append(f"{module} imports {other}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_folders_and_files_are_of_a_size_that_one_can_look_through() -> None:
+    named = modules()
+    folders: dict[Path, int] = Counter()
+    for folder in {p.parent for p in named.values()}:
+        entries = [p for p in folder.iterdir() if p.name not in ("__init__.py", "__pycache__")]
+        folders[folder.relative_to(ROOT)] = len(entries)
+    assert not {str(f): n for f, n in folders.items() if n > MOST_ENTRIES}
+    lines = {str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8").splitlines()) for p in named.values()}
+    assert not {p: n for p, n in lines.items() if n > MOST_LINES}
+
+
+def test_a_class_name_stands_once() -> None:
+    homes = defaultdict(list)
+    for module, path in modules().items():
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ClassDef):
+                homes[node.name].append(module)
+    assert not {name: found for name, found in homes.items() if len(found) > 1}
+
+
+def test_every_folder_says_what_it_is_for() -> None:
+    for path in {p.parent / "__init__.py" for p in modules().values()}:
+        said = ast.get_docstring(tree(path)) or ""
+        assert said and "TODO" not in said and len(said.splitlines()) <= 8, path
+
+
+def test_no_lines_stand_twice() -> None:
+    """No run of more than MOST_EQUAL_LINES lines of code; blank lines, comments and imports are passed over."""
+    seen: dict[tuple[str, ...], tuple[str, int]] = {}
+    twice = []
+    for module, path in modules().items():
+        imported: set[int] = set()
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                imported.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+        lines = [
+            text.strip()
+            for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+            if text.strip() and not text.strip().startswith("#") and number not in imported
+        ]
+        for first in range(len(lines) - MOST_EQUAL_LINES):
+            run = tuple(lines[first : first + MOST_EQUAL_LINES + 1])
+            other, at = seen.setdefault(run, (module, first))
+            if other != module or first - at > MOST_EQUAL_LINES:
+                twice.append(f"{module} and {other}: {run[0]!r} …")
+    assert not twice, "\n".join(twice)
 
 
 def test_the_loss_needs_torch_numpy_and_numba_alone(root: Path) -> None:
     allowed = {"torch", "numpy", "numba", "llvmlite", "stillhouse"} | set(sys.stdlib_module_names)
-    for path in (root / "train" / "rnnt").rglob("*.py"):
-        assert {n.split(".")[0] for n in imports(path, root) if n} <= allowed, path
+    for path in (ROOT / "train" / "rnnt").rglob("*.py"):
+        assert {n.split(".")[0] for n in imports(path) if n} <= allowed, path
 
 
 def test_setup_cfg_lists_every_package(root: Path) -> None:
@@ -102,7 +213,7 @@ def test_the_wheel_holds_every_module_and_nothing_generic(root: Path, tmp_path: 
         names = set(wheel.namelist())
     tops = {n.split("/")[0] for n in names}
     assert {t for t in tops if not t.endswith(".dist-info")} == {"stillhouse"}
-    expected = {f"stillhouse/{p.relative_to(root)}" for p in [*modules(root), root / "cli.py"]}
+    expected = {f"stillhouse/{p.relative_to(root)}" for p in [*modules().values(), root / "cli.py"]}
     assert expected == {n for n in names if n.endswith(".py")}
     assert {"stillhouse/train/demo/stories-train.txt"} <= names
     assert not [n for n in names if n.startswith("stillhouse/tests")]
