@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from .errors import ConfigError, CorpusError
-from .files.plainfile import read_plain
+from .files.atomic import read_plain
 from .text import SPACE_MARK, MappedText, check_transform, transform
 
 FORMAT, VERSION = "stillhouse-units", 1

@@ -32,7 +32,7 @@ def doctor(ctx: click.Context, path: Path, as_json: bool) -> None:
     """
     import json
 
-    from ..doctor.check import as_json as to_json
+    from ..doctor.checks import as_json as to_json
     from ..doctor.checks import examine
 
     checks = examine(path)

@@ -10,7 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import soundfile
@@ -19,11 +19,39 @@ from ..audio.read import SLACK_S, no_such_channel, open_audio, read_segment
 from ..errors import AudioError, CorpusError
 from ..files.paths import confined
 from ..manifest import BadLine, Utterance, scan_manifest
-from .findings import Finding
 
 # Tab and line ends count too: in a transcript they are left-overs of a table.
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]|[\ud800-\udfff]")
 LOST = "\ufffd"
+_PLACE = re.compile(r"(?P<file>.*):(?P<line>\d+)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """kind: a word to filter by. where: a path, or path:line. id: the utterance, where it is known."""
+
+    kind: str
+    where: str
+    id: str | None
+    what: str
+    remedy: str
+
+    def __str__(self) -> str:
+        id = f" {self.id}:" if self.id else ""
+        return f"{self.where}:{id} {self.what}; {self.remedy}"
+
+    @property
+    def file(self) -> str:
+        match = _PLACE.fullmatch(self.where)
+        return match["file"] if match else self.where
+
+    @property
+    def line(self) -> int | None:
+        match = _PLACE.fullmatch(self.where)
+        return int(match["line"]) if match else None
+
+    def facts(self) -> dict[str, str | int | None]:
+        return {**asdict(self), "file": self.file, "line": self.line}
 
 
 @dataclass(frozen=True)

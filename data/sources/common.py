@@ -17,7 +17,7 @@ from typing import Any, TypeGuard
 from pydantic import ValidationError
 
 from ..audio.read import SLACK_S
-from ..corpus.findings import Finding
+from ..corpus.check import Finding
 from ..errors import AudioError, ConfigError, CorpusError, UsageError
 from ..manifest import Utterance, describe_validation
 

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from stillhouse.data.errors import CheckpointError, ConfigError, StillhouseError
-from stillhouse.data.files.plainfile import sha256_plain
+from stillhouse.data.files.atomic import sha256_plain
 from stillhouse.train.config import Config, load_config
 from stillhouse.train.loop.trainer import Trainer
 from stillhouse.train.run import checkpoint

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...data.audio.online_fbank import OnlineFbank
+from ...data.audio.fbank import OnlineFbank
 from ...data.errors import UsageError
 from ...data.units import Units
 from ..model.streaming import EncoderStream

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ...data.errors import CheckpointError, UsageError
-from ...data.files.plainfile import read_plain, sha256_plain
+from ...data.files.atomic import read_plain, sha256_plain
 from ...data.units import Units, load_units
 from ..config import Config, dump_config, load_config
 from ..decode.decode import MAX_SYMBOLS

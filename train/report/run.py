@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ...data.errors import CheckpointError
-from ...data.files.plainfile import read_plain
+from ...data.files.atomic import read_plain
 from ..config import Config, load_config
 from ..run import checkpoint, identity
 from ..run.folder import CHECKPOINTS, HYPOTHESES, SETTINGS

@@ -23,8 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ...data.errors import CheckpointError
-from ...data.files.atomic import sync
-from ...data.files.plainfile import read_plain, sha256_plain
+from ...data.files.atomic import read_plain, sha256_plain, sync
 
 FORMAT = 2  # 1: state.json had no digest of its own
 _NAME = re.compile(r"step-(\d{8,})")

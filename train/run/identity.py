@@ -18,8 +18,7 @@ from torch import nn
 from ...data.batches.loader import BatchLoader
 from ...data.batches.sampler import BatchSampler
 from ...data.errors import StaleError
-from ...data.files.atomic import sync
-from ...data.files.plainfile import read_plain
+from ...data.files.atomic import read_plain, sync
 from ..config import Config
 
 FILE = "identity.json"

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data.errors import ConfigError
-from ...data.files.plainfile import read_plain
+from ...data.files.atomic import read_plain
 from .loggers import Record, scalars
 
 PARAMS, PARAM_LENGTH = 100, 500  # what MLflow takes of one request, and of one value in any version

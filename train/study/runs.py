@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data.errors import StaleError, StillhouseError
-from ...data.files.atomic import sync
-from ...data.files.plainfile import read_plain
+from ...data.files.atomic import read_plain, sync
 from ..config import Config, load_config
 from ..run import identity
 from .definition import Study, StudyRun

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ....data.errors import LockedError, StoreError
-from ....data.files.plainfile import open_plain
+from ....data.files.atomic import open_plain
 from ..remote.paths import local, mirror_of
 from .checksums import with_checksum
 from .layout import Paths

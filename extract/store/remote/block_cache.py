@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ....data.errors import StoreError
-from ....data.files.plainfile import plain_descriptor
+from ....data.files.atomic import plain_descriptor
 from .client import Conflict, Missing, cache_folder
 from .mirror import Mirror
 from .paths import mirror_of

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from stillhouse.data.doctor import checks, machine
+from stillhouse.data.doctor import checks
 from stillhouse.data.doctor import requirements as needs
 from stillhouse.data.doctor.probes import Answer, ask
 
@@ -135,10 +135,10 @@ def test_no_gpu_is_no_fault() -> None:
 
 
 def test_few_open_files_and_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    program = "import resource; from stillhouse.data.doctor.machine import _open_files as f; h = 4096\n"
+    program = "import resource; from stillhouse.data.doctor.checks import _open_files as f; h = 4096\n"
     program += "resource.setrlimit(resource.RLIMIT_NOFILE, (256, h)); c = f(); facts['told'] = [c.state, c.remedy]"
     assert ask(program).get("told") == ["low", "ulimit -n 4096"]
-    found = {c.name: c for c in machine.machine(tmp_path / "gone" / "deep")}
+    found = {c.name: c for c in checks.machine(tmp_path / "gone" / "deep")}
     assert found["file system"].state == "broken" and "No such file" in found["file system"].what
     assert found["disk"].state in ("ok", "low")
 

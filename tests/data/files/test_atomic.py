@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hostile import limited
 
-from stillhouse.data.files.plainfile import read_plain, sha256_plain
+from stillhouse.data.files.atomic import read_plain, sha256_plain
 
 
 def test_a_file_is_read(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Frames of sound that arrives in pieces are those of the whole; samples of a pipe are those of a file."""
+"""Samples of a pipe are those of a file."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import soundfile
 
-from stillhouse.data.audio.fbank import fbank
-from stillhouse.data.audio.online_fbank import OnlineFbank
 from stillhouse.data.audio.pcm import PcmStream
 from stillhouse.data.errors import AudioError
 
@@ -20,35 +18,6 @@ from stillhouse.data.errors import AudioError
 def sound(samples: int, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     return (0.1 * rng.standard_normal(samples)).astype(np.float32)
-
-
-@pytest.mark.parametrize("rate_hz", [16_000, 8_000, 22_050])
-@pytest.mark.parametrize("arrivals", [1, 37, 160, 163, 400, 5_000, 1_000_000])
-def test_arrivals_of_any_size_give_the_same_frames(arrivals: int, rate_hz: int) -> None:
-    window = int(rate_hz * 0.025)
-    online = OnlineFbank(rate_hz)
-    for samples in (window, window + 1, window + 79, window + 80, 1_300, 4_321):  # one after the other
-        whole = sound(samples, samples)
-        found, heard = [], 0
-        for at in range(0, samples, arrivals):
-            found.append(online.push(whole[at : at + arrivals]))
-            heard += len(found[-1])
-            came = min(samples, at + arrivals)
-            # all whose window is full, and no more
-            assert heard == (0 if came < window else (came - (window - window // 2 + int(rate_hz * 0.01) // 2))
-                             // int(rate_hz * 0.01) + 1)  # fmt: skip
-        found.append(online.finish())
-        expected = fbank(whole, rate_hz)
-        assert np.concatenate(found).shape == expected.shape
-        # To the rounding of a float32 product, which depends on how many rows are computed together
-        assert np.abs(np.concatenate(found) - expected).max() < 2e-6
-
-
-def test_too_short_a_sound_has_no_frames() -> None:
-    online = OnlineFbank()
-    assert len(online.push(sound(399))) == len(online.finish()) == 0
-    assert len(online.push(sound(400))) == 1
-    assert len(online.finish()) == 2  # (400 + 80) // 160 = 3 frames in all
 
 
 class Dribble(io.RawIOBase):
