@@ -1,1 +1,1 @@
-"""The transducer: rnnt/ (the loss), model, trainer, checkpoint, decode, score."""
+"""Train, decode, score and export a transducer. May import `distill`, `extract.store` and `data`."""

@@ -39,12 +39,11 @@ from measuring import NO_BAR, Row, beside, ratio, rounds, write_table
 from stillhouse.data.batches.loader import Batch
 from stillhouse.data.manifest import read_manifest, write_manifest
 from stillhouse.data.units import train_units
-from stillhouse.train.config import Config, load_config
+from stillhouse.train.config import Config, learning_rate, load_config
 from stillhouse.train.loop.specaugment import spec_augment
 from stillhouse.train.loop.trainer import Trainer, _mix
 from stillhouse.train.rnnt import joint
 from stillhouse.train.run.stopwatch import Stopwatch
-from stillhouse.train.schedule import learning_rate
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "docs" / "bench" / "train.md"

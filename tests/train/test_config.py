@@ -84,7 +84,7 @@ def test_stores_by_one_name_or_several(tmp_path: Path) -> None:
 
 
 def test_lambda_rises_stays_and_falls(tmp_path: Path) -> None:
-    from stillhouse.train.schedule import transfer_weight
+    from stillhouse.train.config import transfer_weight
 
     changes = ["transfer.weight=0.8", "transfer.warmup_steps=4", "transfer.decay_steps=4", "transfer.final_weight=0.2"]
 

@@ -1,1 +1,1 @@
-"""TODO: what this folder is for."""
+"""The commands of training, decoding, scoring and export. May import all of `train`; nothing imports this folder."""

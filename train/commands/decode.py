@@ -107,7 +107,8 @@ def decode(
     import torch
 
     from ...data.errors import UsageError
-    from ..model.build import load_run, resolve_device
+    from ..model.build import resolve_device
+    from ..run.load import load_run
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -240,7 +241,8 @@ def align(
     from ..decode.align import ctm_lines, textgrid
     from ..decode.decode import decoding_loader
     from ..decode.write import check_ids
-    from ..model.build import load_run, resolve_device
+    from ..model.build import resolve_device
+    from ..run.load import load_run
 
     where = resolve_device(device)
     model, units, _, step = load_run(run, checkpoint)

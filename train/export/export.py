@@ -14,25 +14,20 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from ...data.errors import CheckpointError, UsageError
-from ...data.files.atomic import read_plain, sha256_plain
-from ...data.units import Units, load_units
-from ..config import Config, dump_config, load_config
+from ...data.errors import UsageError
+from ...data.files.atomic import sha256_plain
+from ...data.units import Units
+from ..config import Config, dump_config
 from ..decode.decode import MAX_SYMBOLS
-from ..model.build import build_model, load_run
 from ..model.transducer import Transducer
-from ..run.checkpoint import load_weights
-from .folder import HEAD, new_folder
+from ..run.load import EXPORT_FORMAT, EXPORT_HEAD, EXPORT_VERSION, ExportKind, load_run
+from .folder import new_folder
 from .graphs import Graph, offline_graph, search_graphs, unfit_for_sherpa
 from .streaming import stream_graph
-
-FORMAT, VERSION = "stillhouse-export", 1
-Kind = Literal["onnx", "torch", "safetensors"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +35,7 @@ class ExportedModel:
     """What was written. difference: of the graphs' outputs from the model's at most; symbols_per_frame: copies of
     each encoder state in encoder.onnx; unfit_for_sherpa: why sherpa-onnx cannot read it, None where it can."""
 
-    kind: Kind
+    kind: ExportKind
     folder: str
     step: int
     files: list[str]
@@ -57,7 +52,7 @@ class ExportedModel:
 def export_run(
     run: Path,
     out: Path,
-    kind: Kind,
+    kind: ExportKind,
     *,
     which: str = "best",
     symbols: int | None = None,
@@ -115,41 +110,14 @@ def export_run(
             symbols_per_frame=symbols,
             unfit_for_sherpa=sherpa,
         )
-        head: dict[str, Any] = {"format": FORMAT, "version": VERSION, **asdict(found)}
+        head: dict[str, Any] = {"format": EXPORT_FORMAT, "version": EXPORT_VERSION, **asdict(found)}
         head["files"] = {name: sha256_plain(draft / name) for name in files}
         del head["folder"]
-        (draft / HEAD).write_text(json.dumps(head, indent=1) + "\n")
+        (draft / EXPORT_HEAD).write_text(json.dumps(head, indent=1) + "\n")
     return found
 
 
-def load_export(folder: Path) -> tuple[Transducer, Units, Config, int]:
-    """A folder that was exported as safetensors, as `load_run` gives a run: (model in eval mode, units, config, step).
-
-    Raises CheckpointError for another kind of export and for one that is damaged.
-    """
-    remedy = f"export it again: stillhouse export RUN --format safetensors --out {folder} --force"
-    try:
-        head = json.loads(read_plain(folder / HEAD))
-        if head["format"] != FORMAT or head["version"] != VERSION:
-            raise ValueError(f"{head['format']} of version {head['version']}")
-        if head["kind"] != "safetensors":
-            raise CheckpointError(
-                f"an export as {head['kind']}", where=folder, expected="a run, or an export as safetensors"
-            )
-        for name, expected in head["files"].items():
-            if sha256_plain(folder / name) != expected:
-                raise CheckpointError("damaged: its checksum differs", where=folder / name, remedy=remedy)
-        tensors, step = load_file(folder / "model.safetensors"), int(head["step"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as e:
-        raise CheckpointError(f"not a whole export: {e!r}", where=folder, remedy=remedy) from None
-    config, units = load_config(folder / "config.toml"), load_units(folder / "units")
-    model = build_model(config, units.size)
-    model.simple = None
-    load_weights(model, tensors, folder / "model.safetensors")
-    return model.eval(), units, config, step
-
-
-def _write_graphs(graphs: list[Graph], units: Units, draft: Path, kind: Kind, int8: bool) -> float:
+def _write_graphs(graphs: list[Graph], units: Units, draft: Path, kind: ExportKind, int8: bool) -> float:
     """Returns the largest difference from the model's outputs."""
     from .onnx import tokens_txt, write_int8, write_onnx
     from .torch import write_torch

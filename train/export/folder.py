@@ -15,8 +15,7 @@ from pathlib import Path
 
 from ...data.errors import UsageError
 from ...data.files.atomic import sync
-
-HEAD = "model.json"  # what makes a folder an export
+from ..run.load import EXPORT_HEAD
 
 
 @contextlib.contextmanager
@@ -31,8 +30,8 @@ def new_folder(out: Path, force: bool) -> Iterator[Path]:
     if out.exists() or out.is_symlink():
         if not force:
             raise UsageError("is already there", where=out, remedy="--force replaces it, or choose another --out")
-        if not (out / HEAD).is_file() and (not out.is_dir() or any(out.iterdir())):
-            raise UsageError(f"holds no {HEAD}, so no export wrote it, and is not replaced", where=out)
+        if not (out / EXPORT_HEAD).is_file() and (not out.is_dir() or any(out.iterdir())):
+            raise UsageError(f"holds no {EXPORT_HEAD}, so no export wrote it, and is not replaced", where=out)
     out.parent.mkdir(parents=True, exist_ok=True)
     draft, old = (out.parent / f".{out.name}.{os.getpid()}.{what}" for what in ("new", "old"))
     draft.mkdir()

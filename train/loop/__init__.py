@@ -1,1 +1,1 @@
-"""TODO: what this folder is for."""
+"""The training loop. May import `train.run`, `train.decode`, `train.score` and what those may import."""

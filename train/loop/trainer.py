@@ -28,7 +28,7 @@ from ...data.features.compute import FeatureFile
 from ...data.files.lock import held
 from ...data.manifest import read_manifest
 from ...data.units import load_units
-from ..config import Config
+from ..config import Config, learning_rate, transfer_weight
 from ..decode.decode import transcribe
 from ..model.build import build_model, build_optimiser, build_transfer, resolve_device, resolve_precision, store_shards
 from ..run import checkpoint, folder, identity
@@ -37,7 +37,6 @@ from ..run.monitor import Monitor, Report
 from ..run.profile import Profile
 from ..run.ranks import ALONE, GradientSum, Ranks
 from ..run.stopwatch import Stopwatch
-from ..schedule import learning_rate, transfer_weight
 from ..score.wer import score
 from .bad_steps import BadSteps
 from .batch_share import GlobalBatch, part_sizes

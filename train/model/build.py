@@ -7,21 +7,16 @@ with and without transfer start alike. Exercised by `stillhouse train` and `stil
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...data.errors import CheckpointError, ConfigError, UsageError
+from ...data.errors import ConfigError, UsageError
 from ...data.manifest import read_manifest
-from ...data.units import load_units
-from ..config import Config, load_config
-from ..export.folder import HEAD
-from ..run import checkpoint
-from ..run.averaging import mean
+from ..config import Config
 from .transducer import Transducer
 
 
@@ -164,66 +159,3 @@ def store_shards(config: Config, ids: Sequence[str]) -> np.ndarray | None:
     from ...extract.store import Store
 
     return Store.open(config.transfer.stores[0]).shards(ids)
-
-
-WEIGHTS = "best, last, a step, raw, or average:N"
-
-
-def load_run(out: Path, which: str = "best") -> tuple[Transducer, Any, Config, int]:
-    """A trained model of a run folder: (model in eval mode, its units, config, step).
-
-    which       "best" on the dev split, "last", or a step: where the run keeps a moving average (optim.ema), its
-                average, which is what the dev split is evaluated with; "raw": the last step's own weights all the same;
-                "average:N": the mean of the last N checkpoints' own weights; "ema": last, for a run with an average
-
-    A folder that `stillhouse export --format safetensors` wrote serves too, and holds one model.
-    Raises CheckpointError where the run or the checkpoint is not there, or is damaged.
-    """
-    if (out / HEAD).is_file():
-        from ..export.export import load_export
-
-        return load_export(out)
-    if not (out / "config.toml").exists():
-        raise CheckpointError("not a run's folder", where=out, expected="what `stillhouse train --out` made")
-    config = load_config(out / "config.toml")
-    units = load_units(out / "units")
-    model = build_model(config, units.size)
-    chosen = chosen_checkpoints(out / "checkpoints", which)
-    averaged = config.optim.ema > 0 and which != "raw" and not which.startswith("average:")
-    if which == "ema" and not averaged:
-        raise CheckpointError("the run keeps no moving average", where=out, remedy="train with --set optim.ema=0.999")
-
-    def loaded() -> Iterator[Transducer]:
-        for found in chosen:
-            checkpoint.load_weights(model, found.tensors("ema" if averaged else "model"), found.path)
-            yield model
-
-    only = next(loaded()) if len(chosen) == 1 else mean(loaded())
-    return only.eval(), units, config, chosen[-1].step
-
-
-def chosen_checkpoints(folder: Path, which: str) -> list[checkpoint.Checkpoint]:
-    """The checkpoints that `which` (see load_run) names, oldest first: one, but for average:N."""
-    paths = checkpoint.checkpoints(folder)
-    if not paths:
-        raise CheckpointError("no checkpoint", where=folder, remedy="run `stillhouse train` first")
-    name, _, count = which.partition(":")
-    if name == "average" and count.isdigit() and int(count):
-        if int(count) > len(paths):
-            raise CheckpointError(
-                f"{len(paths)} checkpoints, {count} to be averaged",
-                where=folder,
-                remedy=f"train with --set run.keep={count}, or average fewer",
-            )
-        return [checkpoint.load(path) for path in paths[-int(count) :]]
-    if which == "best":
-        last = checkpoint.load(paths[-1])
-        best = folder / f"step-{last.state.get('best', {}).get('step', last.step):08d}"
-        return [checkpoint.load(best if best in paths else paths[-1])]
-    if which in ("last", "raw", "ema"):
-        return [checkpoint.load(paths[-1])]
-    steps = {int(path.name[5:]): path for path in paths}
-    if not which.isdigit() or int(which) not in steps:
-        held = ", ".join(map(str, steps))
-        raise CheckpointError(f"no checkpoint {which!r}", where=folder, expected=f"{WEIGHTS}; steps here: {held}")
-    return [checkpoint.load(steps[int(which)])]

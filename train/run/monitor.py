@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from ...data.batches.loader import Batch
-from ..config import Config
-from ..schedule import learning_rate, transfer_weight
+from ..config import Config, learning_rate, transfer_weight
 from . import loggers
 from .profile import Profile
 from .stopwatch import HOST, Stopwatch, shares

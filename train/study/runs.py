@@ -196,7 +196,8 @@ def _work(out: Connection, config: str, folder: Path, test: list[str], checkpoin
 def _decode(config: Config, folder: Path, split: str, checkpoint: str) -> None:
     from ...data.manifest import read_manifest
     from ..decode.decode import decoding_loader, transcribe
-    from ..model.build import load_run, resolve_device
+    from ..model.build import resolve_device
+    from ..run.load import load_run
 
     device = resolve_device(config.run.device)
     model, units, _, _ = load_run(folder, checkpoint)

@@ -18,8 +18,8 @@ from stillhouse.train.export.export import export_run
 from stillhouse.train.export.graphs import EncoderGraph, offline_graph, repeated, search_graphs, unfit_for_sherpa
 from stillhouse.train.export.onnx import run_onnx, tokens_txt, write_onnx
 from stillhouse.train.export.torch import traced
-from stillhouse.train.model.build import load_run
 from stillhouse.train.model.transducer import Transducer
+from stillhouse.train.run.load import load_run
 
 from .exported import LETTERS, our_text, sharpened, sherpa_texts, speech, untrained_run
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from stillhouse.data.errors import UsageError
-from stillhouse.train.export.folder import HEAD, new_folder
+from stillhouse.train.export.folder import new_folder
+from stillhouse.train.run.load import EXPORT_HEAD
 
 WRITER = """
 import os, signal, sys
@@ -37,7 +38,7 @@ with new_folder(Path(sys.argv[1]), True) as draft:
 
 def write(out: Path, text: str, force: bool = False) -> None:
     with new_folder(out, force) as draft:
-        (draft / HEAD).write_text(text)
+        (draft / EXPORT_HEAD).write_text(text)
 
 
 @pytest.mark.parametrize("moment", ["writing", "before rename 1", "before rename 2"])
@@ -49,18 +50,18 @@ def test_a_kill_leaves_the_old_folder_and_the_next_one_sweeps(tmp_path: Path, mo
     with pytest.raises(UsageError, match=r"already there.*--force"):
         write(out, "newer")
     assert [p.name for p in tmp_path.iterdir()] == [out.name]
-    assert (out / HEAD).read_text() == "old"
+    assert (out / EXPORT_HEAD).read_text() == "old"
     write(out, "newer", force=True)
-    assert (out / HEAD).read_text() == "newer" and len(list(tmp_path.iterdir())) == 1
+    assert (out / EXPORT_HEAD).read_text() == "newer" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_what_fails_leaves_nothing_and_keeps_the_old(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
     write(out, "old")
     with pytest.raises(ZeroDivisionError), new_folder(out, True) as draft:
-        (draft / HEAD).write_text("half")
+        (draft / EXPORT_HEAD).write_text("half")
         raise ZeroDivisionError
-    assert (out / HEAD).read_text() == "old" and [p.name for p in out.parent.iterdir()] == ["out"]
+    assert (out / EXPORT_HEAD).read_text() == "old" and [p.name for p in out.parent.iterdir()] == ["out"]
 
 
 def test_only_an_export_or_an_empty_folder_is_replaced(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from stillhouse.data.manifest import Utterance, read_manifest, write_manifest
 from stillhouse.data.units import train_units
 from stillhouse.train.config import Config
 from stillhouse.train.loop.trainer import Trainer
-from stillhouse.train.model.build import load_run
+from stillhouse.train.run.load import load_run
 
 from .exported import our_text, sherpa_streamed, sherpa_texts
 

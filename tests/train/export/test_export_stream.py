@@ -12,8 +12,8 @@ from stillhouse.train.export.export import export_run
 from stillhouse.train.export.onnx import run_onnx
 from stillhouse.train.export.streaming import StreamGraph, stream_graph
 from stillhouse.train.export.torch import write_torch
-from stillhouse.train.model.build import load_run
 from stillhouse.train.model.transducer import Transducer
+from stillhouse.train.run.load import load_run
 
 from .exported import our_text, sharpened, sherpa_streamed, speech, untrained_run
 

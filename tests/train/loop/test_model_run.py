@@ -19,8 +19,8 @@ from stillhouse.data.manifest import read_manifest
 from stillhouse.train.config import load_config
 from stillhouse.train.decode.decode import decoding_loader, greedy_search, transcribe
 from stillhouse.train.loop.trainer import Trainer
-from stillhouse.train.model.build import load_run
 from stillhouse.train.model.streaming import EncoderStream
+from stillhouse.train.run.load import load_run
 
 CHANGES = ["loss.kind=tdt", "loss.durations=[0, 1, 2]", "loss.inter_ctc_layers=[1]", "model.joint=multiplicative"]
 CHANGES += ["model.predictor=lstm", "model.chunk_frames=32", "model.left_chunks=2", "model.chunk_choices=[16, 32, 0]"]

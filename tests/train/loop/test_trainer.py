@@ -18,7 +18,7 @@ from stillhouse.data.manifest import read_manifest, write_manifest
 from stillhouse.train.config import load_config
 from stillhouse.train.decode.decode import decoding_loader, transcribe
 from stillhouse.train.loop.trainer import Trainer
-from stillhouse.train.model.build import load_run
+from stillhouse.train.run.load import load_run
 from stillhouse.train.score.wer import score
 
 

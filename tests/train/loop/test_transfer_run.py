@@ -18,7 +18,8 @@ from stillhouse.data.manifest import read_manifest, write_manifest
 from stillhouse.extract.store import Store
 from stillhouse.train.config import load_config
 from stillhouse.train.loop.trainer import Trainer
-from stillhouse.train.model.build import build_model, load_run
+from stillhouse.train.model.build import build_model
+from stillhouse.train.run.load import load_run
 
 
 def run(tones: Path, out: Path, *changes: str) -> list[dict]:

@@ -13,9 +13,9 @@ from torch import nn
 from stillhouse.data.errors import CheckpointError, StaleError, UsageError
 from stillhouse.train.config import load_config
 from stillhouse.train.loop.trainer import Trainer
-from stillhouse.train.model.build import load_run
 from stillhouse.train.run import checkpoint
 from stillhouse.train.run.averaging import mean, moving_average
+from stillhouse.train.run.load import load_run
 
 CHANGES = ["optim.ema=0.5", "optim.steps=10", "run.keep=4", "run.checkpoint_every=2", "run.eval_every=10"]
 CHANGES += ["run.log_every=3"]

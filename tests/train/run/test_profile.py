@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from stillhouse.train.model.build import load_run
+from stillhouse.train.run.load import load_run
 from stillhouse.train.run.profile import Part, Profile, Profiled
 from stillhouse.train.run.stopwatch import Stopwatch
 

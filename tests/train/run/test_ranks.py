@@ -16,7 +16,7 @@ import torch
 from stillhouse.data.errors import UsageError
 from stillhouse.train.config import load_config
 from stillhouse.train.loop.trainer import Trainer
-from stillhouse.train.model.build import load_run
+from stillhouse.train.run.load import load_run
 from stillhouse.train.run.ranks import ALONE, GradientSum, Ranks, _from_environment, joined
 
 CHILD = Path(__file__).with_name("ranks_child.py")

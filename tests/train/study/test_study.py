@@ -17,8 +17,9 @@ import torch
 
 from stillhouse.data.errors import ConfigError, CorpusError, StaleError, UsageError
 from stillhouse.train.loop.trainer import Trainer
-from stillhouse.train.model.build import build_model, load_run
+from stillhouse.train.model.build import build_model
 from stillhouse.train.run import identity
+from stillhouse.train.run.load import load_run
 from stillhouse.train.study.definition import chosen, load_study
 from stillhouse.train.study.report import markdown
 from stillhouse.train.study.runs import done, refuse_unlike, run_study

@@ -1,0 +1,114 @@
+"""Load a trained model: from a run's folder, or from a folder exported as safetensors.
+
+Guarantees: every file is compared with its checksum before it is used.
+Try: `stillhouse decode RUN CORPUS FEATURES --checkpoint last`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from ...data.errors import CheckpointError
+from ...data.files.atomic import read_plain, sha256_plain
+from ...data.units import Units, load_units
+from ..config import Config, load_config
+from ..model.build import build_model
+from ..model.transducer import Transducer
+from . import checkpoint
+from .averaging import mean
+
+WEIGHTS = "best, last, a step, raw, or average:N"
+EXPORT_FORMAT, EXPORT_VERSION = "stillhouse-export", 1
+EXPORT_HEAD = "model.json"  # A folder with this file is an export.
+ExportKind = Literal["onnx", "torch", "safetensors"]
+
+
+def load_run(out: Path, which: str = "best") -> tuple[Transducer, Any, Config, int]:
+    """A trained model of a run folder: (model in eval mode, its units, config, step).
+
+    which       "best" on the dev split, "last", or a step: where the run keeps a moving average (optim.ema), its
+                average, which is what the dev split is evaluated with; "raw": the last step's own weights all the same;
+                "average:N": the mean of the last N checkpoints' own weights; "ema": last, for a run with an average
+
+    A folder that `stillhouse export --format safetensors` wrote serves too, and holds one model.
+    Raises CheckpointError where the run or the checkpoint is not there, or is damaged.
+    """
+    if (out / EXPORT_HEAD).is_file():
+        return load_export(out)
+    if not (out / "config.toml").exists():
+        raise CheckpointError("not a run's folder", where=out, expected="what `stillhouse train --out` made")
+    config = load_config(out / "config.toml")
+    units = load_units(out / "units")
+    model = build_model(config, units.size)
+    chosen = chosen_checkpoints(out / "checkpoints", which)
+    averaged = config.optim.ema > 0 and which != "raw" and not which.startswith("average:")
+    if which == "ema" and not averaged:
+        raise CheckpointError("the run keeps no moving average", where=out, remedy="train with --set optim.ema=0.999")
+
+    def loaded() -> Iterator[Transducer]:
+        for found in chosen:
+            checkpoint.load_weights(model, found.tensors("ema" if averaged else "model"), found.path)
+            yield model
+
+    only = next(loaded()) if len(chosen) == 1 else mean(loaded())
+    return only.eval(), units, config, chosen[-1].step
+
+
+def chosen_checkpoints(folder: Path, which: str) -> list[checkpoint.Checkpoint]:
+    """The checkpoints that `which` (see load_run) names, oldest first: one, but for average:N."""
+    paths = checkpoint.checkpoints(folder)
+    if not paths:
+        raise CheckpointError("no checkpoint", where=folder, remedy="run `stillhouse train` first")
+    name, _, count = which.partition(":")
+    if name == "average" and count.isdigit() and int(count):
+        if int(count) > len(paths):
+            raise CheckpointError(
+                f"{len(paths)} checkpoints, {count} to be averaged",
+                where=folder,
+                remedy=f"train with --set run.keep={count}, or average fewer",
+            )
+        return [checkpoint.load(path) for path in paths[-int(count) :]]
+    if which == "best":
+        last = checkpoint.load(paths[-1])
+        best = folder / f"step-{last.state.get('best', {}).get('step', last.step):08d}"
+        return [checkpoint.load(best if best in paths else paths[-1])]
+    if which in ("last", "raw", "ema"):
+        return [checkpoint.load(paths[-1])]
+    steps = {int(path.name[5:]): path for path in paths}
+    if not which.isdigit() or int(which) not in steps:
+        held = ", ".join(map(str, steps))
+        raise CheckpointError(f"no checkpoint {which!r}", where=folder, expected=f"{WEIGHTS}; steps here: {held}")
+    return [checkpoint.load(steps[int(which)])]
+
+
+def load_export(folder: Path) -> tuple[Transducer, Units, Config, int]:
+    """A folder that was exported as safetensors, as `load_run` gives a run: (model in eval mode, units, config, step).
+
+    Raises CheckpointError for another kind of export and for one that is damaged.
+    """
+    remedy = f"export it again: stillhouse export RUN --format safetensors --out {folder} --force"
+    try:
+        head = json.loads(read_plain(folder / EXPORT_HEAD))
+        if head["format"] != EXPORT_FORMAT or head["version"] != EXPORT_VERSION:
+            raise ValueError(f"{head['format']} of version {head['version']}")
+        if head["kind"] != "safetensors":
+            raise CheckpointError(
+                f"an export as {head['kind']}", where=folder, expected="a run, or an export as safetensors"
+            )
+        for name, expected in head["files"].items():
+            if sha256_plain(folder / name) != expected:
+                raise CheckpointError("damaged: its checksum differs", where=folder / name, remedy=remedy)
+        tensors, step = load_file(folder / "model.safetensors"), int(head["step"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as e:
+        raise CheckpointError(f"not a whole export: {e!r}", where=folder, remedy=remedy) from None
+    config, units = load_config(folder / "config.toml"), load_units(folder / "units")
+    model = build_model(config, units.size)
+    model.simple = None
+    checkpoint.load_weights(model, tensors, folder / "model.safetensors")
+    return model.eval(), units, config, step
