@@ -187,8 +187,8 @@ def _search(
     """What makes a search of a batch; how many hypotheses of it are told."""
     from ...data.errors import UsageError
     from ..decode.beam import Beam, Fusion
-    from ..decode.decode import greedy_search
     from ..decode.fusion import UnitFusion, WordFusion
+    from ..decode.greedy import greedy_search
     from ..decode.ngram import read_arpa
 
     if nbest > beam:

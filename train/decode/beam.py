@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ...data.errors import ConfigError
 from ..model.transducer import BLANK, Transducer
-from .decode import MAX_SYMBOLS, confidence
 from .emissions import Emissions
+from .greedy import MAX_SYMBOLS, confidence
 
 CACHED_ROWS = 4096
 

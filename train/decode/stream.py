@@ -20,7 +20,8 @@ from ...data.units import Units
 from ..model.streaming import EncoderStream
 from ..model.transducer import Transducer
 from .align import FRAME_S, Word
-from .decode import Hypothesis, ScoredText, Search, ranked
+from .decode import Hypothesis, ScoredText, ranked
+from .greedy import Search
 
 SMOOTHED_FRAMES = 21  # over which loudness is averaged, the middle most, to find a pause
 

@@ -23,6 +23,7 @@ from ...data.errors import StillhouseError, TeacherError
 from ..config import load_config
 from ..report import demo as report
 from ..report.demo import ErrorRow, Stage
+from ..report.html import read_metrics
 from ..score.wer import Score, read_hypotheses, score
 from ..study.definition import load_study
 from .corpus import DemoCorpus, build_demo_corpus
@@ -276,7 +277,7 @@ def _finish(demo: Demo, corpus: DemoCorpus, quick: bool, recipe: Path) -> Result
             rows.append(ErrorRow(f"{split}, voices known", "Of these, in voices of the training.", _score(known)))
         sections.append(report.section(split, WHAT[split], sorted(triples), homophones()))
 
-    metrics = report.read_metrics(demo.out / "run" / "metrics.jsonl")
+    metrics = read_metrics(demo.out / "run" / "metrics.jsonl")
     failures = judge(scores)
     notes = [
         "Synthetic speech, a few hundred words: this shows that the parts work together, and no more.",

@@ -22,7 +22,7 @@ from ...data.errors import UsageError
 from ...data.files.atomic import sha256_plain
 from ...data.units import Units
 from ..config import Config, dump_config
-from ..decode.decode import MAX_SYMBOLS
+from ..decode.greedy import MAX_SYMBOLS
 from ..model.transducer import Transducer
 from ..run.load import EXPORT_FORMAT, EXPORT_HEAD, EXPORT_VERSION, ExportKind, load_run
 from .folder import new_folder

@@ -21,7 +21,8 @@ from ..config import Config, load_config
 from ..run import checkpoint, identity
 from ..run.folder import CHECKPOINTS, HYPOTHESES, SETTINGS
 from ..score.wer import Score, read_hypotheses, score
-from .demo import TestSection, curve, curves, page, read_metrics, section, step_times
+from .demo import TestSection, section
+from .html import curve, curves, page, read_metrics, step_times
 
 PARTS = {"transfer_backward": "transfer, backward", "teacher": "teacher, beside the others"}
 

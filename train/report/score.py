@@ -13,7 +13,7 @@ from ...data.errors import CorpusError
 from ..score.groups import Aligned, Group
 from ..score.significance import SystemComparison
 from ..score.wer import Score
-from .demo import page
+from .html import page
 
 
 def write_page(

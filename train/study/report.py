@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..report.demo import COLOURS, INK, curve, figure, page
+from ..report.html import COLOURS, INK, curve, figure, page
 from .table import ArmRow, Curve, Detectable, ErrorDifference, Estimate, Table
 
 

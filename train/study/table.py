@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...data.errors import CorpusError
-from ..report.demo import read_metrics
+from ..report.html import read_metrics
 from ..score.wer import counts, read_hypotheses, resampled
 from .definition import Study, StudyRun, differing
 from .runs import check, done, hypotheses

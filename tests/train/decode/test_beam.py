@@ -11,7 +11,7 @@ import torch
 from torchaudio.models import RNNTBeamSearch
 
 from stillhouse.train.decode.beam import Beam
-from stillhouse.train.decode.decode import Greedy
+from stillhouse.train.decode.greedy import Greedy
 from stillhouse.train.model.transducer import BLANK, Transducer
 
 

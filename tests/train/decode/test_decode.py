@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stillhouse.train.decode.decode import greedy
+from stillhouse.train.decode.greedy import greedy
 from stillhouse.train.model.transducer import BLANK, Transducer
 
 

@@ -13,7 +13,8 @@ from stillhouse.data.audio.fbank import fbank
 from stillhouse.data.errors import ConfigError, UsageError
 from stillhouse.data.units import Units
 from stillhouse.train.decode.beam import Beam
-from stillhouse.train.decode.decode import Greedy, greedy_search, ranked
+from stillhouse.train.decode.decode import ranked
+from stillhouse.train.decode.greedy import Greedy, greedy_search
 from stillhouse.train.decode.stream import StreamDecoder, StreamResult, chunk_of, quietest
 from stillhouse.train.model.transducer import BLANK, Transducer
 

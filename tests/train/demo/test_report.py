@@ -7,20 +7,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from stillhouse.train.report.demo import (
-    Chunk,
-    DemoPage,
-    ErrorRow,
-    Stage,
-    align,
-    clock,
-    curve,
-    read_metrics,
-    render,
-    section,
-    size,
-    step_times,
-)
+from stillhouse.train.report.demo import Chunk, DemoPage, ErrorRow, Stage, align, render, section
+from stillhouse.train.report.html import clock, curve, read_metrics, size, step_times
 from stillhouse.train.score.wer import score
 
 ALIKE = [("sea", "see"), ("knight", "night")]

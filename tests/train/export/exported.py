@@ -13,7 +13,7 @@ from stillhouse.data.audio.fbank import fbank
 from stillhouse.data.audio.read import read_audio
 from stillhouse.data.units import Units
 from stillhouse.train.config import Config, dump_config
-from stillhouse.train.decode.decode import greedy
+from stillhouse.train.decode.greedy import greedy
 from stillhouse.train.model.build import build_model
 from stillhouse.train.model.transducer import BLANK, Transducer
 from stillhouse.train.run import checkpoint

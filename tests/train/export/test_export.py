@@ -13,7 +13,7 @@ import torch
 
 from stillhouse.data.errors import CheckpointError, ConfigError, ExportError, UsageError
 from stillhouse.data.units import Units
-from stillhouse.train.decode.decode import greedy
+from stillhouse.train.decode.greedy import greedy
 from stillhouse.train.export.export import export_run
 from stillhouse.train.export.graphs import EncoderGraph, offline_graph, repeated, search_graphs, unfit_for_sherpa
 from stillhouse.train.export.onnx import run_onnx, tokens_txt, write_onnx

@@ -17,7 +17,8 @@ from stillhouse.data.errors import UsageError
 from stillhouse.data.features.compute import FeatureFile
 from stillhouse.data.manifest import read_manifest
 from stillhouse.train.config import load_config
-from stillhouse.train.decode.decode import decoding_loader, greedy_search, transcribe
+from stillhouse.train.decode.decode import decoding_loader, transcribe
+from stillhouse.train.decode.greedy import greedy_search
 from stillhouse.train.loop.trainer import Trainer
 from stillhouse.train.model.streaming import EncoderStream
 from stillhouse.train.run.load import load_run

@@ -22,8 +22,7 @@ from stillhouse.distill.batch import Positions, TransferBatch
 from stillhouse.distill.targets import ViewSpec
 from stillhouse.distill.transfer import Transfer
 from stillhouse.train.config import Config, load_config
-from stillhouse.train.decode.decode import Greedy, greedy_search
-from stillhouse.train.decode.greedy import TdtGreedy
+from stillhouse.train.decode.greedy import Greedy, TdtGreedy, greedy_search
 from stillhouse.train.loop.objective import losses
 from stillhouse.train.model import losses as costs
 from stillhouse.train.model.build import build_model

@@ -14,7 +14,7 @@ import pytest
 from stillhouse.data.errors import CheckpointError
 from stillhouse.train.config import load_config
 from stillhouse.train.loop.trainer import Trainer
-from stillhouse.train.report import demo as report
+from stillhouse.train.report import html as report
 from stillhouse.train.report.run import read_run, render
 from stillhouse.train.study import report as study_report
 from stillhouse.train.study.table import ArmRow, Detectable, ErrorDifference, Estimate, Table
