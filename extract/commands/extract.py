@@ -118,8 +118,7 @@ def extract(**options: Any) -> None:
 
 
 def _status(store: Path) -> tuple[Any, str]:
-    from ..pipeline.status import render as render_status
-    from ..pipeline.status import status
+    from ..pipeline.progress import render_status, status
 
     found = status(store)
     return found.as_json(), render_status(found)
@@ -156,7 +155,7 @@ def _run(options: dict[str, Any]) -> tuple[Any, str]:
         return sizing.as_json(), render_sizing(sizing)
     check = None if options["force"] else check_room
     if options["engine"] == "ray":
-        from ..pipeline.cluster import start_ray_workers
+        from ..pipeline.workers import start_ray_workers
 
         ray_crew = start_ray_workers(request.name, load, workers, part, options["ray_address"])
         summary = run(store, corpus, teacher, request, progress_lines(), None, ray_crew, check, options["refresh"])

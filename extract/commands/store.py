@@ -57,7 +57,7 @@ def clear(store: Path, dry_run: bool, as_json: bool) -> None:
 
     What lives in a shard with dead rows is moved, byte for byte, before the shard goes.
     """
-    from ..maintain.remove import collect_garbage as run
+    from ..maintain.gc import collect_garbage as run
 
     _cleared(run(_local(store), dry_run), as_json)
 

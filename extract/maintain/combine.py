@@ -32,7 +32,7 @@ from ..store.verify.sums import check_sound
 from ..store.views import View
 from ..store.writer import versions
 from ..teacher.tokenizer import Tokens
-from .copy_unit import copy_item
+from .copy_item import copy_item
 from .members import Included, check_settings, choose_utterances, complete_views, only_in_second
 from .staging import publish_store, staging_folder
 
@@ -124,7 +124,7 @@ def combine(out: Path | str, stores: list[Store], members: list[Included], views
                 first, last = item.shard.first, item.shard.last
                 ids = [m.id for m in told[first:last]]
                 copy_item(plan, scratch.folder, item, sources[item.teacher][first:last], ids)
-                crash_point("unit_copied")
+                crash_point("item_copied")
             for name in plan.teachers:
                 for context in plan.views(name):
                     if len(stores) == 1 or dtype_of(plan.teachers[name].dtype).scaled:

@@ -1,8 +1,10 @@
-"""What lies in a store that no generation asks for: files of dead shards and views, superseded records, old plans.
+"""List and delete files of a store that no generation asks for.
 
-Invariant: a file goes only when store.json, as it is on disk, needs it no more; so a sweep may die at any moment and
-the next one goes on. A reader that opened the store before either has the file open still or is told that it is gone.
-Run: `stillhouse store gc STORE --dry-run`.
+These are files of dropped shards and views, superseded commit records, old plans and drafts of killed writers.
+
+Guarantees: a file is deleted only when the store.json on disk does not need it. A reader that opened the store before
+either has the file open, or gets an error that says the store has changed.
+Try: `stillhouse store gc STORE --dry-run`.
 """
 
 from __future__ import annotations
@@ -22,36 +24,37 @@ from ..store.format.plan import Plan
 
 
 def unreferenced_files(plan: Plan, orders: Mapping[str, np.ndarray] | None = None) -> list[Path]:
-    """Files and folders of a store that its plan does not need.
+    """Return files and folders of a store that its plan does not need.
 
-    `orders`: rows of the corpus, by teacher, of editions that are not on disk yet.
+    `orders` are rows of the corpus in its order, by teacher, for editions that are not on disk yet.
     """
     orders = orders or {}
-    found = [*_plans(plan), *_editions(plan), *_teachers(plan), *_drafts(plan)]
+    paths = [*_plans(plan), *_editions(plan), *_teachers(plan), *_drafts(plan)]
     for name in plan.teachers:
-        found += [*_states(plan, name), *_tokens(plan, name, orders.get(name)), *_commits(plan, name)]
-    return sorted(found)
+        paths += [*_states(plan, name), *_tokens(plan, name, orders.get(name)), *_commits(plan, name)]
+    return sorted(paths)
 
 
 def size_of(paths: list[Path]) -> int:
+    """Return the bytes of files and folders."""
     return sum(folder_bytes(p) if p.is_dir() else p.stat().st_size for p in paths)
 
 
-def remove(paths: list[Path]) -> None:
-    """Delete; and sync the folders that they were in."""
+def delete_files(paths: list[Path]) -> None:
+    """Delete files and folders, and sync the folders that held them."""
     for path in paths:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-        crash_point("swept")
+        crash_point("deleted")
     for folder in {p.parent for p in paths}:
         if folder.is_dir():
             fsync_folder(folder)
 
 
 def _folders(path: Path) -> Iterator[Path]:
-    return (p for p in sorted(path.iterdir())) if path.is_dir() else iter(())
+    return iter(sorted(path.iterdir())) if path.is_dir() else iter(())
 
 
 def _plans(plan: Plan) -> Iterator[Path]:
@@ -60,7 +63,7 @@ def _plans(plan: Plan) -> Iterator[Path]:
 
 
 def _drafts(plan: Plan) -> Iterator[Path]:
-    """Of writers that died; nobody writes now."""
+    """Drafts of killed writers. No process writes now."""
     return (p for folder in (plan.paths.root / "plan", plan.paths.data) for p in folder.rglob(".*.tmp"))
 
 
@@ -70,36 +73,36 @@ def _editions(plan: Plan) -> Iterator[Path]:
 
 
 def _teachers(plan: Plan) -> Iterator[Path]:
-    """Groups and records of teachers that the store no longer has."""
+    """Groups and commit records of deleted teachers."""
     for folder in (plan.paths.data, plan.paths.root / "commits"):
         yield from (p for p in _folders(folder) if p.is_dir() and p.name not in {"utterances", *plan.teachers})
 
 
 def _states(plan: Plan, name: str) -> Iterator[Path]:
-    """Files of `hidden` and `scale` in which nothing is that a unit of work asks for."""
+    """Files of `hidden` and `scale` for which there is no work item."""
     record = plan.teachers[name]
     needed = {
-        (record.contexts.index(u.context), record.layers.index(k), u.shard.number)
-        for u in plan.work_items(name)
-        for k in u.layers
+        (record.contexts.index(item.context), record.layers.index(k), item.shard.number)
+        for item in plan.work_items(name)
+        for k in item.layers
     }
     for array in ("hidden", "scale"):
         chunks = plan.paths.array(name, array) / "c"
         for context in _folders(chunks):
             for layer in _folders(context):
-                mine = {s for c, k, s in needed if str(c) == context.name and str(k) == layer.name}
-                if not mine:
+                shards = {s for c, k, s in needed if str(c) == context.name and str(k) == layer.name}
+                if not shards:
                     yield layer
                     continue
-                yield from (p for p in _folders(layer) if p.name.isdigit() and int(p.name) not in mine)
+                yield from (p for p in _folders(layer) if p.name.isdigit() and int(p.name) not in shards)
 
 
 def _tokens(plan: Plan, name: str, order: np.ndarray | None) -> Iterator[Path]:
-    """Token chunks of dropped shards in which nobody lies that is served, or anybody's context."""
+    """Token chunks of dropped shards that hold no readable utterance and no neighbour of one."""
     start, length = (RawArray(plan.paths.data / name / a).read() for a in ("start", "length"))
     if order is None:
         order = Index(plan.paths.data / "utterances", plan.edition(name)).order
-    order = order[order < len(start)]  # the rest is not written yet
+    order = order[order < len(start)]  # later rows are not written yet
     used = set((start[order[length[order] > 0]] // plan.latest(name).shard_rows).tolist())
     used |= {s.number for s in plan.shards(name)}
     for array in ("token_id", "span"):
@@ -108,10 +111,10 @@ def _tokens(plan: Plan, name: str, order: np.ndarray | None) -> Iterator[Path]:
 
 
 def _commits(plan: Plan, name: str) -> Iterator[Path]:
-    """Records of which every layer is dropped, or counts by a later record."""
+    """Commit records of which every layer is dropped or has a later record."""
     views = plan.views(name)
     asked: set[tuple[str, int | str, int]]
-    asked = {(u.context, u.shard.number, k) for u in plan.work_items(name) for k in u.layers}
+    asked = {(item.context, item.shard.number, k) for item in plan.work_items(name) for k in item.layers}
     asked |= {(c, "norms", k) for c, layers in views.items() for k in layers}
     kept = {plan.paths.commits(name, c): c for c in views}
     for folder in _folders(plan.paths.root / "commits" / name):

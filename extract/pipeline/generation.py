@@ -110,7 +110,7 @@ def plan_more_views(
         number=number,
         work=[w for w in work if w.shards],
         shards=[*latest.shards, *tail],
-        created=_now(),
+        created=utc_now(),
         edition=number if growth is not None else latest.edition,
         vocabulary=vocabulary,
         dropped_shards=dropped,
@@ -164,7 +164,7 @@ def plan_new_teacher(
         shards=shards,
         batch_tokens=batch[0],
         batch_overhead_tokens=batch[1],
-        created=_now(),
+        created=utc_now(),
         edition=edition,
         vocabulary=0,
         dropped_shards=[],
@@ -190,7 +190,8 @@ def split_of(split: str | None) -> dict[str, str]:
     return {} if split is None else {"split": split}
 
 
-def _now() -> str:
+def utc_now() -> str:
+    """Return the time as store.json records it."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 

@@ -1,4 +1,4 @@
-"""Run by test_store_life_kills.py as a process of its own: one change of a store after another, each killed -9 in it.
+"""Run by test_kills.py as a process of its own: one change of a store after another, each killed -9 in it.
 
 Usage: python kill_child.py ACTION STORE TEACHER CORPUS OUT [PHASE:N …]
 ACTION is refresh, clear, remove or merge. Each attempt is a forked child; the last has no kill. Prints one JSON line an
@@ -18,10 +18,8 @@ from pathlib import Path
 import torch
 
 from stillhouse.data.manifest import read_manifest
-from stillhouse.extract.maintain import combine as rebuild
-from stillhouse.extract.maintain import garbage as sweep
-from stillhouse.extract.maintain import remove as life
-from stillhouse.extract.pipeline import generation as extend
+from stillhouse.extract.maintain import combine, exclusive, garbage, gc, remove
+from stillhouse.extract.pipeline import generation, new_store
 from stillhouse.extract.pipeline.extract import extract
 from stillhouse.extract.pipeline.request import Request
 from stillhouse.extract.store import Store, writer
@@ -29,7 +27,7 @@ from stillhouse.extract.store.format import commits
 from stillhouse.extract.teacher.model import load_teacher
 
 LAYERS, CONTEXTS = [0, 2], ["alone", "both:4"]
-PHASED = (extend, life, rebuild, sweep, writer, commits)
+PHASED = (generation, new_store, combine, exclusive, garbage, gc, writer, commits)
 
 
 def seen(root: Path) -> dict:
@@ -60,11 +58,11 @@ def main() -> None:
         request = Request("t", LAYERS, CONTEXTS)
         run = lambda: extract(Path(root), now, teacher, request, refresh=True)  # type: ignore[arg-type]  # noqa: E731
     elif action == "clear":
-        run = lambda: life.collect_garbage(Path(root))  # noqa: E731
+        run = lambda: gc.collect_garbage(Path(root))  # noqa: E731
     elif action == "remove":
-        run = lambda: life.remove_views(Path(root), ["t/both:4/2"])  # noqa: E731
+        run = lambda: remove.remove_views(Path(root), ["t/both:4/2"])  # noqa: E731
     else:
-        run = lambda: rebuild.merge(Path(root), Path(root).with_name("other"), Path(out))  # noqa: E731
+        run = lambda: combine.merge(Path(root), Path(root).with_name("other"), Path(out))  # noqa: E731
     watched = Path(out if action == "merge" else root)
     for where in [*phases, ""]:
         child = os.fork()

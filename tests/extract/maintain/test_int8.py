@@ -12,11 +12,12 @@ from stillhouse.data.errors import StaleError
 from stillhouse.data.manifest import Corpus, Utterance
 from stillhouse.extract.maintain.combine import copy, merge, subset
 from stillhouse.extract.maintain.garbage import unreferenced_files
-from stillhouse.extract.maintain.remove import collect_garbage, remove_utterances, remove_views
+from stillhouse.extract.maintain.gc import collect_garbage
+from stillhouse.extract.maintain.remove import remove_utterances, remove_views
 from stillhouse.extract.maintain.repair import repair
 from stillhouse.extract.pipeline.extract import extract
+from stillhouse.extract.pipeline.progress import status
 from stillhouse.extract.pipeline.request import Request
-from stillhouse.extract.pipeline.status import status
 from stillhouse.extract.store import Store
 from stillhouse.extract.store.disk import layout
 from stillhouse.extract.store.disk.layout import Paths

@@ -14,10 +14,10 @@ import pytest
 from stillhouse.data.manifest import Corpus, write_manifest
 from stillhouse.extract.maintain.combine import merge
 from stillhouse.extract.maintain.garbage import unreferenced_files
-from stillhouse.extract.maintain.remove import collect_garbage
+from stillhouse.extract.maintain.gc import collect_garbage
 from stillhouse.extract.pipeline.extract import extract
+from stillhouse.extract.pipeline.progress import status
 from stillhouse.extract.pipeline.request import Request
-from stillhouse.extract.pipeline.status import status
 from stillhouse.extract.store import Store
 from stillhouse.extract.store.verify.verify import verify
 
@@ -78,7 +78,7 @@ def test_clearing(setting: tuple[Path, Corpus, Path], tmp_path: Path) -> None:
     shutil.copytree(setting[0], tmp_path / "s")
     extract(tmp_path / "s", setting[1], loaded(setting[2]), REQUEST, refresh=True)
     served = seen(tmp_path / "s")
-    phases = ["before_link:1", "unit_copied:1", "copied:1", "switched:1", "swept:4"]
+    phases = ["before_link:1", "item_copied:1", "written:1", "switched:1", "deleted:4"]
     log = attempts("clear", tmp_path / "s", setting, phases)
     assert all(e["seen"] == served for e in log)
     store = Store.open(tmp_path / "s")
@@ -93,7 +93,7 @@ def test_removing(setting: tuple[Path, Corpus, Path], tmp_path: Path) -> None:
     left = {k: v for k, v in before.items() if k != "t/both:4/2"}
     log = attempts("remove", tmp_path / "s", setting, ["written:1"])
     assert log[0]["seen"] == before and log[1]["seen"] == left
-    for phase in ("switched:1", "swept:1"):
+    for phase in ("switched:1", "deleted:1"):
         shutil.rmtree(tmp_path / "s")
         shutil.copytree(setting[0], tmp_path / "s")
         words = ["remove", str(tmp_path / "s"), str(setting[2]), str(setting[1].path), "-", phase]
@@ -118,7 +118,7 @@ def test_merging(setting: tuple[Path, Corpus, Path], tmp_path: Path) -> None:
     cut = (len(whole.utterances) // 10) * 5
     extract(tmp_path / "s", Corpus(whole.path, whole.utterances[:cut]), loaded(setting[2]), REQUEST)
     extract(tmp_path / "other", Corpus(whole.path, whole.utterances[cut:]), loaded(setting[2]), REQUEST)
-    log = attempts("merge", tmp_path / "s", setting, ["after_link:1", "unit_copied:2", "built:1"])
+    log = attempts("merge", tmp_path / "s", setting, ["after_link:1", "item_copied:2", "built:1"])
     assert [e["seen"] for e in log[:-1]] == [{}] * 3  # whole or not there
     both = seen(tmp_path / "s")
     for view, held in seen(tmp_path / "other").items():

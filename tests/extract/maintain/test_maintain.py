@@ -16,10 +16,11 @@ from stillhouse.data.errors import LockedError, NoStoreError, StaleError, StoreE
 from stillhouse.data.manifest import Corpus
 from stillhouse.extract.maintain.combine import copy, merge, subset
 from stillhouse.extract.maintain.garbage import unreferenced_files
-from stillhouse.extract.maintain.remove import collect_garbage, remove_utterances, remove_views
+from stillhouse.extract.maintain.gc import collect_garbage
+from stillhouse.extract.maintain.remove import remove_utterances, remove_views
 from stillhouse.extract.pipeline.extract import extract
+from stillhouse.extract.pipeline.progress import status
 from stillhouse.extract.pipeline.request import Request
-from stillhouse.extract.pipeline.status import status
 from stillhouse.extract.store import Store, View
 from stillhouse.extract.store.disk import layout
 from stillhouse.extract.store.disk.durable import Scratch

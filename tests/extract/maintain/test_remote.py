@@ -19,8 +19,8 @@ from stillhouse.extract.commands.store import store as store_commands
 from stillhouse.extract.maintain.combine import copy, merge, subset
 from stillhouse.extract.maintain.repair import repair
 from stillhouse.extract.pipeline.extract import extract
+from stillhouse.extract.pipeline.progress import status
 from stillhouse.extract.pipeline.request import Request
-from stillhouse.extract.pipeline.status import status
 from stillhouse.extract.store import Store
 from stillhouse.extract.store.disk import layout
 from stillhouse.extract.store.disk.layout import Paths

@@ -14,7 +14,8 @@ import pytest
 from stillhouse.data.errors import StaleError
 from stillhouse.data.manifest import Corpus, Utterance
 from stillhouse.extract.maintain.combine import copy
-from stillhouse.extract.maintain.remove import collect_garbage, remove_utterances, remove_views
+from stillhouse.extract.maintain.gc import collect_garbage
+from stillhouse.extract.maintain.remove import remove_utterances, remove_views
 from stillhouse.extract.pipeline.corpus_diff import diff_corpus
 from stillhouse.extract.pipeline.extract import extract
 from stillhouse.extract.pipeline.request import Request, teacher_record

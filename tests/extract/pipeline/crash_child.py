@@ -17,8 +17,7 @@ from types import ModuleType
 
 from stillhouse.data.errors import NoStoreError
 from stillhouse.data.manifest import read_manifest
-from stillhouse.extract.pipeline import generation as extend
-from stillhouse.extract.pipeline import new_store as skeleton
+from stillhouse.extract.pipeline import generation, new_store
 from stillhouse.extract.pipeline.extract import extract
 from stillhouse.extract.pipeline.request import Request
 from stillhouse.extract.store import Store, writer
@@ -28,7 +27,7 @@ from stillhouse.extract.teacher.model import load_teacher
 LAYERS = [0, 2]
 
 
-def kill_at(where: str, modules: Sequence[ModuleType] = (skeleton, extend, writer, commits)) -> None:
+def kill_at(where: str, modules: Sequence[ModuleType] = (new_store, generation, writer, commits)) -> None:
     """Put a SIGKILL at the n-th passing of a named phase of these modules."""
     name, _, count = where.partition(":")
     left = int(count or 1)

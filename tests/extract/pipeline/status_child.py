@@ -1,4 +1,4 @@
-"""Run by test_store_life_status.py as a process of its own: writers on one store, and what is told of it meanwhile.
+"""Run by test_status.py as a process of its own: writers on one store, and what is told of it meanwhile.
 
 Usage: python status_child.py CORPUS STORE TEACHER CONTEXTS WRITERS KILL
 Writers are forked children that stop themselves whenever they begin a unit; the parent asks for the status and lets
@@ -18,8 +18,8 @@ import torch
 
 from stillhouse.data.manifest import read_manifest
 from stillhouse.extract.pipeline.extract import extract
+from stillhouse.extract.pipeline.progress import status
 from stillhouse.extract.pipeline.request import Request
-from stillhouse.extract.pipeline.status import status
 from stillhouse.extract.store import writer
 from stillhouse.extract.teacher.model import load_teacher
 

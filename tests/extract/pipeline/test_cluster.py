@@ -67,8 +67,8 @@ def _json(path: Path) -> dict:
 def test_what_a_ray_worker_cannot_do_is_told(bert: Path, corpus: Path, tmp_path: Path) -> None:
     if find_spec("ray") is None:
         pytest.skip("no Ray; pip install 'stillhouse[cluster]'")
-    from stillhouse.extract.pipeline.cluster import start_ray_workers
     from stillhouse.extract.pipeline.request import Request, make_plan
+    from stillhouse.extract.pipeline.workers import start_ray_workers
 
     from ..conftest import loaded
 

@@ -20,8 +20,8 @@ from stillhouse.extract.pipeline.estimate import check_room, size_up
 from stillhouse.extract.pipeline.extract import extract
 from stillhouse.extract.pipeline.layout import cut_shards, order_sessions
 from stillhouse.extract.pipeline.norms import sample_rows
+from stillhouse.extract.pipeline.progress import status
 from stillhouse.extract.pipeline.request import Request
-from stillhouse.extract.pipeline.status import status
 from stillhouse.extract.store import Store
 from stillhouse.extract.store.disk.layout import Paths
 from stillhouse.extract.store.verify.verify import verify

@@ -11,8 +11,8 @@ import zarr
 from stillhouse.data.errors import StaleError
 from stillhouse.extract.pipeline.estimate import size_up
 from stillhouse.extract.pipeline.extract import extract
+from stillhouse.extract.pipeline.progress import status
 from stillhouse.extract.pipeline.request import Request
-from stillhouse.extract.pipeline.status import status
 from stillhouse.extract.store import Store
 from stillhouse.extract.store.verify.verify import verify
 

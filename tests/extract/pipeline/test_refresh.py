@@ -15,8 +15,8 @@ from stillhouse.data.manifest import Corpus, Utterance
 from stillhouse.distill.targets import TargetReader
 from stillhouse.extract.pipeline.estimate import size_up
 from stillhouse.extract.pipeline.extract import extract
+from stillhouse.extract.pipeline.progress import status
 from stillhouse.extract.pipeline.request import Request
-from stillhouse.extract.pipeline.status import status
 from stillhouse.extract.store import Store, View
 from stillhouse.extract.store.disk.durable import Scratch
 from stillhouse.extract.store.disk.layout import Paths, to_float32

@@ -13,8 +13,8 @@ import s3
 from stillhouse.data.errors import StoreError
 from stillhouse.data.manifest import write_manifest
 from stillhouse.extract.pipeline.extract import extract
+from stillhouse.extract.pipeline.progress import status
 from stillhouse.extract.pipeline.request import Request
-from stillhouse.extract.pipeline.status import status
 from stillhouse.extract.store import Store
 from stillhouse.extract.store.disk import layout
 from stillhouse.extract.store.verify.verify import verify

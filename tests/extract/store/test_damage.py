@@ -15,7 +15,8 @@ from hostile import run
 from stillhouse.data.errors import StoreError
 from stillhouse.extract.inspect.facts.store import verified
 from stillhouse.extract.maintain.combine import copy
-from stillhouse.extract.maintain.remove import collect_garbage, remove_utterances
+from stillhouse.extract.maintain.gc import collect_garbage
+from stillhouse.extract.maintain.remove import remove_utterances
 from stillhouse.extract.maintain.repair import repair_all
 from stillhouse.extract.pipeline.extract import extract
 from stillhouse.extract.pipeline.request import Request
