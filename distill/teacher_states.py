@@ -66,11 +66,8 @@ class TeacherStates:
     ) -> None:
         self.store, self.teacher, self.name, self.views = store, teacher, name, list(views)
         self._control, self._dtype = control, store.teacher(teacher).dtype
-        rows, table = store.embedding(teacher)
-        order = np.argsort(rows)
-        # Copies: the store's arrays may be memory maps, which a later process could not share through a pickle
-        self._vocabulary = np.asarray(rows)[order]  # int [K], sorted
-        self.table = np.asarray(table)[order]  # float16 [K, D], in the vocabulary's order
+        # A copy, because the store's array may be a memory map, which a later process could not share through a pickle.
+        self.table = np.array(store.embedding(teacher)[1])  # float16 [K, D], by ascending token id
         self._codes = control in ("words", "words-shuffled")
         if self._codes:
             self._silent = _silent(store, teacher, corpus)
@@ -144,22 +141,10 @@ class TeacherStates:
             lengths, token_id, span = self.store.tokens(ids, self.teacher)
             rows = expand(begin, lengths.astype(np.int64))
             states = [values[rows] for values in states]
-        table_row = self._table_row(token_id)
+        table_row = self.store.vocabulary_rows(self.teacher, token_id)
         if self._control == "static" and chosen:
             states = [self.table[table_row].astype(np.float32)]
         return TeacherBatch(lengths, token_id, span, table_row, states)
-
-    def _table_row(self, token_id: np.ndarray) -> np.ndarray:
-        if not len(token_id):
-            return np.zeros(0, np.int64)
-        row = np.searchsorted(self._vocabulary, token_id)
-        found = self._vocabulary[np.minimum(row, len(self._vocabulary) - 1)] == token_id
-        if not found.all():
-            missing = np.unique(token_id[~found])[:5].tolist()
-            raise StoreError(
-                f"no input embedding of token ids {missing}", where=self.name, remedy="run stillhouse inspect verify"
-            )
-        return row.astype(np.int64)
 
 
 def _silent(store: Store, teacher: str, corpus: Corpus | None) -> np.ndarray:

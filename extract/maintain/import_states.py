@@ -283,7 +283,7 @@ class ImportRunner(ItemRunner):
         for job in jobs:
             self.progress.item = str(job.item)
             norms = self.norms(job.item)
-            for u in sorted({p.utterance for batch in job.batches for window in batch for p in window.pieces}):
+            for u in sorted({k.utterance for batch in job.batches for window in batch for k in window.kept}):
                 yield job, partial(_write, job, u, self._states(job.item.shard.first + u, job.item.layers), norms)
                 self.progress.rows += int(self.rows.length[job.item.shard.first + u])
                 if self.report is not None:

@@ -21,7 +21,8 @@ from ..store.format.commits import Commits
 from ..store.format.index import Index
 from ..store.format.plan import Plan, TeacherRecord
 from ..store.read.rows import TeacherRows
-from ..teacher.contexts import Frame, Passes, Texts, bounds, parse_context, passes
+from ..store.views import parse_context
+from ..teacher.contexts import ItemWindows, TokenLists, WindowFormat, item_windows, session_bounds
 from ..teacher.tokenizer import Tokeniser, Tokens
 from .layout import order_sessions
 
@@ -186,13 +187,14 @@ def windows_of(
     record: TeacherRecord,
     context: str,
     core: int,
-    texts: Texts,
+    texts: TokenLists,
     session: np.ndarray,
     wanted: Sequence[int] | np.ndarray,
-) -> Passes:
+) -> ItemWindows:
     """The windows that a teacher is fed for some utterances of a corpus, in one context."""
-    frame = Frame(record.prefix_ids, record.suffix_ids, record.join_ids, record.window, core, record.kind == "decoder")
-    return passes(parse_context(context), frame, texts, session, wanted)
+    causal = record.kind == "decoder"
+    form = WindowFormat(record.prefix_ids, record.suffix_ids, record.join_ids, record.window, core, causal)
+    return item_windows(parse_context(context), form, texts, session, wanted)
 
 
-__all__ = ["CorpusDiff", "PlannedTexts", "bounds", "diff_corpus", "some", "tokenise", "windows_of"]
+__all__ = ["CorpusDiff", "PlannedTexts", "diff_corpus", "session_bounds", "some", "tokenise", "windows_of"]

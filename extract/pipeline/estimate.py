@@ -25,7 +25,7 @@ from ..store.format.plan import TeacherRecord as Record
 from ..store.read.rows import TeacherRows
 from ..store.remote.paths import address_of, mirror_of
 from ..teacher.batching import make_batches
-from ..teacher.contexts import Texts
+from ..teacher.contexts import TokenLists
 from ..teacher.model import Teacher
 from ..teacher.replicas import TeacherPool
 from ..teacher.tokenizer import Tokens
@@ -83,7 +83,7 @@ class _Corpus:
         self.position = np.full(count, -1)
         self.position[order] = np.arange(len(order))
         if layout is not None:
-            self.texts: Texts = _Tokens(layout.tokens, order)
+            self.texts: TokenLists = _Tokens(layout.tokens, order)
             self.length = layout.tokens.length[order]
         elif growth is None:
             rows = TeacherRows(plan, name)

@@ -22,8 +22,9 @@ from ..store.disk.layout import Paths, check_teacher_name
 from ..store.format import plan as plans
 from ..store.format.plan import Generation, Plan, PlannedWork
 from ..store.remote.paths import address_of, mirror_of
+from ..store.views import parse_context
 from ..store.writer import versions
-from ..teacher.contexts import check_context, parse_context
+from ..teacher.contexts import check_context
 from ..teacher.model import Teacher
 from .corpus_diff import diff_corpus
 from .generation import PlanDraft, missing_views, plan_more_views, plan_new_teacher, split_of, write_generation

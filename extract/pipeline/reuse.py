@@ -65,5 +65,5 @@ def write(writer: ItemWriter, copies: dict[int, dict[int, Block]]) -> None:
 def without(windows: list[Window], utterances: set[int]) -> list[Window]:
     """The windows that others come out of."""
     for w in windows:
-        w.pieces = [p for p in w.pieces if p.utterance not in utterances]
-    return [w for w in windows if w.pieces]
+        w.kept = [k for k in w.kept if k.utterance not in utterances]
+    return [w for w in windows if w.kept]

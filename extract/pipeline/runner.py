@@ -24,7 +24,7 @@ from ..store.read.handles import most_handles
 from ..store.read.rows import TeacherRows
 from ..store.writer import ItemWriter
 from ..teacher.batching import make_batches
-from ..teacher.contexts import Passes, Texts, Window
+from ..teacher.contexts import ItemWindows, TokenLists, Window
 from ..teacher.forward import encode_tensor, tensors
 from ..teacher.model import Teacher
 from ..teacher.replicas import Task, TeacherPool
@@ -55,7 +55,7 @@ class OpenItem:
 
     claim: LockedItem
     writer: ItemWriter
-    work: Passes
+    work: ItemWindows
     batches: list[list[Window]]
     computed: bool = False
 
@@ -185,7 +185,7 @@ class ItemRunner:
             p.item, p.model_s = str(job.item), self.threads.seconds / self.threads.count
             for windows, states in parts:
                 yield job, WriteBlock(job.writer, windows, states)
-                p.rows += sum(piece.last - piece.first for w in windows for piece in w.pieces)
+                p.rows += sum(k.last - k.first for w in windows for k in w.kept)
                 p.fed_tokens += sum(len(w.ids) for w in windows)
                 p.padded_tokens += len(windows) * max(len(w.ids) for w in windows)
                 if self.report is not None:
@@ -221,7 +221,7 @@ class ItemRunner:
         batches = make_batches(work.windows, g.batch_tokens, g.batch_overhead_tokens)
         for part, states in self.threads.run(batches, layers, keep, item):
             for row, window in enumerate(part):
-                for p in window.pieces:
+                for p in window.kept:
                     kept = slice(p.at, p.at + p.last - p.first)
                     yield int(rows[p.utterance]), {k: block[row, kept] for k, block in states.items()}
 
@@ -248,9 +248,9 @@ class WriteBlock:
     def __call__(self) -> None:
         for layer, block in self.states.items():
             for row, window in enumerate(self.windows):
-                for piece in window.pieces:
-                    n = piece.last - piece.first
-                    self.writer.write(layer, piece.utterance, piece.first, block[row, piece.at : piece.at + n])
+                for k in window.kept:
+                    n = k.last - k.first
+                    self.writer.write(layer, k.utterance, k.first, block[row, k.at : k.at + n])
 
 
 def _finish(future: Future[None] | None) -> None:
@@ -260,8 +260,8 @@ def _finish(future: Future[None] | None) -> None:
 
 
 def context_passes(
-    plan: Plan, item: WorkItem, texts: Texts, session: np.ndarray, wanted: Sequence[int] | np.ndarray
-) -> Passes:
+    plan: Plan, item: WorkItem, texts: TokenLists, session: np.ndarray, wanted: Sequence[int] | np.ndarray
+) -> ItemWindows:
     """The windows that these utterances come out of, in the unit's context; `wanted` are positions in the corpus."""
     record, core = plan.teachers[item.teacher], item.generation.core_tokens
     return windows_of(record, item.context, core, texts, session, wanted)

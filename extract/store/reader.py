@@ -147,7 +147,8 @@ class Store(Gathering):
 
         Errors: StoreError where an id is not there, or its teacher's tokens are damaged.
         """
-        ids = self.embedding(teacher)[0]
+        self._known(teacher)
+        ids = RawArray(self.paths.data / teacher / "vocab_id").read()[self._vocabulary(teacher)]
         found = np.minimum(np.searchsorted(ids, token_id), max(0, len(ids) - 1))
         if len(token_id) and (not len(ids) or (ids[found] != token_id).any()):
             raise self._no_vocabulary(teacher)

@@ -7,9 +7,11 @@ given. Run: `pytest tests/extract/store/test_reader.py -k view`.
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ...data.errors import UsageError
 from . import display as notebook
 from .format.plan import Plan
 
@@ -31,6 +33,35 @@ class View:
 
     def _repr_html_(self) -> str:
         return notebook.view_html(self)
+
+
+@dataclass(frozen=True)
+class Context:
+    """A parsed context name. Each side asks for `left` or `right` tokens and gets fewer only where the session ends."""
+
+    name: str
+    left: int
+    right: int
+    block: bool
+
+    @property
+    def size(self) -> int:
+        return self.left + self.right
+
+
+def parse_context(name: str) -> Context:
+    """Parse `alone`, `past:N`, `past:N+block`, `future:N` or `both:N`.
+
+    Raises:
+        UsageError: the name is none of the five.
+    """
+    if name == "alone":
+        return Context(name, 0, 0, False)
+    match = re.fullmatch(r"(past|future|both):([1-9]\d{0,5})(\+block)?", name)
+    if match is None or (match[3] and match[1] != "past"):
+        raise UsageError(f"unknown context {name!r}", expected="alone, past:N, past:N+block, future:N or both:N")
+    n = int(match[2])
+    return Context(name, n if match[1] != "future" else 0, n if match[1] != "past" else 0, bool(match[3]))
 
 
 def matching(pattern: str, views: Sequence[View], plan: Plan) -> list[View]:

@@ -28,8 +28,9 @@ from measuring import Row, ratio, write_table
 
 from stillhouse.data.batches.loader import Batch, prefetch
 from stillhouse.distill import TargetReader, Transfer
+from stillhouse.extract.store.views import parse_context
 from stillhouse.extract.teacher.batching import make_batches
-from stillhouse.extract.teacher.contexts import Frame, parse_context, passes
+from stillhouse.extract.teacher.contexts import WindowFormat, item_windows
 from stillhouse.extract.teacher.convert import convert
 from stillhouse.extract.teacher.model import Teacher, load_teacher
 from stillhouse.train.config import Config
@@ -63,12 +64,12 @@ def online(teacher: Teacher, session: list[str], contexts: list[str], chosen: ra
     t = teacher.tokeniser
     tokens = t.encode(session, "none")
     texts = np.split(tokens.ids, np.cumsum(tokens.length)[:-1])
-    frame = Frame(t.prefix, t.suffix, [], teacher.window, 256, teacher.kind == "decoder")
+    form = WindowFormat(t.prefix, t.suffix, [], teacher.window, 256, teacher.kind == "decoder")
     sessions = np.zeros(len(texts), np.int64)
 
     def run() -> None:
         for context in contexts:
-            work = passes(parse_context(context), frame, texts, sessions, chosen)
+            work = item_windows(parse_context(context), form, texts, sessions, chosen)
             for batch in make_batches(work.windows, 4096, 24):
                 teacher.states(batch, [teacher.depth])
 

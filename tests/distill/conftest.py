@@ -49,6 +49,9 @@ class FakeStore:
     def embedding(self, teacher: str) -> tuple[np.ndarray, np.ndarray]:
         return self.tables[teacher]
 
+    def vocabulary_rows(self, teacher: str, token_id: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self.tables[teacher][0], token_id)
+
     def teacher(self, name: str) -> SimpleNamespace:
         return SimpleNamespace(dtype=self.teachers[name].dtype, width=self.teachers[name].width)
 

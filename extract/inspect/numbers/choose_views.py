@@ -163,13 +163,11 @@ def _probed(name: str, states: np.ndarray, probe: Probe) -> Probed:
 
 def _embeddings(store: Store, teacher: str, at: _Places) -> np.ndarray:
     """float32 [places, D]: the input embedding of the token at each place."""
-    vocabulary, table = store.embedding(teacher)
     lengths, token_id, _ = store.tokens(at.ids, teacher)
     start = np.cumsum(lengths, dtype=np.int64) - lengths
     rows = np.concatenate([t + s for t, s in zip(at.tokens[teacher], start.tolist())])
-    order = np.argsort(vocabulary)
-    found = order[np.searchsorted(np.asarray(vocabulary)[order], token_id[rows])]
-    return np.asarray(table)[found].astype(np.float32)
+    table = np.asarray(store.embedding(teacher)[1])
+    return table[store.vocabulary_rows(teacher, token_id[rows])].astype(np.float32)
 
 
 def _places(store: Store, views: Sequence[View], corpus: Corpus, units: Units, count: int, seed: int) -> _Places:

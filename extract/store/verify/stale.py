@@ -15,7 +15,7 @@ import numpy as np
 from ..disk.layout import hash_text
 from ..format.arrays import RawArray
 from ..reader import Store
-from ..views import View
+from ..views import View, parse_context
 
 Session = Sequence[tuple[str, str]]  # (id, raw text) of its utterances, in order
 
@@ -39,6 +39,7 @@ def _of_teacher(
     index, record = store.index_of(teacher), store.plan.teachers[teacher]
     length = np.asarray(RawArray(store.paths.data / teacher / "length").read())
     seen = {c: _seen(store, teacher, record.contexts.index(c)) for c in contexts}
+    asked = {c: parse_context(c) for c in contexts}
     # Whoever says nothing is nobody's context.
     said = index.order[length[index.order] > 0]
     position = np.full(len(index), -1)
@@ -63,9 +64,9 @@ def _of_teacher(
             at, row = int(here[u]), int(rows[u])
             for context in contexts:
                 left, right = seen[context][0][row], seen[context][1][row]
-                before = _as_it_was(at, u, -1, left, _asked(context)[0], texts, now, length[said], int(begins[at]))
+                before = _as_it_was(at, u, -1, left, asked[context].left, texts, now, length[said], int(begins[at]))
                 if not before or not _as_it_was(
-                    at, u, 1, right, _asked(context)[1], texts, now, length[said], int(ends[at])
+                    at, u, 1, right, asked[context].right, texts, now, length[said], int(ends[at])
                 ):
                     found.setdefault(spoken[u][0], []).append(context)
 
@@ -73,13 +74,6 @@ def _of_teacher(
 def _seen(store: Store, teacher: str, context: int) -> tuple[np.ndarray, np.ndarray]:
     group = store.paths.data / teacher
     return RawArray(group / "context_left").read(context), RawArray(group / "context_right").read(context)
-
-
-def _asked(context: str) -> tuple[int, int]:
-    """How many tokens a context wants on either side."""
-    side, _, count = context.partition(":")
-    n = int(count.removesuffix("+block"))
-    return (n if side != "future" else 0, n if side != "past" else 0)
 
 
 def _begins(groups: np.ndarray) -> np.ndarray:

@@ -145,14 +145,15 @@ def test_blocks_against_eager_attention(bert: Path, tmp_path: Path) -> None:
     """The same windows through transformers' eager attention with a mask written out here, pair by pair."""
     from transformers import AutoModel
 
-    from stillhouse.extract.teacher.contexts import Frame, parse_context, passes
+    from stillhouse.extract.store.views import parse_context
+    from stillhouse.extract.teacher.contexts import WindowFormat, item_windows
 
     teacher = loaded(bert)
     store = stored(tmp_path / "s", TEXTS, teacher, ["past:6+block"], [2])
     ids = tokens(store, len(TEXTS))
     eager = AutoModel.from_pretrained(bert, attn_implementation="eager").eval()
-    frame = Frame(teacher.tokeniser.prefix, teacher.tokeniser.suffix, [], teacher.window, 14, False)
-    work = passes(parse_context("past:6+block"), frame, ids, np.zeros(len(ids), np.int32), range(len(ids)))
+    form = WindowFormat(teacher.tokeniser.prefix, teacher.tokeniser.suffix, [], teacher.window, 14, False)
+    work = item_windows(parse_context("past:6+block"), form, ids, np.zeros(len(ids), np.int32), range(len(ids)))
     view, kept = View("t", "past:6+block", 2), 0
     for w in work.windows:
         n, blocks = len(w.ids), w.blocks
@@ -164,7 +165,7 @@ def test_blocks_against_eager_attention(bert: Path, tmp_path: Path) -> None:
                     mask[0, 0, q, k] = 0
         with torch.inference_mode():
             out = eager(input_ids=torch.tensor(w.ids[None].astype(int)), attention_mask=mask).last_hidden_state[0]
-        for p in w.pieces:
+        for p in w.kept:
             got = states(store, p.utterance, view)[p.first : p.last]
             assert close(got, out[p.at : p.at + p.last - p.first].numpy())
             kept += p.last - p.first

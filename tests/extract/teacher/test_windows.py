@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillhouse.data.errors import UsageError
+from stillhouse.extract.store.views import parse_context
 from stillhouse.extract.teacher.batching import make_batches
-from stillhouse.extract.teacher.contexts import Frame, Window, check_context, parse_context, passes
+from stillhouse.extract.teacher.contexts import Window, WindowFormat, check_context, item_windows
 
 
 def ids(*groups: str) -> list[np.ndarray]:
@@ -24,14 +25,14 @@ def show(window: Window) -> str:
 def run(
     context: str, texts: list[np.ndarray], *, window: int = 40, core: int = 8, causal: bool = False, join: str = ""
 ):
-    frame = Frame([ord("[")], [] if causal else [ord("]")], [ord(c) for c in join], window, core, causal)
-    return passes(parse_context(context), frame, texts, np.zeros(len(texts), np.int32), range(len(texts)))
+    form = WindowFormat([ord("[")], [] if causal else [ord("]")], [ord(c) for c in join], window, core, causal)
+    return item_windows(parse_context(context), form, texts, np.zeros(len(texts), np.int32), range(len(texts)))
 
 
 def test_alone() -> None:
     p = run("alone", ids("abc", "", "de"))
     assert [show(w) for w in p.windows] == ["[abc]", "[de]"]
-    assert p.windows[1].pieces[0].utterance == 2 and p.windows[1].pieces[0].at == 1
+    assert p.windows[1].kept[0].utterance == 2 and p.windows[1].kept[0].at == 1
 
 
 def test_both_shares_a_core() -> None:
@@ -73,24 +74,24 @@ def test_joins_count_as_nothing_seen() -> None:
 
 
 def test_sessions_do_not_mix() -> None:
-    frame = Frame([], [], [], 40, 20, False)
-    p = passes(parse_context("both:9"), frame, ids("ab", "cd", "ef"), np.array([0, 1, 1]), range(3))
+    form = WindowFormat([], [], [], 40, 20, False)
+    p = item_windows(parse_context("both:9"), form, ids("ab", "cd", "ef"), np.array([0, 1, 1]), range(3))
     assert [show(w) for w in p.windows] == ["ab", "cdef"]
 
 
 def test_neighbours_outside_of_the_shard_serve_as_context() -> None:
-    frame = Frame([], [], [], 40, 3, False)
-    p = passes(parse_context("both:2"), frame, ids("abc", "de", "fgh"), np.zeros(3), [1])
+    form = WindowFormat([], [], [], 40, 3, False)
+    p = item_windows(parse_context("both:2"), form, ids("abc", "de", "fgh"), np.zeros(3), [1])
     assert [show(w) for w in p.windows] == ["bcdefg"] and len(p.input_hash) == 1
-    frame = Frame([], [], [], 40, 20, False)
-    shared = passes(parse_context("both:2"), frame, ids("abc", "de", "fgh"), np.zeros(3), [1])
+    form = WindowFormat([], [], [], 40, 20, False)
+    shared = item_windows(parse_context("both:2"), form, ids("abc", "de", "fgh"), np.zeros(3), [1])
     assert [show(w) for w in shared.windows] == ["abcdefgh"]  # as in the pass of all three
 
 
 def test_same_windows_run_once() -> None:
     p = run("alone", ids("abc", "de", "abc"))
     assert [show(w) for w in p.windows] == ["[abc]", "[de]"]
-    assert [q.utterance for q in p.windows[0].pieces] == [0, 2]
+    assert [q.utterance for q in p.windows[0].kept] == [0, 2]
     assert p.input_hash[0] == p.input_hash[2] != p.input_hash[1]
 
 
@@ -98,9 +99,9 @@ def test_longer_than_the_window() -> None:
     """Twelve tokens in windows of eight text tokens: each comes from where the nearer cut is farther away."""
     p = run("alone", ids("abcdefghijkl"), window=10)
     assert [show(w) for w in p.windows] == ["[abcdefgh]", "[efghijkl]"]
-    assert [(q.first, q.last, q.at) for w in p.windows for q in w.pieces] == [(0, 6, 1), (6, 12, 3)]
+    assert [(q.first, q.last, q.at) for w in p.windows for q in w.kept] == [(0, 6, 1), (6, 12, 3)]
     p = run("alone", ids("abcdefghijkl"), window=9, causal=True)  # no right cut: as long as possible in the first
-    assert [(q.first, q.last, q.at) for w in p.windows for q in w.pieces] == [(0, 8, 1), (8, 12, 5)]
+    assert [(q.first, q.last, q.at) for w in p.windows for q in w.kept] == [(0, 8, 1), (8, 12, 5)]
 
 
 def test_contexts_that_cannot_be() -> None:
@@ -135,12 +136,12 @@ def test_any_session(
     stamp = iter(range(100, 10_000))
     texts = [np.array([next(stamp) for _ in range(n)], dtype=np.int32) for n in lengths]
     first, last = sorted(min(c, len(texts)) for c in cut)
-    frame = Frame([1], [] if causal else [2], [ord(c) for c in join], window, core, causal)
-    p = passes(parse_context(context), frame, texts, np.zeros(len(texts), np.int32), range(first, last))
+    form = WindowFormat([1], [] if causal else [2], [ord(c) for c in join], window, core, causal)
+    p = item_windows(parse_context(context), form, texts, np.zeros(len(texts), np.int32), range(first, last))
     seen: dict[tuple[int, int], int] = {}
     for w in p.windows:
         assert len(w.ids) <= window and w.ids[0] == 1
-        for q in w.pieces:
+        for q in w.kept:
             text = texts[first + q.utterance]
             assert np.array_equal(w.ids[q.at : q.at + q.last - q.first], text[q.first : q.last])
             for t in range(q.first, q.last):
@@ -156,7 +157,7 @@ def test_any_session(
             if context == "future:5":
                 assert not np.isin(w.ids, earlier).any()
     assert seen == {(u - first, t): 1 for u in range(first, last) for t in range(lengths[u])}
-    everyone = passes(parse_context(context), frame, texts, np.zeros(len(texts), np.int32), range(len(texts)))
+    everyone = item_windows(parse_context(context), form, texts, np.zeros(len(texts), np.int32), range(len(texts)))
     assert np.array_equal(p.input_hash, everyone.input_hash[first:last])  # whoever else is wanted
     if max(lengths) + 10 + len(lengths) * 2 + 2 <= window:  # no window is cut
         for u in range(first, last):
