@@ -19,6 +19,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .errors import CorpusError
+from .files.atomic import draft_of
 from .files.lines import parse_object, scan_bytes
 from .files.paths import confined
 
@@ -200,15 +201,8 @@ def write_manifest(path: Path | str, utterances: Iterable[Utterance]) -> None:
             raise CorpusError("the id is used twice", where=u.id, remedy="give every utterance its own id")
         seen.add(u.id)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(to_line(u) + "\n" for u in utterances)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with draft_of(path) as draft, draft.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(to_line(u) + "\n" for u in utterances)
 
 
 def to_line(utterance: Utterance) -> str:

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -22,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from .errors import ConfigError, CorpusError
-from .files.atomic import read_plain
+from .files.atomic import read_plain, write_atomic
 from .text import SPACE_MARK, MappedText, check_transform, transform
 
 FORMAT, VERSION = "stillhouse-units", 1
@@ -141,14 +139,10 @@ class Units:
         if self._model is not None:
             files = {"spm.model": self._model, **files}
         for name, data in files.items():
-            temporary = folder / f".{name}.{os.getpid()}.tmp"
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                temporary.write_bytes(data)
-                os.replace(temporary, folder / name)
+                write_atomic(folder / name, data)
             except OSError as e:
-                with suppress(OSError):
-                    temporary.unlink()
                 raise CorpusError(f"the units cannot be written: {e.strerror}", where=folder / name) from None
 
 

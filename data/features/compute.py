@@ -18,7 +18,8 @@ import numpy as np
 
 from ..audio.fbank import fbank
 from ..errors import ConfigError, FeatureError, PartialError, StaleError, first_few
-from ..files.lock import held
+from ..files.atomic import sweep_drafts
+from ..files.lock import FileLock
 from ..manifest import Corpus
 from .file import FeatureFile, FeatureSettings
 from .parts import FeatureJob, PartDone, identity, run
@@ -67,7 +68,7 @@ def compute_features(
     if not jobs_audio:
         raise FeatureError("no utterance of the corpus has audio", where=corpus.path)
     parts = path.with_name(path.name + ".parts")
-    with held(parts / "lock", what=f"features {path}"):
+    with FileLock(parts / "lock", f"features {path}"):
         try:
             before, made = _bring(
                 corpus, path, speeds, settings, parts, workers, part_s, redo_changed, on_start, on_part
@@ -98,8 +99,7 @@ def _bring(
     on_part: Callable[[PartDone], None] | None,
 ) -> tuple[int, list[PartDone]]:
     """Compute what is missing into parts, merge them into the file, remove them; the lock is held."""
-    for litter in [*parts.glob("*.tmp"), *parts.glob("*.merging")]:
-        litter.unlink(missing_ok=True)
+    sweep_drafts(parts)
     left = [part for part in _part_paths(parts) if _whole(part)]
     sources = [FeatureFile(p) for p in ([path] if path.exists() else []) + left]
     before = _refuse_other_settings(settings, sources, parts)
@@ -116,7 +116,7 @@ def _bring(
             on_part(done)
     if new := _part_paths(parts):
         whole = [FeatureFile(p) for p in ([path] if path.exists() else []) + new]
-        merge(path, settings, whole, parts / "features.merging")
+        merge(path, settings, whole, parts)
         for part in new:
             part.unlink()
     return before, made

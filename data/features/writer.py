@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 
 from ..errors import FeatureError
-from ..files.atomic import sync
+from ..files.atomic import draft_of
 from .file import FORMAT, VERSION, FeatureFile, FeatureSettings, checksum, sum_of_tables
 
 # Frames a write: whole pages, whatever the number of bins, and 20 MB of them. From large aligned writes Linux makes
@@ -47,7 +47,7 @@ def write_rows(path: Path, settings: FeatureSettings, rows: Rows) -> None:
     _write(path, settings, rows.ids, rows.speeds, rows.audio, crc, lengths, iter(rows.frames))
 
 
-def merge(path: Path, settings: FeatureSettings, sources: Sequence[FeatureFile], temporary: Path) -> int:
+def merge(path: Path, settings: FeatureSettings, sources: Sequence[FeatureFile], drafts: Path) -> int:
     """Write all rows of `sources` to `path`; of a row that several hold, the last one counts. Returns the rows."""
     last: dict[tuple[str, float], tuple[int, int]] = {}
     for s, source in enumerate(sources):
@@ -61,7 +61,7 @@ def merge(path: Path, settings: FeatureSettings, sources: Sequence[FeatureFile],
     crc = np.array([sources[s].crc32c[r] for s, r in picked], np.uint32)
     lengths = np.array([sources[s].lengths[r] for s, r in picked], np.int64)
     blocks = _blocks(sources, picked)
-    _write(path, settings, ids, speeds, audio, crc, lengths, blocks, temporary)
+    _write(path, settings, ids, speeds, audio, crc, lengths, blocks, drafts)
     return len(picked)
 
 
@@ -90,16 +90,18 @@ def _write(
     crc: np.ndarray,
     lengths: np.ndarray,
     blocks: Iterator[np.ndarray],
-    temporary: Path | None = None,
+    drafts: Path | None = None,
 ) -> None:
-    temporary = temporary or path.with_name(f"{path.name}.{os.getpid()}.tmp")
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     encoded = [i.encode("utf-8") for i in ids]
     try:
         aligned = {"alignment_threshold": 1 << 16, "alignment_interval": 4096}
         # HDF5 checks its own structures by checksums only since version 1.10, and crashes on some damaged older ones;
         # texts of fixed length lie among what is checked, others do not.
-        with h5py.File(temporary, "w", locking=False, libver="v110", **aligned) as file:
+        with (
+            draft_of(path, folder=drafts) as draft,
+            h5py.File(draft, "w", locking=False, libver="v110", **aligned) as file,
+        ):
             file.attrs["format"] = np.bytes_(FORMAT)
             file.attrs["version"] = VERSION
             file.attrs["settings"] = np.bytes_(json.dumps(asdict(settings), sort_keys=True))
@@ -121,14 +123,9 @@ def _write(
                 data[at : at + len(block)] = block
                 at += len(block)
             assert at == offsets[-1], (at, offsets[-1])
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
     except (OSError, RuntimeError) as e:  # h5py has both
         why = os.strerror(e.errno) if isinstance(e, OSError) and e.errno else str(e)
         raise FeatureError(f"cannot write: {why}", where=path, remedy="make room and run the same command again") from e
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _large(blocks: Iterator[np.ndarray], bins: int) -> Iterator[np.ndarray]:

@@ -1,7 +1,7 @@
-"""Making what was written outlast a crash of the machine.
+"""Files that are replaced whole, files that outlast a crash of the machine, and reads that wait for no pipe.
 
-Invariant: when `sync` returns, the file's content, or the folder's list of names, is on disk.
-Exercised by `stillhouse corpus features` and `stillhouse train`.
+Guarantees: after a kill at any moment a path holds its old content or its new content.
+Try: `pytest tests/data/files/test_atomic.py`.
 """
 
 from __future__ import annotations
@@ -9,14 +9,70 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import secrets
 import stat
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from io import BufferedReader, FileIO
 from pathlib import Path
 
 
-def sync(path: Path) -> None:
-    """fsync a file or a folder."""
-    fd = os.open(path, os.O_RDONLY)
+@contextmanager
+def draft_of(path: Path, *, folder: Path | None = None, suffix: str = ".tmp", durable: bool = True) -> Iterator[Path]:
+    """Yield the path of a draft, which replaces `path` when the block ends without an exception.
+
+    An exception deletes the draft. A kill leaves it, and `sweep_drafts` deletes it later.
+
+    Arguments:
+        path: the file to make or to replace. Its folder must exist.
+        folder: where the draft lies, on the same file system. None: beside `path`.
+        suffix: the end of the draft's name, for libraries that choose a format by it.
+        durable: on return the file and its name are on disk. False: the caller syncs both, with many others at once.
+
+    Raises:
+        OSError: the draft cannot be written or renamed.
+    """
+    draft = (folder or path.parent) / f".{path.name}.{secrets.token_hex(4)}{suffix}"
+    try:
+        yield draft
+        if durable:
+            sync(draft)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    if durable:
+        sync(path.parent)
+
+
+def write_atomic(path: Path, data: bytes | memoryview | str, *, durable: bool = True) -> None:
+    """Replace a file by `data`, text as UTF-8. See `draft_of`."""
+    with draft_of(path, durable=durable) as draft:
+        draft.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def sweep_drafts(folder: Path) -> None:
+    """Delete the drafts that killed processes left in a folder. The caller holds the lock of its writers."""
+    for draft in folder.glob(f".*.{'[0-9a-f]' * 8}.tmp"):
+        draft.unlink(missing_ok=True)
+
+
+def sync(*paths: Path) -> None:
+    """fsync files and folders, several at a time, because a journal commits them together.
+
+    Raises:
+        OSError: the first error of any of them.
+    """
+    unique = list(dict.fromkeys(paths))
+    if len(unique) == 1:
+        _sync(unique[0])
+    elif unique:
+        with ThreadPoolExecutor(min(16, len(unique))) as threads:
+            list(threads.map(_sync, unique))
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:
@@ -24,7 +80,11 @@ def sync(path: Path) -> None:
 
 
 def plain_descriptor(path: Path) -> int:
-    """A descriptor to read from. OSError as from os.open, and for a pipe, a device or a folder."""
+    """Open a regular file and return a descriptor to read from.
+
+    Raises:
+        OSError: as from `os.open`, and at once for a pipe, a device or a folder.
+    """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
@@ -33,17 +93,17 @@ def plain_descriptor(path: Path) -> int:
 
 
 def open_plain(path: Path) -> BufferedReader:
-    """The same as a file."""
+    """Open a regular file to read bytes from. Raises OSError as `plain_descriptor`."""
     return BufferedReader(FileIO(plain_descriptor(path)))
 
 
 def read_plain(path: Path) -> bytes:
-    """All of it."""
+    """Return all bytes of a regular file. Raises OSError as `plain_descriptor`."""
     with open_plain(path) as file:
         return file.read()
 
 
 def sha256_plain(path: Path) -> str:
-    """Hexadecimal, of the whole file."""
+    """Return the SHA-256 of a regular file in hexadecimal. Raises OSError as `plain_descriptor`."""
     with open_plain(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,64 +1,99 @@
-"""One writer at a time: an exclusive flock on a file, gone with the process that held it.
+"""One writer at a time: an exclusive flock on a file or a folder.
 
-Invariant: whoever holds the lock holds it on the file that is at that path now; a process forked meanwhile does not,
-so that one which outlives a killed writer keeps nobody out. Exercised by `corpus features`.
+Guarantees: the kernel releases the lock when its process ends, however it ends. A child of a fork does not hold it.
+Try: `pytest tests/data/files/test_lock.py`.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import LockedError, UsageError
 
-_open: set[int] = set()
+
+class FileLock:
+    """An exclusive lock on the file that is at `path` now. The file is made if it is missing; a folder must exist.
+
+    As a context manager it raises LockedError if another process holds the lock, unless `wait` is set, and UsageError
+    if nothing can be written there. The holder may delete the file.
+
+    Arguments:
+        path: the file or the folder to lock.
+        what: what the lock protects, for the error message.
+        wait: wait for another holder.
+    """
+
+    def __init__(self, path: Path, what: str = "files", *, wait: bool = False) -> None:
+        self.path, self.what, self.wait = path, what, wait
+        self._fd: int | None = None
+
+    def acquire(self, wait: bool = False) -> bool:
+        """Take the lock. Return False if another holds it and `wait` is not set."""
+        if self._fd is not None:
+            raise RuntimeError(f"this process already holds {self.path}")  # flock would wait for ourselves for ever
+        while True:
+            fd = self._open()
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                if os.path.samestat(os.stat(self.path), os.fstat(fd)):
+                    break
+            except BlockingIOError:
+                os.close(fd)
+                return False
+            except FileNotFoundError:
+                pass  # The holder before us deleted the file, so another process could lock a new one.
+            except BaseException:
+                os.close(fd)
+                raise
+            os.close(fd)
+        self._fd = fd
+        _held.add(self)
+        return True
+
+    def _open(self) -> int:
+        while True:
+            if self.path.is_dir():
+                return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            except FileNotFoundError:
+                if self.path.is_symlink():
+                    raise
+                continue  # A writer that has just finished deleted the folder.
+
+    def release(self) -> None:
+        """Give the lock up, if this process holds it."""
+        if self._fd is not None:
+            _held.discard(self)
+            os.close(self._fd)  # Closing the only descriptor of an open file releases its flock.
+            self._fd = None
+
+    def __enter__(self) -> FileLock:
+        try:
+            acquired = self.acquire(self.wait)
+        except OSError as e:
+            raise UsageError(
+                f"cannot write here: {e.strerror}", where=self.path.parent, remedy="choose another place"
+            ) from None
+        if not acquired:
+            raise LockedError(
+                f"another process is writing the {self.what}", where=self.path, remedy="wait until it has finished"
+            )
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()
+
+
+_held: set[FileLock] = set()
 
 
 def _forget() -> None:
-    while _open:
-        os.close(_open.pop())
+    for lock in list(_held):
+        lock.release()
 
 
 os.register_at_fork(after_in_child=_forget)
-
-
-@contextmanager
-def held(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock at `path`, or raise LockedError at once. The body may delete the lock file.
-
-    UsageError: nothing can be written there.
-    """
-    while True:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:
-            continue  # the folder was swept away by a writer that just finished
-        except OSError as e:
-            raise UsageError(
-                f"cannot write here: {e.strerror}", where=path.parent, remedy="choose another place"
-            ) from None
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            raise LockedError(
-                f"another process is writing the {what}", where=path, remedy="wait until it has finished"
-            ) from None
-        try:
-            current = os.stat(path)
-        except FileNotFoundError:
-            current = None
-        if current is not None and os.path.samestat(current, os.fstat(fd)):
-            break
-        os.close(fd)
-    _open.add(fd)
-    try:
-        yield
-    finally:
-        if fd in _open:  # not in a forked process
-            _open.remove(fd)
-            os.close(fd)

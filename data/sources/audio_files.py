@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..audio.read import open_audio
 from ..errors import AudioError
-from ..files.atomic import sync
+from ..files.atomic import draft_of
 from ..files.paths import confined
 
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -88,15 +88,12 @@ class Unpacked:
         """Have `fill` write a temporary file and put it at `path`; one that is there already stays."""
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
             try:
-                fill(temporary)
-                sync(temporary)
-                os.replace(temporary, path)
+                with draft_of(path) as draft:
+                    fill(draft)
             except OSError as e:
                 raise AudioError(f"cannot write: {e.strerror or e}", where=path, remedy="make room") from e
             finally:
-                temporary.unlink(missing_ok=True)
                 with suppress(OSError):  # it holds something
                     self.folder.rmdir()
             self.written += 1

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...data.errors import CorpusError
+from ...data.files.atomic import write_atomic
 from ...data.manifest import Utterance, write_manifest
 from .espeak import EspeakVoice
 from .plan import FULL, Reading, Size, Voice, cast, plan
@@ -80,9 +81,7 @@ def build_demo_corpus(
         count[u.split] = count.get(u.split, 0) + 1
     engine = readings[0].voice.engine
     stamp = {"fingerprint": fingerprint, "engine": engine, "seconds": seconds, "utterances": count}
-    temporary = folder / f"{STAMP}.tmp"
-    temporary.write_text(json.dumps(stamp) + "\n")
-    temporary.replace(folder / STAMP)
+    write_atomic(folder / STAMP, json.dumps(stamp) + "\n")
     return DemoCorpus(folder / "corpus.jsonl", seconds, count, engine, fresh=True)
 
 

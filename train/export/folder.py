@@ -37,8 +37,7 @@ def new_folder(out: Path, force: bool) -> Iterator[Path]:
     draft.mkdir()
     try:
         yield draft
-        for path in [*draft.rglob("*"), draft]:
-            sync(path)
+        sync(*draft.rglob("*"), draft)
         if out.exists():
             out.rename(old)
         draft.rename(out)

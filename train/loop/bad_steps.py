@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...data.batches.loader import Batch
 from ...data.errors import StillhouseError
+from ...data.files.atomic import draft_of
 from ..run.ranks import ALONE, Ranks
 
 KEPT = 20
@@ -73,7 +74,7 @@ class BadSteps:
             "step": torch.tensor(step),
             "seed": torch.tensor(self.seed),
         }
-        draft = path.with_suffix(".draft")
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, draft, {"ids": json.dumps(batch.ids)})
-        draft.replace(path)
+        arrays = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        with draft_of(path) as draft:
+            save_file(arrays, draft, {"ids": json.dumps(batch.ids)})
         return path

@@ -25,7 +25,7 @@ from ...data.batches.loader import Batch, BatchLoader, prefetch, with_workers
 from ...data.batches.sampler import BatchSampler
 from ...data.errors import UsageError
 from ...data.features.compute import FeatureFile
-from ...data.files.lock import held
+from ...data.files.lock import FileLock
 from ...data.manifest import read_manifest
 from ...data.units import load_units
 from ..config import Config, learning_rate, transfer_weight
@@ -135,7 +135,7 @@ class Trainer:
     def _alone(self) -> Iterator[None]:
         """With the run's lock, which rank 0 holds for all."""
         with ExitStack() as stack:
-            self.ranks.from_first(lambda: stack.enter_context(held(self.out / ".lock", "run")))
+            self.ranks.from_first(lambda: stack.enter_context(FileLock(self.out / ".lock", "run")))
             yield
 
     def _begin(self) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ...data.errors import CheckpointError
-from ...data.files.atomic import read_plain
+from ...data.files.atomic import read_plain, write_atomic
 from ..config import Config, load_config
 from ..run import checkpoint, identity
 from ..run.folder import CHECKPOINTS, HYPOTHESES, SETTINGS
@@ -123,9 +123,7 @@ def render(run: RunPage) -> str:
 
 def write_page(run: RunPage, path: Path) -> None:
     """Whole or as it was."""
-    draft = path.with_name(f".{path.name}")
-    draft.write_text(render(run), encoding="utf-8")
-    draft.replace(path)
+    write_atomic(path, render(run))
 
 
 def run_curves(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:

@@ -5,11 +5,11 @@ Invariant: whatever stands in a transcript is shown as text. Exercised by `still
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from ...data.errors import CorpusError
+from ...data.files.atomic import write_atomic
 from ..score.groups import Aligned, Group
 from ..score.significance import SystemComparison
 from ..score.wer import Score
@@ -37,12 +37,8 @@ def write_page(
         by=by,
         against=against,
     )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomic(path, text)
     except OSError as e:
         raise CorpusError(f"cannot write: {e.strerror}", where=path) from e
-    finally:
-        temporary.unlink(missing_ok=True)

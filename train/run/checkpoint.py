@@ -82,8 +82,7 @@ def save(folder: Path, state: dict[str, Any], tensors: dict[str, dict[str, Tenso
     state = {"format": FORMAT, **state, "sha256": sums}
     state["digest"] = _digest(state)
     (draft / "state.json").write_text(json.dumps(state, indent=1))
-    for path in [*draft.iterdir(), draft]:
-        sync(path)
+    sync(*draft.iterdir(), draft)
     if final.exists():
         final.rename(old)
     draft.rename(final)

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from ...data.errors import CheckpointError, StaleError, UsageError, first_few
+from ...data.files.atomic import draft_of, sweep_drafts, write_atomic
 from ...data.units import Units
 from ..config import Config, dump_config, load_config
 from . import checkpoint, identity
@@ -28,7 +29,7 @@ SETTINGS = "config.toml"
 CHECKPOINTS = "checkpoints"
 HYPOTHESES = "dev.jsonl"
 # Left by a run that was killed before its settings were written; and logs, which a shell puts there beforehand
-_BEFORE = {"config.draft", identity.FILE, "units"}
+_BEFORE = {identity.FILE, "units"}
 _LOGS = {".log", ".out", ".err"}
 
 
@@ -152,9 +153,9 @@ def create(out: Path, config: Config, units: Units, own: dict[str, Any], step: i
     """Write what the folder says of the run that goes on from `step`, and clear away what a killed one left.
     For who holds the run's lock.
     """
-    draft = out / "config.draft"
-    draft.write_text(dump_config(config))
-    draft.replace(out / SETTINGS)  # whole or not there
+    for folder in (out, out / "units"):
+        sweep_drafts(folder)
+    write_atomic(out / SETTINGS, dump_config(config))
     if not step:
         identity.write(out, own)
     units.save(out / "units")
@@ -163,11 +164,9 @@ def create(out: Path, config: Config, units: Units, own: dict[str, Any], step: i
 
 def keep_hypotheses(out: Path, triples: Iterable[tuple[str, str, str]]) -> None:
     """RUN/dev.jsonl: the last evaluation of (id, reference, hypothesis), as `stillhouse decode` writes it."""
-    draft = out / "dev.draft"
-    with draft.open("w", encoding="utf-8") as file:
+    with draft_of(out / HYPOTHESES) as draft, draft.open("w", encoding="utf-8") as file:
         for id, ref, hyp in triples:
             file.write(json.dumps({"id": id, "hyp": hyp, "ref": ref}, ensure_ascii=False) + "\n")
-    draft.replace(out / HYPOTHESES)
 
 
 def refuse_moved(out: Path, step: int) -> None:

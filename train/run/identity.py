@@ -18,7 +18,7 @@ from torch import nn
 from ...data.batches.loader import BatchLoader
 from ...data.batches.sampler import BatchSampler
 from ...data.errors import StaleError
-from ...data.files.atomic import read_plain, sync
+from ...data.files.atomic import read_plain, write_atomic
 from ..config import Config
 
 FILE = "identity.json"
@@ -52,10 +52,7 @@ def initialisation(model: nn.Module) -> str:
 
 
 def write(out: Path, identity: Mapping[str, Any]) -> None:
-    draft = out / f".{FILE}"
-    draft.write_text(json.dumps(identity, indent=1) + "\n")
-    sync(draft)
-    draft.replace(out / FILE)
+    write_atomic(out / FILE, json.dumps(identity, indent=1) + "\n")
 
 
 def read(out: Path) -> dict[str, Any] | None:

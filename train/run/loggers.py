@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from ...data.errors import ConfigError, StillhouseError
-from ...data.files.atomic import read_plain
+from ...data.files.atomic import read_plain, write_atomic
 
 Record = Mapping[str, Any]
 PARAMS, PARAM_LENGTH = 100, 500  # what MLflow takes of one request, and of one value in any version
@@ -72,9 +72,7 @@ class JsonLines:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue  # half a line, written when the run was killed
-        draft = self.path.with_suffix(".draft")
-        draft.write_text("".join(kept), encoding="utf-8")
-        draft.replace(self.path)
+        write_atomic(self.path, "".join(kept))
 
 
 class TensorBoard:
@@ -123,9 +121,7 @@ class _Ids:
             return {}
 
     def keep(self, service: str, id: str) -> None:
-        draft = self.path.with_suffix(".draft")
-        draft.write_text(json.dumps(self.read() | {service: id}) + "\n")
-        draft.replace(self.path)
+        write_atomic(self.path, json.dumps(self.read() | {service: id}) + "\n")
 
 
 class Wandb:

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ...data.files.atomic import write_atomic
 from ..report.html import COLOURS, INK, curve, figure, page
 from .table import ArmRow, Curve, Detectable, ErrorDifference, Estimate, Table
 
@@ -130,6 +131,4 @@ def write_reports(table: Table, out: Path, curves: Mapping[str, Mapping[str, Cur
         "study.html": html(table, curves),
     }
     for name, text in texts.items():
-        draft = out / f".{name}"
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(out / name)
+        write_atomic(out / name, text)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data.errors import StaleError, StillhouseError
-from ...data.files.atomic import read_plain, sync
+from ...data.files.atomic import read_plain, write_atomic
 from ..config import Config, load_config
 from ..run import identity
 from .definition import Study, StudyRun
@@ -183,7 +183,7 @@ def _work(out: Connection, config: str, folder: Path, test: list[str], checkpoin
         for split in test:
             tell(line=f"decoding {split}")
             _decode(settings, folder, split, checkpoint)
-        _write(folder / "result.json", json.dumps({"checkpoint": checkpoint, "test": test}) + "\n")
+        write_atomic(folder / "result.json", json.dumps({"checkpoint": checkpoint, "test": test}) + "\n")
         tell(end=None)
     except StillhouseError as e:
         tell(end=str(e))
@@ -204,15 +204,7 @@ def _decode(config: Config, folder: Path, split: str, checkpoint: str) -> None:
     loader = decoding_loader(read_manifest(config.data.corpus).select(split), config.data.features, units)
     found = sorted(transcribe(model.to(device), loader, device=device), key=lambda h: h.id)
     lines = [json.dumps({"id": h.id, "hyp": h.hyp, "ref": h.ref}, ensure_ascii=False) + "\n" for h in found]
-    _write(folder / f"hyp-{split}.jsonl", "".join(lines))
-
-
-def _write(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}")
-    draft.write_text(text, encoding="utf-8")
-    sync(draft)
-    draft.replace(path)
-    sync(path.parent)
+    write_atomic(folder / f"hyp-{split}.jsonl", "".join(lines))
 
 
 def _leave_with_parent() -> None:

@@ -16,7 +16,7 @@ from stillhouse.data.audio.read import change_speed, read_audio
 from stillhouse.data.errors import ConfigError, FeatureError, LockedError, PartialError, StaleError
 from stillhouse.data.features.compute import FeatureFile, FeatureSettings, PartDone, compute_features, fbank
 from stillhouse.data.features.file import FORMAT
-from stillhouse.data.files.lock import held
+from stillhouse.data.files.lock import FileLock
 from stillhouse.data.manifest import Corpus, Utterance
 
 Make = Callable[..., Corpus]
@@ -219,7 +219,7 @@ def test_nothing_to_compute(tmp_path: Path, make_corpus: Make) -> None:
 
 def test_one_writer_at_a_time(make_corpus: Make, tmp_path: Path) -> None:
     corpus = make_corpus(1)
-    with held(tmp_path / "f.h5.parts" / "lock", "features"), pytest.raises(LockedError, match="another process"):
+    with FileLock(tmp_path / "f.h5.parts" / "lock"), pytest.raises(LockedError, match="another process"):
         compute_features(corpus, tmp_path / "f.h5", workers=0)
     compute_features(corpus, tmp_path / "f.h5", workers=0)
 
@@ -244,27 +244,6 @@ def test_another_file_is_not_called_damaged(make_corpus: Make) -> None:
         with pytest.raises(FeatureError, match="not a feature file") as found:
             refused()
         assert "delete" not in str(found.value)
-
-
-def test_a_process_forked_under_the_lock_does_not_hold_it(tmp_path: Path) -> None:
-    """As data workers are, which live on for seconds when their parent is killed."""
-    (come, says_come), (go, says_go) = os.pipe(), os.pipe()
-    with held(tmp_path / "lock", "features"):
-        child = os.fork()
-        if child == 0:
-            os.close(says_go)
-            os.write(says_come, b".")
-            os.read(go, 1)  # until the parent says so
-            os._exit(0)
-        assert os.read(come, 1)
-        with pytest.raises(LockedError), held(tmp_path / "lock", "features"):
-            pass
-    with held(tmp_path / "lock", "features"):
-        pass
-    os.write(says_go, b".")
-    assert os.waitpid(child, 0)[1] == 0
-    for end in (come, says_come, go, says_go):
-        os.close(end)
 
 
 def test_processes_give_the_same_rows_and_a_dead_one_is_an_error_that_goes_on(

@@ -25,7 +25,7 @@ import torch
 from stillhouse.train.config import load_config
 from stillhouse.train.loop.trainer import Trainer
 
-DRAFTS = ("checkpoints/.step-*", "*.draft", "units/.*", ".identity.json")
+DRAFTS = ("checkpoints/.step-*", ".*.tmp", "units/.*")
 
 
 def child(pipe: int, config: Path, changes: Sequence[str], out: Path, slow: bool) -> None:
