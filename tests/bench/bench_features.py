@@ -60,7 +60,7 @@ def made_up(folder: Path, utterances: int) -> FeatureFile:
         write_rows(part, FeatureSettings(), rows)
         parts.append(part)
     path = folder / "features.h5"
-    merge(path, FeatureSettings(), [FeatureFile(p) for p in parts], folder / "merging")
+    merge(path, FeatureSettings(), [FeatureFile(p) for p in parts], folder)
     for part in parts:
         part.unlink()
     return FeatureFile(path).open()
