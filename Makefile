@@ -56,9 +56,11 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# What is written from the code: the commands, the schemas of inspect, the Python reference; then the site, build/site
+# What is written from the code: the commands, the settings, the schemas of inspect, the Python reference; then the site,
+# build/site
 docs: $(INSTALLED)
 	$(BIN)/python tests/docs/test_cli_reference.py
+	$(BIN)/python tests/docs/test_settings_reference.py
 	$(BIN)/python tests/extract/inspect/test_docs.py
 	$(BIN)/python tests/docs/test_api_reference.py
 	$(BIN)/python -m mkdocs build --strict -f .mkdocs.yml
