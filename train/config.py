@@ -42,10 +42,6 @@ class DataSection(ConfigSection):
     speeds: list[float] = Field([1.0], min_length=1, description="Speeds. Each utterance draws one in each epoch.")
     batch_frames: int = Field(16_000, ge=100, description="Largest batch, in frames, padding included.")
     mix_shards: Natural = Field(16, description="Shards of the first store to mix at a time. 0 mixes all.")
-    workers: int = Field(
-        0, ge=0, le=1_024, description="Processes that read batches. 0 uses a thread, which is usually faster."
-    )
-    worker_start: Literal["spawn", "fork"] = Field("spawn", description="How those processes start.")
     max_frames: int = Field(3_000, ge=10, description="Longest utterance of training. Longer ones are left out.")
 
 
@@ -243,17 +239,30 @@ class Config(ConfigSection):
         return self
 
 
-def load_config(path: Path, changes: Sequence[str] = ()) -> Config:
+def load_config(path: Path, changes: Sequence[str] = (), *, saved: bool = False) -> Config:
     """Read a TOML file and apply changes of the form `section.name=value`.
 
     Arguments:
         path: the TOML file.
         changes: as of `--set`. Values are TOML, and a bare word is a string.
+        saved: a run wrote the file, perhaps with an earlier version. See `without_removed`.
 
     Raises:
         ConfigError: names the setting, the file or the change that it comes from, and what is expected.
     """
-    return validated(Config, [(path, read_toml(path)), *map(_change, changes)])
+    settings = without_removed(read_toml(path)) if saved else read_toml(path)
+    return validated(Config, [(path, settings), *map(_change, changes)])
+
+
+def without_removed(saved: Any) -> Any:
+    """Return the settings that a run saved, without data.workers and data.worker_start.
+
+    These settings were removed. They never changed a result, so a run that has them can be resumed and decoded.
+    """
+    data = saved.get("data") if isinstance(saved, Mapping) else None
+    if not isinstance(data, Mapping):
+        return saved
+    return {**saved, "data": {k: v for k, v in data.items() if k not in ("workers", "worker_start")}}
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -39,6 +39,7 @@ def test_set_and_round_trip(tmp_path: Path) -> None:
         (MINIMAL, ["model.lr=1"], "model.lr: no such setting; did you mean optim.lr?"),
         (MINIMAL, ["optim.steps.first=1"], "optim.steps"),
         (MINIMAL, ["optim=1"], "optim"),
+        (MINIMAL, ["data.workers=2"], "data.workers: no such setting"),
         (MINIMAL, ["optim.lr=-1"], "optim.lr"),
         (MINIMAL, ["optim.lr"], "section.name=value"),
         (MINIMAL, ["model.dim=30"], "multiple of 2 x model.heads"),
