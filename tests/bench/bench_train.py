@@ -332,8 +332,8 @@ def main(tree: Path, count: int, frames: int, kept: Path | None) -> None:
             "cost therefore depends on how sharp they are. At initialisation almost no cell is skipped. The bar is for "
             "the state of nearly all of a training: a ridge of alignments is planted in the joint network, and the "
             "rest is as initialised. It keeps more cells than trained models do. They keep 10 % after 600 steps and "
-            "9 % after 1,200 on the demo's speech. On kathleen-arctic, where lattices are smaller, they keep 13 to 20 % "
-            "after 600 steps.",
+            "9 % after 1,200 on the demo's speech. On kathleen-arctic, where lattices are smaller, they keep 13 to 20 "
+            "% after 600 steps.",
             "",
             f"With the planted ridge, {later.summary()}.",
             "",
