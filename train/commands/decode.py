@@ -1,8 +1,9 @@
-"""Commands on a trained run: decode, align. Run `stillhouse decode --help`."""
+"""Commands that decode with a trained run: decode, align. Run `stillhouse decode --help`."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,69 +11,73 @@ from typing import Any
 
 import click
 
-from .live import rate_of, samples_of, say, speed, tell
+from .live import decode_live, read_samples, sample_rate, say, speed
 
 PATH = click.Path(path_type=Path)
 
 
 def finite(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
     if value is not None and not math.isfinite(value):
-        raise click.BadParameter(f"{value} is no number to reckon with", context, option)
+        raise click.BadParameter(f"{value} is not a finite number", context, option)
     return value
 
 
-def of_a_trained_run(command: Callable) -> Callable:
-    """The options that choose among a run's weights and a corpus's utterances."""
-    for option in (
-        click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 or auto."),
-        click.option("--checkpoint", default="best", show_default=True, help="best, last, a step, raw or average:N."),
-        click.option("--split", help="Only this split; several with commas."),
-    ):
-        command = option(command)
-    return command
+def with_options(*options: Callable) -> Callable[[Callable], Callable]:
+    """Return a decorator that adds options to a command, in this order."""
+
+    def add(command: Callable) -> Callable:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
-def searching(command: Callable) -> Callable:
-    """How hypotheses are searched for."""
-    for option in (
-        click.option("--ilm-weight", type=float, callback=finite, default=0.0,
-                     help="Of the internal language model, taken off."),
-        click.option("--blank-penalty", type=float, callback=finite, default=0.0,
-                     help="Taken off the blank's logit: more words."),
-        click.option("--max-symbols", type=click.IntRange(min=1), default=8, show_default=True, help="Units a frame."),
-        click.option("--lm-unknown", type=click.FloatRange(min=0), callback=finite, default=10.0, show_default=True,
-                     help="What an unknown word costs beside <unk>, in nats, before --lm-weight."),
-        click.option("--lm-unit", type=click.Choice(["word", "unit"]), default="word", show_default=True,
-                     help="What the n-grams are of: words, or the recogniser's units."),
-        click.option("--lm-weight", type=float, callback=finite, default=0.3, show_default=True,
-                     help="Of the n-gram model."),
-        click.option("--lm", type=PATH, help="An n-gram model, ARPA or ARPA.gz, for shallow fusion."),
-        click.option("--nbest", type=click.IntRange(min=1), default=1, show_default=True, help="Hypotheses to write."),
-        click.option("--beam", type=click.IntRange(min=1), default=1, show_default=True,
-                     help="Hypotheses to keep; 1 without --lm is greedy."),
-    ):  # fmt: skip
-        command = option(command)
-    return command
+run_options = with_options(
+    click.option("--split", help="Read only this split. Separate several with commas."),
+    click.option("--checkpoint", default="best", show_default=True,
+                 help="Weights to use: best, last, a step, raw or average:N."),
+    click.option("--device", default="auto", show_default=True, help="Device: cpu, cuda, cuda:1 or auto."),
+)  # fmt: skip
+search_options = with_options(
+    click.option("--beam", type=click.IntRange(min=1), default=1, show_default=True,
+                 help="Number of hypotheses to keep. With 1 and without --lm the search is greedy."),
+    click.option("--nbest", type=click.IntRange(min=1), default=1, show_default=True,
+                 help="Number of hypotheses to write."),
+    click.option("--lm", type=PATH, help="N-gram model for shallow fusion: an ARPA file, plain or gzipped."),
+    click.option("--lm-weight", type=float, callback=finite, default=0.3, show_default=True,
+                 help="Weight of the n-gram model."),
+    click.option("--lm-unit", type=click.Choice(["word", "unit"]), default="word", show_default=True,
+                 help="The n-grams are of words or of the recogniser's units."),
+    click.option("--lm-unknown", type=click.FloatRange(min=0), callback=finite, default=10.0, show_default=True,
+                 help="Cost of an unknown word beside <unk>, in nats, before --lm-weight."),
+    click.option("--max-symbols", type=click.IntRange(min=1), default=8, show_default=True,
+                 help="Largest number of units in one frame."),
+    click.option("--blank-penalty", type=float, callback=finite, default=0.0,
+                 help="Subtract this from the blank logit. Larger values give more words."),
+    click.option("--ilm-weight", type=float, callback=finite, default=0.0,
+                 help="Weight of the internal language model, subtracted from each unit's score."),
+)  # fmt: skip
 
 
 @click.command()
 @click.argument("run", type=PATH)
 @click.argument("corpus", metavar="CORPUS|-|AUDIO", type=PATH)
 @click.argument("features", type=PATH, required=False)
-@of_a_trained_run
-@searching
+@run_options
+@search_options
 @click.option("--format", "kind", type=click.Choice(["jsonl", "trn", "ctm", "text"]), default="jsonl",
-              show_default=True, help="jsonl has all; trn and ctm are NIST's; text is Kaldi's.")  # fmt: skip
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of torch. [default: all cores]")
-@click.option("--raw", is_flag=True, help="Of -: 16-bit mono PCM without a header, at the model's rate.")
-@click.option("--id", "name", help="Of - or AUDIO: its id. [default: stdin, or the file's name]")
+              show_default=True, help="jsonl has everything, trn and ctm are NIST's, text is Kaldi's.")  # fmt: skip
+@click.option("--threads", type=click.IntRange(min=1), help="Number of CPU threads of torch. [default: all cores]")
+@click.option("--raw", is_flag=True, help="With `-`: read headerless 16-bit mono PCM at the model's sample rate.")
+@click.option("--id", "name", help="With `-` or AUDIO: the id of the audio. [default: stdin, or the file's name]")
 @click.option("--chunk", type=click.IntRange(min=1), metavar="FRAMES",
-              help="Of - or AUDIO: frames of 10 ms to hear at a time. [default: the model's]")  # fmt: skip
+              help="With `-` or AUDIO: feed so many frames of 10 ms at a time. [default: the model's]")  # fmt: skip
 @click.option("--segment", type=click.FloatRange(min=0.1), callback=finite, metavar="SECONDS",
-              help="Of - or AUDIO: a result is final after so long at most.")  # fmt: skip
+              help="With `-` or AUDIO: end a segment with a final result after this time.")  # fmt: skip
 @click.option("--endpoint", type=click.FloatRange(min=0.1), callback=finite, metavar="SECONDS",
-              help="Of - or AUDIO: a result is final after so long without a word.")  # fmt: skip
-@click.option("--no-partial", is_flag=True, help="Of - or AUDIO: final results alone.")
+              help="With `-` or AUDIO: end a segment after this time without a word.")  # fmt: skip
+@click.option("--no-partial", is_flag=True, help="With `-` or AUDIO: write final results only.")
 def decode(
     run: Path,
     corpus: Path,
@@ -88,15 +93,16 @@ def decode(
     segment: float | None,
     endpoint: float | None,
     no_partial: bool,
-    **how: Any,
+    **settings: Any,
 ) -> None:
-    """Write a hypothesis for each utterance of CORPUS to stdout, as JSON lines {"id", "hyp", "ref", "score", "words"}.
+    """Write a hypothesis of each utterance of CORPUS to stdout, as JSON lines {"id", "hyp", "ref", "score", "words"}.
 
-    Word times are those at which the model emitted the word's units, in steps of an encoder frame (10 ms times the
-    model's subsampling). --lm is added with --lm-weight to the score of each unit; --beam above 1 makes it worth it.
+    The times of a word are those at which the model emits its units, in steps of an encoder frame. That is 10 ms times
+    the model's subsampling. --lm adds the score of an n-gram model to each unit. It helps most with --beam above 1.
 
-    Without FEATURES, - is audio from a pipe (WAV, or --raw) and AUDIO a file. A model that was trained with chunks
-    tells {"id", "hyp", "final", "start_s", "end_s", …} as it hears; another one at the end, or after each --segment.
+    Without FEATURES, the command decodes audio: `-` from a pipe (WAV, or --raw), or the file AUDIO. A model that was
+    trained with chunks writes {"id", "hyp", "final", "start_s", "end_s", …} while the audio arrives. Any other model
+    writes results at the end of the audio, or after each --segment.
 
     Example: stillhouse decode runs/kathleen corpus.jsonl features.h5 --split test > hyp.jsonl
 
@@ -107,6 +113,10 @@ def decode(
     import torch
 
     from ...data.errors import UsageError
+    from ...data.manifest import read_manifest
+    from ..decode.decode import decoding_loader, transcribe
+    from ..decode.stream import StreamDecoder, chunk_size
+    from ..decode.write import check_ids, hypothesis_lines
     from ..model.build import resolve_device
     from ..run.load import load_run
 
@@ -115,58 +125,36 @@ def decode(
     where = resolve_device(device)
     model, units, _, step = load_run(run, checkpoint)
     model = model.to(where)
-    search, nbest = _search(model, units, kind=kind, **how)
-    live = {"--raw": raw, "--id": name, "--chunk": chunk, "--segment": segment, "--endpoint": endpoint}
-    live["--no-partial"] = no_partial
+    search, nbest = _search(model, units, kind=kind, **settings)
     if features is not None:
-        if wrong := [option for option, value in live.items() if value]:
-            raise UsageError(f"{wrong[0]} is of audio that is heard directly", expected="- or AUDIO, and no FEATURES")
-        _corpus(model, units, step, corpus, features, split, search, nbest, kind)
+        live = {"--raw": raw, "--id": name, "--chunk": chunk, "--segment": segment, "--endpoint": endpoint}
+        for option, value in {**live, "--no-partial": no_partial}.items():
+            if value:
+                raise UsageError(f"{option} is for audio", expected="- or AUDIO, and no FEATURES")
+        loader = decoding_loader(read_manifest(corpus).select(split), features, units, untranscribed=True)
+        check_ids((u.id for u in loader.utterances), kind)
+        began = time.perf_counter()
+        for hypothesis in transcribe(model, loader, device=where, search=search, nbest=nbest):
+            for line in hypothesis_lines(hypothesis, kind, nbest):
+                click.echo(line)
+        seconds, audio_s = time.perf_counter() - began, loader.frames.sum() / 100
+        say(f"step {step}: {len(loader.utterances)} utterances, {speed(audio_s, seconds)}")
         return
     if split is not None:
-        raise UsageError("--split is of a corpus", expected="CORPUS and FEATURES")
-    from ..decode.stream import StreamDecoder, chunk_of
-
-    rate_hz = rate_of(run, model)
-    chunk = chunk_of(model, chunk)
+        raise UsageError("--split is for a corpus", expected="CORPUS and FEATURES")
+    rate_hz = sample_rate(run, model)
+    chunk = chunk_size(model, chunk)
     decoder = StreamDecoder(
         model, units, search=search, rate_hz=rate_hz, chunk=chunk, segment_s=segment, endpoint_s=endpoint, nbest=nbest
     )
     if not chunk:
         if endpoint is not None:
-            raise UsageError("--endpoint is of a model that streams", expected="--segment SECONDS")
-        when = f"of {segment:g} s at most" if segment else "when the audio ends"
-        say(f"this model hears whole utterances: it was not trained to stream; results come {when}")
+            raise UsageError("--endpoint is for a model that streams", expected="--segment SECONDS")
+        when = f"after at most {segment:g} s" if segment else "when the audio ends"
+        say(f"This model needs whole utterances, because it was not trained to stream. Results come {when}.")
     name = name or ("stdin" if str(corpus) == "-" else corpus.stem)
-    tell(decoder, samples_of(corpus, rate_hz, raw), kind, nbest, name, bool(segment or endpoint), not no_partial)
-
-
-def _corpus(
-    model: Any,
-    units: Any,
-    step: int,
-    corpus: Path,
-    features: Path,
-    split: str | None,
-    search: Callable,
-    nbest: int,
-    kind: str,
-) -> None:
-    import time
-
-    from ...data.manifest import read_manifest
-    from ..decode.decode import decoding_loader, transcribe
-    from ..decode.write import as_lines, check_ids
-
-    loader = decoding_loader(read_manifest(corpus).select(split), features, units, untranscribed=True)
-    check_ids((u.id for u in loader.utterances), kind)
-    device = model.encoder.feature_mean.device
-    began = time.perf_counter()
-    for found in transcribe(model, loader, device=device, search=search, nbest=nbest):
-        for line in as_lines(found, kind, nbest):
-            click.echo(line)
-    seconds, audio = time.perf_counter() - began, loader.frames.sum() / 100
-    say(f"step {step}: {len(loader.utterances)} utterances, {speed(audio, seconds)}")
+    samples = read_samples(corpus, rate_hz, raw)
+    decode_live(decoder, samples, kind, nbest, name, bool(segment or endpoint), not no_partial)
 
 
 def _search(
@@ -184,7 +172,7 @@ def _search(
     blank_penalty: float,
     ilm_weight: float,
 ) -> tuple[Callable, int]:
-    """What makes a search of a batch; how many hypotheses of it are told."""
+    """Return what makes the search of a batch, and how many hypotheses to keep."""
     from ...data.errors import UsageError
     from ..decode.beam import Beam, Fusion
     from ..decode.fusion import UnitFusion, WordFusion
@@ -192,55 +180,44 @@ def _search(
     from ..decode.ngram import read_arpa
 
     if nbest > beam:
-        raise UsageError(f"--nbest {nbest} of a beam of {beam}", expected=f"--beam {nbest} or more")
+        raise UsageError(f"--nbest {nbest} is more than --beam {beam}", expected=f"--beam {nbest} or more")
     if nbest > 1 and kind != "jsonl":
-        raise UsageError(f"--nbest {nbest} with --format {kind}", expected="--format jsonl, which holds several")
+        raise UsageError(f"{kind} holds one hypothesis, not --nbest {nbest}", expected="--format jsonl")
     if beam == 1 and lm is None and not ilm_weight and not blank_penalty:
         return partial(greedy_search, max_symbols=max_symbols), 1
     if model.durations:
         raise UsageError(
-            "this model emits tokens and durations, which only the greedy search finds",
+            "this model emits tokens and durations, which only the greedy search supports",
             expected="--beam 1, without --lm, --ilm-weight and --blank-penalty",
         )
     if ilm_weight and model.joint.combine != "add":
-        raise UsageError("a joint that multiplies has no internal language model", expected="--ilm-weight 0")
+        raise UsageError("a multiplicative joint has no internal language model", expected="--ilm-weight 0")
     fusion: Fusion | None = None
-    if lm is not None:
-        ngrams = read_arpa(lm)
-        fusion = (
-            WordFusion(ngrams, units, lm_weight, lm, unknown=lm_unknown)
-            if lm_unit == "word"
-            else UnitFusion(ngrams, units, lm_weight, lm)
-        )
-    search = partial(
-        Beam,
-        width=beam,
-        max_symbols=max_symbols,
-        fusion=fusion,
-        blank_penalty=blank_penalty,
-        ilm_weight=ilm_weight,
-    )
-    return search, nbest
+    if lm is not None and lm_unit == "word":
+        fusion = WordFusion(read_arpa(lm), units, lm_weight, lm, unknown=lm_unknown)
+    elif lm is not None:
+        fusion = UnitFusion(read_arpa(lm), units, lm_weight, lm)
+    search = partial(Beam, width=beam, max_symbols=max_symbols, fusion=fusion)
+    return partial(search, blank_penalty=blank_penalty, ilm_weight=ilm_weight), nbest
 
 
 @click.command()
 @click.argument("run", type=PATH)
 @click.argument("corpus", type=PATH)
 @click.argument("features", type=PATH)
-@of_a_trained_run
+@run_options
 @click.option("--textgrid", "folder", type=PATH, help="Also write FOLDER/ID.TextGrid for Praat.")
 def align(
     run: Path, corpus: Path, features: Path, split: str | None, checkpoint: str, device: str, folder: Path | None
 ) -> None:
-    """Write when the model hears each word of the transcripts, as CTM lines, to stdout.
+    """Write the times at which the model emits each word of the transcripts to stdout, as CTM lines.
 
     Example: stillhouse align runs/kathleen corpus.jsonl features.h5 --split test > words.ctm
     """
     from ...data.manifest import read_manifest
     from ..decode.align import align as alignments
-    from ..decode.align import ctm_lines, textgrid
     from ..decode.decode import decoding_loader
-    from ..decode.write import check_ids
+    from ..decode.write import check_ids, ctm_lines, textgrid
     from ..model.build import resolve_device
     from ..run.load import load_run
 
@@ -249,11 +226,11 @@ def align(
     loader = decoding_loader(read_manifest(corpus).select(split), features, units)
     check_ids((u.id for u in loader.utterances), "ctm")
     words = 0
-    for found in alignments(model.to(where), loader, device=where):
-        words += len(found.words)
-        for line in ctm_lines(found):
+    for alignment in alignments(model.to(where), loader, device=where):
+        words += len(alignment.words)
+        for line in ctm_lines(alignment.id, alignment.words):
             click.echo(line)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{found.id.replace('/', '_')}.TextGrid").write_text(textgrid(found), encoding="utf-8")
+            (folder / f"{alignment.id.replace('/', '_')}.TextGrid").write_text(textgrid(alignment), encoding="utf-8")
     say(f"step {step}: {words} words of {len(loader.utterances)} utterances")

@@ -1,7 +1,7 @@
-"""What `stillhouse decode` does with audio that it hears directly: reading it, telling results as they come.
+"""The part of `stillhouse decode` that decodes audio directly: from a pipe as it arrives, or from a file.
 
-Invariant: every result that was reached is written and flushed, whatever ends the audio: its end, Ctrl-C, damage.
-Exercised by `sox … | stillhouse decode RUN -`.
+Guarantees: every result is written and flushed, whether the audio ends, is interrupted by Ctrl-C or is damaged.
+Try: `sox … | stillhouse decode RUN -`.
 """
 
 from __future__ import annotations
@@ -27,20 +27,23 @@ def speed(audio_s: float, wall_s: float) -> str:
     )
 
 
-def rate_of(run: Path, model: Any) -> int:
-    """The rate of the audio that the run learnt from, told by the fingerprint of its features; 16 kHz if by nothing."""
+def sample_rate(run: Path, model: Any) -> int:
+    """Return the sample rate of the audio that a run was trained on, by the fingerprint of its features.
+
+    16 kHz if no rate has that fingerprint, or the run has none.
+    """
     from ...data.features.compute import FeatureSettings
     from ..run.identity import read
 
-    told = ((read(run) or {}).get("data") or {}).get("features")
+    fingerprint = ((read(run) or {}).get("data") or {}).get("features")
     for rate in (16000, 8000, 11025, 12000, 22050, 24000, 32000, 44100, 48000):
-        if FeatureSettings(rate_hz=rate, bins=len(model.encoder.feature_mean)).fingerprint == told:
+        if FeatureSettings(rate_hz=rate, bins=len(model.encoder.feature_mean)).fingerprint == fingerprint:
             return rate
     return 16000
 
 
-def samples_of(source: Path, rate_hz: int, raw: bool) -> Iterator[Any]:
-    """Mono samples of standard input, as they come, or of a file, resampled."""
+def read_samples(source: Path, rate_hz: int, raw: bool) -> Iterator[Any]:
+    """Yield mono samples of standard input as they arrive, or of a file in blocks of a second, resampled."""
     from ...data.audio.pcm import PcmStream
     from ...data.audio.read import read_audio
     from ...data.errors import UsageError
@@ -54,10 +57,10 @@ def samples_of(source: Path, rate_hz: int, raw: bool) -> Iterator[Any]:
         pcm = PcmStream(stream, rate_hz, raw=raw)
         yield from pcm
         if pcm.cut_short:
-            say("the audio ended before its header said it would, or inside a sample")
+            say("The audio ended earlier than its header states, or inside a sample.")
         return
     if raw:
-        raise UsageError("--raw is of audio from a pipe", expected="-")
+        raise UsageError("--raw is for audio from a pipe", expected="- instead of a file")
     if source.suffix in (".jsonl", ".gz", ".json"):
         raise UsageError("FEATURES is missing", where=source, remedy="stillhouse corpus features CORPUS features.h5")
     samples = read_audio(source, rate_hz=rate_hz)
@@ -65,18 +68,18 @@ def samples_of(source: Path, rate_hz: int, raw: bool) -> Iterator[Any]:
 
 
 class Interruptible:
-    """`blocks`, ended by Ctrl-C: while one is waited for, or after what is being done with the last one."""
+    """Iterates over `blocks` until Ctrl-C, which ends a wait at once and the work on a block when it is done."""
 
     def __init__(self, blocks: Iterator[Any]) -> None:
         self.blocks, self.waiting, self.interrupted = blocks, False, False
 
-    def _note(self, *_: Any) -> None:
+    def _on_interrupt(self, *_: Any) -> None:
         self.interrupted = True
         if self.waiting:
             raise KeyboardInterrupt
 
     def __iter__(self) -> Iterator[Any]:
-        before = signal.signal(signal.SIGINT, self._note)
+        before = signal.signal(signal.SIGINT, self._on_interrupt)
         try:
             while not self.interrupted:
                 self.waiting = True
@@ -92,39 +95,38 @@ class Interruptible:
             signal.signal(signal.SIGINT, before)
 
 
-def tell(
+def decode_live(
     decoder: Any, samples: Iterator[Any], kind: str, nbest: int, name: str, segmented: bool, partial: bool
 ) -> None:
-    """Results as they come; what there is, if interrupted. Partial ones are for jsonl, and for eyes at a terminal."""
+    """Write results as they come. Partial ones go into jsonl, or to a terminal."""
     from ...data.errors import AudioError
-    from ..decode.write import check_ids, live_lines
+    from ..decode.write import check_ids, stream_lines
 
     check_ids([name], kind)
     began, busy, count = time.perf_counter(), 0.0, 0
     shown = partial and kind != "jsonl" and sys.stderr.isatty()
 
     def write(results: Iterator[Any]) -> None:
-        for heard in results:
+        nonlocal busy
+        start = time.perf_counter()
+        for result in results:
             if shown:
-                click.echo("\r\x1b[K" + ("" if heard.final else heard.hyp[-100:]), nl=False, err=True)
-            if heard.final or (partial and kind == "jsonl"):
-                for line in live_lines(heard, kind, name, segmented, nbest):
+                click.echo("\r\x1b[K" + ("" if result.final else result.hyp[-100:]), nl=False, err=True)
+            if result.final or (partial and kind == "jsonl"):
+                for line in stream_lines(result, kind, name, segmented, nbest):
                     click.echo(line)
+        busy += time.perf_counter() - start
 
     blocks = Interruptible(samples)
     try:
         for block in blocks:
-            start = time.perf_counter()
             count += len(block)
             write(decoder.push(block))
-            busy += time.perf_counter() - start
     finally:
         if count:
-            start = time.perf_counter()
             write(decoder.finish())
-            busy += time.perf_counter() - start
-            told = speed(count / decoder.fbank.rate_hz, busy)
-            say(f"{told}; {time.perf_counter() - began:.1f} s with the time that the audio took to come")
+            total_s = time.perf_counter() - began
+            say(f"{speed(count / decoder.fbank.rate_hz, busy)}; {total_s:.1f} s with the wait for audio")
     if blocks.interrupted:
         raise KeyboardInterrupt
     if not count:

@@ -1,7 +1,7 @@
-"""Decoding of whole utterances, batch by batch.
+"""Transcribe a corpus: batches of utterances through the encoder and a search, and the texts that it finds.
 
-Invariant: an utterance's hypothesis does not depend on what else is in its batch (to float rounding), nor on the
-pieces in which its encoder states came. Exercised by `stillhouse decode`.
+Guarantees: the hypothesis of an utterance does not depend on the rest of its batch, to float rounding.
+Try: `stillhouse decode RUN CORPUS FEATURES --split test`.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ...data.batches.loader import BatchLoader
-from ...data.batches.sampler import BatchSampler
+from ...data.batches.loader import Batch, BatchLoader
+from ...data.batches.sampler import BatchPlan, BatchSampler
 from ...data.features.compute import FeatureFile
 from ...data.manifest import Corpus
 from ...data.units import Units
 from ..model.transducer import Transducer
-from .align import FRAME_S, Word
-from .emissions import Emissions, timed_words
+from .emissions import FRAME_S, Emissions, Word, timed_words
 from .greedy import Search, greedy_search
 
 
 @dataclass(frozen=True)
 class ScoredText:
-    """One of several hypotheses; score = acoustic + fused, natural logarithms."""
+    """A text that a search found. score = acoustic + fused, in natural logarithms."""
 
     hyp: str
     score: float
@@ -37,7 +37,7 @@ class ScoredText:
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """hyp is the best of `ranked`."""
+    """What an utterance was decoded as; `hyp` is the best of `ranked`."""
 
     id: str
     hyp: str
@@ -45,21 +45,36 @@ class Hypothesis:
     ranked: list[ScoredText] = field(default_factory=list)
 
 
-def ranked(units: Units, found: list[Emissions], frame_s: float, duration_s: float, most: int = 1) -> list[ScoredText]:
-    """The best `most` texts. Unit sequences that spell one text are one: their probabilities add up, the words' times
-    are those of the likelier."""
-    places: dict[str, int] = {}
-    texts: list[ScoredText] = []
-    for e in found:
+def rank_texts(
+    units: Units, results: list[Emissions], frame_s: float, duration_s: float, most: int = 1
+) -> list[ScoredText]:
+    """Return the best `most` texts of a search, best first.
+
+    Unit sequences that spell one text are merged. Their probabilities are added, and the words keep the times of the
+    first of them.
+    """
+    texts: dict[str, ScoredText] = {}
+    for e in results:
         text, words = timed_words(units, e, frame_s, duration_s)
-        at = places.setdefault(text, len(texts))
-        if at == len(texts):
-            texts.append(ScoredText(text, e.score, e.acoustic, e.fused, words))
+        if text not in texts:
+            texts[text] = ScoredText(text, e.score, e.acoustic, e.fused, words)
         else:
-            first = texts[at]
+            first = texts[text]
             score = float(np.logaddexp(first.score, e.score))
-            texts[at] = replace(first, score=score, acoustic=first.acoustic + score - first.score)
-    return sorted(texts, key=lambda r: -r.score)[:most]
+            texts[text] = replace(first, score=score, acoustic=first.acoustic + score - first.score)
+    return sorted(texts.values(), key=lambda t: -t.score)[:most]
+
+
+def encoded_batches(
+    model: Transducer, loader: BatchLoader, device: torch.device, batch_frames: int
+) -> Iterator[tuple[BatchPlan, Batch, Tensor, Tensor]]:
+    """Yield (plan, batch, states [B, T', dim], lengths [B]) of all utterances at speed 1, longest first."""
+    model.eval()
+    for plan in BatchSampler(loader.frames, max_frames=batch_frames, shuffle=False).epoch(0):
+        batch = loader.load(plan).to(device)
+        with torch.no_grad():
+            states, lengths = model.encode(batch.features, batch.feature_lengths.to(device))
+        yield plan, batch, states, lengths
 
 
 def transcribe(
@@ -71,21 +86,26 @@ def transcribe(
     search: Callable[[Transducer, int], Search] = greedy_search,
     nbest: int = 1,
 ) -> Iterator[Hypothesis]:
-    """Hypotheses of every utterance of `loader`, at speed 1, longest first."""
-    model.eval()
+    """Yield a hypothesis of each utterance of `loader` at speed 1, longest first.
+
+    Arguments:
+        model: a trained model on `device`. It is put into eval mode.
+        loader: the utterances.
+        device: where the model computes.
+        batch_frames: feature frames in a batch, padding included.
+        search: makes the search of a batch from the model and the number of utterances.
+        nbest: texts to keep of each utterance.
+    """
     frame_s = FRAME_S * model.encoder.subsampling
-    sampler = BatchSampler(loader.frames, max_frames=batch_frames, shuffle=False)
-    for plan in sampler.epoch(0):
-        batch = loader.load(plan).to(device)
-        with torch.no_grad():
-            states, lengths = model.encode(batch.features, batch.feature_lengths.to(device))
+    for plan, batch, states, lengths in encoded_batches(model, loader, device, batch_frames):
         decoder = search(model, len(batch.ids))
         decoder.feed(states, lengths)
         durations = (batch.feature_lengths * FRAME_S).tolist()
-        for id, found, reference, s in zip(batch.ids, decoder.finish(), loader.references(plan), durations):
-            texts = ranked(loader.units, found, frame_s, s, nbest)
-            yield Hypothesis(id, texts[0].hyp, reference, texts)
+        for id, results, ref, duration_s in zip(batch.ids, decoder.finish(), loader.references(plan), durations):
+            texts = rank_texts(loader.units, results, frame_s, duration_s, nbest)
+            yield Hypothesis(id, texts[0].hyp, ref, texts)
 
 
 def decoding_loader(corpus: Corpus, features: Path, units: Units, *, untranscribed: bool = False) -> BatchLoader:
+    """Return a loader of a corpus and its feature file. `untranscribed`: utterances without text are allowed."""
     return BatchLoader(corpus, FeatureFile(features), units, untranscribed=untranscribed)

@@ -1,33 +1,39 @@
-"""What a decoder found in an utterance: its units, when each was emitted, how sure the model was.
+"""What a search returns for an utterance: units, their frames and confidences, and the words that they spell.
 
-Invariant: units, frames and probabilities are of one length, and frames never run backwards. Everything that is
-written about a hypothesis (text, word times, confidence) follows from them and the vocabulary.
-Exercised by `stillhouse decode`.
+Guarantees: units, frames and confidences have one length, and frames never decrease.
+Try: `stillhouse decode RUN CORPUS FEATURES --split test`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from ...data.text import SPACE_MARK
 from ...data.units import UNKNOWN, UNKNOWN_TEXT, Units
-from .align import Word, words_of
+
+FRAME_S = 0.01  # duration of one feature frame
 
 
 @dataclass(frozen=True)
 class Emissions:
-    """units [U]; frames [U], the encoder frame of each emission; sure [U], P(unit | the frame emits a unit).
+    """The units of one hypothesis.
 
-    acoustic: log-probability by the transducer (of the path when greedy, of the units over all alignments in a beam);
-    fused: what a language model and other terms added. A hypothesis is ranked by their sum.
+    units: [U] unit ids.
+    frames: [U] encoder frame in which each unit was emitted.
+    confidence: [U] P(unit | the frame emits a unit).
+    acoustic: log-probability by the transducer: of the greedy path, or in a beam of all alignments of the units.
+    fused: what the language model and other terms added. The score ranks hypotheses.
     """
 
     units: list[int] = field(default_factory=list)
     frames: list[int] = field(default_factory=list)
-    sure: list[float] = field(default_factory=list)
+    confidence: list[float] = field(default_factory=list)
     acoustic: float = 0.0
     fused: float = 0.0
 
@@ -36,21 +42,78 @@ class Emissions:
         return self.acoustic + self.fused
 
 
+@dataclass(frozen=True)
+class Word:
+    """A word with its times.
+
+    Its confidence is the mean occupancy of its units on their frames in an alignment, and the product of
+    P(unit | the frame emits a unit) over its units in a hypothesis.
+    """
+
+    text: str
+    start_s: float
+    end_s: float
+    confidence: float
+
+
 def text_and_spans(units: Units, ids: Sequence[int]) -> tuple[str, np.ndarray]:
-    """The text of some units as `Units.decode` gives it, and int64 [U, 2]: the characters of each."""
+    """Return the text of some units, as `Units.decode` does, and int64 [U, 2]: the characters of each unit."""
     ends, parts = [0], []
     for k in ids:
         part = "" if k == 0 else UNKNOWN_TEXT if k == UNKNOWN else units.pieces[k].replace(SPACE_MARK, " ")
         parts.append(part)
         ends.append(ends[-1] + len(part))
-    whole = "".join(parts)
     text = units.decode(ids)
     spans = np.stack([ends[:-1], ends[1:]], axis=1).astype(np.int64).reshape(-1, 2)
-    return text, np.maximum(spans - (len(whole) - len(text)), 0)
+    return text, np.maximum(spans - (len("".join(parts)) - len(text)), 0)
 
 
-def timed_words(units: Units, found: Emissions, frame_s: float, duration_s: float) -> tuple[str, list[Word]]:
-    """The text and its words with times in steps of an encoder frame; a word is as sure as all its units together."""
-    text, spans = text_and_spans(units, found.units)
-    frames, sure = np.array(found.frames, np.int64), np.array(found.sure, np.float64)
-    return text, words_of(text, spans, frames, sure, frame_s, duration_s, together=np.prod)
+def timed_words(units: Units, emissions: Emissions, frame_s: float, duration_s: float) -> tuple[str, list[Word]]:
+    """Return the text of a hypothesis and its words, with times in steps of an encoder frame."""
+    text, spans = text_and_spans(units, emissions.units)
+    frames, confidence = np.array(emissions.frames, np.int64), np.array(emissions.confidence, np.float64)
+    return text, words_of(text, spans, frames, confidence, frame_s, duration_s, combine=np.prod)
+
+
+def words_of(
+    text: str,
+    spans: np.ndarray,
+    frames: np.ndarray,
+    confidence: np.ndarray,
+    frame_s: float,
+    duration_s: float,
+    combine: Callable[[np.ndarray], Any] = np.mean,
+) -> list[Word]:
+    """Return the words of a text with times, from the first unit's frame to the end of the last unit's.
+
+    Arguments:
+        text: the transcript or hypothesis.
+        spans: int [U, 2], the characters of each unit in `text`. White space alone belongs to no word.
+        frames: int [U], the encoder frame of each unit.
+        confidence: float [U].
+        frame_s: duration of an encoder frame.
+        duration_s: duration of the audio, which bounds the times.
+        combine: makes a word's confidence from those of its units.
+
+    Returns:
+        The words in order, without overlap. A word without units (the units' transform dropped all its characters)
+        has no time and is left out.
+    """
+    visible = []  # (first character that is not white space, unit)
+    for unit, (begin, end) in enumerate(spans.tolist()):
+        if shown := text[begin:end].lstrip():
+            visible.append((begin + len(text[begin:end]) - len(shown), unit))
+    starts = [start for start, _ in visible]
+    words: list[Word] = []
+    for match in re.finditer(r"\S+", text):
+        own = [unit for _, unit in visible[bisect_left(starts, match.start()) : bisect_left(starts, match.end())]]
+        if not own:
+            continue
+        start_s, end_s = frames[own[0]] * frame_s, (frames[own[-1]] + 1) * frame_s
+        if words and start_s < words[-1].end_s:  # Two words of one frame share it.
+            last = words[-1]
+            words[-1] = Word(last.text, last.start_s, max(last.start_s, start_s), last.confidence)
+        words.append(
+            Word(match.group(), min(start_s, duration_s), min(end_s, duration_s), float(combine(confidence[own])))
+        )
+    return words

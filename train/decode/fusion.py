@@ -1,16 +1,17 @@
 """Shallow fusion: what an n-gram model of units, or of words, adds to each unit of a hypothesis.
 
-A model of words speaks before a word is whole: the partial word counts as the likeliest word that begins so (by its
-1-gram), which is taken back when the word ends and its own probability, in its context, takes the place.
+A model of words scores a word before it is complete. The partial word counts as the likeliest word with that
+beginning, by its 1-gram (look-ahead). When the word ends, its own probability in its context replaces the look-ahead.
 
-Invariant: what is added over a whole hypothesis, its end included, is weight · log P(hypothesis) of the n-gram model,
-less what its unknown words cost.
-Exercised by `stillhouse decode RUN CORPUS FEATURES --beam 8 --lm words.arpa --lm-unit word`.
+Guarantees: over a whole hypothesis, its end included, the sum is weight * log P(hypothesis) of the n-gram model, less
+the cost of its unknown words.
+Try: `stillhouse decode RUN CORPUS FEATURES --beam 8 --lm words.arpa --lm-unit word`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,67 +24,100 @@ SPACES = (SPACE_MARK, "<space>", "<SPACE>")
 CACHED_PREFIXES = 10_000
 UNKNOWN_COST = 10.0
 
+Context = tuple[int, ...]
 
-class UnitFusion:
-    """A model whose words are the recogniser's units; ▁ alone may be written <space>. States: contexts."""
+
+class NumberedStates:
+    """What both kinds of Fusion (see beam.py) share: the states of a search as small integers."""
 
     start = 0
 
+    def __init__(self, lm: NGram, weight: float, first: Any) -> None:
+        self.lm, self.weight, self.first = lm, weight, first
+        self.reset()
+
+    def reset(self) -> None:
+        self.states: list[Any] = [self.first]
+        self.numbers: dict[Any, int] = {self.first: 0}
+
+    def number(self, state: Any) -> int:
+        """Return the number of a state, a new one if it is new."""
+        if state not in self.numbers:
+            self.numbers[state] = len(self.states)
+            self.states.append(state)
+        return self.numbers[state]
+
+    def next_context(self, context: Context, word: int | None) -> Context:
+        """Return the context after one more word. After a word that the model cannot know it is empty."""
+        word = self.lm.unknown if word is None else word
+        return () if word is None else self.lm.shortened((*context, word))
+
+
+class UnitFusion(NumberedStates):
+    """A Fusion whose n-grams are of the recogniser's units. A lone ▁ may be written <space>. States: contexts.
+
+    Arguments:
+        lm: the n-gram model.
+        units: the recogniser's units.
+        weight: factor of all scores.
+        where: file of the model, for errors.
+
+    Raises:
+        UsageError: the model has none of the units.
+    """
+
     def __init__(self, lm: NGram, units: Units, weight: float, where: Path | str = "") -> None:
-        self.lm, self.weight = lm, weight
-        self.ids: list[int | None] = [_unit_id(lm, piece) for piece in units.pieces]
-        self.ids[BLANK] = None
-        self.ids[UNKNOWN] = None
+        self.ids = [_unit_id(lm, piece) for piece in units.pieces]
+        self.ids[BLANK] = self.ids[UNKNOWN] = None
         if not any(id is not None for id in self.ids):
             raise UsageError(
                 "none of the recogniser's units is in the language model",
                 where=where or None,
                 expected=f"n-grams of units such as {', '.join(units.pieces[2:5])}",
-                remedy="a model of words goes with --lm-unit word",
+                remedy="use --lm-unit word with a model of words",
             )
         self._known = np.array([id is not None for id in self.ids])
-        self._at = np.array([0 if id is None else id for id in self.ids])
-        self.reset()
-
-    def reset(self) -> None:
-        self.contexts = [self.lm.start]
-        self.numbers = {self.lm.start: 0}
+        self._columns = np.array([id or 0 for id in self.ids])
+        super().__init__(lm, weight, lm.start)
 
     def row(self, state: int) -> np.ndarray:
-        scores = self.lm.row(self.contexts[state])
+        scores = self.lm.row(self.states[state])
         unknown = self.lm.floor if self.lm.unknown is None else scores[self.lm.unknown]
-        found = self.weight * np.where(self._known, scores[self._at], unknown)
-        found[BLANK] = 0.0
-        return found.astype(np.float32)
+        row = self.weight * np.where(self._known, scores[self._columns], unknown)
+        row[BLANK] = 0.0
+        return row.astype(np.float32)
 
     def advance(self, state: int, unit: int) -> int:
-        context = _after(self.lm, self.contexts[state], self.ids[unit])
-        if context not in self.numbers:
-            self.numbers[context] = len(self.contexts)
-            self.contexts.append(context)
-        return self.numbers[context]
+        return self.number(self.next_context(self.states[state], self.ids[unit]))
 
     def final(self, state: int) -> float:
-        return self.weight * self.lm.score(self.contexts[state], self.lm.end) if self.lm.end is not None else 0.0
+        return self.weight * self.lm.score(self.states[state], self.lm.end) if self.lm.end is not None else 0.0
 
 
-class WordFusion:
-    """A model of words, spelled as the units' transform spells them. States: (context, the word begun).
+class WordFusion(NumberedStates):
+    """A Fusion whose n-grams are of words. States: (context, partial word). The units' transform spells the words.
 
-    `unknown` is what a word that the model does not know costs beside the model's <unk>, or its rarest word: that is
-    the probability of all such words, of which this is one.
+    Arguments:
+        lm: the n-gram model.
+        units: the recogniser's units.
+        weight: factor of all scores.
+        where: file of the model, for errors.
+        unknown: cost of a word that the model does not know, beside the model's <unk> or its rarest word. That is the
+            probability of all such words together, and this word is one of them.
+
+    Raises:
+        UsageError: no word of the model can be spelled with the units.
     """
-
-    start = 0
 
     def __init__(
         self, lm: NGram, units: Units, weight: float, where: Path | str = "", *, unknown: float = UNKNOWN_COST
     ) -> None:
-        self.lm, self.weight, self.unknown = lm, weight, unknown
+        super().__init__(lm, weight, (lm.start, ""))
+        self.unknown = unknown
         self.spelled = [p.replace(SPACE_MARK, " ") for p in units.pieces]
         self.spelled[BLANK], self.spelled[UNKNOWN] = "", UNKNOWN_TEXT
         self.words: dict[str, int] = {}
-        self.ahead: dict[str, float] = {}  # prefix -> log-probability of the likeliest word that begins so
+        self.prefixes: dict[str, float] = {}  # prefix -> log-probability of the likeliest word with it
         unigrams = lm.tables[0][1]
         special = {lm.begin, lm.end, lm.unknown}
         letters = set("".join(self.spelled[2:]))
@@ -95,76 +129,68 @@ class WordFusion:
                 self.words[text] = id
             score = float(unigrams[id])
             for k in range(1, len(text) + 1):
-                if score > self.ahead.get(text[:k], -np.inf):
-                    self.ahead[text[:k]] = score
+                if score > self.prefixes.get(text[:k], -np.inf):
+                    self.prefixes[text[:k]] = score
         if not self.words:
             raise UsageError(
                 "no word of the language model can be spelled with the recogniser's units",
                 where=where or None,
                 expected="words of " + " ".join(sorted(letters - {" "})[:12]),
-                remedy="a model of units goes with --lm-unit unit",
+                remedy="use --lm-unit unit with a model of units",
             )
-        self.unseen = lm.score((), lm.unknown) - unknown
-        self._plain = np.array([" " not in s for s in self.spelled])
-        self._starts = np.array([s.startswith(" ") and " " not in s[1:] for s in self.spelled])
-        self._begun = np.array([self._ahead(s[1:]) if b else 0.0 for s, b in zip(self.spelled, self._starts)])
-        self._odd = np.flatnonzero(~self._plain & ~self._starts).tolist()
+        self.no_word = lm.score((), lm.unknown) - unknown
+        # Rows are computed at once for units without a space, and for units with one space, in front.
+        self._inside = np.array([" " not in s for s in self.spelled])
+        self._begins = np.array([s.startswith(" ") and " " not in s[1:] for s in self.spelled])
+        self._begun = np.array([self._lookahead(s[1:]) if b else 0.0 for s, b in zip(self.spelled, self._begins)])
+        self._others = np.flatnonzero(~self._inside & ~self._begins).tolist()
         self._rows: dict[str, np.ndarray] = {}
-        self.reset()
-
-    def reset(self) -> None:
-        begin = (self.lm.start, "")
-        self.states: list[tuple[tuple[int, ...], str]] = [begin]
-        self.numbers = {begin: 0}
 
     def row(self, state: int) -> np.ndarray:
         context, partial = self.states[state]
-        found = np.where(self._plain, self._spelling(partial), 0.0)
-        found[self._starts] = self._whole(context, partial) + self._begun[self._starts]
-        found -= self._ahead(partial)
-        for unit in self._odd:
-            found[unit] = self._walk(context, partial, self.spelled[unit])[0]
-        found[BLANK] = 0.0
-        return (self.weight * found).astype(np.float32)
+        row = np.where(self._inside, self._longer_prefixes(partial), 0.0)
+        row[self._begins] = self._word_score(context, partial) + self._begun[self._begins]
+        row -= self._lookahead(partial)
+        for unit in self._others:
+            row[unit] = self._spell(context, partial, self.spelled[unit])[0]
+        row[BLANK] = 0.0
+        return (self.weight * row).astype(np.float32)
 
     def advance(self, state: int, unit: int) -> int:
-        _, context, partial = self._walk(*self.states[state], self.spelled[unit])
-        reached = context, partial
-        if reached not in self.numbers:
-            self.numbers[reached] = len(self.states)
-            self.states.append(reached)
-        return self.numbers[reached]
+        context, partial = self.states[state]
+        return self.number(self._spell(context, partial, self.spelled[unit])[1:])
 
     def final(self, state: int) -> float:
-        added, context, _ = self._walk(*self.states[state], " ")
+        context, partial = self.states[state]
+        added, context, _ = self._spell(context, partial, " ")
         return self.weight * (added + (self.lm.score(context, self.lm.end) if self.lm.end is not None else 0.0))
 
-    def _ahead(self, partial: str) -> float:
-        return self.ahead.get(partial, self.unseen) if partial else 0.0
+    def _lookahead(self, partial: str) -> float:
+        return self.prefixes.get(partial, self.no_word) if partial else 0.0
 
-    def _whole(self, context: tuple[int, ...], word: str) -> float:
+    def _word_score(self, context: Context, word: str) -> float:
         if not word:
             return 0.0
         id = self.words.get(word)
         return self.lm.score(context, self.lm.unknown) - self.unknown if id is None else self.lm.score(context, id)
 
-    def _spelling(self, partial: str) -> np.ndarray:
-        """float64 [V]: what is ahead of `partial` with each unit that has no space."""
+    def _longer_prefixes(self, partial: str) -> np.ndarray:
+        """Return float64 [V]: the look-ahead of `partial` followed by each unit."""
         if partial not in self._rows:
             if len(self._rows) >= CACHED_PREFIXES:
                 self._rows.clear()
-            ahead, unseen = self.ahead, self.unseen
-            self._rows[partial] = np.array([ahead.get(partial + s, unseen) for s in self.spelled])
+            prefixes, no_word = self.prefixes, self.no_word
+            self._rows[partial] = np.array([prefixes.get(partial + s, no_word) for s in self.spelled])
         return self._rows[partial]
 
-    def _walk(self, context: tuple[int, ...], partial: str, text: str) -> tuple[float, tuple[int, ...], str]:
-        """(log-probability that `text` adds, the context after it, the word begun)."""
+    def _spell(self, context: Context, partial: str, text: str) -> tuple[float, Context, str]:
+        """Return the log-probability that `text` adds, the context after it and the partial word."""
         added = 0.0
         for k, part in enumerate(text.split(" ")):
             if k and partial:
-                added += self._whole(context, partial) - self._ahead(partial)
-                context, partial = _after(self.lm, context, self.words.get(partial, self.lm.unknown)), ""
-            added += self._ahead(partial + part) - self._ahead(partial)
+                added += self._word_score(context, partial) - self._lookahead(partial)
+                context, partial = self.next_context(context, self.words.get(partial)), ""
+            added += self._lookahead(partial + part) - self._lookahead(partial)
             partial += part
         return added, context, partial
 
@@ -172,8 +198,3 @@ class WordFusion:
 def _unit_id(lm: NGram, piece: str) -> int | None:
     names = SPACES if piece == SPACE_MARK else (piece,)
     return next((lm.words[name] for name in names if name in lm.words), None)
-
-
-def _after(lm: NGram, context: tuple[int, ...], word: int | None) -> tuple[int, ...]:
-    word = lm.unknown if word is None else word
-    return () if word is None else lm.shortened((*context, word))

@@ -1,8 +1,8 @@
 """Back-off n-gram language models in ARPA files, plain or gzipped, read into sorted tables.
 
-Invariant: a file that is not whole and consistent is refused, by name and line; probabilities are those of the file's
-back-off model, whether n-grams or their prefixes were pruned or not. Exercised by
-`stillhouse decode RUN CORPUS FEATURES --beam 8 --lm words.arpa.gz`.
+Guarantees: an incomplete or inconsistent file is refused, by name and line. Probabilities are those of the file's
+back-off model, also where n-grams or their prefixes were pruned.
+Try: `stillhouse decode RUN CORPUS FEATURES --beam 8 --lm words.arpa.gz`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ...data.errors import CorpusError
 from ...data.files.lines import scan_lines
 
 LN10 = math.log(10)
-NEVER = -99 * LN10  # how ARPA files write a probability of 0
+NEVER = -99 * LN10  # ARPA files write a probability of 0 so.
 UNKNOWN = ("<unk>", "<UNK>", "<Unk>")
 KENLM_BINARY = b"mmap lm http://kheafield.com/code"
 _COUNT = re.compile(r"ngram[ \t]+(\d+)[ \t]*=[ \t]*(\d+)[ \t]*$")
@@ -29,11 +29,11 @@ REMEDY = "make the file again, as with `lmplz -o 3 < text > lm.arpa`"
 
 
 class NGram:
-    """P(word | the words before it), natural logarithms. A word is its number in `words`; a context a tuple of such.
+    """P(word | the words before it), in natural logarithms. A word is its number in `words`, a context a tuple of such.
 
-    tables[n - 1] are the n-grams: keys int64, ascending, prefix · V + last word, where prefix is the place of the
-    first n - 1 words in the table before (n = 1: keys are the words); log-probabilities, NaN where only longer n-grams
-    needed the prefix; back-off weights.
+    tables[n - 1] holds the n-grams as three arrays. Keys are int64 and ascending: prefix * V + last word, where prefix
+    is the row of the first n - 1 words in the table before. The keys of 1-grams are the words. Log-probabilities are
+    NaN where only longer n-grams need the prefix. The third array holds back-off weights.
     """
 
     def __init__(self, words: dict[str, int], tables: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
@@ -49,18 +49,18 @@ class NGram:
 
     @property
     def start(self) -> tuple[int, ...]:
-        """The context of a first word."""
+        """Return the context of a first word."""
         return () if self.begin is None else self.shortened((self.begin,))
 
     def shortened(self, context: tuple[int, ...]) -> tuple[int, ...]:
-        """The longest end of `context` that the model can tell from its own end."""
+        """Return the longest end of `context` whose probabilities can differ from those of its own end."""
         for first in range(max(0, len(context) - self.order + 1), len(context)):
             if self._place(context[first:]) >= 0:
                 return context[first:]
         return ()
 
     def score(self, context: tuple[int, ...], word: int | None) -> float:
-        """log P(word | context); None, a word that the model cannot know, costs what the rarest known one does."""
+        """Return log P(word | context). None is an unknown word, which costs as much as the rarest known one."""
         if word is None:
             return self.floor
         added = 0.0
@@ -77,7 +77,7 @@ class NGram:
         return max(added + float(self.tables[0][1][word]), NEVER)
 
     def row(self, context: tuple[int, ...]) -> np.ndarray:
-        """float64 [V]: `score` of every word."""
+        """Return float64 [V]: the `score` of every word."""
         scores = self.tables[0][1].copy()
         for length in range(1, len(context) + 1):
             place = self._place(context[len(context) - length :])
@@ -86,12 +86,12 @@ class NGram:
             scores += self.tables[length - 1][2][place]
             keys, logp, _ = self.tables[length]
             low, high = np.searchsorted(keys, (place * self.size, (place + 1) * self.size))
-            told = ~np.isnan(logp[low:high])
-            scores[keys[low:high][told] - place * self.size] = logp[low:high][told]
+            given = ~np.isnan(logp[low:high])
+            scores[keys[low:high][given] - place * self.size] = logp[low:high][given]
         return np.maximum(scores, NEVER)
 
     def _place(self, context: tuple[int, ...]) -> int:
-        """Where the n-gram stands in its table, -1 where it does not."""
+        """Return the row of the n-gram in its table, -1 if it has none."""
         if len(context) >= self.order:
             return -1
         place = context[0]
@@ -119,16 +119,23 @@ class _Section:
 
 
 def read_arpa(path: Path | str) -> NGram:
-    """Raises CorpusError naming file and line."""
+    """Read an ARPA file.
+
+    Raises:
+        CorpusError: the file cannot be read or is damaged; names the file and the line.
+    """
     path = Path(path)
     try:
         with path.open("rb") as f:
             if f.read(len(KENLM_BINARY)) == KENLM_BINARY:
                 raise CorpusError(
-                    "a binary of KenLM", where=path, expected="an ARPA file", remedy="give the file it was built from"
+                    "the file is a KenLM binary",
+                    where=path,
+                    expected="an ARPA file",
+                    remedy="give the ARPA file that it was built from",
                 )
     except OSError as e:
-        raise CorpusError(f"cannot read: {e.strerror}", where=path) from e
+        raise CorpusError(f"the file cannot be read: {e.strerror}", where=path) from e
     words: dict[str, int] = {}
     sections = _sections(path, words)
     grams = [np.array(s.grams, np.int64).reshape(-1, s.order) for s in sections]
@@ -148,18 +155,18 @@ def _sections(path: Path, words: dict[str, int]) -> list[_Section]:
         if line == "\\data\\":
             break
     else:
-        raise CorpusError("no \\data\\ section", where=path, expected="an ARPA file", remedy=REMEDY)
+        raise CorpusError("the file has no \\data\\ section", where=path, expected="an ARPA file", remedy=REMEDY)
     sections: list[_Section] = []
     where, line = f"{path}", ""
     for number, line in lines:
         where = f"{path}:{number}"
-        if found := _COUNT.match(line):
-            if int(found[1]) != len(counts) + 1 or sections:
-                raise CorpusError(f"the count of {found[1]}-grams is out of order", where=where, remedy=REMEDY)
-            counts.append(int(found[2]))
+        if count := _COUNT.match(line):
+            if int(count[1]) != len(counts) + 1 or sections:
+                raise CorpusError(f"the count of {count[1]}-grams is out of order", where=where, remedy=REMEDY)
+            counts.append(int(count[2]))
         elif line.startswith("\\") and (line == "\\end\\" or _SECTION.match(line)):
             if sections:
-                _whole(sections[-1], counts, where)
+                _check_count(sections[-1], counts, where)
             if line == "\\end\\":
                 break
             order = int(line[1:].split("-")[0])
@@ -168,9 +175,11 @@ def _sections(path: Path, words: dict[str, int]) -> list[_Section]:
                 raise CorpusError(f"the section {line} is out of order", where=where, expected=expected, remedy=REMEDY)
             sections.append(_Section(order))
         elif sections:
-            _entry(line, sections[-1], words, where, number, top=len(sections) == len(counts))
+            _parse_entry(line, sections[-1], words, where, number, top=len(sections) == len(counts))
         else:
-            raise CorpusError(f"not a count: {line[:60]!r}", where=where, expected="ngram 1=…", remedy=REMEDY)
+            raise CorpusError(
+                f"{line[:60]!r} is not a count of n-grams", where=where, expected="ngram 1=…", remedy=REMEDY
+            )
     if line != "\\end\\":
         raise CorpusError("the file ends before \\end\\", where=where, remedy=REMEDY)
     if len(sections) < len(counts) or not sections:
@@ -185,25 +194,27 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         yield number, line.strip(" \t")
 
 
-def _entry(line: str, section: _Section, words: dict[str, int], where: str, number: int, *, top: bool) -> None:
-    """One n-gram: its log10 probability, its words, and maybe its back-off weight."""
+def _parse_entry(line: str, section: _Section, words: dict[str, int], where: str, number: int, *, top: bool) -> None:
+    """Add the n-gram of a line: its log10 probability, its words and maybe its back-off weight."""
     order = section.order
     fields = [f for f in line.replace("\t", " ").split(" ") if f]
     if not order + 1 <= len(fields) <= order + 2:
         raise CorpusError(
-            f"{len(fields)} fields in the section of {order}-grams",
+            f"the line has {len(fields)} fields in the section of {order}-grams",
             where=where,
             expected=f"a log10 probability, {order} words" + ("" if top else " and a back-off weight"),
             remedy=REMEDY,
         )
     logp = _number(fields[0], "a log10 probability", where)
     if logp > 1e-4:
-        raise CorpusError(f"a log10 probability of {fields[0]}", where=where, expected="0 or less", remedy=REMEDY)
+        raise CorpusError(
+            f"a log10 probability of {fields[0]} is above 0", where=where, expected="0 or less", remedy=REMEDY
+        )
     backoff = _number(fields[-1], "a back-off weight", where) if len(fields) == order + 2 else 0.0
     own = fields[1 : order + 1]
     if order == 1:
         if own[0] in words:
-            raise CorpusError(f"the 1-gram {own[0]!r} stands there twice", where=where, remedy=REMEDY)
+            raise CorpusError(f"the 1-gram {own[0]!r} occurs twice", where=where, remedy=REMEDY)
         words[own[0]] = len(words)
     for word in own:
         if word not in words:
@@ -224,12 +235,12 @@ def _number(text: str, what: str, where: str) -> float:
     return value
 
 
-def _whole(section: _Section, counts: Sequence[int], where: str) -> None:
+def _check_count(section: _Section, counts: Sequence[int], where: str) -> None:
     if len(section.logp) != counts[section.order - 1]:
         raise CorpusError(
-            f"{len(section.logp)} {section.order}-grams before this line",
+            f"there are {len(section.logp)} {section.order}-grams before this line",
             where=where,
-            expected=f"{counts[section.order - 1]}, as \\data\\ says",
+            expected=f"{counts[section.order - 1]}, as \\data\\ states",
             remedy=REMEDY,
         )
 
@@ -241,32 +252,32 @@ def _tables(
     path: Path,
     sections: Sequence[_Section],
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]] | None:
-    """Sorted tables; None where a prefix of an n-gram is no n-gram."""
+    """Return sorted tables, or None if a prefix of an n-gram is no n-gram itself."""
     tables = [(np.arange(size), *values[0])]
     for rows, (logp, backoff), section in zip(grams[1:], values[1:], sections[1:]):
         place = rows[:, 0]
         for column, (keys, _, _) in zip(rows.T[1:-1], tables[1:]):
-            wanted = place * size + column
-            place = np.searchsorted(keys, wanted)
-            if (len(keys) == 0 and len(wanted)) or (keys[np.minimum(place, len(keys) - 1)] != wanted).any():
+            prefix = place * size + column
+            place = np.searchsorted(keys, prefix)
+            if (len(keys) == 0 and len(prefix)) or (keys[np.minimum(place, len(keys) - 1)] != prefix).any():
                 return None
-        found = place * size + rows[:, -1]
-        order = np.argsort(found, kind="stable")
-        found = found[order]
-        if len(twice := np.flatnonzero(found[1:] == found[:-1])):
+        keys = place * size + rows[:, -1]
+        order = np.argsort(keys, kind="stable")
+        keys = keys[order]
+        if len(twice := np.flatnonzero(keys[1:] == keys[:-1])):
             raise CorpusError(
-                f"the {section.order}-gram of this line stands there twice",
+                f"the {section.order}-gram of this line occurs twice",
                 where=f"{path}:{section.lines[int(order[twice[0] + 1])]}",
                 remedy=REMEDY,
             )
-        tables.append((found, logp[order], backoff[order]))
+        tables.append((keys, logp[order], backoff[order]))
     return tables
 
 
 def _with_prefixes(
     grams: list[np.ndarray], values: list[tuple[np.ndarray, np.ndarray]]
 ) -> tuple[list[np.ndarray], list[tuple[np.ndarray, np.ndarray]]]:
-    """The same with each n-gram's prefix, which some tools prune: no probability of its own, back-off weight 1."""
+    """Add the prefixes that some tools prune, without a probability of their own and with a back-off weight of 1."""
     grams, values = list(grams), list(values)
     for n in range(len(grams) - 1, 1, -1):
         known = set(map(bytes, np.ascontiguousarray(grams[n - 1])))

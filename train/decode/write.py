@@ -1,74 +1,121 @@
-"""Hypotheses as lines: JSON, NIST's trn and ctm, Kaldi's text.
+"""Write hypotheses and alignments: JSON lines, NIST's trn and ctm, Kaldi's text, Praat's TextGrid.
 
-Invariant: what is written here `stillhouse score` reads back, id and words unchanged; an id that a format cannot
-hold is refused before anything is decoded. Exercised by `stillhouse decode --format ctm`.
+Guarantees: `stillhouse score` reads every hypothesis back, id and words unchanged. `check_ids` refuses an id that a
+format cannot hold before anything is decoded.
+Try: `stillhouse decode RUN CORPUS FEATURES --format ctm`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ...data.errors import UsageError
 from ..score.hypotheses import NOTHING
-from .align import Alignment, Word, ctm_lines
-from .decode import Hypothesis, ScoredText
+from .align import Alignment
+from .decode import Hypothesis
+from .emissions import Word
 from .stream import StreamResult
 
 FORMATS = ("jsonl", "trn", "ctm", "text")
 
 
 def check_ids(ids: Iterable[str], kind: str) -> None:
-    """UsageError for the first id that lines of this kind cannot hold."""
+    """Check that lines of a format can hold some utterance ids.
+
+    Raises:
+        UsageError: they cannot; names the first such id.
+    """
     if kind == "jsonl":
         return
     for id in ids:
         why = None
         if not id or any(c.isspace() for c in id):
-            why = "white space"
+            why = "is empty or has white space"
         elif kind == "trn" and ("(" in id or ")" in id):
-            why = "a parenthesis"
+            why = "has a parenthesis"
         elif kind == "ctm" and id.startswith(";;"):
-            why = ";;, a comment's mark, in front"
+            why = "starts with ;;, which marks a comment"
         if why:
-            raise UsageError(f"the id {id!r} has {why}, which {kind} cannot hold", remedy="use --format jsonl")
+            raise UsageError(f"the id {id!r} {why}, so {kind} cannot hold it", remedy="use --format jsonl")
 
 
-def as_lines(found: Hypothesis, kind: str, nbest: int = 1) -> list[str]:
-    """One line, in ctm one a word, or a comment where nothing was heard."""
-    if kind == "jsonl":
-        return [json.dumps(record(found, nbest), ensure_ascii=False)]
+def hypothesis_lines(
+    hypothesis: Hypothesis, kind: str, nbest: int = 1, facts: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Return a hypothesis as lines of a format, without line ends.
+
+    Arguments:
+        hypothesis: what to write. Without `ranked`, JSON has no score and no words.
+        kind: one of FORMATS. ctm has one line a word, or a comment if there is none; the others have one line.
+        nbest: how many texts were asked for. Above 1, JSON holds all of `ranked`.
+        facts: further keys in JSON, instead of the reference.
+    """
+    id, text = hypothesis.id, " ".join(hypothesis.hyp.split())
     if kind == "trn":
-        return [f"{' '.join(found.hyp.split())} ({found.id})".lstrip()]
+        return [f"{text} ({id})".lstrip()]
     if kind == "text":
-        return [f"{found.id} {' '.join(found.hyp.split())}".rstrip()]
-    lines = list(ctm_lines(Alignment(found.id, 0.0, found.ranked[0].words if found.ranked else [])))
-    return lines or [f";; {found.id}{NOTHING}"]
-
-
-def live_lines(heard: StreamResult, kind: str, name: str, segmented: bool, nbest: int = 1) -> list[str]:
-    """Of a sound called `name`. Segments are NAME-0001 and on, except in ctm, whose times count from the beginning."""
-    id = f"{name}-{heard.segment + 1:04d}" if segmented and kind != "ctm" else name
-    found = heard.as_hypothesis(id)
-    if kind != "jsonl":
-        return as_lines(found, kind)
-    facts: dict[str, Any] = {"id": id, "hyp": heard.hyp, "final": heard.final}
-    facts |= {"start_s": round(heard.start_s, 3), "end_s": round(heard.end_s, 3)}
-    facts |= {key: value for key, value in record(found, nbest).items() if key not in ("id", "hyp", "ref")}
-    return [json.dumps(facts, ensure_ascii=False)]
-
-
-def record(found: Hypothesis, nbest: int = 1) -> dict[str, Any]:
-    facts: dict[str, Any] = {"id": found.id, "hyp": found.hyp, "ref": found.ref}
-    if found.ranked:
-        facts |= {"score": round(found.ranked[0].score, 4), "words": words(found.ranked[0].words)}
+        return [f"{id} {text}".rstrip()]
+    ranked = hypothesis.ranked
+    if kind == "ctm":
+        return list(ctm_lines(id, ranked[0].words if ranked else [])) or [f";; {id}{NOTHING}"]
+    record = {"id": id, "hyp": hypothesis.hyp, **({"ref": hypothesis.ref} if facts is None else facts)}
+    if ranked:
+        record |= {"score": round(ranked[0].score, 4), "words": _words(ranked[0].words)}
     if nbest > 1:
-        facts["nbest"] = [_ranked(r) for r in found.ranked]
-    return facts
+        names = ("score", "acoustic", "fused")
+        record["nbest"] = [
+            {"hyp": t.hyp, **{n: round(getattr(t, n), 4) for n in names}, "words": _words(t.words)} for t in ranked
+        ]
+    return [json.dumps(record, ensure_ascii=False)]
 
 
-def words(found: Iterable[Word]) -> list[dict[str, Any]]:
+def stream_lines(result: StreamResult, kind: str, name: str, segmented: bool, nbest: int = 1) -> list[str]:
+    """Return a result of the audio called `name` as lines of a format.
+
+    Segments are called NAME-0001, NAME-0002 and so on, except in ctm, whose times count from the start of the audio.
+    """
+    id = f"{name}-{result.segment + 1:04d}" if segmented and kind != "ctm" else name
+    facts = {"final": result.final, "start_s": round(result.start_s, 3), "end_s": round(result.end_s, 3)}
+    return hypothesis_lines(result.as_hypothesis(id), kind, nbest, facts)
+
+
+def ctm_lines(id: str, words: Iterable[Word]) -> Iterator[str]:
+    """Yield lines of NIST's CTM: utterance, channel, start, duration, word, confidence.
+
+    Times count from the start of the utterance.
+    """
+    for word in words:
+        yield f"{id} 1 {word.start_s:.2f} {word.end_s - word.start_s:.2f} {word.text} {word.confidence:.3f}"
+
+
+def textgrid(alignment: Alignment) -> str:
+    """Return a Praat TextGrid with one tier, `words`. The gaps between words are empty intervals."""
+    intervals: list[tuple[float, float, str]] = []
+    end_s = 0.0
+    for word in alignment.words:
+        if word.end_s <= word.start_s:
+            continue
+        if word.start_s > end_s:
+            intervals.append((end_s, word.start_s, ""))
+        intervals.append((word.start_s, word.end_s, word.text.replace('"', '""')))
+        end_s = word.end_s
+    if end_s < alignment.duration_s or not intervals:
+        intervals.append((end_s, alignment.duration_s, ""))
+    lines = [
+        'File type = "ooTextFile"\nObject class = "TextGrid"\n',
+        f"xmin = 0\nxmax = {alignment.duration_s:.4f}\ntiers? <exists>\nsize = 1\nitem []:\n    item [1]:",
+        '        class = "IntervalTier"\n        name = "words"\n        xmin = 0',
+        f"        xmax = {alignment.duration_s:.4f}\n        intervals: size = {len(intervals)}",
+    ]
+    for number, (begin, end, text) in enumerate(intervals, 1):
+        lines.append(f"        intervals [{number}]:\n            xmin = {begin:.4f}")
+        lines.append(f'            xmax = {end:.4f}\n            text = "{text}"')
+    return "\n".join(lines) + "\n"
+
+
+def _words(words: Iterable[Word]) -> list[dict[str, Any]]:
     return [
         {
             "word": w.text,
@@ -76,10 +123,5 @@ def words(found: Iterable[Word]) -> list[dict[str, Any]]:
             "end_s": round(w.end_s, 3),
             "confidence": round(w.confidence, 4),
         }
-        for w in found
+        for w in words
     ]
-
-
-def _ranked(r: ScoredText) -> dict[str, Any]:
-    scores = {"score": r.score, "acoustic": r.acoustic, "fused": r.fused}
-    return {"hyp": r.hyp, **{name: round(value, 4) for name, value in scores.items()}, "words": words(r.words)}

@@ -7,7 +7,9 @@ import itertools
 import numpy as np
 import pytest
 
-from stillhouse.train.decode.align import Alignment, Word, best_frames, ctm_lines, textgrid, words_of
+from stillhouse.train.decode.align import Alignment, best_frames
+from stillhouse.train.decode.emissions import Word, words_of
+from stillhouse.train.decode.write import ctm_lines, textgrid
 
 
 @pytest.mark.parametrize("U, T", [(1, 1), (1, 5), (3, 4), (4, 3), (4, 6)])
@@ -43,7 +45,10 @@ ALIGNMENT = Alignment("utt-1", 0.5, [Word("Oh,", 0.04, 0.12, 0.61), Word('"a', 0
 
 
 def test_ctm():
-    assert list(ctm_lines(ALIGNMENT)) == ["utt-1 1 0.04 0.08 Oh, 0.610", 'utt-1 1 0.12 0.04 "a 0.400']
+    assert list(ctm_lines(ALIGNMENT.id, ALIGNMENT.words)) == [
+        "utt-1 1 0.04 0.08 Oh, 0.610",
+        'utt-1 1 0.12 0.04 "a 0.400',
+    ]
 
 
 def test_textgrid_covers_the_audio_without_gaps():

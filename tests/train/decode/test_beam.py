@@ -177,14 +177,14 @@ def test_pieces_and_company_change_nothing(kind: str) -> None:
             at += size
         for mine, ours in zip(alone.finish()[0], together[b], strict=True):
             assert (mine.units, mine.frames) == (ours.units, ours.frames)
-            assert mine.sure == pytest.approx(ours.sure, abs=1e-5)
+            assert mine.confidence == pytest.approx(ours.confidence, abs=1e-5)
             assert mine.score == pytest.approx(ours.score, abs=1e-3)
-            assert len(mine.frames) == len(mine.sure) == len(mine.units)
+            assert len(mine.frames) == len(mine.confidence) == len(mine.units)
             assert mine.frames == sorted(mine.frames) and all(t < lengths[b] for t in mine.frames)
-            assert all(0 <= p <= 1 for p in mine.sure)
+            assert all(0 <= p <= 1 for p in mine.confidence)
 
 
-def test_greedys_score_and_sureness_are_its_paths() -> None:
+def test_greedys_score_and_confidence_are_its_paths() -> None:
     model = small_model(5)
     torch.manual_seed(7)
     states = torch.randn(1, 12, 16)
@@ -204,4 +204,4 @@ def test_greedys_score_and_sureness_are_its_paths() -> None:
             said += 1
     assert said == len(found.units) > 3
     assert found.score == pytest.approx(score, abs=1e-4)
-    assert found.sure == pytest.approx(sure, abs=1e-5)
+    assert found.confidence == pytest.approx(sure, abs=1e-5)

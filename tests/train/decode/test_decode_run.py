@@ -136,17 +136,17 @@ def test_a_reader_that_goes_away_is_no_error(hearing: Path, tones: Path) -> None
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_what_is_no_number_is_refused(option: str, value: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["decode", str(tmp_path), "-", option, value])
-    assert result.exit_code == 2 and "no number to reckon with" in result.output
+    assert result.exit_code == 2 and "is not a finite number" in result.output
 
 
 @pytest.mark.parametrize(
     "options, words",
     [
         (["corpus.jsonl"], "FEATURES is missing"),
-        (["corpus.jsonl", "features.h5", "--raw"], "--raw is of audio"),
+        (["corpus.jsonl", "features.h5", "--raw"], "--raw is for audio"),
         (["corpus.jsonl", "features.h5", "--nbest", 2], "--beam 2 or more"),
         (["corpus.jsonl", "features.h5", "--beam", 2, "--nbest", 2, "--format", "trn"], "--format jsonl"),
-        (["60.wav", "--split", "dev"], "--split is of a corpus"),
+        (["60.wav", "--split", "dev"], "--split is for a corpus"),
         (["60.wav", "--format", "trn", "--id", "a b"], "white space"),
         (["60.wav", "--chunk", 30], "chunk_frames = 30"),
     ],

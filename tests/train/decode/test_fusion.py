@@ -146,7 +146,7 @@ ngram 2=2
     assert added(fusion, [3, 5, 3]) == pytest.approx(2 * (-(0.5 + 0.6) - 1.1 - 0.6 - (0.2 + 1.1)) * LN10, abs=1e-5)
     assert fusion.row(fusion.start)[0] == 0
     fusion.reset()
-    assert len(fusion.contexts) == 1
+    assert len(fusion.states) == 1
 
 
 def test_models_of_something_else_are_refused(words: NGram) -> None:

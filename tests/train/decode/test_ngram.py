@@ -136,8 +136,8 @@ REFUSED = {
     "too many words": (SMALL.replace("-0.8\tc a", "-0.8\tc a b b"), 18, "5 fields in the section of 2-grams"),
     "bad back-off": (SMALL.replace("a b\t-0.25", "a b\tb"), 17, "'b' is not a back-off weight"),
     "a strange word": (SMALL.replace("\tc a", "\tc z"), 18, "'z' is not among the 1-grams"),
-    "a word twice": (SMALL.replace("-1.1 c -0.6", "-1.1 b -0.6"), 13, "'b' stands there twice"),
-    "a gram twice": (SMALL.replace("\tc a", "\ta b"), 18, "2-gram of this line stands there twice"),
+    "a word twice": (SMALL.replace("-1.1 c -0.6", "-1.1 b -0.6"), 13, "'b' occurs twice"),
+    "a gram twice": (SMALL.replace("\tc a", "\ta b"), 18, "2-gram of this line occurs twice"),
     "not utf-8": (SMALL.replace("<s> a b", "<s> a \udcff"), 21, "not UTF-8"),
 }
 
@@ -157,7 +157,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="No such file"):
         read_arpa(tmp_path / "none.arpa")
     (tmp_path / "lm.bin").write_bytes(b"mmap lm http://kheafield.com/code format version 5\n\0" + bytes(100))
-    with pytest.raises(CorpusError, match="a binary of KenLM"):
+    with pytest.raises(CorpusError, match="a KenLM binary"):
         read_arpa(tmp_path / "lm.bin")
     (tmp_path / "cut.gz").write_bytes(gzip.compress(SMALL.encode())[:60])
     with pytest.raises(CorpusError, match="cannot read"):

@@ -13,9 +13,9 @@ from stillhouse.data.audio.fbank import fbank
 from stillhouse.data.errors import ConfigError, UsageError
 from stillhouse.data.units import Units
 from stillhouse.train.decode.beam import Beam
-from stillhouse.train.decode.decode import ranked
+from stillhouse.train.decode.decode import rank_texts
 from stillhouse.train.decode.greedy import Greedy, greedy_search
-from stillhouse.train.decode.stream import StreamDecoder, StreamResult, chunk_of, quietest
+from stillhouse.train.decode.stream import StreamDecoder, StreamResult, chunk_size, quietest
 from stillhouse.train.model.transducer import BLANK, Transducer
 
 UNITS = Units("characters", "none", ["<blank>", "<unk>", "▁", *"abcd"])
@@ -58,7 +58,7 @@ def whole(net: Transducer, samples: np.ndarray, search) -> StreamResult:
     decoder = search(net, 1)
     decoder.feed(*net.encode(features[None], torch.tensor([len(features)])))
     seconds = len(features) / 100
-    return StreamResult(0, 0.0, seconds, True, ranked(UNITS, decoder.finish()[0], 0.04, seconds, 3))
+    return StreamResult(0, 0.0, seconds, True, rank_texts(UNITS, decoder.finish()[0], 0.04, seconds, 3))
 
 
 def assert_same(a: StreamResult, b: StreamResult) -> None:
@@ -137,7 +137,7 @@ def whole_of_frames(net: Transducer, samples: np.ndarray, frames: int) -> Stream
     features = torch.from_numpy(fbank(samples)[:frames].astype(np.float16).astype(np.float32))
     decoder = Greedy(net, 1)
     decoder.feed(*net.encode(features[None], torch.tensor([frames])))
-    return StreamResult(0, 0.0, frames / 100, True, ranked(UNITS, decoder.finish()[0], 0.04, frames / 100))
+    return StreamResult(0, 0.0, frames / 100, True, rank_texts(UNITS, decoder.finish()[0], 0.04, frames / 100))
 
 
 def test_quietest_stays_in_the_last_third() -> None:
@@ -160,9 +160,9 @@ def test_silence_and_next_to_nothing() -> None:
 
 def test_the_chunk_is_the_models_or_another() -> None:
     net = model(**STREAMING)
-    assert (chunk_of(net), chunk_of(net, 64), chunk_of(model())) == (32, 64, 0)
-    assert chunk_of(model(causal=True, chunk_choices=(0, 16, 64))) == 64
+    assert (chunk_size(net), chunk_size(net, 64), chunk_size(model())) == (32, 64, 0)
+    assert chunk_size(model(causal=True, chunk_choices=(0, 16, 64))) == 64
     with pytest.raises(UsageError, match="not trained to stream"):
-        chunk_of(model(), 32)
+        chunk_size(model(), 32)
     with pytest.raises(ConfigError, match="chunk_frames = 30"):
         StreamDecoder(net, UNITS, search=Greedy, chunk=30)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from stillhouse.data.errors import CorpusError, UsageError
-from stillhouse.train.decode.align import Word
 from stillhouse.train.decode.decode import Hypothesis, ScoredText
+from stillhouse.train.decode.emissions import Word
 from stillhouse.train.decode.stream import StreamResult
-from stillhouse.train.decode.write import FORMATS, as_lines, check_ids, live_lines
+from stillhouse.train.decode.write import FORMATS, check_ids, hypothesis_lines, stream_lines
 from stillhouse.train.score.hypotheses import read_hypotheses
 
 WORDS = [Word("oh", 0.04, 0.12, 0.61), Word("(so)", 0.12, 0.16, 0.4)]
@@ -30,7 +30,7 @@ REFERENCES = {"a-1": "oh no", "a-2": "", "b": "oh no", "c": "not decoded"}
 @pytest.mark.parametrize("named", [False, True])
 def test_there_and_back(tmp_path: Path, kind: str, named: bool) -> None:
     path = tmp_path / (f"hyp.{kind}" if named else "hyp")
-    lines = [line for found in FOUND for line in as_lines(found, kind, 2)]
+    lines = [line for found in FOUND for line in hypothesis_lines(found, kind, 2)]
     path.write_text("\n".join(lines) + "\n")
     expected = [("a-1", "oh no", "oh (so)"), ("a-2", "", ""), ("b", "oh no", "(so)")]
     assert read_hypotheses(path, REFERENCES) == expected
@@ -44,13 +44,13 @@ def test_there_and_back(tmp_path: Path, kind: str, named: bool) -> None:
 
 
 def test_lines_by_hand() -> None:
-    assert as_lines(FOUND[0], "trn") == ["oh (so) (a-1)"]
-    assert as_lines(FOUND[1], "trn") == ["(a-2)"]
-    assert as_lines(FOUND[0], "text") == ["a-1 oh (so)"]
-    assert as_lines(FOUND[1], "text") == ["a-2"]
-    assert as_lines(FOUND[0], "ctm") == ["a-1 1 0.04 0.08 oh 0.610", "a-1 1 0.12 0.04 (so) 0.400"]
-    assert as_lines(FOUND[1], "ctm") == [";; a-2: nothing was heard"]
-    record = json.loads(as_lines(FOUND[0], "jsonl", 2)[0])
+    assert hypothesis_lines(FOUND[0], "trn") == ["oh (so) (a-1)"]
+    assert hypothesis_lines(FOUND[1], "trn") == ["(a-2)"]
+    assert hypothesis_lines(FOUND[0], "text") == ["a-1 oh (so)"]
+    assert hypothesis_lines(FOUND[1], "text") == ["a-2"]
+    assert hypothesis_lines(FOUND[0], "ctm") == ["a-1 1 0.04 0.08 oh 0.610", "a-1 1 0.12 0.04 (so) 0.400"]
+    assert hypothesis_lines(FOUND[1], "ctm") == [";; a-2: nothing was heard"]
+    record = json.loads(hypothesis_lines(FOUND[0], "jsonl", 2)[0])
     assert record["words"][0] == {"word": "oh", "start_s": 0.04, "end_s": 0.12, "confidence": 0.61}
     assert [(r["hyp"], r["score"], r["acoustic"], r["fused"]) for r in record["nbest"]] == [
         ("oh (so)", -3.5, -3.0, -0.5),
@@ -66,12 +66,12 @@ def test_partial_results_are_no_hypotheses(tmp_path: Path) -> None:
         StreamResult(1, 0.5, 1.0, True, ranked),
     ]
     path = tmp_path / "live.jsonl"
-    path.write_text("\n".join(line for h in told for line in live_lines(h, "jsonl", "talk", True)))
+    path.write_text("\n".join(line for h in told for line in stream_lines(h, "jsonl", "talk", True)))
     assert read_hypotheses(path, {"talk-0001": "x", "talk-0002": "y"}) == [
         ("talk-0001", "x", "oh (so)"),
         ("talk-0002", "y", "oh (so)"),
     ]
-    assert [line.split()[0] for line in live_lines(told[1], "ctm", "talk", True)] == ["talk", "talk"]
+    assert [line.split()[0] for line in stream_lines(told[1], "ctm", "talk", True)] == ["talk", "talk"]
 
 
 @pytest.mark.parametrize(
