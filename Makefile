@@ -1,4 +1,4 @@
-# Two commands on a fresh machine: `make demo` and `make test`. Each makes .venv first if it is missing.
+# A fresh machine needs two commands: `make demo` and `make test`. Each creates .venv first if it is missing.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -19,7 +19,7 @@ demo: $(INSTALLED)
 demo-quick: $(INSTALLED)
 	$(BIN)/stillhouse demo --quick --out demo-out-quick
 
-# Ten arms, three seeds, runs of a few minutes; stopped, it goes on. JOBS runs at a time.
+# Ten arms with three seeds, a few minutes for each run, JOBS runs at a time. If you stop it, the same command resumes.
 JOBS ?= 2
 study-demo: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable '.[gguf]'
@@ -27,7 +27,7 @@ study-demo: $(INSTALLED)
 	$(BIN)/stillhouse demo --study --out study-demo
 	cd study-demo && $(abspath $(BIN))/stillhouse study ../recipes/study-demo.toml --out study --jobs $(JOBS)
 
-# Real speech of one speaker, $STILLHOUSE_CORPORA/kathleen-arctic: runs of half an hour; stopped, it goes on
+# Real speech of one speaker, in $STILLHOUSE_CORPORA/kathleen-arctic. A run takes half an hour. It resumes likewise.
 STILLHOUSE_CORPORA ?= ../shared/corpora
 KATHLEEN := cd study-kathleen && $(abspath $(BIN))/stillhouse
 study-kathleen: $(INSTALLED)
@@ -39,7 +39,7 @@ study-kathleen: $(INSTALLED)
 	$(KATHLEEN) extract corpus.jsonl minilm.zarr --split train --teacher $$($(BIN)/python -c 'from stillhouse.train.demo.demo import find_teacher; print(find_teacher())') --name minilm --layers 2,4,6
 	$(KATHLEEN) study ../recipes/study-kathleen.toml --out study --jobs $(JOBS)
 
-# TEST_JOBS processes at a time, a file of tests to each
+# TEST_JOBS processes run at a time. Each takes one file of tests.
 TEST_JOBS ?= 2
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses $(TEST_JOBS) --dist loadfile
@@ -56,9 +56,11 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# What is written from the code: the commands, the schemas of inspect, the Python reference; then the site, build/site
+# Write the pages that come from the code: commands, settings, schemas of inspect and the Python reference. Then build the
+# site in build/site.
 docs: $(INSTALLED)
 	$(BIN)/python tests/docs/test_cli_reference.py
+	$(BIN)/python tests/docs/test_settings_reference.py
 	$(BIN)/python tests/extract/inspect/test_docs.py
 	$(BIN)/python tests/docs/test_api_reference.py
 	$(BIN)/python -m mkdocs build --strict -f .mkdocs.yml

@@ -1,7 +1,7 @@
-"""The settings of a training run: one TOML file, checked by pydantic, changed by --set.
+"""The settings of a training run: one TOML file, checked by pydantic, changed by `--set`.
 
-Invariant: a setting that is not known is an error, and a run writes its resolved settings beside its output, so that
-`stillhouse train RUN/config.toml` means the same run. Exercised by `stillhouse train CONFIG --set optim.lr=1e-3`.
+Guarantees: an unknown setting is an error, and `stillhouse train RUN/config.toml` repeats the run of the folder RUN.
+Try: `stillhouse train CONFIG --set optim.lr=1e-3`.
 """
 
 from __future__ import annotations
@@ -11,14 +11,20 @@ import math
 import reprlib
 import tomllib
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from ..data.errors import ConfigError
 
+Natural = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 Kind = TypeVar("Kind", bound=BaseModel)
+Layer = tuple[object, Mapping[str, Any]]  # where settings come from (a path or an option), and the settings
 
 
 class ConfigSection(BaseModel):
@@ -26,131 +32,151 @@ class ConfigSection(BaseModel):
 
 
 class DataSection(ConfigSection):
-    """Paths are taken from the folder in which the command runs."""
+    """The corpus, and how it makes batches. Paths start from the folder of the command, and a frame is 10 ms."""
 
-    corpus: Path = Field(description="corpus.jsonl")
-    features: Path = Field(description="features.h5")
-    units: Path = Field(description="folder of the ASR units")
-    train: str | None = Field(None, description="split to train on; several with commas; none: everything")
-    dev: str | None = Field(None, description="split to evaluate on while training; none: no evaluation")
-    speeds: list[float] = Field([1.0], min_length=1, description="speeds drawn for each utterance and epoch")
-    batch_frames: int = Field(16_000, ge=100, description="padded frames of 10 ms in a batch")
-    mix_shards: int = Field(16, ge=0, description="shards of the first store that are mixed at a time; 0: all")
-    workers: int = Field(
-        0, ge=0, le=1_024, description="processes that read batches; 0: a thread, which is faster as a rule"
-    )
-    worker_start: Literal["spawn", "fork"] = "spawn"
-    max_frames: int = Field(3_000, ge=10, description="longer utterances are left out of training, and counted")
+    corpus: Path = Field(description="Corpus file, such as corpus.jsonl.")
+    features: Path = Field(description="Feature file, such as features.h5.")
+    units: Path = Field(description="Folder of the ASR units.")
+    train: str | None = Field(None, description="Splits to train on, with commas between. Without it, all utterances.")
+    dev: str | None = Field(None, description="Split to evaluate on during training. Without it, no evaluation.")
+    speeds: list[float] = Field([1.0], min_length=1, description="Speeds. Each utterance draws one in each epoch.")
+    batch_frames: int = Field(16_000, ge=100, description="Largest batch, in frames, padding included.")
+    mix_shards: Natural = Field(16, description="Shards of the first store to mix at a time. 0 mixes all.")
+    max_frames: int = Field(3_000, ge=10, description="Longest utterance of training. Longer ones are left out.")
 
 
 class ModelSection(ConfigSection):
-    dim: int = Field(176, ge=8, le=1 << 16)
-    layers: int = Field(6, ge=0, le=1_024)
-    heads: int = Field(4, ge=1)
-    inner: int = Field(704, ge=8, le=1 << 18, description="width inside the feed-forward modules")
-    kernel: int = Field(15, ge=1, le=1 << 16, description="frames that a depthwise convolution spans; odd")
-    subsampling: Literal[2, 3, 4, 6, 8] = 4
-    causal: bool = Field(False, description="convolutions see no later frame; chunks imply it")
-    chunk_frames: int = Field(
-        0, ge=0, description="frames of 10 ms that are heard at a time, for streaming; 0: the whole utterance"
+    """The encoder, the prediction network and the joint network."""
+
+    dim: int = Field(176, ge=8, le=1 << 16, description="Width of the encoder, a multiple of 2 × heads.")
+    layers: int = Field(6, ge=0, le=1_024, description="Conformer blocks of the encoder.")
+    heads: Positive = Field(4, description="Attention heads of a block.")
+    inner: int = Field(704, ge=8, le=1 << 18, description="Width inside the feed-forward modules.")
+    kernel: int = Field(15, ge=1, le=1 << 16, description="Encoder states that a convolution spans, odd.")
+    subsampling: Literal[2, 3, 4, 6, 8] = Field(4, description="Frames in one encoder state.")
+    causal: bool = Field(False, description="Convolutions see no later frame. Chunks imply it.")
+    chunk_frames: Natural = Field(0, description="Frames of a streaming chunk. 0 means the whole utterance.")
+    left_chunks: Natural = Field(4, description="Earlier chunks that a frame attends to, beside its own.")
+    chunk_choices: list[Natural] = Field([], description="Values of chunk_frames. Each training batch draws one.")
+    predictor: Literal["stateless", "lstm"] = Field(
+        "stateless", description="Prediction network over the last predictor_context units, or an LSTM over all units."
     )
-    left_chunks: int = Field(4, ge=0, description="chunks before its own that a frame attends to")
-    chunk_choices: list[Annotated[int, Field(ge=0)]] = Field(
-        [], description="chunk_frames drawn for each batch in training, so that one model serves them all"
-    )
-    predictor: Literal["stateless", "lstm"] = "stateless"
-    predictor_dim: int = Field(192, ge=8, le=1 << 16)
-    predictor_context: int = Field(2, ge=1, le=1 << 16)
-    joint_dim: int = Field(256, ge=8, le=1 << 16)
+    predictor_dim: int = Field(192, ge=8, le=1 << 16, description="Width of the prediction network.")
+    predictor_context: int = Field(2, ge=1, le=1 << 16, description="Units that the stateless predictor sees.")
+    joint_dim: int = Field(256, ge=8, le=1 << 16, description="Width of the joint network.")
     joint: Literal["additive", "multiplicative"] = Field(
-        "additive", description="how the joint brings encoder and prediction network together"
+        "additive", description="How the joint network combines encoder and prediction network."
     )
-    dropout: float = Field(0.1, ge=0, lt=1)
+    dropout: Share = Field(0.1, description="Probability of dropout.")
 
     @model_validator(mode="after")
-    def _fits(self) -> ModelSection:
+    def _widths_agree(self) -> ModelSection:
         if self.dim % (2 * self.heads):
-            raise ValueError(f"dim = {self.dim} must be a multiple of 2 x heads = {2 * self.heads}")
+            raise ValueError(f"model.dim = {self.dim} must be a multiple of 2 x model.heads = {2 * self.heads}")
         if self.kernel % 2 == 0:
-            raise ValueError(f"kernel = {self.kernel} must be odd")
-        for frames in (self.chunk_frames, *self.chunk_choices):
-            if frames % self.subsampling:
-                raise ValueError(f"a chunk of {frames} frames must be a multiple of subsampling = {self.subsampling}")
+            raise ValueError(f"model.kernel = {self.kernel} must be odd")
+        for name, chunks in (("chunk_frames", [self.chunk_frames]), ("chunk_choices", self.chunk_choices)):
+            for frames in chunks:
+                if frames % self.subsampling:
+                    raise ValueError(
+                        f"model.{name} has {frames}, which is no multiple of model.subsampling = {self.subsampling}"
+                    )
         return self
 
 
 class LossSection(ConfigSection):
-    ctc_weight: float = Field(0.3, ge=0, description="weight of the auxiliary CTC loss on the encoder; 0: no CTC head")
-    inter_ctc_layers: list[Annotated[int, Field(ge=1)]] = Field(
-        [], description="encoder layers, from 1, that get a CTC loss of their own, through the same head"
-    )
-    inter_ctc_weight: float = Field(
-        0.3, ge=0, le=1, description="their share of the CTC loss: (1 - w) of the last layer's, w of their mean"
-    )
-    fastemit: float = Field(0.0, ge=0, description="FastEmit's lambda")
-    eps: float = Field(1e-6, ge=0, lt=1, description="lattice cells with a smaller occupancy get no gradient")
+    """The losses of the transducer, the transfer loss apart."""
+
+    ctc_weight: float = Field(0.3, ge=0, description="Weight of CTC on the encoder. With 0 there is no CTC head.")
+    inter_ctc_layers: list[Positive] = Field([], description="Inner encoder layers, from 1, that get a CTC loss too.")
+    inter_ctc_weight: float = Field(0.3, ge=0, le=1, description="Share of the inner layers in the CTC loss.")
+    fastemit: float = Field(0.0, ge=0, description="Lambda of FastEmit.")
+    eps: Share = Field(1e-6, description="Lattice cells with a smaller occupancy get no gradient.")
     kind: Literal["full", "pruned", "tdt"] = Field(
-        "full", description="pruned: the joint runs on a band of units a frame; tdt: tokens and durations"
+        "full",
+        description="Transducer loss: RNN-T over all cells, RNN-T on a band of units, or tokens and durations.",
     )
-    band: int = Field(5, ge=2, description="units of the pruned loss's band; wider where a transcript needs it")
-    simple_weight: float = Field(0.5, gt=0, description="weight of the simple loss that chooses the band")
-    durations: list[Annotated[int, Field(ge=0)]] = Field(
-        [0, 1, 2, 3, 4], description="encoder frames that a unit or blank may move on by, for kind = tdt"
+    band: int = Field(5, ge=2, description="Units in the pruned band, or more where a transcript needs them.")
+    simple_weight: float = Field(0.5, gt=0, description="Weight of the simple loss that chooses the band.")
+    durations: list[Natural] = Field(
+        [0, 1, 2, 3, 4], description="Encoder states by which an arc may move on, for tdt."
     )
-    sigma: float = Field(0.05, ge=0, description="what every arc's log-probability is lowered by, for kind = tdt")
+    sigma: float = Field(0.05, ge=0, description="Amount that every arc's log-probability is lowered by, for tdt.")
 
     @model_validator(mode="after")
-    def _whole(self) -> LossSection:
+    def _complete(self) -> LossSection:
         if self.inter_ctc_layers and not self.ctc_weight:
-            raise ValueError("inter_ctc_layers need ctc_weight > 0: theirs is a share of the CTC loss")
+            raise ValueError(
+                "loss.inter_ctc_layers needs loss.ctc_weight above 0, because its loss is a share of the CTC loss"
+            )
         if len(set(self.durations)) < len(self.durations) or not {0, 1} <= set(self.durations):
             raise ValueError(
-                f"durations = {self.durations} must differ and hold 0 and 1, or some transcripts fit no frames"
+                f"loss.durations = {self.durations} must differ and include 0 and 1, or some transcripts fit no frames"
             )
         return self
 
 
 class OptimSection(ConfigSection):
-    steps: int = Field(2_000, ge=1)
-    lr: float = Field(1e-3, gt=0)
-    warmup_steps: int = Field(200, ge=0)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    final_lr: float = Field(0.02, ge=0, le=1, description="learning rate at the end, as a share of lr")
-    weight_decay: float = Field(0.01, ge=0)
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
-    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
-    ema: float = Field(0.0, ge=0, lt=1, description="decay of a moving average of the weights, 0.999 say; 0: none")
+    """AdamW and its learning rate."""
+
+    steps: Positive = Field(2_000, description="Training steps.")
+    lr: float = Field(1e-3, gt=0, description="Highest learning rate.")
+    warmup_steps: int = Field(200, ge=0, description="Steps over which the learning rate rises from 0 to lr.")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="How the learning rate falls after the warm-up."
+    )
+    final_lr: float = Field(0.02, ge=0, le=1, description="Learning rate at the end, as a share of lr.")
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay of matrices. Biases and norms have none.")
+    betas: tuple[Share, Share] = Field((0.9, 0.98), description="Decay of the gradient's mean and of its square's.")
+    clip: float = Field(1.0, gt=0, description="Largest norm of the gradient. Larger gradients are scaled down to it.")
+    ema: Share = Field(0.0, description="Decay of a moving average of the weights, such as 0.999. 0 keeps none.")
 
 
 class SpecAugmentSection(ConfigSection):
-    frequency_masks: int = Field(2, ge=0, le=1_024)
-    frequency_width: int = Field(20, ge=0, description="bins")
-    time_masks: int = Field(5, ge=0, le=1_024)
-    time_width: int = Field(30, ge=0, description="frames of 10 ms")
-    time_share: float = Field(0.25, ge=0, le=1, description="largest share of an utterance that time masks take")
+    """Masks over the features of a training batch (Park et al. 2019, arXiv 1904.08779)."""
+
+    frequency_masks: int = Field(2, ge=0, le=1_024, description="Masked bands of frequencies in an utterance.")
+    frequency_width: Natural = Field(20, description="Widest band, in bins.")
+    time_masks: int = Field(5, ge=0, le=1_024, description="Masked stretches of time in an utterance.")
+    time_width: Natural = Field(30, description="Longest stretch, in frames.")
+    time_share: float = Field(0.25, ge=0, le=1, description="Largest share of an utterance that time masks cover.")
 
 
 class TransferSection(ConfigSection):
-    stores: list[Path] = Field([], description="stores over the corpus; one may go without the brackets")
-    views: list[str] = Field([], description="view addresses or globs, over all stores; none: no transfer")
-    aligner: Literal["attention", "occupancy", "cif", "predictor"] = "attention"
-    position: Literal["token", "word", "unit"] = "token"
-    distance: Literal["cosine", "l1", "smooth_l1", "mse", "contrastive"] = "cosine"
-    temperature: float = Field(0.1, ge=1e-3, description="of the contrastive distance: the lower, the stricter")
-    mixing: Literal["mean", "learned", "sample"] = "mean"
-    sample: int | None = Field(None, ge=1, description="views drawn each step, for mixing = sample")
-    weight: float = Field(1.0, ge=0, description="lambda")
-    warmup_steps: int = Field(0, ge=0, description="steps over which lambda grows from 0")
-    decay: Literal["linear", "cosine"] | None = Field(None, description="how lambda falls after the warm-up")
-    decay_steps: int | None = Field(None, ge=1, description="steps that the fall takes; it stays at final_weight then")
-    final_weight: float = Field(0.0, ge=0, description="lambda at the end of the fall")
-    layers: list[int] = Field([], description="encoder layers that are tapped, from 1; none: the last")
+    """The transfer from language models. Lambda is the weight of the transfer loss."""
+
+    stores: list[Path] = Field([], description="Stores over the corpus. A single one needs no brackets.")
+    views: list[str] = Field([], description="View addresses or patterns. Without views there is no transfer.")
+    aligner: Literal["attention", "occupancy", "cif", "predictor"] = Field(
+        "attention", description="How encoder states are brought to the positions that have a target."
+    )
+    position: Literal["token", "word", "unit"] = Field(
+        "token", description="What has a target: each token of the teacher, each word or each ASR unit."
+    )
+    distance: Literal["cosine", "l1", "smooth_l1", "mse", "contrastive"] = Field(
+        "cosine", description="Distance between predicted and teacher states."
+    )
+    temperature: float = Field(0.1, ge=1e-3, description="Temperature of contrastive. A lower one is stricter.")
+    mixing: Literal["mean", "learned", "sample"] = Field(
+        "mean", description="How the views are weighted: alike, by learned weights, or by drawing some in each step."
+    )
+    sample: int | None = Field(None, ge=1, description="Views drawn in each step, for mixing = sample.")
+    weight: float = Field(1.0, ge=0, description="Lambda after the warm-up.")
+    warmup_steps: int = Field(0, ge=0, description="Steps over which lambda rises from 0.")
+    decay: Literal["linear", "cosine"] | None = Field(
+        None, description="How lambda falls after the warm-up. Without it, lambda stays as it is."
+    )
+    decay_steps: int | None = Field(None, ge=1, description="Steps over which lambda falls.")
+    final_weight: float = Field(0.0, ge=0, description="Lambda at the end of the fall and after it.")
+    layers: list[int] = Field([], description="Encoder layers that predict states, from 1. Empty means the last.")
     control: Literal["shuffled", "static", "words", "words-shuffled"] | None = Field(
         None,
-        description="shuffled: targets of another utterance; static: the teacher's input embeddings; words: one-hot "
-        "codes of the words, a planted signal; words-shuffled: such codes of another utterance's words",
+        description="Control experiment: another utterance's states, the teacher's input embeddings, one-hot codes of "
+        "the words, or codes of another utterance's words.",
     )
-    on_missing: Literal["error", "skip"] = "error"
+    on_missing: Literal["error", "skip"] = Field(
+        "error", description="What happens when a store lacks an utterance: an error, or it is skipped and counted."
+    )
 
     @field_validator("stores", "views", mode="before")
     @classmethod
@@ -158,33 +184,37 @@ class TransferSection(ConfigSection):
         return [value] if isinstance(value, (str, Path)) else value
 
     @model_validator(mode="after")
-    def _whole(self) -> TransferSection:
+    def _complete(self) -> TransferSection:
         if self.views and not self.stores:
-            raise ValueError("views need a store")
+            raise ValueError("transfer.views needs a store in transfer.stores")
         if (self.decay is None) != (self.decay_steps is None):
-            raise ValueError("decay and decay_steps go together")
+            raise ValueError("transfer.decay and transfer.decay_steps go together")
         if (self.mixing == "sample") != (self.sample is not None):
-            raise ValueError("sample (how many views a step) and mixing = sample go together")
+            raise ValueError("transfer.sample, the views drawn in a step, and transfer.mixing = sample go together")
         return self
 
 
 class RunSection(ConfigSection):
-    seed: int = Field(0, ge=0, lt=1 << 63)
+    """The process: device, evaluations, checkpoints and logs. All but the seed may change when a run is resumed."""
+
+    seed: int = Field(0, ge=0, lt=1 << 63, description="Seed of the first weights and of every random draw.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 where the device computes it fast, else float32"
+        "auto", description="Precision of the model. auto: bfloat16 where the device computes it fast, else float32."
     )
-    device: str = Field("auto", description="auto: cuda where there is one, else cpu")
-    threads: int = Field(0, ge=0, le=1 << 16, description="CPU threads of torch; 0: all cores")
-    log_every: int = Field(20, ge=1)
-    eval_every: int = Field(500, ge=1)
-    checkpoint_every: int = Field(500, ge=1)
-    keep: int = Field(2, ge=1, description="checkpoints kept beside the best one")
-    backend: Literal["auto", "gloo", "nccl"] = Field("auto", description="under torchrun; auto: nccl where CUDA is")
-    timeout_s: float = Field(600.0, gt=0, description="under torchrun: how long a rank waits for the others")
+    device: str = Field("auto", description="Device of torch, such as cuda:1. auto: CUDA where there is one, else cpu.")
+    threads: int = Field(0, ge=0, le=1 << 16, description="CPU threads of torch. 0 uses all cores.")
+    log_every: Positive = Field(20, description="Steps between two lines of the log.")
+    eval_every: Positive = Field(500, description="Steps between two evaluations.")
+    checkpoint_every: Positive = Field(500, description="Steps between two checkpoints.")
+    keep: Positive = Field(2, description="Newest checkpoints to keep, beside the best one.")
+    backend: Literal["auto", "gloo", "nccl"] = Field(
+        "auto", description="How ranks communicate under torchrun. auto: NCCL where there is CUDA, else gloo."
+    )
+    timeout_s: float = Field(600.0, gt=0, description="Seconds that a rank waits for the others under torchrun.")
     loggers: list[Literal["jsonl", "tensorboard", "wandb", "mlflow"]] = Field(
-        ["jsonl", "tensorboard"], description="where metrics go; JSON lines are always written"
+        ["jsonl", "tensorboard"], description="Where metrics go. JSON Lines are always written."
     )
-    bad_steps: int = Field(10, ge=1, description="steps in a row without a finite loss or gradient that end the run")
+    bad_steps: Positive = Field(10, description="Steps in a row without a finite loss or gradient that end the run.")
 
 
 class Config(ConfigSection):
@@ -197,32 +227,46 @@ class Config(ConfigSection):
     run: RunSection = RunSection()
 
     @model_validator(mode="after")
-    def _tap(self) -> Config:
-        outside = [n for n in self.transfer.layers if not 1 <= n <= self.model.layers]
-        if outside:
-            raise ValueError(f"transfer.layers has {outside[0]}, but the encoder has {self.model.layers} layers")
-        late = [n for n in self.loss.inter_ctc_layers if n >= self.model.layers]
-        if late:
-            raise ValueError(
-                f"loss.inter_ctc_layers has {late[0]}, but the layers before the encoder's last are 1 to "
-                f"{self.model.layers - 1}"
-            )
+    def _layers_exist(self) -> Config:
+        depth = self.model.layers
+        for name, layers, last in (
+            ("transfer.layers", self.transfer.layers, depth),
+            ("loss.inter_ctc_layers", self.loss.inter_ctc_layers, depth - 1),
+        ):
+            for layer in layers:
+                if not 1 <= layer <= last:
+                    raise ValueError(f"{name} has {layer}, but with model.layers = {depth} it may have 1 to {last}")
         return self
 
 
-def load_config(path: Path, changes: Sequence[str] = ()) -> Config:
-    """Read a TOML file and apply `a.b=value` changes (values are TOML; a bare word is a string).
+def load_config(path: Path, changes: Sequence[str] = (), *, saved: bool = False) -> Config:
+    """Read a TOML file and apply changes of the form `section.name=value`.
 
-    Raises ConfigError naming the file, the setting and what is expected.
+    Arguments:
+        path: the TOML file.
+        changes: as of `--set`. Values are TOML, and a bare word is a string.
+        saved: a run wrote the file, perhaps with an earlier version. See `without_removed`.
+
+    Raises:
+        ConfigError: names the setting, the file or the change that it comes from, and what is expected.
     """
-    tree = read_toml(path)
-    for change in changes:
-        _apply(tree, change)
-    return validated(Config, tree, path)
+    settings = without_removed(read_toml(path)) if saved else read_toml(path)
+    return validated(Config, [(path, settings), *map(_change, changes)])
+
+
+def without_removed(saved: Any) -> Any:
+    """Return the settings that a run saved, without data.workers and data.worker_start.
+
+    These settings were removed. They never changed a result, so a run that has them can be resumed and decoded.
+    """
+    data = saved.get("data") if isinstance(saved, Mapping) else None
+    if not isinstance(data, Mapping):
+        return saved
+    return {**saved, "data": {k: v for k, v in data.items() if k not in ("workers", "worker_start")}}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Raises ConfigError naming the file."""
+    """Read a TOML file. Raises ConfigError, which names the file."""
     path = Path(path)
     try:
         if not path.is_file() and path.exists():
@@ -234,53 +278,101 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"not a readable TOML file: {e}", where=path) from None
 
 
-def validated(kind: type[Kind], tree: Mapping[str, Any], where: object) -> Kind:
-    """Settings out of a tree. Raises ConfigError naming every setting that is unknown or cannot be."""
+def validated(kind: type[Kind], layers: Sequence[Layer]) -> Kind:
+    """Lay settings over each other, section by section, and check them.
+
+    Arguments:
+        kind: the model of all settings.
+        layers: pairs of a source and its settings; later ones replace earlier ones.
+
+    Raises:
+        ConfigError: names each setting that is unknown or wrong, and the layer that it comes from.
+    """
+    tree: Mapping[str, Any] = {}
+    for _, settings in layers:
+        tree = _merged(tree, settings)
     try:
         return kind.model_validate(tree)
     except ValidationError as e:
-        found = "; ".join(
-            f"{'.'.join(map(str, d['loc'])) or 'file'}: {d['msg']} (got {_short(d['input'])})" for d in e.errors()
-        )
-        raise ConfigError(found, where=where) from None
+        problems: dict[str, list[str]] = {}
+        for error in e.errors():
+            sources = [source for source, settings in layers if _touches(settings, error)]
+            problems.setdefault(str([layers[0][0], *sources][-1]), []).append(_problem(kind, error))
+        raise ConfigError("; ".join(f"{source}: {'; '.join(texts)}" for source, texts in problems.items())) from None
 
 
-def merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`tree` with `changes` laid over it, section by section; neither is changed."""
-    found = dict(tree)
+def _merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    both = dict(tree)
     for key, value in changes.items():
-        below = found.get(key)
-        found[key] = merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
-    return found
+        below = both.get(key)
+        both[key] = _merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return both
 
 
-def _apply(tree: dict, change: str) -> None:
-    name, equals, text = change.partition("=")
+def _change(text: str) -> Layer:
+    """One `--set`, as a layer of settings."""
+    name, equals, value = text.partition("=")
     keys = name.strip().split(".")
     if not equals or not all(keys):
-        raise ConfigError(f"--set {change}", expected="section.name=value")
+        raise ConfigError(f"--set {text}", expected="section.name=value")
+    settings: Any
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        settings = tomllib.loads(f"value = {value}")["value"]
     except (ValueError, RecursionError):
-        value = text
-    for key in keys[:-1]:
-        tree = tree.setdefault(key, {})
-        if not isinstance(tree, dict):
-            raise ConfigError(f"--set {change}: {key} is not a section", expected="section.name=value")
-    tree[keys[-1]] = value
+        settings = value
+    for key in reversed(keys):
+        settings = {key: settings}
+    return f"--set {text}", settings
 
 
-def _short(value: object) -> str:
+def _touches(settings: Any, error: ErrorDetails) -> bool:
+    """Whether a layer has the setting of an error, or one of the settings that contradict each other."""
+    if error["type"] == "value_error":
+        sections = {name: values for name, values in settings.items() if isinstance(values, Mapping)}
+        return any(f"{section}.{name}" in error["msg"] for section, values in sections.items() for name in values)
+    for key in error["loc"]:
+        if not isinstance(settings, Mapping):
+            break  # the error is about an item of this setting's value
+        if key not in settings:
+            return False
+        settings = settings[key]
+    return True
+
+
+def _problem(kind: type[BaseModel], error: ErrorDetails) -> str:
+    name, value = ".".join(map(str, error["loc"])), error["input"]
+    if error["type"] == "value_error":  # one of the validators above, whose message names the settings
+        return str(error["ctx"]["error"])
+    if error["type"] == "missing":
+        return f"{name} is missing"
+    if error["type"] == "extra_forbidden":
+        what = "section" if isinstance(value, Mapping) else "setting"
+        return f"{name}: no such {what}{_hint(kind, *map(str, error['loc']))}"
     text = reprlib.repr(value)  # bounded in depth
-    return text if len(text) <= 60 else text[:57] + "..."
+    return f"{name}: {error['msg']} (got {text if len(text) <= 60 else text[:57] + '...'})"
+
+
+def _hint(kind: Any, *path: str) -> str:
+    """The settings that a misspelt one may stand for: of its section, else of others; or all of its section."""
+    *above, key = path
+    section = kind
+    for name in above:
+        section = section.model_fields[name].annotation
+    near = [".".join([*above, name]) for name in get_close_matches(key, section.model_fields)]
+    if not near:
+        sections = {name: getattr(field.annotation, "model_fields", {}) for name, field in kind.model_fields.items()}
+        near = [f"{s}.{n}" for s, names in sections.items() for n in get_close_matches(key, names, cutoff=0.8)]
+    if near:
+        return f"; did you mean {' or '.join(near)}?"
+    return f" (expected one of {', '.join(section.model_fields)})"
 
 
 def dump_config(config: Config) -> str:
-    """The settings as TOML that load_config reads back to an equal Config."""
+    """Return the settings as TOML, which load_config reads back to an equal Config."""
     lines = []
     for section, values in config.model_dump(mode="json").items():
         lines.append(f"[{section}]")
-        # A JSON scalar or list of scalars is TOML as it stands; TOML has no null, and absent means None here.
+        # A JSON scalar or list of scalars is TOML as it stands. TOML has no null, and an absent setting means None.
         lines += [
             f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items() if value is not None
         ]
@@ -289,7 +381,7 @@ def dump_config(config: Config) -> str:
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """The learning rate of step `step` (from 0): linear warm-up, then the schedule down to final_lr · lr."""
+    """Return the learning rate of a step, counted from 0: linear warm-up, then the schedule down to final_lr * lr."""
     o = config.optim
     if step < o.warmup_steps:
         return o.lr * (step + 1) / o.warmup_steps
@@ -299,7 +391,7 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 def transfer_weight(step: int, config: Config) -> float:
-    """λ of step `step` (from 0): linear warm-up to `weight`, then the decay, if any, to `final_weight`."""
+    """Return lambda of a step, counted from 0: linear warm-up to `weight`, then the decay to `final_weight`."""
     t = config.transfer
     if step < t.warmup_steps:
         return t.weight * (step + 1) / t.warmup_steps

@@ -1,1 +1,1 @@
-"""TODO: what this folder is for."""
+"""Batches: the sampler that fills them and the loader that reads them. Imports features and the modules of data/."""

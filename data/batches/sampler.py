@@ -1,8 +1,8 @@
-"""Which utterances, at which speed, make up which batch: length buckets filled to a budget of frames.
+"""Batch plans: length buckets filled to a budget of frames, in shuffled order.
 
-Invariant: the batches of an epoch depend on (seed, epoch, lengths, shards, settings) alone, so a position in an epoch
-is all the state there is, and a resumed run sees exactly the batches that it would have seen; with another number of
-ranks, too, for ranks share out each batch and never change it. Exercised by `stillhouse train`.
+Guarantees: the batches of an epoch depend on seed, epoch, lengths, shards and settings alone. A run therefore resumes
+from a position in an epoch, also with another number of ranks, because ranks share each batch out.
+Try: `pytest tests/data/batches/test_sampler.py`.
 """
 
 from __future__ import annotations
@@ -14,17 +14,20 @@ import numpy as np
 
 from ..errors import UsageError
 
-MIX_SHARDS = 16  # a corpus has about that many unless it is large: then all of it is mixed
+MIX_SHARDS = 16  # All of a small corpus is mixed, because it has no more shards than this.
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """One rank's part of a batch: utterance indices [B], the index of each one's speed [B], and a number that no
-    other batch has (all parts of one batch have the same).
+    """One rank's part of a batch.
 
-    `share` is the part's share of the batch's utterances: weighted by it, means over the parts add up to the mean
-    over the batch. 0 marks a stand-in for a rank that is left without an utterance: it must not count.
-    `part` is the number of utterances in the whole batch, and which of them these are; None: all.
+    Fields:
+        indices: int64 [B], utterances.
+        speeds: int64 [B], the index of each utterance's speed.
+        number: the number of the batch, the same on all ranks and unique in a run.
+        share: the part's share of the batch's utterances. Means over the parts, weighted by it, add up to the mean over
+            the batch. 0 marks a placeholder on a rank without an utterance, which must not count.
+        part: how many utterances the whole batch has, and which of them these are. None: all.
     """
 
     indices: np.ndarray
@@ -35,15 +38,16 @@ class BatchPlan:
 
 
 class BatchSampler:
-    """Batches of at most `max_frames` padded frames, of utterances of like length, in a shuffled order.
+    """Plan batches of at most `max_frames` padded frames, from utterances of similar length.
 
-    frames      int64 [U, S]: the length of every utterance at every speed, in acoustic frames
-    shards      int64 [U]: which shard an utterance is read from. About `mix` shards, drawn anew each epoch, are
-                shuffled together before the next ones are begun, so that reading stays near. None, or mix = 0: all
-    rank, world_size
-                this process gets its part of each batch: every `world_size`-th utterance, so that all parts have
-                about the same lengths; the budget is that of the whole batch
-    shuffle     False: every utterance comes once at speed 0, longest first (for decoding)
+    Arguments:
+        frames: int64 [U, S], the length of every utterance at every speed, in acoustic frames.
+        max_frames: the budget of the whole batch, over all ranks.
+        shuffle: False: every utterance comes once at speed 0, longest first, for decoding.
+        shards: int64 [U], the shard of every utterance. None: mix all utterances.
+        mix: about so many shards are mixed at a time, drawn again in each epoch, so that reads stay close. 0: all.
+        rank, world_size: this process gets every `world_size`-th utterance of each batch, so that parts have similar
+            lengths.
     """
 
     def __init__(
@@ -63,14 +67,14 @@ class BatchSampler:
         self.frames = np.asarray(frames, dtype=np.int64)
         self.max_frames, self.seed, self.shuffle = max_frames, seed, shuffle
         self.rank, self.world_size = rank, world_size
-        found: tuple[np.ndarray, np.ndarray] | None = None
+        self._windows, self._shard = 1, None
         if shuffle and mix and shards is not None and len(shards):
-            found = np.unique(shards, return_inverse=True)
-        self._windows = 1 if found is None else max(1, round(len(found[0]) / mix))
-        self._shard = None if found is None or self._windows == 1 else found[1]
+            numbers, shard = np.unique(shards, return_inverse=True)
+            self._windows = max(1, round(len(numbers) / mix))
+            self._shard = shard if self._windows > 1 else None
 
     def shared(self, rank: int, world_size: int) -> BatchSampler:
-        """The same batches, shared out: the sampler of one of `world_size` ranks."""
+        """Return the sampler of one of `world_size` ranks, which share the same batches."""
         if not 0 <= rank < world_size:
             raise UsageError(f"rank {rank} of {world_size}", expected="a rank from 0 to world_size - 1")
         other = copy.copy(self)
@@ -78,12 +82,12 @@ class BatchSampler:
         return other
 
     def epoch(self, number: int) -> list[BatchPlan]:
-        """This rank's parts of all batches of an epoch, in order: as many for every rank."""
+        """Return this rank's parts of all batches of an epoch, in order. Every rank gets the same number."""
         count, speeds = self.frames.shape
         rng = np.random.default_rng([self.seed, number])
         speed = np.asarray(rng.integers(speeds, size=count) if self.shuffle else np.zeros(count, dtype=np.int64))
         length = self.frames[np.arange(count), speed]
-        # Jitter of a few per cent: batches differ between epochs while the padding stays small.
+        # With a jitter of a few per cent, batches differ between epochs and the padding stays small.
         key = length * rng.uniform(0.95, 1.05, size=count) if self.shuffle else length
         order: np.ndarray = np.argsort(-key, kind="stable")
         batches: list[np.ndarray] = []
@@ -93,11 +97,11 @@ class BatchSampler:
         return [self._part(b, speed, (number << 32) + i) for i, b in enumerate(batches)]
 
     def _order_by_window(self, order: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
-        """`order` apart by which shards are mixed, in a new draw of shards."""
+        """Split `order` by a new draw of the shards that are mixed together."""
         if self._shard is None:
             return [order]
         shards = int(self._shard.max()) + 1
-        place = rng.permutation(shards)  # of each shard in this epoch
+        place = rng.permutation(shards)
         window = place[self._shard[order]] * self._windows // shards
         return [order[window == w] for w in range(self._windows)]
 
@@ -119,5 +123,5 @@ class BatchSampler:
         share = len(places) / len(batch)
         if not places:
             places = range(len(batch) - 1, len(batch))
-        mine = batch[places.start :: places.step]
-        return BatchPlan(mine, speed[mine], number, share, None if share == 1 else (len(batch), places))
+        own = batch[places.start :: places.step]
+        return BatchPlan(own, speed[own], number, share, None if share == 1 else (len(batch), places))

@@ -1,8 +1,7 @@
-"""Shell pipes in the place of audio files, as Kaldi's wav.scp has them: `flac -c -d -s FILE |`, `sox … |`.
+"""Pipes in the place of audio files, as Kaldi's wav.scp has them: `flac -c -d -s FILE |`, `sox … |`.
 
-Invariant: no command runs unless the user has allowed it. A pipe that does nothing but decode one file is read as that
-file instead; one that changes the sound (speed, volume, noise, trimming) never is.
-Exercised by `stillhouse corpus import kaldi data/train corpus.jsonl`.
+Guarantees: no command runs unless the user allows it. A pipe that only decodes one file is read as that file.
+Try: `stillhouse corpus import kaldi data/train corpus.jsonl`.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import re
 import shlex
 import signal
 import subprocess
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,12 +22,31 @@ from ..errors import AudioError
 SECONDS_A_COMMAND = 600.0
 SHELL = re.compile(r"[$`;&<>()*?~{}!#\n|\[\]]")
 QUIET = re.compile(r"\s2>\s*/dev/null\b")
-FILE_TYPES = {"wav", "flac", "sph", "nist", "mp3", "ogg", "opus", "vorbis", "aiff", "aif", "au", "wavpcm"}
+
+# Commands that only decode one file, with a space for every end of a word. Options that change the sound are not among
+# them, and neither are those that say what raw audio is.
+_TYPE = "(?:wav|flac|sph|nist|mp3|ogg|opus|vorbis|aiff?|au|wavpcm)"
+_FILE = "(?P<path>(?!-)[^ ]+)"
+_RATE = r"\d+(?:\.\d+)?k?"
+_COMMANDS = (
+    f"flac(?=.* (?:-[dsF]*c|--stdout))(?=.* (?:-[csF]*d|--decode))"
+    f"(?: -[cdsF]+| --(?:decode|stdout|silent|totally-silent))+ {_FILE}",
+    f"sph2pipe(?: -f (?:wav|rif)| -[pu]| -c (?P<channel>[12]))* {_FILE}",
+    rf"sox(?: -[qDR]| -V[01])*(?: (?:-t|--type) {_TYPE})? {_FILE}(?=.* (?:-t|--type) (?:wav|wavpcm|flac|sph) )"
+    rf"(?: (?:-t|--type) {_TYPE}| (?:-r|--rate) (?P<rate>{_RATE})| (?:-c|--channels) 1| (?:-b|--bits) \d+"
+    rf"| (?:-e|--encoding) [\w-]+)* -"
+    rf"(?: rate(?: -[qlmhvsIL])* (?P<resampled>{_RATE})| remix (?:-|(?P<channel>[1-9]\d*))| channels 1)*",
+    rf"ffmpeg(?: -(?:y|nostdin|hide_banner|nostats)| -(?:loglevel|v|threads) \w+)* -i {_FILE}"
+    rf"(?: -(?:y|nostdin|vn)| -f wav| -ac 1| -ar (?P<rate>\d+)| -(?:acodec|c:a) pcm_s16le| -sample_fmt s16)*"
+    rf" (?:-|pipe:1?)",
+    f"cat {_FILE}",
+)
+_DECODERS = [re.compile(command.replace(" ", "\0")) for command in _COMMANDS]
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """The file that a pipe decodes, the channel that it takes (None: the mean of all), the rate that it asks for."""
+    """The file that a pipe decodes, its channel from 0 (None: the mean of all), and the rate in Hz that it asks for."""
 
     path: str
     channel: int | None = None
@@ -37,7 +54,7 @@ class Decoded:
 
 
 def decoded_file(command: str) -> Decoded | None:
-    """What a command without its last "|" reads, where decoding is all that it does; None for any other."""
+    """Return what a command without its last "|" decodes, or None if it does anything else."""
     command = QUIET.sub("", command.strip())
     if SHELL.search(command):
         return None
@@ -45,146 +62,17 @@ def decoded_file(command: str) -> Decoded | None:
         words = shlex.split(command)
     except ValueError:
         return None
-    reader = _READERS.get(os.path.basename(words[0])) if words else None
-    try:
-        return reader(words[1:]) if reader else None
-    except (IndexError, ValueError):  # an option without its value, or with another than a number
+    line = "\0".join([os.path.basename(words[0]), *words[1:]]) if words else ""
+    match = next((m for decoder in _DECODERS if (m := decoder.fullmatch(line))), None)
+    if match is None or "://" in match["path"]:
         return None
+    given = match.groupdict()
+    channel, rate = given.get("channel"), given.get("resampled") or given.get("rate")
+    return Decoded(match["path"], int(channel) - 1 if channel else None, _hertz(rate) if rate else None)
 
 
-def _flac(words: list[str]) -> Decoded | None:
-    flags = [w for w in words if w.startswith("-")]
-    files = [w for w in words if not w.startswith("-")]
-    long = {"--decode", "--stdout", "--silent", "--totally-silent"}
-    if any(f not in long and not re.fullmatch("-[cdsF]+", f) for f in flags) or len(files) != 1:
-        return None
-    letters = "".join(f[1:] for f in flags if f not in long)
-    decodes = "d" in letters or "--decode" in flags
-    return Decoded(files[0]) if decodes and ("c" in letters or "--stdout" in flags) else None
-
-
-def _sox(words: list[str]) -> Decoded | None:
-    """sox [-q] [-t TYPE] FILE [-t wav] [-r R] [-c 1] [-b 16] [-e signed] - [rate R] [remix N] [channels 1]"""
-    rest, typed = list(words), ""
-    sides: list[str] = []
-    rate: int | None = None
-    channel: int | None = None
-    while rest and len(sides) < 2:
-        word = rest.pop(0)
-        if word in ("-q", "-V0", "-V1", "-G", "-D", "-R"):
-            if word == "-G":
-                return None
-        elif word in ("-t", "-r", "-c", "-b", "-e", "--type", "--rate", "--channels", "--bits", "--encoding"):
-            value = rest.pop(0)
-            key = word.lstrip("-")[0]
-            if key == "t":
-                if not sides and value.lower() not in FILE_TYPES:
-                    return None  # raw audio, or a device
-                typed = value.lower()
-            elif not sides or (key == "c" and value != "1"):
-                return None  # before the input they say what raw audio is; more channels than one are no decoding
-            elif key == "r":
-                rate = _rate(value)
-        elif word == "-" or not word.startswith("-"):
-            if word == "-" and len(sides) == 1 and typed not in ("wav", "flac", "wavpcm", "sph"):
-                return None  # headerless output
-            sides.append(word)
-        else:
-            return None
-    while rest:
-        effect = rest.pop(0)
-        if effect == "rate":
-            while rest and rest[0].startswith("-"):
-                if rest.pop(0) not in ("-q", "-l", "-m", "-h", "-v", "-s", "-I", "-L"):
-                    return None
-            rate = _rate(rest.pop(0))
-        elif effect == "remix":
-            value = rest.pop(0)
-            channel = None if value == "-" else int(value) - 1
-            if (channel is not None and channel < 0) or (rest and (rest[0].isdigit() or "," in rest[0])):
-                return None
-        elif effect == "channels":
-            if rest.pop(0) != "1":
-                return None
-        else:
-            return None
-    if len(sides) != 2 or sides[1] != "-" or sides[0] == "-":
-        return None
-    return Decoded(sides[0], channel, rate)
-
-
-def _rate(text: str) -> int:
-    return round(float(text[:-1]) * 1000) if text.endswith("k") else int(text)
-
-
-def _sph2pipe(words: list[str]) -> Decoded | None:
-    rest, files, channel = list(words), [], None
-    while rest:
-        word = rest.pop(0)
-        if word == "-f":
-            if rest.pop(0) not in ("wav", "rif"):
-                return None
-        elif word == "-c":
-            channel = int(rest.pop(0)) - 1
-            if channel not in (0, 1):
-                return None
-        elif word in ("-p", "-u"):
-            pass
-        elif word.startswith("-"):
-            return None
-        else:
-            files.append(word)
-    return Decoded(files[0], channel) if len(files) == 1 else None
-
-
-def _ffmpeg(words: list[str]) -> Decoded | None:
-    rest, path, rate, out = list(words), None, None, None
-    while rest:
-        word = rest.pop(0)
-        if word in ("-y", "-nostdin", "-hide_banner", "-nostats", "-vn"):
-            continue
-        if word in ("-loglevel", "-v", "-threads", "-nostats"):
-            rest.pop(0)
-        elif word == "-i" and path is None:
-            path = rest.pop(0)
-        elif path is not None and word in ("-f", "-ac", "-ar", "-acodec", "-c:a", "-sample_fmt"):
-            value = rest.pop(0)
-            allowed = {"-f": {"wav"}, "-ac": {"1"}, "-sample_fmt": {"s16"}}
-            if value not in allowed.get(word, {value}) or (word in ("-acodec", "-c:a") and value != "pcm_s16le"):
-                return None
-            rate = int(value) if word == "-ar" else rate
-        elif word in ("-", "pipe:1", "pipe:") and out is None:
-            out = word
-        else:
-            return None
-    return Decoded(path, None, rate) if path not in (None, "-") and "://" not in str(path) and out else None  # type: ignore[arg-type]
-
-
-def _cat(words: list[str]) -> Decoded | None:
-    return Decoded(words[0]) if len(words) == 1 and not words[0].startswith("-") else None
-
-
-def _to_stdout(*flags: str) -> Callable[[list[str]], Decoded | None]:
-    """A decoder called as `PROGRAM [flags] FILE -`."""
-
-    def read(words: list[str]) -> Decoded | None:
-        files = [w for w in words if w not in flags]
-        good = len(files) == 2 and files[1] == "-" and not files[0].startswith("-")
-        return Decoded(files[0]) if good else None
-
-    return read
-
-
-_READERS: dict[str, Callable[[list[str]], Decoded | None]] = {
-    "flac": _flac,
-    "sox": _sox,
-    "sph2pipe": _sph2pipe,
-    "ffmpeg": _ffmpeg,
-    "cat": _cat,
-    "opusdec": _to_stdout("--quiet", "--force-wav"),
-    "lame": _to_stdout("--decode", "--quiet", "-S", "--silent"),
-    "wav-copy": _to_stdout(),
-}
+def _hertz(rate: str) -> int:
+    return round(float(rate.removesuffix("k")) * (1000 if rate.endswith("k") else 1))
 
 
 def run_command(command: str, target: Path, timeout_s: float = SECONDS_A_COMMAND) -> None:

@@ -1,7 +1,7 @@
-"""Windows into batches of nearly equal length.
+"""Cut windows into batches of nearly equal length.
 
-Invariant: batches depend on the windows and two numbers of the plan, so any number of writers makes the same ones.
-Run: `pytest tests/extract/teacher/test_windows.py`.
+Guarantees: batches depend on the windows and two numbers of the plan, so any number of writers makes the same ones.
+Try: `pytest tests/extract/teacher/test_windows.py`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from .contexts import Window
 
 
 def make_batches(windows: list[Window], most_tokens: int, overhead_tokens: int) -> list[list[Window]]:
-    """Cut the windows, longest first, into runs whose padded size is at most `most_tokens` (one window at least).
+    """Cut the windows, longest first, into batches, by an exact dynamic programme over the sorted lengths.
 
-    The cuts minimise the padded tokens plus `overhead_tokens` a batch, the cost of a call in tokens: an exact
-    dynamic programme over the sorted lengths. Windows with blocks and without do not meet in one call.
+    It minimises the padded tokens plus `overhead_tokens` a batch, which is the cost of a call counted in tokens.
+
+    Arguments:
+        windows: either all with blocks or all without.
+        most_tokens: largest padded size of a batch. A batch of one window may be larger.
     """
-    order = sorted(range(len(windows)), key=lambda i: (-len(windows[i].ids), i))
-    ranked = [windows[i] for i in order]
+    ranked = sorted(windows, key=lambda w: -len(w.ids))
     lengths = np.array([len(w.ids) for w in ranked], dtype=np.int64)
     n = len(ranked)
     cost = np.zeros(n + 1, dtype=np.int64)

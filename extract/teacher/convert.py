@@ -1,30 +1,29 @@
-"""A language model that loads slowly (GGUF), or that lacks a fast tokenizer, into a folder that loads at once.
+"""Convert a language model that loads slowly (GGUF), or lacks a fast tokenizer, to a folder that loads at once.
 
-Invariant: OUT appears whole or not at all, and only after its hidden states and its tokenizer were found equal, bit by
-bit, to those of the model as transformers reads it from the source. No code of a model's repository runs.
-Run: `stillhouse teacher convert SOURCE OUT`.
+Guarantees: OUT appears whole or not at all. Before it appears, its hidden states and its tokenizer are compared, bit by
+bit, with those that transformers reads from the source. No code of a model's repository runs.
+Try: `stillhouse teacher convert SOURCE OUT`.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import os
 import re
 import shutil
 from collections import Counter
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...data.errors import LockedError, TeacherError, UsageError
-from ..store.disk.durable import fsync_all
-from .model import CARD, PICKLED, load_teacher, quiet_transformers
+from ...data.errors import TeacherError, UsageError
+from ...data.files.atomic import sha256_plain, sync
+from ...data.files.lock import FileLock
+from .model import FACTS, PICKLED, load_teacher, read_pretrained
 
 SCHEMA = "stillhouse.teacher/1"
 _PROBE_TEXTS = ("the cat sat on the mat, in 1984", "naïve Ünïcode 你好 😀")
@@ -32,9 +31,13 @@ _LIBRARIES = ("torch", "transformers", "tokenizers", "gguf", "accelerate")
 
 
 @dataclass(frozen=True)
-class Card:
-    """What a converted folder says of itself, in its teacher.json. `files`: name → SHA-256 of the source's files that
-    were read; `tensor_types`: how many of the source's tensors had which type; `about` is one line for people.
+class ConvertedTeacher:
+    """The facts in teacher.json of a converted folder.
+
+    about         one line for people
+    files         SHA-256 of the source's files that were read, by name
+    format        "gguf" or "safetensors"
+    tensor_types  number of the source's tensors of each type
     """
 
     about: str
@@ -42,7 +45,7 @@ class Card:
     source: str
     files: dict[str, str]
     source_bytes: int
-    format: str  # "gguf" or "safetensors"
+    format: str
     tensor_types: dict[str, int]
     quantised_bits: int | None
     instruct_tuned: bool
@@ -62,91 +65,93 @@ class Card:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where transformers finds the model: its folder, and the GGUF file in it if that is what it is."""
+    """A model's folder, and the name of the GGUF file in it if the model is one."""
 
     folder: Path
     gguf: str | None
 
     @property
-    def options(self) -> dict[str, Any]:
-        return {} if self.gguf is None else {"gguf_file": self.gguf}
+    def name(self) -> str:
+        return self.gguf or self.folder.name
 
     @property
     def files(self) -> list[Path]:
         if self.gguf is not None:
             return [self.folder / self.gguf]
-        return sorted([*self.folder.glob("*.safetensors"), *self.folder.glob("*.json"), *self.folder.glob("*.model")])
+        return sorted(p for ending in ("safetensors", "json", "model") for p in self.folder.glob(f"*.{ending}"))
 
 
-def convert(source: Path, out: Path, note: str = "") -> Card:
-    """Read the backbone and the tokenizer of a GGUF file or a folder, and write them to the new folder `out`.
+def convert(source: Path, out: Path, note: str = "") -> ConvertedTeacher:
+    """Read the backbone and the tokenizer of a model and write them to a new folder.
 
-    Quantised weights are written as the float32 numbers that they stand for. Errors: UsageError where `out` exists,
-    TeacherError where transformers cannot read the source or what was written is not what was read.
+    Quantised weights are written as the float32 numbers that they stand for.
+
+    Arguments:
+        source: a GGUF file or a model's folder.
+        out: the new folder.
+        note: words about the model for its `about` line.
+
+    Raises:
+        LockedError: another process converts to `out`.
+        TeacherError: transformers cannot read the source, or what was written differs from what was read.
+        UsageError: `out` exists.
     """
-    found = _find(source)
+    model = _find(source)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError("it exists already", where=out, expected="a folder that is yet to be made")
+        raise UsageError("it exists already", where=out, expected="the name of a new folder")
     out.parent.mkdir(parents=True, exist_ok=True)
-    making = out.parent / f".{out.name}.converting"
-    making.mkdir(exist_ok=True)
-    held = os.open(making, os.O_RDONLY)
-    try:
+    draft = out.parent / f".{out.name}.converting"
+    draft.mkdir(exist_ok=True)
+    with FileLock(draft, "converted model"):
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise LockedError("another command is converting to it", where=out) from e
-        _empty(making)
-        try:
-            card = _write(found, making, note)
-            fsync_all([*making.iterdir(), making])
-            os.rename(making, out)
+            for left in draft.iterdir():  # by a conversion that was killed
+                _remove(left)
+            facts = _write(model, draft, note)
+            sync(*draft.iterdir(), draft)
+            os.rename(draft, out)
         except BaseException:
-            shutil.rmtree(making, ignore_errors=True)
+            _remove(draft)
             raise
-        fsync_all([out.parent])
-    finally:
-        os.close(held)
-    return card
+    sync(out.parent)
+    return facts
 
 
-def _empty(folder: Path) -> None:
-    for left in folder.iterdir():
-        shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _find(source: Path) -> _Source:
-    """Errors: TeacherError for a source without weights that can be read, or with several."""
+    """The one model at `source`. Raises TeacherError for none that can be read, or several."""
     if source.is_file():
         if source.suffix != ".gguf":
-            raise TeacherError("this is no model", where=source, expected="a .gguf file or a model's folder")
+            raise TeacherError("this is not a model", where=source, expected="a .gguf file or a model's folder")
         return _Source(source.parent, source.name)
     if any(source.glob("*.safetensors")) and (source / "config.json").is_file():
         return _Source(source, None)
-    files = sorted(source.glob("*.gguf"))
-    if len(files) == 1:
-        return _Source(source, files[0].name)
-    if files:
-        raise TeacherError(
-            f"several models are here: {', '.join(f.name for f in files[:5])}", where=source, remedy="name the file"
-        )
-    remedy = PICKLED if any(source.glob("*.bin")) else None
+    names = [f.name for f in sorted(source.glob("*.gguf"))]
+    if len(names) == 1:
+        return _Source(source, names[0])
+    if names:
+        raise TeacherError(f"several models are here: {', '.join(names[:5])}", where=source, remedy="name the file")
     raise TeacherError(
         "there is no model here that can be read",
         where=source,
         expected="*.gguf, or config.json and *.safetensors",
-        remedy=remedy,
+        remedy=PICKLED if any(source.glob("*.bin")) else None,
     )
 
 
-def _write(source: _Source, folder: Path, note: str) -> Card:
+def _write(source: _Source, folder: Path, note: str) -> ConvertedTeacher:
     from transformers import AutoModel
 
     model, tokenizer = _load(source)
     config = type(model.config).from_dict(
         {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
     )
-    # A model that transformers took from a quantised file refuses to be saved; one made of its numbers does not.
+    # transformers refuses to save a model that it took from a quantised file, but saves one made of its numbers.
     plain = AutoModel.from_config(config, dtype=model.dtype)
     plain.load_state_dict(model.state_dict(), strict=True)
     plain.save_pretrained(folder)
@@ -155,32 +160,32 @@ def _write(source: _Source, folder: Path, note: str) -> Card:
     del plain
     dtype = str(model.dtype).removeprefix("torch.")
     written = load_teacher(str(folder), device="cpu", dtype="float32")
-    model.eval()
-    if model.dtype != torch.float32:
+    if model.dtype != torch.float32:  # a quantised model is float32, and raises ValueError here
         model.float()
     for text in _PROBE_TEXTS:
         ids = torch.tensor([tokenizer(text).input_ids])
         with torch.inference_mode():
-            want, got = (m(input_ids=ids, output_hidden_states=True).hidden_states for m in (model, written.model))
-        if not all(torch.equal(a, b) for a, b in zip(want, got, strict=True)):
-            raise TeacherError("its hidden states are other ones after the conversion", where=source.folder)
+            read, saved = (m(input_ids=ids, output_hidden_states=True).hidden_states for m in (model, written.model))
+        if not all(torch.equal(a, b) for a, b in zip(read, saved, strict=True)):
+            raise TeacherError("its hidden states differ after the conversion", where=source.folder)
     if written.tokeniser.settings() != json.loads(tokenizer.backend_tokenizer.to_str()):
-        raise TeacherError("its tokenizer is another one after the conversion", where=source.folder)
+        raise TeacherError("its tokenizer differs after the conversion", where=source.folder)
     types, name, licence = _metadata(source)
-    bits = _bits(types)
-    chat = tokenizer.chat_template is not None
-    names = f"{name} {source.gguf or source.folder.name}"
-    instruct = chat or re.search(r"(?i)instruct|chat|[-_ ]it\b", names) is not None
-    said = (
-        ["instruct-tuned"] * instruct
-        + [f"{bits}-bit quantised, here as {dtype}"] * (bits is not None)
-        + [note] * bool(note)
-    )
-    card = Card(
-        about=", ".join([name, *said]),
+    # Bits of the most frequent type of tensor, if that is a quantised one (Q4_1, IQ3_XXS, TQ2_0)
+    quantised = re.match(r"[IT]?Q(\d+)", next(iter(types), ""))
+    bits = int(quantised[1]) if quantised else None
+    instruct = re.search(r"(?i)instruct|chat|[-_ ]it\b", f"{name} {source.name}") is not None
+    instruct = instruct or tokenizer.chat_template is not None
+    notes = [
+        "instruct-tuned" if instruct else "",
+        "" if bits is None else f"{bits}-bit quantised, here as {dtype}",
+        note,
+    ]
+    facts = ConvertedTeacher(
+        about=", ".join(filter(None, [name, *notes])),
         name=name,
-        source=source.gguf or source.folder.name,
-        files={p.name: _sha256(p) for p in source.files},
+        source=source.name,
+        files={p.name: sha256_plain(p) for p in source.files},
         source_bytes=sum(p.stat().st_size for p in source.files),
         format="safetensors" if source.gguf is None else "gguf",
         tensor_types=types,
@@ -194,108 +199,71 @@ def _write(source: _Source, folder: Path, note: str) -> Card:
         licence=licence,
         weights_hash=written.weights_hash(),
         tokenizer_hash=written.tokeniser.hash,
-        versions=_versions(),
+        versions={library: version(library) for library in _LIBRARIES if find_spec(library)},
     )
-    (folder / CARD).write_text(json.dumps(card.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_readme(card), encoding="utf-8")
-    return card
+    (folder / FACTS).write_text(json.dumps(facts.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(_readme(facts), encoding="utf-8")
+    return facts
 
 
 def _load(source: _Source) -> tuple[Any, Any]:
-    """Model and tokenizer as transformers reads them. Errors: TeacherError."""
-    if source.gguf is not None and (find_spec("gguf") is None or find_spec("accelerate") is None):
+    """Model and tokenizer as transformers reads them."""
+    if source.gguf is None:
+        model, tokenizer = read_pretrained(str(source.folder), dtype="auto", use_safetensors=True)
+    elif find_spec("gguf") is None or find_spec("accelerate") is None:
         raise TeacherError(
-            "a GGUF file needs packages that are not here", where=source.gguf, remedy="pip install 'stillhouse[gguf]'"
+            "a GGUF file needs packages that are not installed",
+            where=source.gguf,
+            remedy="pip install 'stillhouse[gguf]'",
         )
-    quiet_transformers()
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
-
-    try:
-        config = AutoConfig.from_pretrained(source.folder, **source.options)
-        if config.is_encoder_decoder:
-            raise TeacherError(
-                "it is an encoder-decoder", where=source.folder, expected="an encoder or a causal decoder"
-            )
-        tokenizer = AutoTokenizer.from_pretrained(source.folder, **source.options)
-        options = source.options | (
-            {"dtype": torch.float32} if source.gguf is not None else {"dtype": "auto", "use_safetensors": True}
-        )
-        model = AutoModel.from_pretrained(source.folder, **options)
-    except (OSError, ValueError, KeyError, ImportError) as e:
-        reason = str(e).strip().split("\n")[0]
-        raise TeacherError(f"transformers cannot read it: {reason}", where=source.folder / (source.gguf or "")) from e
+    else:
+        model, tokenizer = read_pretrained(str(source.folder), dtype=torch.float32, gguf_file=source.gguf)
     if not getattr(tokenizer, "is_fast", False):
         raise TeacherError(
-            "its tokenizer cannot say which characters a token came from",
+            "its tokenizer does not tell which characters a token came from",
             where=source.folder,
             expected="a tokenizer that transformers can turn into a fast one (tokenizer.json)",
         )
-    return model.requires_grad_(False), tokenizer
+    return model, tokenizer
 
 
 def _metadata(source: _Source) -> tuple[dict[str, int], str, str | None]:
     """(tensors by type, the model's name, its licence) from the source's own header."""
+    types: Counter[str] = Counter()
     if source.gguf is None:
         from safetensors import safe_open
 
-        types: Counter[str] = Counter()
         for path in source.folder.glob("*.safetensors"):
             with safe_open(path, "pt") as f:
-                types.update(f.get_slice(key).get_dtype() for key in f.keys())  # noqa: SIM118, it is no mapping
-        return dict(types.most_common()), source.folder.name, None
+                types.update(f.get_slice(key).get_dtype() for key in f.keys())  # noqa: SIM118, f is not a mapping
+        return dict(types.most_common()), source.name, None
     import gguf
 
     reader = gguf.GGUFReader(source.folder / source.gguf)
-    types = Counter(t.tensor_type.name for t in reader.tensors)
-
-    def text(key: str) -> str | None:
-        field = reader.get_field(key)
-        return None if field is None else str(field.contents())
-
-    # The file's name says more than general.name, which quantisers leave as the training run called it
-    return dict(types.most_common()), Path(source.gguf).stem, text("general.license")
+    types.update(t.tensor_type.name for t in reader.tensors)
+    licence = reader.get_field("general.license")
+    # Quantisers leave general.name as the training run called it, so the file's name is more useful.
+    name = Path(source.gguf).stem
+    return dict(types.most_common()), name, None if licence is None else str(licence.contents())
 
 
-def _bits(types: dict[str, int]) -> int | None:
-    """Bits of the most frequent type of tensor, where that is a quantised one (Q4_1, IQ3_XXS, TQ2_0)."""
-    match = re.match(r"[IT]?Q(\d+)", next(iter(types), ""))
-    return int(match[1]) if match else None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def render(card: Card) -> str:
-    """For people."""
-    return "\n".join(
-        [
-            f"teacher      {card.about}",
-            f"model        {card.architecture}, {card.depth} layers, {card.width} wide, {card.parameters / 1e6:,.1f} M "
-            f"numbers in {card.dtype}",
-            f"from         {card.source}, {card.source_bytes / 1e6:,.1f} MB, tensors: "
-            + ", ".join(f"{n} {t}" for t, n in card.tensor_types.items()),
-            "checked      hidden states and tokenizer equal the source's, bit by bit",
-        ]
+def render(facts: ConvertedTeacher) -> str:
+    """Return the facts as text for people."""
+    tensors = ", ".join(f"{n} {t}" for t, n in facts.tensor_types.items())
+    return (
+        f"teacher      {facts.about}\n"
+        f"model        {facts.architecture}, {facts.depth} layers, {facts.width} wide, "
+        f"{facts.parameters / 1e6:,.1f} M parameters in {facts.dtype}\n"
+        f"from         {facts.source}, {facts.source_bytes / 1e6:,.1f} MB, tensors: {tensors}\n"
+        "checked      hidden states and tokenizer equal the source's, bit by bit"
     )
 
 
-def _readme(card: Card) -> str:
-    hashes = "\n".join(f"- `{name}`: SHA-256 `{value}`" for name, value in card.files.items())
-    licence = f" Licence, as the source states it: {card.licence}." if card.licence else ""
+def _readme(facts: ConvertedTeacher) -> str:
+    hashes = "\n".join(f"- `{name}`: SHA-256 `{value}`" for name, value in facts.files.items())
+    licence = f" Licence, as the source states it: {facts.licence}." if facts.licence else ""
     return (
-        f"# {card.name}\n\n{card.about}.\n\nMade by `stillhouse teacher convert` from {card.source}: backbone and "
-        f"tokenizer, without a language-modelling head of its own.{licence} Hidden states and tokenizer equal, bit by "
-        f"bit, what transformers gives for the source. All facts: teacher.json.\n\n{hashes}\n"
+        f"# {facts.name}\n\n{facts.about}.\n\nMade by `stillhouse teacher convert` from {facts.source}: the backbone "
+        f"and the tokenizer, without a language-modelling head.{licence} Hidden states and tokenizer equal, bit by "
+        f"bit, what transformers reads from the source. All facts: teacher.json.\n\n{hashes}\n"
     )

@@ -1,9 +1,8 @@
-"""A teacher's matrix products on a CPU, by the library that is fast there; everything else stays as the model has it.
+"""Compute a teacher's matrix products by the library that is fast on this CPU. Everything else stays as it is.
 
-Invariant: in float32 the products are float32 products, only summed in another order; in bfloat16 what is rounded is
-the operands and results of linear layers, while attention, norms and sums between blocks stay float32. Which way is
-taken depends on the processor alone, so all writers of one kind of machine give the same bytes.
-Run: `pytest tests/extract/teacher/test_cpu_matmul.py`.
+Guarantees: float32 products stay float32 and differ only in the order of sums. In bfloat16, only the operands and
+results of linear layers are rounded. The choice depends on the processor alone, so equal machines write equal bytes.
+Try: `pytest tests/extract/teacher/test_cpu_matmul.py`.
 """
 
 from __future__ import annotations
@@ -21,9 +20,7 @@ Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tens
 
 
 class CpuMatmul(TorchFunctionMode):
-    """Inside `with Products(product)`, linear layers (and GPT-2's, which call addmm) go through `product`, and what
-    attention is given becomes float32 again.
-    """
+    """Inside `with CpuMatmul(product)`, linear layers (GPT-2's call addmm) use `product`. Attention gets float32."""
 
     def __init__(self, product: Product) -> None:
         super().__init__()
@@ -48,9 +45,9 @@ def _float32(value: Any) -> Any:
 
 
 def float32_products() -> CpuMatmul | None:
-    """oneDNN's where the linked MKL is known to be slow: it uses half the width of an AMD processor with AVX-512.
+    """Return oneDNN's products, or None where torch's own choice is as good.
 
-    None: torch's own choice is as good.
+    MKL uses half the vector width of an AMD processor with AVX-512.
     """
     if not _has_onednn() or torch.backends.cpu.get_cpu_capability() != "AVX512" or _vendor() != "AuthenticAMD":
         return None
@@ -64,10 +61,10 @@ def float32_products() -> CpuMatmul | None:
 
 
 def bfloat16_products() -> CpuMatmul | None:
-    """oneDNN's, with each weight cast and laid out once. None where the processor or the build has none."""
+    """Return oneDNN's products, which cast and lay out each weight once, or None where they are not supported."""
     if not _has_onednn() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return None
-    # By the parameter itself, which is kept: an id could become another tensor's
+    # The parameter is kept with its layout, because the id of a deleted tensor could become another tensor's.
     laid_out: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = {}
 
     def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -90,7 +87,7 @@ def _has_onednn() -> bool:
 
 @functools.cache
 def _vendor() -> str:
-    """The processor's maker as Linux tells it, "" elsewhere."""
+    """The processor's maker in /proc/cpuinfo, or "" where there is no such file."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -1,15 +1,17 @@
-"""A batch through the teacher, and its states as a store keeps them, on the host.
+"""One batch through the teacher, and its states in the dtype of the store.
 
-Invariant: rounding is that of the store's numpy twins (`writer.encode`, `quantise`), bit by bit, on every device.
-Run: `pytest tests/extract/store/test_int8.py tests/extract/store/test_layout.py`.
+Guarantees: on every device the rounding equals that of the store's numpy code (`writer.encode`, `int8.quantise`), bit
+by bit.
+Try: `pytest tests/extract/store/test_int8.py tests/extract/store/test_layout.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
+import torch
 
 from ...data.errors import StoreError
 from ..store.disk.layout import Dtype
@@ -17,17 +19,12 @@ from ..store.format.int8 import LARGEST, Quantised
 from .contexts import Window
 from .model import Teacher
 
-if TYPE_CHECKING:
-    import torch
-
 T = TypeVar("T")
-Norm = tuple["torch.Tensor", "torch.Tensor"]  # mean and std float32 [D] of a view, on the teacher's device
+Norm = tuple[torch.Tensor, torch.Tensor]  # mean and std float32 [D] of a view, on the teacher's device
 
 
 def encode_tensor(states: torch.Tensor, dtype: Dtype, norm: Norm | None = None) -> np.ndarray | Quantised:
-    """States [..., D] on any device → as stored; int8 needs the view's norm. Rounding is to nearest even."""
-    import torch
-
+    """Return states [..., D] in the stored dtype, on the host. Rounding is to nearest even. int8 needs the norm."""
     if dtype.scaled:
         assert norm is not None
         return _quantise(states.float(), *norm)
@@ -37,16 +34,13 @@ def encode_tensor(states: torch.Tensor, dtype: Dtype, norm: Norm | None = None) 
 
 
 def tensors(norm: tuple[np.ndarray, np.ndarray], device: str) -> Norm:
-    import torch
-
+    """Return a view's mean and standard deviation as float32 tensors on a device."""
     mean, std = (torch.from_numpy(np.array(v, np.float32)).to(device) for v in norm)
     return mean, std
 
 
 def _quantise(states: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> Quantised:
-    """`store.quantise.quantise` on the states' device."""
-    import torch
-
+    """`int8.quantise` on the states' device."""
     with torch.inference_mode():
         z = (states - mean) / std
         scale = (z.abs().amax(-1) / LARGEST).to(torch.float16)
@@ -65,12 +59,15 @@ def forward(
     keep: Callable[[dict[int, torch.Tensor]], T],
     where: object,
 ) -> Iterator[tuple[list[Window], T]]:
-    """What `keep` makes of the states {layer: [B, T, D]} of a batch; of its halves where the device's memory is full.
+    """Yield (batch, result of `keep`), or its halves one after the other if the device's memory is full.
 
-    Errors: StoreError where one window alone does not fit.
+    Arguments:
+        keep: takes the states {layer: [B, T, D]} on the device.
+        where: names the batch in an error.
+
+    Raises:
+        StoreError: one window alone does not fit.
     """
-    import torch
-
     try:
         kept = keep(teacher.states(batch, layers))
     except torch.cuda.OutOfMemoryError as e:

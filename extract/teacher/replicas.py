@@ -1,8 +1,8 @@
 """Several batches at a time through one teacher, each of them in one thread.
 
-Invariant: a batch is computed by a single thread, because the last bits of a matrix product depend on how many share
-it. So the bytes of a store do not depend on the number of cores, threads or processes; those decide only how many
-batches are computed at a time. Run: `stillhouse extract CORPUS STORE --teacher … --workers 3`.
+Guarantees: one thread computes a batch, because the last bits of a matrix product depend on how many threads share it.
+So the bytes of a store do not depend on the number of cores, threads or processes.
+Try: `stillhouse extract CORPUS STORE --teacher … --workers 3`.
 """
 
 from __future__ import annotations
@@ -13,22 +13,25 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+import torch
 
 from .contexts import Window
 from .forward import forward
 from .model import Teacher
-
-if TYPE_CHECKING:
-    import torch
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Task:
-    """A batch of windows (or none) for one of the threads; what `keep` makes of its states; and for the caller, whose
-    it is and whether it is the last one of these.
+    """One batch of windows, perhaps empty, for one of the threads.
+
+    keep   turns the states {layer: [B, T, D]} of the batch into the result
+    where  names the batch in an error
+    owner  for the caller: what the batch belongs to
+    last   for the caller: whether it is the owner's last batch
     """
 
     batch: list[Window]
@@ -40,14 +43,12 @@ class Task:
 
 
 class TeacherPool:
-    """As many threads as torch may use on the CPU, each with a twin of the teacher; on a GPU one is enough.
+    """As many threads as torch may use on the CPU, each with a clone of the teacher. On a GPU one thread is enough.
 
-    As a context it sets torch's own number of threads to one, and back at its end.
+    As a context manager it sets torch's own number of threads to one, and back at its end.
     """
 
     def __init__(self, teacher: Teacher) -> None:
-        import torch
-
         self._before = torch.get_num_threads()
         self.count = self._before if teacher.device == "cpu" else 1
         self._teacher = teacher
@@ -58,8 +59,6 @@ class TeacherPool:
         self.seconds = 0.0  # that the model has run, summed over threads
 
     def __enter__(self) -> TeacherPool:
-        import torch
-
         torch.set_num_threads(1)
         self._idle.put(self._teacher)
         for _ in range(self.count - 1):
@@ -67,8 +66,6 @@ class TeacherPool:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        import torch
-
         self._pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(self._before)
 
@@ -79,16 +76,20 @@ class TeacherPool:
         keep: Callable[[dict[int, torch.Tensor]], T],
         where: object,
     ) -> Iterator[tuple[list[Window], T]]:
-        """What `keep` makes of the states of each batch, in order; of its halves where a GPU's memory is full.
+        """Yield (batch, result of `keep`) in the order of `batches`; of its halves if a GPU's memory is full.
 
-        At most one batch more than there are threads is held. Errors: as `encoding.forward`.
+        At most one batch more than there are threads is held.
+
+        Raises:
+            StoreError: see `forward`.
         """
         for _, parts in self.run_all(Task(batch, layers, keep, where) for batch in batches):
             yield from parts
 
     def run_all(self, tasks: Iterable[Task | None]) -> Iterator[tuple[Task, list[tuple[list[Window], Any]]]]:
-        """The same of batches that differ in more than their windows. None instead of a task asks for a result that is
-        still to come before the next one is begun.
+        """Yield each task with the results of its batch, in order.
+
+        None instead of a task asks for the next outstanding result before the next task is started.
         """
 
         def one(task: Task) -> tuple[Task, list[tuple[list[Window], Any]]]:

@@ -1,8 +1,8 @@
-"""Transcripts to a teacher's token ids, each with its span in the manifest's raw text.
+"""Turn transcripts into a teacher's token ids, each with its span in the manifest's raw text.
 
-Invariant: an utterance is tokenised once, by itself, so every context has the same token axis; ids equal what the
-tokenizer gives inside running text (with the leading space that byte-BPE expects).
-Run: `pytest tests/extract/teacher/test_tokenizer.py`.
+Guarantees: an utterance is tokenised once, by itself, so every context has the same token axis. The ids equal those
+that the tokenizer gives inside running text, with the leading space that byte-BPE expects.
+Try: `pytest tests/extract/teacher/test_tokenizer.py`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ import numpy as np
 from ...data.errors import TeacherError
 from ...data.text import MappedText, transform
 
-# Words that any vocabulary spells somehow; a word must be spelt at the start of a text as in the middle of it.
-_PROBES = ("the", "a", "of", "and")
-
-_ASCII_BLACK = np.array([not chr(c).isspace() for c in range(128)])
+_PROBES = ("the", "a", "of", "and")  # words that any vocabulary can spell
+_ASCII_VISIBLE = np.array([not chr(c).isspace() for c in range(128)])
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,11 @@ class Tokens:
 class Tokeniser:
     """A Hugging Face fast tokenizer with the settings that a store records.
 
-    `kind` is "encoder" or "decoder": decoders get BOS, or EOS where there is none, before the text.
+    Arguments:
+        kind: "encoder" or "decoder". A decoder gets BOS before the text, or EOS if it has no BOS.
+
+    Raises:
+        TeacherError: the tokenizer is not a fast one.
     """
 
     def __init__(self, tokenizer: Any, kind: str) -> None:
@@ -59,7 +61,7 @@ class Tokeniser:
         return self._backend.encode(text, add_special_tokens=special).ids
 
     def _wants_space(self) -> bool:
-        """Whether a first word must get a space to be spelt as the same word is further on."""
+        """Whether the first word needs a space before it to get the same ids as in the middle of a text."""
 
         def same(text: str) -> bool:
             ids = self._ids(text)
@@ -71,10 +73,8 @@ class Tokeniser:
         return spaced > bare
 
     def _around(self, kind: str) -> tuple[list[int], list[int]]:
-        bare, full = (
-            self._ids(" the" if self.leading_space else "the"),
-            self._ids(" the" if self.leading_space else "the", special=True),
-        )
+        text = " the" if self.leading_space else "the"
+        bare, full = self._ids(text), self._ids(text, special=True)
         at = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), 0)
         prefix, suffix = full[:at], full[at + len(bare) :]
         if kind == "encoder":
@@ -85,14 +85,15 @@ class Tokeniser:
         return prefix, []
 
     def join_ids(self, join: str) -> list[int]:
-        """Ids that stand between two utterances of one window."""
+        """Return the ids between two utterances of one window."""
         return self._ids(join) if join else []
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Return the tokenizer's spelling of token ids."""
         return [self._hf.convert_ids_to_tokens(int(i)) or "" for i in ids]
 
     def encode(self, texts: Sequence[str], transform_name: str) -> Tokens:
-        """Raw transcripts → tokens. Errors: ConfigError for an unknown transform."""
+        """Tokenise raw transcripts. Raises ConfigError for an unknown transform."""
         ids: list[np.ndarray] = []
         spans: list[np.ndarray] = []
         lengths = np.zeros(len(texts), dtype=np.int32)
@@ -102,12 +103,13 @@ class Tokeniser:
             encodings = self._backend.encode_batch(
                 [space + m.text if m.text.strip() else "" for m in mapped], add_special_tokens=False
             )
-            found = [e.ids for e in encodings]
-            lengths[first : first + len(found)] = [len(i) for i in found]
-            ids.append(np.fromiter(chain.from_iterable(found), dtype=np.int32))
+            of_texts = [e.ids for e in encodings]
+            count = lengths[first : first + len(of_texts)]
+            count[:] = [len(i) for i in of_texts]
+            ids.append(np.fromiter(chain.from_iterable(of_texts), dtype=np.int32))
             numbers = chain.from_iterable(chain.from_iterable(e.offsets for e in encodings))
             offsets = np.fromiter(numbers, dtype=np.int64).reshape(-1, 2)
-            spans.append(raw_spans(offsets, lengths[first : first + len(found)], mapped, len(space)))
+            spans.append(raw_spans(offsets, count, mapped, len(space)))
         return Tokens(
             np.concatenate(ids) if ids else np.zeros(0, np.int32),
             lengths,
@@ -115,14 +117,20 @@ class Tokeniser:
         )
 
     def settings(self) -> dict[str, Any]:
+        """Return the content of tokenizer.json."""
         return json.loads(self._backend.to_str())
 
 
 def raw_spans(offsets: np.ndarray, count: np.ndarray, mapped: Sequence[MappedText], shift: int) -> np.ndarray:
-    """Offsets [ΣN, 2] in tokenised texts, of which each has count [U] tokens → spans int32 [ΣN, 2] in the raw texts.
+    """Map offsets in tokenised texts to spans in the raw texts: int32 [ΣN, 2], in code points.
 
-    `shift` characters were put before each `mapped[u].text`. White space at a token's ends is no part of its span, and
-    a piece of a character has the whole character's span. All texts are worked on as one, each inside its bounds.
+    White space at a token's ends is no part of its span. A token of some bytes of a character has its whole span.
+
+    Arguments:
+        offsets: int64 [ΣN, 2], of all texts together.
+        count: tokens of each text, int [U].
+        mapped: the transformed texts, with the places of their characters in the raw texts.
+        shift: characters that were put before each text.
     """
     if not len(offsets):
         return np.zeros((0, 2), dtype=np.int32)
@@ -131,13 +139,13 @@ def raw_spans(offsets: np.ndarray, count: np.ndarray, mapped: Sequence[MappedTex
     low, high = np.repeat(last - size, count), np.repeat(last, count)  # bounds of each token's text
     begin = np.clip(low + offsets[:, 0] - shift, low, high)
     end = np.clip(low + offsets[:, 1] - shift, low, high)
-    black = np.concatenate([_black(m.text) for m in mapped])
-    where = np.arange(len(black))
-    # next_black[i]: first non-space at or after i; last_black[i]: one past the last non-space before i
-    next_black = np.minimum.accumulate(np.where(black, where, len(black))[::-1])[::-1]
-    next_black = np.append(next_black, len(black))
-    last_black = np.maximum.accumulate(np.append(0, np.where(black, where + 1, 0)))
-    inner_begin, inner_end = np.minimum(next_black[begin], high), np.maximum(last_black[end], low)
+    visible = np.concatenate([_visible(m.text) for m in mapped])
+    where = np.arange(len(visible))
+    # following[i]: first visible character at or after i; preceding[i]: one past the last visible one before i
+    following = np.minimum.accumulate(np.where(visible, where, len(visible))[::-1])[::-1]
+    following = np.append(following, len(visible))
+    preceding = np.maximum.accumulate(np.append(0, np.where(visible, where + 1, 0)))
+    inner_begin, inner_end = np.minimum(following[begin], high), np.maximum(preceding[end], low)
     solid = inner_begin < inner_end
     begin, end = np.where(solid, inner_begin, begin), np.where(solid, inner_end, end)
     # An empty offset is a later byte of the character that it points into.
@@ -148,8 +156,8 @@ def raw_spans(offsets: np.ndarray, count: np.ndarray, mapped: Sequence[MappedTex
     return np.stack([source[begin, 0], source[end - 1, 1]], axis=1).astype(np.int32)
 
 
-def _black(text: str) -> np.ndarray:
-    """bool [len(text)]: which characters are no white space."""
+def _visible(text: str) -> np.ndarray:
+    """bool [len(text)]: which characters are not white space."""
     if text.isascii():
-        return _ASCII_BLACK[np.frombuffer(text.encode("ascii"), np.uint8)]
+        return _ASCII_VISIBLE[np.frombuffer(text.encode("ascii"), np.uint8)]
     return np.array([not c.isspace() for c in text])

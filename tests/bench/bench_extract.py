@@ -152,7 +152,7 @@ def main() -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     clock = "processor seconds (the machine was busy)" if options.cpu_time else "wall seconds"
-    remarks = [f"{len(corpus):,} transcripts, {one.tokens:,} tokens, all 7 layers, {clock}, one run."]
+    remarks = [f"{len(corpus):,} transcripts with {one.tokens:,} tokens, all 7 layers, {clock}, one run."]
     busy = " --cpu-time" if options.cpu_time else ""
     command = f"python tests/bench/bench_extract.py --utterances {options.utterances}{busy}"
     write_table(options.out, "Extraction: bars", command, rows, remarks)

@@ -125,7 +125,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         target = args.out or Path(scratch) / "table.md"
         write_table(
-            target, "Acoustic features", "make bench-features", rows, [f"Load of the machine at the end: {load}."]
+            target,
+            "Acoustic features",
+            "make bench-features",
+            rows,
+            [f"The load of the machine at the end was {load}."],
         )
     return 0 if all(row.holds for row in rows) else 1
 

@@ -144,10 +144,10 @@ def main() -> None:
                 rows.append(at_most(f"{what}, MB", own / 1e6, most / 1e6, mapped))
                 print(rows[-2].cells(), rows[-1].cells(), sep="\n", flush=True)
     remarks = [
-        f"Each command in a fresh process, the best of {options.rounds}; memory is what the process has for itself: "
-        "the store's pages that it has mapped are the kernel's to take back. "
-        f"{options.utterances:,} utterances; the larger store's files are holes behind the first shard of each layer: "
-        "reading those costs no disk."
+        f"Each command runs in a fresh process. Rows show the best of {options.rounds}. Memory is what the process has "
+        "for itself, without the mapped pages of the store, which the kernel can take back. The stores have "
+        f"{options.utterances:,} utterances. After the first shard of each layer, the files of the larger store are "
+        "holes, so that reading them costs no disk."
     ]
     write_table(options.out, "Looking into stores: bars", "make bench-inspect", rows, remarks)
 

@@ -207,7 +207,8 @@ def part_precision(out: list[str], rounds: int) -> None:
     out += [
         f"\n### Error of the gradient, T={T}, U={U}, V={V}, float32 against ours in float64",
         "",
-        f"ours {errors['ours']:.1e}, torchaudio {errors['torchaudio']:.1e} (largest absolute difference)",
+        f"The largest absolute difference is {errors['ours']:.1e} for ours "
+        f"and {errors['torchaudio']:.1e} for torchaudio.",
     ]
 
 
@@ -230,7 +231,8 @@ def part_start(out: list[str], rounds: int) -> None:
     out += [
         "\n### Start",
         "",
-        f"import (torch and numpy are there) {imported:.2f} s; kernels from the cache {started:.2f} s",
+        f"The import takes {imported:.2f} s after torch and numpy, "
+        f"and loading the kernels from the cache {started:.2f} s.",
     ]
 
 
@@ -244,9 +246,9 @@ def machine() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((x.split(":")[1].strip() for x in lines if "model name" in x), platform.machine())
     return (
-        f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; Python {platform.python_version()}, "
-        f"torch {torch.__version__}, torchaudio {torchaudio.__version__}, numba {numba.__version__}; load average "
-        f"{os.getloadavg()[0]:.1f} when it began"
+        f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, Python {platform.python_version()}, "
+        f"torch {torch.__version__}, torchaudio {torchaudio.__version__}, numba {numba.__version__}. The load "
+        f"average was {os.getloadavg()[0]:.1f} when it began"
     )
 
 
@@ -258,8 +260,8 @@ def main() -> None:
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     notes = Path(__file__).with_name("bench_loss_notes.md").read_text()
-    out = ["# The RNN-T loss, measured", "", "Written by `make bench-loss`. float32, forward + backward, medians of"]
-    out += [f"interleaved rounds ({arguments.rounds}; {max(1, SLOW)} of slow peers).", "", machine() + "."]
+    out = ["# The RNN-T loss, measured", "", "Written by `make bench-loss`. float32, forward and backward, medians of"]
+    out += [f"{arguments.rounds} interleaved rounds ({max(1, SLOW)} of slow peers).", "", machine() + "."]
     precompile("float32", "float64")
     arguments.out.parent.mkdir(exist_ok=True)
     try:

@@ -196,15 +196,21 @@ def main(rounds: int) -> None:
     median = float(np.median(times["none"]))
     words = np.mean([len(t.split()) for t in texts])
     remarks = [
-        f"Step of `none`: {1e3 * median:.0f} ms, median of {rounds}: forward, backward and AdamW, one thread, float32, "
-        f"in CPU seconds, so that what else runs on the machine counts less. {UTTERANCES} utterances of up to "
-        f"{FRAMES / 100:g} s, up to {int(counts.max())} units, {words:.1f} teacher tokens of 384 numbers.",
+        f"A step of `none` takes {1e3 * median:.0f} ms (median of {rounds}). It is forward, backward and AdamW on one "
+        "thread in float32. Times are CPU seconds, so that other programs on the machine count less. The batch has "
+        f"{UTTERANCES} utterances of up to {FRAMES / 100:g} s and up to {int(counts.max())} units, with {words:.1f} "
+        "teacher tokens of 384 numbers each.",
         "",
-        "Online: the language models run in the step, float32, in the extraction's own batches: MiniLM `alone`; or "
-        "MiniLM `alone`, `past:64`, `both:64` and SmolLM2 `alone`, `past:64` (a causal decoder cannot see ahead).",
+        "In the rows with `online`, the language models run in the step, in float32 and in the batches of the "
+        "extraction. The first has MiniLM `alone`. The second has MiniLM `alone`, `past:64`, `both:64` and SmolLM2 "
+        "`alone`, `past:64`, because a causal decoder cannot see ahead.",
     ]
     if len(extra) < 2:
-        remarks += ["", "Not measured, for want of the models: see recipes/demo-teachers.txt, smollm2-teacher.txt."]
+        remarks += [
+            "",
+            "Some rows are missing because a model is not installed. "
+            "See recipes/demo-teachers.txt and smollm2-teacher.txt.",
+        ]
     write_table(OUT, "What the transfer costs a training step", "NUMBA_NUM_THREADS=1 make bench-step", rows, remarks)
 
 

@@ -234,16 +234,18 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
     remarks = [
         f"{options.utterances:,} utterances of {options.tokens:g} tokens, {options.layers} layers × {options.width}, "
-        "float16; rounds take turns in one process; ratios are medians, above 1 where Stillhouse is faster, and a bar "
-        "fails only where the whole interval lies below it. The yardstick for reading is a loop over np.memmap files "
-        "that brings the same: states, token ids and spans. Rows without a bar are other ways to keep such states, "
-        "read for the same utterances and layers. Dropped batches give their memory to the next one in `gather`; "
-        "the loop gets its memory of np.empty, as such loops do.",
+        "float16. Rounds take turns in one process. Ratios are medians, and are above 1 if Stillhouse is faster. A bar "
+        "fails only if the whole interval lies below it. The yardstick for reading is a loop over np.memmap files. It "
+        "reads the same states, token ids and spans. Rows without a bar are other ways to keep such states, read for "
+        "the same utterances and layers. `gather` reuses the memory of dropped batches. The loop gets its memory from "
+        "np.empty, as such loops do.",
         "",
-        f"Most memory that the process held: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB.",
+        f"The process held at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB of memory.",
     ]
     if options.cpu_time:
-        remarks.append("Hot reading is timed in processor seconds, the rest in wall seconds on a busy machine.")
+        remarks.append(
+            "Hot reading is timed in processor seconds. The rest is timed in wall seconds on a busy machine."
+        )
     given = [
         f"--{k} {getattr(options, k)}" for k in ("utterances", "rounds", "parts") if getattr(options, k) != whole[k]
     ]

@@ -258,13 +258,13 @@ class Measured:
             return Row(what, value, low, high, NO_BAR, True, note)
         return Row(what, value, low, high, f"≤ {bar:g}", value <= bar, note)
 
-    def told(self) -> str:
-        found = {part: float(np.mean(self.shares(part))) for part in self.parts[0]}
-        parts = ", ".join(f"{part} {100 * s:.1f} %" for part, s in sorted(found.items(), key=lambda x: -x[1]))
+    def summary(self) -> str:
+        shares = {part: float(np.mean(self.shares(part))) for part in self.parts[0]}
+        parts = ", ".join(f"{part} {100 * s:.1f} %" for part, s in sorted(shares.items(), key=lambda x: -x[1]))
         seconds, steps = sum(self.whole), len(self.whole)
         return (
-            f"{seconds / steps:.1f} s of CPU time a step for {self.heard / steps:.0f} s of speech "
-            f"({self.heard / seconds:.1f} times real time): {parts}"
+            f"a step takes {seconds / steps:.1f} s of CPU time for {self.heard / steps:.0f} s of speech "
+            f"({self.heard / seconds:.1f} times real time). Its parts are {parts}"
         )
 
 
@@ -319,27 +319,29 @@ def main(tree: Path, count: int, frames: int, kept: Path | None) -> None:
             first.row("the first, at initialisation", LOST, None, f"{first.active:.0%} of the cells"),
             beside("times as fast as the plain loop, without transfer", *times, note="CPU time, with reading"),
         ]
-        busy = "." if load < 1.7 else ": it was busy. Shares are of CPU time, waiting is by the clock."
+        busy = "." if load < 1.7 else ". It was busy. Shares are of CPU time, and waiting is by the clock."
         usual = load_config(RECIPE).data.batch_frames
         losses = ", ".join(f"{b:.4f} and {a:.4f}" for a, b in zip(asr.loss[:2], plain.loss[:2]))
         remarks = [
-            f"`recipes/{RECIPE.name}`: {weights:.1f} M parameters, {asr.trainer.units.size} units, transfer of four "
-            f"views by occupancy; one thread, float32. {UTTERANCES} utterances of LibriSpeech; batches of {frames:,} "
-            f"frames (the recipe's, meant for a GPU, have {usual:,}); {count} steps. Load of the machine: {load:.1f}, "
-            f"of which 1 is this{busy}",
+            f"The recipe is `recipes/{RECIPE.name}` with {weights:.1f} M parameters, {asr.trainer.units.size} units "
+            f"and a transfer of four views by occupancy. It runs {count} steps on one thread in float32, on "
+            f"{UTTERANCES} utterances of LibriSpeech. Batches have {frames:,} frames. (The recipe's have {usual:,} "
+            f"and are meant for a GPU.) The machine had a load of {load:.1f}, of which 1 is this{busy}",
             "",
-            "The loss skips the backward pass of cells that alignments visit with a probability of 1e-6 or less, so "
-            "what it costs depends on how sharp they are. At initialisation almost no cell is skipped. The bar is for "
-            "what nearly all of a training sees: a ridge of alignments planted in the joint network, the rest as "
-            "initialised. It keeps more cells than models that were trained: 10 % after 600 steps and 9 % after 1,200 "
-            "on the demo's speech, 13 to 20 % after 600 steps of kathleen-arctic, where lattices are smaller.",
+            "The loss skips the backward pass of cells that alignments visit with a probability of 1e-6 or less. Its "
+            "cost therefore depends on how sharp they are. At initialisation almost no cell is skipped. The bar is for "
+            "the state of nearly all of a training: a ridge of alignments is planted in the joint network, and the "
+            "rest is as initialised. It keeps more cells than trained models do. They keep 10 % after 600 steps and "
+            "9 % after 1,200 on the demo's speech. On kathleen-arctic, where lattices are smaller, they keep 13 to 20 "
+            "% after 600 steps.",
             "",
-            f"Planted: {later.told()}.",
+            f"With the planted ridge, {later.summary()}.",
             "",
-            f"At initialisation: {first.told()}.",
+            f"At initialisation, {first.summary()}.",
             "",
-            "The plain loop: the same model, weights, batches, masks and dropout; logits of every cell, "
-            f"`torchaudio.functional.rnnt_loss`. Its losses at the first two steps and ours: {losses}.",
+            "The plain loop has the same model, weights, batches, masks and dropout. It computes the logits of every "
+            "cell and `torchaudio.functional.rnnt_loss`. Its losses at the first two steps and ours are "
+            f"{losses}.",
         ]
         title = "Training: where a step goes, and beside a plain loop"
         write_table(OUT, title, "NUMBA_NUM_THREADS=1 make bench-train", rows, remarks)

@@ -88,7 +88,7 @@ def write_table(path: Path, title: str, command: str, rows: list[Row], remarks: 
     lines = [
         f"# {title}",
         "",
-        f"Made by `{command}` on {datetime.now(UTC):%Y-%m-%d}: {cores} cores, {platform.machine()}, "
+        f"Made by `{command}` on {datetime.now(UTC):%Y-%m-%d}, on {cores} cores, {platform.machine()}, "
         f"Python {platform.python_version()}.",
         "",
         *remarks,

@@ -75,7 +75,7 @@ def test_icefall(page: SimpleNamespace) -> None:
     x, lengths = sound()[..., None].expand(-1, -1, peers.FRAMES), LENGTHS * peers.FRAMES
     options = {"prune_range": 5, "am_scale": 0.0, "lm_scale": 0.0}
     simple, pruned, _, last = model(x=x, x_lens=lengths, y=None, targets=page.targets(KEYS), **options)
-    found = page.expected(model.heard[0])
+    found = page.expected(model.encoded[0])
     torch.testing.assert_close(last, found.loss * found.positions)
     assert len(model(x=x, x_lens=lengths, y=None, **options)) == 3
     learns(simple + pruned + 0.3 * last, page.transfer, model)
@@ -87,11 +87,11 @@ def test_espnet(page: SimpleNamespace) -> None:
     text_lengths = torch.tensor([3, 9, 6])
     batch = {"speech": sound(), "speech_lengths": LENGTHS * peers.FRAMES, "text": None, "text_lengths": text_lengths}
     loss, stats, weight = model(**batch, utt_id=KEYS)
-    found = page.expected(model.heard[0])
-    torch.testing.assert_close(loss[0], model.heard[0].square().mean() + 0.3 * 6 * found.loss)
+    found = page.expected(model.encoded[0])
+    torch.testing.assert_close(loss[0], model.encoded[0].square().mean() + 0.3 * 6 * found.loss)
     assert stats["loss_transfer"].item() == pytest.approx(found.loss.item()) and weight.item() == 3
     model.eval()
-    assert "loss_transfer" not in model(**batch, utt_id=["unheard"] * 3)[1]
+    assert "loss_transfer" not in model(**batch, utt_id=["unknown"] * 3)[1]
     learns(loss, page.transfer, model)
 
 
@@ -103,12 +103,12 @@ def test_speechbrain(page: SimpleNamespace, copies: int) -> None:
     tokens = torch.zeros(3, 10), torch.tensor([1.0, 0.5, 0.3])
     batch = SimpleNamespace(id=KEYS, sig=(sound(), LENGTHS / 7), tokens=tokens)
     loss = brain.compute_objectives(brain.compute_forward(batch, "TRAIN"), batch, "TRAIN")
-    assert len(brain.heard) == 3 * copies and not enc._forward_hooks
-    found = page.expected(brain.heard[:3])
-    torch.testing.assert_close(loss, brain.heard.square().mean() + 0.3 * 6 * found.loss)
-    batch.id = ["unheard"] * 3
+    assert len(brain.encoded) == 3 * copies and not enc._forward_hooks
+    found = page.expected(brain.encoded[:3])
+    torch.testing.assert_close(loss, brain.encoded.square().mean() + 0.3 * 6 * found.loss)
+    batch.id = ["unknown"] * 3
     valid = brain.compute_objectives(brain.compute_forward(batch, "VALID"), batch, "VALID")
-    torch.testing.assert_close(valid, brain.heard.square().mean())
+    torch.testing.assert_close(valid, brain.encoded.square().mean())
     learns(loss, page.transfer, enc)
 
 
@@ -119,6 +119,6 @@ def test_nemo(page: SimpleNamespace) -> None:
     batch = (sound(), LENGTHS * peers.FRAMES, torch.zeros(3, 9), torch.tensor([3, 9, 6]))
     sample_id = torch.tensor([1, 0, 2], dtype=torch.int32)
     step = model.training_step((*batch, sample_id), 0)
-    found = page.expected(model.heard[0].transpose(1, 2))
-    torch.testing.assert_close(step["loss"], model.heard[0].square().mean() + 0.3 * 6 * found.loss)
+    found = page.expected(model.encoded[0].transpose(1, 2))
+    torch.testing.assert_close(step["loss"], model.encoded[0].square().mean() + 0.3 * 6 * found.loss)
     learns(step["loss"], page.transfer, model)

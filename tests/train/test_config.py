@@ -33,10 +33,16 @@ def test_set_and_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "changes", "message"),
     [
-        (MINIMAL, ["optim.learning_rate=1"], "optim.learning_rate"),
+        (MINIMAL, ["optim.learning_rate=1"], "optim.learning_rate: no such setting (expected one of steps, lr,"),
+        (MINIMAL, ["steps=1"], "steps: no such setting; did you mean optim.steps?"),
+        (MINIMAL, ["optin.steps=1"], "optin: no such section; did you mean optim?"),
+        (MINIMAL, ["model.lr=1"], "model.lr: no such setting; did you mean optim.lr?"),
+        (MINIMAL, ["optim.steps.first=1"], "optim.steps"),
+        (MINIMAL, ["optim=1"], "optim"),
+        (MINIMAL, ["data.workers=2"], "data.workers: no such setting"),
         (MINIMAL, ["optim.lr=-1"], "optim.lr"),
         (MINIMAL, ["optim.lr"], "section.name=value"),
-        (MINIMAL, ["model.dim=30"], "multiple of 2 x heads"),
+        (MINIMAL, ["model.dim=30"], "multiple of 2 x model.heads"),
         (MINIMAL, ["model.kernel=4"], "odd"),
         (MINIMAL, ["model.inner=10000000000000000000"], "model.inner"),
         (MINIMAL, ["run.threads=10000000000000000000"], "run.threads"),
@@ -45,10 +51,10 @@ def test_set_and_round_trip(tmp_path: Path) -> None:
         (MINIMAL, ["transfer.weight=nan"], "transfer.weight"),
         (MINIMAL, ["optim.betas=[0.9, 1.0]"], "optim.betas"),
         (MINIMAL, ["run.seed=10000000000000000000000"], "run.seed"),
-        (MINIMAL, ['transfer.views=["a/alone/1"]'], "views need a store"),
-        (MINIMAL, ["transfer.layers=[9]"], "the encoder has 6 layers"),
+        (MINIMAL, ['transfer.views=["a/alone/1"]'], "transfer.views needs a store"),
+        (MINIMAL, ["transfer.layers=[9]"], "with model.layers = 6 it may have 1 to 6"),
         (MINIMAL, ["transfer.mixing=sample"], "go together"),
-        (MINIMAL, ["transfer.decay=linear"], "decay and decay_steps go together"),
+        (MINIMAL, ["transfer.decay=linear"], "transfer.decay and transfer.decay_steps go together"),
         (MINIMAL, ["optim.steps=lots"], "optim.steps"),
         ("[data]\n", [], "data.corpus"),
         ("[data\n", [], "not a readable TOML"),
@@ -59,6 +65,57 @@ def test_what_cannot_be_meant_is_named(tmp_path: Path, text: str, changes: list[
         load_config(write(tmp_path, text), changes)
     found = str(caught.value)
     assert message in found and ("run.toml" in found or "--set" in found)
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "message"),
+    [
+        ("[optim]\nstepz = 3\n", [], "{file}: optim.stepz: no such setting; did you mean optim.steps?"),
+        ("", ["optim.stepz=3"], "--set optim.stepz=3: optim.stepz: no such setting; did you mean optim.steps?"),
+        ("[optim]\nsteps = 0\n", ["optim.lr=1"], "{file}: optim.steps: Input should be greater than"),
+        ("[optim]\nsteps = 1\n", ["optim.steps=0"], "--set optim.steps=0: optim.steps: Input should be greater than"),
+        ("[optim]\nsteps = 0\n", ["optim.steps=1", "optim.lr=0"], "--set optim.lr=0: optim.lr: Input should be"),
+        ("", ["optim.betas=[0, 1]"], "--set optim.betas=[0, 1]: optim.betas.1: Input should be"),
+        # Settings that contradict each other: the change is named that has one of them
+        ("[model]\ndim = 30\n", ["model.dropout=0.2"], "{file}: model.dim = 30 must be a multiple of 2 x model.heads"),
+        ("", ["model.dropout=0.2", "model.heads=5"], "--set model.heads=5: model.dim = 176 must be a multiple"),
+        ("[transfer]\nlayers = [6]\n", ["model.layers=5"], "--set model.layers=5: transfer.layers has 6"),
+    ],
+)
+def test_the_origin_of_a_wrong_setting_is_named(tmp_path: Path, text: str, changes: list[str], message: str) -> None:
+    path = write(tmp_path, MINIMAL + text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, changes)
+    assert str(caught.value).startswith(message.format(file=path))
+
+
+def test_wrong_settings_of_several_origins_are_all_named(tmp_path: Path) -> None:
+    path = write(tmp_path, '[data]\ncorpus = "c"\nunits = "u"\n[optim]\nlr = 0\n')
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["optim.steps=0", "run.sead=1"])
+    problems = str(caught.value)
+    assert f"{path}: data.features is missing; optim.lr: Input" in problems
+    assert "--set optim.steps=0: optim.steps: Input" in problems
+    assert "--set run.sead=1: run.sead: no such setting; did you mean run.seed?" in problems
+
+
+def test_the_origin_of_a_wrong_setting_of_a_study_is_named(tmp_path: Path) -> None:
+    recipe, study = write(tmp_path, MINIMAL), tmp_path / "study.toml"
+    text = f'base = "{recipe.name}"\ntest = ["t"]\n'
+
+    def message(settings: str, arm: str) -> str:
+        study.write_text(f"{text}[settings]\n{settings}\n[arms.a]\n{arm}\n")
+        with pytest.raises(ConfigError) as caught:
+            load_study(study, tmp_path / "out")
+        return str(caught.value)
+
+    assert message("optim.stepz = 1", "").startswith(f"{study}: optim.stepz: no such setting; did you mean")
+    assert message("", "optim.lr = 0").startswith(f"{study}, arm a: optim.lr: Input should be")
+    recipe.write_text(MINIMAL + "[optim]\nstepz = 1\n")
+    assert message("", "").startswith(f"{recipe}: optim.stepz: no such setting")
+    study.write_text(f"{text}metrik = 'wer'\n[arms.a]\n")
+    with pytest.raises(ConfigError, match=r"metrik: no such setting; did you mean metric\?"):
+        load_study(study, tmp_path / "out")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import hashlib
 import math
 import os
 import warnings
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...data.batches.loader import Batch, BatchLoader, prefetch, with_workers
+from ...data.batches.loader import Batch, BatchLoader, prefetch
 from ...data.batches.sampler import BatchSampler
 from ...data.errors import UsageError
 from ...data.features.compute import FeatureFile
@@ -227,15 +227,6 @@ class Trainer:
             self.ranks.from_first(lambda: folder.refuse_moved(self.out, self.step))
             self._run(profile)
 
-    def _batches(self) -> Generator[tuple[int, int, Batch], None, None]:
-        data, where = self.config.data, {"epoch": self.epoch, "position": self.position}
-        if data.workers:
-            start = data.worker_start
-            if self.loader.targets is not None:
-                self.loader.targets.pin = False  # other processes have no device
-            return with_workers(self.sampler, self.loader.load, **where, workers=data.workers, start=start)
-        return prefetch(self.sampler, self.loader.load, **where)
-
     def _run(self, profile: Profile | None) -> None:
         config = self.config
         if self.step >= config.optim.steps:
@@ -252,7 +243,7 @@ class Trainer:
         steps = config.optim.steps
         with (
             Monitor(config, self.out, self.step, self.report, self.device, profile, on=self.ranks.first) as monitor,
-            closing(self._batches()) as batches,
+            closing(prefetch(self.sampler, self.loader.load, epoch=self.epoch, position=self.position)) as batches,
         ):
             monitor.resume(self.window)
             while self.step < steps:

@@ -83,7 +83,7 @@ def read_run(out: Path, examples: int = 24) -> RunPage:
     """CheckpointError where `out` is no run's folder, CorpusError where its hypotheses are not what was written."""
     if not (out / SETTINGS).exists():
         raise CheckpointError("not a run's folder", where=out, expected="what `stillhouse train --out` made")
-    config = load_config(out / SETTINGS)
+    config = load_config(out / SETTINGS, saved=True)
     log = out / "metrics.jsonl"
     metrics = [m for m in (read_metrics(log) if log.exists() else []) if isinstance(m, dict) and "step" in m]
     steps = [m for m in metrics if m.get("kind") == "train"]

@@ -21,7 +21,7 @@ from torch import Tensor
 from ...data.errors import CheckpointError, StaleError, UsageError, first_few
 from ...data.files.atomic import draft_of, sweep_drafts, write_atomic
 from ...data.units import Units
-from ..config import Config, dump_config, load_config
+from ..config import Config, dump_config, load_config, without_removed
 from . import checkpoint, identity
 from .ranks import Ranks
 
@@ -107,14 +107,14 @@ def _read(out: Path, config: Config, report: Callable[[str], None]) -> RunProgre
     refuse_other_folder(out)
     settings = out / SETTINGS
     if settings.exists():
-        identity.refuse_other_settings(load_config(settings), config, settings)
+        identity.refuse_other_settings(load_config(settings, saved=True), config, settings)
     found = checkpoint.newest_whole(out / CHECKPOINTS)
     if found is None:
         return None
     newest, tensors, damaged = found
     if "config" in newest.state:  # not in those of format 1
         try:
-            theirs = Config.model_validate(newest.state["config"])
+            theirs = Config.model_validate(without_removed(newest.state["config"]))
         except ValidationError as e:
             raise CheckpointError(f"of another version of Stillhouse: {e.errors()[0]}", where=newest.path) from None
         identity.refuse_other_settings(theirs, config, newest.path)

@@ -43,7 +43,7 @@ def load_run(out: Path, which: str = "best") -> tuple[Transducer, Any, Config, i
         return load_export(out)
     if not (out / "config.toml").exists():
         raise CheckpointError("not a run's folder", where=out, expected="what `stillhouse train --out` made")
-    config = load_config(out / "config.toml")
+    config = load_config(out / "config.toml", saved=True)
     units = load_units(out / "units")
     model = build_model(config, units.size)
     chosen = chosen_checkpoints(out / "checkpoints", which)
@@ -107,7 +107,7 @@ def load_export(folder: Path) -> tuple[Transducer, Units, Config, int]:
         tensors, step = load_file(folder / "model.safetensors"), int(head["step"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as e:
         raise CheckpointError(f"not a whole export: {e!r}", where=folder, remedy=remedy) from None
-    config, units = load_config(folder / "config.toml"), load_units(folder / "units")
+    config, units = load_config(folder / "config.toml", saved=True), load_units(folder / "units")
     model = build_model(config, units.size)
     model.simple = None
     checkpoint.load_weights(model, tensors, folder / "model.safetensors")

@@ -25,7 +25,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ...data.errors import ConfigError, UsageError
-from ..config import Config, ConfigSection, merged, read_toml, validated
+from ..config import Config, ConfigSection, read_toml, validated
 
 USUAL = ("none", "single")  # the arms that others are compared with, where a study has them
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
@@ -77,7 +77,7 @@ class Study:
 
 def load_study(path: Path, out: Path) -> Study:
     """Raises ConfigError naming the file, the arm and the setting."""
-    definition = validated(Definition, read_toml(path), path)
+    definition = validated(Definition, [(path, read_toml(path))])
     for arm in definition.arms:
         if not _NAME.fullmatch(arm):
             raise ConfigError(f"{arm!r} cannot be the name of an arm", where=path, expected="letters, digits, . _ + -")
@@ -86,12 +86,12 @@ def load_study(path: Path, out: Path) -> Study:
     unknown = set(definition.against or []) - definition.arms.keys()
     if unknown:
         raise ConfigError(f"against names {', '.join(sorted(unknown))}", where=path, expected="arms of the study")
-    tree = merged(read_toml(path.parent / definition.base) if definition.base else {}, definition.settings)
+    base = [path.parent / definition.base] if definition.base else []
+    shared = [*((recipe, read_toml(recipe)) for recipe in base), (path, definition.settings)]
     runs = {}
     for arm, changes in definition.arms.items():
-        whole = merged(tree, changes)
         for seed in definition.seeds:
-            config = validated(Config, merged(whole, {"run": {"seed": seed}}), f"{path}, arm {arm}")
+            config = validated(Config, [*shared, (f"{path}, arm {arm}", changes), (path, {"run": {"seed": seed}})])
             runs[arm, seed] = StudyRun(arm, seed, config, out / arm / f"seed-{seed}")
     reference = _against(definition)[0]
     for arm in definition.arms:

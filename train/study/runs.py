@@ -57,7 +57,7 @@ def refuse_other_settings(runs: Iterable[StudyRun]) -> None:
     for run in runs:
         settings = run.folder / "config.toml"
         if settings.exists():
-            refuse(load_config(settings), run.config, settings)
+            refuse(load_config(settings, saved=True), run.config, settings)
 
 
 def refuse_unlike(runs: Iterable[StudyRun]) -> None:

@@ -77,7 +77,6 @@ def test_a_place_where_nothing_can_be_written_is_named(tmp_path: Path) -> None:
 
 
 def test_a_process_forked_under_the_lock_does_not_hold_it(tmp_path: Path) -> None:
-    """As data workers are, which live on for seconds when their parent is killed."""
     (come, says_come), (go, says_go) = os.pipe(), os.pipe()
     with FileLock(tmp_path / "lock"):
         child = os.fork()

@@ -108,7 +108,7 @@ def test_contexts_that_cannot_be() -> None:
     for name in ("past", "past:0", "both:-1", "future:3+block", "beside:4", "past:x"):
         with pytest.raises(UsageError):
             parse_context(name)
-    with pytest.raises(UsageError, match="cannot see ahead"):
+    with pytest.raises(UsageError, match="cannot see what follows"):
         check_context(parse_context("both:4"), "decoder", 100)
     with pytest.raises(UsageError, match="N up to 25"):
         check_context(parse_context("both:26"), "encoder", 100)

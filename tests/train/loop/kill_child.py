@@ -89,7 +89,7 @@ class Run:
             pass
 
     def end(self, kill: bool) -> int:
-        """The status it ended with, after all that it said was read. Its data workers hold the pipe, too."""
+        """The status it ended with, after all that it said was read."""
         if kill:
             os.kill(self.pid, signal.SIGKILL)
         else:
@@ -135,7 +135,7 @@ def case(config: Path, out: Path, changes: Sequence[str], kills: int, rng: rando
 def main(config: str, out: str, cases: str) -> None:
     torch.set_num_threads(1)
     for name, changes, kills, seed in json.loads(cases):
-        warm = [*changes, "optim.steps=1", "data.workers=0"]
+        warm = [*changes, "optim.steps=1"]
         Trainer(load_config(Path(config), warm), Path(out) / name / "warm").run()  # what is loaded now, no child loads
         found = case(Path(config), Path(out) / name, changes, kills, random.Random(seed))
         print(json.dumps({"name": name, **found}), flush=True)

@@ -33,8 +33,6 @@ CHOICES: dict[str, list[Any]] = {
     "run.checkpoint_every": [1, 2, 3, 5],
     "run.eval_every": [4, 7, 100],
     "run.keep": [1, 2, 3],
-    "data.workers": [0, 2],
-    "data.worker_start": ["fork", "fork", "spawn"],
     "data.mix_shards": [0, 1, 16],
     "optim.ema": [0, 0.9],
     "model.predictor": ["stateless", "lstm"],
@@ -118,9 +116,9 @@ def test_killed_anywhere_it_ends_as_it_would_have(tones: Path, shards: Path, tmp
     rng = random.Random(5)
     few = {"run.checkpoint_every": 2}
     several = [
-        drawn(rng, shards, data__workers=2, data__worker_start="fork", run__precision="bfloat16", optim__ema=0.9,
+        drawn(rng, shards, run__precision="bfloat16", optim__ema=0.9,
               transfer__mixing="sample", data__mix_shards=1, transfer__aligner="attention"),
-        drawn(rng, shards, data__workers=0, run__precision="float32", optim__ema=0, transfer__mixing="learned",
+        drawn(rng, shards, run__precision="float32", optim__ema=0, transfer__mixing="learned",
               transfer__aligner="cif", run__log_every=3),
     ]  # fmt: skip
     cases = [(str(i), [*c, *(f"{k}={v}" for k, v in few.items())], 3 - i, i) for i, c in enumerate(several)]

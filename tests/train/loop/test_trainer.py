@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +14,12 @@ import pytest
 import torch
 
 from stillhouse.data.batches.sampler import BatchSampler
-from stillhouse.data.errors import CheckpointError, CorpusError, StaleError, UsageError
+from stillhouse.data.errors import CheckpointError, ConfigError, CorpusError, StaleError, UsageError
 from stillhouse.data.manifest import read_manifest, write_manifest
 from stillhouse.train.config import load_config
 from stillhouse.train.decode.decode import decoding_loader, transcribe
 from stillhouse.train.loop.trainer import Trainer
+from stillhouse.train.report.run import read_run
 from stillhouse.train.run.load import load_run
 from stillhouse.train.score.wer import score
 
@@ -109,6 +111,19 @@ def test_a_finished_run_does_nothing(tones: Path, finished: Path) -> None:
     before = (finished / "metrics.jsonl").read_bytes()
     train(tones, finished)
     assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_of_a_version_with_data_workers_goes_on(tones: Path, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run" / "config.toml"
+    path.write_text(path.read_text().replace("[data]\n", '[data]\nworkers = 2\nworker_start = "fork"\n'))
+    with pytest.raises(ConfigError, match=r"data\.workers"):
+        load_config(path)
+    load_run(tmp_path / "run", "last")
+    read_run(tmp_path / "run")
+    lines: list[str] = []
+    Trainer(load_config(tones / "run.toml"), tmp_path / "run", lines.append).run()
+    assert "is done" in lines[-1] and "workers" not in path.read_text()
 
 
 def test_other_settings_in_the_same_folder_are_refused_in_words(tones: Path, finished: Path) -> None:

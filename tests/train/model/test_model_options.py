@@ -223,11 +223,11 @@ def test_a_seed_makes_the_weights_that_it_has_always_made(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["loss.inter_ctc_layers=[3]"], "the layers before the encoder's last are 1 to 2"),
-        (["loss.inter_ctc_layers=[1]", "loss.ctc_weight=0"], "need ctc_weight > 0"),
-        (["loss.durations=[0, 2, 4]"], "hold 0 and 1"),
+        (["loss.inter_ctc_layers=[3]"], "loss.inter_ctc_layers has 3, but with model.layers = 3 it may have 1 to 2"),
+        (["loss.inter_ctc_layers=[1]", "loss.ctc_weight=0"], "loss.inter_ctc_layers needs loss.ctc_weight above 0"),
+        (["loss.durations=[0, 2, 4]"], "include 0 and 1"),
         (["loss.durations=[0, 1, 1]"], "must differ"),
-        (["model.chunk_frames=10"], "multiple of subsampling = 4"),
+        (["model.chunk_frames=10"], "multiple of model.subsampling = 4"),
         (["model.chunk_choices=[8, -4]"], "model.chunk_choices"),
         (["model.joint=concatenated"], "model.joint"),
     ],

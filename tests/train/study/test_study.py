@@ -160,7 +160,7 @@ def test_other_settings_than_the_runs_have_are_refused(finished: tuple[Path, Pat
         (STUDY.replace("[arms.slow]", '[arms."a/b"]'), "'a/b' cannot be the name of an arm"),
         (STUDY.replace("[1, 2]", "[1, 1]"), "a seed is named twice"),
         (STUDY.replace("seeds", 'against = ["single"]\nseeds'), "against names single"),
-        (STUDY.replace("test =", "tests ="), "tests: Extra inputs"),
+        (STUDY.replace("test =", "tests ="), "tests: no such setting; did you mean test"),
     ],
 )
 def test_a_study_that_cannot_be_meant(tones: Path, text: str, message: str) -> None:

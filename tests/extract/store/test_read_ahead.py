@@ -1,4 +1,4 @@
-"""Batches read by a thread and by worker processes are the same, wherever reading begins."""
+"""Batches that the read-ahead thread reads from a store."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from stillhouse.data.batches.loader import prefetch, with_workers
+from stillhouse.data.batches.loader import plans_from, prefetch
 from stillhouse.data.batches.sampler import BatchPlan, BatchSampler
 from stillhouse.data.errors import NoStoreError
 from stillhouse.distill.targets import TargetReader
@@ -44,26 +44,20 @@ def taken(batches: Any, count: int = 9) -> list[tuple[int, int, list[str], dict[
     return found
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_workers_read_what_the_thread_reads(small_store: Path, start: str) -> None:
-    """Over the end of an epoch; after the parent has read (a fork inherits its open files)."""
+def test_the_thread_reads_what_the_plans_name(small_store: Path) -> None:
+    """From any position on, over the end of an epoch."""
     load, last = Reads(small_store), len(sampler().epoch(0)) - 4
-    want = taken(prefetch(sampler(), load, epoch=0, position=last))
-    got = taken(with_workers(sampler(), load, epoch=0, position=last, workers=2, start=start))
+    plans = plans_from(sampler(), 0, last)
+    want = [(epoch, position, *load(plan)) for epoch, position, plan in islice(plans, 9)]
+    got = taken(prefetch(sampler(), load, epoch=0, position=last))
     assert [x[:3] for x in got] == [x[:3] for x in want] and got[-1][0] == 1
     for ours, theirs in zip(got, want):
         assert ours[3].keys() == theirs[3].keys() and len(ours[3]) == 4
         assert all(torch.equal(ours[3][k], v) for k, v in theirs[3].items())
 
 
-@pytest.mark.parametrize("how", ["thread", "spawn"])
-def test_an_error_arrives_at_its_batch(small_store: Path, how: str) -> None:
-    load = Reads(small_store, lost=True)
-    batches = (
-        prefetch(sampler(), load, epoch=0, position=0)
-        if how == "thread"
-        else with_workers(sampler(), load, epoch=0, position=0, workers=1)
-    )
+def test_an_error_arrives_at_its_batch(small_store: Path) -> None:
+    batches = prefetch(sampler(), Reads(small_store, lost=True), epoch=0, position=0)
     for _ in range(3):
         next(batches)
     with pytest.raises(NoStoreError, match="no states of nobody"):
