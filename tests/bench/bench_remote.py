@@ -25,14 +25,9 @@ UTTERANCES, WIDTH, BATCH = 5_000, 384, 64
 URL = "s3://bucket/bench"
 
 
-def resident_mb(pid: int) -> float:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+def resident_mb() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
-
-
-def helpers() -> list[int]:
-    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-    return [int(c) for c in children if "transfers.py" in Path(f"/proc/{c}/cmdline").read_text()]
 
 
 def main() -> None:
@@ -49,14 +44,14 @@ def main() -> None:
         }
         request = Request("t", [0, 1], ["alone"])
         summary = extract(URL, corpus, MadeUpTeacher(WIDTH, 1), request)  # type: ignore[arg-type]
-        units, puts = summary.units, proxy.counts["PUT"]
-        print(f"store: {UTTERANCES:,} utterances, {summary.tokens:,} tokens, {WIDTH} wide, {units} units of 2 layers")
+        items, puts = summary.units, proxy.counts["PUT"]
+        print(f"store: {UTTERANCES:,} utterances, {summary.tokens:,} tokens, {WIDTH} wide, {items} items of 2 layers")
         print(f"extract: {proxy.counts.total():,} requests, of which {puts} PUT; {proxy.bytes_out / 1e6:.1f} MB read")
         for shards_mixed in (4, 0):
             for path in (folder / "cache").rglob("*"):
                 path.unlink() if path.is_file() else None
             proxy.reset()
-            before = resident_mb(os.getpid())
+            before = resident_mb()
             store = Store.open(URL)
             view = store.resolve("t/alone/1")
             ids = [u.id for u in corpus.utterances]
@@ -74,13 +69,12 @@ def main() -> None:
                     read.append(proxy.bytes_out - b)
                     payload.append(states.nbytes)
             half = len(counts) // 2
-            helper = sum(map(resident_mb, helpers()))
             what = f"{shards_mixed} shards mixed" if shards_mixed else "all shards mixed"
             print(
                 f"{what}: opening {opened[0]} requests, {opened[1] / 1e6:.2f} MB; first epoch {sum(counts[:half])} "
                 f"requests in {half} batches, most {max(counts[:half])} in one, {sum(read[:half]) / 1e6:.1f} MB for "
                 f"{sum(payload[:half]) / 1e6:.1f} MB of states; second epoch {sum(counts[half:])} requests; "
-                f"memory +{resident_mb(os.getpid()) - before:.0f} MB here, {helper:.0f} MB in the helper"
+                f"memory +{resident_mb() - before:.0f} MB"
             )
         proxy.close()
 
