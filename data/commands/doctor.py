@@ -1,6 +1,7 @@
-"""`stillhouse doctor`: the checks of this package, printed.
+"""`stillhouse doctor`: print the checks.
 
-Invariant: ends with exit code 1 exactly where something is broken. Run: `stillhouse doctor`.
+Guarantees: the exit code is 1 if a check is broken, else 0.
+Try: `stillhouse doctor`.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ GROUPS = {"python": "", "library": "libraries", "gpu": "GPU", "extra": "extras",
     type=click.Path(path_type=Path),
     default=Path("."),
     show_default="the current folder",
-    help="Where stores are to lie: its file system and free space are looked at.",
+    help="Folder for stores. Its file system and free space are checked.",
 )
-@click.option("--json", "as_json", is_flag=True, help="The checks as JSON (docs/reference/doctor.md).")
+@click.option("--json", "as_json", is_flag=True, help="Print the checks as JSON (see docs/reference/doctor.md).")
 @click.pass_context
 def doctor(ctx: click.Context, path: Path, as_json: bool) -> None:
-    """Look at what Stillhouse needs here: whether it works, and what to install. Exit code 1: something is broken.
+    """Check your libraries, GPU, audio formats and disk, and show what to install.
 
-    Every library is tried in a process of its own, so this takes some seconds.
+    The exit code is 1 if anything is broken. Each library is imported in its own process, which takes some seconds.
 
     Example: stillhouse doctor
     """
@@ -58,11 +59,11 @@ def _lines(checks: list) -> list[str]:
             lines += ["", click.style(group, bold=True)]
         mark, colour = SHOWN[check.state]
         head = f"{click.style(f'{mark:6}', fg=colour, bold=check.state == 'broken')}  {check.name:{names}}  "
-        told = check.what if check.remedy is None else f"{check.what} → {check.remedy}"
+        text = check.what if check.remedy is None else f"{check.what} → {check.remedy}"
         rest = " " * (names + 10)
-        wrapped = textwrap.wrap(told, columns - len(rest), break_long_words=False, break_on_hyphens=False) or [""]
+        wrapped = textwrap.wrap(text, columns - len(rest), break_long_words=False, break_on_hyphens=False) or [""]
         lines += [head + wrapped[0], *(rest + line for line in wrapped[1:])]
     broken = sum(c.state == "broken" for c in checks)
     word = "is" if broken == 1 else "are"
-    lines += ["", f"{broken} {word} broken, see → above" if broken else "all that is needed works"]
+    lines += ["", f"{broken} {word} broken: follow the → above" if broken else "Everything that is needed works."]
     return lines

@@ -1,1 +1,1 @@
-"""What works on this machine, and what to install: `stillhouse doctor`. Imports nothing but the standard library."""
+"""The checks of `stillhouse doctor`. They import the standard library alone: a broken library cannot stop them."""

@@ -1,6 +1,7 @@
-"""All that `stillhouse doctor` looks at, each as one line: what is there, whether it works, what to do.
+"""The checks of `stillhouse doctor`: Python, libraries, GPU, extras and the machine, one line each.
 
-Invariant: nothing that is looked at can make this fail; every check says something. Exercised by: `stillhouse doctor`.
+Guarantees: no library, file system or GPU makes this fail. The schema `stillhouse.doctor/1` only grows.
+Try: `stillhouse doctor --json`.
 """
 
 from __future__ import annotations
@@ -10,24 +11,32 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from . import probes
-from .probes import Answer, ask, together
-from .requirements import Need, install, installed, module, needs, satisfies
+from .probes import NUMBA_CUDA, TRIES, Answer, ask
+from .requirements import Need, install, installed, needs, satisfies
 
 State = Literal["ok", "low", "absent", "broken"]
+OPEN_FILES = 1024  # enough for a gather over several views of many shards
+FREE_BYTES, MEMORY_BYTES = 20 << 30, 4 << 30
+DRIVER = Path("/proc/driver/nvidia/gpus")  # The driver of NVIDIA makes a folder here for each GPU.
 
 
 @dataclass(frozen=True)
 class Check:
-    """`state`: "ok"; "low" works, but not well; "absent" is not needed by everyone; "broken" has to be mended."""
+    """One line of the answer.
 
-    group: str  # "python", "library", "gpu", "extra" or "machine"
+    Fields:
+        group: "python", "library", "gpu", "extra" or "machine".
+        state: "ok"; "low" works, but slowly or with little left; "absent" is optional; "broken" must be repaired.
+        remedy: what to do, or None.
+    """
+
+    group: str
     name: str
     state: State
     what: str
@@ -35,44 +44,39 @@ class Check:
 
 
 def as_json(checks: list[Check]) -> dict[str, Any]:
-    """The schema is in docs/reference/doctor.md and only grows."""
+    """Return the checks in the schema of docs/reference/doctor.md."""
     ok = not any(c.state == "broken" for c in checks)
     return {"schema": "stillhouse.doctor/1", "ok": ok, "checks": [asdict(c) for c in checks]}
 
 
 def examine(path: Path) -> list[Check]:
-    """Everything, in the order in which it is shown; `path` is where stores are to lie."""
-    asked = needs()
-    libraries = [n for n in asked if n.extra is None]
-    others = [n for n in asked if n.extra not in (None, "dev")]
-    there = list(dict.fromkeys(n.name for n in [*libraries, *others] if installed(n.name) is not None))
-    questions: dict[str, Callable[[], Answer]] = {
-        name: partial(ask, probes.OF.get(name, f"import {module(name)}")) for name in there
+    """Return all checks in the order in which they are shown. `path` is the folder for stores."""
+    required = [n for n in needs() if n.extra != "dev"]
+    names = {n.name: n.module for n in required if installed(n.name) is not None}
+    # The slowest imports start first, so that they do not delay the end.
+    slow = ("transformers", "torchaudio", "torch", "numba")
+    programs = {
+        name: f"import {names[name]}\n{TRIES.get(name, '')}" for name in sorted(names, key=lambda n: n not in slow)
     }
-    questions |= {
-        " driver": partial(ask, probes.DRIVER),
-        " numba.cuda": partial(ask, probes.NUMBA_CUDA),
-        " simulator": partial(ask, probes.NUMBA_CUDA, NUMBA_ENABLE_CUDASIM="1"),
-    }
-    # The slow ones first, so that none is left over at the end
-    order = sorted(questions, key=lambda name: name not in ("transformers", "torchaudio", "torch", "numba"))
-    answers = dict(zip(order, together([questions[name] for name in order])))
+    with ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:
+        numba_cuda = pool.submit(ask, NUMBA_CUDA)
+        answers = dict(zip(programs, pool.map(ask, programs.values())))
     return [
-        *_python(asked),
-        *(_library(n, answers.get(n.name)) for n in libraries),
-        *_gpu(answers),
-        *_extras(others, answers),
+        *_python(required),
+        *(_library(n, answers.get(n.name)) for n in required if n.extra is None),
+        *_gpu(answers.get("torch", Answer(error="not installed")), numba_cuda.result()),
+        *_extras([n for n in required if n.extra], answers),
         *machine(path),
     ]
 
 
-def _python(asked: list[Need]) -> Iterator[Check]:
+def _python(required: list[Need]) -> Iterator[Check]:
     old = sys.version_info < (3, 11)
     what = f"{platform.python_version()} on {platform.system()} {platform.machine()}, {sys.executable}"
-    yield Check("python", "Python", "broken" if old else "ok", what, "Python 3.11 or newer" if old else None)
+    yield Check("python", "Python", "broken" if old else "ok", what, "install Python 3.11 or newer" if old else None)
     version = installed("stillhouse")
-    if version is None or not asked:
-        yield Check("python", "stillhouse", "broken", "its installation is incomplete", "pip install --editable .")
+    if version is None or not required:
+        yield Check("python", "stillhouse", "broken", "the installation is incomplete", "pip install --editable .")
     else:
         yield Check("python", "stillhouse", "ok", f"{version} in {Path(__file__).resolve().parents[2]}")
 
@@ -81,97 +85,68 @@ def _library(need: Need, answer: Answer | None) -> Check:
     version = installed(need.name)
     if version is None or answer is None:
         return Check("library", need.name, "broken", "not installed", need.remedy)
+    reinstall = f"pip install --force-reinstall '{need.name}{need.versions}'"
     if answer.error is not None:
-        again = f"pip install --force-reinstall '{need.name}{need.versions}'"
         if need.name == "torchaudio":
-            again = "install torch and torchaudio anew from one place, both for the CPU or both for the same CUDA"
-        return Check("library", need.name, "broken", f"{version} does not work: {answer.error}", again)
+            reinstall = "reinstall torch and torchaudio from one index, both for the CPU or both for the same CUDA"
+        return Check("library", need.name, "broken", f"{version} does not work: {answer.error}", reinstall)
     if not satisfies(version, need.versions):
-        return Check("library", need.name, "broken", f"{version}, {need.versions} asked for", need.remedy)
-    if answer.get("implementation") == "python":
-        what = f"{version}, without its compiled part: checksums are some hundred times slower"
-        return Check("library", need.name, "low", what, "pip install --force-reinstall google-crc32c")
-    return Check("library", need.name, "ok", ", ".join([version, *_details(need.name, answer)]))
+        return Check("library", need.name, "broken", f"{version}, expected {need.versions}", need.remedy)
+    what = ", ".join(filter(None, [version, answer.get("what"), answer.get("low")]))
+    low = answer.get("low") is not None
+    return Check("library", need.name, "low" if low else "ok", what, reinstall if low else None)
 
 
-def _details(name: str, answer: Answer) -> list[str]:
-    if name == "torch":
-        built = answer.get("built_for")
-        return [f"built for CUDA {built}" if built else "built for the CPU", f"{answer.get('threads')} threads"]
-    if name == "numba":
-        return [f"threads by {answer.get('layer')}"]
-    if name == "soundfile":
-        formats = [f for f in ("WAV", "FLAC", "OGG", "MP3") if f in (answer.get("formats") or [])]
-        return [f"libsndfile {answer.get('libsndfile')}: {' '.join(formats)} and more"]
-    if name == "h5py":
-        return [f"HDF5 {answer.get('hdf5')}"]
-    if name == "zarr":
-        return ["sharding and crc32c work"]
-    return []
-
-
-def _gpu(answers: dict[str, Answer]) -> Iterator[Check]:
-    driver, torch = answers[" driver"], answers.get("torch", Answer(error="not installed"))
-    devices = driver.get("devices") or 0
-    if driver.error or (driver.get("there") and driver.get("init")):
-        what = driver.error or f"the driver does not start: CUDA error {driver.get('init')}"
-        yield Check("gpu", "CUDA driver", "broken", what, "look at nvidia-smi; install the driver anew")
-    elif not devices:
-        what = "none, so everything runs on the CPU" if not driver.get("there") else "there, but it sees no device"
-        yield Check("gpu", "CUDA driver", "absent", what, "for a GPU: NVIDIA's driver")
+def _gpu(torch: Answer, numba: Answer) -> Iterator[Check]:
+    gpus = len(list(DRIVER.iterdir())) if DRIVER.is_dir() else 0
+    seen = torch.get("devices")
+    if gpus or seen:
+        yield Check("gpu", "CUDA driver", "ok", f"{gpus or len(seen)} devices")
     else:
-        yield Check("gpu", "CUDA driver", "ok", f"for CUDA {driver.get('version')}, {devices} devices")
-    if torch.get("cuda"):
-        yield Check("gpu", "torch on CUDA", "ok", "; ".join(torch.get("devices") or []))
-    elif devices:
-        what = torch.error or f"sees no device; built for {torch.get('built_for') or 'the CPU'}"
-        remedy = f"install a torch that is built for CUDA {driver.get('version')} or older"
+        yield Check(
+            "gpu", "CUDA driver", "absent", "none, so everything runs on the CPU", "for a GPU: the driver of NVIDIA"
+        )
+    if seen:
+        yield Check("gpu", "torch on CUDA", "ok", "; ".join(seen))
+    elif gpus:
+        what = torch.error or f"torch sees no device ({torch.get('what')})"
+        remedy = "install a torch that is built for the CUDA version that nvidia-smi shows, or an older one"
         yield Check("gpu", "torch on CUDA", "broken", what, remedy)
-    numba = answers[" numba.cuda"]
     if numba.error is not None:
-        what = f"does not work: {numba.error}"
-        yield Check("gpu", "numba on CUDA", "broken", what, install("gpu"))
+        yield Check("gpu", "numba on CUDA", "broken", f"does not work: {numba.error}", install("gpu"))
     elif numba.get("available"):
         yield Check("gpu", "numba on CUDA", "ok", "compiles and runs kernels")
-    elif devices:
-        yield Check("gpu", "numba on CUDA", "broken", "sees no device", install("gpu"))
+    elif gpus or seen:
+        yield Check("gpu", "numba on CUDA", "broken", "numba sees no device", install("gpu"))
     else:
         yield Check("gpu", "numba on CUDA", "absent", "no device", f"on a machine with a GPU: {install('gpu')}")
-    simulator = answers[" simulator"]
-    if simulator.error is not None:
-        what = f"does not work: {simulator.error}; only tests of the kernels need it"
-        yield Check("gpu", "numba's simulator", "low", what, "pip install --force-reinstall numba")
-    else:
-        yield Check("gpu", "numba's simulator", "ok", "runs kernels without a device, for tests")
 
 
-def _extras(asked: list[Need], answers: dict[str, Answer]) -> Iterator[Check]:
-    """A line an extra: broken if something of it is there and does not work."""
-    for extra in dict.fromkeys(n.extra for n in asked):
-        mine = [n for n in asked if n.extra == extra]
-        have = {n.name: installed(n.name) for n in mine}
-        broken = [f"{n.name} does not work: {e}" for n in mine if n.name in answers and (e := answers[n.name].error)]
+def _extras(required: list[Need], answers: dict[str, Answer]) -> Iterator[Check]:
+    """One line for each extra. It is broken if a part of it is installed and does not work."""
+    for extra in dict.fromkeys(str(n.extra) for n in required):
+        parts = [n for n in required if n.extra == extra]
+        versions = {n.name: installed(n.name) for n in parts}
+        broken = [f"{n.name} does not work: {e}" for n in parts if n.name in answers and (e := answers[n.name].error)]
         broken += [
-            f"{n.name} {v}, {n.versions} asked for"
-            for n in mine
-            if (v := have[n.name]) and not satisfies(v, n.versions)
+            f"{n.name} {v}, expected {n.versions}"
+            for n in parts
+            if (v := versions[n.name]) and not satisfies(v, n.versions)
         ]
-        missing = [name for name, version in have.items() if version is None]
-        shown = ", ".join(f"{name} {version}" for name, version in have.items() if version is not None)
+        missing = [name for name, version in versions.items() if version is None]
         if broken:
-            yield Check("extra", str(extra), "broken", "; ".join(broken), install(str(extra)))
+            yield Check("extra", extra, "broken", "; ".join(broken), install(extra))
         elif missing:
-            yield Check("extra", str(extra), "absent", f"without {', '.join(missing)}", install(str(extra)))
+            yield Check("extra", extra, "absent", f"without {', '.join(missing)}", install(extra))
         else:
-            yield Check("extra", str(extra), "ok", shown)
-
-
-FILES = 1024  # open files of a gather over several views of many shards, with room for the rest
-FREE_BYTES = 20 << 30
+            yield Check("extra", extra, "ok", ", ".join(f"{name} {version}" for name, version in versions.items()))
 
 
 def machine(path: Path) -> Iterator[Check]:
-    yield _cores()
+    """Yield the checks of cores, memory, limits, and the file system of `path`."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = [f"{k}={os.environ[k]}" for k in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS") if k in os.environ]
+    yield Check("machine", "cores", "ok", ", ".join([f"{usable} usable", *threads]))
     yield _memory()
     yield _open_files()
     yield _folder(path)
@@ -179,81 +154,55 @@ def machine(path: Path) -> Iterator[Check]:
         yield _disk(name, folder)
 
 
-def _cores() -> Check:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    told = [f"{k}={os.environ[k]}" for k in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS") if k in os.environ]
-    return Check("machine", "cores", "ok", ", ".join([f"{usable} usable", *told]))
-
-
 def _memory() -> Check:
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return Check("machine", "memory", "ok", "size unknown")
-    limit = _cgroup_limit()
-    shown = f"{total / 2**30:.1f} GiB"
-    if limit is not None and limit < total:
-        shown += f", this process may use {limit / 2**30:.1f}"
-    few = min(total, limit or total) < 4 << 30
-    remedy = "extraction of a small model needs about 2 GiB, training more: mind batch sizes" if few else None
-    return Check("machine", "memory", "low" if few else "ok", shown, remedy)
-
-
-def _cgroup_limit() -> int | None:
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
-            text = Path(name).read_text(encoding="ascii").strip()
-        except OSError:
+            sizes.append(int(Path(name).read_text(encoding="ascii")))
+        except (OSError, ValueError):  # There is no such file, or it says "max".
             continue
-        if text.isdigit():
-            return int(text)
-    return None
+    what = f"{sizes[0] / 2**30:.1f} GiB"
+    if min(sizes) < sizes[0]:
+        what += f", of which this process may use {min(sizes) / 2**30:.1f} GiB"
+    low = min(sizes) < MEMORY_BYTES
+    remedy = "use small batches: to extract a small model needs about 2 GiB, and training more" if low else None
+    return Check("machine", "memory", "low" if low else "ok", what, remedy)
 
 
 def _open_files() -> Check:
-    try:
-        import resource
-    except ImportError:  # not POSIX
-        return Check("machine", "open files", "broken", "no resource limits here", "use Linux or macOS")
+    import resource
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     shown = ["unlimited" if n == resource.RLIM_INFINITY else f"{n:,}" for n in (soft, hard)]
-    size = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    if size != resource.RLIM_INFINITY:
-        what = f"no file may be larger than {size:,} bytes"
-        return Check("machine", "limits", "low", what, "ulimit -f unlimited")
-    low = soft != resource.RLIM_INFINITY and soft < FILES
+    low = soft != resource.RLIM_INFINITY and soft < OPEN_FILES
     remedy = f"ulimit -n {4096 if hard == resource.RLIM_INFINITY else min(4096, hard)}" if low else None
     return Check("machine", "open files", "low" if low else "ok", f"{shown[0]}, at most {shown[1]}", remedy)
 
 
 def _disk(name: str, folder: Path) -> Check:
-    there = next((p for p in (folder, *folder.absolute().parents) if p.exists()), Path("/"))
+    folder = next((p for p in (folder, *folder.absolute().parents) if p.exists()), Path("/")).absolute()
     try:
-        free = shutil.disk_usage(there).free
+        free = shutil.disk_usage(folder).free
     except OSError as e:
-        return Check("machine", name, "broken", f"{there}: {e.strerror}", "look after the disk")
+        return Check("machine", name, "broken", f"{folder}: {e.strerror}", "check the disk")
     low = (free < FREE_BYTES and name == "disk") or free < 1 << 30
-    remedy = "a view of 1,000 hours takes about 10 GB; `stillhouse extract --dry-run` says how much" if low else None
-    return Check("machine", name, "low" if low else "ok", f"{free / 1e9:,.1f} GB free at {there.absolute()}", remedy)
+    remedy = "a view of 1,000 hours takes about 10 GB; `stillhouse extract --dry-run` shows how much" if low else None
+    return Check("machine", name, "low" if low else "ok", f"{free / 1e9:,.1f} GB free at {folder}", remedy)
 
 
 def _folder(path: Path) -> Check:
-    """Locks, hard links and reserved space, in a folder of its own inside `path`."""
+    """Try the file system in a new folder inside `path`, which is deleted again."""
+    shown = path.absolute()
     try:
         with tempfile.TemporaryDirectory(prefix=".stillhouse-doctor-", dir=path) as scratch:
             missing = _missing(Path(scratch))
     except OSError as e:
-        return Check(
-            "machine",
-            "file system",
-            "broken",
-            f"{path.absolute()}: {e.strerror}",
-            "give --path a folder that can be written",
-        )
+        what, remedy = f"{shown}: {e.strerror}", "give --path a folder that can be written"
+        return Check("machine", "file system", "broken", what, remedy)
     if missing:
-        what = f"{path.absolute()}: no {', no '.join(missing)}"
-        return Check("machine", "file system", "broken", what, "put stores on a local disk, NFS 4 or Lustre")
-    return Check("machine", "file system", "ok", f"{path.absolute()}: locks, links, atomic renames, reserved space")
+        what, remedy = f"{shown}: no {', no '.join(missing)}", "put stores on a local disk, NFS 4 or Lustre"
+        return Check("machine", "file system", "broken", what, remedy)
+    return Check("machine", "file system", "ok", f"{shown}: locks, links, atomic renames, reserved space")
 
 
 def _missing(scratch: Path) -> list[str]:
@@ -261,21 +210,17 @@ def _missing(scratch: Path) -> list[str]:
 
     missing = []
     with open(scratch / "a", "wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            missing.append("locks (flock)")
-        if hasattr(os, "posix_fallocate"):
+        tries = {
+            "locks (flock)": lambda: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB),
+            "reserved space (posix_fallocate)": lambda: (
+                os.posix_fallocate(file.fileno(), 0, 1 << 16) if hasattr(os, "posix_fallocate") else None
+            ),
+            "hard links": lambda: os.link(scratch / "a", scratch / "b"),
+            "renames": lambda: os.replace(scratch / "a", scratch / "c"),
+        }
+        for name, attempt in tries.items():
             try:
-                os.posix_fallocate(file.fileno(), 0, 1 << 16)
+                attempt()
             except OSError:
-                missing.append("reserved space (posix_fallocate)")
-    try:
-        os.link(scratch / "a", scratch / "b")
-    except OSError:
-        missing.append("hard links")
-    try:
-        os.replace(scratch / "a", scratch / "c")
-    except OSError:
-        missing.append("renames")
+                missing.append(name)
     return missing
