@@ -32,35 +32,31 @@ corpus.add_command(import_)
 
 
 class _Progress:
-    """A bar on a terminal, a line every few seconds elsewhere."""
+    """A progress bar on a terminal, and a line every few seconds elsewhere."""
 
-    def __init__(self, what: str) -> None:
-        self.what, self.rows, self.to_do, self.audio_s, self.said = what, 0, 0, 0.0, 0.0
+    def __init__(self, name: str) -> None:
+        self.name, self.rows, self.missing, self.audio_s, self.shown = name, 0, 0, 0.0, 0.0
         self.bar: Any = None
 
-    def start(self, there: int, to_do: int) -> None:
-        say(f"{self.what}: {there} rows there, {to_do} to do")
-        self.to_do, self.begun = to_do, time.monotonic()
-        if to_do and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import Progress
-
-            self.bar = Progress(console=Console(stderr=True), transient=True)
-            self.task = self.bar.add_task("features", total=to_do)
-            self.bar.start()
+    def start(self, present: int, missing: int) -> None:
+        say(f"{self.name}: {present} rows present, {missing} to compute")
+        self.missing, self.begun = missing, time.monotonic()
+        if missing and sys.stderr.isatty():
+            self.bar = click.progressbar(length=missing, label="features", file=sys.stderr)
+            self.bar.render_progress()
 
     def part(self, part: PartDone) -> None:
         self.rows, self.audio_s, now = self.rows + part.rows, self.audio_s + part.audio_s, time.monotonic()
         if self.bar is not None:
-            self.bar.update(self.task, completed=self.rows)
-        elif now - self.said > 5:
-            self.said = now
+            self.bar.update(part.rows)
+        elif now - self.shown > 5:
+            self.shown = now
             speed = self.audio_s / (now - self.begun)
-            say(f"{self.rows}/{self.to_do} rows, {self.audio_s / 3600:.2f} h, {speed:.0f}× real time")
+            say(f"{self.rows}/{self.missing} rows, {self.audio_s / 3600:.2f} h, {speed:.0f}× real time")
 
     def stop(self) -> None:
         if self.bar is not None:
-            self.bar.stop()
+            self.bar.render_finish()
 
 
 @corpus.command()

@@ -65,7 +65,7 @@ def test_from_a_table_to_features_and_units(make_corpus: Callable[..., Corpus], 
     done = stillhouse("corpus", "features", manifest, features, "--speeds", "0.9,1.1", "--split", "dev", "--json")
     assert json.loads(done.stdout)["rows_computed"] == 2 * splits["dev"]["utterances"]
     more = stillhouse("corpus", "features", manifest, features, "--speeds", "0.9,1.1")
-    assert f"{2 * splits['dev']['utterances']} rows there" in more.stderr
+    assert f"{2 * splits['dev']['utterances']} rows present" in more.stderr
     assert len(FeatureFile(features).ids) == 30
     facts = json.loads(stillhouse("corpus", "info", features, "--json").stdout)
     assert (facts["rows"], facts["speeds"]) == (60, [0.9, 1.1])
