@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from ..pipeline.progress import ExtractionProgress, Report, Summary
+    from ..pipeline.progress import ExtractionProgress, OnProgress, Summary
 
 REPORT_EVERY_S = 5.0
 
@@ -126,7 +126,7 @@ def _status(store: Path) -> tuple[Any, str]:
 
 def _run(options: dict[str, Any]) -> tuple[Any, str]:
     from ...data.manifest import read_manifest
-    from ..pipeline.estimate import check_room, size_up
+    from ..pipeline.estimate import check_disk_space, size_up
     from ..pipeline.estimate import render as render_sizing
     from ..pipeline.extract import extract as run
     from ..pipeline.request import Request
@@ -153,7 +153,7 @@ def _run(options: dict[str, Any]) -> tuple[Any, str]:
         with writable_copy(store) as folder:
             sizing = size_up(folder, corpus, teacher, request, refresh=options["refresh"])
         return sizing.as_json(), render_sizing(sizing)
-    check = None if options["force"] else check_room
+    check = None if options["force"] else check_disk_space
     if options["engine"] == "ray":
         from ..pipeline.workers import start_ray_workers
 
@@ -191,7 +191,7 @@ def default_name(source: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(source).name).strip("-.") or "teacher"
 
 
-def progress_lines() -> Report:
+def progress_lines() -> OnProgress:
     """A line on stderr every few seconds."""
     last = time.perf_counter()
 

@@ -15,16 +15,9 @@ import numpy as np
 
 from ...data.errors import NoStoreError
 from ..pipeline.estimate import view_bytes
-from ..pipeline.generation import (
-    NewRows,
-    grow_teacher,
-    next_generation,
-    rows_after,
-    utc_now,
-    write_new_rows,
-    write_tokens,
-)
+from ..pipeline.generation import NewRows, next_generation, rows_after, utc_now
 from ..pipeline.layout import compact
+from ..pipeline.new_store import grow_teacher, write_new_rows, write_tokens
 from ..store.disk.durable import crash_point
 from ..store.format.block_sums import recording_sums
 from ..store.format.index import Index

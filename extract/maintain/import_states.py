@@ -1,8 +1,8 @@
-"""States that another program has cached, an utterance a file or a dataset, into a store.
+"""Import states that another program has saved, with one file or one dataset for each utterance.
 
-Invariant: what is written is what the cache holds, at the tokens of the teacher's own tokenizer (or those that are
-given); another number of states than tokens is an error, and nothing is unpickled.
-Run: `stillhouse store import CORPUS STORE --from FOLDER --teacher MODEL --layers 6 --file '{id}.npy'`.
+Guarantees: the store gets the states of the cache, at the tokens of the teacher's own tokenizer or at tokens that are
+given. It is an error if an utterance has not as many states as tokens. Nothing is unpickled.
+Try: `stillhouse store import CORPUS STORE --from FOLDER --teacher MODEL --layers 6 --file '{id}.npy'`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import numpy as np
 from ...data.errors import StoreError, UsageError
 from ...data.manifest import Corpus, Utterance
 from ..pipeline.extract import extract
-from ..pipeline.progress import Report, Summary
+from ..pipeline.norms import Norms
+from ..pipeline.progress import OnProgress, Summary
 from ..pipeline.request import Request
 from ..pipeline.runner import ItemRunner, OpenItem
 from ..store.disk.layout import dtype_of
@@ -35,17 +36,84 @@ PICKLED = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")
 PROBED = 20  # utterances that are read before anything is written
 
 
+class _OpenFile:
+    """Reads arrays from files. The last file of many arrays stays open, since many utterances may come from it."""
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._file: Any = None
+
+    def close(self) -> None:
+        if hasattr(self._file, "close"):
+            self._file.close()
+        self._path = self._file = None
+
+    def _open(self, path: Path) -> Any:
+        if path != self._path:
+            self.close()
+            if path.suffix in HDF5:
+                import h5py
+
+                self._file = h5py.File(path, "r")
+            elif path.suffix == ".npz":
+                self._file = np.load(path, allow_pickle=False)
+            else:
+                from safetensors import SafetensorError, safe_open
+
+                try:
+                    self._file = safe_open(path, "pt")  # numpy has no bfloat16
+                except SafetensorError as e:
+                    raise ValueError(str(e)) from e
+            self._path = path
+        return self._file
+
+    def load(self, path: Path, name: str | None) -> np.ndarray:
+        """Return an array of a file; None names the only one.
+
+        Raises:
+            FileNotFoundError, OSError: the file does not exist or cannot be read.
+            KeyError: the file has no such array.
+            ValueError: there are several arrays, or the array would have to be unpickled.
+        """
+        if path.suffix == ".npy":
+            return np.load(path, allow_pickle=False)
+        if not path.is_file():
+            raise FileNotFoundError(path)
+        file = self._open(path)
+        names = list(file.keys()) if name is None else [name]
+        if len(names) != 1:
+            raise ValueError(f"{len(names)} arrays, and no key says which")
+        name = names[0]
+        if path.suffix in HDF5:
+            import h5py
+
+            if not isinstance(file[name], h5py.Dataset):
+                raise ValueError(f"{name!r} is no dataset")
+            return np.asarray(file[name][()])
+        if path.suffix == ".npz":
+            return file[name]
+        from safetensors import SafetensorError
+
+        try:
+            tensor = file.get_tensor(name)
+        except SafetensorError as e:
+            raise KeyError(name) from e
+        return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+
+
 @dataclass(frozen=True)
 class ImportCache:
-    """Where the states of an utterance lie. `file` and `key` may name {id}, {layer}, {session}, {speaker} and {split}.
+    """Where the states of each utterance are. `file` and `key` may name {id}, {layer}, {session}, {speaker}, {split}.
 
-    source      a folder of files; or one .h5, .npz or .safetensors with a dataset an utterance
-    file        an utterance's file in that folder
-    key         its array in the file; None: the only one, or {id} in one file
-    layers      what the store calls the layers, in the cache's order
-    layer_axis  of an array that holds them all; None: an array a layer
-    drop        special tokens at an array's begin and end that are left out
-    names       {utterance id: what {id} stands for}; those without are called as they are
+    As a context manager it closes the file that it has open.
+
+    source      a folder of files, or one .h5, .npz or .safetensors file with one dataset for each utterance
+    layers      numbers of the layers in the store, in the order of the cache
+    file        an utterance's file in the folder
+    key         an utterance's array in the file; None: the only one, or {id} in a single file
+    layer_axis  axis of an array that holds all layers; None: one array for each layer
+    drop        special tokens to leave out at the begin and the end of an array
+    names       {utterance id: what {id} stands for}; other utterances keep their id
     """
 
     source: Path
@@ -55,24 +123,37 @@ class ImportCache:
     layer_axis: int | None = None
     drop: tuple[int, int] = (0, 0)
     names: Mapping[str, str] = field(default_factory=dict)
+    _files: _OpenFile = field(default_factory=_OpenFile, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.source.exists():
-            raise UsageError("is not there", where=self.source, expected="a folder, or one file of many arrays")
+            raise UsageError("does not exist", where=self.source, expected="a folder, or one file of many arrays")
         if self.source.is_file() and self.file is not None:
-            raise UsageError("a file within a file", where=self.source, expected="--key alone")
+            raise UsageError("--file names a file inside of a file", where=self.source, expected="--key alone")
         named = f"{self.file or ''}{self.key or ''}"
         if len(self.layers) > 1 and self.layer_axis is None and "{layer}" not in named:
-            raise UsageError(f"{len(self.layers)} layers, and nothing says which is which",
-                             expected="a layer axis, or {layer} in the file's or the array's name")  # fmt: skip
-        _readable(self.source if self.source.is_file() else self.source / self._file_pattern)
+            raise UsageError(
+                f"{len(self.layers)} layers, and nothing says which is which",
+                expected="a layer axis, or {layer} in the file's or the array's name",
+            )
+        _check_suffix(self.source if self.source.is_file() else self.source / self._file_pattern)
+
+    def __enter__(self) -> ImportCache:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._files.close()
 
     @property
     def _file_pattern(self) -> str:
         return self.file or "{id}.npy"
 
     def path(self, u: Utterance, layer: int) -> Path:
-        """Errors: StoreError where a name leads out of the folder."""
+        """Return an utterance's file.
+
+        Raises:
+            StoreError: its name leads out of the folder.
+        """
         if self.source.is_file():
             return self.source
         path = self.source / self._fill(self._file_pattern, u, layer)
@@ -88,22 +169,30 @@ class ImportCache:
             raise UsageError(f"{pattern!r} cannot be filled in: {e}", expected="{id}, {layer}, {session}, …") from e
 
     def array(self, u: Utterance, layer: int, key: str | None = None) -> np.ndarray:
-        """One array as the file has it. Errors: StoreError naming the utterance where it is not there or unreadable."""
+        """Return an array as the file has it.
+
+        Raises:
+            StoreError: names the utterance whose array is missing or cannot be read.
+        """
         path, pattern = self.path(u, layer), key or self.key
         if pattern is None and self.source.is_file():
             pattern = "{id}"
         name = None if pattern is None else self._fill(pattern, u, layer)
         try:
-            return _load(path, name)
+            return self._files.load(path, name)
         except FileNotFoundError as e:
-            raise StoreError(f"no states of it: {path} is not there", where=u.id, remedy=_LESS) from e
+            raise StoreError(f"no states of it: {path} does not exist", where=u.id, remedy=_LESS) from e
         except (KeyError, ValueError, OSError, zipfile.BadZipFile) as e:
             what = f"no array {name!r}" if isinstance(e, KeyError) else f"cannot be read: {e}"
             raise StoreError(f"{path}: {what}", where=u.id, expected="arrays of numbers", remedy=_LESS) from e
 
     def states(self, u: Utterance, layers: Sequence[int]) -> dict[int, np.ndarray]:
-        """{layer: float32 [N, D]}, special tokens dropped. Errors: as `array`, and for an array of another shape."""
-        found: dict[int, np.ndarray] = {}
+        """Return {layer: float32 [N, D]} of an utterance, without the special tokens that are dropped.
+
+        Raises:
+            StoreError: as `array`, and for an array of another shape.
+        """
+        states: dict[int, np.ndarray] = {}
         whole = self.array(u, layers[0]) if self.layer_axis is not None else None
         for layer in layers:
             if whole is None:
@@ -122,11 +211,11 @@ class ImportCache:
                     f"an array of shape {list(values.shape)}, {values.dtype}", where=u.id, expected="[tokens, width]"
                 )
             begin, end = self.drop
-            found[layer] = np.ascontiguousarray(values[begin : max(begin, len(values) - end)], dtype=np.float32)
-        return found
+            states[layer] = np.ascontiguousarray(values[begin : max(begin, len(values) - end)], dtype=np.float32)
+        return states
 
 
-def _readable(path: Path) -> None:
+def _check_suffix(path: Path) -> None:
     if path.suffix in PICKLED:
         raise UsageError(
             "pickled files are not read: they can run any code",
@@ -138,67 +227,8 @@ def _readable(path: Path) -> None:
         raise UsageError(f"cannot read {path.suffix or 'a file without suffix'}", where=path, expected=", ".join(READ))
 
 
-_opened: dict[Path, Any] = {}
-
-
-def _open(path: Path) -> Any:
-    """A file that holds many arrays; the last one stays open, since many utterances may come from it."""
-    if path not in _opened:
-        close()
-        if path.suffix in HDF5:
-            import h5py
-
-            _opened[path] = h5py.File(path, "r")
-        elif path.suffix == ".npz":
-            _opened[path] = np.load(path, allow_pickle=False)
-        else:
-            from safetensors import SafetensorError, safe_open
-
-            try:
-                _opened[path] = safe_open(path, "pt")  # numpy has no bfloat16
-            except SafetensorError as e:
-                raise ValueError(str(e)) from e
-    return _opened[path]
-
-
-def close() -> None:
-    """Close what is open."""
-    for file in _opened.values():
-        if hasattr(file, "close"):
-            file.close()
-    _opened.clear()
-
-
-def _load(path: Path, name: str | None) -> np.ndarray:
-    """Errors: FileNotFoundError, KeyError, ValueError (also for what would have to be unpickled), OSError."""
-    if path.suffix == ".npy":
-        return np.load(path, allow_pickle=False)
-    if not path.is_file():
-        raise FileNotFoundError(path)
-    file = _open(path)
-    names = list(file.keys()) if name is None else []
-    if name is None and len(names) != 1:
-        raise ValueError(f"{len(names)} arrays, and no key says which")
-    name = names[0] if name is None else name
-    if path.suffix in HDF5:
-        import h5py
-
-        if not isinstance(file[name], h5py.Dataset):
-            raise ValueError(f"{name!r} is no dataset")
-        return np.asarray(file[name][()])
-    if path.suffix == ".npz":
-        return file[name]
-    from safetensors import SafetensorError
-
-    try:
-        tensor = file.get_tensor(name)
-    except SafetensorError as e:
-        raise KeyError(name) from e
-    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-
-
 class GivenTokens:
-    """Token ids and spans out of a cache, in the place of a tokenizer. Pieces are the ids themselves."""
+    """Token ids and spans out of a cache, instead of a tokenizer. The spelling of a token is its id."""
 
     prefix: Sequence[int] = ()
     suffix: Sequence[int] = ()
@@ -213,7 +243,11 @@ class GivenTokens:
                 continue
             ids, spans = (cache.array(u, cache.layers[0], k) for k in (ids_key, spans_key))
             if ids.ndim != 1 or spans.shape != (len(ids), 2):
-                raise StoreError(f"token ids {list(ids.shape)} and spans {list(spans.shape)}", where=u.id)
+                raise StoreError(
+                    f"token ids of shape {list(ids.shape)} and spans of shape {list(spans.shape)}",
+                    where=u.id,
+                    expected="[tokens] and [tokens, 2]",
+                )
             kept = slice(begin, max(begin, len(ids) - end))
             ids, spans = ids[kept].astype(np.int32), spans[kept].astype(np.int32)
             if len(spans) and (spans.min() < 0 or spans.max() > len(u.text)):
@@ -230,15 +264,15 @@ class GivenTokens:
 
     def encode(self, texts: Sequence[str], transform_name: str) -> Tokens:
         none = np.zeros(0, np.int32), np.zeros((0, 2), np.int32)
-        found = [self._of.get(t, none) for t in texts]
-        lengths = np.array([len(ids) for ids, _ in found], np.int32)
-        ids, spans = ([none[i], *(f[i] for f in found)] for i in (0, 1))
+        tokens = [self._of.get(t, none) for t in texts]
+        lengths = np.array([len(ids) for ids, _ in tokens], np.int32)
+        ids, spans = ([none[i], *(t[i] for t in tokens)] for i in (0, 1))
         return Tokens(np.concatenate(ids), lengths, np.concatenate(spans))
 
 
 @dataclass
 class UnknownTeacher:
-    """A teacher of which nothing is there but its tokens: its input embeddings are NaN."""
+    """A teacher without its model: only its tokens are known, and its input embeddings are NaN."""
 
     tokeniser: Any
     source: str
@@ -262,11 +296,11 @@ class UnknownTeacher:
         return np.full((len(ids), 1), np.nan, np.float32)
 
     def check_blocks(self) -> None:
-        """There is no model to ask."""
+        """Accept any: there is no model to ask."""
 
 
 class ImportRunner(ItemRunner):
-    """Makes units of work of a cache instead of a model."""
+    """Runs work items with a cache instead of a model."""
 
     def __init__(self, *arguments: Any, cache: ImportCache, corpus: Corpus) -> None:
         super().__init__(*arguments)
@@ -275,20 +309,18 @@ class ImportRunner(ItemRunner):
     def __enter__(self) -> ImportRunner:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        super().__exit__(*exc)
-        close()
-
-    def blocks(self, jobs: Iterable[OpenItem]) -> Iterator[tuple[OpenItem, Callable[[], None] | None]]:
-        for job in jobs:
-            self.progress.item = str(job.item)
-            norms = self.norms(job.item)
-            for u in sorted({k.utterance for batch in job.batches for window in batch for k in window.kept}):
-                yield job, partial(_write, job, u, self._states(job.item.shard.first + u, job.item.layers), norms)
-                self.progress.rows += int(self.rows.length[job.item.shard.first + u])
-                if self.report is not None:
-                    self.report(self.progress)
-            yield job, None
+    def blocks(self, items: Iterable[OpenItem]) -> Iterator[tuple[OpenItem, Callable[[], None] | None]]:
+        for opened in items:
+            item = opened.item
+            self.progress.item = str(item)
+            norms = self.norms(item)
+            for u in sorted({k.utterance for batch in opened.batches for window in batch for k in window.kept}):
+                row = item.shard.first + u
+                yield opened, partial(_write, opened, u, self._states(row, item.layers), norms)
+                self.progress.rows += int(self.rows.length[row])
+                if self.on_progress is not None:
+                    self.on_progress(self.progress)
+            yield opened, None
 
     def sample(self, item: WorkItem, rows: np.ndarray, layers: Sequence[int]) -> Iterator[tuple[int, dict]]:
         for row in rows.tolist():
@@ -301,52 +333,65 @@ class ImportRunner(ItemRunner):
         return states
 
 
-def _write(
-    job: OpenItem, u: int, states: dict[int, np.ndarray], norms: dict[int, tuple[np.ndarray, np.ndarray]]
-) -> None:
+def _write(opened: OpenItem, u: int, states: dict[int, np.ndarray], norms: Norms) -> None:
     for layer, values in states.items():
-        kept = quantise(values, *norms[layer]) if norms else encode(values, job.writer.dtype)
-        job.writer.write(layer, u, 0, kept)
+        block = quantise(values, *norms[layer]) if norms else encode(values, opened.writer.dtype)
+        opened.writer.write(layer, u, 0, block)
 
 
 def check_states(u: Utterance, states: Mapping[int, np.ndarray], tokens: int, width: int) -> None:
-    """Errors: StoreError naming the utterance and both lengths, or both widths."""
+    """Compare an utterance's states with its number of tokens and the teacher's width.
+
+    Raises:
+        StoreError: names the utterance, and both lengths or both widths.
+    """
     for layer, values in states.items():
         if len(values) != tokens:
             raise StoreError(
                 f"layer {layer} has {len(values)} states for {tokens} tokens",
                 where=u.id,
                 expected="as many as the tokenizer makes of the transcript",
-                remedy="look at --drop (special tokens), --transform, and whether this is its tokenizer and its text",
+                remedy="check --drop (special tokens), --transform, and that tokenizer and text are those of the cache",
             )
         if values.shape[1] != width:
-            raise StoreError(f"layer {layer} is {values.shape[1]} wide", where=u.id, expected=f"{width}")
+            raise StoreError(f"layer {layer} has states of width {values.shape[1]}", where=u.id, expected=f"{width}")
 
 
 def import_states(
-    root: Path, corpus: Corpus, cache: ImportCache, teacher: Any, request: Request, report: Report | None = None
+    root: Path,
+    corpus: Corpus,
+    cache: ImportCache,
+    teacher: Any,
+    request: Request,
+    on_progress: OnProgress | None = None,
 ) -> Summary:
-    """Make a view of every layer of the cache. Again it goes on where it ended.
+    """Make a view of every layer of a cache. The same call resumes an import that was interrupted.
 
-    `teacher` is what made the states (a `Teacher`, or `Unknown`). Errors: StoreError naming utterances that the cache
-    lacks or holds with another length; as `run.extract`.
+    `teacher` is the one that made the states: a `Teacher`, or an `UnknownTeacher`. A few utterances are read before
+    anything is written.
+
+    Raises:
+        StoreError: names an utterance that the cache does not have, or has with another length.
+        StaleError, LockedError: as `extract`.
     """
     dtype_of(request.dtype)
-    try:
-        full = [u for u in corpus.utterances if u.text.strip()]
-        probed = full[:: max(1, len(full) // PROBED)]
+    with cache:
+        with_text = [u for u in corpus.utterances if u.text.strip()]
+        probed = with_text[:: max(1, len(with_text) // PROBED)]
         tokens = teacher.tokeniser.encode([u.text for u in probed], request.transform).length.tolist()
         for u, n in zip(probed, tokens):
             if n:
                 check_states(u, cache.states(u, cache.layers), n, teacher.width)
-        maker = partial(ImportRunner, cache=cache, corpus=corpus)
-        return extract(root, corpus, teacher, request, report, maker=maker)
-    finally:
-        close()
+        make_runner = partial(ImportRunner, cache=cache, corpus=corpus)
+        return extract(root, corpus, teacher, request, on_progress, make_runner=make_runner)
 
 
 def read_names(path: Path) -> dict[str, str]:
-    """A table of two columns, utterance id and name, parted by tabs. Errors: UsageError for other lines."""
+    """Read a table of two columns, utterance id and name, with a tab between them.
+
+    Raises:
+        UsageError: a line has no tab.
+    """
     names = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if line.strip():

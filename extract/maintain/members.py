@@ -1,13 +1,15 @@
-"""Who and what of stores goes into a new one, and whether two of them go together.
+"""Choose the utterances and views of a combined store, and check that two stores are compatible.
 
-Invariant: whatever a context saw comes along, if only as text; two stores go together when nothing that decides a
-number differs, and what both have is the same in both. Run: `stillhouse store merge A B OUT`.
+Guarantees: every utterance that a context saw is included, if only as text. Two stores are compatible if no setting
+that decides a number differs, and if utterances that both have are the same in both.
+Try: `stillhouse store merge A B OUT`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 
@@ -20,7 +22,13 @@ from ..store.views import View
 
 @dataclass(frozen=True)
 class Included:
-    """An utterance of the new store: which source has it, under which id, in which session; served or context alone."""
+    """An utterance of the new store.
+
+    source   index of the store that it comes from
+    id       its id
+    session  number of its session in the new store
+    served   whether it can be read; otherwise it is context alone
+    """
 
     source: int
     id: str
@@ -29,22 +37,27 @@ class Included:
 
 
 def complete_views(store: Store, patterns: Sequence[str]) -> list[View]:
-    """Errors: NoStoreError naming views that are not complete."""
-    asked = store.resolve(patterns, store.planned_views) if patterns else store.planned_views
-    missing = [v.address for v in asked if v not in store.views]
+    """Return the views that match the patterns; without patterns, all views.
+
+    Raises:
+        NoStoreError: names views that are not complete, or a pattern without a match.
+    """
+    views = store.resolve(patterns, store.planned_views) if patterns else store.planned_views
+    missing = [v.address for v in views if v not in store.views]
     if missing:
         raise NoStoreError(
             f"not complete: {', '.join(missing)}",
             where=store.address,
             remedy="finish their extraction, or name others with --views",
         )
-    return asked
+    return views
 
 
-def choose_utterances(store: Store, wanted: Callable[[str], bool]) -> list[Included]:
-    """The wanted utterances, in the order of the store, and whoever else is of their sessions, as context.
+def choose_utterances(store: Store, chosen: Callable[[str], bool]) -> list[Included]:
+    """Return the chosen utterances in the order of the store, with the others of their sessions as context.
 
-    Errors: StaleError where the store's teachers are at different states of the corpus.
+    Raises:
+        StaleError: the store's teachers have different tables of utterances.
     """
     tables = [_table(store, name) for name in store.plan.teachers]
     if any(t != tables[0] for t in tables[1:]):
@@ -53,30 +66,32 @@ def choose_utterances(store: Store, wanted: Callable[[str], bool]) -> list[Inclu
             where=store.address,
             remedy="extract the others with --refresh first",
         )
-    found: list[Included] = []
-    session: list[tuple[str, bool]] = []
-    number, last = 0, None
-    for id_, _, group, served in [*tables[0], ("", 0, -1, False)]:
-        if group != last:
-            if any(s for _, s in session):
-                found += [Included(0, i, number, s) for i, s in session]
-                number += 1
-            session, last = [], group
-        session.append((id_, served and wanted(id_)))
-    return found
+    included: list[Included] = []
+    number = 0
+    for _, session in groupby(tables[0], key=lambda row: row[2]):
+        members = [Included(0, id_, number, served and chosen(id_)) for id_, _, _, served in session]
+        if any(m.served for m in members):
+            included += members
+            number += 1
+    return included
 
 
 def _table(store: Store, name: str) -> list[tuple[str, int, int, bool]]:
-    """(id, hash of the text, session, served) of a teacher's corpus, in its order."""
+    """(id, hash of the text, session, whether it can be read) of a teacher's utterances, in the order of the corpus."""
     index = store.index_of(name)
     order, live = index.order.tolist(), index.live[index.order].tolist()
     texts = index.text_hash[index.order].tolist()
     return [(index.id(r), h, s, v) for r, h, s, v in zip(order, texts, index.session_of.tolist(), live)]
 
 
-def check_settings(stores: list[Store], views: list[list[View]]) -> None:
-    """Errors: StaleError naming in words what differs."""
+def check_compatible(stores: list[Store], views: list[list[View]]) -> None:
+    """Check that two stores have the same views with the same settings.
+
+    Raises:
+        StaleError: names what differs.
+    """
     a, b = stores
+    where = f"{a.path}, {b.path}"
     only = [[v.address for v in x if v not in y] for x, y in (views, views[::-1])]
     if only[0] or only[1]:
         words = [f"only {s.path} has {', '.join(names)}" for s, names in zip(stores, only) if names]
@@ -84,46 +99,43 @@ def check_settings(stores: list[Store], views: list[list[View]]) -> None:
     for name in dict.fromkeys(v.teacher for v in views[0]):
         differ = differences(a.plan.teachers[name], b.plan.teachers[name])
         if differ:
-            raise StaleError(f"teacher {name!r} of the two differs: {'; '.join(differ)}", where=f"{a.path}, {b.path}")
-        if dtype_of(a.plan.teachers[name].dtype).scaled:
-            mine = [v for v in views[0] if v.teacher == name]
-            for v in mine:
-                if not all(np.array_equal(x, y) for x, y in zip(a.norm(v), b.norm(v))):
-                    raise StaleError(
-                        f"int8 states of {v} stand on other norms in each",
-                        where=f"{a.path}, {b.path}",
-                        remedy="extract one of the corpora into the other's store",
-                    )
+            raise StaleError(f"teacher {name!r} of the two differs: {'; '.join(differ)}", where=where)
+    for v in views[0]:
+        if dtype_of(a.plan.teachers[v.teacher].dtype).scaled and not np.array_equal(a.norm(v), b.norm(v)):
+            raise StaleError(
+                f"int8 states of {v} are standardised by other norms in each",
+                where=where,
+                remedy="extract one of the corpora into the other's store",
+            )
 
 
-def only_in_second(stores: list[Store], mine: list[Included], views: list[View]) -> list[Included]:
-    """Sessions of the second store that the first does not have. Errors: StaleError where they have some, but not all,
-    of a session in common, or the same one otherwise.
+def only_in_second(stores: list[Store], first: list[Included], views: list[View]) -> list[Included]:
+    """Return the sessions of the second store that the first one does not have.
+
+    Raises:
+        StaleError: the stores share a part of a session, or a session that differs.
     """
     a, b = stores
-    have = {m.id for m in mine if m.served}
-    theirs = choose_utterances(b, lambda _: True)
-    sessions: dict[int, list[Included]] = {}
-    for m in theirs:
-        sessions.setdefault(m.session, []).append(m)
-    found: list[Included] = []
-    number = 1 + max((m.session for m in mine), default=-1)
-    for members in sessions.values():
+    readable = {m.id for m in first if m.served}
+    included: list[Included] = []
+    number = 1 + max((m.session for m in first), default=-1)
+    for _, session in groupby(choose_utterances(b, lambda _: True), key=lambda m: m.session):
+        members = list(session)
         ids = [m.id for m in members if m.served]
-        common = [i for i in ids if i in have]
+        common = [i for i in ids if i in readable]
         if not common:
-            found += [replace(m, source=1, session=number) for m in members]
+            included += [replace(m, source=1, session=number) for m in members]
             number += 1
             continue
         if len(common) < len(ids):
-            new = next(i for i in ids if i not in have)
+            new = next(i for i in ids if i not in readable)
             raise StaleError(
                 f"{common[0]} is in both, and {new} of the same session only in one",
                 where=f"{a.path}, {b.path}",
                 remedy="extract the whole corpus into one of them, with --refresh",
             )
         _check_same(a, b, ids, views)
-    return found
+    return included
 
 
 def _check_same(a: Store, b: Store, ids: list[str], views: list[View]) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from ...data.errors import UsageError
-from ..pipeline.generation import NewRows, next_generation, rows_after, utc_now, write_new_rows
+from ..pipeline.generation import NewRows, next_generation, rows_after, utc_now
+from ..pipeline.new_store import write_new_rows
 from ..store.disk.durable import write_json
 from ..store.disk.layout import Paths, group_json
 from ..store.format.arrays import RawArray

@@ -1,17 +1,21 @@
-"""Mending a store: damaged units are extracted again, and nothing else.
+"""Repair a store: extract damaged work items again, and nothing else.
 
-Invariant: a repair commits the next generation of a unit; a reader sees the old record or the new one. What is mended
-without a model has the checksum that it had when it was written.
-Run: `stillhouse inspect verify STORE --data --repair`.
+Damaged JSON records, tokens and tables of utterances cannot be extracted again. They stay as they are, and the remedy
+is a backup of their files.
+
+Guarantees: a repair commits the next generation of a work item, so a reader sees the old record or the new one. Nothing
+is extracted from tokens or a plan that are damaged themselves.
+Try: `stillhouse inspect verify STORE --data --repair`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...data.errors import StaleError
+from ...data.errors import StaleError, StoreError, first_few
 from ..store.disk.durable import Lock, Scratch
 from ..store.disk.layout import Paths
 from ..store.format.plan import WorkItem, read_plan
@@ -19,21 +23,19 @@ from ..store.read.rows import TeacherRows
 from ..store.reader import Store
 from ..store.remote.client import is_url
 from ..store.remote.paths import writable_copy
-from ..store.verify.bit_repair import mend_arrays, mend_records
-from ..store.verify.sums import norm_damage
+from ..store.verify.sums import norm_damage, record_damage, table_damage, token_damage
 from ..store.verify.verify import StoreFinding, damaged_items
 
 if TYPE_CHECKING:
-    from ..pipeline.progress import Report
+    from ..pipeline.progress import OnProgress
     from ..teacher.model import Teacher
 
-
-_A_BIT = "one bit put right"
+DamagedItems = Sequence[tuple[WorkItem, list[StoreFinding]]]
 
 
 @dataclass(frozen=True)
 class Repaired:
-    """A unit of work, norms, or one bit of something small, and what had been wrong with it."""
+    """A work item or the norms of a view, what was wrong with it, and how it was repaired."""
 
     unit: str
     findings: list[StoreFinding]
@@ -41,54 +43,73 @@ class Repaired:
 
 
 def repair_all(
-    root: Path, models: dict[str, str], device: str = "auto", report: Report | None = None, data: float = 1.0
+    root: Path, models: dict[str, str], device: str = "auto", on_progress: OnProgress | None = None, data: float = 1.0
 ) -> list[Repaired]:
-    """Mend what is damaged in a store with the teachers that it names; `models` says by name where one lies now.
+    """Extract damaged work items of a store again with the teachers that it names, and compute damaged norms again.
 
-    What is small is put right by its checksum where one bit of it is wrong; norms are worked out anew. A teacher is
-    loaded only where states of it are damaged. Errors: as `repair`; TeacherError where one is gone.
+    Work items of a teacher with damaged tokens stay as they are. `verify` names everything that is left.
+
+    Arguments:
+        root: the store, a folder or a URL.
+        models: {teacher: folder of its model}, for models that are not where the store says.
+        device: where the models run.
+        on_progress: is called after every batch.
+        data: share of the utterances whose states are read to find damage.
+
+    Raises:
+        StoreError: names the JSON records that are damaged.
+        StaleError: a model is not the teacher that the store was made with.
+        TeacherError: a model cannot be loaded.
     """
-    from ..pipeline.norms import fix_norms_again
+    from ..pipeline.norms import restore_norms
     from ..teacher.model import load_teacher
 
-    mended = []
-    if not is_url(root):
-        for file, what in mend_records(Path(root)):
-            mended.append(Repaired(file, [StoreFinding(what, file, "")], _A_BIT))
-        for where in mend_arrays(Path(root)):
-            mended.append(Repaired(where, [StoreFinding("stored bytes differ from their checksum", where, "")], _A_BIT))
+    paths = Store.open(root).paths if is_url(root) else Paths(root)
+    records = [str(path.relative_to(paths.root)) for _, path in record_damage(paths)]
+    if records:
+        raise StoreError(
+            f"damaged records, which no extraction makes again: {first_few(records)}",
+            where=root,
+            remedy="restore these files from a backup of the store",
+        )
     store = Store.open(root)
+    repaired = []
     for view in store.views if not is_url(root) else []:
-        rot = list(norm_damage(store, view))
-        if rot and fix_norms_again(store, view):
-            found = [StoreFinding("stored bytes differ from their checksum", r.where, r.remedy) for r in rot]
-            mended.append(Repaired(f"{view.address} norms", found, "worked out again"))
-    damaged = damaged_items(store, data)
-    for name in dict.fromkeys(u.teacher for u, _ in damaged):
+        damage = list(norm_damage(store, view))
+        if damage and restore_norms(store, view):
+            findings = [StoreFinding("stored bytes differ from their checksum", d.where, d.remedy) for d in damage]
+            repaired.append(Repaired(f"{view.address} norms", findings, "worked out again"))
+    damaged = damaged_items(store, data) if not any(table_damage(store)) else []
+    for name in dict.fromkeys(item.teacher for item, _ in damaged):
+        if any(token_damage(store, name)):
+            continue
         t = store.plan.teachers[name]
         teacher = load_teacher(
             models.get(name, t.model), device=device, dtype=t.model_dtype, window=t.window, revision=t.revision
         )
-        mine = [(u, f) for u, f in damaged if u.teacher == name]
-        mended += [Repaired(str(u), f) for u, f in repair(root, teacher, name, report, mine)]
-    return mended
+        own = [(item, findings) for item, findings in damaged if item.teacher == name]
+        repaired += [Repaired(str(i), findings) for i, findings in repair(root, teacher, name, on_progress, own)]
+    return repaired
 
 
 def repair(
     root: Path,
     teacher: Teacher,
     name: str,
-    report: Report | None = None,
-    damaged: list[tuple[WorkItem, list[StoreFinding]]] | None = None,
-) -> list[tuple[WorkItem, list[StoreFinding]]]:
-    """Extract every damaged unit of a teacher again (or those that are known). Returns them with what was wrong.
+    on_progress: OnProgress | None = None,
+    damaged: DamagedItems | None = None,
+) -> DamagedItems:
+    """Extract the damaged work items of a teacher again, and return them with what was wrong.
 
-    Errors: StaleError where the teacher is not the one that the store was made with.
+    `damaged` None looks for them in the whole store.
+
+    Raises:
+        StaleError: `teacher` is not the one that the store was made with.
     """
     from ..pipeline.generation import next_generation
     from ..pipeline.progress import ExtractionProgress
     from ..pipeline.request import Request, differences, teacher_record
-    from ..pipeline.runner import ItemRunner
+    from ..pipeline.runner import ItemRunner, LockedItem
 
     store = Store.open(root)
     settings = store.teacher(name).settings
@@ -97,12 +118,12 @@ def repair(
     if differ:
         raise StaleError(f"this is not the teacher of {name!r}: {'; '.join(differ)}", where=root)
     if damaged is None:
-        damaged = [(u, f) for u, f in damaged_items(store) if u.teacher == name]
+        damaged = [(item, findings) for item, findings in damaged_items(store) if item.teacher == name]
     with writable_copy(root) as folder, Scratch(Paths(folder)) as scratch:
         plan = read_plan(folder)
-        generation = next_generation(plan)
-        with ItemRunner(plan, teacher, TeacherRows(plan, name), scratch.folder, ExtractionProgress(), report) as maker:
+        generation, rows, progress = next_generation(plan), TeacherRows(plan, name), ExtractionProgress()
+        with ItemRunner(plan, teacher, rows, scratch.folder, progress, on_progress) as runner:
             for item, _ in damaged:
                 with Lock(plan.paths.lock(name, item.context, item.shard.number), wait=True):
-                    maker.make(item, generation)
+                    runner.run_items([LockedItem(item, None, generation)])
     return damaged

@@ -1,8 +1,9 @@
-"""Where a new store is built: beside its name on a disk, or under a URL without the store.json that makes it one.
+"""Build a new store beside its final name on a disk, or under its URL without the store.json that makes it a store.
 
-Invariant: a store of that name is whole or not there. On a disk it is renamed at the end; in an object store its
-store.json is put last, and only where there is none, and what is under the URL before that belongs to one undertaking,
-which the same command takes up again. Run: `stillhouse store cp STORE s3://BUCKET/PREFIX`.
+Guarantees: a store of that name is complete or does not exist. On a disk the folder is renamed at the end. In an object
+store, store.json is put last, and only if there is none. What is under the URL before that belongs to one command, and
+the same command resumes it.
+Try: `stillhouse store cp STORE s3://BUCKET/PREFIX`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ...data.errors import UsageError
+from ..pipeline.extract import share_arrays
 from ..store.disk.durable import Lock, fsync_all, fsync_folder
 from ..store.format.plan import Plan
 from ..store.remote.client import Conflict, is_url
@@ -25,10 +27,11 @@ CLAIM = "locks/build.json"
 
 
 @contextmanager
-def staging_folder(out: Path | str, undertaking: str) -> Iterator[Path]:
-    """A folder that becomes `out` at the end; `undertaking` is a hash of all that the new store is made of.
+def staging_folder(out: Path | str, fingerprint: str) -> Iterator[Path]:
+    """Yield a folder that becomes `out` at the end. `fingerprint` is a hash of all that the new store is made of.
 
-    Errors: UsageError where something is there already.
+    Raises:
+        UsageError: something is at `out` already.
     """
     if not is_url(out):
         with _local_staging(Path(out)) as root:
@@ -39,40 +42,42 @@ def staging_folder(out: Path | str, undertaking: str) -> Iterator[Path]:
         assert mirror is not None
         if mirror.etag is not None:
             raise _taken(mirror)
-        _begin(mirror, undertaking)
+        _claim(mirror, fingerprint)
         yield root
 
 
-def publish_store(plan: Plan, undertaking: str) -> None:
-    """The moment at which a store in an object store is there; on a disk `place` does it."""
+def publish_store(plan: Plan, fingerprint: str) -> None:
+    """Put store.json into an object store, which makes the store exist. On a disk `staging_folder` does that."""
     mirror = mirror_of(plan.paths.root)
     if mirror is None:
         return
-    from ..pipeline.extract import share_arrays
-
     for name in plan.teachers:
         share_arrays(plan, name)
     try:
-        mirror.publish_plan(plan.paths.store_json, by=undertaking)
+        mirror.publish_plan(plan.paths.store_json, by=fingerprint)
     except Planned as e:
         raise _taken(mirror) from e
 
 
 def _taken(mirror: Mirror) -> UsageError:
-    return UsageError("a store is there already", where=mirror.url, remedy="give another name, or remove it")
+    return UsageError("a store is there already", where=mirror.url, remedy="give another name, or delete it")
 
 
-def _begin(mirror: Mirror, undertaking: str) -> None:
-    """Errors: UsageError where what is under the URL is not what this undertaking has put there."""
+def _claim(mirror: Mirror, fingerprint: str) -> None:
+    """Mark what is under a URL as the work of this command.
+
+    Raises:
+        UsageError: another command has put objects there.
+    """
     note = mirror.root / "claim"
-    note.write_text(json.dumps({"builds": undertaking}))
+    note.write_text(json.dumps({"builds": fingerprint}))
     others = [k for k in mirror.objects.list("") if k != CLAIM]
     if CLAIM not in mirror.objects.list("locks") and not others:
         try:
             mirror.objects.put(CLAIM, note, "create")
             return
         except Conflict:
-            pass  # another began just now, or the answer to our own attempt was lost
+            pass  # another command began just now, or the answer to our own attempt was lost
     elif others and CLAIM not in mirror.objects.list("locks"):
         raise UsageError(
             f"{len(others)} objects are there, and no store",
@@ -90,9 +95,9 @@ def _begin(mirror: Mirror, undertaking: str) -> None:
 
 @contextmanager
 def _local_staging(out: Path) -> Iterator[Path]:
-    """A folder that becomes `out` when all of it is on disk; what killed ones left of it is swept."""
+    """Yield a folder that becomes `out` when all of it is on disk. Folders that killed commands left are deleted."""
     if out.exists():
-        raise UsageError("is there already", where=out, remedy="give another name, or remove it")
+        raise UsageError("something is there already", where=out, remedy="give another name, or delete it")
     out.parent.mkdir(parents=True, exist_ok=True)
     for old in out.parent.glob(f".{out.name}.*.partial"):
         lock = Lock(old / "builder.lock")

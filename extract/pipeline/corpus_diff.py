@@ -1,52 +1,56 @@
-"""What a corpus has become since a store was made from it: new, changed and removed utterances, stale contexts.
+"""What changed in a corpus since a store was made from it: new, changed and removed utterances, and stale contexts.
 
-Invariant: an utterance is stale in a context exactly when the model would be fed something else for it now; input
-hashes decide, over every window of every session that is not as it was. Nothing is written here.
-Run: `stillhouse extract CORPUS STORE --teacher …` with a corpus that has changed.
+Guarantees: an utterance is stale in a context exactly when the model would now get a different input for it. Input
+hashes decide that, for every session that has changed. Nothing is written here.
+Try: `stillhouse extract CORPUS STORE --teacher …` with a changed corpus.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
-from ...data.errors import StaleError
+from ...data.errors import StaleError, first_few
 from ...data.manifest import Corpus, Utterance
 from ..store.disk.layout import hash_text
 from ..store.format.arrays import RawArray
 from ..store.format.commits import Commits
 from ..store.format.index import Index
-from ..store.format.plan import Plan, TeacherRecord
+from ..store.format.plan import Plan, TeacherRecord, WorkItem
 from ..store.read.rows import TeacherRows
 from ..store.views import parse_context
-from ..teacher.contexts import ItemWindows, TokenLists, WindowFormat, item_windows, session_bounds
+from ..teacher.contexts import ItemWindows, TokenLists, WindowFormat, item_windows
 from ..teacher.tokenizer import Tokeniser, Tokens
 from .layout import order_sessions
-
-NAMED = 5
 
 
 @dataclass(frozen=True)
 class CorpusDiff:
-    """A corpus as it is now, in the order of the store, against the edition that a teacher is at.
+    """A corpus in the order of a store, compared with the one that a teacher's states were made from.
 
-    rows int64 [n]: the row of each utterance whose text is as it was, else -1; replaces int64 [n]: the row of the same
-    id, else -1; keep bool [n]: its row serves on; stale: {context: positions of utterances that saw something else}.
+    utterances  of the corpus
+    session     int32 [n], session of each utterance
+    rows        int64 [n], row of each utterance with an unchanged text, or -1
+    replaces    int64 [n], row of the same id, or -1
+    removed     ids that the corpus does not have any more
+    split       the part of the corpus that was read
+    stale       {context: positions of utterances for which the model would get a different input}
     """
 
     utterances: list[Utterance]
     session: np.ndarray
     rows: np.ndarray
     replaces: np.ndarray
-    gone: list[str]
+    removed: list[str]
     split: str | None = None
     stale: dict[str, np.ndarray] = field(default_factory=dict)
 
     @cached_property
     def keep(self) -> np.ndarray:
+        """bool [n]: utterances whose row stays."""
         keep = self.rows >= 0
         for positions in self.stale.values():
             keep[positions] = False
@@ -54,43 +58,43 @@ class CorpusDiff:
 
     @property
     def changed(self) -> list[str]:
-        return [u.id for u, r, b in zip(self.utterances, self.rows, self.replaces) if r < 0 <= b]
-
-    @property
-    def only_adds(self) -> bool:
-        return not (self.gone or self.changed or any(len(p) for p in self.stale.values()))
+        """Ids of utterances with another text."""
+        return [u.id for u, row, old in zip(self.utterances, self.rows, self.replaces) if row < 0 <= old]
 
     def check(self, plan: Plan, teacher: str) -> None:
-        """Errors: StaleError naming what of the store is no longer what the corpus says."""
-        if self.only_adds:
-            return
-        found = []
+        """Accept a corpus that only adds utterances.
+
+        Raises:
+            StaleError: names what differs between store and corpus.
+        """
+        differences = []
         if changed := self.changed:
-            found.append(f"{_count(changed)} another text than in the store: {some(changed)}")
+            differences.append(f"{_count(changed)} another text than in the store: {first_few(changed)}")
         stale = sorted({int(p) for positions in self.stale.values() for p in positions})
         if stale:
             names = [self.utterances[p].id for p in stale]
             views = ", ".join(f"{teacher}/{c}: {len(p):,}" for c, p in self.stale.items() if len(p))
-            found.append(f"{_count(names)} other neighbours than their contexts saw ({views}): {some(names)}")
-        if self.gone:
-            found.append(f"{len(self.gone):,} utterances of the store are not in the corpus: {some(self.gone)}")
-        raise StaleError(
-            "; ".join(found),
-            where=plan.paths.root,
-            remedy="the same command with --refresh extracts just these again and drops what is not in the corpus",
-        )
+            differences.append(
+                f"{_count(names)} other neighbours than their contexts saw ({views}): {first_few(names)}"
+            )
+        if self.removed:
+            differences.append(
+                f"{len(self.removed):,} utterances of the store are not in the corpus: {first_few(self.removed)}"
+            )
+        if differences:
+            raise StaleError(
+                "; ".join(differences),
+                where=plan.paths.root,
+                remedy="the same command with --refresh extracts these again and hides those not in the corpus",
+            )
 
 
 def _count(names: Sequence[str]) -> str:
     return f"{len(names):,} utterances have" if len(names) > 1 else "1 utterance has"
 
 
-def some(names: Sequence[str]) -> str:
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED:,} more" if len(names) > NAMED else "")
-
-
 def diff_corpus(plan: Plan, corpus: Corpus, record: TeacherRecord, tokeniser: Tokeniser) -> CorpusDiff | None:
-    """What has changed for a teacher, or None. One that is new to the store is compared with the newest edition."""
+    """Return what changed for a teacher, or None. A new teacher is compared with the newest table of utterances."""
     known = record.name in plan.teachers
     index = Index(plan.paths.data / "utterances", plan.edition(record.name if known else None))
     seed = (plan.latest(record.name) if known else plan.generations[0]).seed
@@ -102,20 +106,21 @@ def diff_corpus(plan: Plan, corpus: Corpus, record: TeacherRecord, tokeniser: To
     texts = np.array([hash_text(u.text) for u in utterances], dtype=np.uint64)
     same = (replaces >= 0) & (index.text_hash[np.maximum(replaces, 0)] == texts)
     rows = np.where(same, replaces, -1)
-    touched = ~_as_before(index, rows, session, sizes)
-    here = np.zeros(len(index), dtype=bool)
-    here[replaces[replaces >= 0]] = True
-    lost = np.flatnonzero(index.live & ~here)
-    if not touched.any() and not len(lost):
+    touched = ~_unchanged(index, rows, session, sizes)
+    in_corpus = np.zeros(len(index), dtype=bool)
+    in_corpus[replaces[replaces >= 0]] = True
+    removed = np.flatnonzero(index.live & ~in_corpus)
+    if not touched.any() and not len(removed):
         return None
-    change = CorpusDiff(utterances, session, rows, replaces, [index.id(int(r)) for r in lost], corpus.split)
+    ids = [index.id(row) for row in removed.tolist()]
+    corpus_diff = CorpusDiff(utterances, session, rows, replaces, ids, corpus.split)
     if known:
-        change.stale.update(_stale(plan, record, tokeniser, change, touched))
-    return change
+        corpus_diff.stale.update(_stale(plan, record, tokeniser, corpus_diff, touched))
+    return corpus_diff
 
 
-def _as_before(index: Index, rows: np.ndarray, session: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """bool [n]: utterances whose whole session is as it was: the same ones with the same texts, in the same order."""
+def _unchanged(index: Index, rows: np.ndarray, session: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """bool [n]: utterances whose whole session has the same utterances and texts in the same order as before."""
     old = index.session_of
     begins = np.flatnonzero(np.diff(old, prepend=old[0] - 1)) if len(old) else np.zeros(0, int)
     old_size = np.diff(np.append(begins, len(old)))
@@ -130,71 +135,75 @@ def _as_before(index: Index, rows: np.ndarray, session: np.ndarray, sizes: np.nd
 
 
 def _stale(
-    plan: Plan, record: TeacherRecord, tokeniser: Tokeniser, change: CorpusDiff, touched: np.ndarray
+    plan: Plan, record: TeacherRecord, tokeniser: Tokeniser, corpus_diff: CorpusDiff, touched: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """{context: positions}: of utterances whose text is as it was, those that would be fed something else."""
-    candidates = np.flatnonzero(touched & (change.rows >= 0))
-    views = plan.views(record.name)
+    """{context: positions}: utterances with an unchanged text for which the model would get a different input."""
+    candidates = np.flatnonzero(touched & (corpus_diff.rows >= 0))
     if not len(candidates):
         return {}
-    t, g = TeacherRows(plan, record.name), plan.latest(record.name)
-    texts = PlannedTexts(
-        t, change.rows, tokenise(change, np.flatnonzero(touched & (change.rows < 0)), tokeniser, record)
-    )
-    found = {}
-    for context, layers in views.items():
-        work = windows_of(record, context, g.core_tokens, texts, change.session, candidates)
-        rows = change.rows[candidates]
-        stored = RawArray(plan.paths.data / record.name / "input_hash").read(
-            plan.teachers[record.name].contexts.index(context)
-        )
+    teacher_rows, core_tokens = TeacherRows(plan, record.name), plan.latest(record.name).core_tokens
+    new = np.flatnonzero(touched & (corpus_diff.rows < 0)).tolist()
+    tokens = tokeniser.encode([corpus_diff.utterances[p].text for p in new], record.transform)
+    texts = CorpusTexts(corpus_diff.rows, teacher_rows, split_tokens(tokens, new))
+    rows = corpus_diff.rows[candidates]
+    shards = (teacher_rows.start[rows] // teacher_rows.shard_rows).tolist()
+    stale = {}
+    for context, layers in plan.views(record.name).items():
+        windows = _windows(record, context, core_tokens, texts, corpus_diff.session, candidates)
+        array = RawArray(plan.paths.data / record.name / "input_hash")
+        stored = array.read(plan.teachers[record.name].contexts.index(context))
         commits = Commits(plan.paths, record.name, context)
-        shards = t.start[rows] // t.shard_rows
-        made = {s: any((s, k) in commits.of for k in layers) for s in np.unique(shards).tolist()}
-        there = np.array([made[s] for s in shards.tolist()], dtype=bool) & (t.length[rows] > 0)
-        found[context] = candidates[there & (stored[rows] != work.input_hash)]
-    return found
+        committed = {s: any((s, k) in commits.of for k in layers) for s in set(shards)}
+        readable = np.array([committed[s] for s in shards], dtype=bool) & (teacher_rows.length[rows] > 0)
+        stale[context] = candidates[readable & (stored[rows] != windows.input_hash)]
+    return stale
 
 
-def tokenise(
-    change: CorpusDiff, positions: np.ndarray, tokeniser: Tokeniser, record: TeacherRecord
-) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """{position: (token ids, spans)} of utterances whose tokens the store does not have."""
-    tokens = tokeniser.encode([change.utterances[p].text for p in positions.tolist()], record.transform)
-    return split_tokens(tokens, positions.tolist())
+def split_tokens(tokens: Tokens, positions: Sequence[int]) -> dict[int, np.ndarray]:
+    """Return {position: token ids} of utterances that were tokenised together."""
+    return dict(zip(positions, np.split(tokens.ids, np.cumsum(tokens.length)[:-1])))
 
 
-def split_tokens(tokens: Tokens, positions: Sequence[int]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    ends = np.cumsum(tokens.length)[:-1]
-    return dict(zip(positions, zip(np.split(tokens.ids, ends), np.split(tokens.span, ends))))
+class CorpusTexts:
+    """Token ids of a corpus by position; a slice gives a list of arrays.
 
+    Arguments:
+        rows: the store's row of each utterance, or -1.
+        teacher_rows: tokens of a teacher in the store; None if `new` has all of them.
+        new: {position: token ids} of utterances without a row.
+    """
 
-class PlannedTexts:
-    """Token ids of a corpus by position: of a store's rows, and `more` for those that it does not have."""
-
-    def __init__(self, t: TeacherRows, rows: np.ndarray, more: dict[int, tuple[np.ndarray, np.ndarray]]) -> None:
-        self._t, self._rows, self._more = t, rows, more
+    def __init__(
+        self, rows: np.ndarray, teacher_rows: TeacherRows | None, new: Mapping[int, np.ndarray] | None = None
+    ) -> None:
+        self._rows, self._teacher_rows, self._new = rows, teacher_rows, new or {}
 
     def __getitem__(self, which: slice) -> list[np.ndarray]:
         rows = self._rows[which]
-        places = self._t.places(rows[rows >= 0])
-        stored = iter(np.split(self._t.tokens(self._t.token_id, places), places.into[1:]) if len(places.start) else [])
-        first = which.indices(len(self._rows))[0]
-        return [next(stored) if r >= 0 else self._more[first + i][0] for i, r in enumerate(rows.tolist())]
+        stored: list[np.ndarray] = []
+        if self._teacher_rows is not None and (rows >= 0).any():
+            ranges = self._teacher_rows.places(rows[rows >= 0])
+            stored = np.split(self._teacher_rows.tokens(self._teacher_rows.token_id, ranges), ranges.into[1:])
+        first, parts = which.indices(len(self._rows))[0], iter(stored)
+        return [next(parts) if row >= 0 else self._new[first + i] for i, row in enumerate(rows.tolist())]
 
 
 def windows_of(
+    plan: Plan, item: WorkItem, texts: TokenLists, session: np.ndarray, positions: Sequence[int] | np.ndarray
+) -> ItemWindows:
+    """Return the windows for utterances of a work item, which are given by their positions in the corpus."""
+    record, core_tokens = plan.teachers[item.teacher], item.generation.core_tokens
+    return _windows(record, item.context, core_tokens, texts, session, positions)
+
+
+def _windows(
     record: TeacherRecord,
     context: str,
-    core: int,
+    core_tokens: int,
     texts: TokenLists,
     session: np.ndarray,
-    wanted: Sequence[int] | np.ndarray,
+    positions: Sequence[int] | np.ndarray,
 ) -> ItemWindows:
-    """The windows that a teacher is fed for some utterances of a corpus, in one context."""
     causal = record.kind == "decoder"
-    form = WindowFormat(record.prefix_ids, record.suffix_ids, record.join_ids, record.window, core, causal)
-    return item_windows(parse_context(context), form, texts, session, wanted)
-
-
-__all__ = ["CorpusDiff", "PlannedTexts", "diff_corpus", "session_bounds", "some", "tokenise", "windows_of"]
+    form = WindowFormat(record.prefix_ids, record.suffix_ids, record.join_ids, record.window, core_tokens, causal)
+    return item_windows(parse_context(context), form, texts, session, positions)

@@ -1,7 +1,7 @@
-"""What an extraction will cost: tokens, units, bytes, free disk, and time measured on a few batches.
+"""Estimate an extraction: tokens, work items, bytes, free disk, and time measured on a few batches.
 
-Invariant: nothing is written; bytes are what the layout will really take, not an estimate.
-Run: `stillhouse extract CORPUS STORE --teacher … --dry-run`.
+Guarantees: nothing is written. Bytes are those that the layout will take, not an approximation.
+Try: `stillhouse extract CORPUS STORE --teacher … --dry-run`.
 """
 
 from __future__ import annotations
@@ -20,28 +20,27 @@ from ...data.manifest import Corpus
 from ..store.disk.layout import dtype_of, shard_bytes
 from ..store.format.index import Index
 from ..store.format.int8 import SCALE_BYTES
-from ..store.format.plan import Plan, WorkItem
-from ..store.format.plan import TeacherRecord as Record
+from ..store.format.plan import Plan, TeacherRecord, WorkItem
 from ..store.read.rows import TeacherRows
 from ..store.remote.paths import address_of, mirror_of
 from ..teacher.batching import make_batches
-from ..teacher.contexts import TokenLists
 from ..teacher.model import Teacher
 from ..teacher.replicas import TeacherPool
-from ..teacher.tokenizer import Tokens
-from .corpus_diff import PlannedTexts, split_tokens
-from .extract import committed
-from .generation import PlanDraft
+from .corpus_diff import CorpusTexts, split_tokens, windows_of
+from .generation import PlanDraft, draft_plan
 from .layout import Layout
-from .request import Request, next_plan, teacher_record
-from .runner import StoredTexts, context_passes
+from .progress import split_committed
+from .request import Request, teacher_record
 
 PROBED_BATCHES = 6
 
 
 @dataclass(frozen=True)
 class Sizing:
-    """Bytes are those still to be written. `seconds` is None where nothing was measured."""
+    """What an extraction will take. Bytes are those still to be written, and units are work items.
+
+    `fed_tokens_per_s` and `seconds` are None where nothing was measured.
+    """
 
     store: str
     teacher: str
@@ -60,78 +59,40 @@ class Sizing:
 
     @property
     def fits(self) -> bool:
+        """Whether the disk has enough free space."""
         return self.bytes <= self.free_bytes
 
     def as_json(self) -> dict[str, Any]:
+        """Return the object that `--json` prints."""
         return asdict(self) | {"fits": self.fits}
-
-
-class _Corpus:
-    """The corpus of a plan that may not be on disk yet, in its order: `texts`, `session`, `length`; and `position` by
-    row, -1 for one that is dead.
-    """
-
-    def __init__(self, draft: PlanDraft, name: str) -> None:
-        plan, layout, growth = draft.plan, draft.layout, draft.new_rows
-        if growth is not None:
-            order, self.session, count = growth.order, growth.session, growth.first + len(growth.ids)
-        elif layout is not None and len(plan.generations) == 1:
-            order, self.session, count = np.arange(len(layout.ids)), layout.session, len(layout.ids)
-        else:
-            index = Index(plan.paths.data / "utterances", plan.edition(name))
-            order, self.session, count = index.order, index.session_of, len(index)
-        self.position = np.full(count, -1)
-        self.position[order] = np.arange(len(order))
-        if layout is not None:
-            self.texts: TokenLists = _Tokens(layout.tokens, order)
-            self.length = layout.tokens.length[order]
-        elif growth is None:
-            rows = TeacherRows(plan, name)
-            self.texts, self.length = StoredTexts(rows, order), np.asarray(rows.length)[order]
-        else:
-            rows, tokens = TeacherRows(plan, name), growth.tokens
-            assert tokens is not None
-            old = np.where(order < growth.first, order, -1)
-            more = np.flatnonzero(old < 0)
-            self.texts = PlannedTexts(rows, old, split_tokens(tokens, more.tolist()))
-            self.length = np.asarray(rows.length)[np.maximum(old, 0)]
-            self.length[more] = tokens.length
-
-
-class _Tokens:
-    """Token ids of a layout that is not on disk yet, by position: a slice gives a list of arrays."""
-
-    def __init__(self, tokens: Tokens, order: np.ndarray) -> None:
-        self._ids, self._length, self._order = tokens.ids, tokens.length, order
-        self._end = np.cumsum(tokens.length)
-
-    def __getitem__(self, which: slice) -> list[np.ndarray]:
-        rows = self._order[which]
-        return [self._ids[e - n : e] for e, n in zip(self._end[rows].tolist(), self._length[rows].tolist())]
 
 
 def size_up(
     root: Path, corpus: Corpus, teacher: Teacher, request: Request, measure: bool = True, refresh: bool = False
 ) -> Sizing:
-    """Errors: as `run.extract` has before it starts."""
+    """Return what `extract` with the same arguments would take. With `measure`, the model runs a few batches.
+
+    Raises:
+        StaleError: the store was made with other settings or from other texts.
+    """
     record = teacher_record(teacher, request)
-    draft = next_plan(root, corpus, teacher, record, request, refresh)
+    draft = draft_plan(root, corpus, teacher, record, request, refresh)
     plan = draft.plan
     record = plan.teachers[record.name]
-    known = _Corpus(draft, record.name)
+    drafted = _DraftedCorpus(draft, record.name)
     other = other_bytes(plan, draft.layout) if draft.new else 0
     items = plan.work_items(record.name)
-    todo = [u for u in items if not committed(plan, u)]
-    per_view = view_bytes(record, todo)
-    fed, speed, seconds = _measure(plan, teacher, todo, known) if measure and todo else (0, None, None)
+    _, missing = split_committed(plan, items)
+    per_view = view_bytes(record, missing)
+    fed, speed, seconds = _measure(plan, teacher, missing, drafted) if measure and missing else (0, None, None)
     return Sizing(
         store=str(address_of(root)),
         teacher=record.name,
-        utterances=len(known.length),
-        tokens=int(known.length.sum()),
-        longest_tokens=int(known.length.max()),
+        utterances=len(drafted.length),
+        tokens=int(drafted.length.sum()),
+        longest_tokens=int(drafted.length.max()),
         units=len(items),
-        units_missing=len(todo),
+        units_missing=len(missing),
         bytes_per_view=per_view,
         other_bytes=other,
         bytes=sum(per_view.values()) + other,
@@ -142,37 +103,70 @@ def size_up(
     )
 
 
-def view_bytes(record: Record, items: list[WorkItem]) -> dict[str, int]:
-    """Bytes of `hidden`, and of int8's `scale`, that units will take, by view."""
+class _DraftedCorpus:
+    """The corpus of a draft in its order: `texts`, `session` and `length`; and `position` by row, or -1."""
+
+    def __init__(self, draft: PlanDraft, name: str) -> None:
+        plan, layout, new_rows = draft.plan, draft.layout, draft.new_rows
+        if new_rows is not None:
+            order, self.session, count = new_rows.order, new_rows.session, new_rows.first + len(new_rows.ids)
+        elif layout is not None and len(plan.generations) == 1:
+            order, self.session, count = np.arange(len(layout.ids)), layout.session, len(layout.ids)
+        else:
+            index = Index(plan.paths.data / "utterances", plan.edition(name))
+            order, self.session, count = index.order, index.session_of, len(index)
+        self.position = np.full(count, -1)
+        self.position[order] = np.arange(len(order))
+        # Rows from `first` on are not on disk yet, and the draft has their tokens.
+        first = 0 if layout is not None else count if new_rows is None else new_rows.first
+        tokens = layout.tokens if layout is not None else None if new_rows is None else new_rows.tokens
+        teacher_rows = None if layout is not None else TeacherRows(plan, name)
+        stored = np.where(order < first, order, -1)
+        self.length = np.zeros(len(order), np.int64)
+        if teacher_rows is not None:
+            self.length[stored >= 0] = teacher_rows.length[stored[stored >= 0]]
+        if tokens is not None:
+            self.length[stored < 0] = tokens.length[order[stored < 0] - first]
+        new = {} if tokens is None else split_tokens(tokens, self.position[first:].tolist())
+        self.texts = CorpusTexts(stored, teacher_rows, new)
+
+
+def view_bytes(record: TeacherRecord, items: list[WorkItem]) -> dict[str, int]:
+    """Return the bytes of `hidden`, and of `scale` in int8 stores, that work items take, by view."""
     dtype = dtype_of(record.dtype)
     arrays = [record.width * dtype.bytes] + ([SCALE_BYTES] if dtype.scaled else [])
-    out: dict[str, int] = {}
-    for u in items:
-        for layer in u.layers:
-            address = f"{record.name}/{u.context}/{layer}"
-            size = sum(shard_bytes(u.shard.rows, u.generation.shard_rows, row_bytes) for row_bytes in arrays)
-            out[address] = out.get(address, 0) + size
-    return out
+    per_view: dict[str, int] = {}
+    for item in items:
+        for layer in item.layers:
+            address = f"{record.name}/{item.context}/{layer}"
+            size = sum(shard_bytes(item.shard.rows, item.generation.shard_rows, row_bytes) for row_bytes in arrays)
+            per_view[address] = per_view.get(address, 0) + size
+    return per_view
 
 
-def check_room(plan: Plan, layout: Layout | None) -> None:
-    """For `run.extract`. Errors: StoreError where the disk has no room for a plan's last generation."""
+def check_disk_space(draft: PlanDraft) -> None:
+    """Check that the disk can hold the last generation of a draft, for `extract`.
+
+    Raises:
+        StoreError: it cannot.
+    """
+    plan = draft.plan
     if mirror_of(plan.paths.root) is not None:
-        return  # a bucket has room; of the disk, a writer takes a unit at a time
+        return  # An object store has space, and a writer keeps one work item at a time on the disk.
     last = plan.generations[-1]
-    items = [u for u in plan.work_items(last.teacher) if u.generation is last]
-    need = sum(view_bytes(plan.teachers[last.teacher], items).values()) + other_bytes(plan, layout)
+    items = [item for item in plan.work_items(last.teacher) if item.generation is last]
+    need = sum(view_bytes(plan.teachers[last.teacher], items).values()) + other_bytes(plan, draft.layout)
     free = free_bytes(plan.paths.root)
     if need > free:
         raise StoreError(
             f"{need / 1e9:,.2f} GB are needed and {free / 1e9:,.2f} GB are free",
             where=plan.paths.root,
-            remedy="make room, ask for fewer layers or contexts, or start all the same with --force",
+            remedy="free disk space, ask for fewer layers or contexts, or give --force to start anyway",
         )
 
 
 def free_bytes(root: Path) -> int:
-    """Free room on the disk where `root` is or will be."""
+    """Return the free bytes of the disk that `root` is or will be on."""
     folder = root.absolute()
     while not folder.exists():
         folder = folder.parent
@@ -180,8 +174,9 @@ def free_bytes(root: Path) -> int:
 
 
 def other_bytes(plan: Plan, layout: Layout | None) -> int:
-    """All but `hidden` that the last generation adds: checksums and hashes, and for a new teacher tokens, index and
-    embedding.
+    """Return the bytes that the last generation adds beside `hidden`.
+
+    These are checksums and hashes, and for a new teacher tokens, index and embedding.
     """
     g = plan.generations[-1]
     record = plan.teachers[g.teacher]
@@ -194,35 +189,35 @@ def other_bytes(plan: Plan, layout: Layout | None) -> int:
     return sums + tokens + index + len(np.unique(layout.tokens.ids)) * (4 + 10 + 2 * record.width)
 
 
-def _measure(plan: Plan, teacher: Teacher, todo: list[WorkItem], known: _Corpus) -> tuple[int, float, float]:
-    """(tokens to be fed, fed tokens a second, seconds), from a few batches of one unit of each context."""
+def _measure(plan: Plan, teacher: Teacher, items: list[WorkItem], drafted: _DraftedCorpus) -> tuple[int, float, float]:
+    """(tokens that the model will read, tokens a second, seconds), from a few batches of one item of each context."""
     fed_total, seconds_total = 0.0, 0.0
-    for context in dict.fromkeys(u.context for u in todo):
-        mine = [u for u in todo if u.context == context]
-        item = mine[len(mine) // 2]
-        wanted = known.position[item.shard.first : item.shard.last]
-        work = context_passes(plan, item, known.texts, known.session, wanted)
-        batches = make_batches(work.windows, item.generation.batch_tokens, item.generation.batch_overhead_tokens)
+    for context in dict.fromkeys(item.context for item in items):
+        same = [item for item in items if item.context == context]
+        item = same[len(same) // 2]
+        positions = drafted.position[item.shard.first : item.shard.last]
+        windows = windows_of(plan, item, drafted.texts, drafted.session, positions)
+        batches = make_batches(windows.windows, item.generation.batch_tokens, item.generation.batch_overhead_tokens)
         if not batches:
             continue
         chosen = [batches[i] for i in np.unique(np.linspace(0, len(batches) - 1, PROBED_BATCHES).round().astype(int))]
         with TeacherPool(teacher) as threads:
-            for first in (True, False):  # the first calls pay for what later ones find ready
+            for warm in (False, True):  # the first calls of a thread are slower
                 began = time.perf_counter()
-                some = chosen[:1] * threads.count if first else chosen
-                list(threads.run(some, item.layers, lambda s: [v.float().cpu() for v in s.values()][:0], item))
+                probed = chosen if warm else chosen[:1] * threads.count
+                list(threads.run(probed, item.layers, lambda s: [v.float().cpu() for v in s.values()][:0], item))
         speed = sum(len(w.ids) for b in chosen for w in b) / (time.perf_counter() - began)
-        fed = work.tokens * sum(u.shard.rows for u in mine) / max(1, item.shard.rows)
+        fed = windows.tokens * sum(i.shard.rows for i in same) / max(1, item.shard.rows)
         fed_total, seconds_total = fed_total + fed, seconds_total + fed / speed
     return int(fed_total), fed_total / max(seconds_total, 1e-9), seconds_total
 
 
 def render(s: Sizing) -> str:
-    """For people."""
+    """Return an estimate as text."""
     views = [f"  {address:<32} {size / 1e6:>12,.1f} MB" for address, size in s.bytes_per_view.items()]
     lines = [
         f"corpus       {s.utterances:,} utterances, {s.tokens:,} tokens of {s.teacher}, longest {s.longest_tokens:,}",
-        f"units        {s.units_missing} of {s.units} to do",
+        f"work items   {s.units_missing} of {s.units} to do",
         *views,
         f"to write     {s.bytes / 1e6:,.1f} MB, of which tokens, index and vocabulary {s.other_bytes / 1e6:,.1f} MB",
         f"free         {s.free_bytes / 1e6:,.1f} MB: {'enough' if s.fits else 'NOT ENOUGH'}",

@@ -1,29 +1,41 @@
-"""Running an extraction: unit after unit until every view of the plan is complete.
+"""Run an extraction: plan it, then run its work items until every view of the plan is complete.
 
-Invariant: a unit is either committed or as if never begun, so the same command after any death goes on where the
-last commit left off, and several of them share the work. Run: `stillhouse extract CORPUS STORE --teacher …`.
+Guarantees: a work item is either committed or as if it had never begun. So the same command resumes after a kill, and
+several commands share the work.
+Try: `stillhouse extract CORPUS STORE --teacher …`.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Protocol
 
+from ...data.errors import UsageError
 from ...data.manifest import Corpus
 from ..store.disk.durable import Lock, Scratch
+from ..store.disk.exclusive import exclusive_access
+from ..store.disk.layout import Paths
 from ..store.format.arrays import RawArray
-from ..store.format.commits import Commits
 from ..store.format.plan import Plan, WorkItem, read_plan
 from ..store.read.rows import TeacherRows
-from ..store.remote.paths import mirror_of, retry_plan, writable_copy
+from ..store.remote.paths import address_of, mirror_of, retry_plan, writable_copy
 from ..teacher.model import Teacher
-from .layout import Layout
-from .norms import fix_norms
-from .progress import ExtractionProgress, ItemOutcome, Report, Summary, summarise
-from .request import Request, make_plan
+from .generation import PlanDraft, draft_plan
+from .new_store import write_plan
+from .norms import write_norms
+from .progress import ExtractionProgress, ItemOutcome, OnProgress, Summary, split_committed, summarise
+from .request import Request, teacher_record
 from .runner import ItemRunner, LockedItem
+
+
+class Workers(Protocol):
+    """Other processes that work on the same store."""
+
+    def finish(self) -> ItemOutcome:
+        """Wait for all of them and return what they did. Raise the error of one that failed."""
 
 
 def extract(
@@ -31,45 +43,83 @@ def extract(
     corpus: Corpus,
     teacher: Teacher,
     request: Request,
-    report: Report | None = None,
+    on_progress: OnProgress | None = None,
     part: tuple[int, int] | None = (0, 1),
-    helpers: Callable[[Plan], Helpers] | None = None,
-    before: Callable[[Plan, Layout | None], None] | None = None,
+    start_workers: Callable[[Plan], Workers] | None = None,
+    check: Callable[[PlanDraft], None] | None = None,
     refresh: bool = False,
-    maker: Callable[..., ItemRunner] | None = None,
+    make_runner: Callable[..., ItemRunner] | None = None,
 ) -> Summary:
-    """Extract all that is asked for and not there yet; of `part` (i, n), only every n-th unit from the i-th on;
-    None: `helpers` do all of it.
+    """Extract everything that is asked for and not in the store yet.
 
-    `helpers` starts other processes once the plan is written (see workers.py); `before` sees a plan before its last
-    generation is written, and may refuse; `refresh`: replace and drop what the corpus no longer says.
-    Errors: StaleError where the store was made with other settings or from other texts; StoreError where a value is
-    not finite or the disk is full.
+    Arguments:
+        root: the store, a folder or a URL.
+        corpus: the utterances.
+        teacher: the language model.
+        request: what is asked for.
+        on_progress: is called after every batch.
+        part: (i, n) extracts every n-th work item from the i-th on. None leaves all of them to the workers.
+        start_workers: starts other processes once the plan is written.
+        check: sees a drafted plan before it is written, and may refuse it with an error.
+        refresh: extract changed utterances again, and hide those that the corpus does not have.
+        make_runner: makes another runner than `ItemRunner`, with the same arguments.
+
+    Raises:
+        StaleError: the store was made with other settings or from other texts.
+        LockedError: the corpus has changed and another process writes to the store.
+        StoreError: a value is not finite, or the disk is full.
     """
     with writable_copy(root) as folder:
-        plan = retry_plan(folder, lambda: make_plan(folder, corpus, teacher, request, before, refresh))
+        plan = retry_plan(folder, lambda: make_plan(folder, corpus, teacher, request, check, refresh))
         progress = ExtractionProgress()
         with Scratch(plan.paths) as scratch:
-            plan = read_plan(folder)  # as it is now that we are seen to write (see store/exclusive.py)
-            crew = helpers(plan) if helpers is not None else None
+            plan = read_plan(folder)  # again: from here on no other process changes it under this one
+            workers = start_workers(plan) if start_workers is not None else None
             try:
                 if part is None:
-                    progress.units_total = len(plan.work_items(request.name))
+                    progress.items_total = len(plan.work_items(request.name))
                 else:
-                    run_work_items(plan, request.name, teacher, scratch.folder, progress, report, part, maker)
+                    run_work_items(
+                        plan, request.name, teacher, scratch.folder, progress, on_progress, part, make_runner
+                    )
             finally:
-                if crew is not None:
-                    progress.add(crew.finish())
+                if workers is not None:
+                    progress.add(workers.finish())
             for context in plan.teachers[request.name].contexts:
-                fix_norms(plan, request.name, context, scratch.folder)
+                write_norms(plan, request.name, context, scratch.folder)
         share_arrays(plan, request.name)
         return summarise(plan, request.name, progress)
 
 
-class Helpers(Protocol):
-    """Processes that work on the same store; `finish` waits for them, tells what they did, raises what they raised."""
+def make_plan(
+    root: Path,
+    corpus: Corpus,
+    teacher: Teacher,
+    request: Request,
+    check: Callable[[PlanDraft], None] | None = None,
+    refresh: bool = False,
+) -> Plan:
+    """Return the store's plan. Write or extend it where something that is asked for is not in it.
 
-    def finish(self) -> ItemOutcome: ...
+    Several processes may call this at once. Arguments and errors are those of `extract`.
+    """
+    record = teacher_record(teacher, request)
+    with Lock(Paths(root).lock("plan"), wait=True):
+        draft = draft_plan(root, corpus, teacher, record, request, refresh)
+        if draft.new_rows is not None and mirror_of(draft.plan.paths.root) is not None:
+            raise UsageError(
+                "the corpus has changed, and rows of a store in an object store cannot be added to",
+                where=address_of(root),
+                remedy="bring it to a disk, refresh it there and put it under another name: "
+                f"stillhouse store cp {address_of(root)} FOLDER, the same command with FOLDER, "
+                "stillhouse store cp FOLDER s3://BUCKET/NEW",
+            )
+        if draft.new:
+            if check is not None:
+                check(draft)
+            with exclusive_access(draft.plan.paths) if draft.new_rows is not None else nullcontext():
+                write_plan(draft, teacher)
+    return draft.plan
 
 
 def run_work_items(
@@ -78,69 +128,55 @@ def run_work_items(
     teacher: Teacher,
     scratch: Path,
     progress: ExtractionProgress,
-    report: Report | None = None,
+    on_progress: OnProgress | None = None,
     part: tuple[int, int] = (0, 1),
-    maker: Callable[..., ItemRunner] | None = None,
+    make_runner: Callable[..., ItemRunner] | None = None,
 ) -> None:
-    """Run every unit that is not committed. Those that another process holds are waited for at the end."""
-    todo = []
+    """Run every work item that is not committed. Wait for those that another process has locked at the end."""
     items = plan.work_items(name)[part[0] :: part[1]]
-    progress.units_total = len(items)
-    known = {c: Commits(plan.paths, name, c) for c in dict.fromkeys(u.context for u in items)}
-    for item in items:
-        if known[item.context].has(item.shard.number, item.layers, item.generation.number):
-            progress.units_found += 1
-        else:
-            todo.append(item)
-            progress.rows_total += item.shard.rows
-    progress.units_todo, progress.rows_todo = len(todo), progress.rows_total
-    if not todo:
+    _, open_items = split_committed(plan, items)
+    progress.items_total = len(items)
+    progress.rows_total = sum(item.shard.rows for item in open_items)
+    if not open_items:
         return
     if mirror_of(plan.paths.root) is not None:  # no locks there: writers begin in different places
-        first = random.SystemRandom().randrange(len(todo))
-        todo = todo[first:] + todo[:first]
-    held: list[WorkItem] = []
+        first = random.SystemRandom().randrange(len(open_items))
+        open_items = open_items[first:] + open_items[:first]
+    busy: list[WorkItem] = []
 
-    def claims(items: Sequence[WorkItem], wait: bool) -> Iterator[LockedItem]:
+    def lock_items(items: Sequence[WorkItem], wait: bool) -> Iterator[LockedItem]:
         for item in items:
             lock = Lock(plan.paths.lock(item.teacher, item.context, item.shard.number))
             if not lock.acquire(wait=wait):
-                held.append(item)
+                busy.append(item)
                 continue
             try:
-                there = committed(plan, item)
+                committed, _ = split_committed(plan, [item])
             except BaseException:
                 lock.release()
                 raise
-            if there:
+            if committed:
                 lock.release()
                 progress.rows_total -= item.shard.rows
-                progress.units_found += 1
             else:
                 yield LockedItem(item, lock)
 
-    with (maker or ItemRunner)(plan, teacher, TeacherRows(plan, name), scratch, progress, report) as making:
-        making.run_items(claims(todo, wait=False))
-        for item in held:  # one by one: who waits for another must not hold what that one waits for
-            making.run_items(claims([item], wait=True))
-
-
-def committed(plan: Plan, item: WorkItem) -> bool:
-    commits = Commits(plan.paths, item.teacher, item.context)
-    return commits.has(item.shard.number, item.layers, item.generation.number)
+    with (make_runner or ItemRunner)(plan, teacher, TeacherRows(plan, name), scratch, progress, on_progress) as runner:
+        runner.run_items(lock_items(open_items, wait=False))
+        for item in busy:  # one at a time: two processes that wait for each other must not both hold locks
+            runner.run_items(lock_items([item], wait=True))
 
 
 def share_arrays(plan: Plan, name: str) -> None:
-    """In an object store, put the arrays that units write parts of whole, where all of a context's units are there."""
+    """In an object store, put the arrays that work items write parts of, once all items of a context are committed."""
     mirror = mirror_of(plan.paths.root)
     if mirror is None:
         return
     record, group = plan.teachers[name], plan.paths.data / name
     for context in record.contexts:
-        items = [u for u in plan.work_items(name) if u.context == context]
-        commits, c = Commits(plan.paths, name, context), record.contexts.index(context)
-        if items and all(commits.has(u.shard.number, u.layers, u.generation.number) for u in items):
-            axes = {record.layers.index(k) for u in items for k in u.layers}
+        items, c = [i for i in plan.work_items(name) if i.context == context], record.contexts.index(context)
+        if items and not split_committed(plan, items)[1]:
+            axes = {record.layers.index(k) for item in items for k in item.layers}
             for array in ("input_hash", "context_left", "context_right"):
                 mirror.put_arrays(RawArray(group / array).files(c))
             for axis in sorted(axes):

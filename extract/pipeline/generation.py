@@ -1,62 +1,53 @@
-"""Extending a store by a generation: more layers, contexts, utterances, another teacher, later texts.
+"""Draft the next plan of a store: a new store, a new teacher, more views, or a changed corpus.
 
-Invariant: rows, tokens and committed files that exist stay as they are; a generation adds work and rows, or no longer
-counts some. Arrays grow before store.json names the generation, so a planner may die at any moment.
-Run: `stillhouse extract CORPUS STORE --teacher … --layers MORE --context MORE`.
+Guarantees: nothing is written here. Rows, tokens and committed files of earlier generations stay as they are: a
+generation adds work and rows, and drops what is not needed any more.
+Try: `stillhouse extract CORPUS STORE --teacher … --dry-run`.
 """
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ...data.errors import StoreError
 from ...data.manifest import Corpus
-from ..store.disk.durable import crash_point, fsync_folder, write_json
-from ..store.disk.layout import dtype_of, group_json, hash_text, shard_rows
-from ..store.format import plan as plans
+from ..store.disk.layout import Paths, hash_text
 from ..store.format.arrays import RawArray
-from ..store.format.block_sums import recording_sums
 from ..store.format.commits import Commits
-from ..store.format.growing import append, grow
-from ..store.format.index import Index, write_edition
-from ..store.format.plan import Generation, Plan, PlannedWork, Shard
+from ..store.format.index import Index
+from ..store.format.plan import Generation, Plan, PlannedWork, Shard, TeacherRecord, read_plan
 from ..store.read.rows import TeacherRows
-from ..store.writer import encode
-from ..teacher.model import Teacher
+from ..store.writer import versions
 from ..teacher.tokenizer import Tokens
-from .corpus_diff import CorpusDiff
-from .layout import Layout, cut_shards
-from .new_store import write_teacher
+from .corpus_diff import CorpusDiff, diff_corpus
+from .layout import Layout, cut_layout, cut_shards, lay_out
+from .request import Request, check_settings
 
-
-def missing_views(plan: Plan, record: plans.TeacherRecord) -> dict[str, list[int]]:
-    """{context: layers} that are asked for and in no generation yet."""
-    have = plan.teachers[record.name].fingerprints if record.name in plan.teachers else {}
-    out = {c: [k for k in record.layers if f"{c}/{k}" not in have] for c in record.contexts}
-    return {c: layers for c, layers in out.items() if layers}
-
-
-def next_generation(plan: Plan) -> int:
-    """A number above every generation and every commit record of the store."""
-    numbers = [g.number for g in plan.generations]
-    for name, teacher in plan.teachers.items():
-        for context in teacher.contexts:
-            numbers += [c.generation for c in Commits(plan.paths, name, context).of.values()]
-    return 1 + max(numbers)
+if TYPE_CHECKING:
+    from ..teacher.model import Teacher
 
 
 @dataclass(frozen=True)
 class NewRows:
-    """Rows that a changed corpus adds to a store, and the corpus's table with them.
+    """Rows that a changed corpus adds to a store, and the table of utterances with them.
 
-    ids, text_hash uint64, source int32: of the new rows [first, first + len(ids)), source being the row that each
-    replaces, or -1. order, session int32 [n]: rows of the corpus in its order. tokens, start int64: of the new rows,
-    for a teacher that the store knows. vocabulary int32: ids that come to the `known` ones.
+    number      of the generation, and of its table of utterances
+    first       the new rows are [first, first + len(ids))
+    ids         utterance ids of the new rows
+    text_hash   uint64, of the new rows
+    source      int32, the row that each new row replaces, or -1
+    order       int [n], rows of the corpus in its order
+    session     int32 [n], session of each utterance of the corpus
+    served      bool [n], utterances that can be read; None: all
+    tokens      tokens of the new rows; None: the teacher is new to the store
+    start       int64, place of each new row on the token axis
+    known       token ids of the vocabulary before this generation
+    vocabulary  int32, token ids that are added to these
     """
 
     number: int
@@ -66,7 +57,7 @@ class NewRows:
     source: np.ndarray
     order: np.ndarray
     session: np.ndarray
-    served: np.ndarray | None = None  # bool [n]: who can be asked for; None: all
+    served: np.ndarray | None = None
     tokens: Tokens | None = None
     start: np.ndarray | None = None
     known: int = 0
@@ -75,8 +66,12 @@ class NewRows:
 
 @dataclass(frozen=True)
 class PlanDraft:
-    """A plan on paper: `new` where it is yet to be written, with the layout of a teacher new to the store, and what a
-    changed corpus adds.
+    """A plan whose last generation may not be on disk yet.
+
+    plan      the plan with all that is asked for
+    layout    rows and shards of a teacher that is new to the store
+    new_rows  rows that a changed corpus adds
+    new       whether there is something to write
     """
 
     plan: Plan
@@ -85,109 +80,153 @@ class PlanDraft:
     new: bool = True
 
 
-def plan_more_views(
-    plan: Plan, record: plans.TeacherRecord, change: CorpusDiff | None = None, teacher: Teacher | None = None
+def draft_plan(
+    root: Path, corpus: Corpus, teacher: Teacher, record: TeacherRecord, request: Request, refresh: bool = False
 ) -> PlanDraft:
-    """More views of a teacher that the store knows, or (with the teacher) what has changed in the corpus."""
-    old, latest = plan.teachers[record.name], plan.latest(record.name)
-    views, missing, number = plan.views(record.name), missing_views(plan, record), next_generation(plan)
-    there = [s.number for s in plan.shards(record.name)]
-    growth, vocabulary = None, latest.vocabulary
-    tail: list[Shard] = []
-    dropped: list[int] = []
-    if change is not None and teacher is not None:
-        growth, tail = _grown(plan, record, change, teacher, number)
-        t, kept = TeacherRows(plan, record.name), change.rows[change.keep]
-        kept = kept[t.length[kept] > 0]  # the rest is in no shard
-        used = set((t.start[kept] // latest.shard_rows).tolist()) or set(there)
-        dropped, there = [s for s in there if s not in used], [s for s in there if s in used]
-        vocabulary = growth.known + len(growth.vocabulary if growth.vocabulary is not None else ())
-    ends = [s.number for s in tail]
-    work = [PlannedWork(c, layers + missing.get(c, []), ends) for c, layers in views.items() if ends]
-    work += [PlannedWork(c, layers, there if c in views else there + ends) for c, layers in missing.items()]
-    generation = replace(
-        latest,
-        number=number,
-        work=[w for w in work if w.shards],
-        shards=[*latest.shards, *tail],
-        created=utc_now(),
-        edition=number if growth is not None else latest.edition,
-        vocabulary=vocabulary,
-        dropped_shards=dropped,
-        dropped_views=[],
-    )
-    grown = replace(
-        old,
-        contexts=old.contexts + [c for c in record.contexts if c not in old.contexts],
-        layers=old.layers + [k for k in record.layers if k not in old.layers],
-        fingerprints=old.fingerprints
-        | {f"{c}/{k}": record.fingerprints[f"{c}/{k}"] for c, layers in missing.items() for k in layers},
-    )
-    return PlanDraft(_with(plan, grown, generation, change), new_rows=growth)
+    """Draft the plan that holds all that is asked for. With `refresh`, rows that differ from the corpus are dropped.
+
+    Raises:
+        StaleError: the store was made with other settings or, without `refresh`, from other texts.
+        StoreError: an utterance is too long for the store's shards.
+    """
+    if not Paths(root).store_json.exists():
+        return plan_new_store(root, corpus, teacher, record, request)
+    plan = read_plan(root)
+    check_settings(plan, record)
+    corpus_diff = diff_corpus(plan, corpus, record, teacher.tokeniser)
+    if corpus_diff is not None and not refresh:
+        corpus_diff.check(plan, record.name)
+    if record.name not in plan.teachers:
+        return plan_new_teacher(plan, corpus, teacher, record, request, corpus_diff)
+    if corpus_diff is not None or missing_views(plan, record):
+        return plan_more_views(plan, teacher, record, corpus_diff)
+    return PlanDraft(plan, new=False)
+
+
+def plan_new_store(root: Path, corpus: Corpus, teacher: Teacher, record: TeacherRecord, request: Request) -> PlanDraft:
+    """Draft the plan of a new store."""
+    layout = lay_out(corpus, teacher.tokeniser, request.transform, request.seed, teacher.width, request.dtype)
+    batch = request.batch_sizes(teacher.device)
+    generation = first_generation(0, record, layout, batch, request.core_tokens, request.seed)
+    facts = {"utterances": len(layout.ids), "sessions": int(layout.session[-1]) + 1} | _split(corpus.split)
+    plan = Plan(Paths(root), generation.created, facts, versions(), {record.name: record}, [generation])
+    return PlanDraft(plan, layout)
 
 
 def plan_new_teacher(
     plan: Plan,
     corpus: Corpus,
     teacher: Teacher,
-    record: plans.TeacherRecord,
-    batch: tuple[int, int],
-    change: CorpusDiff | None = None,
+    record: TeacherRecord,
+    request: Request,
+    corpus_diff: CorpusDiff | None = None,
 ) -> PlanDraft:
-    """Another teacher: the same utterances in the same rows, its own tokens and shards.
+    """Draft a plan with another teacher: the same utterances in the same rows, with its own tokens and shards.
 
-    `batch` is (tokens a batch, overhead in tokens). A corpus that has changed becomes an edition that this teacher is
-    the first to be at.
+    A changed corpus gets a table of utterances of its own, which this teacher is the first to use.
     """
     index, first = Index(plan.paths.data / "utterances", plan.edition()), plan.generations[0]
-    number, edition, growth = next_generation(plan), plan.edition(), None
-    order, session, count = index.order, index.session_of, len(index)
-    if change is not None:
-        new = np.flatnonzero(~change.keep)
-        growth = _table(change, new, number, count)
-        edition, order, session, count = number, growth.order, growth.session, count + len(new)
-    ids, texts, hashes = [""] * count, [""] * count, np.zeros(count, dtype=np.uint64)
-    for r in order.tolist() if change is not None else index.row.tolist():
-        ids[r] = index.id(r) if r < len(index) else growth.ids[r - len(index)] if growth is not None else ""
-        texts[r] = corpus.by_id[ids[r]].text
-        hashes[r] = hash_text(texts[r])
-    tokens = teacher.tokeniser.encode(texts, record.transform)
-    lengths = tokens.length.astype(np.int64)
-    rows = shard_rows(int(lengths.sum()), int(lengths.max()), record.width, dtype_of(record.dtype))
-    shards, start = cut_shards(lengths, rows)
+    number, edition, new_rows = next_generation(plan), plan.edition(), None
+    rows, ids = index.row, [""] * len(index)
+    for row in index.row.tolist():
+        ids[row] = index.id(row)
+    if corpus_diff is not None:
+        new_rows = _changed_table(corpus_diff, np.flatnonzero(~corpus_diff.keep), number, len(index))
+        edition, rows, ids = number, new_rows.order, ids + new_rows.ids
+    texts = [""] * len(ids)
+    for row in rows.tolist():
+        texts[row] = corpus.by_id[ids[row]].text
+    layout = cut_layout(ids, teacher.tokeniser.encode(texts, record.transform), record.width, record.dtype)
+    batch = request.batch_sizes(teacher.device)
+    generation = first_generation(number, record, layout, batch, first.core_tokens, first.seed, edition)
+    return PlanDraft(_with_generation(plan, record, generation, corpus_diff), layout, new_rows)
+
+
+def plan_more_views(
+    plan: Plan, teacher: Teacher, record: TeacherRecord, corpus_diff: CorpusDiff | None = None
+) -> PlanDraft:
+    """Draft a plan with more views of a teacher that the store has, and with what has changed in the corpus."""
+    old, latest = plan.teachers[record.name], plan.latest(record.name)
+    views, missing, number = plan.views(record.name), missing_views(plan, record), next_generation(plan)
+    kept = [s.number for s in plan.shards(record.name)]
+    new_rows, vocabulary = None, latest.vocabulary
+    tail: list[Shard] = []
+    dropped: list[int] = []
+    if corpus_diff is not None:
+        new_rows, tail = _new_rows(plan, teacher, record, corpus_diff, number)
+        teacher_rows, rows = TeacherRows(plan, record.name), corpus_diff.rows[corpus_diff.keep]
+        rows = rows[teacher_rows.length[rows] > 0]  # utterances without tokens are in no shard
+        used = set((teacher_rows.start[rows] // latest.shard_rows).tolist()) or set(kept)
+        dropped, kept = [s for s in kept if s not in used], [s for s in kept if s in used]
+        vocabulary = new_rows.known + len(new_rows.vocabulary if new_rows.vocabulary is not None else ())
+    added = [s.number for s in tail]
+    work = [PlannedWork(c, layers + missing.get(c, []), added) for c, layers in views.items() if added]
+    work += [PlannedWork(c, layers, kept if c in views else kept + added) for c, layers in missing.items()]
     generation = replace(
-        first,
+        latest,
         number=number,
-        teacher=record.name,
-        work=[PlannedWork(c, record.layers, [s.number for s in shards]) for c in record.contexts],
-        shard_rows=rows,
-        shards=shards,
-        batch_tokens=batch[0],
-        batch_overhead_tokens=batch[1],
+        work=[w for w in work if w.shards],
+        shards=[*latest.shards, *tail],
         created=utc_now(),
-        edition=edition,
-        vocabulary=0,
-        dropped_shards=[],
+        edition=number if new_rows is not None else latest.edition,
+        vocabulary=vocabulary,
+        dropped_shards=dropped,
         dropped_views=[],
     )
-    by_row = np.full(count, -1, dtype=np.int32)
-    by_row[order] = session
-    layout = Layout(ids, hashes, by_row, tokens, start, rows, shards)
-    return PlanDraft(_with(plan, record, generation, change), layout, growth)
+    names = [f"{c}/{k}" for c, layers in missing.items() for k in layers]
+    longer = replace(
+        old,
+        contexts=old.contexts + [c for c in record.contexts if c not in old.contexts],
+        layers=old.layers + [k for k in record.layers if k not in old.layers],
+        fingerprints=old.fingerprints | {name: record.fingerprints[name] for name in names},
+    )
+    return PlanDraft(_with_generation(plan, longer, generation, corpus_diff), new_rows=new_rows)
 
 
-def _with(plan: Plan, record: plans.TeacherRecord, generation: Generation, change: CorpusDiff | None) -> Plan:
-    corpus = plan.corpus
-    if change is not None:
-        counts = {"utterances": len(change.utterances), "sessions": int(change.session.max()) + 1}
-        corpus = {k: v for k, v in corpus.items() if k != "split"} | counts | split_of(change.split)
-    teachers = plan.teachers | {record.name: record}
-    return replace(plan, corpus=corpus, teachers=teachers, generations=[*plan.generations, generation])
+def missing_views(plan: Plan, record: TeacherRecord) -> dict[str, list[int]]:
+    """Return {context: layers} that are asked for and in no generation yet."""
+    planned = plan.teachers[record.name].fingerprints
+    missing = {c: [k for k in record.layers if f"{c}/{k}" not in planned] for c in record.contexts}
+    return {c: layers for c, layers in missing.items() if layers}
 
 
-def split_of(split: str | None) -> dict[str, str]:
-    """What store.json says of the part of the corpus that was extracted."""
-    return {} if split is None else {"split": split}
+def first_generation(
+    number: int,
+    record: TeacherRecord,
+    layout: Layout,
+    batch: tuple[int, int],
+    core_tokens: int,
+    seed: int,
+    edition: int = 0,
+) -> Generation:
+    """Return a teacher's first generation: all of its views in all of its shards."""
+    return Generation(
+        number=number,
+        teacher=record.name,
+        work=[PlannedWork(c, record.layers, [s.number for s in layout.shards]) for c in record.contexts],
+        shard_rows=layout.shard_rows,
+        shards=layout.shards,
+        batch_tokens=batch[0],
+        batch_overhead_tokens=batch[1],
+        core_tokens=core_tokens,
+        seed=seed,
+        created=utc_now(),
+        edition=edition,
+    )
+
+
+def next_generation(plan: Plan) -> int:
+    """Return a number above every generation and every commit record of the store."""
+    numbers = [g.number for g in plan.generations]
+    for name, teacher in plan.teachers.items():
+        for context in teacher.contexts:
+            numbers += [c.generation for c in Commits(plan.paths, name, context).of.values()]
+    return 1 + max(numbers)
+
+
+def rows_after(plan: Plan) -> int:
+    """Return the first row after those of all teachers. Rows without tokens are in a shard's range, too."""
+    return max(s.last for g in plan.generations for s in g.shards)
 
 
 def utc_now() -> str:
@@ -195,127 +234,59 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def rows_after(plan: Plan) -> int:
-    """One past the last row of any teacher: rows have shards, also those without tokens."""
-    return max(s.last for g in plan.generations for s in g.shards)
+def _with_generation(plan: Plan, record: TeacherRecord, generation: Generation, corpus_diff: CorpusDiff | None) -> Plan:
+    facts = plan.corpus
+    if corpus_diff is not None:
+        counts = {"utterances": len(corpus_diff.utterances), "sessions": int(corpus_diff.session.max()) + 1}
+        facts = {k: v for k, v in facts.items() if k != "split"} | counts | _split(corpus_diff.split)
+    teachers = plan.teachers | {record.name: record}
+    return replace(plan, corpus=facts, teachers=teachers, generations=[*plan.generations, generation])
 
 
-def _table(change: CorpusDiff, new: np.ndarray, number: int, first: int) -> NewRows:
-    """The corpus's table, with rows from `first` on for the utterances at the positions `new`."""
-    order = np.where(change.keep, change.rows, 0)
+def _split(split: str | None) -> dict[str, str]:
+    """What store.json records of the part of the corpus that was extracted."""
+    return {} if split is None else {"split": split}
+
+
+def _changed_table(corpus_diff: CorpusDiff, new: np.ndarray, number: int, first: int) -> NewRows:
+    """The table of a changed corpus, with rows from `first` on for the utterances at the positions `new`."""
+    order = np.where(corpus_diff.keep, corpus_diff.rows, 0)
     order[new] = first + np.arange(len(new))
-    said = [change.utterances[p] for p in new.tolist()]
+    utterances = [corpus_diff.utterances[p] for p in new.tolist()]
     return NewRows(
         number=number,
         first=first,
-        ids=[u.id for u in said],
-        text_hash=np.array([hash_text(u.text) for u in said], dtype=np.uint64),
-        source=change.replaces[new].astype(np.int32),
+        ids=[u.id for u in utterances],
+        text_hash=np.array([hash_text(u.text) for u in utterances], dtype=np.uint64),
+        source=corpus_diff.replaces[new].astype(np.int32),
         order=order,
-        session=change.session,
+        session=corpus_diff.session,
     )
 
 
-def _grown(
-    plan: Plan, record: plans.TeacherRecord, change: CorpusDiff, teacher: Teacher, number: int
+def _new_rows(
+    plan: Plan, teacher: Teacher, record: TeacherRecord, corpus_diff: CorpusDiff, number: int
 ) -> tuple[NewRows, list[Shard]]:
-    """Rows, tokens and tail shards for all that has no row that serves on. Errors: StoreError for one too long."""
+    """Rows, tokens and shards for all utterances whose rows cannot stay.
+
+    Raises:
+        StoreError: an utterance is longer than a shard.
+    """
     latest = plan.latest(record.name)
     first = rows_after(plan)
-    new = np.flatnonzero(~change.keep)
-    growth = _table(change, new, number, first)
-    tokens = teacher.tokeniser.encode([change.utterances[p].text for p in new.tolist()], record.transform)
+    new = np.flatnonzero(~corpus_diff.keep)
+    table = _changed_table(corpus_diff, new, number, first)
+    tokens = teacher.tokeniser.encode([corpus_diff.utterances[p].text for p in new.tolist()], record.transform)
     lengths, rows, begin = tokens.length.astype(np.int64), latest.shard_rows, len(latest.shards)
     if len(new) and int(lengths.max()) > rows:
         raise StoreError(
             f"{int(lengths.max()):,} tokens do not fit into a shard of this store, which has {rows:,} rows",
-            where=growth.ids[int(lengths.argmax())],
+            where=table.ids[int(lengths.argmax())],
             remedy="split the utterance in the manifest, or extract the corpus into a new store",
         )
     shards, start = cut_shards(lengths, rows) if len(new) else ([], np.zeros(0, np.int64))
     known = RawArray(plan.paths.data / record.name / "vocab_id").read()
     known = known[: latest.vocabulary or len(known)]
     vocabulary = np.setdiff1d(tokens.ids, known).astype(np.int32)
-    grown = replace(growth, tokens=tokens, start=start + begin * rows, known=len(known), vocabulary=vocabulary)
-    tail = [Shard(begin + s.number, first + s.first, first + s.last, s.rows) for s in shards]
-    return grown, tail
-
-
-def write_generation(plan: Plan, teacher: Teacher | None, layout: Layout | None, growth: NewRows | None = None) -> None:
-    """Bring the last generation of a plan into force; the caller holds the lock `plan`.
-
-    With `layout`, its teacher is new to the store; with `growth`, the corpus has changed.
-    """
-    paths, generation = plan.paths, plan.generations[-1]
-    record = plan.teachers[generation.teacher]
-    group = paths.data / record.name
-    with recording_sums() as made:
-        if growth is not None:
-            write_new_rows(plan, growth)
-            crash_point("grown")
-        if layout is not None and teacher is not None:
-            shutil.rmtree(group, ignore_errors=True)  # a planner died here; the store does not know this teacher yet
-            write_teacher(paths, record, teacher, layout)
-            write_json(paths.data / "zarr.json", group_json({"stillhouse": {"teachers": list(plan.teachers)}}))
-        else:
-            grow_teacher(plan, growth)
-            if growth is not None and growth.tokens is not None:
-                write_tokens(plan, growth, teacher)
-            write_json(group / "zarr.json", group_json({"stillhouse": asdict(record)}))
-    plans.write_generation(plan, generation, made)
-    crash_point("planned")
-    plans.write_head(plan)
-    fsync_folder(paths.root)
-
-
-def write_new_rows(plan: Plan, growth: NewRows) -> None:
-    """The table of a changed corpus."""
-    g = growth
-    served = np.ones(len(g.order), dtype=bool) if g.served is None else g.served
-    write_edition(plan.paths, g.number, g.first, g.ids, g.text_hash, g.order, g.session, served, g.source)
-
-
-def grow_teacher(plan: Plan, growth: NewRows | None) -> None:
-    """Make a teacher's arrays as long as its contexts, layers, rows and tokens are now."""
-    generation = plan.generations[-1]
-    record, group = plan.teachers[generation.teacher], plan.paths.data / generation.teacher
-    c, k = len(record.contexts), len(record.layers)
-    n = len(generation.shards) * generation.shard_rows
-    u = growth.first + len(growth.ids) if growth is not None else 0
-    for name in ("hidden", "scale") if dtype_of(record.dtype).scaled else ("hidden",):
-        grow(group / name, {0: c, 1: k, 2: n})
-    for name in ("norm_mean", "norm_std"):
-        grow(group / name, {0: c, 1: k})
-    grow(group / "crc32c", {0: c, 1: k, 2: u})
-    for name in ("input_hash", "context_left", "context_right"):
-        grow(group / name, {0: c, 1: u})
-
-
-def write_tokens(plan: Plan, growth: NewRows, teacher: Teacher | None) -> None:
-    """Tokens and vocabulary of the new rows."""
-    generation = plan.generations[-1]
-    group, rows = plan.paths.data / generation.teacher, generation.shard_rows
-    tokens, start = growth.tokens, growth.start
-    assert tokens is not None and start is not None and growth.vocabulary is not None
-    end = len(generation.shards) * rows
-    begin = int(start[0]) // rows * rows if len(start) else end
-    token_id, span = np.full(end - begin, -1, np.int32), np.full((end - begin, 2), -1, np.int32)
-    into = [np.arange(a, a + n) for a, n in zip((start - begin).tolist(), tokens.length.tolist())]
-    where = np.concatenate(into) if into else np.zeros(0, int)
-    token_id[where], span[where] = tokens.ids, tokens.span
-    append(group / "start", start, growth.first)
-    append(group / "length", tokens.length, growth.first)
-    append(group / "token_id", token_id, begin)
-    append(group / "span", span, begin)
-    if len(growth.vocabulary) and teacher is not None:
-        add_vocabulary(group, teacher, growth.vocabulary, growth.known)
-
-
-def add_vocabulary(group: Path, teacher: Teacher, ids: np.ndarray, known: int) -> None:
-    """Append token ids with their input embeddings and spellings behind the `known` ones that count."""
-    embedding = encode(teacher.embedding(ids), dtype_of("float16"))
-    pieces = bytes(RawArray(group / "vocab_piece").read()).split(b"\n")[:known]
-    added = "".join("\n" + p.replace("\n", "⏎") for p in teacher.tokeniser.pieces(ids.tolist())).encode()
-    append(group / "vocab_id", ids, known)
-    append(group / "embedding", embedding, known)
-    append(group / "vocab_piece", np.frombuffer(added, dtype=np.uint8), len(b"\n".join(pieces)), last=True)
+    new_rows = replace(table, tokens=tokens, start=start + begin * rows, known=len(known), vocabulary=vocabulary)
+    return new_rows, [Shard(begin + s.number, first + s.first, first + s.last, s.rows) for s in shards]

@@ -1,14 +1,15 @@
-"""The order of a store's utterances and their shards.
+"""The order of a store's utterances, and their shards.
 
-Invariant: a function of corpus, tokenizer and seed; sessions stay whole and in order, so contexts stay together, and
-no utterance straddles a shard. Run: `pytest tests/extract/maintain/test_packing.py`.
+Guarantees: the layout depends on corpus, tokenizer and seed alone. Sessions stay whole and in order, so contexts stay
+together. No utterance lies in two shards.
+Try: `pytest tests/extract/maintain/test_packing.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -21,21 +22,31 @@ from ..teacher.tokenizer import Tokeniser, Tokens
 
 @dataclass(frozen=True)
 class Layout:
-    """Utterances in the order of the store, and their tokens."""
+    """The rows of a teacher that is new to a store.
+
+    ids         utterance ids by row
+    tokens      tokens of these
+    start       int64 [U], place of each row on the token axis
+    shard_rows  places on the token axis that a shard takes
+    shards      the shards
+    text_hash   uint64 [U]; empty where the store has a table of utterances
+    session     int32 [U]; empty where the store has a table of utterances
+    """
 
     ids: list[str]
-    text_hash: np.ndarray  # uint64 [U]
-    session: np.ndarray  # int32 [U], contiguous runs
     tokens: Tokens
-    start: np.ndarray  # int64 [U]
+    start: np.ndarray
     shard_rows: int
     shards: list[Shard]
+    text_hash: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    session: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
 
 
 def order_sessions(corpus: Corpus, seed: int) -> list[list[int]]:
-    """Indices of utterances by session: sessions by a seeded hash of their name, utterances as in the manifest.
+    """Return indices of utterances by session. Sessions are ordered by a seeded hash of their name.
 
-    A hash instead of a random permutation, so that a session's place does not depend on which others there are.
+    Utterances keep the order of the manifest. With a hash, the place of a session does not depend on the other
+    sessions, as it would in a random permutation.
     """
 
     def key(session: list[int]) -> tuple[bytes, str]:
@@ -47,30 +58,34 @@ def order_sessions(corpus: Corpus, seed: int) -> list[list[int]]:
 
 
 def lay_out(corpus: Corpus, tokeniser: Tokeniser, transform: str, seed: int, width: int, dtype: str) -> Layout:
-    """Tokenise the corpus in the order of the store and cut it into shards."""
+    """Tokenise a corpus in the order of a new store and cut it into shards.
+
+    Raises:
+        CorpusError: the corpus has no text.
+    """
     if not corpus.utterances:
         raise CorpusError("the corpus is empty", where=corpus.path)
     sessions = order_sessions(corpus, seed)
     utterances = [corpus.utterances[i] for s in sessions for i in s]
     tokens = tokeniser.encode([u.text for u in utterances], transform)
-    lengths = tokens.length.astype(np.int64)
-    if not lengths.any():
+    if not tokens.length.any():
         raise CorpusError("no utterance has any text", where=corpus.path)
+    hashes = np.array([hash_text(u.text) for u in utterances], dtype=np.uint64)
+    session = np.repeat(np.arange(len(sessions), dtype=np.int32), [len(s) for s in sessions])
+    layout = cut_layout([u.id for u in utterances], tokens, width, dtype)
+    return replace(layout, text_hash=hashes, session=session)
+
+
+def cut_layout(ids: list[str], tokens: Tokens, width: int, dtype: str) -> Layout:
+    """Cut the rows of a teacher that is new to a store into shards."""
+    lengths = tokens.length.astype(np.int64)
     rows = shard_rows(int(lengths.sum()), int(lengths.max()), width, dtype_of(dtype))
     shards, start = cut_shards(lengths, rows)
-    return Layout(
-        ids=[u.id for u in utterances],
-        text_hash=np.array([hash_text(u.text) for u in utterances], dtype=np.uint64),
-        session=np.repeat(np.arange(len(sessions), dtype=np.int32), [len(s) for s in sessions]),
-        tokens=tokens,
-        start=start,
-        shard_rows=rows,
-        shards=shards,
-    )
+    return Layout(ids, tokens, start, rows, shards)
 
 
 def cut_shards(lengths: np.ndarray, rows: int) -> tuple[list[Shard], np.ndarray]:
-    """Runs of whole utterances of at most `rows` tokens, and each utterance's first row (int64 [U])."""
+    """Return runs of whole utterances of at most `rows` tokens, and each utterance's first row, int64 [U]."""
     start = np.zeros(len(lengths), dtype=np.int64)
     shards: list[Shard] = []
     first = used = 0
@@ -85,14 +100,15 @@ def cut_shards(lengths: np.ndarray, rows: int) -> tuple[list[Shard], np.ndarray]
 
 
 def is_small(used: int, rows: int) -> bool:
-    """Whether two such shards always fit into one of `rows`."""
+    """Return whether two such shards always fit into one of `rows`."""
     return 2 * used < rows
 
 
 def pack_shards(lengths: np.ndarray, rows: int) -> list[np.ndarray]:
-    """Which utterances lie together in shards of `rows` tokens, of which one at most is small: indices, by shard.
+    """Return which utterances lie together in shards of `rows` tokens: one array of indices for each shard.
 
-    Runs in the order that is given; small runs, which long utterances leave between them, are put together.
+    Runs keep the given order. Long utterances leave small runs between them, and these are put together. So at most
+    one shard is small.
     """
     shards = cut_shards(lengths, rows)[0] if len(lengths) else []
     packed, small = [], np.zeros(0, dtype=np.int64)
@@ -108,26 +124,34 @@ def pack_shards(lengths: np.ndarray, rows: int) -> list[np.ndarray]:
 
 
 def compact(
-    shard: np.ndarray, lengths: np.ndarray, held: Mapping[int, int], rows: int
+    shard: np.ndarray, lengths: np.ndarray, used: Mapping[int, int], rows: int
 ) -> tuple[list[int], list[np.ndarray]]:
-    """Which shards are emptied, and how the utterances that live in them lie together elsewhere: indices, by new shard.
+    """Choose the shards to empty, and how their live utterances lie together in new shards.
 
-    shard int64 [n], lengths int64 [n]: of every utterance that lives and has tokens, in the order of the corpus;
-    held: {shard: its rows, dead ones too}. Afterwards no shard has dead rows and one at most is small, so that the
-    same again would empty none; a shard without dead rows goes only where small ones are to become fewer.
+    Afterwards no shard has deleted rows and at most one is small, so a second call empties none. A shard without
+    deleted rows is emptied only to have fewer small ones.
+
+    Arguments:
+        shard: int64 [n], the shard of each live utterance that has tokens, in the order of the corpus.
+        lengths: int64 [n], the tokens of each of these.
+        used: {shard: its rows, deleted ones included}.
+        rows: the most rows of a shard.
+
+    Returns:
+        The numbers of the emptied shards, and one array of indices into `shard` for each new shard.
     """
-    living = dict.fromkeys(held, 0)
-    at, into = np.unique(shard, return_inverse=True)
-    living |= dict(zip(at.tolist(), np.bincount(into, lengths, len(at)).astype(np.int64).tolist()))
-    go = {s for s in held if living[s] < held[s]}
-    small = {s for s in held if s not in go and is_small(held[s], rows)}
-    mine, packed = _packed(shard, lengths, go, rows)
-    if len(small) + sum(is_small(int(lengths[mine[p]].sum()), rows) for p in packed) > 1:
-        go |= small
-        mine, packed = _packed(shard, lengths, go, rows)
-    return sorted(go), [mine[p] for p in packed]
+    live = dict.fromkeys(used, 0)
+    numbers, inverse = np.unique(shard, return_inverse=True)
+    live |= dict(zip(numbers.tolist(), np.bincount(inverse, lengths, len(numbers)).astype(np.int64).tolist()))
+    emptied = {s for s in used if live[s] < used[s]}
+    small = {s for s in used if s not in emptied and is_small(used[s], rows)}
+    packed = _pack(shard, lengths, emptied, rows)
+    if len(small) + sum(is_small(int(lengths[p].sum()), rows) for p in packed) > 1:
+        emptied |= small
+        packed = _pack(shard, lengths, emptied, rows)
+    return sorted(emptied), packed
 
 
-def _packed(shard: np.ndarray, lengths: np.ndarray, go: set[int], rows: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    mine = np.flatnonzero(np.isin(shard, sorted(go)))
-    return mine, pack_shards(lengths[mine], rows)
+def _pack(shard: np.ndarray, lengths: np.ndarray, emptied: set[int], rows: int) -> list[np.ndarray]:
+    moved = np.flatnonzero(np.isin(shard, sorted(emptied)))
+    return [moved[p] for p in pack_shards(lengths[moved], rows)]

@@ -1,66 +1,105 @@
-"""The skeleton of a new store: index, tokens, metadata of all arrays, plan, and at last store.json.
+"""Write a drafted plan: the files of a new store, or what a generation adds to one.
 
-Invariant: store.json is written last, so a store whose planner died does not exist and is planned again.
-Run: `stillhouse extract CORPUS STORE --teacher …`.
+These are tables of utterances, tokens, vocabulary, the metadata of all arrays, and the JSON records of the plan.
+
+Guarantees: store.json is written last, so a plan is in force as a whole or not at all. Rows that a killed planner wrote
+do not count, and the next planner writes them again.
+Try: `stillhouse extract CORPUS STORE --teacher …`.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any, Protocol
 
 import numpy as np
 
-from ..store.disk.durable import crash_point, fsync_folder, synced_together, write_json
+from ..store.disk.durable import crash_point, synced_together, write_json
 from ..store.disk.layout import Paths, array_json, dtype_of, group_json, hidden_json, scale_json
 from ..store.format import plan as plans
-from ..store.format.arrays import create_array
+from ..store.format.arrays import RawArray, create_array
 from ..store.format.block_sums import recording_sums
-from ..store.format.index import write_index
-from ..store.format.plan import Plan
+from ..store.format.growing import append, grow
+from ..store.format.index import write_edition, write_index
+from ..store.format.plan import Plan, TeacherRecord
 from ..store.writer import encode
-from ..teacher.model import Teacher
+from ..teacher.tokenizer import Tokens
+from .generation import NewRows, PlanDraft
 from .layout import Layout
 
 
-def write_new_store(plan: Plan, teacher: Teacher, layout: Layout) -> None:
-    """Write everything of a new plan; the caller holds the lock `plan`."""
+class Vocabulary(Protocol):
+    """What the store keeps of a teacher's vocabulary: a `Teacher`, or what another store has of one."""
+
+    @property
+    def tokeniser(self) -> Any:
+        """Its `pieces(ids)` returns the spelling of each token id."""
+
+    def embedding(self, ids: np.ndarray) -> np.ndarray:
+        """Return the input embeddings of token ids, float32 [n, E]."""
+
+
+def write_plan(draft: PlanDraft, teacher: Vocabulary) -> None:
+    """Write the last generation of a draft and bring it into force. The caller holds the lock `plan`."""
+    if len(draft.plan.generations) == 1 and draft.layout is not None:
+        _write_new_store(draft.plan, teacher, draft.layout)
+    else:
+        _write_generation(draft.plan, teacher, draft.layout, draft.new_rows)
+
+
+def _write_new_store(plan: Plan, teacher: Vocabulary, layout: Layout) -> None:
     paths, generation = plan.paths, plan.generations[0]
     record = plan.teachers[generation.teacher]
-    if paths.data.exists():  # a planner died here before it wrote store.json; nobody can have used this
+    if paths.data.exists():  # a planner was killed before it wrote store.json
         shutil.rmtree(paths.data)
-    with synced_together(), recording_sums() as made:  # before store.json names any of it
+    with synced_together(), recording_sums() as sums:  # before store.json names any of it
         write_index(paths, layout.ids, layout.text_hash, layout.session)
         write_teacher(paths, record, teacher, layout)
         write_json(paths.data / "zarr.json", group_json({"stillhouse": {"teachers": [record.name]}}))
-        plans.write_generation(plan, generation, made)
+        plans.write_generation(plan, generation, sums)
     crash_point("planned")
     plans.write_head(plan)
-    fsync_folder(paths.root)
 
 
-def write_teacher(paths: Paths, record: plans.TeacherRecord, teacher: Teacher, layout: Layout) -> None:
-    """All arrays of a teacher: filled where the plan knows them, metadata alone where units fill them."""
+def _write_generation(plan: Plan, teacher: Vocabulary, layout: Layout | None, new_rows: NewRows | None) -> None:
+    paths, generation = plan.paths, plan.generations[-1]
+    record = plan.teachers[generation.teacher]
+    group = paths.data / record.name
+    with recording_sums() as sums:
+        if new_rows is not None:
+            write_new_rows(plan, new_rows)
+            crash_point("grown")
+        if layout is not None:
+            shutil.rmtree(group, ignore_errors=True)  # a planner was killed: the store does not name this teacher yet
+            write_teacher(paths, record, teacher, layout)
+            write_json(paths.data / "zarr.json", group_json({"stillhouse": {"teachers": list(plan.teachers)}}))
+        else:
+            grow_teacher(plan, new_rows)
+            if new_rows is not None:
+                write_tokens(plan, new_rows, teacher)
+            write_json(group / "zarr.json", group_json({"stillhouse": asdict(record)}))
+    plans.write_generation(plan, generation, sums)
+    crash_point("planned")
+    plans.write_head(plan)
+
+
+def write_teacher(paths: Paths, record: TeacherRecord, teacher: Vocabulary, layout: Layout) -> None:
+    """Write the arrays of a teacher: tokens and vocabulary, and the metadata of those that work items fill."""
     group = paths.data / record.name
     u, s = len(layout.ids), layout.shard_rows
     n, c, k, d = len(layout.shards) * s, len(record.contexts), len(record.layers), record.width
-    tokens = layout.tokens
-    where = np.concatenate(
-        [np.arange(a, a + m) for a, m in zip(layout.start.tolist(), tokens.length.tolist())] or [np.zeros(0, int)]
-    )
-    token_id, span = np.full(n, -1, dtype=np.int32), np.full((n, 2), -1, dtype=np.int32)
-    token_id[where], span[where] = tokens.ids, tokens.span
-    vocab = np.unique(tokens.ids).astype(np.int32)
-    embedding = encode(teacher.embedding(vocab), dtype_of("float16"))
-    pieces = "\n".join(p.replace("\n", "⏎") for p in teacher.tokeniser.pieces(vocab.tolist())).encode()
-    piece_bytes = np.frombuffer(pieces, dtype=np.uint8)
+    token_id, span = _token_axis(layout.tokens, layout.start, n)
+    vocabulary = np.unique(layout.tokens.ids).astype(np.int32)
+    embedding, pieces = _embedding(teacher, vocabulary), _pieces(teacher, vocabulary)
     filled = {
         "start": (layout.start, "i8", (u,), ("utterance",)),
-        "length": (tokens.length, "i4", (u,), ("utterance",)),
+        "length": (layout.tokens.length, "i4", (u,), ("utterance",)),
         "token_id": (token_id, "i4", (s,), ("token",)),
         "span": (span, "i4", (s, 2), ("token", "boundary")),
-        "vocab_id": (vocab, "i4", vocab.shape, ("vocabulary",)),
-        "vocab_piece": (piece_bytes, "u1", piece_bytes.shape, ("byte",)),
+        "vocab_id": (vocabulary, "i4", vocabulary.shape, ("vocabulary",)),
+        "vocab_piece": (pieces, "u1", pieces.shape, ("byte",)),
         "embedding": (embedding, "f2", embedding.shape, ("vocabulary", "embedding")),
     }
     for name, (values, dtype, chunks, dims) in filled.items():
@@ -81,3 +120,66 @@ def write_teacher(paths: Paths, record: plans.TeacherRecord, teacher: Teacher, l
     for name, meta in empty.items():
         create_array(group / name, meta)
     write_json(group / "zarr.json", group_json({"stillhouse": asdict(record)}))
+
+
+def write_new_rows(plan: Plan, new_rows: NewRows) -> None:
+    """Write the table of a changed corpus."""
+    g = new_rows
+    served = np.ones(len(g.order), dtype=bool) if g.served is None else g.served
+    write_edition(plan.paths, g.number, g.first, g.ids, g.text_hash, g.order, g.session, served, g.source)
+
+
+def grow_teacher(plan: Plan, new_rows: NewRows | None) -> None:
+    """Make the arrays of the last generation's teacher as long as its contexts, layers, rows and tokens."""
+    generation = plan.generations[-1]
+    record, group = plan.teachers[generation.teacher], plan.paths.data / generation.teacher
+    c, k = len(record.contexts), len(record.layers)
+    n = len(generation.shards) * generation.shard_rows
+    u = new_rows.first + len(new_rows.ids) if new_rows is not None else 0
+    for name in ("hidden", "scale") if dtype_of(record.dtype).scaled else ("hidden",):
+        grow(group / name, {0: c, 1: k, 2: n})
+    for name in ("norm_mean", "norm_std"):
+        grow(group / name, {0: c, 1: k})
+    grow(group / "crc32c", {0: c, 1: k, 2: u})
+    for name in ("input_hash", "context_left", "context_right"):
+        grow(group / name, {0: c, 1: u})
+
+
+def write_tokens(plan: Plan, new_rows: NewRows, teacher: Vocabulary | None) -> None:
+    """Write the tokens of new rows, and what they add to the vocabulary. Without additions no teacher is needed."""
+    generation = plan.generations[-1]
+    group, rows = plan.paths.data / generation.teacher, generation.shard_rows
+    tokens, start, vocabulary, known = new_rows.tokens, new_rows.start, new_rows.vocabulary, new_rows.known
+    assert tokens is not None and start is not None and vocabulary is not None
+    end = len(generation.shards) * rows
+    begin = int(start[0]) // rows * rows if len(start) else end
+    token_id, span = _token_axis(tokens, start - begin, end - begin)
+    append(group / "start", start, new_rows.first)
+    append(group / "length", tokens.length, new_rows.first)
+    append(group / "token_id", token_id, begin)
+    append(group / "span", span, begin)
+    if len(vocabulary) and teacher is not None:
+        stored = bytes(RawArray(group / "vocab_piece").read()).split(b"\n")[:known]
+        added = np.concatenate([np.frombuffer(b"\n", np.uint8), _pieces(teacher, vocabulary)])
+        append(group / "vocab_id", vocabulary, known)
+        append(group / "embedding", _embedding(teacher, vocabulary), known)
+        append(group / "vocab_piece", added, len(b"\n".join(stored)), last=True)
+
+
+def _token_axis(tokens: Tokens, start: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """int32 [rows] and [rows, 2]: token ids and spans at the places `start` of their utterances, -1 elsewhere."""
+    token_id, span = np.full(rows, -1, dtype=np.int32), np.full((rows, 2), -1, dtype=np.int32)
+    places = [np.arange(a, a + n) for a, n in zip(start.tolist(), tokens.length.tolist())]
+    where = np.concatenate([np.zeros(0, int), *places])
+    token_id[where], span[where] = tokens.ids, tokens.span
+    return token_id, span
+
+
+def _embedding(teacher: Vocabulary, ids: np.ndarray) -> np.ndarray:
+    return encode(teacher.embedding(ids), dtype_of("float16"))
+
+
+def _pieces(teacher: Vocabulary, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    """uint8: the spellings of token ids, one a line."""
+    spellings = teacher.tokeniser.pieces(np.asarray(ids).tolist())
+    return np.frombuffer("\n".join(p.replace("\n", "⏎") for p in spellings).encode(), dtype=np.uint8)

@@ -1,8 +1,9 @@
-"""Mean and standard deviation of each view's dimensions, over a sample that the plan fixes.
+"""Mean and standard deviation of each view's dimensions, over a sample of utterances that the plan decides.
 
-Invariant: the sample is at most 2,000 utterances spread evenly over the plan, the same for every view and whoever
-wrote it; norms are taken from the stored states (int8, which needs them first: from the model's), written once, and
-never changed. Run: `pytest tests/extract/store/test_reader.py tests/extract/store/test_int8.py -k norms`.
+Guarantees: the sample is at most 2,000 utterances, spread evenly over the plan, and is the same for every view and
+writer. Norms are computed from the stored states, or for int8, which needs them first, from the model's. They are
+committed once and never change.
+Try: `pytest tests/extract/store/test_reader.py tests/extract/store/test_int8.py -k norms`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ from ..store.disk.layout import Paths, crc32c, dtype_of, to_float32
 from ..store.format.arrays import RawArray
 from ..store.format.commits import Commit, Commits, link_commit
 from ..store.format.index import Index
-from ..store.format.plan import Plan, WorkItem
-from ..store.format.plan import TeacherRecord as Record
+from ..store.format.plan import Plan, TeacherRecord, WorkItem
 from ..store.reader import Store
 from ..store.verify.sums import NORMS
 from ..store.views import View
@@ -30,67 +30,58 @@ from ..store.writer import versions
 SAMPLE = 2000
 LEAST_STD = 1e-3
 
+Norms = dict[int, tuple[np.ndarray, np.ndarray]]  # {layer: (mean, standard deviation)}, float32 [D] each
+# (work item, rows, layers) -> (row, {layer: float32 [n, D]}) of the tokens of these rows, in any order
+Sample = Callable[[WorkItem, np.ndarray, Sequence[int]], Iterable[tuple[int, dict[int, np.ndarray]]]]
+
 
 def sample_rows(lengths: np.ndarray, most: int = SAMPLE) -> np.ndarray:
-    """Rows of the sampled utterances: spread evenly over those that have tokens. int64 [≤ most]."""
+    """Return the rows of the sample, int64 [≤ most]: spread evenly over the utterances that have tokens."""
     full = np.flatnonzero(lengths > 0)
     return full[np.unique(np.linspace(0, len(full) - 1, min(most, len(full))).round().astype(np.int64))]
 
 
-def fix_norms(plan: Plan, teacher: str, context: str, scratch: Path) -> None:
-    """Write norm_mean and norm_std of a context's layers, once all of its units are committed.
-
-    Does nothing where they are there, or where units are still missing.
-    """
-    record = plan.teachers[teacher]
+def write_norms(plan: Plan, teacher: str, context: str, scratch: Path) -> None:
+    """Compute and commit the norms of a context's layers whose work items are all committed and that have none yet."""
     with Lock(plan.paths.lock(teacher, context, "norms"), wait=True):
         commits = Commits(plan.paths, teacher, context)
-        asked = {
-            k: g.number
-            for g in plan.generations
-            for w in g.work
-            if g.teacher == teacher and w.context == context
-            for k in w.layers
+        items = [item for item in plan.work_items(teacher) if item.context == context]
+        newest = {k: item.generation.number for item in items for k in item.layers}
+        missing = {
+            k for item in items for k in item.layers if not commits.has(item.shard.number, [k], item.generation.number)
         }
-        store = Store.open(plan.paths.root)
-        items = [u for u in plan.work_items(teacher) if u.context == context]
-        ready = [
-            k
-            for k in sorted(asked)
-            if not commits.has("norms", [k])
-            and all(commits.has(u.shard.number, [k], u.generation.number) for u in items if k in u.layers)
-        ]
-        if not ready:
-            return
-        rows = sample_rows(store.lengths(teacher))
-        ids = [store.index.id(int(r)) for r in rows]
-        found = _moments(plan.paths.root, [View(teacher, context, k) for k in ready], ids, record.dtype)
-        commit_norms(plan, teacher, context, max(asked[k] for k in ready), found, scratch)
+        ready = [k for k in sorted(newest) if k not in missing and not commits.has("norms", [k])]
+        if ready:
+            store = Store.open(plan.paths.root)
+            norms = _norms_of(store, [View(teacher, context, k) for k in ready])
+            commit_norms(plan, teacher, context, max(newest[k] for k in ready), norms, scratch)
 
 
-def fix_norms_again(store: Store, view: View) -> bool:
-    """Write a view's norms as its states give them, where these are the norms that were committed. False where they
-    are not: those of int8 come from the model's own states, and those of a part of a store from the whole of it.
+def restore_norms(store: Store, view: View) -> bool:
+    """Write a view's norms again, if its states still give the norms that were committed.
+
+    Returns:
+        False where they do not. The norms of int8 come from the model's own states, and those of a part of a store
+        from the whole store.
     """
     record, commits = store.plan.teachers[view.teacher], store.commits(view.teacher, view.context)
     if dtype_of(record.dtype).scaled:
         return False
-    ids = [store.index.id(int(r)) for r in sample_rows(store.lengths(view.teacher))]
-    found = _moments(store.paths.root, [view], ids, record.dtype)
-    told = commits.of["norms", view.layer].checksums
-    if any(told.get(name) != crc for name, crc in _checksums(found).items()):
+    norms = _norms_of(store, [view])
+    recorded = commits.of["norms", view.layer].checksums
+    if any(recorded.get(name) != crc for name, crc in _checksums(norms).items()):
         return False
-    fsync_all(_write(store.paths, record, view.context, found))
+    fsync_all(_write(store.paths, record, view.context, norms))
     return True
 
 
-def fix_norms_first(
-    plan: Plan, item: WorkItem, sample: Sample, scratch: Path
-) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """{layer: (mean, std) float32 [D]} of a unit's views, before anything of them is written: int8 needs them.
+def norms_before_states(plan: Plan, item: WorkItem, sample: Sample, scratch: Path) -> Norms:
+    """Return the norms of a work item's views before any of its states is written, as int8 needs them.
 
-    Where nobody has fixed them yet, the states of the sample are made for this alone. The first writer does it under a
-    lock, and what it commits holds for all. Errors: StoreError naming view and utterance of a state that is not finite.
+    The first writer computes the sample's states for this alone, under a lock. What it commits holds for all writers.
+
+    Raises:
+        StoreError: names the view and the utterance of a state that is not finite.
     """
     name, context = item.teacher, item.context
     group, record = plan.paths.data / name, plan.teachers[name]
@@ -109,63 +100,45 @@ def fix_norms_first(
                             remedy="the model itself yields it: try --model-dtype float32",
                         )
                     moments[k].add(values)
-            found = {k: m.result() for k, m in moments.items()}
-            commit_norms(plan, name, context, item.generation.number, found, scratch)
-    c = record.contexts.index(context)
-    read = RawArray(group / "norm_mean"), RawArray(group / "norm_std")
-    return {k: (read[0].read(c, axis), read[1].read(c, axis)) for k, axis in _axes(record, item.layers).items()}
+            norms = {k: m.result() for k, m in moments.items()}
+            commit_norms(plan, name, context, item.generation.number, norms, scratch)
+    c, (mean, std) = record.contexts.index(context), (RawArray(group / array) for array in NORMS)
+    axes = {k: record.layers.index(k) for k in item.layers}
+    return {k: (mean.read(c, axis), std.read(c, axis)) for k, axis in axes.items()}
 
 
-# (unit, rows, layers) -> (row, {layer: float32 [n, D]}) of the rows' tokens, in whatever order
-Sample = Callable[[WorkItem, np.ndarray, Sequence[int]], Iterable[tuple[int, dict[int, np.ndarray]]]]
-
-
-def _axes(record: Record, layers: Sequence[int]) -> dict[int, int]:
-    return {k: record.layers.index(k) for k in layers}
-
-
-def commit_norms(
-    plan: Plan,
-    teacher: str,
-    context: str,
-    generation: int,
-    norms: dict[int, tuple[np.ndarray, np.ndarray]],
-    scratch: Path,
-) -> None:
-    """Write {layer: (mean, std) float32 [D]} and commit them; nobody else writes norms meanwhile."""
+def commit_norms(plan: Plan, teacher: str, context: str, generation: int, norms: Norms, scratch: Path) -> None:
+    """Write and commit norms. No other process may write norms of this context meanwhile."""
     fsync_all(_write(plan.paths, plan.teachers[teacher], context, norms))
     sums = _checksums(norms)
     commit = Commit(teacher, context, "norms", generation, sorted(norms), [], [], checksums=sums, versions=versions())
     link_commit(plan.paths, scratch, commit)
 
 
-Norms = dict[int, tuple[np.ndarray, np.ndarray]]  # {layer: (mean, std) float32 [D]}
-
-
-def _write(paths: Paths, record: Record, context: str, norms: Norms) -> list[Path]:
-    """What is to be synced before anything may rely on them."""
+def _write(paths: Paths, record: TeacherRecord, context: str, norms: Norms) -> list[Path]:
+    """Write norms, and return the files and folders to sync before they are committed."""
     group, c, written = paths.data / record.name, record.contexts.index(context), []
-    for k, axis in _axes(record, list(norms)).items():
-        for name, values in zip(NORMS, norms[k]):
-            written += RawArray(group / name).write_range(values, c, axis, first=0)
+    for k, values in norms.items():
+        for name, array in zip(NORMS, values):
+            written += RawArray(group / name).write_range(array, c, record.layers.index(k), first=0)
     return written
 
 
 def _checksums(norms: Norms) -> dict[str, int]:
-    """As a commit has them: {"norm_mean.LAYER": crc32c, …}."""
-    every = ((f"{name}.{k}", values) for k, both in norms.items() for name, values in zip(NORMS, both))
-    return {key: crc32c(np.ascontiguousarray(values, "<f4")) for key, values in every}
+    """{"norm_mean.LAYER": crc32c, …}, as a commit record has them."""
+    arrays = {f"{name}.{k}": array for k, values in norms.items() for name, array in zip(NORMS, values)}
+    return {key: crc32c(np.ascontiguousarray(array, "<f4")) for key, array in arrays.items()}
 
 
 class Moments:
-    """Mean and deviation of rows that come in blocks; sums in float64 over runs of float32 sums."""
+    """Mean and standard deviation of rows that come in blocks: float64 sums over runs of float32 sums."""
 
     def __init__(self) -> None:
         self._count, self._total, self._square = 0, np.zeros(1), np.zeros(1)
-        self._shift: np.ndarray | None = None  # huge outlier dimensions would cancel without it
+        self._shift: np.ndarray | None = None  # Without it, dimensions with huge values would lose their deviation.
 
     def add(self, states: np.ndarray) -> None:
-        """float32 [N, D]."""
+        """Add rows, float32 [N, D]."""
         if self._shift is None and len(states):
             self._shift = states.mean(axis=0, dtype=np.float64).astype(np.float32)
         for first in range(0, len(states), _CACHED):
@@ -175,36 +148,34 @@ class Moments:
             self._square = self._square + _sums(np.multiply(part, part, out=part))
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
-        """float32 [D], float32 [D]; no deviation is below 1e-3."""
+        """Return mean and standard deviation, float32 [D] each. No deviation is below 1e-3."""
         assert self._shift is not None
         mean = self._total / self._count
         std = np.sqrt(np.maximum(self._square / self._count - mean**2, 0))
         return (mean + self._shift).astype(np.float32), np.maximum(std, LEAST_STD).astype(np.float32)
 
 
-_RUN, _CACHED = 64, 512  # rows summed in float32; rows at a time, so that they stay in the processor's cache
+_RUN, _CACHED = 64, 512  # rows that are summed in float32; rows at a time, so that they stay in the processor's cache
 
 
 def _sums(values: np.ndarray) -> np.ndarray:
-    """float32 [N, D] over its rows: float64 [D], five times as fast as numpy's own sums in float64."""
+    """float64 [D]: sums over the rows of float32 [N, D], five times as fast as numpy's own sums in float64."""
     whole = len(values) // _RUN * _RUN
     runs = values[:whole].reshape(-1, _RUN, values.shape[1]).sum(axis=1)
     return runs.sum(axis=0, dtype=np.float64) + values[whole:].sum(axis=0, dtype=np.float64)
 
 
-def _moments(root: Path, views: Sequence[View], ids: list[str], dtype: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """{layer: (mean, std) float32 [D]}; in blocks, so that the sample need not fit into memory."""
+def _norms_of(store: Store, views: Sequence[View]) -> Norms:
+    """Norms of a teacher's views from stored states, read in blocks: the sample need not fit into memory."""
+    name = views[0].teacher
+    ids = [store.index.id(row) for row in sample_rows(store.lengths(name)).tolist()]
 
-    def of(mine: Sequence[View]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        store, found = Store.open(root), {}
-        for view in mine:
-            moments = Moments()
-            for first in range(0, len(ids), 100):
-                part = ids[first : first + 100]
-                moments.add(to_float32(store.gather(part, [view]).states[view], dtype))
-            found[view.layer] = moments.result()
-        return found
+    def norm(view: View) -> tuple[np.ndarray, np.ndarray]:
+        own, moments = Store.open(store.paths.root), Moments()
+        for first in range(0, len(ids), 100):
+            states = own.gather(ids[first : first + 100], [view]).states[view]
+            moments.add(to_float32(states, store.plan.teachers[name].dtype))
+        return moments.result()
 
-    count = min(len(views), 4, os.cpu_count() or 1)
-    with ThreadPoolExecutor(count, "stillhouse-norms") as threads:  # numpy lets others run
-        return {k: v for found in threads.map(of, [views[i::count] for i in range(count)]) for k, v in found.items()}
+    with ThreadPoolExecutor(min(len(views), 4, os.cpu_count() or 1), "stillhouse-norms") as threads:
+        return dict(zip((v.layer for v in views), threads.map(norm, views)))  # numpy lets other threads run

@@ -1,29 +1,31 @@
-"""What a run tells while it goes on, and what it has done at its end.
+"""The progress of a run, its summary, and the status of a store.
 
-Invariant: facts only; commands.py renders them. Run: `stillhouse extract CORPUS STORE --teacher … --json`.
+Guarantees: facts only, which commands render. Asking for a status loads and writes nothing. A work item is running
+while a process holds its lock.
+Try: `stillhouse extract CORPUS STORE --status`.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..store.disk.durable import Lock
 from ..store.format.commits import Commits
-from ..store.format.plan import Plan, read_plan
+from ..store.format.plan import Plan, WorkItem, read_plan
 from ..store.reader import Store
 from ..store.remote.paths import address_of, mirror_of
 
 
 @dataclass(frozen=True)
 class ItemOutcome:
-    """What another process has done: units, their rows, tokens fed and padded."""
+    """What a process has done: work items, their rows, and tokens that the model read, without and with padding."""
 
-    units: int = 0
+    items: int = 0
     rows: int = 0
     fed_tokens: int = 0
     padded_tokens: int = 0
@@ -34,13 +36,10 @@ class ItemOutcome:
 
 @dataclass
 class ExtractionProgress:
-    """Where a run stands. Rows are tokens of text × contexts; fed tokens count specials and context, too."""
+    """The progress of a run. Rows are tokens of text times contexts; fed tokens include special ones and context."""
 
-    units: int = 0
-    units_total: int = 0
-    units_found: int = 0  # committed before this run, or by another process
-    units_todo: int = 0  # not committed when this run began
-    rows_todo: int = 0
+    items: int = 0
+    items_total: int = 0
     rows: int = 0
     rows_total: int = 0
     fed_tokens: int = 0
@@ -51,32 +50,41 @@ class ExtractionProgress:
 
     @property
     def outcome(self) -> ItemOutcome:
-        return ItemOutcome(self.units, self.rows, self.fed_tokens, self.padded_tokens)
+        """What this process has done."""
+        return ItemOutcome(self.items, self.rows, self.fed_tokens, self.padded_tokens)
 
     def add(self, other: ItemOutcome) -> None:
+        """Add what another process has done."""
         for name, value in asdict(other).items():
             setattr(self, name, getattr(self, name) + value)
 
     @property
     def wall_s(self) -> float:
+        """Seconds since the run began."""
         return time.perf_counter() - self.started
 
     @property
     def tokens_per_s(self) -> float:
+        """Rows a second."""
         return self.rows / max(self.wall_s, 1e-9)
 
     @property
     def padding_share(self) -> float:
+        """Share of padding in the batches, 0 to 1."""
         return 1 - self.fed_tokens / self.padded_tokens if self.padded_tokens else 0.0
 
     @property
     def eta_s(self) -> float:
+        """Seconds to the end at this speed."""
         return (self.rows_total - self.rows) / self.tokens_per_s if self.rows else float("nan")
+
+
+OnProgress = Callable[[ExtractionProgress], None]
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did and what the store holds now."""
+    """What a run did, and what the store has now. A unit is a work item."""
 
     store: str
     teacher: str
@@ -96,24 +104,12 @@ class Summary:
     hidden_bytes: int
 
     def as_json(self) -> dict[str, Any]:
+        """Return the object that `--json` prints."""
         return asdict(self)
 
 
-Report = Callable[[ExtractionProgress], None]
-
-
-def folder_bytes(folder: Path) -> int:
-    mirror = mirror_of(folder)
-    if mirror is not None:
-        return sum(mirror.sizes(folder).values())
-    total = 0
-    for base, _, names in os.walk(folder):
-        for name in names:
-            total += os.lstat(os.path.join(base, name)).st_size
-    return total
-
-
 def summarise(plan: Plan, name: str, progress: ExtractionProgress) -> Summary:
+    """Return the summary of a run of the teacher `name`."""
     store = Store.open(plan.paths.root)
     wall = progress.wall_s
     return Summary(
@@ -122,8 +118,8 @@ def summarise(plan: Plan, name: str, progress: ExtractionProgress) -> Summary:
         views=[v.address for v in store.views if v.teacher == name],
         utterances=len(store.utterance_ids),
         tokens=store.teacher(name).tokens,
-        units=progress.units_total,
-        units_done_now=progress.units,
+        units=progress.items_total,
+        units_done_now=progress.items,
         rows_done_now=progress.rows,
         fed_tokens=progress.fed_tokens,
         tokens_per_s=progress.rows / wall,
@@ -136,9 +132,34 @@ def summarise(plan: Plan, name: str, progress: ExtractionProgress) -> Summary:
     )
 
 
+def folder_bytes(folder: Path) -> int:
+    """Return the bytes of all files in a folder of a store."""
+    mirror = mirror_of(folder)
+    if mirror is not None:
+        return sum(mirror.sizes(folder).values())
+    total = 0
+    for base, _, names in os.walk(folder):
+        for name in names:
+            total += os.lstat(os.path.join(base, name)).st_size
+    return total
+
+
+def split_committed(plan: Plan, items: Iterable[WorkItem]) -> tuple[list[WorkItem], list[WorkItem]]:
+    """Return the work items of one teacher that are committed now, and the others."""
+    records: dict[str, Commits] = {}
+    committed: list[WorkItem] = []
+    others: list[WorkItem] = []
+    for item in items:
+        if item.context not in records:
+            records[item.context] = Commits(plan.paths, item.teacher, item.context)
+        done = records[item.context].has(item.shard.number, item.layers, item.generation.number)
+        (committed if done else others).append(item)
+    return committed, others
+
+
 @dataclass(frozen=True)
 class ContextStatus:
-    """Units and tokens of one (teacher, context) and its layers."""
+    """Units, which are work items, and tokens of one teacher's context and its layers."""
 
     teacher: str
     context: str
@@ -149,55 +170,57 @@ class ContextStatus:
     missing: int
     tokens: int
     tokens_done: int
-    complete: bool  # norms too
+    complete: bool  # with norms
 
 
 @dataclass(frozen=True)
 class Status:
-    """All of a store."""
+    """The status of a store."""
 
     store: str
     contexts: list[ContextStatus]
 
     @property
     def complete(self) -> bool:
+        """Whether every view is complete."""
         return all(c.complete for c in self.contexts)
 
     def as_json(self) -> dict[str, Any]:
+        """Return the object that `--json` prints."""
         return {"store": self.store, "complete": self.complete, "contexts": [asdict(c) for c in self.contexts]}
 
 
 def status(root: Path) -> Status:
-    """Errors: NoStoreError where there is no store."""
+    """Return the status of a store.
+
+    Raises:
+        NoStoreError: there is no store at `root`.
+    """
     plan = read_plan(root)
-    out = []
+    contexts = []
     for teacher in plan.teachers:
-        items = plan.work_items(teacher)
-        for context in dict.fromkeys(u.context for u in items):
-            mine = [u for u in items if u.context == context]
-            layers = sorted({k for u in mine for k in u.layers})
-            commits = Commits(plan.paths, teacher, context)
-            done = [u for u in mine if commits.has(u.shard.number, u.layers, u.generation.number)]
-            rest = [u for u in mine if u not in done]
-            running = sum(_held(plan.paths.lock(teacher, context, u.shard.number)) for u in rest)
-            out.append(
+        for context, layers in plan.views(teacher).items():
+            items = [item for item in plan.work_items(teacher) if item.context == context]
+            done, rest = split_committed(plan, items)
+            running = sum(_is_locked(plan.paths.lock(teacher, context, item.shard.number)) for item in rest)
+            contexts.append(
                 ContextStatus(
                     teacher=teacher,
                     context=context,
-                    layers=layers,
-                    units=len(mine),
+                    layers=sorted(layers),
+                    units=len(items),
                     done=len(done),
                     running=running,
                     missing=len(rest) - running,
-                    tokens=sum(u.shard.rows for u in mine),
-                    tokens_done=sum(u.shard.rows for u in done),
-                    complete=not rest and commits.has("norms", layers),
+                    tokens=sum(item.shard.rows for item in items),
+                    tokens_done=sum(item.shard.rows for item in done),
+                    complete=not rest and Commits(plan.paths, teacher, context).has("norms", layers),
                 )
             )
-    return Status(str(root), out)
+    return Status(str(root), contexts)
 
 
-def _held(path: Path) -> bool:
+def _is_locked(path: Path) -> bool:
     if not path.exists():
         return False
     lock = Lock(path)
@@ -207,12 +230,12 @@ def _held(path: Path) -> bool:
 
 
 def render_status(s: Status) -> str:
-    """For people."""
+    """Return a status as text."""
     lines = [f"{s.store}: {'complete' if s.complete else 'not complete'}"]
     for c in s.contexts:
         state = "complete" if c.complete else f"{c.done} done, {c.running} running, {c.missing} missing"
-        layers = ",".join(map(str, c.layers))
         lines.append(
-            f"{c.teacher}/{c.context}/{layers}  {state} of {c.units} units, {c.tokens_done:,} of {c.tokens:,} tokens"
+            f"{c.teacher}/{c.context}/{','.join(map(str, c.layers))}  {state} of {c.units} work items, "
+            f"{c.tokens_done:,} of {c.tokens:,} tokens"
         )
     return "\n".join(lines)

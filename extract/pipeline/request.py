@@ -1,40 +1,41 @@
-"""Planning an extraction: tokenise all, order the sessions, lay out the shards, write the store's skeleton.
+"""What a user asks to be extracted, and the teacher as a store records it.
 
-Invariant: the plan is a function of corpus, teacher and settings; it is on disk, whole, before any unit of work, and
-never changes afterwards. Run: `stillhouse extract CORPUS STORE --teacher … --dry-run`.
+Guarantees: a view's fingerprint covers every setting that decides its numbers. A store never mixes two settings.
+Try: `stillhouse extract CORPUS STORE --teacher … --dry-run`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...data.errors import StaleError, UsageError
-from ...data.manifest import Corpus
 from ...data.text import check_transform
-from ..store.disk.durable import Lock
-from ..store.disk.exclusive import exclusive_access
-from ..store.disk.layout import Paths, check_teacher_name
-from ..store.format import plan as plans
-from ..store.format.plan import Generation, Plan, PlannedWork
-from ..store.remote.paths import address_of, mirror_of
+from ..store.disk.layout import check_teacher_name
+from ..store.format.plan import Plan, TeacherRecord
 from ..store.views import parse_context
-from ..store.writer import versions
 from ..teacher.contexts import check_context
-from ..teacher.model import Teacher
-from .corpus_diff import diff_corpus
-from .generation import PlanDraft, missing_views, plan_more_views, plan_new_teacher, split_of, write_generation
-from .layout import Layout, lay_out
-from .new_store import write_new_store
+
+if TYPE_CHECKING:
+    from ..teacher.model import Teacher
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks to be extracted. `batch_tokens` None: by device."""
+    """What a user asks to be extracted.
+
+    name          what the store calls the teacher
+    layers        layer numbers; negative ones count from the last layer
+    contexts      context names, as in alone or both:64
+    transform     text transforms joined by +
+    join          text between two utterances of one window
+    dtype         dtype of the stored states
+    batch_tokens  most tokens in a batch; None: chosen by device
+    core_tokens   tokens of text that utterances of one window share
+    seed          seed of the order of sessions
+    """
 
     name: str
     layers: Sequence[int]
@@ -46,10 +47,15 @@ class Request:
     core_tokens: int = 256
     seed: int = 0
 
+    def batch_sizes(self, device: str) -> tuple[int, int]:
+        """Return the most tokens in a batch, and the cost of one call of the model in tokens."""
+        cuda = device.startswith("cuda")
+        return self.batch_tokens or (32768 if cuda else 4096), 1024 if cuda else 24
 
-def view_fingerprint(record: plans.TeacherRecord, context: str, layer: int) -> str:
-    """Hash of all settings that decide a view's numbers."""
-    decides = (
+
+def view_fingerprint(record: TeacherRecord, context: str, layer: int) -> str:
+    """Return the hash of all settings that decide a view's numbers."""
+    settings = (
         record.kind,
         record.architecture,
         record.weights_hash,
@@ -65,23 +71,27 @@ def view_fingerprint(record: plans.TeacherRecord, context: str, layer: int) -> s
         context,
         layer,
     )
-    return hashlib.blake2b(repr(decides).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(repr(settings).encode(), digest_size=16).hexdigest()
 
 
-def teacher_record(teacher: Teacher, request: Request) -> plans.TeacherRecord:
-    """The teacher as the store will know it. Errors: UsageError for contexts, layers, names that cannot be."""
+def teacher_record(teacher: Teacher, request: Request) -> TeacherRecord:
+    """Return the teacher as the store records it.
+
+    Raises:
+        UsageError: the teacher cannot give a context or a layer, or the store cannot use its name.
+    """
     check_transform(request.transform)
     layers = teacher.layer_numbers(request.layers)
     contexts = list(dict.fromkeys(request.contexts))
     t = teacher.tokeniser
-    room = teacher.window - len(t.prefix) - len(t.suffix)
+    text_limit = teacher.window - len(t.prefix) - len(t.suffix)
     for name in contexts:
-        check_context(parse_context(name), teacher.kind, room)
+        check_context(parse_context(name), teacher.kind, text_limit)
         if parse_context(name).block:
             teacher.check_blocks()
     if not layers or not contexts:
-        raise UsageError("nothing to extract", expected="a layer and a context at least")
-    record = plans.TeacherRecord(
+        raise UsageError("nothing to extract", expected="at least one layer and one context")
+    record = TeacherRecord(
         name=check_teacher_name(request.name),
         kind=teacher.kind,
         model=teacher.source,
@@ -104,11 +114,10 @@ def teacher_record(teacher: Teacher, request: Request) -> plans.TeacherRecord:
         layers=layers,
         about=teacher.about,
     )
-    prints = {f"{c}/{k}": view_fingerprint(record, c, k) for c in contexts for k in layers}
-    return replace(record, fingerprints=prints)
+    return replace(record, fingerprints={f"{c}/{k}": view_fingerprint(record, c, k) for c in contexts for k in layers})
 
 
-_WORDS = {
+_SETTINGS = {
     "kind": "the kind of model",
     "architecture": "the architecture",
     "weights_hash": "the model's weights",
@@ -123,22 +132,26 @@ _WORDS = {
 }
 
 
-def differences(old: plans.TeacherRecord, new: plans.TeacherRecord) -> list[str]:
-    """In words, which settings of a teacher differ."""
-    out = []
-    for name, words in _WORDS.items():
+def differences(old: TeacherRecord, new: TeacherRecord) -> list[str]:
+    """Return the settings in which two teachers differ, in words."""
+    words = []
+    for name, setting in _SETTINGS.items():
         if name == "weights_hash" and old.model_dtype != new.model_dtype:
-            continue  # the same weights, cast
+            continue  # The same weights have another hash in another dtype.
         a, b = getattr(old, name), getattr(new, name)
         if a != b and name.endswith("_hash"):
-            out.append(f"{words} (stored {old.model!r}, {a[:8]}…; now {new.model!r}, {b[:8]}…)")
+            words.append(f"{setting} (stored {old.model!r}, {a[:8]}…; now {new.model!r}, {b[:8]}…)")
         elif a != b:
-            out.append(f"{words} (stored {a!r}, now {b!r})")
-    return out
+            words.append(f"{setting} (stored {a!r}, now {b!r})")
+    return words
 
 
-def check_settings(plan: Plan, record: plans.TeacherRecord) -> None:
-    """Errors: StaleError naming, in words, the settings in which a teacher of the store differs."""
+def check_settings(plan: Plan, record: TeacherRecord) -> None:
+    """Compare a teacher with the one of the same name in a store.
+
+    Raises:
+        StaleError: names the settings in which they differ.
+    """
     old = plan.teachers.get(record.name)
     differ = differences(old, record) if old is not None else []
     if differ:
@@ -147,88 +160,3 @@ def check_settings(plan: Plan, record: plans.TeacherRecord) -> None:
             where=plan.paths.root,
             remedy="give the same settings, another --name, or another store",
         )
-
-
-def make_plan(
-    root: Path,
-    corpus: Corpus,
-    teacher: Teacher,
-    request: Request,
-    before: Callable[[Plan, Layout | None], None] | None = None,
-    refresh: bool = False,
-) -> Plan:
-    """Read the store's plan; write or extend it where something asked for is not in it. Callers may race.
-
-    `before` sees a plan before anything of its last generation is written, and may refuse it. With `refresh`, what the
-    corpus no longer says may be replaced and dropped.
-
-    Errors: StaleError where the store was made with other settings or from other texts; LockedError where the corpus
-    has changed and others still write what it was.
-    """
-    record = teacher_record(teacher, request)
-    with Lock(Paths(root).lock("plan"), wait=True):
-        draft = next_plan(root, corpus, teacher, record, request, refresh)
-        if draft.new_rows is not None and mirror_of(draft.plan.paths.root) is not None:
-            raise UsageError(
-                "the corpus has changed, and rows of a store in an object store cannot be added to",
-                where=address_of(root),
-                remedy="bring it to a disk, refresh it there and put it under another name: "
-                f"stillhouse store cp {address_of(root)} FOLDER, the same command with FOLDER, "
-                "stillhouse store cp FOLDER s3://BUCKET/NEW",
-            )
-        if draft.new:
-            if before is not None:
-                before(draft.plan, draft.layout)
-            if len(draft.plan.generations) == 1 and draft.layout is not None:
-                write_new_store(draft.plan, teacher, draft.layout)
-            else:
-                with exclusive_access(draft.plan.paths) if draft.new_rows is not None else nullcontext():
-                    write_generation(draft.plan, teacher, draft.layout, draft.new_rows)
-    return draft.plan
-
-
-def next_plan(
-    root: Path, corpus: Corpus, teacher: Teacher, record: plans.TeacherRecord, request: Request, refresh: bool = False
-) -> PlanDraft:
-    """The plan that holds all that is asked for. Nothing is written here. Errors: as `make_plan`."""
-    if not Paths(root).store_json.exists():
-        return PlanDraft(*draft_plan(root, corpus, teacher, record, request))
-    plan = plans.read_plan(root)
-    check_settings(plan, record)
-    change = diff_corpus(plan, corpus, record, teacher.tokeniser)
-    if change is not None and not refresh:
-        change.check(plan, record.name)
-    if record.name not in plan.teachers:
-        return plan_new_teacher(plan, corpus, teacher, record, batch_sizes(teacher, request), change)
-    if change is not None or missing_views(plan, record):
-        return plan_more_views(plan, record, change, teacher)
-    return PlanDraft(plan, new=False)
-
-
-def batch_sizes(teacher: Teacher, request: Request) -> tuple[int, int]:
-    """(tokens a batch, cost of a call in tokens), by device."""
-    cuda = teacher.device.startswith("cuda")
-    return request.batch_tokens or (32768 if cuda else 4096), 1024 if cuda else 24
-
-
-def draft_plan(
-    root: Path, corpus: Corpus, teacher: Teacher, record: plans.TeacherRecord, request: Request
-) -> tuple[Plan, Layout]:
-    """The plan of a new store, on paper: nothing is written."""
-    layout = lay_out(corpus, teacher.tokeniser, request.transform, request.seed, teacher.width, request.dtype)
-    created = datetime.now(UTC).isoformat(timespec="seconds")
-    batch_tokens, overhead = batch_sizes(teacher, request)
-    generation = Generation(
-        number=0,
-        teacher=record.name,
-        work=[PlannedWork(c, record.layers, [s.number for s in layout.shards]) for c in record.contexts],
-        shard_rows=layout.shard_rows,
-        shards=layout.shards,
-        batch_tokens=batch_tokens,
-        batch_overhead_tokens=overhead,
-        core_tokens=request.core_tokens,
-        seed=request.seed,
-        created=created,
-    )
-    corpus_facts = {"utterances": len(layout.ids), "sessions": int(layout.session[-1]) + 1} | split_of(corpus.split)
-    return Plan(Paths(root), created, corpus_facts, versions(), {record.name: record}, [generation]), layout

@@ -1,15 +1,17 @@
-"""Several processes on one store: each loads the teacher and takes units that nobody holds.
+"""Several processes on one store, here or on a Ray cluster. Each loads the teacher and runs work items that no other
+process has locked.
 
-Invariant: workers share nothing but the store; its locks and commits make the same bytes, whatever their number and
-whichever of them dies (on one kind of processor; see threads.py). Ray carries settings there and counts back.
-Run: `stillhouse extract CORPUS STORE --teacher … --workers 3`.
+Guarantees: workers share nothing but the store. Its locks and commits make the same bytes, whatever their number and
+whichever of them is killed, on one kind of processor (see `teacher/replicas.py`). Ray carries settings there and counts
+back. States go straight into the store.
+Try: `stillhouse extract CORPUS STORE --teacher … --workers 3`.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from queue import Empty
@@ -25,7 +27,11 @@ RAY_RETRIES = 3  # of a task whose node was lost
 
 
 def parse_part(text: str | None) -> tuple[int, int]:
-    """ "i/n" of a job array, i from 0. Errors: UsageError for anything else."""
+    """Return (i, n) of the part "i/n" of a job array; (0, 1) for None.
+
+    Raises:
+        UsageError: the text is anything else.
+    """
     if text is None:
         return (0, 1)
     i, _, n = text.partition("/")
@@ -35,14 +41,15 @@ def parse_part(text: str | None) -> tuple[int, int]:
 
 
 def part_of(plan: Plan, part: tuple[int, int], rank: int, count: int) -> tuple[int, int]:
-    """What one of `count` workers does of a part: all of it, as locks let it; in an object store, which has none, an
-    equal share by its rank.
+    """Return what one of `count` workers does of a part.
+
+    Each may do all of it, because locks keep workers apart. An object store has no locks, so each gets an equal share.
     """
     return part if mirror_of(plan.paths.root) is None else (part[0] + part[1] * rank, part[1] * count)
 
 
 class WorkerProcesses:
-    """The other workers of one command; this process is the first."""
+    """The other workers of one command. This process is the first."""
 
     def __init__(self, plan: Plan, name: str, load: dict[str, Any], count: int, part: tuple[int, int]) -> None:
         import torch
@@ -61,48 +68,61 @@ class WorkerProcesses:
                 threads,
                 self._results,
             )
-            process = context.Process(target=_work, args=arguments, name=f"stillhouse-worker-{rank}")
+            process = context.Process(target=_run_process, args=arguments, name=f"stillhouse-worker-{rank}")
             process.start()
             self._processes.append(process)
 
     def finish(self) -> ItemOutcome:
-        """Wait for all. Errors: what a worker raised; StoreError where one was killed."""
+        """Wait for all processes and return what they did.
+
+        Raises:
+            StillhouseError: a worker raised it.
+            StoreError: a worker was killed.
+        """
         for process in self._processes:
             process.join()
-        done = ItemOutcome()
+        results = []
         while True:
             try:
-                result = self._results.get_nowait()
+                results.append(self._results.get_nowait())
             except Empty:
                 break
-            if isinstance(result, StillhouseError):
-                raise result
-            done += result
+        outcome = _sum(results)
         dead = [p.name for p in self._processes if p.exitcode]
         if dead:
             raise StoreError(
                 f"{', '.join(dead)} died; what was committed is safe", remedy="give the same command again: it resumes"
             )
-        return done
+        return outcome
+
+
+def _sum(results: Iterable[ItemOutcome | StillhouseError]) -> ItemOutcome:
+    outcome = ItemOutcome()
+    for result in results:
+        if isinstance(result, StillhouseError):
+            raise result
+        outcome += result
+    return outcome
 
 
 def start_workers(
     name: str, load: dict[str, Any], count: int, part: tuple[int, int]
 ) -> Callable[[Plan], WorkerProcesses] | None:
-    """For `run.extract`: starts `count - 1` helpers when the plan is there. `load` are `load_teacher`'s arguments."""
+    """Return what starts `count - 1` processes, for `extract`; None for one. `load` are `load_teacher`'s arguments."""
     if count <= 1:
         return None
     return lambda plan: WorkerProcesses(plan, name, load, count, part)
 
 
 def pick_device(device: str) -> str:
+    """Return the device that "auto" stands for."""
     import torch
 
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def worker_device(device: str, rank: int) -> str:
-    """One worker a GPU where there are several; the CPU otherwise."""
+    """Return the device of a worker. Workers take turns on the GPUs of this machine."""
     import torch
 
     device = pick_device(device)
@@ -110,14 +130,14 @@ def worker_device(device: str, rank: int) -> str:
 
 
 def share_threads(count: int) -> None:
-    """Let torch use this process's share of the cores that it has had, where `count` processes share them."""
+    """Give this process its share of torch's threads, if `count` processes share the machine."""
     import torch
 
     torch.set_num_threads(max(1, torch.get_num_threads() // count))
 
 
-def work(root: Path | str, name: str, load: dict[str, Any], part: tuple[int, int], threads: int) -> ItemOutcome:
-    """Units of a planned store until none is left that nobody holds."""
+def run_worker(root: Path | str, name: str, load: dict[str, Any], part: tuple[int, int], threads: int) -> ItemOutcome:
+    """Run work items of a planned store until all of them are committed."""
     import torch
 
     from ..store.disk.durable import Scratch
@@ -127,14 +147,15 @@ def work(root: Path | str, name: str, load: dict[str, Any], part: tuple[int, int
     torch.set_num_threads(threads)
     progress = ExtractionProgress()
     with writable_copy(root) as folder, Scratch(Paths(folder)) as scratch:
-        plan = read_plan(folder)  # as it is now that we are seen to write
+        plan = read_plan(folder)
         run_work_items(plan, name, load_teacher(**load), scratch.folder, progress, None, part)
     return progress.outcome
 
 
-def _work(root: Path | str, name: str, load: dict[str, Any], part: tuple[int, int], threads: int, results: Any) -> None:
+def _run_process(*arguments: Any) -> None:
+    *arguments_of_worker, results = arguments
     try:
-        results.put(work(root, name, load, part, threads))
+        results.put(run_worker(*arguments_of_worker))
     except StillhouseError as e:
         results.put(e)
     except KeyboardInterrupt:
@@ -142,7 +163,11 @@ def _work(root: Path | str, name: str, load: dict[str, Any], part: tuple[int, in
 
 
 def ray_module() -> Any:
-    """Errors: UsageError where Ray is not installed."""
+    """Return the module ray.
+
+    Raises:
+        UsageError: Ray is not installed.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
@@ -153,9 +178,10 @@ def ray_module() -> Any:
 
 
 class RayWorkers:
-    """`count` tasks on the cluster at `address` ("auto": the one of this machine), or on one started here for them.
+    """`count` tasks on the Ray cluster at `address`, where "auto" is that of this machine; None starts one for them.
 
-    Every node needs Stillhouse, the teacher under the same name, and the store under the same path or URL.
+    Every node needs Stillhouse, the teacher under the same name, and the store under the same path or URL. If a node
+    is lost, its task runs again elsewhere and resumes from the commits.
     """
 
     def __init__(
@@ -165,12 +191,12 @@ class RayWorkers:
         device = pick_device(load["device"])
         self._began = not ray.is_initialized()
         if self._began:
-            here = {} if address else {"num_cpus": max(count, os.cpu_count() or 1)}
-            ray.init(address=address, log_to_driver=False, include_dashboard=None if address else False, **here)
+            own = {} if address else {"num_cpus": max(count, os.cpu_count() or 1)}
+            ray.init(address=address, log_to_driver=False, include_dashboard=None if address else False, **own)
         threads = int(ray.cluster_resources().get("CPU", 1)) // count if device == "cpu" else 1
         threads = max(1, threads)
         needs: dict[str, Any] = {"num_cpus": threads} | ({"num_gpus": 1} if device != "cpu" else {})
-        task = ray.remote(**needs, max_retries=RAY_RETRIES)(_task)
+        task = ray.remote(**needs, max_retries=RAY_RETRIES)(_run_task)
         root = address_of(plan.paths.root)
         root = str(root.absolute() if isinstance(root, Path) else root)
         load = load | {"device": device}
@@ -179,13 +205,14 @@ class RayWorkers:
         ]
 
     def finish(self) -> ItemOutcome:
-        """Wait for all. Errors: what a worker raised; StoreError where Ray gave one up."""
-        done = ItemOutcome()
+        """Wait for all tasks and return what they did.
+
+        Raises:
+            StillhouseError: a worker raised it.
+            StoreError: Ray gave up a task.
+        """
         try:
-            for result in self._ray.get(self._tasks):
-                if isinstance(result, StillhouseError):
-                    raise result
-                done += result
+            return _sum(self._ray.get(self._tasks))
         except self._ray.exceptions.RayError as e:
             raise StoreError(
                 f"a Ray worker failed: {str(e).strip().splitlines()[-1]}",
@@ -194,19 +221,18 @@ class RayWorkers:
         finally:
             if self._began:
                 self._ray.shutdown()
-        return done
 
 
 def start_ray_workers(
     name: str, load: dict[str, Any], count: int, part: tuple[int, int], address: str | None
 ) -> Callable[[Plan], RayWorkers]:
-    """For `run.extract`: starts the tasks when the plan is there."""
+    """Return what starts the tasks, for `extract`."""
     ray_module()
     return lambda plan: RayWorkers(plan, name, load, count, part, address)
 
 
-def _task(root: str, name: str, load: dict[str, Any], part: tuple[int, int], threads: int) -> Any:
+def _run_task(*arguments: Any) -> ItemOutcome | StillhouseError:
     try:
-        return work(root, name, load, part, threads)
+        return run_worker(*arguments)
     except StillhouseError as e:
-        return e  # by value: Ray would wrap it into a type of its own
+        return e  # as a value: Ray would wrap an exception into a type of its own

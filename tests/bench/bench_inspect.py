@@ -24,10 +24,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from made_up import MadeUpTeacher, made_up_corpus
 from measuring import Row, at_most, write_table
 
-from stillhouse.extract.pipeline.norms import fix_norms
+from stillhouse.extract.pipeline.extract import make_plan
+from stillhouse.extract.pipeline.norms import write_norms
 from stillhouse.extract.pipeline.progress import ExtractionProgress
-from stillhouse.extract.pipeline.request import Request, make_plan
-from stillhouse.extract.pipeline.runner import ItemRunner
+from stillhouse.extract.pipeline.request import Request
+from stillhouse.extract.pipeline.runner import ItemRunner, LockedItem
 from stillhouse.extract.store import Store, writer
 from stillhouse.extract.store.disk.durable import Scratch
 from stillhouse.extract.store.read.rows import TeacherRows
@@ -47,13 +48,13 @@ def build(folder: Path, utterances: int, width: int, layers: int, holes: bool) -
     sparse = mock.patch.object(writer, "allocate", os.ftruncate)
     with Scratch(plan.paths) as scratch, sparse:
         rows = TeacherRows(plan, "made-up")
-        with ItemRunner(plan, teacher, rows, scratch.folder, ExtractionProgress()) as maker:  # type: ignore[arg-type]
+        with ItemRunner(plan, teacher, rows, scratch.folder, ExtractionProgress()) as runner:  # type: ignore[arg-type]
             for unit in plan.work_items("made-up"):
                 if unit.shard.number == 0 or not holes:
-                    maker.make(unit)
+                    runner.run_items([LockedItem(unit)])
                 else:
-                    _commit_holes(plan, rows, unit, scratch.folder, maker.index)
-        fix_norms(plan, "made-up", "alone", scratch.folder)
+                    _commit_holes(plan, rows, unit, scratch.folder, runner.index)
+        write_norms(plan, "made-up", "alone", scratch.folder)
     return Store.open(folder)
 
 

@@ -31,8 +31,8 @@ from peers import peers
 from store_reading import BATCH, Memmap, cold, int8, loading, reading
 
 from stillhouse.data.manifest import Corpus
-from stillhouse.extract.pipeline.extract import extract
-from stillhouse.extract.pipeline.request import Request, make_plan
+from stillhouse.extract.pipeline.extract import extract, make_plan
+from stillhouse.extract.pipeline.request import Request
 from stillhouse.extract.store import Store
 from stillhouse.extract.store.disk.durable import Scratch
 from stillhouse.extract.store.format.plan import Plan

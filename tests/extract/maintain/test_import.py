@@ -145,7 +145,7 @@ def test_what_does_not_fit_is_named(made: tuple, bert: Path, tmp_path: Path) -> 
         run(key="x_{layer}")
     with pytest.raises(StoreError, match=r"u0: .*three axes, 2 layers along axis 0"):
         run(key="layer_0", layer_axis=0)
-    with pytest.raises(StoreError, match=r"u0: no states of it: .*u0-b.npz is not there"):
+    with pytest.raises(StoreError, match=r"u0: no states of it: .*u0-b.npz does not exist"):
         run(file="{id}-b.npz")
     with pytest.raises(StoreError, match=r"u0: its file would lie outside"):
         run(file="../{id}.npz")

@@ -100,7 +100,7 @@ class Walk:
             spoken = fresh.lengths("t")[fresh.rows(same)] > 0 if same else []
             expected = {i for i, x, y in zip(same, fed, spoken) if x and y}
             assert told.get(view.context, set()) == expected, view
-        assert set(change.gone if change else []) == gone
+        assert set(change.removed if change else []) == gone
         assert set(change.changed if change else []) == set(known) - set(same)
         said = [[(u.id, u.text) for u in (self.utterances[i] for i in s)] for s in self.corpus.sessions()]
         found = stale(store, store.views, said)

@@ -15,8 +15,8 @@ from stillhouse.data.manifest import write_manifest
 from stillhouse.extract.commands.extract import default_name, parse_layers
 from stillhouse.extract.commands.extract import extract as command
 from stillhouse.extract.maintain.repair import repair
-from stillhouse.extract.pipeline import estimate as sizing_module
-from stillhouse.extract.pipeline.estimate import check_room, size_up
+from stillhouse.extract.pipeline import estimate
+from stillhouse.extract.pipeline.estimate import check_disk_space, size_up
 from stillhouse.extract.pipeline.extract import extract
 from stillhouse.extract.pipeline.layout import cut_shards, order_sessions
 from stillhouse.extract.pipeline.norms import sample_rows
@@ -132,9 +132,9 @@ def test_sizing_says_what_it_takes(bert: Path, tmp_path: Path) -> None:
 
 
 def test_no_room_no_start(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sizing_module, "free_bytes", lambda root: 1000)
+    monkeypatch.setattr(estimate, "free_bytes", lambda root: 1000)
     with pytest.raises(StoreError, match="are free"):
-        extract(tmp_path / "s", make_corpus(), loaded(bert), REQUEST, before=check_room)
+        extract(tmp_path / "s", make_corpus(), loaded(bert), REQUEST, check=check_disk_space)
     assert not (tmp_path / "s" / "store.json").exists()
     extract(tmp_path / "s", make_corpus(), loaded(bert), REQUEST)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from stillhouse.data.errors import StoreError
-from stillhouse.extract.pipeline import runner as making
+from stillhouse.extract.pipeline import runner
 from stillhouse.extract.pipeline.extract import extract
 from stillhouse.extract.pipeline.request import Request
 from stillhouse.extract.store import Store
@@ -87,9 +87,9 @@ def test_an_error_leaves_what_was_committed_and_no_lock(
 
     with monkeypatch.context() as patch:
         if where == "model":
-            before = making.Encode.__call__
-            patch.setattr(making.Encode, "item", property(lambda self: self.writer.item), raising=False)
-            patch.setattr(making.Encode, "__call__", refuse)
+            before = runner.Encode.__call__
+            patch.setattr(runner.Encode, "item", property(lambda self: self.writer.item), raising=False)
+            patch.setattr(runner.Encode, "__call__", refuse)
         else:
             before = getattr(ItemWriter, where)
             patch.setattr(ItemWriter, where, refuse)
@@ -110,16 +110,16 @@ def test_few_units_are_open_at_a_time(
     calm: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two_threads: None
 ) -> None:
     """Many threads would otherwise hold more files than a process may have."""
-    monkeypatch.setattr(making, "most_handles", lambda: 0)
+    monkeypatch.setattr(runner, "most_handles", lambda: 0)
     most = []
-    begin = making.ItemRunner._begin
+    open_item = runner.ItemRunner._open_item
 
-    def watched(self: making.ItemRunner, claim: making.LockedItem) -> making.OpenItem:
-        job = begin(self, claim)
+    def watched(self: runner.ItemRunner, locked: runner.LockedItem) -> runner.OpenItem:
+        opened = open_item(self, locked)
         self.threads.count = 16  # as on a larger machine: as many batches are looked ahead
         most.append(len(self._open))
-        return job
+        return opened
 
-    monkeypatch.setattr(making.ItemRunner, "_begin", watched)
+    monkeypatch.setattr(runner.ItemRunner, "_open_item", watched)
     extract(tmp_path / "s", corpus(), loaded(bert), REQUEST)
     assert max(most) == 3 and tree(tmp_path / "s") == tree(calm)

@@ -1,4 +1,4 @@
-"""One bit of a store turns over, wherever it lies: it is found, named, and put right again."""
+"""One bit of a store flips, anywhere: it is found and named, and what can be extracted again is repaired."""
 
 from __future__ import annotations
 
@@ -84,11 +84,26 @@ def test_a_bit_anywhere(sound: Path, tmp_path: Path, count: int) -> None:
             assert same_value(path, data, path.read_bytes()), where
             path.write_bytes(data)
             continue
-        assert found.exit_code == 1 and "--repair" in found.output, where
-        put_right = run("inspect", "verify", root, "--data", "--repair", "--device", "cpu")
-        assert put_right.exit_code == 0, (where, put_right.output)
-        assert path.read_bytes() == data or "hidden" in path.parts or "scale" in path.parts, where
+        assert found.exit_code == 1, where
+        repaired = run("inspect", "verify", root, "--data", "--repair", "--device", "cpu")
+        if extracted_again(root, path):
+            assert "--repair" in found.output and repaired.exit_code == 0, (where, repaired.output)
+            assert path.read_bytes() == data or "hidden" in path.parts or "scale" in path.parts, where
+            continue
+        assert path.read_bytes() == turned(data, at, bit) and repaired.exit_code != 0, where  # left as it is
+        if path.suffix == ".json":
+            assert str(path.relative_to(root)) in str(repaired.exception), where
+            assert "restore these files from a backup" in str(repaired.exception)
+        path.write_bytes(data)
     assert served(root) == before
+
+
+def extracted_again(root: Path, path: Path) -> bool:
+    """Whether a repair makes this file again: what a work item writes, and norms that come from stored states."""
+    arrays = {"hidden", "scale", "input_hash", "context_left", "context_right", "crc32c"}
+    if Store.open(root).teacher("bert").dtype != "int8":
+        arrays |= {"norm_mean", "norm_std"}
+    return path.suffix != ".json" and path.relative_to(root).parts[2] in arrays
 
 
 @pytest.mark.parametrize(
@@ -116,16 +131,18 @@ def test_what_is_named(sound: Path, tmp_path: Path, array: str, says: str) -> No
 
 
 def test_an_index_that_cannot_be_read(sound: Path, tmp_path: Path) -> None:
-    """Offsets that lead out of the table: nothing can be looked up, and verify still says what it is and mends it."""
+    """Offsets that lead out of the table: no id can be looked up, and verify still names the file."""
     root = tmp_path / "s"
     shutil.copytree(sound, root)
     path = root / "data.zarr/utterances/id_offset/c/0"
     data = path.read_bytes()
     path.write_bytes(turned(data, 19, 5))
     found = run("inspect", "verify", root)
-    assert found.exit_code == 1 and "--repair" in found.output, found.exception
-    assert run("inspect", "verify", root, "--repair", "--device", "cpu").exit_code == 0
-    assert path.read_bytes() == data
+    assert found.exit_code == 1 and "utterances/id_offset" in found.output, found.exception
+    repaired = run("inspect", "verify", root, "--repair", "--device", "cpu")
+    assert repaired.exit_code == 1 and "utterances/id_offset" in repaired.output
+    path.write_bytes(data)
+    assert run("inspect", "verify", root).exit_code == 0
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8"])

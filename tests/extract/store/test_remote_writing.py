@@ -87,8 +87,8 @@ def test_two_writers_at_once(proxy: s3.Proxy, server: int, bert: Path, tmp_path:
 @pytest.mark.slow
 def test_workers_of_one_command_have_each_its_share(proxy: s3.Proxy, server: int, bert: Path) -> None:
     load, request = {"source": str(bert), "device": "cpu"}, Request("t", [0, 2], ["alone", "both:4"])
-    helpers = start_workers("t", load, 2, (0, 1))
-    done = extract("s3://bucket/crew", long_corpus(), loaded(bert), request, part=(0, 2), helpers=helpers)  # type: ignore[arg-type]
+    start = start_workers("t", load, 2, (0, 1))
+    done = extract("s3://bucket/crew", long_corpus(), loaded(bert), request, part=(0, 2), start_workers=start)  # type: ignore[arg-type]
     records = [json.loads(s3.get(server, k)) for k in s3.keys(server, "crew/commits/") if k.endswith(".json")]
     by_writer = Counter(r["writer"]["pid"] for r in records if r["shard"] != "norms")
     assert len(by_writer) == 2 and max(by_writer.values()) - min(by_writer.values()) <= 1
