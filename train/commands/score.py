@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
-
-if TYPE_CHECKING:
-    from ..score.groups import Group
-    from ..score.significance import SystemComparison
 
 PATH = click.Path(path_type=Path)
 
 
 @click.command()
 @click.argument("hypotheses", type=PATH)
-@click.option("--transform", default="none", show_default=True, help="Of both texts, as in lower+no_punct.")
 @click.option(
-    "--corpus",
-    type=PATH,
-    help="Manifest that says who spoke, for --by, and what, for a file without transcripts.",
+    "--transform", default="none", show_default=True, help="Apply these to both texts, for example lower+no_punct."
 )
-@click.option("--by", help="Rates of parts too: speaker, session, split or a column of meta.")
-@click.option("--against", type=PATH, help="Other hypotheses of the same utterances: is the difference chance?")
-@click.option("--errors", "shown", type=click.IntRange(min=0), default=0, help="Show that many of the worst, aligned.")
-@click.option("--html", type=PATH, help="Write all errors as a page.")
+@click.option("--corpus", type=PATH, help="Manifest. It has the groups for --by, and transcripts for files without.")
+@click.option("--by", help="Also score each speaker, session, split or value of a column of meta.")
+@click.option("--against", type=PATH, help="Test the difference to other hypotheses of the same utterances.")
+@click.option("--errors", "shown", type=click.IntRange(min=0), default=0, help="Show so many of the worst utterances.")
+@click.option("--html", type=PATH, help="Write all errors to this HTML page.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def score(
     hypotheses: Path,
@@ -38,12 +32,12 @@ def score(
     html: Path | None,
     as_json: bool,
 ) -> None:
-    """WER and CER of HYPOTHESES that `stillhouse decode` wrote, with 95 % bootstrap intervals.
+    """Print WER and CER of HYPOTHESES, the output of `stillhouse decode`, with 95 % bootstrap intervals.
 
-    Reads JSON lines, and with --corpus what has no transcripts: trn, ctm, Kaldi's text, results of audio from a pipe.
+    The command reads JSON lines. With --corpus it also reads files without transcripts: trn, ctm, Kaldi's text and
+    the results of audio from a pipe.
 
-    --against tests the difference in two ways: paired bootstrap over utterances, and matched pairs (what sclite
-    calls MAPSSWE).
+    --against runs two tests: a paired bootstrap over utterances, and the matched-pairs test that sclite calls MAPSSWE.
 
     Example: stillhouse score hyp.jsonl --corpus corpus.jsonl --by speaker --html errors.html
     """
@@ -52,41 +46,48 @@ def score(
     from ...data.errors import UsageError
     from ...data.manifest import read_manifest
     from ...data.text import check_transform
+    from ...data.text import transform as transformed
     from ..report.score import write_page
-    from ..score.alignment import as_text, frequent
-    from ..score.groups import by_group, group_names, worst
-    from ..score.significance import compare, same_utterances
-    from ..score.wer import read_hypotheses
+    from ..score.alignment import as_text, frequent_errors
+    from ..score.groups import Group, group_names, score_groups, worst_utterances
+    from ..score.hypotheses import read_hypotheses
+    from ..score.significance import compare_systems, same_utterances
     from ..score.wer import score as compute
 
     if by is not None and corpus is None:
-        raise UsageError("--by and --corpus go together", expected="--corpus corpus.jsonl --by speaker")
+        raise UsageError("--by needs --corpus", expected="--corpus corpus.jsonl --by speaker")
     check_transform(transform)
     manifest = read_manifest(corpus) if corpus is not None else None
     texts = {u.id: u.text for u in manifest.utterances} if manifest is not None else None
-    found = _normalised(read_hypotheses(hypotheses, texts), transform)
-    refs, hyps = [ref for _, ref, _ in found], [hyp for _, _, hyp in found]
+
+    def read(path: Path) -> list[tuple[str, str, str]]:
+        triples = read_hypotheses(path, texts)
+        if transform == "none":
+            return triples
+        return [(id, transformed(ref, transform).text, transformed(hyp, transform).text) for id, ref, hyp in triples]
+
+    triples = read(hypotheses)
+    ids, refs, hyps = ([t[k] for t in triples] for k in range(3))
     result = compute(refs, hyps)
     groups: list[Group] = []
     if by is not None and manifest is not None:
-        groups = by_group(group_names(manifest, [id for id, _, _ in found], by), refs, hyps)
-    difference: SystemComparison | None = None
+        groups = score_groups(group_names(manifest, ids, by), refs, hyps)
+    comparison = None
     if against is not None:
-        others = same_utterances(found, _normalised(read_hypotheses(against, texts), transform), against)
-        difference = compare(refs, hyps, others)
-    wrong = worst(found) if shown or html is not None else []
+        comparison = compare_systems(refs, hyps, same_utterances(triples, read(against), against))
+    wrong = worst_utterances(triples) if shown or html is not None else []
     if html is not None:
-        pair = (str(against), difference) if difference is not None else None
-        write_page(html, str(hypotheses), result, frequent(u.pairs for u in wrong), wrong, groups, by, pair)
+        pair = (str(against), comparison) if comparison is not None else None
+        write_page(html, str(hypotheses), result, frequent_errors(u.pairs for u in wrong), wrong, groups, by, pair)
     if as_json:
         facts: dict[str, Any] = {**asdict(result), "transform": transform}
         if by is not None:
             facts |= {"by": by, "groups": [asdict(g) for g in groups]}
-        if difference is not None:
-            facts |= {"against": str(against), "comparison": asdict(difference)}
+        if comparison is not None:
+            facts |= {"against": str(against), "comparison": asdict(comparison)}
         if shown:
             facts["errors"] = [asdict(u) for u in wrong[:shown]]
-            facts["frequent"] = frequent(u.pairs for u in wrong)
+            facts["frequent"] = frequent_errors(u.pairs for u in wrong)
         click.echo(json.dumps(facts, ensure_ascii=False))
         return
     for name, r in (("WER", result.wer), ("CER", result.cer)):
@@ -101,30 +102,19 @@ def score(
         interval = f"{100 * g.wer.low:.2f}–{100 * g.wer.high:.2f}"
         rates = f"{100 * g.wer.rate:8.2f} {interval:>16} {100 * g.cer.rate:8.2f}"
         click.echo(f"{g.name or '(none)':24} {g.utterances:10} {g.wer.reference:8} {rates}")
-    if difference is not None:
-        _say_difference(difference, against)
+    if comparison is not None:
+        c = comparison
+        pairs = "too few" if c.p_matched_pairs is None else f"{c.p_matched_pairs:.4f}"
+        click.echo(
+            f"\nagainst {against}: WER {100 * c.difference:+.2f} points [{100 * c.low:+.2f}, {100 * c.high:+.2f}], "
+            f"better in {c.better} utterances, worse in {c.worse}\n"
+            f"p = {c.p_bootstrap:.4f} by paired bootstrap, {pairs} by matched pairs over {c.stretches} segments"
+        )
     for u in wrong[:shown]:
         click.echo(f"\n{u.id}: {u.errors} errors, {100 * u.wer:.0f} %\n{as_text(u.pairs)}")
     if shown and wrong:
         names = {"S": "substituted", "D": "deleted", "I": "inserted"}
         click.echo("")
-        for kind, rows in frequent((u.pairs for u in wrong), 10).items():
+        for kind, rows in frequent_errors((u.pairs for u in wrong), 10).items():
             if rows:
-                click.echo(f"{names[kind]}: " + ", ".join(f"{count} × {what}" for what, count in rows))
-
-
-def _say_difference(d: SystemComparison, against: Path | None) -> None:
-    click.echo(
-        f"\nagainst {against}: WER {100 * d.difference:+.2f} points [{100 * d.low:+.2f}, {100 * d.high:+.2f}], "
-        f"better in {d.better} utterances, worse in {d.worse}"
-    )
-    pairs = "too few" if d.p_matched_pairs is None else f"{d.p_matched_pairs:.4f}"
-    click.echo(f"p = {d.p_bootstrap:.4f} by paired bootstrap, {pairs} by matched pairs over {d.stretches} stretches")
-
-
-def _normalised(found: list[tuple[str, str, str]], name: str) -> list[tuple[str, str, str]]:
-    from ...data.text import transform
-
-    if name == "none":
-        return found
-    return [(id, transform(ref, name).text, transform(hyp, name).text) for id, ref, hyp in found]
+                click.echo(f"{names[kind]}: " + ", ".join(f"{count} × {error}" for error, count in rows))

@@ -23,8 +23,9 @@ from ...data.errors import StillhouseError, TeacherError
 from ..config import load_config
 from ..report import demo as report
 from ..report.demo import ErrorRow, Stage
-from ..report.html import read_metrics
-from ..score.wer import Score, read_hypotheses, score
+from ..report.html import read_metrics, section
+from ..score.hypotheses import read_hypotheses
+from ..score.wer import Score, score
 from ..study.definition import load_study
 from .corpus import DemoCorpus, build_demo_corpus
 from .plan import FULL, QUICK, Size
@@ -275,7 +276,7 @@ def _finish(demo: Demo, corpus: DemoCorpus, quick: bool, recipe: Path) -> Result
             rest = [t for t in triples if manifest.by_id[t[0]].speaker not in heard]
             rows.append(ErrorRow(f"{split}, voices new", "Of these, in voices that it never heard.", _score(rest)))
             rows.append(ErrorRow(f"{split}, voices known", "Of these, in voices of the training.", _score(known)))
-        sections.append(report.section(split, WHAT[split], sorted(triples), homophones()))
+        sections.append(section(split, WHAT[split], sorted(triples), homophones()))
 
     metrics = read_metrics(demo.out / "run" / "metrics.jsonl")
     failures = judge(scores)

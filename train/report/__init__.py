@@ -1,1 +1,1 @@
-"""TODO: what this folder is for."""
+"""HTML pages of runs, scores, studies and the demo. Imports data, train.run and train.score."""

@@ -1,7 +1,7 @@
-"""What all pages share: the Jinja page, inline figures and curves, and numbers as text.
+"""The parts that pages share: Jinja templates, inline figures, example hypotheses, numbers as text.
 
-Invariant: a page holds no link, no script and no image from elsewhere, and what a corpus says is escaped. Exercised by
-`stillhouse report RUN`.
+Guarantees: a page has no link, no script and no image from elsewhere. All text of a corpus is escaped.
+Try: `stillhouse report RUN`.
 """
 
 from __future__ import annotations
@@ -10,33 +10,76 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..score.alignment import SUBSTITUTED, AlignedUtterance, align_utterance
 from ..score.wer import Rate
 
 # Legible on white and on near-black
 COLOURS = ("#3b82f6", "#e8830c", "#12a06b", "#d6459b", "#8b5cf6", "#0ea5b7", "#a8760b", "#8a94a0")
-INK = "#010203"  # stands for the text's colour until the figure is in the page
+INK = "#010203"  # stands for the colour of the page's text
+
+Points = list[tuple[float, float]]
+Metrics = Sequence[Mapping[str, Any]]  # records of a metrics.jsonl
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; one that a kill has torn is left out."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return lines
+@dataclass(frozen=True)
+class ExampleSection:
+    """Hypotheses of one test set, some of them as examples, and its most frequent substitutions.
 
-
-def curve(lines: Mapping[str, Sequence[tuple[float, float]]], label: str, *, log: bool = False, name: str = "") -> str:
-    """An inline SVG of curves [(step, value)], in colours that suit a light and a dark page; "" without a point.
-
-    A curve without points keeps its colour, so that the same names have the same colours in all plots of a page.
+    homophones: {word: number of its group}; words of one group sound alike.
+    confusions: (reference, hypothesis, count, whether they sound alike).
+    substitutions, alike: number of all, and of those that sound alike.
     """
+
+    name: str
+    what: str
+    utterances: list[AlignedUtterance]
+    shown: list[AlignedUtterance]
+    homophones: dict[str, int]
+    confusions: list[tuple[str, str, int, bool]]
+    substitutions: int
+    alike: int
+
+
+def section(
+    name: str,
+    what: str,
+    triples: Sequence[tuple[str, str, str]],
+    homophones: Sequence[Sequence[str]] = (),
+    show: int = 24,
+) -> ExampleSection:
+    """Return a section of (id, reference, hypothesis) triples; `show` of them, evenly spread, are the examples."""
+    utterances = [align_utterance(*triple) for triple in triples]
+    groups = {word: k for k, group in enumerate(homophones) for word in group}
+    counts = Counter((p.ref, p.hyp) for u in utterances for p in u.pairs if p.kind == SUBSTITUTED)
+    alike = {pair: groups.get(pair[0], -1) == groups.get(pair[1], -2) for pair in counts}
+    frequent = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:14]
+    return ExampleSection(
+        name,
+        what,
+        utterances,
+        utterances[:: max(1, -(-len(utterances) // show))],
+        groups,
+        [(*pair, count, alike[pair]) for pair, count in frequent],
+        counts.total(),
+        sum(count for pair, count in counts.items() if alike[pair]),
+    )
+
+
+def curve(lines: Mapping[str, Sequence[tuple[float, float]]], label: str, *, name: str = "") -> str:
+    """Return an inline SVG of some curves over the step, or "" if they have no points.
+
+    Arguments:
+        lines: {name: (step, value) points}. Points that are not finite are dropped.
+        label: label of the axis.
+        name: keeps the ids of figures on one page apart. "" takes the label.
+    """
+    # The same name has the same colour in all plots of a page, also where other curves have no points.
     places = {k: place for place, k in enumerate(lines)}
     lines = {k: few for k, v in lines.items() if (few := thinned(v))}
 
@@ -46,14 +89,11 @@ def curve(lines: Mapping[str, Sequence[tuple[float, float]]], label: str, *, log
             again, colour = divmod(places[key], len(COLOURS))
             style = {"color": COLOURS[colour], "linestyle": ("-", "--", ":", "-.")[again % 4], "linewidth": 1.8}
             axes.plot(x, y, **style, label=key, marker="o" if len(x) < 12 else "", markersize=3.5)
-        if log:
-            axes.set_yscale("log")
-        else:
-            # Room above the highest, whatever the spread: a line along the frame's edge would be cut off
-            axes.set_ylim(0, 1.06 * max((y for points in lines.values() for _, y in points), default=1.0) or 1.0)
+        # Space above the highest point, because the frame's edge would cut a line along it.
+        axes.set_ylim(0, 1.06 * max((y for points in lines.values() for _, y in points), default=1.0) or 1.0)
         axes.set_xlabel("step", color=INK)
         axes.set_ylabel(label, color=INK)
-        if len(lines) > 5:  # below: they would hide the lines
+        if len(lines) > 5:  # A legend of so many names would hide the curves.
             width, height = axes.figure.get_size_inches()
             axes.figure.set_size_inches(width, height + 0.2 * -(-len(lines) // 2))
             axes.figure.legend(loc="outside lower center", ncols=2, frameon=False, labelcolor=INK, fontsize=8)
@@ -63,8 +103,8 @@ def curve(lines: Mapping[str, Sequence[tuple[float, float]]], label: str, *, log
     return figure(plot, name or label) if lines else ""
 
 
-def thinned(points: Sequence[tuple[float, float]], most: int = 400) -> list[tuple[float, float]]:
-    """At most `most` points: means of neighbours, for a plot is no wider."""
+def thinned(points: Sequence[tuple[float, float]], most: int = 400) -> Points:
+    """Return at most `most` points, the means of neighbours, because a plot is not wider."""
     points = [(x, y) for x, y in points if math.isfinite(y)]
     many = max(1, -(-len(points) // most))
     groups = [points[i : i + many] for i in range(0, len(points), many)]
@@ -72,11 +112,11 @@ def thinned(points: Sequence[tuple[float, float]], most: int = 400) -> list[tupl
 
 
 def figure(plot: Callable[[Any], None], name: str) -> str:
-    """An inline SVG of what `plot` draws on matplotlib axes, transparent, its ink the page's own."""
+    """Return what `plot` draws on matplotlib axes as an inline SVG, transparent, in the colour of the page's text."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    # The hash salt keeps the ids of two figures of one page apart, and makes the page the same twice.
+    # The salt keeps the ids of two figures of one page apart, and makes a page reproducible.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10}):
         canvas = Figure(figsize=(4.6, 2.9), layout="constrained")
         axes = canvas.add_subplot()
@@ -93,35 +133,52 @@ def figure(plot: Callable[[Any], None], name: str) -> str:
     return re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S).replace(INK, "currentColor")
 
 
-def curves(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """(caption, SVG) of a run: losses, transfer by view, error rates."""
-
-    def points(kind: str, key: str, scale: float = 1.0) -> list[tuple[float, float]]:
-        return [(m["step"], scale * m[key]) for m in metrics if m.get("kind") == kind and m.get(key) is not None]
-
-    views = sorted({k for m in metrics for k in m if k.startswith("transfer/")})
-    found = [
-        (
-            "Loss a unit",
-            {k: points("train", k) for k in ("rnnt", "ctc")} | {"rnnt on dev": points("dev", "rnnt")},
-            "loss",
-        ),
-        ("Distance to the teacher, by view", {v.removeprefix("transfer/"): points("train", v) for v in views}, "loss"),
-        ("Error rate on dev", {k.upper(): points("dev", k, 100.0) for k in ("wer", "cer")}, "%"),
-    ]
-    drawn = [(caption, curve(lines, label, name=caption)) for caption, lines, label in found]
+def draw(plots: Iterable[tuple[str, Mapping[str, Sequence[tuple[float, float]]], str]]) -> list[tuple[str, str]]:
+    """Return (caption, SVG) of the plots (caption, curves, label of the axis) that have points."""
+    drawn = [(caption, curve(lines, label, name=caption)) for caption, lines, label in plots]
     return [(caption, svg) for caption, svg in drawn if svg]
 
 
-def step_times(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
-    """(part, seconds a step), the mean over the run, largest first."""
-    lines = [m["time"] for m in metrics if m.get("kind") == "train" and m.get("time")]
-    parts = {k for line in lines for k in line}
-    return sorted(((k, sum(x.get(k, 0.0) for x in lines) / len(lines)) for k in parts), key=lambda kv: -kv[1])
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a metrics.jsonl, without a line that a kill cut off."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
 
 
-def page(template: str, **values: Any) -> str:
-    """A template of this folder, everything in it escaped."""
+def series(metrics: Metrics, key: str, kind: str | None = None, scale: float = 1.0) -> Points:
+    """Return (step, value) of the records of a kind ("train", "dev"; None: all) that have a value for `key`."""
+    return [(m["step"], scale * m[key]) for m in metrics if kind in (None, m.get("kind")) and m.get(key) is not None]
+
+
+def curves(metrics: Metrics) -> list[tuple[str, str]]:
+    """Return (caption, SVG) of a run's losses, transfer losses by view, and error rates."""
+    views = sorted({k for m in metrics for k in m if k.startswith("transfer/")})
+    losses = {k: series(metrics, k, "train") for k in ("rnnt", "ctc")} | {"rnnt on dev": series(metrics, "rnnt", "dev")}
+    rates = {k.upper(): series(metrics, k, "dev", 100.0) for k in ("wer", "cer")}
+    transfer = {v.removeprefix("transfer/"): series(metrics, v, "train") for v in views}
+    return draw(
+        [
+            ("Loss per unit", losses, "loss"),
+            ("Distance to the teacher, by view", transfer, "loss"),
+            ("Error rate on dev", rates, "%"),
+        ]
+    )
+
+
+def step_times(metrics: Metrics) -> list[tuple[str, float]]:
+    """Return (part, seconds in a step), means over the run, largest first."""
+    times = [m["time"] for m in metrics if m.get("kind") == "train" and m.get("time")]
+    parts = {k for time in times for k in time}
+    return sorted(((k, sum(t.get(k, 0.0) for t in times) / len(times)) for k in parts), key=lambda kv: -kv[1])
+
+
+def page(template: str, title: str, **values: Any) -> str:
+    """Return a page from a template of this folder, with all values escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     env = Environment(
@@ -132,7 +189,7 @@ def page(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     env.filters |= {"percent": percent, "interval": interval, "size": size, "clock": clock}
-    return env.get_template(template).render(**values)
+    return env.get_template(template).render(title=title, **values)
 
 
 def percent(value: float) -> str:

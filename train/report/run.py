@@ -1,7 +1,8 @@
-"""A run as facts and as one HTML page that needs nothing else: settings, curves, times, checkpoints, examples.
+"""A run as facts and as an HTML page: settings, curves, times, checkpoints, examples.
 
-Invariant: everything on it is read from the run's folder, whether the run is done, goes on or was killed; nothing is
-changed there, and what a corpus says is shown as text. Exercised by `stillhouse report RUN`.
+Guarantees: everything is read from the run's folder, whether the run is done, still running or was killed. Nothing is
+changed there.
+Try: `stillhouse report RUN`.
 """
 
 from __future__ import annotations
@@ -20,23 +21,25 @@ from ...data.files.atomic import read_plain, write_atomic
 from ..config import Config, load_config
 from ..run import checkpoint, identity
 from ..run.folder import CHECKPOINTS, HYPOTHESES, SETTINGS
-from ..score.wer import Score, read_hypotheses, score
-from .demo import TestSection, section
-from .html import curve, curves, page, read_metrics, step_times
+from ..score.hypotheses import read_hypotheses
+from ..score.wer import Score, score
+from .html import ExampleSection, Metrics, curves, draw, page, read_metrics, section, series, step_times
 
-PARTS = {"transfer_backward": "transfer, backward", "teacher": "teacher, beside the others"}
+PARTS = {"transfer_backward": "transfer, backward", "teacher": "teacher, in parallel"}
 
 
 @dataclass(frozen=True)
 class Setting:
+    """A setting of the run; `given` if it differs from the default."""
+
     name: str
     value: str
-    given: bool  # other than the default
+    given: bool
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A checkpoint: its size on disk, and "" or what is wrong with it."""
+class SavedCheckpoint:
+    """A checkpoint, its size on disk, and what is wrong with it, which is empty for a good one."""
 
     step: int
     bytes: int
@@ -45,8 +48,16 @@ class Kept:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """`times` are seconds a step by part, `share` and `realtime` means, `memory` the most bytes, all over the run's
-    records; `seconds` what its training steps took; `skipped` steps without a finite loss.
+    """What the page shows of a run.
+
+    parameters: weights of the model. None without a readable checkpoint.
+    seconds: time of the training steps.
+    realtime: hours of audio in an hour, the mean.
+    times: {part: seconds in a step}, means.
+    share: {"data": waiting for data, "transfer": device time of the transfer}, means.
+    memory: {"resident" or "cuda": most bytes}.
+    best, last: metrics of the best and of the last evaluation.
+    skipped: steps without a finite loss or gradient; `bad` names the files of their batches.
     """
 
     name: str
@@ -65,32 +76,37 @@ class RunFacts:
     bad: list[str]
     settings: dict[str, list[Setting]]
     data: dict[str, Any]
-    checkpoints: list[Kept]
+    checkpoints: list[SavedCheckpoint]
     profile: dict[str, Any] | None
     dev: Score | None
 
 
 @dataclass(frozen=True)
 class RunPage:
-    """The facts, and what only a page shows of the folder."""
+    """The facts, and what only the page shows of the folder."""
 
     facts: RunFacts
     metrics: list[dict[str, Any]]
-    examples: TestSection | None
+    examples: ExampleSection | None
 
 
 def read_run(out: Path, examples: int = 24) -> RunPage:
-    """CheckpointError where `out` is no run's folder, CorpusError where its hypotheses are not what was written."""
+    """Read the folder of a run, and `examples` of its hypotheses.
+
+    Raises:
+        CheckpointError: `out` is not the folder of a run.
+        CorpusError: its hypotheses are damaged.
+    """
     if not (out / SETTINGS).exists():
-        raise CheckpointError("not a run's folder", where=out, expected="what `stillhouse train --out` made")
+        raise CheckpointError("this is not a run's folder", where=out, expected="the --out of `stillhouse train`")
     config = load_config(out / SETTINGS, saved=True)
     log = out / "metrics.jsonl"
     metrics = [m for m in (read_metrics(log) if log.exists() else []) if isinstance(m, dict) and "step" in m]
     steps = [m for m in metrics if m.get("kind") == "train"]
     dev = [m for m in metrics if m.get("kind") == "dev"]
-    heard = read_hypotheses(out / HYPOTHESES) if (out / HYPOTHESES).exists() else []
+    triples = read_hypotheses(out / HYPOTHESES) if (out / HYPOTHESES).exists() else []
     last = {k: v for k, v in dev[-1].items() if k != "kind"} if dev else None
-    shown = section("dev", f"What the run heard at step {last['step']}." if last else "", heard, show=examples)
+    shown = section("dev", f"The hypotheses at step {last['step']}." if last else "", triples, show=examples)
     before = [0, *(m["step"] for m in steps)]
     facts = RunFacts(
         name=out.resolve().name,
@@ -109,51 +125,39 @@ def read_run(out: Path, examples: int = 24) -> RunPage:
         bad=sorted(p.name for p in (out / "bad").glob("*.safetensors")),
         settings=_settings(config),
         data=identity.read(out) or {},
-        checkpoints=[_kept(path) for path in checkpoint.checkpoints(out / CHECKPOINTS)],
+        checkpoints=[_saved(path) for path in checkpoint.checkpoints(out / CHECKPOINTS)],
         profile=_profile(out),
-        dev=score([ref for _, ref, _ in heard], [hyp for _, _, hyp in heard]) if heard else None,
+        dev=score([ref for _, ref, _ in triples], [hyp for _, _, hyp in triples]) if triples else None,
     )
-    return RunPage(facts, metrics, shown if heard else None)
+    return RunPage(facts, metrics, shown if triples else None)
 
 
 def render(run: RunPage) -> str:
-    """The page, self-contained."""
-    return page("run.html.j2", r=run.facts, curves=run_curves(run.metrics), examples=run.examples, parts=PARTS)
+    """Return the page."""
+    values = {"curves": run_curves(run.metrics), "examples": run.examples, "parts": PARTS}
+    return page("run.html.j2", f"Run {run.facts.name}", r=run.facts, **values)
 
 
 def write_page(run: RunPage, path: Path) -> None:
-    """Whole or as it was."""
+    """Write the page completely or not at all."""
     write_atomic(path, render(run))
 
 
-def run_curves(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """(caption, SVG): those of `report.curves`, and what else the run logged."""
-
-    def lines(*keys: str, scale: float = 1.0) -> dict[str, list[tuple[float, float]]]:
-        return {
-            key.rpartition("weight/")[2]: [(m["step"], scale * m[key]) for m in metrics if m.get(key) is not None]
-            for key in keys
-        }
-
+def run_curves(metrics: Metrics) -> list[tuple[str, str]]:
+    """Return (caption, SVG) of `html.curves` and of what else the run logged."""
     weights = sorted({k for m in metrics for k in m if k.startswith("weight/")})
     shares = [{"step": m["step"]} | m["share"] for m in metrics if "share" in m]
-    drawn = [
-        ("Learning rate", lines("lr"), ""),
-        ("Weight of the transfer (λ)", lines("lambda"), ""),
-        ("Weights of the views", lines(*weights), ""),
-        ("Norm of the gradient", lines("grad_norm"), ""),
-        ("Audio heard in the time it lasts", lines("realtime"), "times real time"),
-        (
-            "Share of the time",
-            {
-                what: [(m["step"], 100 * m[key]) for m in shares if key in m]
-                for key, what in (("data", "waiting for data"), ("transfer", "outside ASR"))
-            },
-            "%",
-        ),
-    ]
-    found = [(caption, curve(points, label, name=caption)) for caption, points, label in drawn]
-    return [*curves(metrics), *((caption, svg) for caption, svg in found if svg)]
+    names = {"data": "waiting for data", "transfer": "outside ASR"}
+    return curves(metrics) + draw(
+        [
+            ("Learning rate", {"lr": series(metrics, "lr")}, ""),
+            ("Weight of the transfer (λ)", {"lambda": series(metrics, "lambda")}, ""),
+            ("Weights of the views", {k.removeprefix("weight/"): series(metrics, k) for k in weights}, ""),
+            ("Norm of the gradient", {"grad_norm": series(metrics, "grad_norm")}, ""),
+            ("Speed", {"realtime": series(metrics, "realtime")}, "times real time"),
+            ("Share of the time", {what: series(shares, k, scale=100) for k, what in names.items()}, "%"),
+        ]
+    )
 
 
 def _names(records: Sequence[Mapping[str, Any]], key: str) -> list[str]:
@@ -166,11 +170,11 @@ def _mean(records: Sequence[Mapping[str, Any]], key: str) -> float | None:
 
 
 def _settings(config: Config) -> dict[str, list[Setting]]:
-    found = {}
+    sections = {}
     for name, values in config.model_dump(mode="json").items():
         given = getattr(config, name).model_dump(exclude_defaults=True)
-        found[name] = [Setting(key, _shown(value), key in given) for key, value in values.items()]
-    return found
+        sections[name] = [Setting(key, _shown(value), key in given) for key, value in values.items()]
+    return sections
 
 
 def _shown(value: Any) -> str:
@@ -180,7 +184,7 @@ def _shown(value: Any) -> str:
 
 
 def _parameters(out: Path) -> int | None:
-    """Weights of the newest checkpoint's model that can be counted, from its header alone."""
+    """Count the weights of the newest readable checkpoint, by its header alone."""
     for path in reversed(checkpoint.checkpoints(out / CHECKPOINTS)):
         try:
             with safe_open(path / "model.safetensors", "np") as file:
@@ -190,12 +194,12 @@ def _parameters(out: Path) -> int | None:
     return None
 
 
-def _kept(path: Path) -> Kept:
+def _saved(path: Path) -> SavedCheckpoint:
     size = sum(p.stat().st_size for p in path.iterdir())
     try:
-        return Kept(checkpoint.load(path).step, size, "")
+        return SavedCheckpoint(checkpoint.load(path).step, size, "")
     except CheckpointError as e:
-        return Kept(int(path.name.removeprefix("step-")), size, e.what)
+        return SavedCheckpoint(int(path.name.removeprefix("step-")), size, e.what)
 
 
 def _profile(out: Path) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
-"""The errors of a set of hypotheses as one HTML page that needs nothing else.
+"""The page of the errors of a set of hypotheses.
 
-Invariant: whatever stands in a transcript is shown as text. Exercised by `stillhouse score HYP --html errors.html`.
+Guarantees: the page is written completely or not at all, and text of a transcript is shown as text.
+Try: `stillhouse score HYP --html errors.html`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from pathlib import Path
 
 from ...data.errors import CorpusError
 from ...data.files.atomic import write_atomic
-from ..score.groups import Aligned, Group
+from ..score.alignment import AlignedUtterance
+from ..score.groups import Group
 from ..score.significance import SystemComparison
 from ..score.wer import Score
 from .html import page
@@ -18,27 +20,32 @@ from .html import page
 
 def write_page(
     path: Path,
-    title: str,
+    name: str,
     score: Score,
     frequent: dict[str, list[tuple[str, int]]],
-    utterances: Sequence[Aligned],
+    utterances: Sequence[AlignedUtterance],
     groups: Sequence[Group] = (),
     by: str | None = None,
     against: tuple[str, SystemComparison] | None = None,
 ) -> None:
-    """Write the page whole or not at all."""
-    text = page(
-        "score.html.j2",
-        title=title,
-        score=score,
-        frequent=frequent,
-        utterances=utterances,
-        groups=groups,
-        by=by,
-        against=against,
-    )
+    """Write the page.
+
+    Arguments:
+        path: the page.
+        name: name of the hypotheses.
+        score: their error rates.
+        frequent: the most frequent errors, from `frequent_errors`.
+        utterances: all utterances with errors, from `worst_utterances`.
+        groups: error rates of the groups that `by` names.
+        by: what the groups are, such as "speaker".
+        against: name of other hypotheses, and the comparison with them.
+
+    Raises:
+        CorpusError: the page cannot be written.
+    """
+    values = {"score": score, "frequent": frequent, "utterances": utterances, "groups": groups, "by": by}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, text)
+        write_atomic(path, page("score.html.j2", f"Errors of {name}", **values, against=against))
     except OSError as e:
-        raise CorpusError(f"cannot write: {e.strerror}", where=path) from e
+        raise CorpusError(f"the page cannot be written: {e.strerror}", where=path) from e

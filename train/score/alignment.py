@@ -1,7 +1,7 @@
-"""Which words were right, substituted, deleted, inserted: the alignment behind a word error rate.
+"""Align hypotheses with references: which words are right, substituted, deleted or inserted.
 
-Invariant: the errors of an alignment are those that `score.counts` counts. Exercised by
-`stillhouse score HYP --errors 20`.
+Guarantees: an alignment has as many errors as `wer.error_counts` counts.
+Try: `stillhouse score HYP --errors 20`.
 """
 
 from __future__ import annotations
@@ -17,17 +17,27 @@ RIGHT, SUBSTITUTED, DELETED, INSERTED = "=", "S", "D", "I"
 
 @dataclass(frozen=True, slots=True)
 class AlignedPair:
-    """One column of an alignment; ref is "" where a word was inserted, hyp where one was deleted."""
+    """A column of an alignment. `ref` is empty for an inserted word, `hyp` for a deleted one."""
 
     kind: str
     ref: str
     hyp: str
 
 
-def aligned(reference: str, hypothesis: str) -> list[AlignedPair]:
-    """The columns of one utterance, in order."""
+@dataclass(frozen=True)
+class AlignedUtterance:
+    """An utterance with its alignment. wer = errors / number of reference words, which counts as 1 at least."""
+
+    id: str
+    pairs: list[AlignedPair]
+    errors: int
+    wer: float
+
+
+def align_words(reference: str, hypothesis: str) -> list[AlignedPair]:
+    """Return the columns of an alignment with the fewest errors, in order."""
     ref, hyp = reference.split(), hypothesis.split()
-    if not ref or not hyp:  # jiwer refuses an empty reference
+    if not ref or not hyp:  # jiwer refuses an empty reference.
         return [AlignedPair(DELETED, w, "") for w in ref] + [AlignedPair(INSERTED, "", w) for w in hyp]
     pairs = []
     for chunk in jiwer.process_words(" ".join(ref), " ".join(hyp)).alignments[0]:
@@ -42,39 +52,38 @@ def aligned(reference: str, hypothesis: str) -> list[AlignedPair]:
     return pairs
 
 
-def errors(pairs: Iterable[AlignedPair]) -> int:
-    return sum(p.kind != RIGHT for p in pairs)
+def align_utterance(id: str, reference: str, hypothesis: str) -> AlignedUtterance:
+    """Return the alignment of one utterance, and its errors."""
+    pairs = align_words(reference, hypothesis)
+    errors = sum(p.kind != RIGHT for p in pairs)
+    return AlignedUtterance(id, pairs, errors, errors / max(1, len(reference.split())))
 
 
-def frequent(alignments: Iterable[Sequence[AlignedPair]], most: int = 20) -> dict[str, list[tuple[str, int]]]:
-    """The most frequent errors of each kind, as ("ref → hyp", count); equally frequent ones by alphabet."""
-    found: dict[str, Counter[str]] = {SUBSTITUTED: Counter(), DELETED: Counter(), INSERTED: Counter()}
+def frequent_errors(alignments: Iterable[Sequence[AlignedPair]], most: int = 20) -> dict[str, list[tuple[str, int]]]:
+    """Return {kind: [("ref → hyp", count)]}, the most frequent errors first, equally frequent ones by alphabet."""
+    counters: dict[str, Counter[str]] = {SUBSTITUTED: Counter(), DELETED: Counter(), INSERTED: Counter()}
     for pairs in alignments:
         for p in pairs:
             if p.kind != RIGHT:
-                found[p.kind][f"{p.ref} → {p.hyp}" if p.kind == SUBSTITUTED else p.ref or p.hyp] += 1
-    return {
-        kind: sorted(counter.items(), key=lambda item: (-item[1], item[0]))[:most] for kind, counter in found.items()
-    }
+                counters[p.kind][f"{p.ref} → {p.hyp}" if p.kind == SUBSTITUTED else p.ref or p.hyp] += 1
+    return {kind: sorted(c.items(), key=lambda item: (-item[1], item[0]))[:most] for kind, c in counters.items()}
 
 
 def as_text(pairs: Sequence[AlignedPair], width: int = 100) -> str:
-    """Three lines (reference, hypothesis, marks) as often as the width asks for; "·" stands for no word."""
-    columns = []
+    """Return three lines (reference, hypothesis, marks) for each `width` characters. A missing word is a "·"."""
+    blocks: list[list[tuple[str, str, str]]] = [[]]
+    used = 0
     for p in pairs:
         ref, hyp, mark = p.ref or "·", p.hyp or "·", "" if p.kind == RIGHT else p.kind
         size = max(len(ref), len(hyp))
-        columns.append((ref.ljust(size), hyp.ljust(size), mark.ljust(size)))
-    blocks: list[list[tuple[str, str, str]]] = [[]]
-    used = 0
-    for column in columns:
-        if used + len(column[0]) + 1 > width and blocks[-1]:
+        if used + size + 1 > width and blocks[-1]:
             blocks.append([])
             used = 0
-        blocks[-1].append(column)
-        used += len(column[0]) + 1
-    lines = []
-    for block in blocks:
-        for name, k in (("ref", 0), ("hyp", 1), ("   ", 2)):
-            lines.append(f"  {name} " + " ".join(column[k] for column in block).rstrip())
+        blocks[-1].append((ref.ljust(size), hyp.ljust(size), mark.ljust(size)))
+        used += size + 1
+    lines = [
+        f"  {name} " + " ".join(column[k] for column in block).rstrip()
+        for block in blocks
+        for k, name in enumerate(("ref", "hyp", "   "))
+    ]
     return "\n".join(line for line in lines if line.strip())

@@ -1,59 +1,78 @@
-"""Hypothesis files in: JSON lines with or without references, NIST's trn and ctm, Kaldi's text.
+"""Read and write hypothesis files: JSON lines with or without references, NIST's trn and ctm, Kaldi's text.
 
-Invariant: what `stillhouse decode` writes in any format is read back whole: an utterance in which nothing was heard,
-and no partial result. Exercised by `stillhouse score HYP.trn --corpus corpus.jsonl`.
+Guarantees: what `stillhouse decode` writes in any format is read back completely. Utterances in which no word was
+recognised are included, partial results are not.
+Try: `stillhouse score HYP.trn --corpus corpus.jsonl`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from ...data.errors import CorpusError
+from ...data.files.atomic import write_atomic
 
 REMEDY = "make it with `stillhouse decode`"
-NOTHING = ": nothing was heard"  # the end of a comment in ctm, whose lines are words
+NOTHING = ": nothing was heard"  # ends a comment in ctm, whose lines are words
+KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".trn": "trn", ".ctm": "ctm", ".text": "text", ".txt": "text"}
+
+Lines = list[tuple[int, str]]
+Records = Iterator[tuple[int, str, str | None, str]]  # line, id, reference if the file has one, hypothesis
 
 
 def read_hypotheses(path: Path, references: Mapping[str, str] | None = None) -> list[tuple[str, str, str]]:
-    """(id, reference, hypothesis) of each utterance of a file; `references` by id, for a file that holds none.
+    """Read a file of hypotheses.
 
-    Raises CorpusError naming the line that is no hypothesis, or has none or a second one of its utterance.
+    Arguments:
+        path: the file. The end of its name tells the format, or else its lines.
+        references: transcripts by utterance id, for a file that has none.
+
+    Returns:
+        (id, reference, hypothesis) of each utterance.
+
+    Raises:
+        CorpusError: a line is no hypothesis, has no reference, or is the second one of its utterance; names the line.
     """
     try:
         lines = [(n, line) for n, line in enumerate(path.read_text("utf-8").split("\n"), 1) if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
-        raise CorpusError(f"cannot be read: {e}", where=path, remedy=REMEDY) from None
+        raise CorpusError(f"the file cannot be read: {e}", where=path, remedy=REMEDY) from None
     kind = kind_of(path, [line for _, line in lines])
-    reading = {"jsonl": _jsonl, "trn": _trn, "ctm": _ctm, "text": _text}[kind]
-    found: dict[str, tuple[str, str, str]] = {}
-    for number, id, ref, hyp in reading(lines, path):
-        if id in found:
+    read = {"jsonl": _read_jsonl, "trn": _read_trn, "ctm": _read_ctm, "text": _read_text}[kind]
+    triples: dict[str, tuple[str, str, str]] = {}
+    for number, id, ref, hyp in read(lines, path):
+        if id in triples:
             if kind != "ctm":
-                raise CorpusError(f"a second hypothesis of {id!r}", where=f"{path}:{number}")
-            hyp, ref = f"{found[id][2]} {hyp}".strip(), found[id][1]
+                raise CorpusError(f"this is a second hypothesis of {id!r}", where=f"{path}:{number}")
+            hyp, ref = f"{triples[id][2]} {hyp}".strip(), triples[id][1]
         elif ref is None:
             if references is None:
                 raise CorpusError(
-                    "no reference to compare with",
+                    "the file has no references to compare with",
                     where=f"{path}:{number}",
                     remedy="name the manifest that has the transcripts: --corpus corpus.jsonl",
                 )
             if id not in references:
-                raise CorpusError(f"no utterance {id!r} in the corpus", where=f"{path}:{number}")
+                raise CorpusError(f"the corpus has no utterance {id!r}", where=f"{path}:{number}")
             ref = references[id]
-        found[id] = id, ref, hyp
-    if not found:
-        raise CorpusError("no hypothesis", where=path, remedy=REMEDY)
-    return list(found.values())
+        triples[id] = id, ref, hyp
+    if not triples:
+        raise CorpusError("the file has no hypothesis", where=path, remedy=REMEDY)
+    return list(triples.values())
+
+
+def write_hypotheses(path: Path, triples: Iterable[tuple[str, str, str]]) -> None:
+    """Write (id, reference, hypothesis) of each utterance as JSON lines, which `read_hypotheses` reads."""
+    lines = [json.dumps({"id": id, "hyp": hyp, "ref": ref}, ensure_ascii=False) + "\n" for id, ref, hyp in triples]
+    write_atomic(path, "".join(lines))
 
 
 def kind_of(path: Path, lines: list[str]) -> str:
-    """jsonl, trn, ctm or text: by the file's name, else by its lines."""
-    named = {".jsonl": "jsonl", ".json": "jsonl", ".trn": "trn", ".ctm": "ctm", ".text": "text", ".txt": "text"}
-    if path.suffix in named:
-        return named[path.suffix]
+    """Return jsonl, trn, ctm or text: by the end of the file's name, or else by its lines."""
+    if path.suffix in KINDS:
+        return KINDS[path.suffix]
     first = next((line.strip() for line in lines if not line.startswith(";;")), ";;")
     if first.startswith("{") or not lines:
         return "jsonl"
@@ -69,11 +88,7 @@ def _is_ctm(fields: list[str]) -> bool:
         return False
 
 
-Lines = list[tuple[int, str]]
-Found = Iterator[tuple[int, str, str | None, str]]  # line, id, reference or None, hypothesis
-
-
-def _jsonl(lines: Lines, path: Path) -> Found:
+def _read_jsonl(lines: Lines, path: Path) -> Records:
     for number, line in lines:
         try:
             record = json.loads(line)
@@ -84,21 +99,23 @@ def _jsonl(lines: Lines, path: Path) -> Found:
                 raise TypeError("id, ref and hyp must be text")
         except (ValueError, TypeError, RecursionError) as e:
             raise CorpusError(
-                f"not a hypothesis: {e}", where=f"{path}:{number}", expected='{"id": …, "hyp": …, "ref": …}'
+                f"this is not a hypothesis: {e}",
+                where=f"{path}:{number}",
+                expected='{"id": …, "hyp": …, "ref": …}',
             ) from None
         if record.get("final", True):
             yield number, id, ref, hyp
 
 
-def _trn(lines: Lines, path: Path) -> Found:
+def _read_trn(lines: Lines, path: Path) -> Records:
     for number, line in lines:
         words, bracket, id = line.strip().removesuffix(")").rpartition("(")
         if not bracket or not line.strip().endswith(")") or not id:
-            raise CorpusError("not a line of trn", where=f"{path}:{number}", expected="words (id)")
+            raise CorpusError("this is not a line of trn", where=f"{path}:{number}", expected="words (id)")
         yield number, id, None, words.strip()
 
 
-def _ctm(lines: Lines, path: Path) -> Found:
+def _read_ctm(lines: Lines, path: Path) -> Records:
     for number, line in lines:
         if line.startswith(";;"):
             if line.rstrip().endswith(NOTHING):
@@ -106,15 +123,12 @@ def _ctm(lines: Lines, path: Path) -> Found:
             continue
         fields = line.split()
         if not _is_ctm(fields):
-            raise CorpusError(
-                "not a line of ctm",
-                where=f"{path}:{number}",
-                expected="id channel start duration word, and maybe a confidence",
-            )
+            expected = "id channel start duration word, and maybe a confidence"
+            raise CorpusError("this is not a line of ctm", where=f"{path}:{number}", expected=expected)
         yield number, fields[0], None, fields[4]
 
 
-def _text(lines: Lines, path: Path) -> Found:
+def _read_text(lines: Lines, path: Path) -> Records:
     for number, line in lines:
         id, _, words = line.strip().partition(" ")
         yield number, id, None, words.strip()

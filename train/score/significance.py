@@ -1,9 +1,11 @@
-"""Whether two sets of hypotheses of the same utterances differ by more than chance.
+"""Test whether two sets of hypotheses of the same utterances differ by more than chance.
 
-Two tests of the same question. Bootstrap: utterances are drawn anew, for both sets alike. Matched pairs: stretches
-between words that both have right are independent trials (Gillick and Cox, ICASSP 1989; the test that NIST's sclite
-calls MAPSSWE). Invariant: swapping the sets changes signs and nothing else. Exercised by
-`stillhouse score A --against B`.
+Two tests answer the same question. The bootstrap resamples utterances, for both sets alike. In the matched-pairs test,
+segments between words that both sets have right are independent trials (Gillick and Cox, ICASSP 1989; NIST's sclite
+calls it MAPSSWE).
+
+Guarantees: swapping the sets changes signs and nothing else.
+Try: `stillhouse score A --against B`.
 """
 
 from __future__ import annotations
@@ -15,18 +17,22 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...data.errors import CorpusError
-from .alignment import INSERTED, RIGHT, AlignedPair, aligned
-from .wer import counts, resampled
+from .alignment import INSERTED, RIGHT, AlignedPair, align_words
+from .wer import bootstrap_sums, error_counts
 
-GOOD_WORDS = 2  # so many words that both have right end a stretch
+GOOD_WORDS = 2  # This many words in a row that both sets have right end a segment.
 
 
 @dataclass(frozen=True)
 class SystemComparison:
-    """difference: error rate of the first minus that of the second, so below 0 where the first is better.
+    """How the word errors of two sets differ.
 
-    low, high: its 95 % paired bootstrap interval; p_bootstrap, p_matched_pairs: two-sided; the latter is None where
-    fewer than two stretches have errors or all differ alike. better, worse: utterances.
+    difference: error rate of the first set minus that of the second: below 0 if the first is better.
+    low, high: bounds of the 95 % paired bootstrap interval of the difference.
+    p_bootstrap, p_matched_pairs: two-sided. The latter is None if fewer than two segments have errors, or if all
+        segments differ alike.
+    stretches: number of segments with errors.
+    better, worse: number of utterances in which the first set has fewer or more errors.
     """
 
     difference: float
@@ -39,22 +45,22 @@ class SystemComparison:
     worse: int
 
 
-def compare(
+def compare_systems(
     references: Sequence[str], first: Sequence[str], second: Sequence[str], *, resamples: int = 10_000, seed: int = 0
 ) -> SystemComparison:
-    """Compare word errors of two hypotheses of each utterance."""
-    a, b = counts(references, first), counts(references, second)
-    mine, theirs, words = a[:, :3].sum(axis=1), b[:, :3].sum(axis=1), np.maximum(a[:, 3].sum(), 1)
-    gap = mine - theirs
-    sums = resampled(np.stack([gap, a[:, 3]], axis=1), resamples=resamples, seed=seed)
+    """Compare the word errors of two hypotheses of each utterance."""
+    a, b = error_counts(references, first), error_counts(references, second)
+    words = np.maximum(a[:, 3].sum(), 1)
+    gap = a[:, :3].sum(axis=1) - b[:, :3].sum(axis=1)
+    sums = bootstrap_sums(np.stack([gap, a[:, 3]], axis=1), resamples=resamples, seed=seed)
     drawn = sums[:, 0] / np.maximum(1, sums[:, 1])
     low, high = np.quantile(drawn, [0.025, 0.975])
-    # One more on either side: with finite draws no p is 0.
+    # One draw is added on either side, because p is never 0 with finitely many draws.
     side = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
     gaps = [
         x - y
         for ref, one, two in zip(references, first, second, strict=True)
-        for x, y in stretches(aligned(ref, one), aligned(ref, two))
+        for x, y in segments(align_words(ref, one), align_words(ref, two))
     ]
     return SystemComparison(
         difference=float(gap.sum() / words),
@@ -68,41 +74,38 @@ def compare(
     )
 
 
-def stretches(first: Sequence[AlignedPair], second: Sequence[AlignedPair]) -> list[tuple[int, int]]:
-    """Errors of both in every stretch of an utterance where either has some."""
-    a, b = _by_word(first), _by_word(second)
+def segments(first: Sequence[AlignedPair], second: Sequence[AlignedPair]) -> list[tuple[int, int]]:
+    """Return the errors of both sets in each segment of an utterance where one of them has errors.
+
+    Raises:
+        CorpusError: the alignments have different reference words.
+    """
+    a, b = _errors_by_word(first), _errors_by_word(second)
     if len(a) != len(b):
-        raise CorpusError("the two alignments have other reference words")
-    found: list[tuple[int, int]] = []
-    current, good = [0, 0], 0
-    for x, y in zip(a, b, strict=True):
-        # (errors before the word, error of the word); the last item has no word
-        if x[0] or y[0]:
+        raise CorpusError("the two alignments have different reference words")
+    result: list[tuple[int, int]] = []
+    x, y, good = 0, 0, 0
+    for (inserted_a, wrong_a), (inserted_b, wrong_b) in zip(a, b, strict=True):
+        if inserted_a or inserted_b:
             good = 0
-            current = [current[0] + x[0], current[1] + y[0]]
-        if x[1] or y[1]:
-            good = 0
-            current = [current[0] + x[1], current[1] + y[1]]
-        else:
-            good += 1
-        if good >= GOOD_WORDS and any(current):
-            found.append((current[0], current[1]))
-            current = [0, 0]
-    if any(current):
-        found.append((current[0], current[1]))
-    return found
+        good = 0 if wrong_a or wrong_b else good + 1
+        x, y = x + inserted_a + wrong_a, y + inserted_b + wrong_b
+        if good >= GOOD_WORDS and (x or y):
+            result.append((x, y))
+            x, y = 0, 0
+    return [*result, (x, y)] if x or y else result
 
 
-def _by_word(pairs: Sequence[AlignedPair]) -> list[tuple[int, int]]:
-    """(words inserted before it, whether it is wrong) of every reference word, and what is inserted at the end."""
-    out, inserted = [], 0
+def _errors_by_word(pairs: Sequence[AlignedPair]) -> list[tuple[int, int]]:
+    """Return (words inserted before it, 1 if it is wrong) of each reference word, then what is inserted at the end."""
+    counts, inserted = [], 0
     for p in pairs:
         if p.kind == INSERTED:
             inserted += 1
         else:
-            out.append((inserted, int(p.kind != RIGHT)))
+            counts.append((inserted, int(p.kind != RIGHT)))
             inserted = 0
-    return [*out, (inserted, 0)]
+    return [*counts, (inserted, 0)]
 
 
 def _normal_p(gaps: np.ndarray) -> float | None:
@@ -115,12 +118,17 @@ def _normal_p(gaps: np.ndarray) -> float | None:
 def same_utterances(
     first: Sequence[tuple[str, str, str]], second: Sequence[tuple[str, str, str]], where: object
 ) -> list[str]:
-    """The second file's hypotheses in the order of the first; CorpusError unless both have the same transcripts."""
+    """Return the hypotheses of the second set of (id, reference, hypothesis) in the order of the first.
+
+    Raises:
+        CorpusError: the sets have different utterances or transcripts.
+    """
     others = {id: (ref, hyp) for id, ref, hyp in second}
+    expected = "hypotheses of the same utterances"
     if len(first) != len(second) or len(others) != len(second):
-        raise CorpusError(f"{len(others)} utterances, not {len(first)}", where=where, expected="the same utterances")
+        raise CorpusError(f"the file has {len(others)} utterances, not {len(first)}", where=where, expected=expected)
     for id, ref, _ in first:
         if id not in others or others[id][0] != ref:
-            what = "another transcript" if id in others else "no hypothesis"
-            raise CorpusError(f"{what} of {id}", where=where, expected="hypotheses of the same utterances")
+            problem = "another transcript" if id in others else "no hypothesis"
+            raise CorpusError(f"the file has {problem} of {id}", where=where, expected=expected)
     return [others[id][1] for id, _, _ in first]

@@ -91,6 +91,7 @@ def html(table: Table, curves: Mapping[str, Mapping[str, Curve]]) -> str:
     ]
     return page(
         "study.html.j2",
+        f"Study {table.study}",
         t=table,
         splits=list(dict.fromkeys(row.split for row in table.rows)),
         runs={row.arm: row for row in table.rows},  # what a run took is the same for every split

@@ -13,7 +13,8 @@ import numpy as np
 
 from ...data.errors import CorpusError
 from ..report.html import read_metrics
-from ..score.wer import counts, read_hypotheses, resampled
+from ..score.hypotheses import read_hypotheses
+from ..score.wer import bootstrap_sums, error_counts
 from .definition import Study, StudyRun, differing
 from .runs import check, done, hypotheses
 
@@ -200,7 +201,7 @@ def _read(runs: Sequence[StudyRun], split: str) -> _Errors:
             raise _other(path, hypotheses(runs[0], split))
         ids, texts = [t[0] for t in triples], [t[1] for t in triples]
         for metric, rows in errors.items():
-            table = counts(texts, [t[2] for t in triples], characters=metric == "cer")
+            table = error_counts(texts, [t[2] for t in triples], characters=metric == "cer")
             rows.append(table[:, :3].sum(1))
             reference[metric] = table[:, 3]
     return _Errors([run.seed for run in runs], ids, {m: np.stack(rows) for m, rows in errors.items()}, reference)
@@ -226,7 +227,7 @@ def _other(where: object, other: object) -> CorpusError:
 def _rates(errors: _Errors, metric: str) -> np.ndarray:
     """Error rates of bootstrap samples: [resamples, S]."""
     columns = np.concatenate([errors.errors[metric], errors.reference[metric][None]])
-    sums = resampled(columns.T, resamples=RESAMPLES)
+    sums = bootstrap_sums(columns.T, resamples=RESAMPLES)
     return sums[:, :-1] / np.maximum(1, sums[:, -1:])
 
 

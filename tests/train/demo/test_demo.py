@@ -16,7 +16,8 @@ from stillhouse.data.errors import TeacherError
 from stillhouse.train.demo import demo
 from stillhouse.train.demo.plan import Size
 from stillhouse.train.report.demo import ErrorRow
-from stillhouse.train.score.wer import Score, rate, read_hypotheses, score
+from stillhouse.train.score.hypotheses import read_hypotheses
+from stillhouse.train.score.wer import Score, rate, score
 
 TINY = Size(heard=2, readers=1, stories=29, unheard=1, known=1, heard_on_new=1)
 RECIPE = """

@@ -39,7 +39,7 @@ def test_there_and_back(tmp_path: Path, kind: str, named: bool) -> None:
         return
     with pytest.raises(CorpusError, match="--corpus"):
         read_hypotheses(path)
-    with pytest.raises(CorpusError, match=r"hyp.*:1: no utterance 'a-1' in the corpus"):
+    with pytest.raises(CorpusError, match=r"hyp.*:1: the corpus has no utterance 'a-1'"):
         read_hypotheses(path, {})
 
 
@@ -87,11 +87,15 @@ def test_ids_that_a_format_cannot_hold(kind: str, id: str) -> None:
 @pytest.mark.parametrize(
     "name, text, words",
     [
-        ("a.trn", "oh no (a-1)\nno id here\n", "a.trn:2: not a line of trn"),
-        ("a.ctm", "a-1 1 0.0 0.1 oh\na-1 1 zero 0.1 no\n", "a.ctm:2: not a line of ctm"),
-        ("a", "a-1 oh\na-1 no\n", "a:2: a second hypothesis of 'a-1'"),
-        ("a.jsonl", '{"id": "a-1", "hyp": "x"}\n[1]\n', "a.jsonl:2: not a hypothesis: it has no id and hyp"),
-        ("a.jsonl", '{"id": "a-1", "text": "x"}\n', "a.jsonl:1: not a hypothesis: it has no id and hyp"),
+        ("a.trn", "oh no (a-1)\nno id here\n", "a.trn:2: this is not a line of trn"),
+        ("a.ctm", "a-1 1 0.0 0.1 oh\na-1 1 zero 0.1 no\n", "a.ctm:2: this is not a line of ctm"),
+        ("a", "a-1 oh\na-1 no\n", "a:2: this is a second hypothesis of 'a-1'"),
+        (
+            "a.jsonl",
+            '{"id": "a-1", "hyp": "x"}\n[1]\n',
+            "a.jsonl:2: this is not a hypothesis: it has no id and hyp",
+        ),
+        ("a.jsonl", '{"id": "a-1", "text": "x"}\n', "a.jsonl:1: this is not a hypothesis: it has no id and hyp"),
         ("a", " \n", "no hypothesis"),
     ],
 )

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from stillhouse.data.errors import CorpusError
-from stillhouse.train.score.wer import read_hypotheses, score
+from stillhouse.train.score.hypotheses import read_hypotheses
+from stillhouse.train.score.wer import score
 
 
 def test_rates_by_hand() -> None:

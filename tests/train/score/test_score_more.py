@@ -14,54 +14,54 @@ from hypothesis import strategies as st
 from stillhouse.cli import cli
 from stillhouse.data.errors import CorpusError, UsageError
 from stillhouse.data.manifest import Utterance, write_manifest
-from stillhouse.train.score.alignment import aligned, as_text, errors, frequent
-from stillhouse.train.score.groups import by_group, worst
-from stillhouse.train.score.significance import compare, same_utterances, stretches
-from stillhouse.train.score.wer import counts, rate
+from stillhouse.train.score.alignment import align_utterance, align_words, as_text, frequent_errors
+from stillhouse.train.score.groups import score_groups, worst_utterances
+from stillhouse.train.score.significance import compare_systems, same_utterances, segments
+from stillhouse.train.score.wer import error_counts, rate
 
 WORDS = st.lists(st.sampled_from("abc"), max_size=8).map(" ".join)
 
 
 def test_an_alignment_by_hand() -> None:
-    pairs = aligned("the cat sat down", "a the hat sat")
+    pairs = align_words("the cat sat down", "a the hat sat")
     assert [(p.kind, p.ref, p.hyp) for p in pairs] == [
         ("I", "", "a"), ("=", "the", "the"), ("S", "cat", "hat"), ("=", "sat", "sat"), ("D", "down", ""),
     ]  # fmt: skip
     assert as_text(pairs) == ("  ref · the cat sat down\n  hyp a the hat sat ·\n      I     S       D")
     assert as_text(pairs, width=10).count("ref") == 2
-    assert frequent([pairs, pairs]) == {"S": [("cat → hat", 2)], "D": [("down", 2)], "I": [("a", 2)]}
-    assert [p.kind for p in aligned("", "x y") + aligned("z", "")] == ["I", "I", "D"]
+    assert frequent_errors([pairs, pairs]) == {"S": [("cat → hat", 2)], "D": [("down", 2)], "I": [("a", 2)]}
+    assert [p.kind for p in align_words("", "x y") + align_words("z", "")] == ["I", "I", "D"]
 
 
 @given(ref=WORDS, hyp=WORDS)
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_alignments_have_the_errors_that_are_counted(ref: str, hyp: str) -> None:
-    pairs = aligned(ref, hyp)
-    assert errors(pairs) == counts([ref], [hyp])[0, :3].sum()
+    pairs = align_words(ref, hyp)
+    assert align_utterance("u", ref, hyp).errors == error_counts([ref], [hyp])[0, :3].sum()
     assert " ".join(p.ref for p in pairs if p.ref) == ref and " ".join(p.hyp for p in pairs if p.hyp) == hyp
 
 
-def test_stretches_by_hand() -> None:
-    """Two words that both have right end a stretch; one does not."""
+def test_segments_by_hand() -> None:
+    """Two words that both have right end a segment; one does not."""
     ref = "a b c d e f g h"
     one, two = "x b c d e f g h", "a b c d x f y h"
-    assert stretches(aligned(ref, one), aligned(ref, two)) == [(1, 0), (0, 2)]
-    assert stretches(aligned(ref, one), aligned(ref, one)) == [(1, 1)]
-    assert stretches(aligned(ref, ref), aligned(ref, ref)) == []
+    assert segments(align_words(ref, one), align_words(ref, two)) == [(1, 0), (0, 2)]
+    assert segments(align_words(ref, one), align_words(ref, one)) == [(1, 1)]
+    assert segments(align_words(ref, ref), align_words(ref, ref)) == []
     late = "a b c d e f g h i j"
-    assert stretches(aligned(ref, late), aligned(ref, "a b q c d e f g h")) == [(0, 1), (2, 0)]
+    assert segments(align_words(ref, late), align_words(ref, "a b q c d e f g h")) == [(0, 1), (2, 0)]
 
 
 @given(st.lists(st.tuples(WORDS, WORDS, WORDS), min_size=2, max_size=8))
 @settings(max_examples=30, deadline=None, derandomize=True)
 def test_swapped_sets_change_signs_alone(rows: list[tuple[str, str, str]]) -> None:
     refs, one, two = (list(column) for column in zip(*rows, strict=True))
-    there, back = (compare(refs, a, b, resamples=200) for a, b in ((one, two), (two, one)))
+    there, back = (compare_systems(refs, a, b, resamples=200) for a, b in ((one, two), (two, one)))
     assert (there.better, there.worse, there.stretches) == (back.worse, back.better, back.stretches)
     assert there.difference == -back.difference and there.low == pytest.approx(-back.high)
     assert (there.p_bootstrap, there.p_matched_pairs) == (back.p_bootstrap, back.p_matched_pairs)
-    gap = counts(refs, one)[:, :3].sum() - counts(refs, two)[:, :3].sum()
-    total = sum(a - b for r, x, y in rows for a, b in stretches(aligned(r, x), aligned(r, y)))
+    gap = error_counts(refs, one)[:, :3].sum() - error_counts(refs, two)[:, :3].sum()
+    total = sum(a - b for r, x, y in rows for a, b in segments(align_words(r, x), align_words(r, y)))
     assert gap == total
 
 
@@ -73,10 +73,10 @@ def test_chance_is_called_chance_and_a_real_difference_is_seen() -> None:
     def heard(share: float) -> list[str]:
         return [" ".join("x" if rng.random() < share else w for w in ref.split()) for ref in refs]
 
-    alike = [compare(refs, heard(0.1), heard(0.1), resamples=300) for _ in range(30)]
+    alike = [compare_systems(refs, heard(0.1), heard(0.1), resamples=300) for _ in range(30)]
     for name in ("p_bootstrap", "p_matched_pairs"):
         assert sum(getattr(c, name) < 0.1 for c in alike) <= 8
-    clear = compare(refs, heard(0.05), heard(0.12), resamples=1000)
+    clear = compare_systems(refs, heard(0.05), heard(0.12), resamples=1000)
     assert clear.p_bootstrap < 0.01 and clear.p_matched_pairs is not None and clear.p_matched_pairs < 0.01
     assert clear.high < 0 < clear.better
 
@@ -84,12 +84,12 @@ def test_chance_is_called_chance_and_a_real_difference_is_seen() -> None:
 def test_parts_add_up() -> None:
     refs, hyps = ["a b", "c d e", "f", ""], ["a x", "c d e", "g h", "i"]
     names = ["p", "q", "p", ""]
-    groups = by_group(names, refs, hyps)
+    groups = score_groups(names, refs, hyps)
     assert [(g.name, g.utterances, g.wer.reference) for g in groups] == [("", 1, 0), ("p", 2, 3), ("q", 1, 3)]
-    whole = rate(counts(refs, hyps))
+    whole = rate(error_counts(refs, hyps))
     for field in ("substitutions", "deletions", "insertions", "reference"):
         assert sum(getattr(g.wer, field) for g in groups) == getattr(whole, field)
-    assert [(u.id, u.errors) for u in worst([("1", "a", "a"), ("2", "a b", "c d"), ("3", "a", "b")])] == [
+    assert [(u.id, u.errors) for u in worst_utterances([("1", "a", "a"), ("2", "a b", "c d"), ("3", "a", "b")])] == [
         ("2", 2),
         ("3", 1),
     ]
