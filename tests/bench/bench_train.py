@@ -42,7 +42,7 @@ from stillhouse.data.units import train_units
 from stillhouse.train.config import Config, learning_rate, load_config
 from stillhouse.train.loop.specaugment import spec_augment
 from stillhouse.train.loop.trainer import Trainer, _mix
-from stillhouse.train.rnnt import joint
+from stillhouse.train.rnnt.cpu.joint import CpuJointLoss
 from stillhouse.train.run.stopwatch import Stopwatch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -151,13 +151,14 @@ class Cells:
 
     def __init__(self) -> None:
         self.active = self.all = 0
-        self.backward: Any = joint._backward
-        joint._backward = self.count
+        self.backward: Any = CpuJointLoss.gradients
+        CpuJointLoss.gradients = lambda loss, *inputs: self.count(loss, *inputs)
 
-    def count(self, e, p, weight, bias, batch, plan, o, lse, occ_blank, occ_label, scale):
-        self.active += int((occ_blank + occ_label > o.eps).sum())
+    def count(self, loss, *inputs):
+        _, occ_blank, occ_label = loss.kept
+        self.active += int((occ_blank + occ_label > loss.options.eps).sum())
         self.all += occ_blank.size
-        return self.backward(e, p, weight, bias, batch, plan, o, lse, occ_blank, occ_label, scale)
+        return self.backward(loss, *inputs)
 
     def take(self) -> float:
         share, self.active, self.all = self.active / self.all, 0, 0

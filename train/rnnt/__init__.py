@@ -1,7 +1,6 @@
-"""The RNN-T loss: rnnt_loss (logits given) and rnnt_loss_joint (logits never exist), usable alone.
+"""Losses of RNN transducers, which can be used without the rest of Stillhouse.
 
-Invariant: imports torch, numpy and numba alone, and numba's kernels only when a loss is first computed.
-Run: pytest tests/train/rnnt; see docs/reference/rnnt-loss.md.
+May import torch, numpy and numba alone. numba's kernels are loaded when a loss is first computed.
 """
 
 from .joint import rnnt_loss_joint
@@ -13,7 +12,11 @@ __all__ = ["RNNTLoss", "precompile", "prune_ranges", "rnnt_loss", "rnnt_loss_joi
 
 
 def precompile(*dtypes: str) -> None:
-    """Compile, or load from the cache, all kernels for these dtypes (default float32), before the clock runs."""
+    """Compile the kernels of `rnnt_loss` and `rnnt_loss_joint`, or load them from numba's cache.
+
+    Arguments:
+        dtypes: names of torch's types, such as "float32" (the default) or "bfloat16".
+    """
     import torch
 
     for name in dtypes or ("float32",):

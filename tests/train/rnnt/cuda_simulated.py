@@ -15,10 +15,10 @@ from numba import config
 assert config.ENABLE_CUDASIM
 
 from stillhouse.train.rnnt import rnnt_loss, rnnt_loss_joint  # noqa: E402
-from stillhouse.train.rnnt.checks import check_band, check_batch  # noqa: E402
+from stillhouse.train.rnnt.autograd import BoundLoss  # noqa: E402
+from stillhouse.train.rnnt.checks import Options, check_band, check_batch  # noqa: E402
 from stillhouse.train.rnnt.cuda import joint as cuda_joint  # noqa: E402
 from stillhouse.train.rnnt.cuda import launch as cuda  # noqa: E402
-from stillhouse.train.rnnt.loss import Options  # noqa: E402
 from stillhouse.train.rnnt.reference import rnnt_reference, tdt_reference  # noqa: E402
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -33,10 +33,6 @@ def make(seed=0, B=3, T=5, U=4, V=7, dtype=torch.float32):
     return x, y, T_b, U_b
 
 
-def options(clamp=-1.0, fused=True, fastemit=0.0, delay=0.0, inplace=False, eps=0.0):
-    return Options(clamp, fused, fastemit, delay, inplace, eps)
-
-
 class shaped:
     """Launches with other blocks."""
 
@@ -44,17 +40,22 @@ class shaped:
         self.shape = lanes, at_once, threads, spread
 
     def __enter__(self):
-        self.init = cuda._Launch.__init__
+        self.init = cuda.Launcher.__init__
         outer = self
 
         def init(self, tensor):
             outer.init(self, tensor)
             self.lanes, self.at_once, self.threads, self.spread = outer.shape
 
-        cuda._Launch.__init__ = init
+        cuda.Launcher.__init__ = init
 
     def __exit__(self, *_):
-        cuda._Launch.__init__ = self.init
+        cuda.Launcher.__init__ = self.init
+
+
+def loss(x, batch, padded, o, band=None):
+    """costs and occupancy of the kernels; blank 0."""
+    return BoundLoss.apply(cuda.CudaLoss(x, batch, 0, padded, band, o, True), x)
 
 
 def run(x, y, T, U, o, packed=False, band=None, width=None):
@@ -66,7 +67,7 @@ def run(x, y, T, U, o, packed=False, band=None, width=None):
     if packed:
         given = torch.cat([given[b, :t, : u + 1].reshape(-1, V) for b, (t, u) in enumerate(zip(T, U))])
     given.requires_grad_()
-    costs, occupancy = cuda.rnnt_loss_cuda(given, batch, 0, padded, o, band, True)
+    costs, occupancy = loss(given, batch, padded, o, band)
     weight = torch.linspace(-1, 2, len(T)).to(costs.dtype)
     costs.backward(weight)
     return costs.detach(), given.grad, occupancy, weight
@@ -97,44 +98,44 @@ def compare(x, y, T, U, o, packed=False):
 
 def dtypes():
     for seed, dtype in enumerate(TOLERANCE):
-        compare(*make(seed, dtype=dtype), options(fastemit=0.1, delay=0.2))
+        compare(*make(seed, dtype=dtype), Options(fastemit=0.1, delay=0.2))
 
 
 def layouts():
     for inplace in (False, True):
         for packed in (False, True):
-            compare(*make(5), options(clamp=0.3, inplace=inplace), packed)
+            compare(*make(5), Options(clamp=0.3, inplace=inplace), packed)
     x, *rest = make(6)
-    compare(x.log_softmax(-1), *rest, options(fused=False))
+    compare(x.log_softmax(-1), *rest, Options(fused=False))
 
 
 def shapes():
     for T, U, V in ((1, 0, 2), (1, 3, 5), (6, 0, 3), (2, 5, 9), (7, 2, 33)):
-        compare(*make(T, T=T, U=U, V=V), options())
+        compare(*make(T, T=T, U=U, V=V), Options())
 
 
 def many_threads():
     """More units than threads of a block: threads stride."""
-    compare(*make(1, B=2, T=4, U=19, V=4), options())
+    compare(*make(1, B=2, T=4, U=19, V=4), Options())
 
 
 def extremes():
     x, y, T, U = make(2)
-    compare(x * 1000, y, T, U, options(eps=0))
+    compare(x * 1000, y, T, U, Options(eps=0))
     x[..., 0, 3] = -float("inf")
     y[y == 3] = 2
-    compare(x, y, T, U, options())
+    compare(x, y, T, U, Options())
     x, y, T, U = make(3)
     U[1] = 2
     poisoned = x.clone()
     poisoned[1, 0, 0, 2] = float("nan")
     poisoned[1, T[1] :] = float("nan")
-    clean, found = run(x, y, T, U, options()), run(poisoned, y, T, U, options())
+    clean, found = run(x, y, T, U, Options()), run(poisoned, y, T, U, Options())
     assert torch.isnan(found[0]).tolist() == [False, True, False]
     for k in (0, 1):
         assert torch.equal(clean[k][[0, 2]], found[k][[0, 2]])
     x[1, :, :, y[1, 0]] = -float("inf")
-    costs, grad, *_ = run(x, y, T, U, options())
+    costs, grad, *_ = run(x, y, T, U, Options())
     assert torch.isinf(costs).tolist() == [False, True, False] and grad[1].eq(0).all()
 
 
@@ -143,6 +144,12 @@ def joint_parts(x, dtype, H=6):
     B, T, U1, V = x.shape
     shapes_ = ((B, T, H), (B, U1, H), (V, H), (V,))
     return [torch.randn(*s, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes_]
+
+
+def joint_loss(parts, batch, padded, o, band=None, longest=None):
+    computation = cuda_joint.CudaJointLoss(parts[0], parts[2], batch, 0, padded, band, o, True)
+    computation.longest = longest
+    return BoundLoss.apply(computation, *parts)
 
 
 def joint():
@@ -157,9 +164,8 @@ def joint():
             gradients = torch.autograd.grad(expected, parts)
             for elements, longest in ((1, None), (70, T.tolist()), (1 << 24, None)):
                 cuda_joint.TILE_ELEMENTS = elements
-                d = cuda.device_batch((y, T, U), 0, x.shape[3], 0, tuple(x.shape[1:3]), torch.device("cpu"))
-                o = options(clamp=0.3, fastemit=0.1)
-                costs, _ = cuda_joint.joint_cuda(*parts, d, o, relu, mul, False, longest, True)
+                o = Options(clamp=0.3, fastemit=0.1, relu=relu, multiply=mul)
+                costs, _ = joint_loss(parts, (y, T, U), tuple(x.shape[1:3]), o, longest=longest)
                 torch.testing.assert_close(costs.sum(), expected)
                 for a, b in zip(torch.autograd.grad(costs.sum(), parts), gradients):
                     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -171,19 +177,18 @@ def pruned():
     U[:] = torch.tensor([4, 2, 3])
     ranges = torch.tensor([0, 0, 1, 1, 2, 2])[None, :, None].expand(3, -1, -1) + torch.arange(3)
     batch = check_batch(y, T, U, 0, 7)
-    band = torch.from_numpy(check_band(ranges, batch, 6)[0])
+    band, _ = check_band(ranges, batch, 6)
     rows = x[:, :, :3].contiguous()
     a, b = rows.clone().requires_grad_(), rows.clone().requires_grad_()
     expected = rnnt_loss(a, y, T, U, 0, reduction="none", ranges=ranges)
-    costs, _ = cuda.rnnt_loss_cuda(b, batch, 0, (6, 3), options(), band, True)
+    costs, _ = loss(b, batch, (6, 3), Options(), band)
     expected.sum().backward()
     costs.sum().backward()
     torch.testing.assert_close(costs, expected)
     torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
     parts = joint_parts(x, torch.float32)
     expected = rnnt_loss_joint(*parts, y, T, U, 0, reduction="sum", ranges=ranges, eps=0)
-    d = cuda.device_batch((y, T, U), 0, 7, 0, (6, 3), torch.device("cpu"), band)
-    costs, _ = cuda_joint.joint_cuda(*parts, d, options(), False, False, True, None, False)
+    costs, _ = joint_loss(parts, (y, T, U), (6, 3), Options(), band)
     torch.testing.assert_close(costs.sum(), expected)
     for a, b in zip(torch.autograd.grad(costs.sum(), parts), torch.autograd.grad(expected, parts)):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -195,9 +200,9 @@ def tdt():
         z = torch.randn(*x.shape[:3], len(durations), generator=torch.Generator().manual_seed(1))
         expected = tdt_reference(x, z, y, T, U, 0, durations, 0.05, 0.2, 0.1)
         x.requires_grad_(), z.requires_grad_()
-        d = cuda.device_batch((y, T, U), 0, x.shape[3], 0, tuple(x.shape[1:3]), torch.device("cpu"))
-        o = options(fastemit=0.2, delay=0.1)
-        costs, occupancy = cuda_joint.CudaTdtLoss.apply(x, z, d, o, list(durations), 0.05, True)
+        o = Options(fastemit=0.2, delay=0.1, sigma=0.05, durations=durations)
+        batch = check_batch(y, T, U, 0, x.shape[3])
+        costs, occupancy = BoundLoss.apply(cuda.CudaTdtLoss(x, batch, 0, tuple(x.shape[1:3]), None, o, True), x, z)
         costs.sum().backward()
         np.testing.assert_allclose(costs.detach(), expected.costs, rtol=1e-5)
         np.testing.assert_allclose(x.grad, expected.gradient, atol=1e-5)
@@ -208,11 +213,11 @@ def tdt():
 def device_lengths():
     """Integers that nobody has checked are clamped: no kernel leaves an array."""
     x, y, T, U = make(9)
-    expected = run(x, y, T, U, options())[0]
-    costs, _ = cuda.rnnt_loss_cuda(x, (y.int(), T.int(), U.int()), 0, (5, 5), options(), None, True)
+    expected = run(x, y, T, U, Options())[0]
+    costs, _ = loss(x, (y.int(), T.int(), U.int()), (5, 5), Options())
     torch.testing.assert_close(costs, expected)
     wild = (torch.full_like(y, 10**6), torch.tensor([99, -5, 3]), torch.tensor([-1, 50, 2]))
-    costs, _ = cuda.rnnt_loss_cuda(x.requires_grad_(), wild, 0, (5, 5), options(), None, True)
+    costs, _ = loss(x.requires_grad_(), wild, (5, 5), Options())
     costs.sum().backward()
     assert torch.isfinite(x.grad).all()
 

@@ -32,7 +32,7 @@ def test_in_the_simulator(case):
 def test_kernels_compile_for_ampere_and_hopper(tmp_path):
     """Needs the extra `gpu` in this interpreter (or one named by STILLHOUSE_CUDA_PYTHON) and ptxas on the path."""
     python = os.environ.get("STILLHOUSE_CUDA_PYTHON", sys.executable)
-    root = HERE.parent.parent
+    root = HERE.parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root / ".typing")}
     probe = subprocess.run([python, "-c", "import numba_cuda"], capture_output=True)
     if probe.returncode or not shutil.which("ptxas"):

@@ -83,7 +83,7 @@ def test_shapes_that_do_not_fit():
         rnnt_loss(logits[:2], y, T, U)
     with pytest.raises(ValueError, match="targets have 3 rows, logit_lengths 2"):
         rnnt_loss(logits, y, T[:2], U)
-    with pytest.raises(ValueError, match=r"packed logits have 7 rows; the lengths ask for .* = 62"):
+    with pytest.raises(ValueError, match=r"packed logits have 7 rows, but the lengths ask for .* = 62"):
         rnnt_loss(logits.reshape(-1, 5)[:7], y, T, U, layout="packed")
     with pytest.raises(ValueError, match="blank 5 is outside a vocabulary of 5"):
         rnnt_loss(logits, y, T, U, blank=5)

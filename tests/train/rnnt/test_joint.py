@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from stillhouse.train.rnnt import joint, rnnt_loss, rnnt_loss_joint
+from stillhouse.train.rnnt import rnnt_loss, rnnt_loss_joint
+from stillhouse.train.rnnt.cpu import joint
 
 
 def make_parts(seed=0, B=4, T=11, U=6, V=9, H=7, dtype=torch.float32):

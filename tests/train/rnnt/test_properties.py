@@ -8,7 +8,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stillhouse.train.rnnt import joint, rnnt_loss, rnnt_loss_joint
+from stillhouse.train.rnnt import rnnt_loss, rnnt_loss_joint
+from stillhouse.train.rnnt.cpu import joint
 from stillhouse.train.rnnt.reference import rnnt_reference
 
 SETTINGS = settings(

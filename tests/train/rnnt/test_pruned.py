@@ -77,7 +77,7 @@ def test_the_band_is_the_best_of_all(T, U, width):
 
 def test_a_band_too_narrow_is_refused_with_the_width_that_would_do():
     gamma = torch.rand(2, 4, 8)
-    with pytest.raises(ValueError, match=r"row 1 .*logit length 3, target length 7.* expected 4 or more"):
+    with pytest.raises(ValueError, match=r"row 1 .*logit length 3, target length 7.* Expected 4 or more"):
         prune_ranges(gamma, torch.tensor([4, 3]), torch.tensor([4, 7]), 3)
 
 

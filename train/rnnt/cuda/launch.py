@@ -1,37 +1,40 @@
-"""The CUDA path: launches of the kernels on torch's current stream, bound to autograd.
+"""The losses of given logits on CUDA: kernels launched on torch's current stream.
 
-Everything about the batch that kernels need is computed by torch on the device, so that nothing waits for the host:
-lengths and targets given on the CPU are checked there and copied once, those given on the device are clamped, and
-checked only when asked (check=True waits for the host). In numba's simulator the same code takes CPU tensors.
-Invariant: no call here reads a value back from the device, but for check=True.
-No GPU has run this yet. Run: pytest tests/train/rnnt/test_cuda.py
+torch computes on the device what the kernels need to know of a batch. Lengths and targets on the CPU are checked there
+and copied once. Those on the device are clamped, and checked only with check=True, which waits for the host. In numba's
+simulator the same code takes CPU tensors.
+Guarantees: no call here reads a value back from the device. No GPU has run this yet.
+Try: `pytest tests/train/rnnt/test_cuda.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
-from ..checks import LossBatch
-from ..loss import Options
+from ..checks import LossBatch, Options
+
+Integers = LossBatch | tuple[Tensor, Tensor, Tensor]  # checked, or targets and lengths on the device
 
 
 @dataclass(frozen=True)
 class DeviceBatch:
     """The batch's integers on the device, int64: y [B, Umax], T, U, first, per_frame, cells [B], band [B, Tmax]."""
 
-    y: torch.Tensor
-    T: torch.Tensor
-    U: torch.Tensor
-    first: torch.Tensor
-    per_frame: torch.Tensor
-    cells: torch.Tensor
-    band: torch.Tensor
-    frames: int  # frames that the layout has room for
+    y: Tensor
+    T: Tensor
+    U: Tensor
+    first: Tensor
+    per_frame: Tensor
+    cells: Tensor
+    band: Tensor
+    frames: int  # frames that the logits have
     width: int  # most rows of a frame
     packed: bool
     total: int  # cells of all lattices, or more
@@ -39,17 +42,19 @@ class DeviceBatch:
 
 
 def device_batch(
-    integers: tuple[torch.Tensor, ...], blank: int, vocabulary: int, rows: int,
-    padded: tuple[int, int] | None, device: torch.device, band: torch.Tensor | None = None,
+    batch: Integers, blank: int, vocabulary: int, rows: int, padded: tuple[int, int] | None, device: torch.device,
+    band: Tensor | np.ndarray | None = None,
 ) -> DeviceBatch:  # fmt: skip
-    """The batch on the device; indices are clamped so that no kernel leaves an array, whatever they hold.
+    """Return the batch on the device. Indices are clamped, so no kernel leaves an array, whatever they hold.
 
-    integers: targets [B, Umax], frames [B], units [B]. rows: of the logits; a packed batch's offsets are sums that
-    the device takes.
+    Arguments:
+        rows: rows of packed logits, whose offsets are sums that the device takes.
+        padded: (Tmax, rows of a frame) of the logits; None: they are packed.
+        band: int [B, Tmax], the first unit of each frame that has a row; None: unit 0.
     """
-    y, T, U = integers
+    y, T, U = (torch.from_numpy(v) for v in (batch.y, batch.T, batch.U)) if isinstance(batch, LossBatch) else batch
     B, Umax = y.shape
-    if T.device.type == "cpu" and device.type != "cpu":  # one copy from pinned memory, which nobody waits for
+    if T.device.type == "cpu" and device.type != "cpu":  # One copy from pinned memory, which nothing waits for.
         flat = torch.cat([y.reshape(-1), T, U]).pin_memory().to(device, non_blocking=True)
         y, T, U = flat[: B * Umax].view(B, Umax), flat[B * Umax : B * Umax + B], flat[B * Umax + B :]
     y, T, U = (v.to(device, torch.int64) for v in (y, T, U))
@@ -69,36 +74,38 @@ def device_batch(
         per_frame, cells = U + 1, first
         frames, width, total = rows, Umax + 1, rows
     if band is None:
-        # read as band[b, t] with t < T: expanded, so that it costs nothing
+        # It is read as band[b, t] with t < T. Expanded, it costs nothing.
         band = torch.zeros(1, 1, dtype=torch.int64, device=device).expand(B, frames)
+    elif isinstance(band, np.ndarray):
+        band = torch.from_numpy(band).to(device, non_blocking=True)
     return DeviceBatch(
-        y, T.contiguous(), U.contiguous(), first, per_frame, cells, band, frames, width, padded is None, total, blank,
+        y, T.contiguous(), U.contiguous(), first, per_frame, cells, band, frames, width, padded is None, total,
+        blank % vocabulary,
     )  # fmt: skip
 
 
-def _array(tensor: torch.Tensor) -> Any:
-    """A tensor as the kernels take it: no copy; bfloat16 as int16."""
+def _array(tensor: Tensor) -> Any:
+    """Return a tensor as the kernels take it, without a copy; bfloat16 as int16."""
     tensor = tensor.detach()
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.view(torch.int16)
-    if tensor.device.type == "cpu":  # the simulator
+    if tensor.device.type == "cpu":  # in the simulator
         return tensor.numpy()
     from numba import cuda
 
     return cuda.as_cuda_array(tensor, sync=False)
 
 
-class _Launch:
-    """Kernels of one dtype on a tensor's device and torch's current stream."""
+class Launcher:
+    """The kernels for a tensor [..., V] of logits, on its device and torch's current stream."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    def __init__(self, tensor: Tensor) -> None:
         from numba import cuda
 
         from .cells import SIMULATED
         from .kernels import kernels
 
         self.kernels = kernels(str(tensor.dtype).removeprefix("torch."))
-        self.simulated = SIMULATED
         self.lanes, self.at_once, self.threads, self.spread = (4, 2, 8, 2) if SIMULATED else (32, 8, 128, 512)
         if tensor.shape[-1] >= 4096 and not SIMULATED:
             self.lanes, self.at_once = 128, 2
@@ -111,28 +118,42 @@ class _Launch:
             self.guard = lambda: cuda.gpus[index]
 
     def __call__(self, name: str, grid: tuple[int, int], block: Any, *args: Any) -> None:
-        values = [_array(a) if isinstance(a, torch.Tensor) else a for a in args]
+        values = [_array(a) if isinstance(a, Tensor) else a for a in args]
         if grid[0] > 0:
             with self.guard():
                 getattr(self.kernels, name)[grid, block, self.stream](*values)
 
 
-def _counts(d: DeviceBatch, launch: _Launch) -> int:
-    """Blocks that share an utterance's rows: enough to fill a device, no more than there are."""
+@dataclass(frozen=True)
+class RowTile:
+    """The rows of frames t0..t1 of utterance b, which are all that a matrix of logits holds."""
+
+    b: int
+    t0: int
+    t1: int
+
+
+def _row_grid(launch: Launcher, d: DeviceBatch, tile: RowTile | None) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return grid and block of a kernel over rows: enough blocks to fill a device, no more than there are rows."""
     rows = d.frames * d.width if d.total else 1
-    return max(1, min(launch.spread, -(-rows // launch.at_once)))
+    blocks = max(1, min(launch.spread, -(-rows // launch.at_once)))
+    return (1 if tile else d.T.shape[0], blocks), (launch.lanes, launch.at_once)
 
 
-def stage_rows(launch, x, d: DeviceBatch, o: Options, kept, b0=0, count=None, t0=0, t1=None, first=None) -> None:
-    launch(
-        "rows", (d.T.shape[0] if count is None else count, _counts(d, launch)), (launch.lanes, launch.at_once),
-        x, d.y, d.T, d.U, d.first if first is None else first, d.per_frame, d.band, d.cells, b0, t0,
-        d.frames if t1 is None else t1, *kept, d.blank, float(o.delay), o.fused,
-    )  # fmt: skip
+def _where(d: DeviceBatch, tile: RowTile | None, last: int) -> tuple:
+    """Return the arguments of a kernel over rows that tell where these are. Frames end at `last` without a tile."""
+    first = torch.full_like(d.first, -tile.t0 * d.width) if tile else d.first
+    run = (tile.b, tile.t0, tile.t1) if tile else (0, 0, last)
+    return d.y, d.T, d.U, first, d.per_frame, d.band, d.cells, *run
 
 
-def stage_lattice(launch, d: DeviceBatch, kept) -> torch.Tensor:
-    """kept's two log-probabilities become occupancies; returns float64 costs [B]."""
+def stage_rows(launch: Launcher, x, d: DeviceBatch, o: Options, kept, tile: RowTile | None = None) -> None:
+    """Run stage 1: logsumexp, blank and label log-probability of the rows x go into `kept`."""
+    launch("rows", *_row_grid(launch, d, tile), x, *_where(d, tile, d.frames), *kept, d.blank, o.delay, o.fused)
+
+
+def stage_lattice(launch: Launcher, d: DeviceBatch, kept) -> Tensor:
+    """Run stage 2: return costs float64 [B]. The two log-probabilities in `kept` become occupancies."""
     _, blank_lp, label_lp = kept
     B = d.T.shape[0]
     alpha, beta = torch.empty(2, d.total, dtype=torch.float64, device=d.T.device)
@@ -143,81 +164,95 @@ def stage_lattice(launch, d: DeviceBatch, kept) -> torch.Tensor:
 
 
 def stage_gradient(
-    launch, x, out, d: DeviceBatch, o: Options, kept, scale, b0=0, count=None, t0=0, t1=None, first=None
+    launch: Launcher, x, out, d: DeviceBatch, o: Options, kept, scale, tile: RowTile | None = None
 ) -> None:
+    """Run stage 3: the gradient of the rows x goes into `out`, which may be x."""
     launch(
-        "gradient", (d.T.shape[0] if count is None else count, _counts(d, launch)), (launch.lanes, launch.at_once),
-        x, out, d.y, d.T, d.U, d.first if first is None else first, d.per_frame, d.band, d.cells, b0, t0,
-        (-1 if d.packed else d.frames) if t1 is None else t1, *kept, scale, d.blank, float(o.clamp), o.fused,
-        float(o.fastemit),
-        float(o.eps),
+        "gradient", *_row_grid(launch, d, tile), x, out, *_where(d, tile, -1 if d.packed else d.frames), *kept, scale,
+        d.blank, o.clamp, o.fused, o.fastemit, o.eps,
     )  # fmt: skip
 
 
-def unpack_occupancy(launch, d: DeviceBatch, label: torch.Tensor, frames: int) -> torch.Tensor:
+def unpack_occupancy(launch: Launcher, d: DeviceBatch, label: Tensor, frames: int | None) -> Tensor | None:
+    """Return the label occupancies [B, Umax, frames], or None if frames is None."""
+    if frames is None:
+        return None
     out = torch.zeros(d.y.shape[0], d.y.shape[1], frames, device=label.device)
     launch("unpack", (d.y.shape[0], launch.spread), launch.threads, d.T, d.U, d.cells, label, out)
     return out
 
 
-def kept_arrays(d: DeviceBatch, dtype: torch.dtype) -> list[torch.Tensor]:
-    """lse, blank and label log-probabilities of every cell; arcs start closed, for cells outside a band."""
+def kept_arrays(d: DeviceBatch, dtype: torch.dtype) -> list[Tensor]:
+    """Return lse, blank and label of each cell. Arcs start closed, for cells outside a band."""
     kind = torch.float64 if dtype == torch.float64 else torch.float32
     return [torch.full((d.total,), value, dtype=kind, device=d.T.device) for value in (0.0, -1e30, -1e30)]
 
 
-class CudaLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits, d: DeviceBatch, options: Options, occupancy_frames: int | None):
-        launch = _Launch(logits)
-        x = logits.detach().view(-1, logits.shape[-1])
-        kept = kept_arrays(d, logits.dtype)
-        stage_rows(launch, x, d, options, kept)
-        costs = stage_lattice(launch, d, kept)
-        ctx.save_for_backward(logits)
-        ctx.state = (d, options, kept)
-        occupancy = None
-        if occupancy_frames is not None:
-            occupancy = unpack_occupancy(launch, d, kept[2], occupancy_frames)
-            ctx.mark_non_differentiable(occupancy)
-        return costs.to(kept[0].dtype), occupancy
+class CudaLoss:
+    """The loss of given logits.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_costs, _):
-        if ctx.state is None:
-            raise RuntimeError(
-                "rnnt loss: second backward of a loss in place: the first wrote the gradient over the logits; "
-                "use inplace=False to keep them"
-            )
-        d, options, kept = ctx.state
-        (logits,) = ctx.saved_tensors
-        if options.inplace:
-            ctx.state = None
-            torch.autograd.graph.increment_version(logits)
-            gradient = logits.detach()
-        else:
-            gradient = torch.empty_like(logits)
+    Arguments:
+        logits: a tensor like the logits, for its size, type and device.
+        batch, blank, padded, band: those of `device_batch`.
+    """
+
+    def __init__(
+        self, logits: Tensor, batch: Integers, blank: int, padded: tuple[int, int] | None,
+        band: Tensor | np.ndarray | None, options: Options, want_occupancy: bool,
+    ) -> None:  # fmt: skip
         V = logits.shape[-1]
-        scale = grad_costs.detach().to(kept[0].dtype).contiguous()
-        stage_gradient(_Launch(logits), logits.view(-1, V), gradient.view(-1, V), d, options, kept, scale)
-        return gradient, None, None, None
+        self.d = device_batch(batch, blank, V, logits.numel() // V, padded, logits.device, band)
+        self.options, self.inplace, self.frames = options, options.inplace, None
+        if want_occupancy and padded is not None:
+            self.frames = padded[0]
+        elif want_occupancy and isinstance(batch, LossBatch):
+            self.frames = int(batch.T.max(initial=0))
+        elif want_occupancy:
+            raise ValueError("rnnt loss: occupancies of packed logits need the lengths on the CPU.")
+
+    def forward(self, logits: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor | None]:
+        launch = Launcher(logits)
+        self.kept = kept_arrays(self.d, logits.dtype)
+        stage_rows(launch, logits.detach().view(-1, logits.shape[-1]), self.d, self.options, self.kept)
+        costs = self.lattice(launch, *rest)
+        occupancy = unpack_occupancy(launch, self.d, self.kept[2], self.frames)
+        return costs.to(self.kept[0].dtype), occupancy
+
+    def lattice(self, launch: Launcher, *rest: Tensor) -> Tensor:
+        return stage_lattice(launch, self.d, self.kept)
+
+    def backward(self, grad_costs: Tensor, logits: Tensor, *_: Tensor) -> Sequence[Tensor]:
+        gradient = logits.detach() if self.inplace else torch.empty_like(logits)
+        V, scale = logits.shape[-1], grad_costs.to(self.kept[0].dtype).contiguous()
+        x, out = logits.view(-1, V), gradient.view(-1, V)
+        stage_gradient(Launcher(logits), x, out, self.d, self.options, self.kept, scale)
+        return [gradient]
 
 
-def rnnt_loss_cuda(
-    logits: torch.Tensor, batch: LossBatch | tuple[torch.Tensor, ...], blank: int, padded: tuple[int, int] | None,
-    options: Options, band: torch.Tensor | None, want_occupancy: bool,
-) -> Any:  # fmt: skip
-    """(costs [B], occupancy or None). batch: checked integers of the CPU, or targets and lengths on the device."""
-    if isinstance(batch, LossBatch):
-        integers = tuple(torch.from_numpy(v) for v in (batch.y, batch.T, batch.U))
-        longest = int(batch.T.max(initial=0))
-    else:
-        integers, longest = batch, logits.shape[0]
-    V = logits.shape[-1]
-    rows = logits.numel() // V
-    d = device_batch(integers, blank % V, V, rows, padded, logits.device, band)
-    frames = padded[0] if padded is not None else longest
-    if want_occupancy and padded is None and not isinstance(batch, LossBatch):
-        raise ValueError("rnnt loss: occupancies of packed logits need the lengths on the CPU")
-    return CudaLoss.apply(logits, d, options, frames if want_occupancy else None)
+class CudaTdtLoss(CudaLoss):
+    """The token-and-duration loss; its inputs are token and duration logits."""
+
+    def lattice(self, launch: Launcher, *rest: Tensor) -> Tensor:
+        d, o, (duration_logits,) = self.d, self.options, rest
+        (_, blank_lp, label_lp), device = self.kept, duration_logits.device
+        B, D = d.T.shape[0], duration_logits.shape[-1]
+        self.dur = torch.empty(D, d.total, dtype=blank_lp.dtype, device=device)
+        grid, z = (B, launch.spread), duration_logits.view(-1, D)
+        launch("durations_in", grid, launch.threads, z, d.T, d.U, d.first, d.per_frame, d.cells, self.dur, o.sigma)
+        alpha, beta = torch.empty(2, d.total, dtype=torch.float64, device=device)
+        costs = torch.zeros(B, dtype=torch.float64, device=device)
+        steps = torch.tensor(o.durations).to(device, non_blocking=True)
+        arcs = (d.T, d.U, d.cells, blank_lp, label_lp, self.dur, steps, alpha, beta)
+        launch("tdt_wavefront", (B, 2), launch.threads, *arcs)
+        launch("tdt_occupancies", grid, launch.threads, *arcs, costs, o.fastemit)
+        return costs
+
+    def backward(self, grad_costs: Tensor, logits: Tensor, *rest: Tensor) -> Sequence[Tensor]:
+        d, (duration_logits,), launch = self.d, rest, Launcher(logits)
+        gradient, D = torch.zeros_like(duration_logits), duration_logits.shape[-1]
+        launch(
+            "durations_out", (d.T.shape[0], launch.spread), launch.threads, duration_logits.view(-1, D),
+            gradient.view(-1, D), d.T, d.U, d.first, d.per_frame, d.cells, self.dur,
+            grad_costs.to(self.kept[0].dtype).contiguous(),
+        )  # fmt: skip
+        return [*super().backward(grad_costs, logits), gradient]

@@ -1,0 +1,155 @@
+"""The losses on the CPU: a batch's arrays, and the kernels run over them by threads.
+
+Guarantees: results are the same bits for any number of threads.
+Try: `pytest tests/train/rnnt/test_loss.py tests/train/rnnt/test_tdt.py tests/train/rnnt/test_pruned.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..checks import LossBatch, Options, warn_nan
+from . import threads
+from .lattice import backward, forward, lattices, unpack_occupancy
+from .memory import as_rows, fresh_like
+from .plan import LatticePlan, make_plan, make_tasks
+from .pruned import to_dense, to_diagonals
+from .tdt import duration_backward, tdt_forward
+
+
+def counter() -> np.ndarray:
+    """Return a new counter, from which threads take the numbers of their tasks."""
+    return np.zeros(1, np.int64)
+
+
+def run_lattices(batch: LossBatch, plan: LatticePlan, blank_lp: np.ndarray, label_lp: np.ndarray) -> np.ndarray:
+    """Run stage 2 alone: return costs float64 [B]. The arcs' log-probabilities become their occupancies."""
+    count, costs = min(threads.thread_count(), batch.T.size), np.zeros(batch.T.size)
+    threads.run(
+        lattices, count, batch.T, batch.U, plan.at, plan.base, counter(), blank_lp, label_lp,
+        np.empty((count, plan.longest)), costs, blank_lp.dtype == np.float64,
+    )  # fmt: skip
+    warn_nan(costs, batch)
+    return costs
+
+
+def results(
+    batch: LossBatch, plan: LatticePlan, costs: np.ndarray, label: np.ndarray, frames: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return costs [B] in the type that was computed in, and label occupancies [B, U, frames] unless frames is None."""
+    occupancy = None
+    if frames is not None:
+        occupancy = torch.zeros(batch.T.size, batch.y.shape[1], frames)
+        unpack_occupancy(batch.T, batch.U, plan.at, plan.base, label, occupancy.numpy())
+    return torch.from_numpy(costs).to(torch.float64 if label.dtype == np.float64 else torch.float32), occupancy
+
+
+class CpuLoss:
+    """The loss of given logits. `kept` holds lse and the two occupancies of each cell between the passes.
+
+    Arguments:
+        padded: (Tmax, rows of a frame) of the logits; None: they are packed.
+        band: int64 [B, Tmax], the first unit of each frame that has a row; None: unit 0.
+    """
+
+    def __init__(
+        self, batch: LossBatch, padded: tuple[int, int] | None, band: np.ndarray | None, options: Options,
+        want_occupancy: bool,
+    ) -> None:  # fmt: skip
+        self.batch, self.options, self.inplace = batch, options, options.inplace
+        self.plan = make_plan(batch.T, batch.U, padded, band)
+        longest = padded[0] if padded else int(batch.T.max(initial=0))
+        self.frames = longest if want_occupancy else None
+
+    def forward(self, logits: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor | None]:
+        batch, plan, x = self.batch, self.plan, as_rows(logits)
+        exact = logits.dtype == torch.float64
+        self.kept = plan.arrays(exact)
+        tasks, left = make_tasks(batch.T, batch.U + 1, x.shape[1])
+        count, width = min(threads.thread_count(), len(tasks)), int(batch.U.max(initial=0)) + 1
+        work, work64 = np.empty((count, 2, width), self.kept[0].dtype), np.empty((count, width))
+        costs = np.zeros(batch.T.size)
+        self.run_forward(
+            count, x, rest, (plan.first, plan.per_frame, plan.band, plan.at, plan.base, tasks, counter(), left),
+            (work, work64, costs), exact,
+        )  # fmt: skip
+        warn_nan(costs, batch)
+        return results(batch, plan, costs, self.kept[2], self.frames)
+
+    def run_forward(self, count: int, x, rest, where: tuple, room: tuple, exact: bool) -> None:
+        """Run stages 1 and 2 on `count` threads."""
+        b, o = self.batch, self.options
+        threads.run(
+            forward, count, x, b.y, b.T, b.U, *where, *self.kept, np.empty((count, self.plan.longest)), *room,
+            b.blank, o.delay, o.fused, exact,
+        )  # fmt: skip
+
+    def backward(self, grad_costs: Tensor, logits: Tensor, *_: Tensor) -> Sequence[Tensor]:
+        b, plan, o = self.batch, self.plan, self.options
+        gradient = logits.detach() if self.inplace else fresh_like(logits)
+        tasks = make_tasks(plan.frames, plan.per_frame, logits.shape[-1])[0]
+        threads.run(
+            backward, threads.thread_count(), as_rows(logits), as_rows(gradient), self.inplace, b.y, b.T, b.U,
+            plan.first, plan.per_frame, plan.band, plan.at, plan.base, tasks, counter(), *self.kept,
+            grad_costs.double().contiguous().numpy(), b.blank, o.clamp, o.fused, o.fastemit, o.eps,
+        )  # fmt: skip
+        return [gradient]
+
+
+class CpuTdtLoss(CpuLoss):
+    """The token-and-duration loss; its inputs are token and duration logits."""
+
+    def run_forward(self, count: int, x, rest, where: tuple, room: tuple, exact: bool) -> None:
+        b, o, total = self.batch, self.options, self.plan.total
+        durations = np.array(o.durations, np.int64)
+        self.dur = np.empty((durations.size, total), self.kept[0].dtype)
+        threads.run(
+            tdt_forward, count, x, as_rows(rest[0]), b.y, b.T, b.U, *where, *self.kept, self.dur, durations,
+            np.empty(total), np.empty(total), *room, b.blank, o.delay, o.sigma, o.fastemit, exact,
+        )  # fmt: skip
+
+    def backward(self, grad_costs: Tensor, logits: Tensor, *rest: Tensor) -> Sequence[Tensor]:
+        b, plan, duration_logits = self.batch, self.plan, rest[0]
+        gradient = torch.zeros_like(duration_logits)
+        threads.run(
+            duration_backward, threads.thread_count(), as_rows(duration_logits), as_rows(gradient), b.T, b.U,
+            plan.first, plan.per_frame, plan.at, plan.base, counter(), self.dur,
+            grad_costs.double().contiguous().numpy(),
+        )  # fmt: skip
+        return [*super().backward(grad_costs, logits), gradient]
+
+
+class CpuLattice(torch.autograd.Function):
+    """Costs [B] of arcs given as dense log-probabilities [B, T, U+1], and gamma, the occupancy of each cell.
+
+    It keeps the occupancies, not the arcs, for its backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, blank_lp: Tensor, label_lp: Tensor, batch: LossBatch, fastemit: float):
+        plan = make_plan(batch.T, batch.U, (blank_lp.shape[1], blank_lp.shape[2]))
+        _, *arcs = plan.arrays(blank_lp.dtype == torch.float64)
+        for dense, own in zip((blank_lp, label_lp), arcs):
+            to_diagonals(dense.detach().contiguous().numpy(), batch.T, batch.U, plan.at, plan.base, own)
+        costs = run_lattices(batch, plan, *arcs)
+        occupancies = [torch.zeros_like(blank_lp, memory_format=torch.contiguous_format) for _ in arcs]
+        for dense, own in zip(occupancies, arcs):
+            to_dense(own, batch.T, batch.U, plan.at, plan.base, dense.numpy())
+        ctx.save_for_backward(*occupancies)
+        ctx.fastemit = fastemit
+        gamma = occupancies[0] + occupancies[1]
+        ctx.mark_non_differentiable(gamma)
+        return torch.from_numpy(costs).to(blank_lp.dtype), gamma
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_costs: Tensor, _: Any):
+        scale = -grad_costs.view(-1, 1, 1)
+        occ_blank, occ_label = ctx.saved_tensors
+        return occ_blank * scale, occ_label * (scale * (1 + ctx.fastemit)), None, None
