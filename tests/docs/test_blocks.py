@@ -5,12 +5,16 @@ quick        runs here, the blocks of a page in order in one folder that already
 slow         the same with -m slow
 needs-data   with -m slow and the real corpora: LibriSpeech/ is there too, a small part of the real one
 
+The blocks of OF_THE_DEMO run in a small copy of the folder that `make demo` leaves.
+
 Whatever the mark, each `stillhouse` line has to parse: commands, options and choices that do not exist fail at once.
 `make` is asked with --dry-run, since `make test` would come here again.
 """
 
 from __future__ import annotations
 
+import ast
+import json
 import os
 import re
 import shlex
@@ -23,22 +27,31 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import click
+import numpy as np
 import peers
 import pytest
+import soundfile
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [p for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))]
 SHELLS = {"sh": "bash", "bash": "bash", "zsh": "zsh", "fish": "fish"}
 MARKS = ("quick", "slow", "needs-data")
 FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```[ ]*$", re.MULTILINE | re.DOTALL)
+# Settings of a run that takes seconds
+SMALL = "optim.steps=2 run.log_every=1 run.eval_every=2 model.dim=16 model.layers=1 model.heads=2 model.inner=32"
+SMALL_RUN = " ".join(f"--set {s}" for s in [*SMALL.split(), "transfer.views=minilm/*/6", "run.precision=float32"])
 # A model and settings that no test can wait for, and what stands in for them
 STAND_INS = {
+    "../recipes/demo.toml": f"{{root}}/recipes/demo.toml {SMALL_RUN}",
     "sentence-transformers/all-MiniLM-L6-v2": "{minilm}",
     "bert-base-uncased": "{minilm}",
     "recipes/librispeech-100.toml": "{root}/recipes/librispeech-100.toml --set optim.steps=2 --set run.eval_every=2"
     " --set model.dim=32 --set model.layers=1 --set model.inner=64 --set run.checkpoint_every=2",
     "--layers 6,12": "--layers 3,6",
 }
+
+# Pages of docs/guide/ whose commands run in the folder of the demo
+OF_THE_DEMO = {"training.md", "models.md", "decoding.md", "score.md", "export.md"}
 
 
 @dataclass(frozen=True)
@@ -114,6 +127,18 @@ def test_links_lead_somewhere() -> None:
     assert not wrong, wrong
 
 
+def test_the_files_and_names_that_contributing_gives_are_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    files = set(re.findall(r"(?<![\w/.])((?:data|extract|distill|train|tests|docs)/[\w/.-]*\w)", text))
+    assert len(files) > 30 and not [f for f in files if not (ROOT / f).exists()]
+    wrong = []
+    for names, file in re.findall(r"((?:`\w+`(?:,? and |, | or ))*`\w+`) (?:in|of|to) `([\w/]+\.py)`", text):
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        defined = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+        wrong += [f"{file}: {name}" for name in re.findall(r"\w+", names) if name not in {*defined, "and", "or"}]
+    assert not wrong, wrong
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if any(b.mark == "quick" for b in blocks(p))], ids=lambda p: p.name)
 def test_quick(page: Path, type_it: Callable[[Block], None]) -> None:
     for block in blocks(page):
@@ -147,9 +172,43 @@ def test_needs_data(page: Path, type_it: Callable[[Block], None], corpora: Path)
             type_it(block)
 
 
+@pytest.fixture(scope="session")
+def demo_folder(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small copy of what `make demo` leaves: the workshop's texts with noise for audio, and a run of two steps."""
+    from stillhouse.cli import cli
+
+    folder = tmp_path_factory.mktemp("demo")
+    splits = {"84-121123": "test-new", "s1": "dev", "s2": "test-known"}
+    entries = [json.loads(line) for line in (workshop / "corpus.jsonl").read_text(encoding="utf-8").splitlines()]
+    random = np.random.default_rng(0)
+    (folder / "audio").mkdir()
+    for entry in entries:
+        session = entry["session"]
+        entry |= {"audio": f"audio/{entry['id']}.wav", "split": splits.get(session, "train"), "speaker": session}
+        soundfile.write(folder / entry["audio"], random.normal(0, 0.1, 48_000), 16_000)
+    hypotheses = [{"id": e["id"], "ref": e["text"], "hyp": e["text"]} for e in entries if e["split"] == "test-new"]
+    for name, values in (("corpus.jsonl", entries), ("hyp-test-new.jsonl", hypotheses)):
+        (folder / name).write_text("".join(json.dumps(v) + "\n" for v in values), encoding="utf-8")
+    (folder / "teacher.zarr").symlink_to(workshop / "corpus.zarr")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for line in (
+            "corpus features corpus.jsonl features.h5 --speeds 0.9,1.0,1.1",
+            "corpus tokenizer corpus.jsonl units --kind characters",
+            f"train {ROOT}/recipes/demo.toml --out run {SMALL_RUN}",
+        ):
+            cli(shlex.split(line), standalone_mode=False)
+    return folder
+
+
 @pytest.fixture
 def type_it(
-    workshop: Path, minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    workshop: Path,
+    minilm: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> Callable[[Block], None]:
     """Run a block of a page in this test's folder; names that one Python block makes are there in the next."""
     for source in workshop.iterdir():
@@ -164,6 +223,12 @@ def type_it(
 
     def run(block: Block) -> None:
         code = block.code
+        if block.page.name in OF_THE_DEMO and block.language != "python" and not Path("units").exists():
+            for source in request.getfixturevalue("demo_folder").iterdir():
+                Path(source.name).unlink(missing_ok=True)
+                made_here = source.name == "run" and "--out run" in code
+                if not made_here:
+                    Path(source.name).symlink_to(source)
         for told, stand_in in STAND_INS.items():
             code = code.replace(told, stand_in.format(minilm=minilm, root=ROOT))
         if block.language == "python":

@@ -152,7 +152,7 @@ def test_every_option_and_argument_is_described(shell: SimpleNamespace) -> None:
 
 
 def obvious(name: str) -> bool:
-    """What the glossary of README.md says."""
+    """What docs/glossary.md defines."""
     return name in {"CORPUS", "STORE", "MANIFEST", "FEATURES", "RUN", "UNITS", "UTTERANCE"}
 
 
