@@ -1,10 +1,12 @@
-"""The `stillhouse corpus import` commands: thin over the readers of this package, one a kind of corpus.
+"""`stillhouse corpus import`: one command for each kind of corpus.
 
-Invariant: everything heavier than click is imported inside a command. Run: `stillhouse corpus import --help`.
+Guarantees: a command imports everything heavier than click inside its function.
+Try: `stillhouse corpus import --help`.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,216 +24,215 @@ COLUMNS = ("id", "text", "audio", "session", "order", "speaker", "split", "start
 
 
 def say(text: str) -> None:
+    """Print a line to standard error."""
     click.echo(text, err=True)
 
 
-def root_option(command: Callable) -> Callable:
-    return click.option("--root", type=FOLDER, help="Refuse audio that lies outside this folder, links followed.")(
-        command
-    )
-
-
-pattern_option = click.option(
-    "--session-pattern", metavar="REGEX", help="On the id, with groups `session` and `order`."
+root_option = click.option("--root", type=FOLDER, help="Refuse audio files outside this folder. Links are followed.")
+_folders = click.argument("sources", metavar="[SPLIT=]FOLDER...", nargs=-1, required=True)
+_files = click.argument("sources", metavar="[SPLIT=]FILE...", nargs=-1, required=True)
+_pattern = click.option(
+    "--session-pattern",
+    metavar="REGEX",
+    help="Regular expression for the whole id, with a group `session` and perhaps a group `order`.",
 )
-split_option = click.option("--split", help="Split of utterances that have none of their own.")
-audio_root_option = click.option(
-    "--audio-root", type=FOLDER, help="Folder of relative audio paths; by default it is looked for."
+_split = click.option("--split", help="Split of utterances that have none of their own.")
+_audio_root = click.option(
+    "--audio-root", type=FOLDER, help="Folder where relative audio paths start. By default the import looks for it."
 )
-pipes_option = click.option(
+_pipes = click.option(
     "--allow-pipes", is_flag=True, help="Run the shell commands that stand in the place of audio files."
 )
 
 
-def _finishing(command: Callable) -> Callable:
-    """The options that every import has."""
-    for option in (
-        click.option("--json", "as_json", is_flag=True, help="Print what was imported, and the findings, as JSON."),
-        click.option("--force", is_flag=True, help="Replace a manifest that is there and differs."),
-        root_option,
-    ):
+def _columns(command: Callable) -> Callable:
+    for name in reversed(COLUMNS):
+        option = click.option(f"--{name}-column", metavar="COLUMN", help=f"Name or number of the column of the {name}.")
         command = option(command)
     return command
 
 
 @click.group("import")
 def import_() -> None:
-    """Make corpus.jsonl out of what there is.
+    """Make corpus.jsonl from a corpus of another form.
 
-    What cannot be imported is left out and named: file, line, utterance, what to do (exit code 3).
+    Each line that cannot be imported is left out and shown: file, line, utterance, what to do. The exit code is then 3.
     """
 
 
-def _column_options(command: Callable) -> Callable:
-    for name in reversed(COLUMNS):
-        command = click.option(f"--{name}-column", metavar="COLUMN", help=f"Column of the {name}: name or number.")(
-            command
+def _importer(name: str, sources: Callable, *options: Callable, root: bool = True) -> Callable[[Callable], Callable]:
+    """Make a command of a function that reads: SOURCES and MANIFEST, its own options, and those of all imports."""
+
+    def decorate(read: Callable[..., Imported]) -> Callable:
+        @functools.wraps(read)
+        def command(manifest: Path, force: bool, as_json: bool, **given: Any) -> None:
+            columns = {c: v for c in COLUMNS if (v := given.pop(f"{c}_column", None)) is not None}
+            result = read(manifest, **given, **({"columns": columns} if _columns in options else {}))
+            _finish(result, manifest, force, as_json)
+
+        shared = (
+            *((root_option,) if root else ()),
+            click.option("--force", is_flag=True, help="Replace a manifest that is different."),
+            click.option("--json", "as_json", is_flag=True, help="Print facts and findings as JSON."),
         )
-    return command
+        for parameter in reversed((sources, click.argument("manifest", type=PATH), *options, *shared)):
+            command = parameter(command)
+        return import_.command(name)(command)
+
+    return decorate
 
 
-def _columns(options: dict[str, Any]) -> dict[str, str]:
-    return {name: value for name in COLUMNS if (value := options.pop(f"{name}_column")) is not None}
+@_importer(
+    "csv",
+    click.argument("table", type=EXISTING),
+    _columns,
+    _pattern,
+    click.option("--delimiter", help="Delimiter. By default it follows from the suffix or the first line."),
+    click.option(
+        "--header/--no-header",
+        default=None,
+        help="Whether the first row names the columns. By default yes, unless columns are given by number.",
+    ),
+    click.option("--quote/--no-quote", default=None, help="Whether double quotes quote. By default not in a TSV."),
+    click.option(
+        "--audio-root", type=EXISTING, help="Folder where audio paths start. By default the folder of the table."
+    ),
+    _split,
+)
+def import_csv(manifest: Path, table: Path, columns: dict[str, str], **options: Any) -> Imported:
+    """Import TABLE, a CSV or TSV file.
 
-
-@import_.command("csv")
-@click.argument("table", type=EXISTING)
-@click.argument("manifest", type=PATH)
-@_column_options
-@pattern_option
-@click.option("--delimiter", help="By default after the suffix, else the first line.")
-@click.option("--header/--no-header", default=None, help="Default: a header, unless columns are given by number.")
-@click.option("--quote/--no-quote", default=None, help="Whether double quotes quote; default: not in a TSV.")
-@click.option("--audio-root", type=EXISTING, help="Folder of the audio paths; default: the table's.")
-@split_option
-@_finishing
-def import_csv(table: Path, manifest: Path, force: bool, as_json: bool, **options: Any) -> None:
-    """TABLE, a CSV or TSV; other columns than those mapped are kept in `meta`.
-
-    Usual names of columns are found without being told. "A,B" joins two columns by "-".
+    Columns are found by their usual names, or by the options. "A,B" joins two columns by "-". Columns that no option
+    names are kept in `meta`.
 
     Example: stillhouse corpus import csv prompts.csv corpus.jsonl --text-column prompt --audio-root audio
     """
     from ..sources.table import import_table
 
-    columns = _columns(options)
     if options["delimiter"] in ("tab", "\\t"):
         options["delimiter"] = "\t"
-    _finish(import_table(table, manifest, columns, **options), manifest, force, as_json)
+    return import_table(table, manifest, columns, **options)
 
 
-@import_.command("librispeech")
-@click.argument("folder", type=EXISTING)
-@click.argument("manifest", type=PATH)
-@_finishing
-def import_librispeech(folder: Path, manifest: Path, root: Path | None, force: bool, as_json: bool) -> None:
-    """FOLDER, a LibriSpeech tree, or any one split, speaker or chapter of it.
+@_importer("librispeech", click.argument("folder", type=EXISTING))
+def import_librispeech(manifest: Path, folder: Path, root: Path | None) -> Imported:
+    """Import FOLDER, a LibriSpeech tree or one split, speaker or chapter of it.
 
     Example: stillhouse corpus import librispeech LibriSpeech corpus.jsonl
     """
     from ..sources.librispeech import import_librispeech as read
 
-    _finish(read(folder, manifest, root=root), manifest, force, as_json)
+    return read(folder, manifest, root=root)
 
 
-@import_.command("text")
-@click.argument("files", type=EXISTING, nargs=-1, required=True)
-@click.argument("manifest", type=PATH)
-@click.option("--ids/--no-ids", default=None, help="Lines are UTT<TAB>TEXT; default: if all of them have a tab.")
-@pattern_option
-@click.option("--split", help="Split of all utterances.")
-@click.option("--force", is_flag=True, help="Replace a manifest that is there and differs.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was imported, and the findings, as JSON.")
-def import_text(files: tuple[Path, ...], manifest: Path, force: bool, as_json: bool, **options: Any) -> None:
-    """FILES of text without audio: UTT<TAB>TEXT, or a sentence a line with blank lines between sessions.
+@_importer(
+    "text",
+    click.argument("files", type=EXISTING, nargs=-1, required=True),
+    click.option(
+        "--ids/--no-ids",
+        default=None,
+        help="Whether lines are UTT<TAB>TEXT. By default yes, if all have a tab.",
+    ),
+    _pattern,
+    click.option("--split", help="Split of all utterances."),
+    root=False,
+)
+def import_text(manifest: Path, files: tuple[Path, ...], **options: Any) -> Imported:
+    """Import FILES of text without audio.
+
+    Lines are UTT<TAB>TEXT, or one sentence a line with blank lines between sessions.
 
     Example: stillhouse corpus import text stories.txt corpus.jsonl
     """
     from ..sources.text import import_text as read
 
-    _finish(read(files, **options), manifest, force, as_json)
+    return read(files, **options)
 
 
-@import_.command("kaldi")
-@click.argument("sources", metavar="[SPLIT=]FOLDER...", nargs=-1, required=True)
-@click.argument("manifest", type=PATH)
-@audio_root_option
-@pipes_option
-@pattern_option
-@_finishing
-def import_kaldi(sources: tuple[str, ...], manifest: Path, force: bool, as_json: bool, **options: Any) -> None:
-    """Kaldi data directories: [SPLIT=]FOLDER... with wav.scp and text, or a folder of such folders.
+@_importer("kaldi", _folders, _audio_root, _pipes, _pattern)
+def import_kaldi(manifest: Path, sources: tuple[str, ...], **options: Any) -> Imported:
+    """Import Kaldi data directories with wav.scp and text, or a folder of such directories.
 
-    The split is the folder's name unless another is said. With `segments`, recordings are sessions in the order of
-    time. Pipes that only decode one file (flac -c -d, sox, sph2pipe, ffmpeg) are read without a shell; others need
-    --allow-pipes.
+    The split is the folder's name, or SPLIT. With `segments`, recordings are sessions in the order of time. A pipe that
+    only decodes one file (flac -c -d, sox, sph2pipe, ffmpeg, cat) is read without a shell. Others need --allow-pipes.
 
     Example: stillhouse corpus import kaldi data/train_clean_100 dev=data/dev_clean corpus.jsonl
     """
     from ..sources.common import named_sources
     from ..sources.kaldi import import_kaldi as read
 
-    _finish(read(named_sources(sources), manifest, **options), manifest, force, as_json)
+    return read(named_sources(sources), manifest, **options)
 
 
-@import_.command("espnet")
-@click.argument("sources", metavar="[SPLIT=]FOLDER...", nargs=-1, required=True)
-@click.argument("manifest", type=PATH)
-@click.option("--text-name", default="text", show_default=True, help="File of the transcripts in each folder.")
-@click.option("--pieces", is_flag=True, help="They are tokens: join them, with ▁ and <space> as spaces.")
-@audio_root_option
-@pipes_option
-@pattern_option
-@_finishing
-def import_espnet(sources: tuple[str, ...], manifest: Path, force: bool, as_json: bool, **options: Any) -> None:
-    """ESPnet's dumps: [SPLIT=]FOLDER... like dump/raw/train, laid out as Kaldi's; audio in archives is written out.
+@_importer(
+    "espnet",
+    _folders,
+    click.option("--text-name", default="text", show_default=True, help="File of the transcripts in each folder."),
+    click.option("--pieces", is_flag=True, help="Join transcripts that are tokens. ▁ and <space> become spaces."),
+    _audio_root,
+    _pipes,
+    _pattern,
+)
+def import_espnet(manifest: Path, sources: tuple[str, ...], **options: Any) -> Imported:
+    """Import ESPnet's dumps, such as dump/raw/train.
+
+    They have the layout of Kaldi data directories. Audio in archives is written to files beside the manifest.
 
     Example: stillhouse corpus import espnet train=dump/raw/train_clean_100 dev=dump/raw/dev corpus.jsonl
     """
     from ..sources.common import named_sources
     from ..sources.kaldi import import_kaldi as read
 
-    _finish(read(named_sources(sources), manifest, **options), manifest, force, as_json)
+    return read(named_sources(sources), manifest, **options)
 
 
-@import_.command("nemo")
-@click.argument("sources", metavar="[SPLIT=]FILE...", nargs=-1, required=True)
-@click.argument("manifest", type=PATH)
-@click.option("--text-key", default="text", show_default=True, help="Key of the transcript.")
-@audio_root_option
-@pattern_option
-@_finishing
-def import_nemo(sources: tuple[str, ...], manifest: Path, force: bool, as_json: bool, **options: Any) -> None:
-    """NeMo manifests: [SPLIT=]FILE... of JSON lines with audio_filepath, text, duration and perhaps offset.
+@_importer(
+    "nemo",
+    _files,
+    click.option("--text-key", default="text", show_default=True, help="Key of the transcript."),
+    _audio_root,
+    _pattern,
+)
+def import_nemo(manifest: Path, sources: tuple[str, ...], **options: Any) -> Imported:
+    """Import NeMo manifests: JSON lines with audio_filepath, text, duration and perhaps offset.
 
     Example: stillhouse corpus import nemo train=train_manifest.json dev=dev_manifest.json corpus.jsonl
     """
     from ..sources.common import named_sources
     from ..sources.nemo import import_nemo as read
 
-    _finish(read(named_sources(sources), manifest, **options), manifest, force, as_json)
+    return read(named_sources(sources), manifest, **options)
 
 
-@import_.command("lhotse")
-@click.argument("sources", metavar="[SPLIT=]FILE...", nargs=-1, required=True)
-@click.argument("manifest", type=PATH)
-@audio_root_option
-@pipes_option
-@pattern_option
-@_finishing
-def import_lhotse(sources: tuple[str, ...], manifest: Path, force: bool, as_json: bool, **options: Any) -> None:
-    """Lhotse's JSON lines, gzip or not: [SPLIT=]FILE... of cuts, or of recordings and of supervisions.
+@_importer("lhotse", _files, _audio_root, _pipes, _pattern)
+def import_lhotse(manifest: Path, sources: tuple[str, ...], **options: Any) -> Imported:
+    """Import Lhotse's JSON lines: cuts, or recordings and supervisions. Files may be gzip.
 
     Example: stillhouse corpus import lhotse train=cuts_train.jsonl.gz dev=cuts_dev.jsonl.gz corpus.jsonl
     """
     from ..sources.common import named_sources
     from ..sources.lhotse import import_lhotse as read
 
-    _finish(read(named_sources(sources), manifest, **options), manifest, force, as_json)
+    return read(named_sources(sources), manifest, **options)
 
 
-@import_.command("huggingface")
-@click.argument("sources", metavar="[SPLIT=]FOLDER...", nargs=-1, required=True)
-@click.argument("manifest", type=PATH)
-@_column_options
-@pattern_option
-@_finishing
-def import_huggingface(sources: tuple[str, ...], manifest: Path, force: bool, as_json: bool, **options: Any) -> None:
-    """Hugging Face datasets on disk: [SPLIT=]FOLDER... of save_to_disk, or of parquet files.
+@_importer("huggingface", _folders, _columns, _pattern)
+def import_huggingface(manifest: Path, sources: tuple[str, ...], columns: dict[str, str], **options: Any) -> Imported:
+    """Import Hugging Face datasets on disk: folders of save_to_disk, or of parquet files.
 
-    Audio that is embedded is written out beside the manifest, byte for byte. Usual names of columns are found without
-    being told; other texts and numbers are kept in `meta`. Needs pyarrow: pip install 'stillhouse[huggingface]'.
+    Embedded audio is written to files beside the manifest, byte for byte. Columns are found by their usual names, and
+    other texts and numbers are kept in `meta`. This needs pyarrow: pip install 'stillhouse[huggingface]'.
 
     Example: stillhouse corpus import huggingface my_dataset corpus.jsonl --text-column sentence
     """
     from ..sources.common import named_sources
     from ..sources.huggingface import import_huggingface as read
 
-    columns = _columns(options)
-    _finish(read(named_sources(sources), manifest, columns, **options), manifest, force, as_json)
+    return read(named_sources(sources), manifest, columns, **options)
 
 
 def _finish(result: Imported, manifest: Path, force: bool, as_json: bool) -> None:
+    """Print findings and notes, write the manifest, and print facts."""
     from ..errors import CorpusError, PartialError, UsageError
     from ..manifest import to_line, write_manifest
 
@@ -243,23 +244,22 @@ def _finish(result: Imported, manifest: Path, force: bool, as_json: bool) -> Non
     sessions = len({u.session for u in utterances if u.session is not None})
     without = sum(u.session is None for u in utterances)
     if utterances and without == len(utterances):
-        result.note("sessions: unknown, so no utterance has context (name them with --session-pattern, if ids tell)")
+        result.note("sessions are unknown, so no utterance has context; --session-pattern reads them from ids")
     elif without:
-        result.note(f"sessions: {sessions}; {without} utterances have none")
+        result.note(f"{sessions} sessions; {without} utterances have none")
     for note in result.notes:
         say(note)
-    written = bool(utterances)
-    if written and manifest.exists() and not force:
+    if utterances and manifest.exists() and not force:
         with manifest.open("rb") as file:
             same = all(file.readline() == (to_line(u) + "\n").encode() for u in utterances) and not file.read(1)
         if not same:
-            raise UsageError("a manifest that differs is there already", where=manifest, remedy="--force replaces it")
-    if written:
+            raise UsageError("there is a different manifest", where=manifest, remedy="--force replaces it")
+    if utterances:
         write_manifest(manifest, utterances)
     hours = sum(u.duration_s or 0 for u in utterances) / 3600
     if as_json:
         facts = {
-            "manifest": str(manifest) if written else None,
+            "manifest": str(manifest) if utterances else None,
             "utterances": len(utterances),
             "hours": round(hours, 4),
             "sessions": sessions,
@@ -269,8 +269,8 @@ def _finish(result: Imported, manifest: Path, force: bool, as_json: bool) -> Non
             "findings": [f.facts() for f in result.findings],
         }
         click.echo(json.dumps(facts, ensure_ascii=False, indent=1))
-    if not written:
+    if not utterances:
         raise CorpusError("nothing could be imported", where=manifest)
     say(f"{manifest}: {len(utterances)} utterances, {hours:.2f} h")
     if result.findings:
-        raise PartialError(f"{len(result.findings)} findings, see above: what they name was left out", where=manifest)
+        raise PartialError(f"{len(result.findings)} findings are left out, see above", where=manifest)

@@ -1,1 +1,1 @@
-"""TODO: what this folder is for."""
+"""Facts about a corpus: findings, counts and splits. It imports audio, features, files and the modules of data/."""

@@ -1,6 +1,7 @@
-"""Facts about a corpus, as a dataclass; rendering is the command's.
+"""Counts and hours of a corpus.
 
-Invariant: reads the manifest alone, never the audio. Exercised by `stillhouse corpus info CORPUS`.
+Guarantees: only the manifest is read, never the audio.
+Try: `stillhouse corpus info corpus.jsonl`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from ..manifest import Corpus, Utterance
 
 @dataclass(frozen=True)
 class SplitFacts:
+    """Counts of a split, or of the whole corpus."""
+
     utterances: int
     sessions: int
     speakers: int
@@ -22,11 +25,13 @@ class SplitFacts:
     hours: float
     words: int
     characters: int
-    seconds_quantiles: list[float]  # minimum, 10 %, median, 90 %, maximum; empty where no duration is known
+    seconds_quantiles: list[float]  # minimum, 10 %, median, 90 %, maximum; empty if no duration is known
 
 
 @dataclass(frozen=True)
 class CorpusFacts:
+    """What `stillhouse corpus info` prints."""
+
     path: str
     total: SplitFacts
     splits: dict[str, SplitFacts]  # "" for utterances without one
@@ -35,6 +40,7 @@ class CorpusFacts:
 
 
 def describe(corpus: Corpus) -> CorpusFacts:
+    """Return the facts of a corpus and of each of its splits."""
     groups: dict[str, list[Utterance]] = {}
     values: dict[str, set[str]] = {}
     letters: Counter[str] = Counter()
@@ -47,7 +53,7 @@ def describe(corpus: Corpus) -> CorpusFacts:
         path=str(corpus.path),
         total=_facts(corpus.utterances),
         splits={name: _facts(groups[name]) for name in sorted(groups)},
-        meta={name: len(found) for name, found in sorted(values.items())},
+        meta={name: len(distinct) for name, distinct in sorted(values.items())},
         alphabet=[c for c, _ in sorted(letters.items(), key=lambda item: (-item[1], item[0]))],
     )
 

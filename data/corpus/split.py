@@ -1,7 +1,7 @@
-"""Train, dev and test by groups: a speaker, a session, a prompt is on one side only.
+"""Train, dev and test splits by group: all utterances of a speaker, a session or a prompt are in one split.
 
-Invariant: a group's side depends on the seed, its name and the shares alone, so it stays when the corpus grows.
-Exercised by `stillhouse corpus split CORPUS --by prompt --dev 5% --test 10%`.
+Guarantees: the split of a group depends on the seed, its name and the shares alone. It stays when the corpus grows.
+Try: `stillhouse corpus split corpus.jsonl --by prompt --dev 5% --test 10%`.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ FIELDS = ("speaker", "session", "id", "text")
 
 
 def parse_share(text: str) -> float:
-    """ "5%" or "0.05" as a number from 0 to 1."""
+    """Return "5%" or "0.05" as a number from 0 to 1. Raises ConfigError for another text."""
     try:
         share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         share = -1.0
     if not 0 <= share < 1:
-        raise ConfigError(f"a share of {text!r}", expected="something like 5% or 0.05")
+        raise ConfigError(f"the share is {text!r}", expected="something like 5% or 0.05")
     return share
 
 
 def group_of(utterance: Utterance, by: str) -> str | None:
-    """The group of an utterance: a field of FIELDS, else a column of its meta."""
+    """Return the group of an utterance: a field of FIELDS, else a column of its meta."""
     return getattr(utterance, by) if by in FIELDS else utterance.meta.get(by)
 
 
 def place(group: str, seed: int) -> float:
-    """A number from 0 to 1 that belongs to this group for this seed."""
+    """Return a number from 0 to 1 that depends on the group and the seed alone."""
     return int.from_bytes(blake2b(f"{seed}\0{group}".encode(), digest_size=8).digest(), "big") / 2**64
 
 
@@ -45,10 +45,17 @@ def split_corpus(
     only: Sequence[str] | None = None,
     names: tuple[str, str, str] = ("train", "dev", "test"),
 ) -> list[Utterance]:
-    """The utterances with their split set.
+    """Return all utterances with their split set.
 
-    dev, test: shares of the groups, met on average. only: touch the utterances of these splits alone, and leave the
-    others as they are. Raises CorpusError where an utterance has no group, or a share that was asked for got none.
+    Arguments:
+        by: what makes a group, see `group_of`.
+        dev, test: shares of the groups, met on average.
+        only: change the utterances of these splits alone. None: change all.
+        names: the names of the three splits.
+
+    Raises:
+        ConfigError: no share is left for training.
+        CorpusError: an utterance has no group, or no group is in a split with a share above 0.
     """
     if dev + test >= 1:
         raise ConfigError(f"dev {dev:g} and test {test:g} leave nothing to train on", expected="less than 1 together")
@@ -57,23 +64,23 @@ def split_corpus(
     if without:
         columns = sorted({name for u in chosen for name in u.meta})
         raise CorpusError(
-            f"{len(without)} utterances have no {by}, {without[0]} for one",
+            f"{len(without)} utterances have no {by}, for example {without[0]}",
             where=corpus.path,
             expected="one of " + ", ".join([*FIELDS, *columns]),
         )
-    sides: dict[str, str] = {}
+    splits: dict[str, str] = {}
     for u in chosen:
         group = group_of(u, by) or ""
         at = place(group, seed)
-        sides[group] = names[2] if at < test else names[1] if at < test + dev else names[0]
+        splits[group] = names[2] if at < test else names[1] if at < test + dev else names[0]
     for name, share in zip(names, (1 - dev - test, dev, test), strict=True):
-        if share > 0 and name not in sides.values():
+        if share > 0 and name not in splits.values():
             raise CorpusError(
-                f"no {by} fell to {name}: there are {len(sides)} in all",
+                f"no {by} is in {name}: there are {len(splits)} in all",
                 where=corpus.path,
                 remedy="ask for a larger share, or try another --seed",
             )
     ids = {u.id for u in chosen}
     return [
-        u.model_copy(update={"split": sides[group_of(u, by) or ""]}) if u.id in ids else u for u in corpus.utterances
+        u.model_copy(update={"split": splits[group_of(u, by) or ""]}) if u.id in ids else u for u in corpus.utterances
     ]

@@ -1,1 +1,1 @@
-"""One module a kind of corpus: each reads what people have into utterances and findings."""
+"""Importers: one for each kind of corpus. They import audio, files, corpus.check and the modules of data/."""

@@ -1,7 +1,7 @@
-"""Where the audio files are that a list names, and audio that has to be written out before it can be named.
+"""The audio files that a list names, and audio that must be written to a file before a manifest can name it.
 
-Invariant: a file that this finds exists and is below the root, if one is set; a file that it writes is whole or not
-there. Exercised by `stillhouse corpus import kaldi|nemo|lhotse|huggingface`.
+Guarantees: a file that `find` returns exists, below the root if one is set. A file is written whole or not at all.
+Try: `stillhouse corpus import nemo manifest.json corpus.jsonl`.
 """
 
 from __future__ import annotations
@@ -22,17 +22,19 @@ PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class AudioFiles:
-    """Files by the paths that a list has.
+    """Find files by the paths of a list.
 
-    folders: where a relative path may begin; the one where the first was found is tried first from then on.
+    Arguments:
+        folders: where a relative path may start. The folder of the last file is tried first.
+        root: the folder that no path may leave, or None.
     """
 
     def __init__(self, folders: Sequence[Path], root: Path | None) -> None:
         self._folders, self._root = list(dict.fromkeys(f.absolute() for f in folders)), root
-        self._seconds: dict[Path, tuple[float, int]] = {}
+        self._lengths: dict[Path, tuple[float, int]] = {}
 
     def find(self, text: str) -> Path:
-        """The file of that path; AudioError where there is none or where it is outside the root."""
+        """Return the file of a path. Raises AudioError if it is missing or outside the root."""
         try:
             for k, folder in enumerate(self._folders):
                 path = folder / text
@@ -42,59 +44,58 @@ class AudioFiles:
                     return confined(path, self._root)
                 if os.path.isabs(text):
                     break
-        except ValueError as e:  # a NUL, or half of a surrogate pair
+        except ValueError as e:  # The text holds a NUL or half of a surrogate pair.
             raise AudioError(f"not a path: {e}", where=repr(text[:80])) from e
         confined(self._folders[0] / text, self._root)
         raise AudioError(
             "no such audio file",
             where=text[:1000],
             expected=None if os.path.isabs(text) else f"a path relative to {self._folders[0]}",
-            remedy="restore it, or say where it is with --audio-root",
+            remedy="restore it, or name its folder with --audio-root",
         )
 
     def length(self, path: Path) -> tuple[float, int]:
-        """(seconds, channels) of a file, by its header; each file is looked at once in a row of many."""
-        found = self._seconds.get(path)
-        if found is None:
+        """Return (seconds, channels) of a file by its header, which is read once for many lines."""
+        if path not in self._lengths:
             with open_audio(path) as file:
-                found = file.frames / file.samplerate, file.channels
-            if len(self._seconds) > 10_000:
-                self._seconds.clear()
-            self._seconds[path] = found
-        return found
+                length = file.frames / file.samplerate, file.channels
+            if len(self._lengths) > 10_000:
+                self._lengths.clear()
+            self._lengths[path] = length
+        return self._lengths[path]
 
 
 def above(folder: Path, steps: int = 4) -> list[Path]:
-    """The folder, those above it and the working folder: where recipes mean their relative paths to begin."""
+    """Return the working folder, the folder and those above it, where relative paths of recipes may start."""
     folder = folder.absolute()
     return [Path.cwd(), folder, *list(folder.parents)[:steps]]
 
 
-class Unpacked:
-    """Audio that had no file of its own, written beside the manifest: corpus.jsonl has corpus.audio/."""
+class UnpackedAudio:
+    """Audio that had no file of its own, in a folder beside the manifest: corpus.jsonl has corpus.audio/."""
 
     def __init__(self, manifest: Path) -> None:
         self.folder = manifest.absolute().with_suffix(".audio")
         self.written = 0
 
     def path(self, name: str, source: str | bytes, suffix: str) -> Path:
-        """A name of its own for the audio of utterance or recording `name` made from `source`."""
+        """Return a unique path for the audio of utterance or recording `name`, made from `source`."""
         data = source.encode("utf-8", "surrogatepass") if isinstance(source, str) else source
         digest = blake2b(name.encode("utf-8", "surrogatepass") + b"\0" + data, digest_size=6).hexdigest()
         plain = name if PLAIN_NAME.fullmatch(name) else re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:60].lstrip(".-")
         return self.folder / f"{plain}-{digest}{suffix}"
 
     def write(self, path: Path, fill: Callable[[Path], object]) -> Path:
-        """Have `fill` write a temporary file and put it at `path`; one that is there already stays."""
+        """Write a file with `fill`, which gets the path of a draft, and return its path. An existing file stays."""
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
                 with draft_of(path) as draft:
                     fill(draft)
             except OSError as e:
-                raise AudioError(f"cannot write: {e.strerror or e}", where=path, remedy="make room") from e
+                raise AudioError(f"cannot write: {e.strerror or e}", where=path, remedy="free disk space") from e
             finally:
-                with suppress(OSError):  # it holds something
+                with suppress(OSError):  # The folder is not empty.
                     self.folder.rmdir()
             self.written += 1
         return path

@@ -1,7 +1,7 @@
-"""What all importers share: the result with its findings, sessions read off ids, the order inside a session.
+"""What all importers share: the result with its findings, sessions from ids, and the order inside a session.
 
-Invariant: an id is imported once; the second use is a finding that names both places. Exercised by
-`stillhouse corpus import`.
+Guarantees: an id is imported once. Its second use is a finding that names both places.
+Try: `stillhouse corpus import --help`.
 """
 
 from __future__ import annotations
@@ -19,74 +19,162 @@ from pydantic import ValidationError
 from ..audio.read import SLACK_S
 from ..corpus.check import Finding
 from ..errors import AudioError, ConfigError, CorpusError, UsageError
+from ..files.paths import relative_audio
 from ..manifest import Utterance, describe_validation
+from .audio_files import AudioFiles, UnpackedAudio, above
 
-OVERSHOOT_S = 0.5  # that much of a segment's end may lie behind its recording; cut off, as Kaldi does
+OVERSHOOT_S = 0.5  # A segment may end so much later than its recording. It is cut off there, as Kaldi does.
 
 
 class SegmentError(CorpusError):
-    """A segment that is not inside its recording."""
+    """A segment is not inside its recording."""
 
 
 @dataclass
 class Imported:
-    """The utterances of an import, in order, what could not be imported, and what is worth knowing about it."""
+    """The settings and the result of an import.
 
+    Fields:
+        manifest: the file to write later. Audio paths are relative to its folder.
+        root: the folder that no audio path may leave. None: any folder.
+        audio_root: the folder where relative paths start. None: the importer looks for it.
+        allow_pipes: run the shell commands that stand in the place of audio files.
+        session_pattern: a regular expression on ids, with named groups `session` and perhaps `order`.
+        utterances: the utterances, in order.
+        findings: what could not be imported.
+        notes: what else the user should know.
+    """
+
+    manifest: Path
+    root: Path | None = None
+    audio_root: Path | None = None
+    allow_pipes: bool = False
+    session_pattern: str | None = None
     utterances: list[Utterance] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    orders: dict[str, str] = field(default_factory=dict)
-    places: dict[str, str] = field(default_factory=dict)
 
-    def add(self, utterance: Utterance, order: str, where: str) -> None:
-        if utterance.id in self.places:
-            first = self.places[utterance.id]
-            self.finding(
-                "duplicate-id", where, f"the id was used before, at {first}", utterance.id, "give it another id"
+    def __post_init__(self) -> None:
+        self.unpacked = UnpackedAudio(self.manifest)
+        self._orders: dict[str, str] = {}
+        self.places: dict[str, str] = {}  # where each id was read
+        try:
+            self._pattern = re.compile(self.session_pattern) if self.session_pattern else None
+        except re.error as e:
+            what = f"the pattern is not a regular expression: {e}"
+            raise ConfigError(what, where=self.session_pattern) from e
+        if self._pattern is not None and "session" not in self._pattern.groupindex:
+            raise ConfigError(
+                "the pattern has no group `session`",
+                where=self.session_pattern,
+                expected=r"something like (?P<session>\d+-\d+)-(?P<order>\d+)",
             )
-            return
-        self.places[utterance.id] = where
-        if order:
-            self.orders[utterance.id] = order
-        self.utterances.append(utterance)
 
-    def make(self, where: str, order: str = "", **fields: Any) -> None:
-        """Add an utterance of these fields, or the finding that says why they are none."""
+    def add(self, where: str, order: str = "", *, audio: Path | None = None, **fields: Any) -> None:
+        """Add an utterance of these fields, or the finding that says why they are not one."""
         for name in ("session", "speaker", "split"):
             if isinstance(value := fields.get(name), str):
-                fields[name] = sys.intern(value)  # one string for all that share it
+                fields[name] = sys.intern(value)  # One string serves all utterances that share it.
+        if audio is not None:
+            fields["audio"] = relative_audio(audio, self.manifest)
         try:
             utterance = Utterance(**fields)
         except ValidationError as e:
             id = fields.get("id")
             self.finding("line", where, describe_validation(e), id if isinstance(id, str) else None)
-        else:
-            self.add(utterance, order, where)
+            return
+        if utterance.id in self.places:
+            what = f"the id was used before, at {self.places[utterance.id]}"
+            self.finding("duplicate-id", where, what, utterance.id, "give it another id")
+            return
+        self.places[utterance.id] = where
+        if order:
+            self._orders[utterance.id] = order
+        self.utterances.append(utterance)
 
     def finding(
-        self, kind: str, where: object, what: str, id: str | None = None, remedy: str = "mend or delete the line"
+        self, kind: str, where: object, what: str, id: str | None = None, remedy: str = "correct or delete the line"
     ) -> None:
+        """Add a finding."""
         self.findings.append(Finding(kind, str(where), id or None, what, remedy))
 
-    def error(self, kind: str, where: str, error: CorpusError, id: str | None = None) -> None:
-        """An error that one line met, as a finding at that line."""
-        said = error.what if error.where is None or str(error.where) == where else f"{error.where}: {error.what}"
-        said += f" (expected {error.expected})" if error.expected else ""
-        self.finding(kind, where, said, id, error.remedy or "mend or delete the line")
-
-    def refused(self, where: str, error: CorpusError, id: str | None = None) -> None:
-        """An utterance that is left out for its audio, its segment, or anything else of its line."""
-        kinds = {AudioError: "audio", SegmentError: "segment"}
-        self.error(next((kind for of, kind in kinds.items() if isinstance(error, of)), "line"), where, error, id)
+    def error(self, where: str, error: CorpusError, id: str | None = None) -> None:
+        """Add the error of one line as a finding."""
+        kind = "encoding" if "UTF-" in error.what else "line"
+        kind = "audio" if isinstance(error, AudioError) else "segment" if isinstance(error, SegmentError) else kind
+        what = error.what if error.where is None or str(error.where) == where else f"{error.where}: {error.what}"
+        what += f" (expected {error.expected})" if error.expected else ""
+        self.finding(kind, where, what, id, error.remedy or "correct or delete the line")
 
     def note(self, text: str) -> None:
+        """Add a note once."""
         if text not in self.notes:
             self.notes.append(text)
 
+    def files(self, folder: Path, *first: Path) -> AudioFiles:
+        """Return a finder of audio files. Relative paths start in `audio_root`, else in `first` or near `folder`."""
+        return AudioFiles([self.audio_root] if self.audio_root else [*first, *above(folder)], self.root)
+
+    def session(self, id: str, session: str | None = None, order: str = "") -> tuple[str | None, str]:
+        """Return (session, order) by the session pattern, or the given ones without a pattern.
+
+        Raises:
+            CorpusError: the pattern does not match all of the id.
+        """
+        if self._pattern is None:
+            return session, order
+        match = self._pattern.fullmatch(id)
+        if match is None:
+            raise CorpusError(
+                f"the session pattern {self._pattern.pattern} does not match the whole id",
+                remedy="change the pattern, or correct or delete the line",
+            )
+        groups = match.groupdict()
+        return groups["session"] or session, groups.get("order") or order
+
+    def duration(self, begin: float, end: float, seconds: float, path: Path) -> float:
+        """Return the length of a segment of a recording that has `seconds`. Raises SegmentError if it leaves it."""
+        if not 0 <= begin < end or begin >= seconds or end > seconds + OVERSHOOT_S:
+            raise SegmentError(f"the segment {begin:g}–{end:g} s is not inside {path}, which has {seconds:.3f} s")
+        if end > seconds + SLACK_S:
+            self.note(f"segments that end up to {OVERSHOOT_S} s after their recording end with it")
+        return round(min(end, seconds) - begin, 6)
+
+    def meta(self, fields: Mapping[str, Any], used: Container[str], prefix: str = "") -> dict[str, str]:
+        """Return as texts what no field of an utterance uses. Lists and objects are left out, with a note."""
+        meta = {}
+        for name, value in fields.items():
+            if name in used or value is None:
+                continue
+            if isinstance(value, (str, int, float)):
+                meta[name] = value if isinstance(value, str) else json.dumps(value)
+            else:
+                self.note(f"{prefix}{name} is left out: it is neither text nor number")
+        return meta
+
+    def in_session_order(self) -> Imported:
+        """Sort: a session stands where its first utterance was, each in its order. Return the result itself."""
+        first: dict[str, int] = {}
+        for k, u in enumerate(self.utterances):
+            if u.session is not None:
+                first.setdefault(u.session, k)
+
+        def key(item: tuple[int, Utterance]) -> tuple:
+            k, u = item
+            return (k if u.session is None else first[u.session], natural(self._orders.get(u.id, "")), k)
+
+        self.utterances = [u for _, u in sorted(enumerate(self.utterances), key=key)]
+        return self
+
 
 def named_sources(sources: Sequence[str]) -> list[tuple[str | None, Path]]:
-    """[SPLIT=]PATH… as (split or None, path). Raises UsageError for what is not there, ConfigError for no split."""
-    found = []
+    """Return `[SPLIT=]PATH…` as (split or None, path).
+
+    Raises:
+        UsageError: there is no such path.
+        ConfigError: a split has no name.
+    """
+    pairs: list[tuple[str | None, Path]] = []
     for text in sources:
         split, _, rest = text.partition("=")
         named = bool(rest) and not Path(text).exists()
@@ -95,87 +183,26 @@ def named_sources(sources: Sequence[str]) -> list[tuple[str | None, Path]]:
             raise UsageError("no such file or folder", where=path, expected="[SPLIT=]PATH")
         if named and not split:
             raise ConfigError("a split without a name", where=text, expected="SPLIT=PATH")
-        found.append((split if named else None, path))
-    return found
-
-
-class SessionPattern:
-    """A regular expression on the id, with a named group `session` and, if wanted, `order`."""
-
-    def __init__(self, pattern: str) -> None:
-        try:
-            self._regex = re.compile(pattern)
-        except re.error as e:
-            raise ConfigError(f"the pattern is not a regular expression: {e}", where=pattern) from e
-        if "session" not in self._regex.groupindex:
-            raise ConfigError(
-                "the pattern has no group `session`",
-                where=pattern,
-                expected=r"something like (?P<session>\d+-\d+)-(?P<order>\d+)",
-            )
-
-    def read(self, id: str, session: str | None = None, order: str = "") -> tuple[str | None, str]:
-        """(session, order) of an id; CorpusError where the pattern does not match all of it."""
-        match = self._regex.fullmatch(id)
-        if match is None:
-            raise CorpusError(
-                f"the session pattern {self._regex.pattern} does not match the whole id",
-                remedy="change the pattern, or mend or delete the line",
-            )
-        groups = match.groupdict()
-        return groups["session"] or session, groups.get("order") or order
+        pairs.append((split if named else None, path))
+    return pairs
 
 
 def natural(text: str) -> tuple:
-    """A sort key under which a2 comes before a10."""
-    parts = re.split(r"(\d{1,4000})", text)  # Python reads no longer integers
+    """Return a sort key that puts a2 before a10."""
+    parts = re.split(r"(\d{1,4000})", text)  # Python reads no longer integers.
     return tuple((0, int(p), "") if p.isdecimal() else (1, 0, p) for p in parts if p)
 
 
 def by_time(start_s: float) -> str:
-    """A start as an order inside a session."""
+    """Return a start in seconds as an order inside a session."""
     return str(round(start_s * 1e6))
 
 
 def is_seconds(value: Any) -> TypeGuard[float]:
-    """Whether a value out of JSON can be a time."""
+    """Return whether a value out of JSON can be a time."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
 
 
-def inside(begin: float, end: float, seconds: float, path: Path, result: Imported) -> float:
-    """The length of a stretch inside its recording; SegmentError where it leaves it."""
-    if not 0 <= begin < end or begin >= seconds or end > seconds + OVERSHOOT_S:
-        raise SegmentError(
-            f"the segment {begin:g}–{end:g} s leaves {path}, {seconds:.3f} s long", remedy="mend or delete the line"
-        )
-    if end > seconds + SLACK_S:
-        result.note(f"segments that end up to {OVERSHOOT_S} s behind their recording end with it")
-    return round(min(end, seconds) - begin, 6)
-
-
-def meta_of(fields: Mapping[str, Any], taken: Container[str], result: Imported, prefix: str = "") -> dict[str, str]:
-    """What no field of an utterance takes, as texts; lists and objects are left out, with a note."""
-    meta = {}
-    for name, value in fields.items():
-        if name in taken or value is None:
-            continue
-        if isinstance(value, (str, int, float)):
-            meta[name] = value if isinstance(value, str) else json.dumps(value)
-        else:
-            result.note(f"{prefix}{name} is left out: no text or number")
-    return meta
-
-
-def in_session_order(result: Imported) -> list[Utterance]:
-    """Sessions where their first utterance was, each together and in its order; without orders, as they came."""
-    first: dict[str, int] = {}
-    for k, u in enumerate(result.utterances):
-        if u.session is not None:
-            first.setdefault(u.session, k)
-    orders = result.orders
-
-    def key(item: tuple[int, Utterance]) -> tuple:
-        k, u = item
-        return (k if u.session is None else first[u.session], natural(orders.get(u.id, "")), k)
-
-    return [u for _, u in sorted(enumerate(result.utterances), key=key)]
+def as_text(value: Any) -> str | None:
+    """Return a text or a whole number as a text, and None for anything else or an empty text."""
+    return str(value) if isinstance(value, (str, int)) and value != "" else None

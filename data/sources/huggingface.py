@@ -1,7 +1,8 @@
-"""Hugging Face datasets on disk into a manifest: folders of `save_to_disk`, and parquet files.
+"""Hugging Face datasets on disk: folders of `save_to_disk`, and parquet files.
 
-Invariant: a row becomes one utterance or one finding; embedded audio is written out byte for byte, once, under a name
-that its bytes decide. Nothing of the dataset's own code runs. Exercised by `stillhouse corpus import huggingface`.
+Guarantees: a row is one utterance or one finding. Embedded audio is written byte for byte, once, to a name made from
+its bytes. No code of the dataset runs.
+Try: `stillhouse corpus import huggingface my_dataset corpus.jsonl --text-column sentence`.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AudioError, ConfigError, CorpusError
-from ..files.paths import below, confined, relative_audio
-from .audio_files import AudioFiles, Unpacked, above
-from .common import Imported, SessionPattern, by_time, in_session_order, inside, is_seconds, meta_of
-from .table import FIELDS, USUAL
+from ..files.paths import below, confined
+from .audio_files import AudioFiles
+from .common import Imported, as_text, by_time, is_seconds
+from .table import FIELDS, USUAL, known_fields
 
 MAGIC = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"ID3": ".mp3", b"\xff\xfb": ".mp3", b"FORM": ".aiff"}
 SUFFIXES = {*MAGIC.values(), ".opus", ".aif", ".au", ".sph", ".w64", ".m4a", ".mp4", ".webm"}
+SAVE_AGAIN = "save the dataset again"
 PARQUET = re.compile(r"(?P<split>[A-Za-z][\w.]*)-\d+-of-\d+")
 
 
@@ -27,34 +29,32 @@ def import_huggingface(
     sources: Sequence[tuple[str | None, Path]],
     manifest: Path,
     columns: Mapping[str, str] | None = None,
-    *,
-    root: Path | None = None,
-    session_pattern: str | None = None,
+    **settings: Any,
 ) -> Imported:
-    """Read datasets: (split or None, folder that `save_to_disk` wrote, or of parquet files, or one such file).
+    """Read datasets.
 
-    columns: field of `table.FIELDS` -> name of a column; others are found under their usual names, the audio by its
-    type. Without an id column, ids are those of the audio files where they have names, else split and row. Raises
-    ConfigError where pyarrow is absent, CorpusError for a folder that holds no dataset.
+    Ids are those of the audio files if there is no id column. Without names of files, they are split and row.
+
+    Arguments:
+        sources: pairs of a split or None, and a folder that `save_to_disk` wrote, a parquet file or a folder of those.
+        columns: {field of `table.FIELDS`: name of a column}. Others are found by their usual names, the audio by type.
+        settings: those of `Imported`.
+
+    Raises:
+        ConfigError: pyarrow is not installed, or a column is unknown.
+        CorpusError: a folder holds no dataset, or a file cannot be read.
     """
     try:
         import pyarrow
     except ImportError as e:
-        raise ConfigError(
-            "Hugging Face datasets are read with pyarrow, which is not installed",
-            remedy="pip install 'stillhouse[huggingface]'",
-        ) from e
-    given = dict(columns or {})
-    if unknown := set(given) - set(FIELDS):
-        raise ConfigError(f"unknown field {', '.join(sorted(unknown))}", expected=", ".join(FIELDS))
-    pattern = SessionPattern(session_pattern) if session_pattern else None
-    result = Imported()
-    unpacked = Unpacked(manifest)
+        what, remedy = "Hugging Face datasets need pyarrow", "pip install 'stillhouse[huggingface]'"
+        raise ConfigError(what, remedy=remedy) from e
+    given = known_fields(columns)
+    result = Imported(manifest, **settings)
     for split, source in sources:
         rows: dict[str | None, int] = {}
         for path, name in _files(source, split):
-            places = AudioFiles([path.absolute().parent, *above(source)], root)
-            reader = _DatasetReader(path, name, given, places, unpacked, manifest, pattern, root, result)
+            reader = _DatasetReader(path, name, given, result, result.files(source, path.absolute().parent))
             row = rows.get(name, 0)
             try:
                 for batch in _batches(path):
@@ -62,41 +62,37 @@ def import_huggingface(
                     reader.batch(batch, row)
                     row += batch.num_rows
             except (pyarrow.ArrowException, OSError, ValueError, UnicodeDecodeError) as e:
-                raise CorpusError(
-                    f"not readable as Arrow: {str(e).splitlines()[0][:200] if str(e) else type(e).__name__}",
-                    where=path,
-                    remedy="save the dataset again",
-                ) from e
+                why = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
+                raise CorpusError(f"not readable as Arrow: {why}", where=path, remedy=SAVE_AGAIN) from e
             rows[name] = row
-    if unpacked.written:
-        result.note(f"{unpacked.written} audio files were written to {unpacked.folder}")
-    result.utterances = in_session_order(result)
-    return result
+    if result.unpacked.written:
+        result.note(f"{result.unpacked.written} audio files were written to {result.unpacked.folder}")
+    return result.in_session_order()
 
 
 def _files(source: Path, split: str | None) -> list[tuple[Path, str | None]]:
-    """The files of a dataset in order, each with its split."""
+    """Return the files of a dataset in order, each with its split."""
     if source.is_file() and source.suffix == ".parquet":
         return [(source, split or _parquet_split(source))]
     if (source / "dataset_dict.json").is_file():
         names = _json(source / "dataset_dict.json").get("splits")
         if not isinstance(names, list) or not all(isinstance(n, str) and n and "/" not in n for n in names):
             raise CorpusError("no list of splits", where=source / "dataset_dict.json")
-        return [found for name in names for found in _files(source / name, split or name)]
+        return [pair for name in names for pair in _files(source / name, split or name)]
     if (source / "state.json").is_file():
         listed = _json(source / "state.json").get("_data_files")
         files = [f.get("filename") for f in listed if isinstance(f, dict)] if isinstance(listed, list) else []
         if not all(isinstance(f, str) and f and "/" not in f and f != ".." for f in files):
-            raise CorpusError("names of data files that are none", where=source / "state.json")
+            raise CorpusError("the names of data files are damaged", where=source / "state.json")
         return [(source / str(f), split) for f in files]
-    found = below(source, ".parquet")
-    if not found:
+    parquet = below(source, ".parquet")
+    if not parquet:
         raise CorpusError(
             "no dataset in it",
             where=source,
             expected="a folder that save_to_disk wrote (state.json or dataset_dict.json), or parquet files",
         )
-    return [(path, split or _parquet_split(path)) for path in found]
+    return [(path, split or _parquet_split(path)) for path in parquet]
 
 
 def _parquet_split(path: Path) -> str | None:
@@ -106,16 +102,16 @@ def _parquet_split(path: Path) -> str | None:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
+        fields = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as e:
-        raise CorpusError(f"not JSON: {e}", where=path, remedy="save the dataset again") from e
-    if not isinstance(found, dict):
-        raise CorpusError("JSON, but no object", where=path, remedy="save the dataset again")
-    return found
+        raise CorpusError(f"not JSON: {e}", where=path, remedy=SAVE_AGAIN) from e
+    if not isinstance(fields, dict):
+        raise CorpusError("JSON, but no object", where=path, remedy=SAVE_AGAIN)
+    return fields
 
 
 def _batches(path: Path) -> Iterator[Any]:
-    """Record batches of an Arrow stream or a parquet file, one at a time."""
+    """Yield the record batches of an Arrow stream or a parquet file."""
     import pyarrow
     import pyarrow.ipc
 
@@ -130,10 +126,9 @@ def _batches(path: Path) -> Iterator[Any]:
 
 
 def _features(schema: Any) -> dict[str, Any]:
-    """What the columns mean, out of the schema's metadata; empty where it says nothing."""
+    """Return the features that the schema's metadata names, which may be none."""
     try:
-        said = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        features = said["info"]["features"]
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return {}
     return features if isinstance(features, dict) else {}
@@ -147,17 +142,13 @@ class _DatasetReader:
         path: Path,
         split: str | None,
         given: Mapping[str, str],
-        places: AudioFiles,
-        unpacked: Unpacked,
-        manifest: Path,
-        pattern: SessionPattern | None,
-        root: Path | None,
         result: Imported,
+        files: AudioFiles,
     ) -> None:
-        self.path, self.split, self.given, self.places, self.unpacked = path, split, given, places, unpacked
-        self.manifest, self.pattern, self.root, self.result = manifest, pattern, root, result
+        self.path, self.split, self.given, self.result, self.files = path, split, given, result, files
 
     def batch(self, batch: Any, first_row: int) -> None:
+        """Add the rows of a record batch."""
         features = _features(batch.schema)
         columns = self._columns(list(batch.schema.names), batch.schema, features)
         labels = {
@@ -166,7 +157,7 @@ class _DatasetReader:
             if isinstance(f, dict) and f.get("_type") == "ClassLabel" and isinstance(f.get("names"), list)
         }
         for k in range(batch.num_rows):
-            # One row at a time: with embedded audio a batch may hold a gigabyte.
+            # Rows are converted one at a time, because a batch with embedded audio may hold a gigabyte.
             row = {name: batch.column(name)[k].as_py() for name in batch.schema.names}
             for name, names in labels.items():
                 value = row.get(name)
@@ -180,9 +171,8 @@ class _DatasetReader:
         columns = {}
         for field, name in self.given.items():
             if name not in names:
-                raise ConfigError(
-                    f"no column {name!r} for --{field}-column", where=self.path, expected=", ".join(names)
-                )
+                what = f"no column {name!r} for --{field}-column"
+                raise ConfigError(what, where=self.path, expected=", ".join(names))
             columns[field] = name
         if "audio" not in columns:
             typed = [n for n, f in features.items() if isinstance(f, dict) and f.get("_type") == "Audio" and n in names]
@@ -192,12 +182,12 @@ class _DatasetReader:
                     "no column of audio",
                     where=self.path,
                     expected=", ".join(names),
-                    remedy="cast_column('audio', Audio()) before saving, or say --audio-column",
+                    remedy="cast_column('audio', Audio()) before saving, or give --audio-column",
                 )
             columns["audio"] = typed[0]
         for field in FIELDS:
-            taken = set(columns.values())
-            usual = (n for wanted in USUAL[field] for n in names if n.casefold() == wanted and n not in taken)
+            used = set(columns.values())
+            usual = (n for name in USUAL[field] for n in names if n.casefold() == name and n not in used)
             if field not in columns and (own := next(usual, None)) is not None:
                 columns[field] = own
         if "text" not in columns:
@@ -221,31 +211,30 @@ class _DatasetReader:
             if not isinstance(value["text"], str):
                 raise CorpusError("no transcript", expected=f"a text in column {columns['text']}")
             path = self._audio(id, audio)
-            seconds = self.places.length(path)[0]
+            seconds = self.files.length(path)[0]
             start, length = value.get("start") or 0.0, value.get("duration")
             if not is_seconds(start) or not (length is None or is_seconds(length)):
                 raise CorpusError(f"start {str(start)[:40]!r}, duration {str(length)[:40]!r}", expected="seconds")
-            # The duration column of a whole file is often rounded; the audio knows better.
+            # The duration column of a whole file is often rounded, so the length of the audio counts.
             end = start + length if start and length is not None else seconds
-            session, order = _text(value.get("session")), str(value.get("order") or by_time(start))
-            if self.pattern is not None:
-                session, order = self.pattern.read(id, session, order)
-            duration_s = inside(start, end, seconds, path, self.result)
+            session, order = as_text(value.get("session")), str(value.get("order") or by_time(start))
+            session, order = self.result.session(id, session, order)
+            duration_s = self.result.duration(start, end, seconds, path)
         except CorpusError as e:
-            self.result.refused(where, e, id)
+            self.result.error(where, e, id)
             return
-        self.result.make(
+        self.result.add(
             where,
             order,
             id=id,
             text=value["text"],
-            audio=relative_audio(path, self.manifest),
+            audio=path,
             start_s=float(start),
             duration_s=duration_s,
             session=session,
-            speaker=_text(value.get("speaker")),
-            split=_text(value.get("split")) or self.split,
-            meta=meta_of(row, set(columns.values()), self.result, "column "),
+            speaker=as_text(value.get("speaker")),
+            split=as_text(value.get("split")) or self.split,
+            meta=self.result.meta(row, set(columns.values()), "column "),
         )
 
     def _audio(self, id: str, audio: Any) -> Path:
@@ -254,20 +243,16 @@ class _DatasetReader:
             raise AudioError(kind, expected="bytes or a path, as the feature Audio has them")
         data = audio.get("bytes")
         if not isinstance(data, bytes):
-            return self.places.find(str(audio["path"]))
+            return self.files.find(str(audio["path"]))
         suffix = Path(str(audio.get("path") or "")).suffix.lower()
         if suffix not in SUFFIXES:
             suffix = next((s for magic, s in MAGIC.items() if data.startswith(magic)), ".audio")
-        target = self.unpacked.path(id, data, suffix)
-        self.unpacked.write(target, lambda temporary: temporary.write_bytes(data))
-        return confined(target, self.root)
+        target = self.result.unpacked.path(id, data, suffix)
+        self.result.unpacked.write(target, lambda draft: draft.write_bytes(data))
+        return confined(target, self.result.root)
 
 
 def _is_audio(kind: Any) -> bool:
     import pyarrow.types
 
     return pyarrow.types.is_struct(kind) and {"bytes", "path"} <= {f.name for f in kind}
-
-
-def _text(value: Any) -> str | None:
-    return str(value) if isinstance(value, (str, int)) and value != "" else None

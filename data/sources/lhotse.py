@@ -1,8 +1,8 @@
-"""Lhotse's manifests, read as the JSON lines that they are: cuts, or recordings and supervisions.
+"""Lhotse manifests, read as JSON lines: cuts, or recordings and supervisions.
 
-Invariant: a supervision becomes one utterance, at its own stretch of its recording, or one finding; one that several
-cuts show comes in once. What changes the sound (speed, mixing, noise) is refused by name, never left out silently.
-Exercised by `stillhouse corpus import lhotse cuts.jsonl.gz corpus.jsonl`.
+Guarantees: a supervision is one utterance, at its own segment of its recording, or one finding. A supervision that
+several cuts show is imported once. What changes the sound (speed, mixing, noise) is a finding.
+Try: `stillhouse corpus import lhotse cuts.jsonl.gz corpus.jsonl`.
 """
 
 from __future__ import annotations
@@ -14,68 +14,57 @@ from typing import Any
 
 from ..errors import AudioError, CorpusError
 from ..files.lines import scan_objects
-from ..files.paths import relative_audio
-from .audio_files import AudioFiles, Unpacked, above
-from .common import Imported, SessionPattern, by_time, in_session_order, inside, is_seconds, meta_of
-from .kaldi_entries import Entries
+from .common import Imported, by_time, is_seconds
+from .kaldi_entries import WavEntries
 
-HARMLESS = {"Resample"}  # `corpus features` resamples whatever comes
-TAKEN = {"id", "recording_id", "start", "duration", "channel", "text", "speaker", "custom", "alignment"}
+HARMLESS = {"Resample"}  # `corpus features` resamples in any case.
+USED = {"id", "recording_id", "start", "duration", "channel", "text", "speaker", "custom", "alignment"}
 CUTS = ("MonoCut", "MultiCut", "Cut")
+SAVE = "save the cuts' audio with Lhotse first (cuts.save_audios)"
 
 
 @dataclass(frozen=True, slots=True)
 class _Recording:
-    """Files of a recording by its channels: channel -> (file, channel of the file, or None where it has one)."""
+    """The files of a recording: {channel: (file, channel of the file, or None if it has one)}."""
 
     id: str
     channels: dict[int, tuple[Path, int | None]]
     seconds: float
 
 
-def import_lhotse(
-    sources: Sequence[tuple[str | None, Path]],
-    manifest: Path,
-    *,
-    root: Path | None = None,
-    audio_root: Path | None = None,
-    allow_pipes: bool = False,
-    session_pattern: str | None = None,
-) -> Imported:
-    """Read (split or None, file): a CutSet alone, or a RecordingSet and a SupervisionSet; JSONL, gzip or not.
+def import_lhotse(sources: Sequence[tuple[str | None, Path]], manifest: Path, **settings: Any) -> Imported:
+    """Read a CutSet alone, or a RecordingSet and a SupervisionSet.
 
-    A recording with several supervisions makes recordings sessions, in the order of time; where none has, sessions are
-    unknown. allow_pipes: run the commands of sources of type `command` that do more than decode a file.
+    If a recording has several supervisions, recordings are sessions, in the order of time. Else sessions are unknown.
+
+    Arguments:
+        sources: pairs of a split or None, and a file of JSON lines, plain or gzip.
+        settings: those of `Imported`. Without `audio_root`, relative paths start in the file's folder.
     """
-    pattern = SessionPattern(session_pattern) if session_pattern else None
-    result = Imported()
-    unpacked = Unpacked(manifest)
+    result = Imported(manifest, **settings)
     kinds = [(split, source, _kind(source)) for split, source in sources]
     sessions = _several(source for _, source, kind in kinds if kind != "recordings")
-    known: dict[str, _Recording | AudioError] = {}
+    recordings: dict[str, _Recording | AudioError] = {}
     for split, source, kind in sorted(kinds, key=lambda item: item[2] != "recordings"):
-        places = AudioFiles([audio_root] if audio_root else [source.absolute().parent, *above(source.parent)], root)
-        reader = _LhotseReader(
-            Entries(result, places, unpacked, root, allow_pipes), known, sessions, manifest, pattern, split, result
-        )
+        reader = _LhotseReader(source, split, sessions, recordings, result)
         for number, entry in scan_objects(source):
             where = f"{source}:{number}"
             if isinstance(entry, CorpusError):
-                result.error("encoding" if "UTF-8" in entry.what else "line", where, entry)
+                result.error(where, entry)
             elif kind == "recordings":
                 reader.recording(entry, where)
             elif kind == "supervisions":
                 reader.supervision(entry, where, 0.0, None)
             else:
                 reader.cut(entry, where)
-    unused = [e for e in known.values() if isinstance(e, AudioError)]
+    unused = [e for e in recordings.values() if isinstance(e, AudioError)]
     if unused and not result.findings:
-        result.note(f"{len(unused)} recordings that cannot be read are used by no supervision")
-    result.utterances = in_session_order(result)
-    return result
+        result.note(f"{len(unused)} recordings cannot be read, but no supervision uses them")
+    return result.in_session_order()
 
 
 def _kind(source: Path) -> str:
+    """Return "cuts", "recordings" or "supervisions", by the first line that can be read."""
     for number, entry in scan_objects(source):
         if isinstance(entry, CorpusError):
             continue
@@ -90,11 +79,11 @@ def _kind(source: Path) -> str:
             where=f"{source}:{number}",
             expected="JSON lines of Lhotse, as .to_file('….jsonl.gz') writes them",
         )
-    raise CorpusError("nothing in it that Lhotse would have written", where=source)
+    raise CorpusError("the file holds no line that Lhotse writes", where=source)
 
 
 def _several(sources: Iterator[Path]) -> bool:
-    """Whether any recording has more than one supervision."""
+    """Return whether any recording has more than one supervision."""
     first: dict[str, str] = {}
     for source in sources:
         for _, entry in scan_objects(source):
@@ -110,40 +99,38 @@ def _several(sources: Iterator[Path]) -> bool:
 
 
 class _LhotseReader:
+    """The lines of one file. `recordings` are shared by all files."""
+
     def __init__(
         self,
-        entries: Entries,
-        known: dict[str, _Recording | AudioError],
-        sessions: bool,
-        manifest: Path,
-        pattern: SessionPattern | None,
+        source: Path,
         split: str | None,
+        sessions: bool,
+        recordings: dict[str, _Recording | AudioError],
         result: Imported,
     ) -> None:
-        self.entries, self.known, self.sessions, self.manifest = entries, known, sessions, manifest
-        self.pattern, self.split, self.result = pattern, split, result
-        self.stretches: dict[str, tuple[float, float]] = {}
+        self.split, self.sessions, self.recordings, self.result = split, sessions, recordings, result
+        self.entries = WavEntries(result, result.files(source.parent, source.absolute().parent))
+        self.segments: dict[str, tuple[float, float]] = {}
 
     def recording(self, entry: dict[str, Any], where: str) -> None:
+        """Read a recording. An error counts when a supervision uses it."""
         id = entry.get("id")
         if not isinstance(id, str):
             self.result.finding("line", where, "a recording without an id")
             return
         try:
-            self.known[id] = self._read(id, entry)
+            self.recordings[id] = self._read(id, entry)
         except AudioError as e:
-            self.known[id] = AudioError(e.what, where=e.where or where, expected=e.expected, remedy=e.remedy)
+            self.recordings[id] = AudioError(e.what, where=e.where or where, expected=e.expected, remedy=e.remedy)
 
     def _read(self, id: str, entry: dict[str, Any]) -> _Recording:
         transforms = entry.get("transforms") or []
         for transform in transforms if isinstance(transforms, list) else [transforms]:
             name = transform.get("name") if isinstance(transform, dict) else transform
             if name not in HARMLESS:
-                raise AudioError(
-                    f"the recording is transformed by {str(name)[:40]}",
-                    expected="audio as it lies in files",
-                    remedy="save the cuts' audio with Lhotse first (cuts.save_audios)",
-                )
+                what = f"the recording is transformed by {str(name)[:40]}"
+                raise AudioError(what, expected="audio as it is in files", remedy=SAVE)
         channels: dict[int, tuple[Path, int | None]] = {}
         seconds = float("inf")
         listed = entry.get("sources")
@@ -152,16 +139,12 @@ class _LhotseReader:
                 raise AudioError("a source that names no file")
             kind, text = source.get("type"), source["source"]
             if kind == "file":
-                path, only = self.entries.places.find(text), None
+                path, only = self.entries.files.find(text), None
             elif kind == "command":
                 path, only = self.entries.pipe(id, text)
             else:
-                raise AudioError(
-                    f"a source of type {str(kind)[:40]}",
-                    expected="file, or command",
-                    remedy="save the cuts' audio with Lhotse first (cuts.save_audios)",
-                )
-            length, count = self.entries.places.length(path)
+                raise AudioError(f"a source of type {str(kind)[:40]}", expected="file, or command", remedy=SAVE)
+            length, count = self.entries.files.length(path)
             seconds = min(seconds, length)
             numbers = source.get("channels")
             numbers = numbers if isinstance(numbers, list) and numbers else list(range(count))
@@ -174,10 +157,11 @@ class _LhotseReader:
         return _Recording(id, channels, seconds)
 
     def cut(self, cut: dict[str, Any], where: str) -> None:
+        """Read the recording and the supervisions of a cut."""
         kind, id = cut.get("type", "Cut"), cut.get("id")
         name = id if isinstance(id, str) else None
         if kind not in CUTS:
-            what = "mixes several cuts" if kind == "MixedCut" else "is no stretch of a recording"
+            what = "mixes several cuts" if kind == "MixedCut" else "is no segment of a recording"
             self.result.finding("line", where, f"a {str(kind)[:40]} {what}", name, "save its audio with Lhotse first")
             return
         recording, start, listed = cut.get("recording"), cut.get("start", 0), cut.get("supervisions")
@@ -190,7 +174,7 @@ class _LhotseReader:
         if not isinstance(listed, list) or not listed:
             self.result.finding("empty-text", where, "a cut without supervisions", name, "transcribe it or delete it")
             return
-        if recording["id"] not in self.known:
+        if recording["id"] not in self.recordings:
             self.recording(recording, where)
         for item in listed:
             if isinstance(item, dict):
@@ -199,55 +183,58 @@ class _LhotseReader:
                 self.result.finding("line", where, "a supervision that is no object", name)
 
     def supervision(self, item: dict[str, Any], where: str, offset_s: float, channel: Any) -> None:
-        """One supervision; offset_s: where in its recording its cut begins."""
+        """Add a supervision. `offset_s` is where its cut begins in the recording, `channel` the one of the cut."""
         id = item.get("id") if isinstance(item.get("id"), str) else None
-        begin, length = item.get("start"), item.get("duration")
         try:
-            if id is None or not isinstance(item.get("text"), str):
-                raise CorpusError("a supervision without a text" if id else "a supervision without an id")
-            if not is_seconds(begin) or not is_seconds(length):
-                raise CorpusError(f"start {str(begin)[:40]!r}, duration {str(length)[:40]!r}", expected="seconds")
-            recording = self.known.get(str(item.get("recording_id")))
-            if recording is None:
-                raise CorpusError(f"recording {item.get('recording_id')} is not known", remedy="import its file too")
-            if isinstance(recording, AudioError):
-                raise recording
-            start_s = round(offset_s + float(begin), 6)
-            if self.stretches.get(id) == (start_s, length):
-                self.result.note("supervisions that several cuts show are imported once")
-                return
-            path, own = _channel(recording, item.get("channel", channel))
-            # A cut's edges are rounded to samples, and with them a start of 0.
-            start_s = 0.0 if -1e-3 < start_s < 0 else start_s
-            duration_s = inside(start_s, start_s + float(length), recording.seconds, path, self.result)
-            session, order = (recording.id, by_time(start_s)) if self.sessions else (None, "")
-            if self.pattern is not None:
-                session, order = self.pattern.read(id, session, order)
+            fields = self._fields(id, item, offset_s, channel)
         except CorpusError as e:
-            self.result.refused(where, e, id)
-            return
-        self.stretches[id] = (start_s, length)  # type: ignore[assignment]
-        custom = item.get("custom")
-        speaker = item.get("speaker")
-        self.result.make(
-            where,
-            order,
-            id=id,
-            text=item["text"],
-            audio=relative_audio(path, self.manifest),
-            start_s=start_s,
-            duration_s=duration_s,
-            channel=own,
-            session=session,
-            speaker=speaker if isinstance(speaker, str) and speaker else None,
-            split=self.split,
-            meta=meta_of(item, TAKEN, self.result)
-            | meta_of(custom if isinstance(custom, dict) else {}, (), self.result, "custom "),
-        )
+            self.result.error(where, e, id)
+        else:
+            if fields is not None:
+                self.result.add(where, **fields)
+
+    def _fields(self, id: str | None, item: dict[str, Any], offset_s: float, channel: Any) -> dict[str, Any] | None:
+        """Return the arguments of `Imported.add`, or None if the supervision has been imported."""
+        begin, length = item.get("start"), item.get("duration")
+        if id is None or not isinstance(item.get("text"), str):
+            raise CorpusError("a supervision without a text" if id else "a supervision without an id")
+        if not is_seconds(begin) or not is_seconds(length):
+            raise CorpusError(f"start {str(begin)[:40]!r}, duration {str(length)[:40]!r}", expected="seconds")
+        recording = self.recordings.get(str(item.get("recording_id")))
+        if recording is None:
+            raise CorpusError(f"recording {item.get('recording_id')} is not known", remedy="import its file too")
+        if isinstance(recording, AudioError):
+            raise recording
+        segment = round(offset_s + float(begin), 6), length
+        if self.segments.get(id) == segment:
+            self.result.note("supervisions that several cuts show are imported once")
+            return None
+        path, own = _channel(recording, item.get("channel", channel))
+        # A cut's edges are rounded to samples, and with them a start of 0.
+        start_s = 0.0 if -1e-3 < segment[0] < 0 else segment[0]
+        duration_s = self.result.duration(start_s, start_s + float(length), recording.seconds, path)
+        session, order = (recording.id, by_time(start_s)) if self.sessions else (None, "")
+        session, order = self.result.session(id, session, order)
+        self.segments[id] = segment
+        custom, speaker = item.get("custom"), item.get("speaker")
+        meta = self.result.meta(item, USED)
+        return {
+            "id": id,
+            "order": order,
+            "text": item["text"],
+            "audio": path,
+            "start_s": start_s,
+            "duration_s": duration_s,
+            "channel": own,
+            "session": session,
+            "speaker": speaker if isinstance(speaker, str) and speaker else None,
+            "split": self.split,
+            "meta": meta | self.result.meta(custom if isinstance(custom, dict) else {}, (), "custom "),
+        }
 
 
 def _channel(recording: _Recording, asked: Any) -> tuple[Path, int | None]:
-    """The file that holds the channels, and which one of its channels (None: the mean of all)."""
+    """Return the file that holds the channels, and which one of its channels (None: the mean of all)."""
     numbers = asked if isinstance(asked, list) else [0 if asked is None else asked]
     if len(numbers) == 1:
         if not isinstance(numbers[0], int) or numbers[0] not in recording.channels:

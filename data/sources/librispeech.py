@@ -1,42 +1,48 @@
-"""A LibriSpeech tree into a manifest: SPLIT/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt beside its FLAC files.
+"""A LibriSpeech tree: SPLIT/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt beside its FLAC files.
 
-Invariant: chapters are sessions, their utterances in the numeric order of the last part of the id; whatever a
-transcript or a folder lacks is a finding. Exercised by `stillhouse corpus import librispeech FOLDER CORPUS`.
+Guarantees: chapters are sessions, with their utterances in the numeric order of the last part of the id. Whatever is
+missing from a transcript or a folder is a finding.
+Try: `stillhouse corpus import librispeech LibriSpeech corpus.jsonl`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ..audio.read import audio_length
 from ..errors import AudioError, CorpusError
 from ..files.lines import read_lines
-from ..files.paths import below, confined, relative_audio
-from ..manifest import Utterance
+from ..files.paths import below, confined
 from .common import Imported
 
 ID = re.compile(r"(?P<speaker>\d+)-(?P<chapter>\d+)-(?P<number>\d+)")
 SPLIT = re.compile(r"(train|dev|test)(-.+)?")
-SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3")  # copies of the corpus in other formats keep the layout
+SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3")  # Copies of the corpus in other formats keep the layout.
+RESTORE = "restore the file or delete the line"
 
 
 def import_librispeech(folder: Path, manifest: Path, *, root: Path | None = None) -> Imported:
-    """Read a tree, or any one split, speaker or chapter of it.
+    """Read a tree, or one split, speaker or chapter of it.
 
-    The split is the name of the folder above the speaker's; above `folder` itself it counts only where it looks like
-    one (train-…, dev-…, test-…). root: the folder that no path may leave. Raises CorpusError where
-    there is no *.trans.txt at all.
+    The split is the name of the folder above the speaker's. Above `folder` itself it counts only if it looks like a
+    split (train-…, dev-…, test-…).
+
+    Arguments:
+        root: the folder that no audio path may leave, or None.
+
+    Raises:
+        CorpusError: there is no *.trans.txt.
     """
     transcripts = below(folder, ".trans.txt")
     if not transcripts:
         raise CorpusError("no *.trans.txt below it", where=folder, expected="SPLIT/SPEAKER/CHAPTER/*.trans.txt")
-    found: list[tuple[tuple, Utterance, str]] = []
-    result = Imported()
-    for transcript in transcripts:
-        found += _chapter(transcript, folder, manifest, result, root)
-    for _, utterance, where in sorted(found, key=lambda item: item[0]):
-        result.add(utterance, "", where)
+    result = Imported(manifest, root)
+    lines = [line for transcript in transcripts for line in _chapter(transcript, folder, result)]
+    for _, where, fields in sorted(lines, key=lambda line: line[0]):
+        result.add(where, **fields)
     return result
 
 
@@ -47,18 +53,15 @@ def _split(chapter: Path, folder: Path) -> str | None:
     return place.name if (inside and not is_root) or SPLIT.fullmatch(place.name) else None
 
 
-def _chapter(
-    transcript: Path, folder: Path, manifest: Path, result: Imported, root: Path | None
-) -> list[tuple[tuple, Utterance, str]]:
-    """The utterances of one transcript file with their sort keys; findings go to `result`."""
+def _chapter(transcript: Path, folder: Path, result: Imported) -> Iterator[tuple[tuple, str, dict[str, Any]]]:
+    """Yield (sort key, place, fields) for each line of a transcript file."""
     chapter = transcript.parent
     split = _split(chapter, folder)
     try:
         lines = read_lines(transcript)
     except CorpusError as e:
-        result.error("encoding", str(e.where), e)
-        return []
-    found = []
+        result.error(str(e.where), e)
+        return
     audio = {p.stem: p for p in sorted(chapter.iterdir()) if p.suffix.lower() in SUFFIXES}
     for number, line in lines:
         if not line.strip():
@@ -71,27 +74,18 @@ def _chapter(
             continue
         path = audio.pop(id, None)
         if path is None:
-            result.finding("missing", where, f"no audio {id}.flac beside it", id, "fetch it again or delete the line")
+            result.finding("missing", where, f"no audio {id}.flac beside it", id, RESTORE)
             continue
         try:
-            duration_s = round(audio_length(confined(path, root)), 6)
+            duration_s = round(audio_length(confined(path, result.root)), 6)
+            if duration_s == 0:
+                raise AudioError(f"{path.name} holds no audio", remedy=RESTORE)
         except AudioError as e:
-            result.error("audio", where, e, id)
+            result.error(where, e, id)
             continue
-        if duration_s == 0:
-            result.finding("audio", where, f"{path.name} holds no audio", id, "fetch it again or delete the line")
-            continue
-        speaker, number_in = match["speaker"], int(match["number"])
-        utterance = Utterance(
-            id=id,
-            text=text.strip(),
-            audio=relative_audio(path, manifest),
-            duration_s=duration_s,
-            session=f"{speaker}-{match['chapter']}",
-            speaker=speaker,
-            split=split,
-        )
-        found.append(((split or "", int(speaker), int(match["chapter"]), number_in), utterance, where))
+        speaker, session = match["speaker"], f"{match['speaker']}-{match['chapter']}"
+        fields = {"id": id, "text": text.strip(), "audio": path, "duration_s": duration_s, "speaker": speaker}
+        key = (split or "", int(speaker), int(match["chapter"]), int(match["number"]))
+        yield key, where, fields | {"session": session, "split": split}
     for id, path in audio.items():
         result.finding("missing", path, "audio without a transcript", id, "restore the line of its transcript")
-    return found

@@ -1,7 +1,8 @@
 """NeMo manifests: JSON lines of audio_filepath, duration, text and, for parts of longer files, offset.
 
-Invariant: a line becomes one utterance or one finding. Where a file is used by several lines it is a session, in the
-order of the offsets; where none is, sessions are unknown. Exercised by `stillhouse corpus import nemo`.
+Guarantees: a line is one utterance or one finding. If several lines use one file, files are sessions, in the order
+of the offsets. Otherwise sessions are unknown.
+Try: `stillhouse corpus import nemo train_manifest.json corpus.jsonl`.
 """
 
 from __future__ import annotations
@@ -13,51 +14,46 @@ from typing import Any
 
 from ..errors import AudioError, CorpusError
 from ..files.lines import scan_objects
-from ..files.paths import relative_audio
-from .audio_files import AudioFiles, above
-from .common import Imported, SessionPattern, by_time, in_session_order, inside, is_seconds, meta_of
+from .audio_files import AudioFiles
+from .common import Imported, as_text, by_time, is_seconds
 
 IDS = ("id", "utt_id", "uttid", "utterance_id", "audio_id")
-TAKEN = {*IDS, "audio_filepath", "offset", "duration", "text", "speaker", "session", "split"}
+USED = {*IDS, "audio_filepath", "offset", "duration", "text", "speaker", "session", "split"}
 
 
 def import_nemo(
-    sources: Sequence[tuple[str | None, Path]],
-    manifest: Path,
-    *,
-    root: Path | None = None,
-    audio_root: Path | None = None,
-    session_pattern: str | None = None,
-    text_key: str = "text",
+    sources: Sequence[tuple[str | None, Path]], manifest: Path, *, text_key: str = "text", **settings: Any
 ) -> Imported:
-    """Read manifests: (split or None, file), plain or gzip.
+    """Read manifests.
 
-    Relative paths begin in the manifest's folder, or in audio_root. An id is the line's own, else the name of its
-    file, with the offset in milliseconds where files are shared. text_key: the key of the transcript.
+    An id is the line's own, else the name of its file, with the offset in milliseconds if lines share files.
+
+    Arguments:
+        sources: pairs of a split or None, and a file, plain or gzip.
+        text_key: the key of the transcript.
+        settings: those of `Imported`. Without `audio_root`, relative paths start in the manifest's folder.
     """
-    pattern = SessionPattern(session_pattern) if session_pattern else None
-    result = Imported()
+    result = Imported(manifest, **settings)
     for split, source in sources:
         names = _Names(source)
-        places = AudioFiles([audio_root] if audio_root else [source.absolute().parent, *above(source.parent)], root)
+        files = result.files(source.parent, source.absolute().parent)
         for number, entry in scan_objects(source):
             where = f"{source}:{number}"
             if isinstance(entry, CorpusError):
-                result.error("encoding" if "UTF-8" in entry.what else "line", where, entry)
+                result.error(where, entry)
                 continue
             try:
-                fields, order = _fields(entry, names, places, manifest, pattern, text_key, result)
+                fields = _fields(entry, names, files, text_key, result)
             except CorpusError as e:
-                result.refused(where, e, names.id(entry))
+                result.error(where, e, names.id(entry))
             else:
                 own = entry.get("split")
-                result.make(where, order, split=split or (own if isinstance(own, str) else None), **fields)
-    result.utterances = in_session_order(result)
-    return result
+                result.add(where, split=split or (own if isinstance(own, str) else None), **fields)
+    return result.in_session_order()
 
 
 class _Names:
-    """Ids and sessions that the lines of one manifest get; one look at all of them decides."""
+    """The ids and sessions of the lines of one manifest. A first pass over all lines decides them."""
 
     def __init__(self, source: Path) -> None:
         self._uses: dict[str, int] = {}
@@ -71,18 +67,18 @@ class _Names:
         self.shared = any(n > 1 for n in self._uses.values())
 
     def name(self, path: str) -> str:
-        """A name of the file: its stem, or all of its path where two files have that."""
+        """Return the stem of a file, or all of its path if two files have that stem."""
         stem = _stem(path)
         return stem if self._stems.get(stem) is not None else os.path.splitext(os.path.normpath(path))[0].strip("./")
 
     def id(self, entry: dict[str, Any]) -> str | None:
+        """Return the id of a line, or None if it has neither id nor audio."""
         for key in IDS:
             if isinstance(entry.get(key), (str, int)):
                 return str(entry[key])
-        path = entry.get("audio_filepath")
+        path, offset = entry.get("audio_filepath"), entry.get("offset")
         if not isinstance(path, str) or not _stem(path):
             return None
-        offset = entry.get("offset")
         if self._uses.get(path, 0) < 2 or not is_seconds(offset):
             return self.name(path)
         return f"{self.name(path)}-{round(offset * 1000):08d}"
@@ -92,45 +88,38 @@ def _stem(path: str) -> str:
     return os.path.splitext(os.path.basename(path))[0]
 
 
-def _fields(
-    entry: dict[str, Any],
-    names: _Names,
-    places: AudioFiles,
-    manifest: Path,
-    pattern: SessionPattern | None,
-    text_key: str,
-    result: Imported,
-) -> tuple[dict[str, Any], str]:
+def _fields(entry: dict[str, Any], names: _Names, files: AudioFiles, text_key: str, result: Imported) -> dict[str, Any]:
+    """Return the arguments of `Imported.add` for a line."""
     audio, text, id = entry.get("audio_filepath"), entry.get(text_key), names.id(entry)
     if not isinstance(audio, str) or id is None:
-        raise CorpusError("no audio_filepath", expected="a text", remedy="mend or delete the line")
+        raise CorpusError("no audio_filepath", expected="a text")
     if not isinstance(text, str):
-        raise CorpusError(f"no {text_key}", expected="the transcript as a text", remedy="mend it, or say --text-key")
+        what, remedy = f"no {text_key}", "correct the line, or name the key with --text-key"
+        raise CorpusError(what, expected="the transcript as a text", remedy=remedy)
     offset, length = entry.get("offset"), entry.get("duration")
     for name, value in (("offset", offset), ("duration", length)):
         if value is not None and not is_seconds(value):
             raise CorpusError(f"{name} is {str(value)[:40]!r}", expected="seconds")
     if "shard_id" in entry:
-        raise AudioError("a line of a tarred data set", where=audio, remedy="unpack the tar files and take their list")
-    path = places.find(audio)
-    seconds = places.length(path)[0]
+        raise AudioError(
+            "a line of a tarred data set", where=audio, remedy="unpack the tar files and import their list"
+        )
+    path = files.find(audio)
+    seconds = files.length(path)[0]
     begin = float(offset or 0.0)
     end = seconds if length is None else begin + float(length)
-    session = names.name(audio) if names.shared else None
-    order = by_time(begin)
+    session, order = names.name(audio) if names.shared else None, by_time(begin)
     if isinstance(entry.get("session"), (str, int)):
         session, order = str(entry["session"]), ""
-    if pattern is not None:
-        session, order = pattern.read(id, session, order if session else "")
-    speaker = entry.get("speaker")
-    fields = {
+    session, order = result.session(id, session, order if session else "")
+    return {
         "id": id,
+        "order": order,
         "text": text,
-        "audio": relative_audio(path, manifest),
+        "audio": path,
         "start_s": begin,
-        "duration_s": inside(begin, end, seconds, path, result),
+        "duration_s": result.duration(begin, end, seconds, path),
         "session": session,
-        "speaker": str(speaker) if isinstance(speaker, (str, int)) and speaker != "" else None,
-        "meta": meta_of(entry, TAKEN | {text_key}, result),
+        "speaker": as_text(entry.get("speaker")),
+        "meta": result.meta(entry, USED | {text_key}),
     }
-    return fields, order

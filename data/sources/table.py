@@ -1,7 +1,7 @@
-"""CSV and TSV tables into a manifest, by a mapping of columns.
+"""CSV and TSV tables, by a mapping of columns.
 
-Invariant: a row becomes one utterance or one finding, never nothing; columns that no field takes are kept in
-`meta`. Exercised by `stillhouse corpus import csv TABLE CORPUS`.
+Guarantees: a row is one utterance or one finding. Columns that no field uses are kept in `meta`.
+Try: `stillhouse corpus import csv prompts.csv corpus.jsonl --text-column prompt --audio-root audio`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 from ..audio.read import audio_length
 from ..errors import AudioError, ConfigError, CorpusError
 from ..files.lines import read_text
-from ..files.paths import confined, relative_audio
-from .common import Imported, SessionPattern, in_session_order
+from ..files.paths import confined
+from .common import Imported
 
-# Names under which a header usually has a field; the first that is there counts.
+# The usual names of a field's column. The first that a header has counts.
 USUAL: dict[str, tuple[str, ...]] = {
     "id": ("id", "utt", "utt_id", "uttid", "utterance", "utterance_id", "segment_id", "key"),
     "text": ("text", "transcript", "transcription", "sentence", "txt"),
@@ -43,25 +43,27 @@ def import_table(
     delimiter: str | None = None,
     header: bool | None = None,
     quote: bool | None = None,
-    audio_root: Path | None = None,
-    session_pattern: str | None = None,
     split: str | None = None,
-    root: Path | None = None,
+    **settings: Any,
 ) -> Imported:
     """Read a table.
 
-    columns: field of FIELDS -> name of a column, or its number from 1; several joined by "," are joined by "-".
-    Fields that are not mapped are looked for under USUAL names. header None: there is one, unless all columns are
-    given by number. delimiter None: by the suffix (.tsv, .tab: tab), else whichever splits the first line. quote
-    None: double quotes quote where the delimiter is not a tab. audio_root: the folder that audio paths are relative
-    to (the table's own by default). root: the folder that no path may leave. Raises CorpusError for a
-    table that is not one, ConfigError for unknown columns.
+    Arguments:
+        columns: {field of FIELDS: name of a column, or its number from 1}. Several joined by "," are joined by "-".
+            Other fields are found by USUAL names.
+        delimiter: one character. None: a tab for .tsv and .tab, else the one that splits the first line.
+        header: whether the first row names the columns. None: yes, unless all columns are given by number.
+        quote: whether double quotes quote. None: yes, unless the delimiter is a tab.
+        split: the split of utterances without one.
+        settings: those of `Imported`. Without `audio_root`, paths start in the table's folder.
+
+    Raises:
+        CorpusError: the file is not a table.
+        ConfigError: a column is unknown.
     """
-    given = dict(columns or {})
-    if unknown := set(given) - set(FIELDS):
-        raise ConfigError(f"unknown field {', '.join(sorted(unknown))}", expected=", ".join(FIELDS))
+    given = known_fields(columns)
     text = read_text(table)
-    delimiter = delimiter or _sniff(table, text)
+    delimiter = delimiter or _delimiter(table, text)
     rows = list(_rows(table, text, delimiter, delimiter != "\t" if quote is None else quote))
     if header is None:
         header = not given or not all(part.isdigit() for value in given.values() for part in value.split(","))
@@ -72,92 +74,68 @@ def import_table(
     if len(set(names)) != len(names):
         raise CorpusError("two columns have the same name", where=f"{table}:1", expected=", ".join(names))
     places = _places(table, names, given, guess=header)
+    listed = f"one of {', '.join(names)}"
     if "text" not in places:
-        raise ConfigError(
-            "no column holds the transcript",
-            where=table,
-            expected=f"one of {', '.join(names)}",
-            remedy="--text-column NAME",
-        )
+        raise ConfigError("no column holds the transcript", where=table, expected=listed, remedy="--text-column NAME")
     if "id" not in places and "audio" not in places:
-        raise ConfigError(
-            "no column names the utterances",
-            where=table,
-            expected=f"one of {', '.join(names)}",
-            remedy="--id-column NAME",
-        )
-    taken = {k for ks in places.values() for k in ks}
-    pattern = SessionPattern(session_pattern) if session_pattern else None
-    folder = audio_root or table.parent
-    result = Imported()
+        raise ConfigError("no column names the utterances", where=table, expected=listed, remedy="--id-column NAME")
+    used = {k for columns in places.values() for k in columns}
+    result = Imported(manifest, **settings)
+    folder = result.audio_root or table.parent
     for number, cells in rows[1:] if header else rows:
         where = f"{table}:{number}"
         if len(cells) != len(names):
             result.finding("line", where, f"{len(cells)} columns, expected {len(names)} ({', '.join(names)})")
             continue
         value = {f: "-".join(cells[k].strip() for k in ks) for f, ks in places.items()}
-        meta = {names[k]: cells[k] for k in range(len(names)) if k not in taken and cells[k] != ""}
+        meta = {names[k]: cells[k] for k in range(len(names)) if k not in used and cells[k] != ""}
         try:
-            fields, order = _fields(value, meta, folder, manifest, pattern, split, root)
+            fields = _fields(value, folder, result)
         except (CorpusError, ValueError) as e:
-            result.refused(where, e if isinstance(e, CorpusError) else CorpusError(str(e)), value.get("id"))
+            result.error(where, e if isinstance(e, CorpusError) else CorpusError(str(e)), value.get("id"))
         else:
-            result.make(where, order, **fields)
-    result.utterances = in_session_order(result)
-    return result
+            result.add(where, split=value.get("split") or split, meta=meta, **fields)
+    return result.in_session_order()
 
 
-def _fields(
-    value: dict[str, str],
-    meta: dict[str, str],
-    folder: Path,
-    manifest: Path,
-    pattern: SessionPattern | None,
-    split: str | None,
-    root: Path | None,
-) -> tuple[dict[str, Any], str]:
-    """The fields of an utterance, and its order in its session."""
-    audio = confined(folder / value["audio"], root) if value.get("audio") else None
+def known_fields(columns: Mapping[str, str] | None) -> dict[str, str]:
+    """Return a mapping of fields to columns. Raises ConfigError for an unknown field."""
+    if unknown := set(columns or {}) - set(FIELDS):
+        raise ConfigError(f"unknown field {', '.join(sorted(unknown))}", expected=", ".join(FIELDS))
+    return dict(columns or {})
+
+
+def _fields(value: dict[str, str], folder: Path, result: Imported) -> dict[str, Any]:
+    """Return the arguments of `Imported.add` for a row, without split and meta."""
+    audio = confined(folder / value["audio"], result.root) if value.get("audio") else None
     id = value.get("id") or (audio.stem if audio else "")
-    session, order = value.get("session") or None, value.get("order", "")
-    if pattern is not None:
-        session, order = pattern.read(id, session, order)
+    session, order = result.session(id, value.get("session") or None, value.get("order", ""))
     start_s = float(value["start"]) if value.get("start") else 0.0
     duration_s = float(value["duration"]) if value.get("duration") else None
     if audio is not None and duration_s is None:
         duration_s = round(audio_length(audio) - start_s, 6)
     elif audio is not None and not os.path.isfile(audio):
         raise AudioError("no such audio file", where=audio)
-    fields = {
-        "id": id,
-        "text": value["text"],
-        "audio": relative_audio(audio, manifest) if audio is not None else None,
-        "start_s": start_s,
-        "duration_s": duration_s,
-        "session": session,
-        "speaker": value.get("speaker") or None,
-        "split": value.get("split") or split,
-        "meta": meta,
-    }
-    return fields, order
+    times = {"start_s": start_s, "duration_s": duration_s, "order": order}
+    speaker = value.get("speaker") or None
+    return times | {"id": id, "text": value["text"], "audio": audio, "session": session, "speaker": speaker}
 
 
-def _sniff(table: Path, text: str) -> str:
+def _delimiter(table: Path, text: str) -> str:
     if table.suffix.lower() in (".tsv", ".tab"):
         return "\t"
     first = text.split("\n", 1)[0]
     if table.suffix.lower() == ".csv":
-        # Spreadsheets of half the world write .csv with semicolons.
+        # In many languages, spreadsheets write .csv with semicolons.
         return ";" if first.count(";") > first.count(",") else ","
-    found = {d: first.count(d) for d in "\t,;|"}
-    best = max(found, key=lambda d: found[d])
-    if not found[best]:
+    best = max("\t,;|", key=first.count)
+    if best not in first:
         raise CorpusError("no delimiter in the first line", where=f"{table}:1", remedy="name it with --delimiter")
     return best
 
 
 def _rows(table: Path, text: str, delimiter: str, quote: bool) -> Iterator[tuple[int, list[str]]]:
-    """(line number where the row begins, cells) of every row that is not blank."""
+    """Yield (line number where the row begins, cells) of every row that is not blank."""
     if len(delimiter) != 1:
         raise ConfigError(f"delimiter {delimiter!r}", expected="one character")
     csv.field_size_limit(1 << 27)
@@ -181,7 +159,7 @@ def _rows(table: Path, text: str, delimiter: str, quote: bool) -> Iterator[tuple
 
 
 def _places(table: Path, names: list[str], given: dict[str, str], guess: bool) -> dict[str, list[int]]:
-    """Which columns make up each field."""
+    """Return the numbers of the columns of each field."""
     places: dict[str, list[int]] = {}
     for field, value in given.items():
         places[field] = []
@@ -192,16 +170,13 @@ def _places(table: Path, names: list[str], given: dict[str, str], guess: bool) -
             elif re.fullmatch(r"[1-9]\d*", part) and int(part) <= len(names):
                 places[field].append(int(part) - 1)
             else:
-                raise ConfigError(
-                    f"no column {part!r} for --{field}-column",
-                    where=table,
-                    expected=f"one of {', '.join(names)}",
-                )
+                what = f"no column {part!r} for --{field}-column"
+                raise ConfigError(what, where=table, expected=f"one of {', '.join(names)}")
     if guess:
         folded = [name.casefold() for name in names]
-        taken = {k for ks in places.values() for k in ks}
+        used = {k for columns in places.values() for k in columns}
         for field in FIELDS:
             usual = (folded.index(n) for n in USUAL[field] if n in folded)
-            if field not in places and (k := next((k for k in usual if k not in taken), None)) is not None:
+            if field not in places and (k := next((k for k in usual if k not in used), None)) is not None:
                 places[field] = [k]
     return places

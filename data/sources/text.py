@@ -1,9 +1,9 @@
-"""Text without audio into a manifest: for extraction, and as context.
+"""Text without audio, for extraction and as context.
 
-Two forms: UTT<TAB>TEXT, or one sentence a line, where a blank line ends a session (a paragraph, a document).
+A file has lines of UTT<TAB>TEXT, or one sentence a line. A blank line then ends a session (a paragraph, a document).
 
-Invariant: the order of the lines is the order of the utterances inside their sessions, unless the session pattern
-says another. Exercised by `stillhouse corpus import text FILE CORPUS`.
+Guarantees: utterances keep the order of the lines inside their session, unless the session pattern gives another.
+Try: `stillhouse corpus import text stories.txt corpus.jsonl`.
 """
 
 from __future__ import annotations
@@ -13,24 +13,21 @@ from pathlib import Path
 
 from ..errors import CorpusError
 from ..files.lines import read_lines
-from .common import Imported, SessionPattern, in_session_order
+from .common import Imported
 
 
 def import_text(
-    files: Sequence[Path],
-    *,
-    ids: bool | None = None,
-    session_pattern: str | None = None,
-    split: str | None = None,
+    files: Sequence[Path], *, ids: bool | None = None, session_pattern: str | None = None, split: str | None = None
 ) -> Imported:
     """Read text files.
 
-    ids: whether lines are UTT<TAB>TEXT; None: yes where every line of a file has a tab. Without ids they are made
-    of the file's name and the number of the line, and so are the sessions. session_pattern: on the id, with named
-    groups `session` and, if wanted, `order`; without it a file of UTT<TAB>TEXT has no sessions.
+    Arguments:
+        ids: whether lines are UTT<TAB>TEXT. None: yes, if every line of a file has a tab. Without ids, they are made of
+            the file's name and the line number, and so are the sessions.
+        session_pattern: as in `Imported`. Without it, a file of UTT<TAB>TEXT has no sessions.
+        split: the split of all utterances.
     """
-    pattern = SessionPattern(session_pattern) if session_pattern else None
-    result = Imported()
+    result = Imported(Path(), session_pattern=session_pattern)
     for file in files:
         lines = read_lines(file)
         tabbed = ids if ids is not None else all("\t" in line for _, line in lines if line.strip())
@@ -50,13 +47,10 @@ def import_text(
             else:
                 id, text = f"{file.stem}-{number:0{width}d}", line.strip()
                 session = f"{file.stem}-{block:0{width}d}"
-            order = ""
             try:
-                if pattern is not None:
-                    session, order = pattern.read(id, session)
+                session, order = result.session(id, session)
             except CorpusError as e:
-                result.error("line", where, e, id)
+                result.error(where, e, id)
             else:
-                result.make(where, order, id=id, text=text, session=session, split=split)
-    result.utterances = in_session_order(result)
-    return result
+                result.add(where, order, id=id, text=text, session=session, split=split)
+    return result.in_session_order()

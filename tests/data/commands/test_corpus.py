@@ -177,7 +177,7 @@ def test_every_kind_of_corpus_comes_in(tmp_path: Path) -> None:
         facts = json.loads(done.stdout)
         assert (facts["utterances"], facts["sessions"], facts["splits"]) == (utterances, sessions, splits), words
         assert facts["findings"] == [] and facts["manifest"] == str(manifest)
-        assert ("sessions: unknown" in done.stderr) == (sessions == 0)
+        assert ("sessions are unknown" in done.stderr) == (sessions == 0)
         assert stillhouse("corpus", "check", manifest, "--full", "--root", tmp_path).stdout == ""
         assert len(read_manifest(manifest)) == utterances
     with_pattern = ["--session-pattern", "(?P<session>.)(?P<order>.*)", "--force"]

@@ -64,9 +64,9 @@ def test_by_a_field_and_only_some_splits() -> None:
 
 
 def test_what_cannot_be_split() -> None:
-    with pytest.raises(CorpusError, match=r"60 utterances have no colour, 0-0 for one \(expected one of .*prompt\)"):
+    with pytest.raises(CorpusError, match=r"60 utterances have no colour, for example 0-0 \(expected .*prompt\)"):
         split_corpus(corpus(20), "colour", 0.1, 0.1)
-    with pytest.raises(CorpusError, match=r"no prompt fell to (dev|test): there are 2 in all; .*--seed"):
+    with pytest.raises(CorpusError, match=r"no prompt is in (dev|test): there are 2 in all; .*--seed"):
         split_corpus(corpus(2), "prompt", 0.01, 0.01)
     with pytest.raises(ConfigError, match="nothing to train on"):
         split_corpus(corpus(20), "prompt", 0.5, 0.5)

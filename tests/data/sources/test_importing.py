@@ -93,7 +93,7 @@ def test_what_a_tree_lacks_is_named(tree: Path, tmp_path: Path) -> None:
     problems = "\n".join(map(str, result.findings))
     assert [u.id for u in result.utterances] == ["19-27-0", "19-198-0", "103-1240-0"]
     for words in (
-        "103-1240.trans.txt:3: 103-1240-2: no audio 103-1240-2.flac beside it; fetch",
+        "103-1240.trans.txt:3: 103-1240-2: no audio 103-1240-2.flac beside it; restore the file",
         "103-1240-10.flac: not readable as audio",
         "103-1240.trans.txt:4: the line begins with 'x-1'",
         "103-1240-11.flac: 103-1240-11: audio without a transcript",
@@ -165,7 +165,7 @@ def test_a_table_without_header_and_with_a_pattern(tmp_path: Path) -> None:
     ]
     assert [str(p) for p in result.findings] == [
         f"{table}:4: bad: the session pattern {SESSION} does not match the whole id; "
-        "change the pattern, or mend or delete the line"
+        "change the pattern, or correct or delete the line"
     ]
 
 
