@@ -1,7 +1,7 @@
-"""The table of contents of the commands: a lazy click group.
+"""The command line: a click group that loads a command when it runs.
 
-Invariant: nothing but click is imported before a command runs, so `stillhouse --help` and `stillhouse CMD --help`
-are fast. Each package owns its commands in its commands.py. Run: `stillhouse --help`.
+Guarantees: only click is imported before a command runs, so `stillhouse --help` and `stillhouse CMD --help` are fast.
+Try: `stillhouse --help`.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ import sys
 
 import click
 
-# name -> (module:attribute, one line of help); strings, so that no package is imported to print the list.
+# name -> (module:attribute, one line of help). The lines are strings here, so that the list needs no import.
 COMMANDS = {
-    "demo": ("stillhouse.train.commands.train:demo", "The whole of it on an embedded corpus, ending in a report."),
-    "corpus": ("stillhouse.data.commands.corpus:corpus", "Import, check and split a corpus; features; ASR units."),
-    "extract": ("stillhouse.extract.commands.extract:extract", "Store a language model's states of the transcripts."),
-    "teacher": ("stillhouse.extract.commands.extract:teacher", "Bring a language model into a form that loads fast."),
-    "inspect": ("stillhouse.extract.commands.inspect:inspect", "Look into a store."),
-    "store": ("stillhouse.extract.commands.store:store", "Import into stores, clear, cut, copy and merge them."),
+    "demo": ("stillhouse.train.commands.train:demo", "Run everything on an embedded corpus and write a report."),
+    "corpus": ("stillhouse.data.commands.corpus:corpus", "Import, check and split a corpus. Make features."),
+    "extract": ("stillhouse.extract.commands.extract:extract", "Store the hidden states of a language model."),
+    "teacher": ("stillhouse.extract.commands.extract:teacher", "Convert a language model to a form that loads fast."),
+    "inspect": ("stillhouse.extract.commands.inspect:inspect", "Show what a store contains."),
+    "store": ("stillhouse.extract.commands.store:store", "Import, delete, copy, subset and merge stores."),
     "views": ("stillhouse.extract.commands.inspect_numbers:choose_views", "Help to choose views before training."),
-    "train": ("stillhouse.train.commands.train:train", "Train a transducer, with transfer from a store or without."),
-    "report": ("stillhouse.train.commands.report:report", "Show a run of train as one HTML page."),
-    "study": ("stillhouse.train.commands.train:study", "Arms and seeds of a recipe, trained, decoded and compared."),
-    "decode": ("stillhouse.train.commands.decode:decode", "Write hypotheses of a trained model."),
-    "align": ("stillhouse.train.commands.decode:align", "Write when a trained model hears each word: CTM, TextGrid."),
-    "score": ("stillhouse.train.commands.score:score", "WER and CER with bootstrap intervals."),
-    "export": ("stillhouse.train.commands.export:export", "A trained model as ONNX, torch.export or safetensors."),
-    "doctor": ("stillhouse.data.commands.doctor:doctor", "What works on this machine, and what to install."),
+    "train": ("stillhouse.train.commands.train:train", "Train a transducer, with or without transfer from a store."),
+    "report": ("stillhouse.train.commands.report:report", "Write a training run as one HTML page."),
+    "study": ("stillhouse.train.commands.train:study", "Train, decode and compare the arms and seeds of a recipe."),
+    "decode": ("stillhouse.train.commands.decode:decode", "Transcribe speech with a trained model."),
+    "align": ("stillhouse.train.commands.decode:align", "Write when each word is spoken, as CTM or TextGrid."),
+    "score": ("stillhouse.train.commands.score:score", "Compute WER and CER with bootstrap intervals."),
+    "export": ("stillhouse.train.commands.export:export", "Export a trained model: ONNX, torch.export, safetensors."),
+    "doctor": ("stillhouse.data.commands.doctor:doctor", "Check this machine and tell what to install."),
 }
 
 
@@ -49,8 +49,8 @@ class LazyGroup(click.Group):
 
 
 EPILOG = """\b
-Exit codes: 0 done; 1 failed, or findings; 2 usage; 3 some utterances failed;
-10 no store; 11 locked; 12 stale or incompatible; 130 interrupted."""
+Exit codes: 0 done, 1 failed or findings, 2 usage, 3 some utterances failed,
+10 no store, 11 locked, 12 stale or incompatible, 130 interrupted."""
 
 
 @click.group(cls=LazyGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
@@ -63,13 +63,13 @@ def cli(ctx: click.Context, debug: bool) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line; the one place where errors become messages and exit codes."""
+    """Run the command line. Errors become messages and exit codes here and nowhere else."""
     args = sys.argv[1:] if argv is None else argv
-    # Before torch is loaded: threads that wait by spinning make everything up to 100x slower where other processes
-    # use the cores too, and cost nothing measurable to wake where they do not.
+    # Set before torch is loaded. Threads that spin while they wait make everything up to 100 times slower if other
+    # processes use the cores too. On a quiet machine, waking them costs nothing measurable.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `stillhouse … | head` ends quietly
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `stillhouse … | head` ends without a traceback
     from stillhouse.data.errors import StillhouseError
 
     try:
@@ -83,20 +83,15 @@ def main(argv: list[str] | None = None) -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(130)
-    except StillhouseError as e:
-        if "--debug" in args or os.environ.get("STILLHOUSE_DEBUG"):
-            raise
-        click.echo(f"error: {e}", err=True)
-        sys.exit(e.exit_code)
     except Exception as e:
         if "--debug" in args or os.environ.get("STILLHOUSE_DEBUG"):
             raise
-        told = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else f"{type(e).__name__}: {e}"
-        click.echo(
-            f"error: {told}; nobody foresaw this: a damaged file, or a fault of Stillhouse "
-            "(STILLHOUSE_DEBUG=1 shows where)",
-            err=True,
-        )
+        if isinstance(e, StillhouseError):
+            click.echo(f"error: {e}", err=True)
+            sys.exit(e.exit_code)
+        reason = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else f"{type(e).__name__}: {e}"
+        advice = "Set STILLHOUSE_DEBUG=1 for the traceback, and please report it."
+        click.echo(f"error: unexpected error: {reason}. {advice}", err=True)
         sys.exit(1)
 
 

@@ -1,1 +1,1 @@
-"""The teacher: contexts, running the model, the store (write, read, verify), inspection."""
+"""Language models, their hidden states, and the stores that keep them. May import `data`."""

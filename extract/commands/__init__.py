@@ -1,1 +1,1 @@
-"""TODO: what this folder is for."""
+"""The commands `extract`, `teacher`, `inspect`, `store` and `views`. May import click, `data` and all of `extract`."""

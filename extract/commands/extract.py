@@ -1,28 +1,26 @@
-"""`stillhouse extract`: a corpus and a teacher in, a store out.
+"""`stillhouse extract` and `stillhouse teacher`: run a language model over a corpus and store its states.
 
-Invariant: the same command again goes on where the last one ended, and does nothing when all is there.
-Run: `stillhouse extract CORPUS STORE --teacher MODEL --layers 0,3,6 --context alone --context both:64`.
+Guarantees: the same command resumes an interrupted run, and does nothing if everything is stored.
+Try: `stillhouse extract CORPUS STORE --teacher MODEL --layers 0,3,6 --context alone --context both:64`.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-if TYPE_CHECKING:
-    from ..pipeline.progress import ExtractionProgress, OnProgress, Summary
+from .options import dtype_option, name_option, outcome_option, progress, split_option, transform_option
 
-REPORT_EVERY_S = 5.0
+if TYPE_CHECKING:
+    from ..pipeline.progress import ExtractionProgress, Summary
 
 
 def parse_layers(ctx: click.Context, param: click.Parameter, value: str) -> list[int]:
-    """ "0,3,6", "-1" or "last", "0-12"."""
+    """Parse "0,3,6", "0-12", "-1" or "last" into layer numbers."""
     layers: list[int] = []
     for word in value.replace(" ", "").split(","):
         span = re.fullmatch(r"(\d+)-(\d+)", word)
@@ -40,14 +38,14 @@ def parse_layers(ctx: click.Context, param: click.Parameter, value: str) -> list
 @click.command()
 @click.argument("corpus", type=click.Path(exists=True, path_type=Path))
 @click.argument("store", type=click.Path(path_type=Path))
-@click.option("--teacher", help="A model: a folder, or a name on the Hugging Face hub.")
-@click.option("--name", help="What the store calls it. Default: the last part of the model's name.")
+@click.option("--teacher", help="The model: a folder, or a name on the Hugging Face hub.")
+@name_option
 @click.option(
     "--layers",
     default="-1",
     show_default=True,
     callback=parse_layers,
-    help="As in 0,3,6 or 0-6; last or -1 from the end.",
+    help="Layers to store, as in 0,3,6 or 0-6. The last layer is last or -1.",
 )
 @click.option(
     "--context",
@@ -55,61 +53,57 @@ def parse_layers(ctx: click.Context, param: click.Parameter, value: str) -> list
     multiple=True,
     default=["alone"],
     show_default=True,
-    help="alone, past:N, past:N+block, future:N, both:N. May be given several times.",
+    help="Text that the model sees beside the utterance: alone, past:N, past:N+block, future:N or both:N tokens. "
+    "You can repeat it.",
 )
-@click.option("--split", help="Only these splits of the corpus, as in train,dev.")
-@click.option(
-    "--transform",
-    default="none",
-    show_default=True,
-    help="Text transforms joined by +, as in sentence_case or lower+no_punct.",
-)
-@click.option("--join", default="", help="What stands between two utterances of one window. Default: nothing.")
-@click.option(
-    "--dtype",
-    default="float16",
-    show_default=True,
-    type=click.Choice(["float16", "bfloat16", "float32", "int8"]),
-    help="Of the stored states; int8 takes half of float16, at an error of 1 % or less.",
-)
+@split_option
+@transform_option
+@click.option("--join", default="", help="Text between two utterances of one window. Default: nothing.")
+@dtype_option
 @click.option(
     "--model-dtype",
     default="float32",
     show_default=True,
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="In which the model runs.",
+    help="Dtype that the model runs in.",
 )
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 or auto.")
-@click.option("--window", type=int, help="Most tokens a pass. Default: what the model allows, up to 4096.")
-@click.option("--batch-tokens", type=click.IntRange(min=1), help="Tokens a batch. Default: by device.")
-@click.option("--revision", help="Of a model on the hub.")
-@click.option("--trust-remote-code", metavar="MODEL", help="Run the code of this model; name it again here.")
-@click.option("--seed", default=0, show_default=True, help="Of the order of sessions.")
+@click.option("--device", default="auto", show_default=True, help="Device of the model: cpu, cuda, cuda:1 or auto.")
+@click.option("--window", type=int, help="Most tokens of a pass. Default: what the model allows, up to 4096.")
+@click.option(
+    "--batch-tokens", type=click.IntRange(min=1), help="Tokens of a batch. The default depends on the device."
+)
+@click.option("--revision", help="Revision of a model on the hub.")
+@click.option(
+    "--trust-remote-code",
+    metavar="MODEL",
+    help="Allow this model to run its own Python code. Repeat the model's name.",
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of the order of sessions.")
 @click.option(
     "--workers",
     default=1,
     show_default=True,
     type=click.IntRange(min=1),
-    help="Processes on this machine, or tasks of a cluster.",
+    help="Number of processes on this machine, or of tasks on a cluster.",
 )
 @click.option(
     "--engine",
     default="local",
     show_default=True,
     type=click.Choice(["local", "ray"]),
-    help="Where the workers run: processes here, or tasks of a Ray cluster.",
+    help="Run the workers as processes on this machine, or as tasks of a Ray cluster.",
 )
-@click.option("--ray-address", help="The cluster: auto, or as Ray spells it. Default: one is started here.")
-@click.option("--shard", metavar="I/N", help="Only the I-th of N parts (I from 0): for job arrays.")
-@click.option("--status", is_flag=True, help="Only tell what of STORE is done, running and missing.")
-@click.option("--dry-run", is_flag=True, help="Only tell what it will cost in tokens, bytes and time.")
-@click.option("--force", is_flag=True, help="Start although the disk has not the room.")
-@click.option("--refresh", is_flag=True, help="Redo what CORPUS says otherwise than STORE; drop what it no longer has.")
-@click.option("--json", "as_json", is_flag=True, help="The outcome as JSON.")
+@click.option("--ray-address", help="Address of the cluster: auto, or any that Ray knows. Default: start one here.")
+@click.option("--shard", metavar="I/N", help="Extract only part I of N, counted from 0, for job arrays.")
+@click.option("--status", is_flag=True, help="Only show how much of STORE is done, running and missing.")
+@click.option("--dry-run", is_flag=True, help="Only show the cost in tokens, bytes and time.")
+@click.option("--force", is_flag=True, help="Start although the disk is too small.")
+@click.option("--refresh", is_flag=True, help="Extract changed utterances again and hide those no longer in CORPUS.")
+@outcome_option
 def extract(**options: Any) -> None:
-    """Run a language model over CORPUS and keep its hidden states in STORE.
+    """Run a language model over CORPUS and save its hidden states in STORE.
 
-    Interrupted or killed, the same command resumes. Several at once share the work.
+    The same command resumes after an interruption or a kill. Several processes can run it at once and share the work.
 
     Example: stillhouse extract corpus.jsonl teacher.zarr --teacher bert-base-uncased --layers 6,12 --context both:64
     """
@@ -120,8 +114,8 @@ def extract(**options: Any) -> None:
 def _status(store: Path) -> tuple[Any, str]:
     from ..pipeline.progress import render_status, status
 
-    found = status(store)
-    return found.as_json(), render_status(found)
+    current = status(store)
+    return current.as_json(), render_status(current)
 
 
 def _run(options: dict[str, Any]) -> tuple[Any, str]:
@@ -130,7 +124,7 @@ def _run(options: dict[str, Any]) -> tuple[Any, str]:
     from ..pipeline.estimate import render as render_sizing
     from ..pipeline.extract import extract as run
     from ..pipeline.request import Request
-    from ..pipeline.workers import parse_part, share_threads, start_workers
+    from ..pipeline.workers import parse_part, share_threads, start_ray_workers, start_workers
     from ..store.remote.client import is_url
     from ..store.remote.paths import writable_copy
     from ..teacher.model import load_teacher
@@ -139,41 +133,35 @@ def _run(options: dict[str, Any]) -> tuple[Any, str]:
     load = _load_options(options)
     corpus = read_manifest(options["corpus"]).select(options["split"])
     teacher = load_teacher(**load)
-    request = Request(
-        name=options["name"] or default_name(load["source"]),
-        layers=options["layers"],
-        contexts=options["contexts"],
-        transform=options["transform"],
-        join=options["join"],
-        dtype=options["dtype"],
-        batch_tokens=options["batch_tokens"],
-        seed=options["seed"],
-    )
+    name = options["name"] or default_name(load["source"])
+    settings = ("layers", "contexts", "transform", "join", "dtype", "batch_tokens", "seed")
+    request = Request(name, **{key: options[key] for key in settings})
     if options["dry_run"]:
         with writable_copy(store) as folder:
             sizing = size_up(folder, corpus, teacher, request, refresh=options["refresh"])
         return sizing.as_json(), render_sizing(sizing)
-    check = None if options["force"] else check_disk_space
+    own_part: tuple[int, int] | None
     if options["engine"] == "ray":
-        from ..pipeline.workers import start_ray_workers
-
-        ray_crew = start_ray_workers(request.name, load, workers, part, options["ray_address"])
-        summary = run(store, corpus, teacher, request, progress_lines(), None, ray_crew, check, options["refresh"])
-        return summary.as_json(), render(summary)
-    share_threads(workers)
-    crew = start_workers(request.name, load, workers, part)
-    mine = (part[0], part[1] * workers) if is_url(store) else part  # no locks there: every worker has its share
-    summary = run(store, corpus, teacher, request, progress_lines(), mine, crew, check, options["refresh"])
+        start: Any = start_ray_workers(name, load, workers, part, options["ray_address"])
+        own_part = None
+    else:
+        share_threads(workers)
+        start = start_workers(name, load, workers, part)
+        # An object store has no locks, so each worker gets a part of its own.
+        own_part = (part[0], part[1] * workers) if is_url(store) else part
+    check = None if options["force"] else check_disk_space
+    on_progress = progress(progress_line)
+    summary = run(store, corpus, teacher, request, on_progress, own_part, start, check, options["refresh"])
     return summary.as_json(), render(summary)
 
 
 def _load_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `load_teacher`. Errors: UsageError for a missing teacher, or other code than its own trusted."""
+    """Arguments of `load_teacher`. Raises UsageError without a teacher, or if another model's code is trusted."""
     from ...data.errors import UsageError
 
     source, trusted = options["teacher"], options["trust_remote_code"]
     if source is None:
-        raise UsageError("no teacher", expected="--teacher FOLDER, or a name on the hub")
+        raise UsageError("no teacher is given", expected="--teacher FOLDER, or a name on the hub")
     if trusted is not None and trusted != source:
         raise UsageError(f"--trust-remote-code {trusted} is not the teacher", expected=source)
     return {
@@ -187,36 +175,24 @@ def _load_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def default_name(source: str) -> str:
-    """The last part of a path or hub name, in letters that a store allows."""
+    """Return the last part of a path or hub name, in letters that a store allows."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(source).name).strip("-.") or "teacher"
 
 
-def progress_lines() -> OnProgress:
-    """A line on stderr every few seconds."""
-    last = time.perf_counter()
-
-    def report(p: ExtractionProgress) -> None:
-        nonlocal last
-        now = time.perf_counter()
-        if now - last < REPORT_EVERY_S:
-            return
-        last = now
-        click.echo(
-            f"{p.item}: {p.rows:,} of {p.rows_total:,} tokens, {p.tokens_per_s:,.0f} tokens/s, "
-            f"padding {p.padding_share:.1%}, {p.eta_s / 60:.1f} min to go",
-            file=sys.stderr,
-        )
-
-    return report
+def progress_line(p: ExtractionProgress) -> str:
+    return (
+        f"{p.item}: {p.rows:,} of {p.rows_total:,} tokens, {p.tokens_per_s:,.0f} tokens/s, "
+        f"padding {p.padding_share:.1%}, {p.eta_s / 60:.1f} min left"
+    )
 
 
 def render(s: Summary) -> str:
-    """The summary for people."""
+    """Return the summary of a run as text for people."""
     lines = [
         f"store        {s.store}: {s.store_bytes / 1e6:,.1f} MB, of which states {s.hidden_bytes / 1e6:,.1f} MB",
         f"corpus       {s.utterances:,} utterances, {s.tokens:,} tokens of {s.teacher}",
         f"views        {', '.join(s.views) or 'none complete yet'}",
-        f"this run     {s.units_done_now} of {s.units} units in {s.wall_s:,.1f} s",
+        f"this run     {s.units_done_now} of {s.units} work items in {s.wall_s:,.1f} s",
     ]
     if s.rows_done_now:
         lines.append(
@@ -228,22 +204,22 @@ def render(s: Summary) -> str:
 
 @click.group()
 def teacher() -> None:
-    """Language models on this machine."""
+    """Convert language models to a form that loads fast."""
 
 
 @teacher.command(epilog="Example: stillhouse teacher convert SmolLM2-135M-Instruct.Q4_1.gguf teachers/smollm2")
 @click.argument("source", type=click.Path(exists=True, path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--note", default="", help="Words to keep about the model, beside what its file tells.")
-@click.option("--json", "as_json", is_flag=True, help="The new folder's teacher.json.")
+@click.option("--note", default="", help="Words about the model to keep beside the facts in its file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the teacher.json of the new folder.")
 def convert(source: Path, out: Path, note: str, as_json: bool) -> None:
-    """Read SOURCE, a GGUF file or a model's folder, once, and write the folder OUT, which --teacher loads at once.
+    """Convert SOURCE, a GGUF file or a model's folder, to the folder OUT, which --teacher loads at once.
 
-    Quantised weights become the float32 numbers that they stand for. Hidden states and tokenizer are compared with the
-    source's, bit by bit, before OUT appears; OUT/teacher.json says what it is. GGUF needs the extra gguf.
+    Quantised weights become the float32 numbers that they stand for. Before OUT appears, its hidden states and its
+    tokenizer are compared with the source's, bit by bit. OUT/teacher.json has the facts. GGUF needs the extra gguf.
     """
     from ..teacher.convert import convert as run
-    from ..teacher.convert import render as render_card
+    from ..teacher.convert import render as render_facts
 
-    card = run(source, out, note)
-    click.echo(json.dumps(card.as_json(), indent=1, ensure_ascii=False) if as_json else render_card(card))
+    facts = run(source, out, note)
+    click.echo(json.dumps(facts.as_json(), indent=1, ensure_ascii=False) if as_json else render_facts(facts))

@@ -1,6 +1,7 @@
-"""The commands of `inspect` that compute something from states: numbers, neighbours, pictures, the report, `views`.
+"""The commands that compute something from states: numbers, neighbours, pictures, the report, and `views`.
 
-Invariant: as commands.py beside this one, which puts them into the group. Run: `stillhouse inspect stats STORE`.
+Guarantees: damaged views are left out and named. inspect.py puts these commands into the group.
+Try: `stillhouse inspect stats STORE`.
 """
 
 from __future__ import annotations
@@ -10,57 +11,52 @@ from pathlib import Path
 import click
 
 from .options import (
+    NEW_FILE,
     STORE,
     chosen_views,
     complete_utterance,
     complete_view,
-    dump,
+    force_option,
+    full_option,
     json_option,
+    open_undamaged,
     print_fact,
+    print_facts,
     progress,
     sample_options,
+    seed_option,
+    split_option,
     views_option,
-    whole_views,
 )
 
 
 @click.command(epilog="Example: stillhouse inspect stats corpus.zarr --view 'minilm/*/*'")
 @click.argument("store", type=STORE)
-@views_option
+@views_option("--view")
 @sample_options("20,000")
-@click.option("--full", is_flag=True, help="All tokens instead of a sample.")
+@full_option
 @json_option
 def stats(store: Path, views: tuple[str, ...], tokens: int | None, seed: int, full: bool, as_json: bool) -> None:
-    """Norms, dead and outlier dimensions, anisotropy, effective rank of each view."""
-    from ..inspect.facts import store as facts
-    from ..inspect.numbers import statistics
-    from ..inspect.show import numbers as rendering
-    from ..store import Store
+    """Show the norms, dead and outlier dimensions, anisotropy and effective rank of each view."""
+    from ..inspect.numbers.statistics import statistics
+    from ..inspect.show import numbers as show_numbers
 
-    opened = Store.open(store)
-    chosen = whole_views(opened, chosen_views(opened, views))
-    found = statistics.statistics(opened, chosen, tokens, seed, progress(), full=full)
-    if as_json:
-        entries = [facts.as_json(f, "statistics") for f in found]
-        dump({"schema": "stillhouse.inspect.stats/1", "views": entries})
-    else:
-        click.echo(rendering.statistics(found))
+    measured = statistics(*open_undamaged(store, views), tokens, seed, progress(), full=full)
+    print_facts(measured, "stats", "views", "statistics", as_json, show_numbers.statistics)
 
 
 @click.command(epilog="Example: stillhouse inspect similarity corpus.zarr --view '*/alone/*'")
 @click.argument("store", type=STORE)
-@views_option
+@views_option("--view")
 @sample_options("2,000")
 @json_option
 def similarity(store: Path, views: tuple[str, ...], tokens: int | None, seed: int, as_json: bool) -> None:
-    """Linear CKA between views: which of them say the same."""
+    """Show which views are redundant, by linear CKA between each two."""
     from ..inspect.numbers.similarity import similarity as compute
-    from ..inspect.show import numbers as rendering
-    from ..store import Store
+    from ..inspect.show import numbers as show_numbers
 
-    opened = Store.open(store)
-    found = compute(opened, whole_views(opened, chosen_views(opened, views)), tokens, seed, progress())
-    print_fact(found, "similarity", as_json, rendering.similarity)
+    computed = compute(*open_undamaged(store, views), tokens, seed, progress())
+    print_fact(computed, "similarity", as_json, show_numbers.similarity)
 
 
 @click.command(
@@ -71,48 +67,33 @@ def similarity(store: Path, views: tuple[str, ...], tokens: int | None, seed: in
 @click.option(
     "--view",
     metavar="VIEW",
-    help="One view; or several by a pattern, one after the other. Default: all.",
+    help="A view, or a pattern for several. Default: all.",
     shell_complete=complete_view,
 )
-@click.option("--count", default=10, show_default=True, type=click.IntRange(min=1), help="How many.")
-@click.option("--standardise", is_flag=True, help="With the view's norms, so that outlier dimensions do not decide.")
-@click.option("--same-utterance", is_flag=True, help="Look in the utterance itself, too.")
+@click.option("--count", default=10, show_default=True, type=click.IntRange(min=1), help="Number of tokens to show.")
+@click.option("--standardise", is_flag=True, help="Standardise states first, so that outlier dimensions weigh less.")
+@click.option("--same-utterance", is_flag=True, help="Search the utterance itself, too.")
 @json_option
 def neighbours(
     store: Path, word: str, view: str | None, count: int, standardise: bool, same_utterance: bool, as_json: bool
 ) -> None:
-    """The tokens nearest to a word within a view, with their sentences.
+    """Show the tokens whose states are nearest to those of a word, with their sentences.
 
-    In UTT:WORD, WORD is a word of the utterance UTT as its tokens spell it (bank, or bank#2 for the second), or a
-    token's number.
+    In UTT:WORD, WORD is a word of the utterance UTT as its tokens spell it, or a token's number. Write bank#2 for the
+    second "bank".
     """
-    from ..inspect.facts import store as facts
     from ..inspect.numbers.neighbours import nearest
-    from ..inspect.show import numbers as rendering
-    from ..store import Store
+    from ..inspect.show import numbers as show_numbers
 
     utterance, colon, name = word.rpartition(":")
     if not colon:
         raise click.BadParameter(f"{word!r} is not UTT:WORD", param_hint="UTT:WORD")
-    opened = Store.open(store)
-    found = [
-        nearest(
-            opened,
-            v,
-            utterance,
-            name,
-            count,
-            standardise=standardise,
-            same_utterance=same_utterance,
-            report=progress(),
-        )
-        for v in whole_views(opened, chosen_views(opened, (view,) if view else ()))
-    ]
-    if as_json:
-        entries = [facts.as_json(f, "neighbours") for f in found]
-        dump({"schema": "stillhouse.inspect.neighbours/1", "views": entries})
-    else:
-        click.echo("\n\n".join(rendering.neighbours(f) for f in found))
+    opened, views = open_undamaged(store, [view] if view else [])
+    options = {"standardise": standardise, "same_utterance": same_utterance}
+    nearby = [nearest(opened, v, utterance, name, count, on_progress=progress(), **options) for v in views]
+    print_facts(
+        nearby, "neighbours", "views", "neighbours", as_json, lambda f: "\n\n".join(map(show_numbers.neighbours, f))
+    )
 
 
 @click.command(
@@ -123,104 +104,105 @@ def neighbours(
 @click.option(
     "--views",
     metavar="A,B",
-    help="View addresses with commas, or a pattern. Default: all.",
+    help="Addresses of views joined by commas, or a pattern. Default: all.",
     shell_complete=complete_view,
 )
 @json_option
 def compare(store: Path, utterance: str, views: str | None, as_json: bool) -> None:
-    """How the tokens of UTTERANCE move from the first view to the others."""
-    from ..inspect.facts import store as facts
+    """Show how far each token's state in UTTERANCE moves from the first view to the others."""
     from ..inspect.numbers.neighbours import compare as compute
-    from ..inspect.show import numbers as rendering
+    from ..inspect.show import numbers as show_numbers
     from ..store import Store
 
     opened = Store.open(store)
-    found = compute(opened, utterance, chosen_views(opened, tuple(split_views(views) if views else ())))
-    if as_json:
-        entries = [facts.as_json(f, "comparison") for f in found]
-        dump({"schema": "stillhouse.inspect.compare/1", "views": entries})
-    else:
-        click.echo(rendering.compared(found))
+    comparisons = compute(opened, utterance, chosen_views(opened, split_views(views) if views else ()))
+    print_facts(comparisons, "compare", "views", "comparison", as_json, show_numbers.compared)
 
 
 def split_views(views: str) -> list[str]:
-    """ "a/alone/3,6,b/*/last" as ["a/alone/3,6", "b/*/last"]: a comma before a slash parts addresses."""
-    found: list[str] = []
+    """Split "a/alone/3,6,b/*/last" into ["a/alone/3,6", "b/*/last"]: only a comma before an address separates."""
+    addresses: list[str] = []
     for word in views.split(","):
-        if "/" in word or not found:
-            found.append(word)
+        if "/" in word or not addresses:
+            addresses.append(word)
         else:
-            found[-1] += f",{word}"
-    return found
+            addresses[-1] += f",{word}"
+    return addresses
 
 
 @click.command(epilog="Example: stillhouse inspect plot corpus.zarr bank.png --kind word --word bank --view '*/*/6'")
 @click.argument("store", type=STORE)
-@click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("out", type=NEW_FILE)
 @click.option(
     "--kind",
     type=click.Choice(["similarity", "norms", "word"]),
     default="similarity",
     show_default=True,
-    help="A heat map of CKA; norms by layer; a word's occurrences on a plane.",
+    help="Draw a heat map of CKA, the norms by layer, or all occurrences of a word on a plane.",
 )
-@click.option("--word", help="For --kind word.")
-@views_option
-@click.option("--seed", default=0, show_default=True, help="Of the sample.")
-@click.option("--force", is_flag=True, help="Replace OUT.")
+@click.option("--word", help="The word of --kind word.")
+@views_option("--view")
+@seed_option
+@force_option
 def plot(store: Path, out: Path, kind: str, word: str | None, views: tuple[str, ...], seed: int, force: bool) -> None:
     """Draw a picture of STORE into OUT: .png, .svg or .pdf."""
-    from ..inspect.numbers import statistics
-    from ..inspect.numbers import word_map as occurrences
-    from ..inspect.numbers.similarity import similarity as compute
+    from ..inspect.output import check_output
     from ..inspect.show import plots
-    from ..store import Store
 
-    plots.check_path(out, force)
+    check_output(out, plots.SUFFIXES, force)
     if kind == "word" and word is None:
         raise click.UsageError("--kind word needs --word")
-    opened = Store.open(store)
-    chosen = whole_views(opened, chosen_views(opened, views))
+    opened, chosen = open_undamaged(store, views)
     if kind == "similarity":
-        figure = plots.similarity(compute(opened, chosen, seed=seed, report=progress()))
+        from ..inspect.numbers.similarity import similarity as compute
+
+        figure = plots.similarity(compute(opened, chosen, seed=seed, on_progress=progress()))
     elif kind == "norms":
-        figure = plots.norms(statistics.statistics(opened, chosen, seed=seed, report=progress(), rank=False))
+        from ..inspect.numbers.statistics import statistics
+
+        figure = plots.norms(statistics(opened, chosen, seed=seed, on_progress=progress(), rank=False))
     else:
-        figure = plots.word(occurrences.word_map(opened, chosen, str(word), seed=seed))
+        from ..inspect.numbers.word_map import word_map
+
+        figure = plots.word(word_map(opened, chosen, str(word), seed=seed))
     plots.save(figure, out)
     click.echo(str(out))
 
 
 @click.command(epilog="Example: stillhouse inspect report corpus.zarr store.html --word bank --word light")
 @click.argument("store", type=STORE)
-@click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--word", "words", multiple=True, help="Words to look at, several times. Default: frequent ones.")
+@click.argument("out", type=NEW_FILE)
+@click.option("--word", "words", multiple=True, help="A word to look at. You can repeat it. Default: frequent words.")
 @sample_options("2,000")
-@click.option("--full", is_flag=True, help="Every view and all tokens instead of samples.")
-@click.option("--force", is_flag=True, help="Replace OUT.")
+@click.option("--full", is_flag=True, help="Read every view and all tokens instead of samples.")
+@force_option
 def report(
     store: Path, out: Path, words: tuple[str, ...], tokens: int | None, seed: int, full: bool, force: bool
 ) -> None:
-    """All of it as one HTML page, OUT, that needs nothing else."""
+    """Write all of this as one HTML page, OUT, that loads nothing else."""
+    from ..inspect.output import check_output
     from ..inspect.show import page
     from ..store import Store
 
-    page.check_path(out, force)
-    found = page.collect(Store.open(store), words=words, tokens=tokens, seed=seed, full=full, report=progress())
-    page.write(found, out)
+    check_output(out, (".html",), force)
+    opened = Store.open(store)
+    collected = page.collect(opened, words=words, tokens=tokens, seed=seed, full=full, on_progress=progress())
+    page.write(collected, out)
     click.echo(str(out))
 
 
 @click.command("views", epilog="Example: stillhouse views corpus.zarr --corpus corpus.jsonl --units units")
 @click.argument("store", type=STORE)
-@click.option("--corpus", required=True, type=click.Path(path_type=Path), help="The manifest: its transcripts.")
+@click.option("--corpus", required=True, type=click.Path(path_type=Path), help="The manifest, for its transcripts.")
 @click.option("--units", required=True, type=click.Path(path_type=Path), help="The folder of ASR units.")
-@click.option("--split", help="Only these splits of the corpus, as in train,dev.")
-@views_option
-@click.option("--pick", default=3, show_default=True, type=click.IntRange(min=1), help="How many views to suggest.")
-@click.option("--places", default=6_000, show_default=True, type=click.IntRange(min=50), help="Units in the sample.")
-@click.option("--seed", default=0, show_default=True, help="Of the sample and of the folds.")
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="A heat map of CKA: .png, .svg or .pdf.")
+@split_option
+@views_option("--view")
+@click.option("--pick", default=3, show_default=True, type=click.IntRange(min=1), help="Number of views to suggest.")
+@click.option(
+    "--places", default=6_000, show_default=True, type=click.IntRange(min=50), help="Number of units in the sample."
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of the sample and of the folds.")
+@click.option("--plot", type=NEW_FILE, help="Draw a heat map of CKA into this file: .png, .svg or .pdf.")
 @json_option
 def choose_views(
     store: Path,
@@ -234,24 +216,24 @@ def choose_views(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Help to choose views of STORE before training: what each tells about the ASR units, and which say the same.
+    """Help to choose views of STORE: how well each predicts the ASR units, and which are redundant.
 
-    A ridge probe from each view to the unit at a place and to the next one, cross-validated over sessions, beside the
-    teacher's input embeddings and chance; linear CKA between views; and a suggested set, with the rule that made it.
+    A ridge probe predicts the unit at a place and the next unit from each view. It is cross-validated over sessions and
+    compared with the teacher's input embeddings and with chance. The command also shows linear CKA between views and a
+    suggested set, with the rule behind it.
     """
     from ...data.manifest import read_manifest
     from ...data.units import load_units
-    from ..inspect.numbers import choose_views as choosing
-    from ..inspect.show import numbers as rendering
+    from ..inspect.numbers.choose_views import choose, heat_map
+    from ..inspect.output import check_output
+    from ..inspect.show import numbers as show_numbers
     from ..inspect.show import plots
-    from ..store import Store
 
     if plot is not None:
-        plots.check_path(plot, False)
-    opened = Store.open(store)
+        check_output(plot, plots.SUFFIXES, False)
+    opened, chosen = open_undamaged(store, views)
     texts, symbols = read_manifest(corpus).select(split), load_units(units)
-    chosen = whole_views(opened, chosen_views(opened, views))
-    found = choosing.choose(opened, chosen, texts, symbols, pick=pick, places=places, seed=seed, report=progress())
+    choice = choose(opened, chosen, texts, symbols, pick=pick, places=places, seed=seed, on_progress=progress())
     if plot is not None:
-        plots.save(plots.similarity(choosing.heat_map(found)), plot)
-    print_fact(found, "choice", as_json, rendering.choice)
+        plots.save(plots.similarity(heat_map(choice)), plot)
+    print_fact(choice, "choice", as_json, show_numbers.choice)

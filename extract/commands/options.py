@@ -1,7 +1,7 @@
-"""What the commands of `inspect` share: options, completion, and how facts are printed.
+"""What the commands of this folder share: options, completion by the shell, and printing.
 
-Invariant: data goes to stdout, everything else to stderr; completion says nothing where no store opens.
-Exercised by: `stillhouse inspect ls STORE --json`.
+Guarantees: data goes to stdout and everything else to stderr. Completion offers nothing if no store opens.
+Try: `stillhouse inspect ls STORE --json`.
 """
 
 from __future__ import annotations
@@ -9,22 +9,23 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 if TYPE_CHECKING:
-    from ..store import View
+    from ..store import Store, View
 
 F = TypeVar("F", bound=Callable[..., Any])
 STORE = click.Path(path_type=Path)
-REPORT_EVERY_S = 5.0
+NEW_FILE = click.Path(path_type=Path, dir_okay=False)
+PROGRESS_EVERY_S = 5.0
 
 
 def complete_view(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    """View addresses of the store on the command line; after a comma, of the next one. Nothing where none opens."""
+    """Complete the address of a view of the store on the command line. After a comma, complete the next address."""
     store = _completing(ctx)
     before, comma, last = incomplete.rpartition(",")
     addresses = [] if store is None else [v.address for v in store.planned_views]
@@ -32,14 +33,14 @@ def complete_view(ctx: click.Context, param: click.Parameter, incomplete: str) -
 
 
 def complete_utterance(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    """Ids of the store that begin so, at most a hundred."""
+    """Complete the id of an utterance. At most a hundred ids are offered."""
     store = _completing(ctx)
     ids = [] if store is None else store.utterance_ids
     return [i for i in ids if i.startswith(incomplete)][:100]
 
 
-def _completing(ctx: click.Context) -> Any:
-    """The store of a half-written command line, or None. click has not bound it while an option lacks its value."""
+def _completing(ctx: click.Context) -> Store | None:
+    """The store of an unfinished command line, which click has not bound while an option lacks its value."""
     from ...data.errors import StillhouseError
     from ..store import Store
 
@@ -50,31 +51,45 @@ def _completing(ctx: click.Context) -> Any:
         return None
 
 
-def json_option(command: F) -> F:
-    return click.option("--json", "as_json", is_flag=True, help="Facts as JSON (docs/reference/inspect.md).")(command)
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print the facts as JSON. docs/reference/inspect.md has the schemas."
+)
+outcome_option = click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
+force_option = click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+full_option = click.option("--full", is_flag=True, help="Read all tokens instead of a sample.")
+seed_option = click.option("--seed", default=0, show_default=True, help="Seed of the sample.")
+split_option = click.option("--split", help="Use only these splits of the corpus, as in train,dev.")
+transform_option = click.option(
+    "--transform",
+    default="none",
+    show_default=True,
+    help="Text transforms before tokenisation, joined by +, as in sentence_case or lower+no_punct.",
+)
+dtype_option = click.option(
+    "--dtype",
+    default="float16",
+    show_default=True,
+    type=click.Choice(["float16", "bfloat16", "float32", "int8"]),
+    help="Dtype of the stored states. int8 takes half the space of float16, with an error of 1 % or less.",
+)
+name_option = click.option("--name", help="Name of the teacher in the store. Default: last part of the model's name.")
 
 
-def views_option(command: F) -> F:
-    return click.option(
-        "--view",
-        "views",
-        multiple=True,
-        metavar="VIEW",
-        shell_complete=complete_view,
-        help="As in minilm/alone/6, minilm/*/3,6 or */*/last. May be given several times. Default: all.",
-    )(command)
+def views_option(flag: str) -> Callable[[F], F]:
+    """The option that chooses views, by patterns."""
+    help_text = "Views as in minilm/alone/6, minilm/*/3,6 or */*/last. You can repeat it. Default: all."
+    return click.option(flag, "views", multiple=True, metavar="VIEW", shell_complete=complete_view, help=help_text)
 
 
 def sample_options(tokens: str) -> Callable[[F], F]:
-    """--tokens and --seed of what is computed from a sample, of so many by default."""
-
-    def both(command: F) -> F:
-        command = click.option("--seed", default=0, show_default=True, help="Of the sample.")(command)
-        least = click.IntRange(min=4)
-        shown = f"{tokens}, fewer of wide or many views"
-        return click.option("--tokens", show_default=shown, type=least, help="In the sample of each view.")(command)
-
-    return both
+    """--tokens and --seed of a command that reads a sample. `tokens` is the default, as text."""
+    option = click.option(
+        "--tokens",
+        show_default=f"{tokens}, fewer if the views are wide or many",
+        type=click.IntRange(min=4),
+        help="Number of tokens in the sample of each view.",
+    )
+    return lambda command: option(seed_option(command))
 
 
 class Share(click.ParamType):
@@ -90,13 +105,17 @@ class Share(click.ParamType):
         except ValueError:
             number = -1.0
         if not 0 < number <= 1:
-            self.fail(f"{value!r} is no share; give 5% or 0.05", param, ctx)
+            self.fail(f"{value!r} is not a share; give 5% or 0.05", param, ctx)
         return number
 
 
-def chosen_views(store: Any, patterns: tuple[str, ...], planned: bool = False) -> list[View]:
-    """The views that patterns name; all where there are none. Of those that the store has states of, complete or not,
-    which is told on stderr; with `planned`, also of those that it has none of yet.
+def chosen_views(store: Store, patterns: Sequence[str], planned: bool = False) -> list[View]:
+    """Return the views that patterns name, or all views.
+
+    Views without any states are left out unless `planned` is set. A line on stderr names views that are not complete.
+
+    Raises:
+        NoStoreError: no view matches, or nothing is extracted yet.
     """
     from ...data.errors import NoStoreError, first_few
 
@@ -107,52 +126,67 @@ def chosen_views(store: Any, patterns: tuple[str, ...], planned: bool = False) -
             raise NoStoreError(
                 "nothing is extracted yet", where=store.address, remedy="stillhouse extract CORPUS STORE …"
             )
-    chosen = store.resolve(patterns or ("*/*/*",), among)
-    if not planned:
-        complete = set(store.views)
-        begun = [v.address for v in chosen if v not in complete]
-        if begun:
-            click.echo(f"not complete, taken as far as they go: {first_few(begun)}", file=sys.stderr)
+    chosen = store.resolve(tuple(patterns) or ("*/*/*",), among)
+    complete = set(store.views)
+    partial = [v.address for v in chosen if v not in complete]
+    if partial and not planned:
+        click.echo(f"these views are not complete yet: {first_few(partial)}", file=sys.stderr)
     return chosen
 
 
-def whole_views(store: Any, views: list[View]) -> list[View]:
-    """Those that are not damaged; the others are told on stderr, and are an error if there are no more."""
-    from ...data.errors import StoreError
-    from ..inspect.sample import whole
+def open_undamaged(path: Path, patterns: Sequence[str]) -> tuple[Store, list[View]]:
+    """Open a store; return it with the chosen views that are not damaged. Lines on stderr name the damaged ones.
 
-    good, damage = whole(store, views)
+    Raises:
+        StoreError: all of the views are damaged.
+    """
+    from ...data.errors import StoreError
+    from ..inspect.sample import undamaged
+    from ..store import Store
+
+    store = Store.open(path)
+    views, damage = undamaged(store, chosen_views(store, patterns))
     for text in damage:
         click.echo(f"left out: {text}", file=sys.stderr)
-    if not good:
-        raise StoreError(
-            "all of these views are damaged", where=store.address, remedy="stillhouse inspect verify STORE"
-        )
-    return good
+    if not views:
+        remedy = "stillhouse inspect verify STORE"
+        raise StoreError("all of these views are damaged", where=store.address, remedy=remedy)
+    return store, views
 
 
 def print_fact(fact: Any, kind: str, as_json: bool, render: Callable[[Any], str]) -> None:
+    """Print one fact as JSON or as text."""
+    from ..inspect.facts.store import as_json as to_json
+
+    click.echo(_dumps(to_json(fact, kind)) if as_json else render(fact))
+
+
+def print_facts(
+    facts: Sequence[Any], schema: str, key: str, kind: str, as_json: bool, render: Callable[[Any], str]
+) -> None:
+    """Print several facts as one JSON object, with the facts under `key`, or as text."""
     from ..inspect.facts.store import as_json as to_json
 
     if as_json:
-        dump(to_json(fact, kind))
+        entries = [to_json(f, kind) for f in facts]
+        click.echo(_dumps({"schema": f"stillhouse.inspect.{schema}/1", key: entries}))
     else:
-        click.echo(render(fact))
+        click.echo(render(facts))
 
 
-def dump(value: Any) -> None:
-    click.echo(json.dumps(value, indent=1, ensure_ascii=False))
+def _dumps(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False)
 
 
-def progress() -> Callable[[Any], None]:
-    """A line on stderr every few seconds."""
+def progress(line: Callable[[Any], str] = "looking at {}".format) -> Callable[[Any], None]:
+    """Return a callback that prints `line` of its argument to stderr, at most every five seconds."""
     last = time.perf_counter()
 
-    def report(what: Any) -> None:
+    def on_progress(what: Any) -> None:
         nonlocal last
         now = time.perf_counter()
-        if now - last >= REPORT_EVERY_S:
+        if now - last >= PROGRESS_EVERY_S:
             last = now
-            click.echo(f"looking at {what}", file=sys.stderr)
+            click.echo(line(what), file=sys.stderr)
 
-    return report
+    return on_progress

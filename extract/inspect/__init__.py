@@ -1,1 +1,1 @@
-"""Looking into a store: facts as dataclasses, their renderings apart. Imports neither torch nor zarr nor click."""
+"""Look into a store. May import `extract.store`, `extract.maintain` and `data`; imports neither torch nor zarr."""

@@ -1,1 +1,1 @@
-"""TODO: what this folder is for."""
+"""What a store contains, as dataclasses without text. May import `extract.store`, `extract.maintain` and `data`."""

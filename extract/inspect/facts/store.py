@@ -1,7 +1,7 @@
-"""What a store is, how much of it is there, and whether it is whole: `info`, `ls`, `verify`.
+"""What a store contains, how much of it is extracted, and whether it is damaged: `inspect info`, `ls` and `verify`.
 
-Invariant: nothing is said to exist that is not committed; only `verify --data` reads states.
-Exercised by: `stillhouse inspect info STORE`, `stillhouse inspect ls STORE`.
+Guarantees: only committed states count. Only `verify --data` and `--sample` read states.
+Try: `stillhouse inspect info STORE`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,13 @@ from ...store.verify.verify import StoreFinding, damaged_records, findings
 
 
 def as_json(fact: Any, kind: str) -> dict[str, Any]:
-    """A fact with the name and version of its schema first; the schemas (docs/reference/inspect.md) only grow."""
+    """Return a fact as a dictionary that begins with its schema. Schemas (docs/reference/inspect.md) only grow."""
     return {"schema": f"stillhouse.inspect.{kind}/1", **asdict(fact)}
 
 
 @dataclass(frozen=True)
 class ViewFacts:
-    """One view. `units` are units of work (shards); `tokens` and `utterances` count what is committed."""
+    """One view. `units` are work items; `units`, `tokens` and `utterances` count what is committed."""
 
     view: str
     teacher: str
@@ -48,8 +48,8 @@ class ViewFacts:
     tokens_planned: int
     bytes: int
     fingerprint: str | None
-    int8_error: float | None  # of int8: root mean square error over root mean square, of all states
-    int8_error_standardised: float | None  # the same of the standardised states
+    int8_error: float | None  # for int8: root mean square error over root mean square of all states
+    int8_error_standardised: float | None  # the same for standardised states
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class TeacherFacts:
     views: int
     views_planned: int
     hidden_bytes: int
-    about: str  # what the model's folder says of itself; "" where it says nothing
-    int8_error: float | None  # of its worst view
+    about: str  # one line from the model's folder, or ""
+    int8_error: float | None  # largest of its views
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class StoreFacts:
 
 @dataclass(frozen=True)
 class UtteranceFacts:
-    """One utterance; `views` are the views in which it is committed, `tokens` its length by teacher."""
+    """One utterance. `views` counts views in which it is committed; `tokens` is its length by teacher."""
 
     utterance: str
     row: int
@@ -110,7 +110,7 @@ class UtteranceFacts:
 
 
 def store_facts(store: Store) -> StoreFacts:
-    """Errors: StoreError where the plan or an array is damaged."""
+    """Return the facts of a store. Raises StoreError if the plan or an array is damaged."""
     views = view_facts(store, store.planned_views)
     teachers = [_teacher_facts(store, name, [v for v in views if v.teacher == name]) for name in store.plan.teachers]
     session = store.index.session
@@ -132,79 +132,72 @@ def store_facts(store: Store) -> StoreFacts:
 
 @dataclass(frozen=True)
 class Verified:
-    """What `verify` looked at and found; `data` is the share of the utterances whose states were read."""
+    """What was checked. `data` is the share of the utterances whose states were read."""
 
     path: str
     complete: bool
-    units: int  # committed, counted for each layer
+    units: int  # committed work items, counted for each layer
     units_planned: int
     data: float
     findings: list[StoreFinding]
-    mended: list[Repaired] = field(default_factory=list)  # with --repair: what was put right before this look
-    unchecked: list[str] = field(default_factory=list)  # what was written before it had checksums
+    mended: list[Repaired] = field(default_factory=list)  # with --repair: what was repaired before this check
+    unchecked: list[str] = field(default_factory=list)  # what has no checksums, because it was written before them
 
 
-def verified(store: Store, data: float = 0.0, report: Callable[[WorkItem], None] | None = None) -> Verified:
-    """Errors: StoreError where the plan itself cannot be read."""
-    found = list(findings(store, data, report))
+def verified(store: Store, data: float = 0.0, on_progress: Callable[[WorkItem], None] | None = None) -> Verified:
+    """Check a store.
+
+    Arguments:
+        data: share of the utterances whose states are read, 0 to 1.
+
+    Raises:
+        StoreError: the plan itself cannot be read.
+    """
+    problems = list(findings(store, data, on_progress))
     try:
         views = view_facts(store, store.planned_views)
     except StoreError:
-        if not found:
+        if not problems:
             raise
-        views = []  # its index of utterances cannot be read, which is among what was found
+        views = []  # The index of utterances cannot be read, which is one of the findings.
     return Verified(
         path=store.address,
         complete=bool(views) and all(v.complete for v in views),
         units=sum(v.units for v in views),
         units_planned=sum(v.units_planned for v in views),
         data=data,
-        findings=found,
+        findings=problems,
         unchecked=unchecked(store),
     )
 
 
 def unopened(path: Path, error: StoreError) -> Verified:
-    """A store that does not open, whose damaged records say why. Errors: the error, where they do not."""
+    """Return the damaged records that explain why a store does not open. Raises `error` if there are none."""
     root = local_copy(path)
-    found = damaged_records(Paths(root))
-    if not found:
+    damaged = damaged_records(Paths(root))
+    if not damaged:
         raise error
-    return Verified(str(address_of(root)), complete=False, units=0, units_planned=0, data=0.0, findings=found)
+    return Verified(str(address_of(root)), complete=False, units=0, units_planned=0, data=0.0, findings=damaged)
 
 
 def _teacher_facts(store: Store, name: str, views: list[ViewFacts]) -> TeacherFacts:
-    t, info = store.plan.teachers[name], store.teacher(name)
+    t = store.plan.teachers[name]
+    recorded = {f.name: getattr(t, f.name) for f in fields(TeacherFacts) if hasattr(t, f.name)}
     return TeacherFacts(
-        name=name,
-        kind=t.kind,
-        model=t.model,
-        architecture=t.architecture,
-        revision=t.revision,
-        weights_hash=t.weights_hash,
-        tokenizer_hash=t.tokenizer_hash,
-        transform=t.transform,
-        join=t.join,
-        window=t.window,
-        width=t.width,
-        depth=t.depth,
-        dtype=t.dtype,
-        model_dtype=t.model_dtype,
-        contexts=t.contexts,
-        layers=t.layers,
+        **recorded,
         vocabulary=RawArray(store.paths.array(name, "vocab_id")).shape[0],
-        tokens=info.tokens,
+        tokens=store.teacher(name).tokens,
         units=sum(v.units for v in views),
         units_planned=sum(v.units_planned for v in views),
         views=sum(v.complete for v in views),
         views_planned=len(views),
         hidden_bytes=sum(v.bytes for v in views),
-        about=t.about,
         int8_error=max((v.int8_error for v in views if v.int8_error is not None), default=None),
     )
 
 
 def view_facts(store: Store, views: Sequence[View]) -> list[ViewFacts]:
+    """Return the facts of each view."""
     complete = set(store.views)
     return [_view_facts(store, view, view in complete) for view in views]
 
@@ -212,7 +205,7 @@ def view_facts(store: Store, views: Sequence[View]) -> list[ViewFacts]:
 def _view_facts(store: Store, view: View, complete: bool) -> ViewFacts:
     teacher, commits = store.plan.teachers[view.teacher], store.commits(view.teacher, view.context)
     planned = [u for u in store.plan.work_items(view.teacher) if u.context == view.context and view.layer in u.layers]
-    # A later generation may make a shard anew; the shard counts once
+    # A later generation may extract a shard again. The shard counts once.
     shards = {u.shard.number: u.shard for u in planned}
     need = {u.shard.number: u.generation.number for u in planned}
     done = [s for s in shards.values() if commits.has(s.number, [view.layer], need[s.number])]
@@ -239,9 +232,10 @@ def _view_facts(store: Store, view: View, complete: bool) -> ViewFacts:
 
 
 def utterance_facts(store: Store, patterns: Sequence[str] = ()) -> Iterator[UtteranceFacts]:
-    """Utterances whose id matches one of the globs (none: all), in the order of the store.
+    """Yield the utterances whose id matches one of the globs, or all utterances, in the order of the store.
 
-    Errors: NoStoreError where patterns are given and nothing matches.
+    Raises:
+        NoStoreError: no utterance matches.
     """
     ids, views = store.utterance_ids, store.planned_views
     chosen = [i for i in ids if not patterns or any(fnmatch.fnmatchcase(i, p) for p in patterns)]
@@ -253,16 +247,16 @@ def utterance_facts(store: Store, patterns: Sequence[str] = ()) -> Iterator[Utte
         )
     rows = store.rows(chosen).tolist()
     lengths = {name: store.lengths(name) for name in store.plan.teachers}
-    held = np.zeros(len(rows), np.int64)
+    committed = np.zeros(len(rows), np.int64)
     for view in views:
-        held += store.has(chosen, view)
-    for number, row in enumerate(rows):
+        committed += store.has(chosen, view)
+    for utterance, row, count in zip(chosen, rows, committed.tolist()):
         tokens = {name: int(length[row]) for name, length in lengths.items()}
-        yield UtteranceFacts(chosen[number], row, int(store.index.session[row]), tokens, int(held[number]), len(views))
+        yield UtteranceFacts(utterance, row, int(store.index.session[row]), tokens, count, len(views))
 
 
 def files(folder: Path) -> Iterator[tuple[Path, int]]:
-    """Every file under a folder with its size in bytes; what vanishes meanwhile (a writer's) is left out."""
+    """Yield every file under a folder with its size in bytes. Files that a writer deletes meanwhile are left out."""
     mirror = mirror_of(folder)
     if mirror is not None:
         yield from mirror.sizes(folder).items()

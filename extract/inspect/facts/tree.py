@@ -1,7 +1,7 @@
-"""What lies where in a store's folder: `tree`.
+"""The files, folders and arrays of a store: `stillhouse inspect tree`.
 
-Invariant: Zarr nodes are told by their own zarr.json, so foreign arrays show, too; files are counted, not read.
-Exercised by: `stillhouse inspect tree STORE`.
+Guarantees: Zarr nodes are found by their zarr.json, so arrays of other programs show, too. Files are not read.
+Try: `stillhouse inspect tree STORE`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from .store import files
 
 WHAT = {
     "store.json": "teachers, settings, fingerprints, versions",
-    "data.zarr": "plain Zarr v3: anything opens it",
+    "data.zarr": "plain Zarr v3 for any reader",
     "plan": "tokenisation, order and shards, one folder a generation",
-    "commits": "one record a unit of work: the only proof that it exists",
-    "locks": "held by writers",
-    "tmp": "of writers; swept by the next one",
+    "commits": "one record for each finished work item",
+    "locks": "locks of writers",
+    "tmp": "drafts of writers; the next writer deletes them",
 }
 
 
@@ -44,10 +44,10 @@ class Node:
 
 
 def tree(store: Store) -> list[Node]:
-    """Nodes in the order in which a tree is drawn. Errors: StoreError where a zarr.json cannot be read."""
+    """Return all nodes in the order of a drawn tree. Raises StoreError if a zarr.json cannot be read."""
     root = store.paths.root
     sizes = {path.relative_to(root).parts: size for path, size in files(root)}
-    if mirror_of(root) is None:  # a bucket knows no empty folders
+    if mirror_of(root) is None:  # an object store has no empty folders
         sizes |= {(p.name, ""): 0 for p in root.iterdir() if p.is_dir() and not any(p.iterdir())}
     names = sorted({parts[0] for parts in sizes}, key=lambda n: (list(WHAT).index(n) if n in WHAT else 99, n))
     return [node for name in names for node in _nodes(root, (name,), _under(sizes, name))]
@@ -73,17 +73,13 @@ def _nodes(root: Path, place: tuple[str, ...], sizes: Sizes) -> Iterator[Node]:
     try:
         meta = read_json(file)
     except FileNotFoundError as e:
-        raise StoreError("leads nowhere, or was cleared away just now", where=file) from e
+        raise StoreError("this link is broken, or the file has just been deleted", where=file) from e
     if not matches_type(meta, dict[str, Any]) or meta.get("node_type") not in ("array", "group"):
         raise StoreError("damaged", where=file, expected="the metadata of a Zarr array or group")
     if meta["node_type"] == "array":
         shape, attributes, names = meta.get("shape"), meta.get("attributes", {}), meta.get("dimension_names")
-        sound = (
-            matches_type(shape, list[int])
-            and matches_type(attributes, dict[str, Any])
-            and matches_type(names, list[str | None] | None)
-        )
-        if not sound:
+        types = ((shape, list[int]), (attributes, dict[str, Any]), (names, list[str | None] | None))
+        if not all(matches_type(value, kind) for value, kind in types):
             raise StoreError("damaged: shape, attributes or dimension_names", where=file)
         dtype = str(attributes.get("logical_dtype", meta.get("data_type")))
         names = [n or "?" for n in names] if names else None

@@ -1,8 +1,8 @@
-"""One utterance as the teachers saw it: `show`.
+"""One utterance as the teachers saw it: `stillhouse inspect show`.
 
-Invariant: the transcript is never guessed. It comes from a manifest whose text still is what was extracted (its hash
-says so), or is spelt from the tokens and said to be.
-Exercised by: `stillhouse inspect show STORE UTT`.
+Guarantees: the transcript is never guessed. It comes from a manifest whose text still has the hash of the extracted
+text, or it is spelt from the tokens, and `text_from` tells which.
+Try: `stillhouse inspect show STORE UTT`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ...store import Store, View, hash_text, to_float32
 
 @dataclass(frozen=True)
 class TokenFacts:
-    """`begin` and `end` count code points of the raw transcript; `text` is what lies there, where it is known."""
+    """One token. `begin` and `end` count code points of the raw transcript; `text` is that part, if it is known."""
 
     token_id: int
     piece: str
@@ -33,14 +33,14 @@ class TokenFacts:
 class ContextFacts:
     context: str
     left: int  # tokens seen before the utterance
-    right: int
+    right: int  # tokens seen after it
 
 
 @dataclass(frozen=True)
 class ShownView:
-    """Norms of the states, one a token; `values` [N][D] only when asked for.
+    """The norms of the N states, and the states themselves if they are asked for: `values` [N][D].
 
-    `held` false: not extracted yet, or, where `problem` says so, damaged.
+    `held` is false if the utterance is not extracted yet, or is damaged; `problem` then tells the damage.
     """
 
     view: str
@@ -63,7 +63,7 @@ class Shown:
     utterance: str
     row: int
     session: int
-    session_row: int  # its number inside the session, from 0
+    session_row: int  # place in the session, from 0
     session_utterances: int
     text: str
     text_from: str  # "corpus" or "tokens"
@@ -73,10 +73,20 @@ class Shown:
 def show(
     store: Store, utterance: str, views: Sequence[View], *, values: bool = False, corpus: Path | None = None
 ) -> Shown:
-    """Errors: NoStoreError for an unknown utterance; StaleError where the manifest's text has changed."""
+    """Return the tokens, contexts and norms of one utterance.
+
+    Arguments:
+        views: the views to read.
+        values: return the states themselves, too.
+        corpus: a manifest with the transcript.
+
+    Raises:
+        NoStoreError: the utterance is unknown.
+        StaleError: the text in the manifest has changed.
+    """
     row = int(store.rows([utterance])[0])
     session, order = store.index.session, store.index.order
-    mates = order[session[order] == session[row]].tolist()
+    session_rows = order[session[order] == session[row]].tolist()
     text = None if corpus is None else transcript(corpus, utterance)
     if text is not None and hash_text(text) != int(store.text_hash([utterance])[0]):
         raise StaleError(
@@ -90,8 +100,8 @@ def show(
         utterance=utterance,
         row=row,
         session=int(session[row]),
-        session_row=mates.index(row),
-        session_utterances=len(mates),
+        session_row=session_rows.index(row),
+        session_utterances=len(session_rows),
         text=spelt(teachers[0].tokens) if text is None else text,
         text_from="tokens" if text is None else "corpus",
         teachers=teachers,
@@ -123,7 +133,7 @@ def _teacher(
 
 
 def tokens_of(store: Store, utterance: str, teacher: str, text: str | None = None) -> list[TokenFacts]:
-    """An utterance's tokens; they are known from the plan on, before any state is."""
+    """Return an utterance's tokens. The plan has them before any state is extracted."""
     _, token_id, span = store.tokens([utterance], teacher)
     pieces = pieces_of(store, teacher, token_id)
     return [
@@ -133,51 +143,52 @@ def tokens_of(store: Store, utterance: str, teacher: str, text: str | None = Non
 
 
 def pieces_of(store: Store, teacher: str, token_id: np.ndarray) -> list[str]:
-    """The tokenizer's spelling of token ids."""
+    """Return the tokenizer's spelling of token ids."""
     spelling = store.pieces(teacher)
     return [spelling[i] for i in store.vocabulary_rows(teacher, token_id).tolist()]
 
 
 def spelt(tokens: Sequence[TokenFacts]) -> str:
-    """The transcript as far as the tokens tell: each piece, less its marks, where its span begins; � for each character
-    that a piece like [UNK] stands for.
+    """Spell the transcript from its tokens: each piece without its marks, at the begin of its span.
+
+    A piece like [UNK] becomes one � for each character of its span.
     """
-    out, omitted = "", 0  # characters of gaps: a damaged span may begin at the two thousand millionth
+    text, omitted = "", 0  # characters of gaps, because a damaged span may begin billions of characters later
     for token in tokens:
-        piece, room = plain(token.piece), token.end - token.begin
-        unknown = piece[:1] + piece[-1:] in ("[]", "<>") and len(piece) > 2 and len(piece) != room
-        omitted += max(0, token.begin - omitted - len(out) - 1)
+        piece, length = plain(token.piece), token.end - token.begin
+        unknown = piece[:1] + piece[-1:] in ("[]", "<>") and len(piece) > 2 and len(piece) != length
+        omitted += max(0, token.begin - omitted - len(text) - 1)
         begin = max(0, token.begin - omitted)
-        out = out.ljust(begin)[:begin] + ("\ufffd" * min(room, 100) if unknown else piece)
-    return " ".join(out.split())
+        text = text.ljust(begin)[:begin] + ("\ufffd" * min(length, 100) if unknown else piece)
+    return " ".join(text.split())
 
 
 def plain(piece: str) -> str:
-    """A piece without the marks of its tokenizer; bytes that are no ASCII stay as the tokenizer writes them."""
+    """Return a piece without its tokenizer's marks. Bytes beyond ASCII stay as the tokenizer writes them."""
     for mark in ("##", "▁", "Ġ", "Ċ"):
         piece = piece.removeprefix(mark)
     return piece.removesuffix("</w>")
 
 
 def transcript(manifest: Path, utterance: str) -> str:
-    """The raw text of one utterance, without validating the rest of its manifest (a big one takes seconds).
+    """Read the raw text of one utterance. The rest of the manifest is not checked, which would take seconds.
 
-    Errors: CorpusError where the file cannot be read, NoStoreError where the utterance is not in it.
+    Raises:
+        CorpusError: the file cannot be read.
+        NoStoreError: the utterance is not in it.
     """
-    wanted = json.dumps(utterance), json.dumps(utterance, ensure_ascii=False)
+    spellings = json.dumps(utterance), json.dumps(utterance, ensure_ascii=False)
     number = 0
     try:
         with open(manifest, encoding="utf-8") as lines:
-            for line in lines:
-                number += 1
-                if any(w in line for w in wanted):
+            for number, line in enumerate(lines, start=1):  # noqa: B007, an error below names it
+                if any(s in line for s in spellings):
                     entry = json.loads(line)
                     if entry.get("id") == utterance:
                         return str(entry["text"])
     except OSError as e:
         raise CorpusError(f"cannot be read: {e.strerror}", where=manifest) from e
     except (ValueError, KeyError, AttributeError) as e:
-        raise CorpusError(
-            "no line of a manifest", where=f"{manifest}:{number}", expected="JSON with id and text"
-        ) from e
+        where = f"{manifest}:{number}"
+        raise CorpusError("this is not a line of a manifest", where=where, expected="JSON with id and text") from e
     raise NoStoreError(f"no utterance {utterance}", where=manifest)

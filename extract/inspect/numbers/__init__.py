@@ -1,1 +1,1 @@
-"""TODO: what this folder is for."""
+"""What is computed from states, as dataclasses without text. May import `inspect.facts`, `extract.store` and `data`."""

@@ -1,8 +1,8 @@
-"""Which views to train with: how well each tells the ASR units, how alike they are, and a set that follows from both.
+"""Help to choose views: how well each predicts the ASR units, how similar they are, and a set that follows from both.
 
-Invariant: every view is probed at the same places, the beginnings of the transcripts' ASR units, and judged on sessions
-and texts that its probe was not fitted to; what is suggested follows from the numbers that are shown.
-Exercised by: `stillhouse views STORE --corpus CORPUS --units UNITS`.
+Guarantees: every view is probed at the same places, the beginnings of the transcripts' ASR units. Scores come from
+sessions and texts that the probe was not fitted to. The suggestion follows from the numbers that are shown.
+Try: `stillhouse views STORE --corpus CORPUS --units UNITS`.
 """
 
 from __future__ import annotations
@@ -16,25 +16,28 @@ from ....data.errors import NoStoreError, StaleError
 from ....data.manifest import Corpus
 from ....data.units import Units
 from ...store import Store, View, hash_text
-from ..sample import held_rows
+from ..sample import available_rows
 from .probe import Probe, fold_numbers, ridge, tied
 from .similarity import Similarity, similarity, states_at, tokens_over
 
-CLASSES = 100  # most frequent units that the probe tells apart; all others are one more
+CLASSES = 100  # most frequent units; all others are one more class
 FOLDS = 5
-END = -1  # what follows the last unit
-RULE = (
-    "score: mean of the two R² (0: no better than the units' frequencies), on sessions and texts not fitted to. First "
-    "the view of the highest score; then, one by one, the view whose score times (1 - its largest CKA with those "
-    "chosen) is highest, as long as it scores above {least:g} of the first"
-)
+END = -1  # class of what follows the last unit
 LEAST_SHARE = 0.1
+RULE = (
+    "The score is the mean of the two R², on sessions and texts that the probe was not fitted to. A score of 0 is no "
+    "better than the units' frequencies. The view with the highest score is first. The next view is always the one "
+    "whose score times (1 - its largest CKA with those chosen) is highest. "
+    f"Its score must be above {LEAST_SHARE:g} of the first"
+)
 
 
 @dataclass(frozen=True)
 class Probed:
-    """One view, or a teacher's input embeddings (TEACHER/static). here: the unit that begins at the place; next: the
-    one after it. R² counts all units' indicators; accuracy is the share of places where the highest was right.
+    """The probe of one view, or of a teacher's input embeddings (TEACHER/static).
+
+    `here` is the unit that begins at a place, `next` the one after it. R² is over all units' indicators; accuracy is
+    the share of places whose highest indicator is correct.
     """
 
     view: str
@@ -52,12 +55,12 @@ class Suggested:
 
     view: str
     score: float
-    most_alike: float  # its largest CKA with those chosen before it
+    most_alike: float  # largest CKA with the views chosen before it
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Everything that `views` tells. chance: accuracies of the most frequent unit and the most frequent next one."""
+    """The result of `views`. `chance_here` and `chance_next` are the accuracies of the most frequent unit."""
 
     views: list[Probed]
     static: list[Probed]
@@ -65,18 +68,22 @@ class Choice:
     chance_next: float
     cka: list[list[float]]  # [V][V], in the order of `views`
     suggested: list[Suggested]
-    together: Probed  # one probe of all that are suggested
+    together: Probed  # one probe of all suggested views
     rule: str
     places: int
     cka_places: int
     utterances: int
     folds: int
-    folds_by: str  # "session" or "utterance"; either way utterances of one text are in one fold
+    folds_by: str  # "session" or "utterance"; in both cases utterances with one text are in one fold
 
 
 @dataclass(frozen=True)
 class _Places:
-    """Where views are read: tokens[teacher][u] are token indices of utterance u; here, next and fold are [places]."""
+    """Where views are read.
+
+    tokens            {teacher: token indices of each utterance}
+    here, next, fold  [places]: the unit, the one after it, and the fold
+    """
 
     ids: list[str]
     tokens: dict[str, list[np.ndarray]]
@@ -96,14 +103,23 @@ def choose(
     places: int = 6000,
     cka_tokens: int = 2000,
     seed: int = 0,
-    report: Callable[[object], None] | None = None,
+    on_progress: Callable[[object], None] = lambda _: None,
 ) -> Choice:
-    """Probe every view at `places` unit beginnings and suggest `pick` of them.
+    """Probe every view, and suggest some of them.
 
-    Errors: NoStoreError where the corpus and the store share too little, StaleError for a changed transcript.
+    Arguments:
+        corpus, units: the transcripts and their ASR units.
+        pick: number of views to suggest.
+        places: number of unit beginnings to probe at.
+        cka_tokens: number of tokens for CKA.
+        seed: of the sample and of the folds.
+
+    Raises:
+        NoStoreError: the corpus and the store have too little in common.
+        StaleError: a transcript has changed.
     """
     at = _places(store, views, corpus, units, places, seed)
-    alike = similarity(store, views, cka_tokens, seed, report)
+    alike = similarity(store, views, cka_tokens, seed, on_progress)
     probe = Probe(_classes(at.here), _classes(at.next), at.fold)
 
     def read(view: View) -> np.ndarray:
@@ -111,21 +127,18 @@ def choose(
 
     scores = []
     for view in views:
-        if report is not None:
-            report(view)
+        on_progress(view)
         scores.append(_probed(view.address, read(view), probe))
-    static = [_probed(f"{t}/static", _embeddings(store, t, at), probe) for t in at.tokens]
     chosen = suggest(scores, np.array(alike.cka), pick)
-    suggested = [Suggested(scores[i].view, scores[i].score, round(overlap, 4)) for i, overlap in chosen]
     return Choice(
         views=scores,
-        static=static,
+        static=[_probed(f"{t}/static", _embeddings(store, t, at), probe) for t in at.tokens],
         chance_here=_most_frequent(at.here),
         chance_next=_most_frequent(at.next),
         cka=alike.cka,
-        suggested=suggested,
+        suggested=[Suggested(scores[i].view, scores[i].score, round(overlap, 4)) for i, overlap in chosen],
         together=_probed("together", np.concatenate([read(views[i]) for i, _ in chosen], axis=1), probe),
-        rule=RULE.format(least=LEAST_SHARE),
+        rule=RULE,
         places=len(at.here),
         cka_places=alike.places,
         utterances=len(at.ids),
@@ -135,18 +148,18 @@ def choose(
 
 
 def heat_map(choice: Choice) -> Similarity:
-    """The part of a choice that `plots.similarity` draws."""
+    """Return the part of a choice that `plots.similarity` draws."""
     return Similarity([p.view for p in choice.views], choice.cka_places, choice.cka)
 
 
 def suggest(scores: Sequence[Probed], cka: np.ndarray, pick: int) -> list[tuple[int, float]]:
-    """(number of a view, its largest CKA with those before), by the rule in RULE. Ties: the first."""
+    """Choose views by RULE; the first wins a tie. Returns (number of a view, its largest CKA with those before)."""
     gain = np.maximum([s.score for s in scores], 0)
     chosen = [(int(np.argmax(gain)), 0.0)]
-    able = gain >= LEAST_SHARE * gain.max()
+    eligible = gain >= LEAST_SHARE * gain.max()
     while len(chosen) < min(pick, len(scores)):
         overlap = np.clip(cka[:, [i for i, _ in chosen]].max(axis=1), 0, 1)
-        worth = np.where(able, gain * (1 - overlap), 0)
+        worth = np.where(eligible, gain * (1 - overlap), 0)
         worth[[i for i, _ in chosen]] = 0
         best = int(np.argmax(worth))
         if worth[best] <= 1e-6:
@@ -163,10 +176,10 @@ def _probed(name: str, states: np.ndarray, probe: Probe) -> Probed:
 
 def _embeddings(store: Store, teacher: str, at: _Places) -> np.ndarray:
     """float32 [places, D]: the input embedding of the token at each place."""
+    table = np.asarray(store.embedding(teacher)[1])
     lengths, token_id, _ = store.tokens(at.ids, teacher)
     start = np.cumsum(lengths, dtype=np.int64) - lengths
     rows = np.concatenate([t + s for t, s in zip(at.tokens[teacher], start.tolist())])
-    table = np.asarray(store.embedding(teacher)[1])
     return table[store.vocabulary_rows(teacher, token_id[rows])].astype(np.float32)
 
 
@@ -176,15 +189,14 @@ def _places(store: Store, views: Sequence[View], corpus: Corpus, units: Units, c
     symbols: list[np.ndarray] = []
     rows: list[int] = []
     left = count
-    for row in np.random.default_rng(seed).permutation(held_rows(store, views)).tolist():
+    for row in np.random.default_rng(seed).permutation(available_rows(store, views)).tolist():
         name = store.index.id(row)
         utterance = corpus.by_id.get(name)
         if utterance is None:
             continue
         if store.index.text_hash[row] != hash_text(utterance.text):
-            raise StaleError(
-                "its transcript is another one than in the store", where=name, remedy="stillhouse extract --refresh"
-            )
+            remedy = "stillhouse extract --refresh"
+            raise StaleError("its transcript differs from the one in the store", where=name, remedy=remedy)
         encoded = units.encode(utterance.text)
         solid = encoded.spans[:, 1] > encoded.spans[:, 0]
         if not solid.any():
@@ -204,9 +216,9 @@ def _places(store: Store, views: Sequence[View], corpus: Corpus, units: Units, c
         raise NoStoreError(
             f"the corpus and the store share {sum(counts)} units of {len(ids)} utterances",
             where=store.address,
-            expected=f"{10 * FOLDS} units of {FOLDS} utterances at least, in all of the views",
+            expected=f"at least {10 * FOLDS} units of {FOLDS} utterances in all of the views",
         )
-    # Nobody is judged on a text that he was fitted to, whoever else has read it, nor on a context of it
+    # A text is in one fold only, even if several speakers read it. So is a session, if there are enough sessions.
     texts = np.asarray(store.index.text_hash)[rows]
     groups = tied(np.asarray(store.index.session)[rows], texts)
     by_session = len(np.unique(groups)) >= FOLDS
@@ -214,22 +226,17 @@ def _places(store: Store, views: Sequence[View], corpus: Corpus, units: Units, c
         groups = np.unique(texts, return_inverse=True)[1]
     if len(np.unique(groups)) < FOLDS:
         raise NoStoreError(
-            f"{len(np.unique(groups))} different texts among those that the corpus and the store share",
+            f"the corpus and the store share {len(np.unique(groups))} different texts",
             where=store.address,
-            expected=f"{FOLDS} at least: one text is either fitted to or judged on",
+            expected=f"at least {FOLDS}, because the probe is tested on other texts than it is fitted to",
         )
-    return _Places(
-        ids,
-        tokens,
-        np.concatenate(here),
-        np.concatenate(after),
-        fold_numbers(np.repeat(groups, counts), FOLDS, seed),
-        "session" if by_session else "utterance",
-    )
+    folds = fold_numbers(np.repeat(groups, counts), FOLDS, seed)
+    folds_by = "session" if by_session else "utterance"
+    return _Places(ids, tokens, np.concatenate(here), np.concatenate(after), folds, folds_by)
 
 
 def _classes(symbols: np.ndarray) -> np.ndarray:
-    """Numbers from 0: the most frequent symbols first, all beyond `CLASSES` together the last."""
+    """Class numbers from 0, the most frequent symbols first; the last class has all symbols beyond `CLASSES`."""
     values, inverse, counts = np.unique(symbols, return_inverse=True, return_counts=True)
     rank = np.empty(len(values), np.int64)
     rank[np.argsort(-counts, kind="stable")] = np.arange(len(values))

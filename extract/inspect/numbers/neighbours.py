@@ -1,7 +1,7 @@
-"""Which tokens lie nearest to a word within a view: `neighbours`; how a word moves with context: `compare`.
+"""The tokens nearest to a word, `inspect neighbours`, and how a word moves with context, `inspect compare`.
 
-Invariant: exact: every token of the view is compared, block by block, whatever the store's size.
-Exercised by: `stillhouse inspect neighbours STORE UTT:WORD`, `stillhouse inspect compare STORE UTT --views A,B`.
+Guarantees: the search is exact. Every token of the view is compared, block by block, whatever the store's size.
+Try: `stillhouse inspect neighbours STORE UTT:WORD`, `stillhouse inspect compare STORE UTT --views A,B`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import numpy as np
 from ....data.errors import NoStoreError, UsageError
 from ...store import Gathered, Store, View, to_float32
 from ..facts.utterance import TokenFacts, plain, spelt, tokens_of
-from ..sample import BLOCK_TOKENS, cut, sample_rows, states_at_once, unmap
+from ..sample import blocks, ids_of, read_states, sample_rows
 
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A token and where it is; `sentence` is spelt from the tokens, begin and end are the token's place in it."""
+    """A token and its place. `sentence` is spelt from the tokens; `begin` and `end` are the token's place in it."""
 
     cosine: float
     utterance: str
@@ -38,42 +38,43 @@ class Neighbours:
     view: str
     utterance: str
     word: str
-    tokens: list[int]  # the word's tokens; their mean is what is looked for
+    tokens: list[int]  # the word's tokens; the search is for the mean of their states
     sentence: str
     searched: int
     neighbours: list[Neighbour]
-    begin: int = 0  # of the word in the sentence
+    begin: int = 0  # place of the word in the sentence
     end: int = 0
 
 
 def words(tokens: Sequence[TokenFacts]) -> list[list[int]]:
-    """Tokens by word: those whose spans touch or overlap belong to one."""
-    found: list[list[int]] = []
+    """Group tokens into words: those whose spans touch or overlap."""
+    grouped: list[list[int]] = []
     for i, token in enumerate(tokens):
-        if found and token.begin <= tokens[found[-1][-1]].end:
-            found[-1].append(i)
+        if grouped and token.begin <= tokens[grouped[-1][-1]].end:
+            grouped[-1].append(i)
         else:
-            found.append([i])
-    return found
+            grouped.append([i])
+    return grouped
 
 
 def find_word(tokens: Sequence[TokenFacts], word: str, utterance: str) -> list[int]:
-    """The tokens of the first word so spelt, or of the N-th (word#2); or the token of that number (word = "7").
+    """Return the tokens of a word: "bank", "bank#2" for the second one, or "7" for the token of that number.
 
-    Errors: NoStoreError listing the words that there are.
+    Raises:
+        NoStoreError: there is no such word; lists the words that there are.
     """
     if word.isdigit() and int(word) < len(tokens):
         return [int(word)]
     name, _, number = word.partition("#")
     spelled = {tuple(w): "".join(plain(tokens[i].piece) for i in w) for w in words(tokens)}
-    # A token by itself may be meant, too: "staircase's" is one run of touching tokens
+    # "staircase" may also name a single token, because "staircase's" is one word of touching tokens.
     matching = [list(w) for w, text in spelled.items() if text.casefold() == name.casefold()] or [
         [i] for i, t in enumerate(tokens) if plain(t.piece).casefold() == name.casefold()
     ]
-    wanted = int(number) if number.isdigit() else 1
-    if not 1 <= wanted <= len(matching):
+    ordinal = int(number) if number.isdigit() else 1
+    if not 1 <= ordinal <= len(matching):
         raise NoStoreError(f"no word {word!r}", where=utterance, expected=" ".join(spelled.values()) or "a word")
-    return matching[wanted - 1]
+    return matching[ordinal - 1]
 
 
 def nearest(
@@ -86,71 +87,72 @@ def nearest(
     standardise: bool = False,
     same_utterance: bool = False,
     tokens: int | None = None,
-    report: Callable[[View], None] | None = None,
+    on_progress: Callable[[View], None] = lambda _: None,
 ) -> Neighbours:
-    """The `count` tokens of largest cosine to a word, in other utterances (or in all).
+    """Find the tokens whose states have the largest cosine with a word's mean state.
 
-    `standardise`: with the view's norms, so that outlier dimensions do not decide alone. `tokens`: look only in a
-    sample of utterances that have about so many.
+    Arguments:
+        word: see `find_word`.
+        count: number of tokens to return.
+        standardise: standardise states by the view's norms first, so that outlier dimensions do not decide alone.
+        same_utterance: search the utterance itself, too.
+        tokens: search only a sample of about so many tokens.
+
+    Raises:
+        NoStoreError: the utterance is unknown or not extracted yet, or has no such word.
     """
     if not store.has([utterance], view)[0]:
         store.rows([utterance])
         raise NoStoreError(f"{utterance} is not extracted yet", where=view.address)
     own = tokens_of(store, utterance, view.teacher)
-    which = find_word(own, word, utterance)
+    own_tokens = find_word(own, word, utterance)
     dtype = store.teacher(view.teacher).dtype
     mean, std = store.norm(view) if standardise else (np.float32(0), np.float32(1))
-    query = ((to_float32(store.gather([utterance], [view]).states[view][which], dtype) - mean) / std).mean(0)
+    query = ((to_float32(store.gather([utterance], [view]).states[view][own_tokens], dtype) - mean) / std).mean(0)
     query /= max(float(np.linalg.norm(query)), 1e-30)
     rows = sample_rows(store, [view], tokens)
     if not same_utterance:
         rows = rows[rows != store.rows([utterance])[0]]
-    # cosine = (x/s)·q / |x/s| - what of it the mean takes: one matrix product a block
+    # With q the query and z = (x - mean) / std, z·q = x·(q/std) - mean·(q/std): one matrix product for each block.
     scaled, offset = query / std, float((mean / std * query).sum())
 
-    def read() -> Iterator[tuple[np.ndarray, Gathered]]:
-        for part in cut(store, view.teacher, rows, states_at_once(store, view.teacher, BLOCK_TOKENS)):
-            gathered = store.gather([store.index.id(int(r)) for r in part], [view])
-            unmap(store)
-            yield part, gathered
-
     def score(block: tuple[np.ndarray, Gathered]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The block's best: cosines, rows of utterances, tokens in them."""
-        part, gathered = block
+        """Cosines of the block's best tokens, the rows of their utterances, and their numbers there."""
+        block_rows, gathered = block
         states = to_float32(gathered.states[view], dtype)
         compared = (states - mean) / std if standardise else states
-        length = np.sqrt(np.einsum("nd,nd->n", compared, compared))
-        cosine = (states @ scaled - offset) / np.maximum(length, 1e-30)
+        norm = np.sqrt(np.einsum("nd,nd->n", compared, compared))
+        cosine = (states @ scaled - offset) / np.maximum(norm, 1e-30)
         best = np.argpartition(-cosine, min(count, len(cosine) - 1))[:count]
         lengths = gathered.lengths[view.teacher].astype(np.int64)
         ends = np.cumsum(lengths)
         of = np.searchsorted(ends, best, side="right")
-        return cosine[best], part[of], best - (ends - lengths)[of]
+        return cosine[best], block_rows[of], best - (ends - lengths)[of]
 
-    found: list[tuple[float, int, int]] = []
-    for number, (cosine, of, token) in enumerate(_in_threads(score, read())):
-        found = sorted([*found, *zip((-cosine).tolist(), of.tolist(), token.tolist())])[:count]
-        if report is not None and number % 8 == 0:
-            report(view)
-    length = store.lengths(view.teacher)
-    sentence, begin, end = marked(own, which[0])
+    best: list[tuple[float, int, int]] = []
+    read = ((part, read_states(store, view, ids_of(store, part))) for part in blocks(store, view.teacher, rows))
+    for number, (cosine, of, token) in enumerate(_in_threads(score, read)):
+        best = sorted([*best, *zip((-cosine).tolist(), of.tolist(), token.tolist())])[:count]
+        if number % 8 == 0:
+            on_progress(view)
+    sentence, begin, end = marked(own, own_tokens[0])
     return Neighbours(
         view=view.address,
         utterance=utterance,
-        word=" ".join(plain(own[i].piece) for i in which),
-        tokens=which,
+        word=" ".join(plain(own[i].piece) for i in own_tokens),
+        tokens=own_tokens,
         sentence=sentence,
-        searched=int(length[rows].sum()),
-        neighbours=[_neighbour(store, view, -c, row, token) for c, row, token in found],
+        searched=int(store.lengths(view.teacher)[rows].sum()),
+        neighbours=[_neighbour(store, view, -c, row, token) for c, row, token in best],
         begin=begin,
         end=end,
     )
 
 
 def _in_threads(work: Callable, parts: Iterator) -> Iterator:
-    """Results in the order of `parts`, on all cores, with no more than two blocks a core in memory.
+    """Results in the order of `parts`, on all cores, with at most two parts per core in memory.
 
-    `parts` is read in this thread: a store's handles belong to one.
+    This thread reads `parts`, because a store's handles belong to one thread.
     """
     cores = os.cpu_count() or 1
     with ThreadPoolExecutor(cores) as pool:
@@ -166,21 +168,15 @@ def _in_threads(work: Callable, parts: Iterator) -> Iterator:
 def _neighbour(store: Store, view: View, cosine: float, row: int, token: int) -> Neighbour:
     utterance = store.index.id(row)
     tokens = tokens_of(store, utterance, view.teacher)
-    sentence, begin, end = marked(tokens, token)
-    return Neighbour(round(cosine, 6), utterance, token, tokens[token].piece, sentence, begin, end)
+    return Neighbour(round(cosine, 6), utterance, token, tokens[token].piece, *marked(tokens, token))
 
 
 def marked(tokens: Sequence[TokenFacts], token: int) -> tuple[str, int, int]:
-    """The sentence spelt from the tokens, and where in it the word of `token` is."""
-    before = spelt([t for t in tokens[: _word_of(tokens, token)[0]]])
-    word = spelt([tokens[i] for i in _word_of(tokens, token)])
-    sentence = spelt(tokens)
+    """Return the sentence spelt from the tokens, and the begin and end of the word of `token` in it."""
+    word = next(w for w in words(tokens) if token in w)
+    before = spelt(tokens[: word[0]])
     begin = len(before) + 1 if before else 0
-    return sentence, begin, begin + len(word)
-
-
-def _word_of(tokens: Sequence[TokenFacts], token: int) -> list[int]:
-    return next(w for w in words(tokens) if token in w)
+    return spelt(tokens), begin, begin + len(spelt([tokens[i] for i in word]))
 
 
 @dataclass(frozen=True)
@@ -202,9 +198,11 @@ class NeighbourComparison:
 
 
 def compare(store: Store, utterance: str, views: Sequence[View]) -> list[NeighbourComparison]:
-    """Each other view against the first, token by token. They must be views of one teacher.
+    """Compare each other view with the first, token by token.
 
-    Errors: UsageError for views of several teachers or fewer than two; NoStoreError for what is not there.
+    Raises:
+        NoStoreError: the utterance or its states are not in the store.
+        UsageError: there are fewer than two views, or views of several teachers.
     """
     if len(views) < 2:
         raise UsageError(f"{len(views)} views to compare", expected="two at least, as in --views minilm/*/6")
@@ -216,15 +214,14 @@ def compare(store: Store, utterance: str, views: Sequence[View]) -> list[Neighbo
         )
     teacher = views[0].teacher
     gathered, dtype = store.gather([utterance], views), store.teacher(teacher).dtype
-    states = [to_float32(gathered.states[v], dtype) for v in views]
-    tokens = tokens_of(store, utterance, teacher)
-    found = []
-    for view, other in zip(views[1:], states[1:]):
-        first = states[0]
-        lengths = np.linalg.norm(first, axis=1), np.linalg.norm(other, axis=1)
-        cosine = (first * other).sum(1) / np.maximum(lengths[0] * lengths[1], 1e-30)
-        distance = np.linalg.norm(first - other, axis=1) / np.maximum(lengths[0], 1e-30)
-        moved = [Moved(i, t.piece, c, d) for i, (t, c, d) in enumerate(zip(tokens, cosine.tolist(), distance.tolist()))]
+    first, *others = (to_float32(gathered.states[v], dtype) for v in views)
+    pieces = [t.piece for t in tokens_of(store, utterance, teacher)]
+    norm = np.linalg.norm(first, axis=1)
+    comparisons = []
+    for view, other in zip(views[1:], others):
+        cosine = (first * other).sum(1) / np.maximum(norm * np.linalg.norm(other, axis=1), 1e-30)
+        distance = np.linalg.norm(first - other, axis=1) / np.maximum(norm, 1e-30)
+        moved = [Moved(i, *m) for i, m in enumerate(zip(pieces, cosine.tolist(), distance.tolist()))]
         mean = float(cosine.mean()) if len(cosine) else 1.0
-        found.append(NeighbourComparison(views[0].address, view.address, mean, moved))
-    return found
+        comparisons.append(NeighbourComparison(views[0].address, view.address, mean, moved))
+    return comparisons

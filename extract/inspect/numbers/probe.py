@@ -1,7 +1,8 @@
-"""A linear probe: ridge regression from states to indicators of classes, judged on folds that it was not fitted to.
+"""A linear probe: ridge regression from states to class indicators, cross-validated.
 
-Invariant: a fold's predictions come from the other folds alone; the strength of the ridge is the one that predicts
-best over all folds, the same for all classes. Exercised by: `stillhouse views STORE …`.
+Guarantees: the predictions of a fold come from the other folds only. The strength of the ridge is the one that predicts
+best over all folds, and it is the same for all classes.
+Try: `stillhouse views STORE …`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ WIDEST = 2048  # wider states are projected at random to this width
 
 @dataclass(frozen=True)
 class Probe:
-    """What is to be told: class numbers [n] of the unit here and of the next one, and the fold of each place [n]."""
+    """The targets: class numbers [n] of the unit at each place and of the next unit, and the fold [n] of each place."""
 
     here: np.ndarray
     next: np.ndarray
@@ -25,14 +26,14 @@ class Probe:
 
 @dataclass(frozen=True)
 class Fit:
-    """For (here, next): R² over all classes' indicators, and the share of places whose highest class is right."""
+    """For (here, next): R² over all class indicators, and the share of places whose highest class is correct."""
 
     r2: tuple[float, float]
     accuracy: tuple[float, float]
 
 
 def fold_numbers(groups: np.ndarray, folds: int, seed: int) -> np.ndarray:
-    """Fold of each place [n]: whole groups, shared out so that the folds are of about equal size."""
+    """Assign whole groups to folds of about equal size. Returns the fold of each place: int64 [n]."""
     names, inverse, counts = np.unique(groups, return_inverse=True, return_counts=True)
     number = np.empty(len(names), np.int64)
     filled = np.zeros(folds)
@@ -44,10 +45,10 @@ def fold_numbers(groups: np.ndarray, folds: int, seed: int) -> np.ndarray:
 
 
 def tied(sessions: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    """int64 [U]: equal numbers for utterances that a chain of equal sessions and equal texts leads from one to another.
+    """Number the groups of utterances that are linked by chains of equal sessions and equal texts: int64 [U].
 
-    A story that two speakers read, or a prompt that all do, would otherwise be fitted to in one session and judged in
-    another. Work: passes over [U], as many as the longest chain has links.
+    Without these groups, a text that two speakers read could be fitted in one session and tested in another. The work
+    is one pass over [U] for each link of the longest chain.
     """
     _, sessions = np.unique(sessions, return_inverse=True)
     _, texts = np.unique(texts, return_inverse=True)
@@ -63,7 +64,7 @@ def tied(sessions: np.ndarray, texts: np.ndarray) -> np.ndarray:
 
 
 def ridge(states: np.ndarray, probe: Probe) -> Fit:
-    """Cross-validated ridge of float [n, D] onto both targets' indicators. Time: folds · strengths · D² (D/3 + C)."""
+    """Fit a cross-validated ridge from float [n, D] to both targets. Time: folds · strengths · D² (D/3 + C)."""
     x = _standardised(states)
     targets = [np.eye(int(c.max()) + 1)[c] for c in (probe.here, probe.next)]
     edge = targets[0].shape[1]
@@ -83,7 +84,7 @@ def ridge(states: np.ndarray, probe: Probe) -> Fit:
     parts = (slice(0, edge), slice(edge, None))
     r2, accuracy = [], []
     for part, classes in zip(parts, (probe.here, probe.next)):
-        # The strength is chosen for each of the two by itself: one of them may be as good as noise
+        # Each target gets its own strength, because one of them may be as hard to predict as noise.
         error = np.square(predicted[:, :, part] - y[:, part]).sum(axis=(1, 2))
         best = int(np.argmin(error))
         r2.append(float(1 - error[best] / np.square(y[:, part] - means[:, part]).sum()))
@@ -92,7 +93,7 @@ def ridge(states: np.ndarray, probe: Probe) -> Fit:
 
 
 def _standardised(states: np.ndarray) -> np.ndarray:
-    """float64 [n, ≤ WIDEST], mean 0 and deviation 1 in each dimension, dead ones 0."""
+    """float64 [n, ≤ WIDEST] with mean 0 and deviation 1 in each dimension; dead dimensions are 0."""
     x = states.astype(np.float64)
     x -= x.mean(0)
     deviation = x.std(0)

@@ -1,8 +1,8 @@
-"""How alike views are: `similarity`, by linear CKA.
+"""Compare views by linear CKA: `stillhouse inspect similarity`.
 
-Invariant: every view is read at the same places of the same transcripts, so views of different tokenisers and widths
-compare; and the estimate is unbiased: unrelated views come out at 0 however wide they are.
-Exercised by: `stillhouse inspect similarity STORE`.
+Guarantees: every view is read at the same places of the same transcripts, so tokenisers and widths may differ. The
+estimate is unbiased: unrelated views get 0, however wide they are.
+Try: `stillhouse inspect similarity STORE`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from ....data.errors import NoStoreError
 from ...store import Store, View, to_float32
-from ..sample import affordable, sample_rows, unmap
+from ..sample import ids_of, read_states, sample_rows, sample_size
 
 PLACES = 2000
 GRAM_NUMBERS = 1 << 27  # of all views' Gram matrices
@@ -22,7 +22,7 @@ GRAM_NUMBERS = 1 << 27  # of all views' Gram matrices
 
 @dataclass(frozen=True)
 class Similarity:
-    """cka [V][V], in the order of `views`; `places` is how many tokens it was taken at."""
+    """The matrix `cka` [V][V] in the order of `views`, and the number of tokens behind it."""
 
     views: list[str]
     places: int
@@ -34,25 +34,27 @@ def similarity(
     views: Sequence[View],
     tokens: int | None = None,
     seed: int = 0,
-    report: Callable[[View], None] | None = None,
+    on_progress: Callable[[View], None] = lambda _: None,
 ) -> Similarity:
-    """Linear CKA of every pair of views at `tokens` places; None: 2,000, but fewer where views are wide or many.
-    Memory: [tokens, tokens] floats a view.
+    """Compute linear CKA of every pair of views. Memory: [tokens, tokens] floats for each view.
 
-    Errors: NoStoreError where fewer than four places lie under a token of every teacher.
+    Arguments:
+        tokens: number of places. None: 2,000, or fewer if the views are wide or many.
+        seed: of the sample.
+
+    Raises:
+        NoStoreError: fewer than four places have a token of every teacher.
     """
     if tokens is None:
-        tokens = min(affordable(store, views, PLACES), int((GRAM_NUMBERS / max(1, len(views))) ** 0.5))
+        tokens = min(sample_size(store, views, PLACES), int((GRAM_NUMBERS / max(1, len(views))) ** 0.5))
     ids, tokens_of = places(store, views, tokens, seed)
     count = sum(len(t) for t in next(iter(tokens_of.values())))
     if count < 4:
-        raise NoStoreError(f"only {count} tokens to compare views at", where=store.address, expected="4 at least")
+        raise NoStoreError(f"only {count} tokens to compare views at", where=store.address, expected="at least 4")
     gram = np.empty((len(views), count, count), np.float32)
     for number, view in enumerate(views):
-        if report is not None:
-            report(view)
+        on_progress(view)
         gram[number] = centred_gram(states_at(store, view, ids, tokens_of[view.teacher]))
-        unmap(store)
     flat = gram.reshape(len(views), -1)
     product = (flat @ flat.T).astype(np.float64)
     scale = np.sqrt(np.maximum(np.diag(product), 1e-30))
@@ -63,40 +65,46 @@ def similarity(
 def places(
     store: Store, views: Sequence[View], tokens: int, seed: int
 ) -> tuple[list[str], dict[str, list[np.ndarray]]]:
-    """Utterances, and for each teacher the indices of the tokens to read in each of them.
+    """Draw utterances; return their ids, and the indices of the tokens to read in each of them, by teacher.
 
-    The places are where the first teacher's tokens begin; another teacher's token is the one that spans that
-    character. Places that some teacher has no token for are left out.
+    A place is where a token of the first teacher begins. Another teacher's token is the one that spans that character.
+    Places without a token of some teacher are left out.
     """
     names = list(dict.fromkeys(v.teacher for v in views))
-    ids = [store.index.id(int(r)) for r in sample_rows(store, views, tokens, seed)]
+    ids = ids_of(store, sample_rows(store, views, tokens, seed))
     lengths, _, span = store.tokens(ids, names[0])
     spans = np.split(span, np.cumsum(lengths)[:-1])
     good, over = tokens_over(store, ids, names[1:], [s[:, 0] for s in spans])
-    found: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    indices: dict[str, list[np.ndarray]] = {name: [] for name in names}
     left = tokens
     for number in range(len(ids)):
         own = np.flatnonzero(good[number])
         solid = spans[number][own, 1] > spans[number][own, 0]
-        found[names[0]].append(own[solid][:left])
+        indices[names[0]].append(own[solid][:left])
         for name in names[1:]:
-            found[name].append(over[name][number][solid][:left])
-        left -= len(found[names[0]][-1])
-    return ids, found
+            indices[name].append(over[name][number][solid][:left])
+        left -= len(indices[names[0]][-1])
+    return ids, indices
 
 
 def tokens_over(
     store: Store, ids: Sequence[str], teachers: Sequence[str], begins: Sequence[np.ndarray]
 ) -> tuple[list[np.ndarray], dict[str, list[np.ndarray]]]:
-    """For each utterance the characters of `begins` that every teacher has a token over, bool; and, for each teacher
-    and utterance, those tokens' indices.
+    """Find the tokens of several teachers over some characters of each utterance.
+
+    Arguments:
+        begins: for each utterance the characters, as code points of the raw text.
+
+    Returns:
+        For each utterance a bool per character: whether every teacher has a token there. For each teacher and
+        utterance the indices of those tokens.
     """
     good = [np.ones(len(begin), bool) for begin in begins]
     at: dict[str, list[np.ndarray]] = {}
     for name in teachers:
         lengths, _, packed = store.tokens(ids, name)
         spans = np.split(packed, np.cumsum(lengths)[:-1])
-        # Tokens are in order: the one over a character is the last that begins at or before it, if it reaches it
+        # Tokens are in order, so the last one that begins at or before a character is over it, if it is long enough.
         at[name] = [np.searchsorted(s[:, 0], b, side="right") - 1 for s, b in zip(spans, begins)]
         for number, (s, b, index) in enumerate(zip(spans, begins, at[name])):
             good[number] &= (index >= 0) & (s[np.maximum(index, 0), 1] > b) if len(s) else False
@@ -104,8 +112,8 @@ def tokens_over(
 
 
 def states_at(store: Store, view: View, ids: list[str], tokens: list[np.ndarray]) -> np.ndarray:
-    """float32 [places, D]."""
-    gathered = store.gather(ids, [view])
+    """Read a view at some tokens of each utterance: float32 [places, D]."""
+    gathered = read_states(store, view, ids)
     lengths = gathered.lengths[view.teacher].astype(np.int64)
     start = np.cumsum(lengths) - lengths
     rows = np.concatenate([t + s for t, s in zip(tokens, start.tolist())])
@@ -113,9 +121,9 @@ def states_at(store: Store, view: View, ids: list[str], tokens: list[np.ndarray]
 
 
 def centred_gram(states: np.ndarray) -> np.ndarray:
-    """The U-centred Gram matrix [n, n]: products of two such matrices are unbiased estimates of HSIC.
+    """Return the U-centred Gram matrix [n, n]. Products of two such matrices are unbiased estimates of HSIC.
 
-    After Székely and Rizzo 2014, "Partial distance correlation with methods for dissimilarities".
+    Source: Székely and Rizzo 2014, "Partial distance correlation with methods for dissimilarities".
     """
     states = states - states.mean(0)
     gram = (states @ states.T).astype(np.float64)

@@ -1,8 +1,8 @@
-"""What the numbers of a view are like: `stats`.
+"""Statistics of the states of a view: `stillhouse inspect stats`.
 
-Invariant: one pass over the states; the first token of each utterance is counted apart, since a decoder's is often
-tens of times as long as the others and would hide them.
-Exercised by: `stillhouse inspect stats STORE --view 'minilm/*/*'`.
+Guarantees: the states are read once. The first token of each utterance is counted apart, because a decoder's first
+state is often tens of times as long as the others and would hide them.
+Try: `stillhouse inspect stats STORE --view 'minilm/*/*'`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...store import Store, View
-from ..sample import affordable, blocks, sample_rows
+from ...store import Store, View, to_float32
+from ..sample import blocks, ids_of, read_states, sample_rows, sample_size
 
-SAMPLE_TOKENS = 20_000  # a view, where the views are neither wide nor many
-RANK_SIDE = 1024  # of a sample of wider states, the rank is that of so many tokens: width³ operations are too many
+SAMPLE_TOKENS = 20_000  # of each view, if the views are neither wide nor many
+RANK_SIDE = 1024  # most tokens for the rank of wider states, because it takes width³ operations otherwise
 OUTLIER = 5.0  # times the median dimension's root mean square
 DEAD = 1e-3  # times the median dimension's deviation
 
@@ -30,16 +30,16 @@ class Dimension:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of all tokens but first ones, except where it says `first`.
+    """Statistics of all tokens except the first of each utterance; fields named `first` count those.
 
-    anisotropy        mean cosine of two random states: 0 where directions spread evenly, 1 where all are alike
-    effective_rank    exp of the entropy of the covariance's spectrum: in how many dimensions the states vary
-    rank_tokens       of how many tokens that is, which bounds it: 1,024 in a sample of states wider than that
+    anisotropy        mean cosine of two random states: 0 if directions spread evenly, 1 if all are equal
+    effective_rank    exp of the entropy of the covariance's spectrum: the number of dimensions in which states vary
+    rank_tokens       number of tokens behind that rank, which bounds it: 1,024 in a sample of states wider than that
     dead              dimensions whose deviation is below 1e-3 of the median dimension's
     outliers          dimensions whose root mean square is above 5 times the median dimension's, largest first
-    not_finite        states with a NaN or an infinity, first ones included; they enter nothing else
-    int8_error        of int8, measured on all tokens as they were written: root mean square error over root mean square
-    int8_error_standardised    the same of the standardised states, which training sees
+    not_finite        states with a NaN or an infinity, first ones included; nothing else counts them
+    int8_error        for int8: root mean square error over root mean square, of all tokens as they were written
+    int8_error_standardised    the same for standardised states, which training sees
     """
 
     view: str
@@ -65,28 +65,34 @@ def statistics(
     views: Sequence[View],
     tokens: int | None = None,
     seed: int = 0,
-    report: Callable[[View], None] | None = None,
+    on_progress: Callable[[View], None] = lambda _: None,
     rank: bool = True,
     full: bool = False,
 ) -> list[Statistics]:
-    """Of a sample of about `tokens` tokens a view (None: 20,000, but fewer of views that are wide or many), or `full`:
-    of all. Without `rank` the effective rank is NaN, and what grows with the square of the width is not computed.
-    Errors: NoStoreError where a view has no states.
+    """Compute the statistics of each view.
+
+    Arguments:
+        tokens: tokens of each view to read. None: 20,000, or fewer if the views are wide or many.
+        seed: of the sample.
+        rank: compute the effective rank, which takes operations that grow with the square of the width. False: NaN.
+        full: read all tokens.
+
+    Raises:
+        NoStoreError: a view has no states.
     """
-    found = []
-    most = None if full else tokens or affordable(store, views, SAMPLE_TOKENS)
+    measured = []
+    most = None if full else tokens or sample_size(store, views, SAMPLE_TOKENS)
     for view in views:
-        if report is not None:
-            report(view)
+        on_progress(view)
         rows = sample_rows(store, [view], most, seed)
         narrow = full or store.teacher(view.teacher).width <= RANK_SIDE
-        found.append(_of_view(store, view, rows, "none" if not rank else "all" if narrow else "some"))
-    return found
+        measured.append(_of_view(store, view, rows, "none" if not rank else "all" if narrow else "some"))
+    return measured
 
 
 def _of_view(store: Store, view: View, rows: np.ndarray, rank: str) -> Statistics:
-    """`rank`: of "all" tokens, of "some", or "none"."""
-    width = store.teacher(view.teacher).width
+    """`rank` is computed of "all" tokens, of "some", or of "none"."""
+    width, dtype = store.teacher(view.teacher).width, store.teacher(view.teacher).dtype
     total, direction = np.zeros(width), np.zeros(width)
     shift: np.ndarray | None = None
     square = np.zeros((width, width) if rank == "all" else width)
@@ -95,7 +101,9 @@ def _of_view(store: Store, view: View, rows: np.ndarray, rank: str) -> Statistic
     norms: list[np.ndarray] = []
     first_norms: list[np.ndarray] = []
     not_finite = count = 0
-    for _, lengths, states in blocks(store, view, rows):
+    for part in blocks(store, view.teacher, rows):
+        gathered = read_states(store, view, ids_of(store, part))
+        lengths, states = gathered.lengths[view.teacher], to_float32(gathered.states[view], dtype)
         first = np.zeros(len(states), bool)
         first[np.cumsum(lengths) - lengths] = True
         finite = np.isfinite(states).all(1)
@@ -104,7 +112,7 @@ def _of_view(store: Store, view: View, rows: np.ndarray, rank: str) -> Statistic
         states = states[finite & ~first]
         if not len(states):
             continue
-        if shift is None:  # near the mean, so that the products keep their digits
+        if shift is None:  # The products keep their digits if the mean is near zero.
             shift = states.mean(0, dtype=np.float64).astype(np.float32)
         length = np.linalg.norm(states, axis=1)
         norms.append(length)
@@ -139,7 +147,7 @@ def _of_view(store: Store, view: View, rows: np.ndarray, rank: str) -> Statistic
         norm_mean=float(lengths_all.mean()) if count else 0.0,
         norm_std=float(lengths_all.std()) if count else 0.0,
         first_norm_mean=float(first_all.mean()) if len(first_all) else 0.0,
-        # Over ordered pairs of different states; a state's cosine with itself is 1
+        # The mean over ordered pairs of different states. A state's cosine with itself is 1.
         anisotropy=float((direction @ direction - count) / pairs) if pairs else 0.0,
         effective_rank=float("nan") if rank == "none" else _effective_rank(spectrum_of) if count else 0.0,
         dead=np.flatnonzero(std <= DEAD * np.median(std)).tolist() if count else [],
@@ -154,10 +162,11 @@ def _of_view(store: Store, view: View, rows: np.ndarray, rank: str) -> Statistic
 
 
 def _effective_rank(covariance: np.ndarray) -> float:
-    """Roy and Vetterli 2007, "The effective rank": exp of the Shannon entropy of the normalised spectrum, which a Gram
-    matrix of the same states has, too.
+    """exp of the Shannon entropy of the normalised spectrum, which a Gram matrix of the same states shares.
+
+    Source: Roy and Vetterli 2007, "The effective rank".
     """
-    if not np.isfinite(covariance).all():  # of norms that are damaged; verify names them
+    if not np.isfinite(covariance).all():  # Damaged norms lead here; `verify` names them.
         return float("nan")
     spectrum = np.maximum(np.linalg.eigvalsh(covariance), 0)
     if not spectrum.sum():

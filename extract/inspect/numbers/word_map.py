@@ -1,7 +1,7 @@
-"""All places where a word stands, as each context shows it, on a plane: for `plot --kind word` and the report.
+"""All occurrences of a word in several contexts, on a plane: for `inspect plot --kind word` and the report.
 
-Invariant: one projection for all contexts, so that distances between colours mean something.
-Exercised by: `stillhouse inspect plot STORE bank.png --kind word --word bank`.
+Guarantees: all contexts share one projection, so distances between colours are comparable.
+Try: `stillhouse inspect plot STORE bank.png --kind word --word bank`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import numpy as np
 from ....data.errors import NoStoreError, UsageError
 from ...store import Store, View, to_float32
 from ..facts.utterance import plain, tokens_of
-from ..sample import cut, held_rows
+from ..sample import available_rows, blocks, ids_of
 from .neighbours import marked
 
-BLOCK_TOKENS = 1 << 20
+READ_TOKENS = 1 << 20  # token ids that are read at once
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Point:
 
 @dataclass(frozen=True)
 class WordMap:
-    """`explained` is the share of the variance that the two axes show; `found` counts all occurrences."""
+    """`explained` is the share of the variance on each of the two axes; `found` counts all occurrences."""
 
     word: str
     views: list[str]
@@ -45,18 +45,18 @@ class WordMap:
 
 
 def occurrences(store: Store, teacher: str, word: str, rows: np.ndarray) -> list[tuple[int, int]]:
-    """(row, token) of every token that spells the word alone, in the order of `rows`."""
+    """Return (row, token) of every token that spells the word alone, in the order of `rows`."""
     pieces = store.pieces(teacher)
     spelling = [i for i, p in enumerate(pieces) if plain(p).casefold() == word.casefold() and not p.startswith("##")]
-    wanted = store.embedding(teacher)[0][spelling]
-    found: list[tuple[int, int]] = []
-    for part in cut(store, teacher, rows, BLOCK_TOKENS):
-        lengths, token_id, _ = store.tokens([store.index.id(int(r)) for r in part], teacher)
-        at = np.flatnonzero(np.isin(token_id, wanted))
+    ids = store.embedding(teacher)[0][spelling]
+    places: list[tuple[int, int]] = []
+    for part in blocks(store, teacher, rows, READ_TOKENS):
+        lengths, token_id, _ = store.tokens(ids_of(store, part), teacher)
+        at = np.flatnonzero(np.isin(token_id, ids))
         ends = np.cumsum(lengths.astype(np.int64))
         of = np.searchsorted(ends, at, side="right")
-        found += zip(part[of].tolist(), (at - (ends - lengths)[of]).tolist())
-    return found
+        places += zip(part[of].tolist(), (at - (ends - lengths)[of]).tolist())
+    return places
 
 
 def word_map(
@@ -67,10 +67,16 @@ def word_map(
     seed: int = 0,
     places: list[tuple[int, int]] | None = None,
 ) -> WordMap:
-    """The first two principal components of a word's states in views of one teacher and layer, contexts differing.
+    """Project a word's states in several views to their first two principal components.
 
-    places: its occurrences, where they are known already, or some of them.
-    Errors: NoStoreError where the word stands less than twice; UsageError for views of several teachers.
+    Arguments:
+        views: views of one teacher and layer in different contexts.
+        most: most occurrences to show, drawn by `seed`.
+        places: the occurrences, if they are known already, or some of them.
+
+    Raises:
+        NoStoreError: the word occurs fewer than two times.
+        UsageError: the views belong to several teachers.
     """
     teachers = {v.teacher for v in views}
     if len(teachers) != 1:
@@ -78,33 +84,32 @@ def word_map(
             f"views of several teachers on one plane: {', '.join(sorted(teachers))}", remedy="name one with --view"
         )
     teacher, dtype = views[0].teacher, store.teacher(views[0].teacher).dtype
-    places = occurrences(store, teacher, word, held_rows(store, views)) if places is None else places
+    places = occurrences(store, teacher, word, available_rows(store, views)) if places is None else places
     if len(places) < 2:
         raise NoStoreError(
-            f"{word!r} is {len(places)} times a token of {teacher} by itself",
+            f"{word!r} occurs {len(places)} times as a single token of {teacher}",
             where=store.address,
-            expected="twice at least",
+            expected="at least two times",
         )
     chosen = places
     if len(places) > most:
         index = np.sort(np.random.default_rng(seed).choice(len(places), most, replace=False))
         chosen = [places[i] for i in index.tolist()]
-    ids = list(dict.fromkeys(store.index.id(row) for row, _ in chosen))
+    utterances = ids_of(store, (row for row, _ in chosen))
+    ids = list(dict.fromkeys(utterances))
     gathered = store.gather(ids, views)
     lengths = gathered.lengths[teacher].astype(np.int64)
     start = dict(zip(ids, (np.cumsum(lengths) - lengths).tolist()))
-    at = [start[store.index.id(row)] + token for row, token in chosen]
+    at = [start[utterance] + token for utterance, (_, token) in zip(utterances, chosen)]
     states = np.concatenate([to_float32(gathered.states[v][at], dtype) for v in views])
     centred = states - states.mean(0)
-    _, spread, axes = np.linalg.svd(centred, full_matrices=False)
-    plane = centred @ axes[:2].T
-    explained = (spread**2 / max(float((spread**2).sum()), 1e-30))[:2]
+    _, scale, axes = np.linalg.svd(centred, full_matrices=False)
+    plane = (centred @ axes[:2].T).tolist()
+    explained = (scale**2 / max(float((scale**2).sum()), 1e-30))[:2]
     tokens = {i: tokens_of(store, i, teacher) for i in ids}
     points = []
-    for n, (x, y) in enumerate(plane.tolist()):
-        row, token = chosen[n % len(chosen)]
-        utterance = store.index.id(row)
-        sentence, begin, end = marked(tokens[utterance], token)
+    for n, (x, y) in enumerate(plane):
+        utterance, (_, token) = utterances[n % len(chosen)], chosen[n % len(chosen)]
         view = views[n // len(chosen)].address
-        points.append(Point(round(x, 4), round(y, 4), view, utterance, token, sentence, begin, end))
+        points.append(Point(round(x, 4), round(y, 4), view, utterance, token, *marked(tokens[utterance], token)))
     return WordMap(word, [v.address for v in views], len(places), len(chosen), explained.round(4).tolist(), points)

@@ -1,1 +1,1 @@
-"""TODO: what this folder is for."""
+"""Facts and numbers as text, HTML and pictures. May import the rest of `inspect`."""

@@ -1,7 +1,7 @@
-"""The text that people read for each fact.
+"""Facts as text for people.
 
-Invariant: fits the terminal, or 80 columns in a pipe, where ids and names allow it.
-Exercised by: pytest tests/extract/inspect/test_first_look.py -k columns.
+Guarantees: lines fit the terminal, or 80 columns in a pipe, unless an id or a name is longer.
+Try: `stillhouse inspect info STORE`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ if TYPE_CHECKING:
 
 
 def store(s: StoreFacts) -> str:
-    planned = sum(t.views_planned for t in s.teachers)
-    complete = sum(t.views for t in s.teachers)
+    complete, planned = sum(t.views for t in s.teachers), sum(t.views_planned for t in s.teachers)
     units, units_planned = sum(t.units for t in s.teachers), sum(t.units_planned for t in s.teachers)
-    state = "complete" if s.complete else f"in the making: {share(units, units_planned)} of the units of work"
+    state = "complete" if s.complete else f"not finished: {share(units, units_planned)} of the work items"
     rows: list[tuple[str, str]] = [
         ("store", f"{s.path} (format {s.version}, made {s.created})"),
         ("state", f"{state}; {complete} of {planned} views"),
@@ -49,7 +48,7 @@ def _teacher(t: TeacherFacts) -> str:
         ("  layers", ", ".join(map(str, sorted(t.layers)))),
         ("  tokens", f"{t.tokens:,}, {t.vocabulary:,} different"),
         ("  numbers", f"{t.dtype}{error}, computed in {t.model_dtype}; {size(t.hidden_bytes)}"),
-        ("  done", f"{t.units:,} of {t.units_planned:,} units of work; {t.views} of {t.views_planned} views"),
+        ("  done", f"{t.units:,} of {t.units_planned:,} work items; {t.views} of {t.views_planned} views"),
     ]
     return pairs(rows)
 
@@ -57,7 +56,7 @@ def _teacher(t: TeacherFacts) -> str:
 def views(listed: Sequence[ViewFacts]) -> str:
     rows = [
         (v.view, share(v.tokens, v.tokens_planned), f"{v.utterances:,}", f"{v.tokens:,}", size(v.bytes),
-         "complete" if v.complete else "norms not fixed yet" if v.tokens == v.tokens_planned else "not complete")
+         "complete" if v.complete else "norms missing" if v.tokens == v.tokens_planned else "not complete")
         for v in listed
     ]  # fmt: skip
     return table(rows, header=("view", "done", "utterances", "tokens", "states", ""), right="lrrrr")
@@ -69,39 +68,40 @@ def utterances(listed: Sequence[UtteranceFacts]) -> str:
         (u.utterance, u.session, *(f"{u.tokens[t]:,}" for t in teachers), f"{u.views} of {u.views_planned}")
         for u in listed
     ]
-    return table(
-        rows, header=("utterance", "session", *(f"{t} tokens" for t in teachers), "views"), right="l" + "r" * 9
-    )
+    header = ("utterance", "session", *(f"{t} tokens" for t in teachers), "views")
+    return table(rows, header=header, right="l" + "r" * 9)
 
 
 def shown(s: Shown) -> str:
-    where = f"number {s.session_row + 1} of {s.session_utterances} in session {s.session}, row {s.row}"
+    place = f"number {s.session_row + 1} of {s.session_utterances} in session {s.session}, row {s.row}"
     source = "" if s.text_from == "corpus" else "\n(spelt from the tokens; --corpus shows the transcript itself)"
-    head = f"{s.utterance}: {where}\n{wrap(s.text)}{source}"
+    head = f"{s.utterance}: {place}\n{wrap(s.text)}{source}"
     return "\n\n".join([head, *(_shown_teacher(t) for t in s.teachers)])
 
 
 def _shown_teacher(t: ShownTeacher) -> str:
     parts = [f"{t.name}: {len(t.tokens)} tokens"]
     parts += [f"  {c.context} saw {c.left} tokens before and {c.right} after" for c in t.contexts]
-    missing = [v.view for v in t.views if not v.held and v.problem is None]
     parts += [f"  damaged: {v.view}: {v.problem}" for v in t.views if v.problem is not None]
+    missing = [v.view for v in t.views if not v.held and v.problem is None]
     if missing:
         parts.append(wrap(f"  not extracted yet: {', '.join(missing)}", indent=4))
-    held = [v for v in t.views if v.held]
-    text_header = ["text"] if t.tokens and t.tokens[0].text is not None else []
-    # The teacher's name stands above the tables
-    header = ("#", "token", "span", *text_header, *(v.view.split("/", 1)[1] for v in held))
-    keep = 3 + len(text_header)
+    extracted = [v for v in t.views if v.held]
+    with_text = bool(t.tokens) and t.tokens[0].text is not None
+    # The teacher's name is above the tables, so the columns have context and layer only.
+    names = (v.view.split("/", 1)[1] for v in extracted)
+    header = ("#", "token", "span", *(["text"] if with_text else []), *names)
     rows = []
     for i, token in enumerate(t.tokens):
-        text = [] if token.text is None else [token.text]
-        rows.append((i, token.piece, f"{token.begin}:{token.end}", *text, *(f"{v.norms[i]:.2f}" for v in held)))
-    sides = "rll" + "l" * len(text_header) + "r" * len(held)
-    parts += [f"\n{drawn}" for drawn in tables(rows, header=header, right=sides, keep=keep, room=columns())]
-    if held:
+        text = [token.text] if with_text else []
+        norms = (f"{v.norms[i]:.2f}" for v in extracted)
+        rows.append((i, token.piece, f"{token.begin}:{token.end}", *text, *norms))
+    keep = 3 + with_text
+    sides = "r" + "l" * (keep - 1) + "r" * len(extracted)
+    parts += [f"\n{drawn}" for drawn in tables(rows, header=header, right=sides, keep=keep, most=columns())]
+    if extracted:
         parts.append("norm of each state, by context/layer")
-    for v in held:
+    for v in extracted:
         if v.values is not None:
             parts.append(f"\n{v.view}")
             parts += [" ".join(f"{x:.5g}" for x in row) for row in v.values]
@@ -114,18 +114,18 @@ def verified(v: Verified) -> str:
     read = f", {v.data:.4g} of their utterances read" if v.data else ", states not read (--data reads them)"
     if v.data >= 1:
         read = ", every byte of them read"
-    state = "" if v.complete else "; its extraction is not finished"
-    count = len(v.findings)
-    found = "no findings" if not count else "1 finding" if count == 1 else f"{count} findings"
+    state = "" if v.complete else "; the extraction is not finished"
+    count = len(v.findings) or "no"
     if v.unchecked:
-        lines.append(f"not checked, written before these had checksums: {'; '.join(v.unchecked)}")
-    told = f"{v.path}: {v.units:,} of {v.units_planned:,} units of work are there{read}: {found}{state}"
-    lines.append(wrap(told, indent=2))
+        lines.append(f"not checked, because they were written without checksums: {'; '.join(v.unchecked)}")
+    committed = f"{v.units:,} of {v.units_planned:,} work items are committed{read}"
+    findings = "finding" if count == 1 else "findings"
+    lines.append(wrap(f"{v.path}: {committed}: {count} {findings}{state}", indent=2))
     return "\n".join(lines)
 
 
 def tree(path: str, nodes: Sequence[Node]) -> str:
-    rows, abouts = [], []
+    rows, abouts = [], [""]
     for n in nodes:
         name = "  " * (n.depth + 1) + n.path.rsplit("/", 1)[-1] + ("/" if n.kind in ("folder", "group") else "")
         about = n.about or ""
@@ -135,12 +135,12 @@ def tree(path: str, nodes: Sequence[Node]) -> str:
         rows.append((name, f"{n.files:,}", size(n.bytes)))
         abouts.append(about)
     drawn = table(rows, header=("", "files", "size"), right="lrr").splitlines()
-    room = max(map(width, drawn)) + 2
-    told = (wrap(pad(line, room) + about, indent=room).rstrip() for line, about in zip(drawn, ["", *abouts]))
-    return "\n".join([path, *told])
+    left = max(map(width, drawn)) + 2
+    lines = (wrap(pad(line, left) + about, indent=left).rstrip() for line, about in zip(drawn, abouts))
+    return "\n".join([path, *lines])
 
 
 def exported(e: ExportedStates) -> str:
     tokens = ", ".join(f"{n:,} tokens of {name}" for name, n in e.tokens.items())
-    left = f"; {e.left_out:,} utterances without all these views left out" if e.left_out else ""
-    return f"{e.path}: {e.utterances:,} utterances, {tokens}, {len(e.views)} views, {size(e.bytes)}{left}"
+    left_out = f"; {e.left_out:,} utterances without all these views left out" if e.left_out else ""
+    return f"{e.path}: {e.utterances:,} utterances, {tokens}, {len(e.views)} views, {size(e.bytes)}{left_out}"

@@ -1,12 +1,13 @@
-"""The text that people read for what is computed from states: the other half of rendering.py.
+"""Numbers that are computed from states, as text for people.
 
-Invariant: fits the terminal, or 80 columns in a pipe, where ids and names allow it.
-Exercised by: pytest tests/extract/inspect/test_numbers.py tests/extract/inspect/test_first_look.py -k columns.
+Guarantees: lines fit the terminal, or 80 columns in a pipe, unless an id or a name is longer.
+Try: `stillhouse inspect stats STORE`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, takewhile
 from typing import TYPE_CHECKING
 
 from .terminal import columns, pad, printable, share, table, tables, width, wrap
@@ -43,9 +44,9 @@ def statistics(listed: Sequence[Statistics]) -> str:
             )
     tokens = ", ".join(dict.fromkeys(f"{s.tokens:,}" for s in listed))
     bounded = sorted({f"{s.rank_tokens:,}" for s in listed if s.rank_tokens < s.tokens})
-    rank = f"effective, of {' or '.join(bounded)} tokens, which bounds it" if bounded else "effective"
-    told = f"first: norm of first tokens over the others'; alike: mean cosine of two tokens; rank: {rank}; "
-    lines.append(wrap(f"of {tokens} tokens a view; {told}first tokens are in none of the other columns"))
+    rank = f"effective rank of {' or '.join(bounded)} tokens, which bounds it" if bounded else "effective rank"
+    legend = f"first: norm of first tokens over the others'; alike: mean cosine of two tokens; rank: {rank}; "
+    lines.append(wrap(f"{tokens} tokens of each view; {legend}no other column counts first tokens"))
     return "\n".join(lines)
 
 
@@ -59,26 +60,26 @@ def similarity(s: Similarity) -> str:
     before = max(width(view) for view in s.views) + len(str(count)) + 2
     across = max(1, (columns() - before) // 6)
     drawn = []
-    for first in range(0, count, across):  # below the diagonal, as many columns at a time as fit
+    for first in range(0, count, across):  # as many columns as fit; values above the diagonal would repeat
         numbers = range(first, min(first + across, count))
         rows = [(*names[i], *(f"{s.cka[i][k]:.2f}" for k in numbers if k <= i)) for i in range(first, count)]
         header = ("", "linear CKA", *(str(k + 1) for k in numbers))
         drawn.append(table(rows, header=header, right="rl" + "r" * count))
-    tables_ = "\n\n".join(drawn)
-    return f"{tables_}\nat {s.places:,} tokens; 1: the same up to rotation and scale, 0: unrelated"
+    legend = f"at {s.places:,} tokens; 1: the same up to rotation and scale, 0: unrelated"
+    return "\n\n".join(drawn) + f"\n{legend}"
 
 
 def choice(c: Choice) -> str:
     def row(p: Probed, rank: str) -> tuple[str, ...]:
-        told = (f"{p.here_r2:.3f}", f"{p.here_accuracy:.1%}", f"{p.next_r2:.3f}", f"{p.next_accuracy:.1%}")
-        return (p.view, *told, f"{p.score:.3f}", rank)
+        here, following = (f"{p.here_r2:.3f}", f"{p.here_accuracy:.1%}"), (f"{p.next_r2:.3f}", f"{p.next_accuracy:.1%}")
+        return (p.view, *here, *following, f"{p.score:.3f}", rank)
 
     ranks = {s.view: str(n) for n, s in enumerate(c.suggested, start=1)}
     rows = [row(p, ranks.get(p.view, "")) for p in [*c.views, *c.static]]
     if len(c.suggested) > 1:
         rows.append(row(c.together, "all"))
     rows.append(("the most frequent unit", "0", f"{c.chance_here:.1%}", "0", f"{c.chance_next:.1%}", "0", ""))
-    header = ("view", "unit R²", "right", "next R²", "right", "score", "suggested")
+    header = ("view", "unit R²", "correct", "next R²", "correct", "score", "suggested")
     chosen = ", ".join(
         s.view + (f" (CKA {s.most_alike:.2f} with those before)" if n else "") for n, s in enumerate(c.suggested)
     )
@@ -97,41 +98,32 @@ def choice(c: Choice) -> str:
 def neighbours(n: Neighbours) -> str:
     longest = max((width(x.utterance) for x in n.neighbours), default=0)
     beside = longest <= columns() // 2
-    room = columns() - 7 - (longest + 2 if beside else 0)
-    rows: list[str] = []
-    for x in n.neighbours:
-        sentence = around(x.sentence, x.begin, x.end, room)
-        name = printable(x.utterance)
-        told = f"{pad(name, longest)}  {sentence}" if beside else f"{name}\n       {sentence}"
-        rows.append(f"{x.cosine:.3f}  {told}")
+    most = columns() - 7 - (longest + 2 if beside else 0)
     sentence = around(n.sentence, n.begin, n.end, 4 * columns())
-    head = f"{n.word!r} in {n.utterance} ({n.view}):\n{wrap(sentence)}\n"
-    drawn = "\n".join(rows)
-    return f"{head}\n{drawn}\n\nnearest of {n.searched:,} tokens by cosine"
+    lines = [f"{n.word!r} in {n.utterance} ({n.view}):", wrap(sentence), ""]
+    for x in n.neighbours:
+        sentence, name = around(x.sentence, x.begin, x.end, most), printable(x.utterance)
+        place = f"{pad(name, longest)}  {sentence}" if beside else f"{name}\n       {sentence}"
+        lines.append(f"{x.cosine:.3f}  {place}")
+    return "\n".join([*lines, "", f"nearest of {n.searched:,} tokens by cosine"])
 
 
 def around(sentence: str, begin: int, end: int, most: int) -> str:
-    """A window of the sentence with the word in brackets, no wider than `most` where the word allows it."""
+    """Return a part of the sentence of `most` columns, or of a longer word, with the word in brackets."""
     word = printable(f"[{sentence[begin:end]}]")
     left, right = printable(sentence[max(0, begin - most) : begin]), printable(sentence[end : end + most])
-    room = max(0, most - width(word))
-    cut = begin > most, len(sentence) - end > most
-    left = _first(left[::-1], max(room // 2, room - width(right)), cut[0])[::-1]
-    return left + word + _first(right, room - width(left), cut[1])
+    rest = max(0, most - width(word))
+    left = _first(left[::-1], max(rest // 2, rest - width(right)), begin > most)[::-1]
+    return left + word + _first(right, rest - width(left), len(sentence) - end > most)
 
 
-def _first(text: str, room: int, cut: bool) -> str:
-    """As much of the beginning as fits, an ellipsis where something is left out."""
-    if not cut and width(text) <= room:
+def _first(text: str, most: int, cut: bool) -> str:
+    """The beginning that fits into `most` columns, with an ellipsis if something is left out."""
+    if not cut and width(text) <= most:
         return text
-    kept = ""
-    left = room - 1
-    for c in text:
-        left -= width(c)
-        if left < 0:
-            break
-        kept += c
-    return kept + "…" if text or cut else ""
+    ends = accumulate(map(width, text))
+    kept = sum(1 for _ in takewhile(lambda end: end < most, ends))
+    return text[:kept] + "…" if text or cut else ""
 
 
 def compared(listed: Sequence[NeighbourComparison]) -> str:
@@ -142,10 +134,10 @@ def compared(listed: Sequence[NeighbourComparison]) -> str:
     ]
     names = [c.b.split("/", 1)[1] for c in listed]
     header = ("#", "token", *(name for n in names for name in (f"cos {n}", "moved")))
-    drawn = "\n\n".join(tables(rows, header=header, right="rl" + "rr" * len(names), keep=2, room=columns()))
+    drawn = "\n\n".join(tables(rows, header=header, right="rl" + "rr" * len(names), keep=2, most=columns()))
     means = ", ".join(f"{c.b} {c.cosine:.3f}" for c in listed)
-    told = wrap(f"mean cosine: {means}; moved: length of the difference over {first.a}'s")
-    return f"against {first.a}\n{drawn}\n{told}"
+    legend = wrap(f"mean cosine: {means}; moved: norm of the difference over {first.a}'s norm")
+    return f"compared with {first.a}\n{drawn}\n{legend}"
 
 
 def difference(d: StoreDifference) -> str:
@@ -162,7 +154,7 @@ def difference(d: StoreDifference) -> str:
         (u.only_a, u.only_a_ids, "only in a"),
         (u.only_b, u.only_b_ids, "only in b"),
         (u.changed, u.changed_ids, "with another text"),
-        (u.tokenised, u.tokenised_ids, "cut into other tokens"),
+        (u.tokenised, u.tokenised_ids, "with other tokens"),
     ):
         if count:
             more = f" and {count - len(ids):,} more" if count > len(ids) else ""
@@ -176,5 +168,5 @@ def difference(d: StoreDifference) -> str:
         ]  # fmt: skip
         header = ("view", "tokens", "same bits", "largest", "of max |h|", "least cosine")
         lines += ["", table(rows, header=header, right="lrrrrr"), ""]
-    lines.append("the same" if d.same else "they differ")
+    lines.append("the stores are equal" if d.same else "the stores differ")
     return "\n".join(lines)

@@ -1,7 +1,8 @@
-"""How facts look in a terminal: plain aligned columns, sizes, shares; the same on a terminal and in a pipe.
+"""Text for a terminal: aligned columns, wrapped lines, sizes and shares.
 
-Invariant: columns are counted as a terminal does, Chinese and emoji as two; what can be broken is broken to fit the
-terminal, or 80 columns in a pipe. Exercised by: pytest tests/extract/inspect/test_first_look.py -k "columns or wrap".
+Guarantees: columns are counted as a terminal counts them, Chinese and emoji as two. Text is wrapped to the terminal, or
+to 80 columns in a pipe.
+Try: `pytest tests/extract/inspect/test_first_look.py -k "columns or wrap"`.
 """
 
 from __future__ import annotations
@@ -12,35 +13,39 @@ import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-COLUMNS = 80  # where nobody says how many there are
+COLUMNS = 80  # of a pipe
 PROSE = 100  # longer lines are hard to read
-LONG = 48  # a cell that is wider does not widen its column for the others
+LONG = 48  # a wider cell does not widen its column
 
 
 def columns() -> int:
-    """Of $COLUMNS or of the terminal; in a pipe 80."""
+    """Return $COLUMNS, or the columns of the terminal, or 80 in a pipe."""
     if os.environ.get("COLUMNS", "").isdecimal() or sys.stdout.isatty():
         return max(40, shutil.get_terminal_size((COLUMNS, 24)).columns)
     return COLUMNS
 
 
 def width(text: str) -> int:
-    """Terminal columns that a text takes."""
+    """Return the terminal columns of a text."""
     return sum(
         0 if unicodedata.category(c) in ("Mn", "Me", "Cf") else 1 + (unicodedata.east_asian_width(c) in "WF")
         for c in text
     )
 
 
-def pad(text: str, room: int, right: bool = False) -> str:
-    space = " " * max(0, room - width(text))
+def pad(text: str, columns: int, right: bool = False) -> str:
+    """Pad a text with spaces; `right` aligns it to the right."""
+    space = " " * max(0, columns - width(text))
     return space + text if right else text + space
 
 
 def table(rows: Sequence[Sequence[object]], *, right: str = "", header: Sequence[str] = ()) -> str:
-    """Aligned columns, two spaces between them. `right` has one letter a column: "r" aligns it to the right.
+    """Return aligned columns with two spaces between them. None is shown as "-".
 
-    None is shown as "-". A cell of more than 48 columns pushes the rest of its own row aside and no other row's.
+    A cell of more than 48 columns shifts the rest of its own row only.
+
+    Arguments:
+        right: one letter per column; "r" aligns it to the right.
     """
     cells = _cells(rows, header)
     if not cells:
@@ -59,32 +64,34 @@ def _width_of(cells: Iterable[str]) -> int:
     return max((w for w in map(width, cells) if w <= LONG), default=0)
 
 
-def tables(rows: Sequence[Sequence[object]], *, right: str, header: Sequence[str], keep: int, room: int) -> list[str]:
-    """The same as several tables of at most `room` terminal columns, each with the first `keep` columns."""
+def tables(rows: Sequence[Sequence[object]], *, right: str, header: Sequence[str], keep: int, most: int) -> list[str]:
+    """Return a table in several parts of at most `most` terminal columns, each with the first `keep` columns."""
     cells = _cells(rows, header)
     widths = [_width_of(row[i] for row in cells) + 2 for i in range(len(header))]
     groups: list[list[int]] = []
     for i in range(keep, len(header)):
-        if not groups or sum(widths[k] for k in (*range(keep), *groups[-1], i)) > room + 2:
+        if not groups or sum(widths[k] for k in (*range(keep), *groups[-1], i)) > most + 2:
             groups.append([])
         groups[-1].append(i)
-    found = []
+    parts = []
     for group in groups or [[]]:
         which = [*range(keep), *group]
         sides, names = "".join(right[i] for i in which), [header[i] for i in which]
-        found.append(table([[row[i] for i in which] for row in rows], right=sides, header=names))
-    return found
+        parts.append(table([[row[i] for i in which] for row in rows], right=sides, header=names))
+    return parts
 
 
-def wrap(text: str, room: int | None = None, indent: int = 0) -> str:
-    """Lines of at most `room` terminal columns (None: the terminal's, at most 100), those after the first indented; a
-    word that is longer stays whole.
+def wrap(text: str, most: int | None = None, indent: int = 0) -> str:
+    """Break a text into lines of at most `most` columns, and indent those after the first. A longer word stays whole.
+
+    Arguments:
+        most: None: the columns of the terminal, at most 100.
     """
-    room = min(columns(), PROSE) if room is None else room
+    most = min(columns(), PROSE) if most is None else most
     lines: list[str] = []
     for word in printable(text).split(" "):
         begun = bool(lines) and width(lines[-1]) > indent - 1
-        if lines and (not begun or width(lines[-1]) + 1 + width(word) <= room):
+        if lines and (not begun or width(lines[-1]) + 1 + width(word) <= most):
             lines[-1] += f" {word}"
         else:
             lines.append(" " * indent + word if lines else word)
@@ -92,18 +99,18 @@ def wrap(text: str, room: int | None = None, indent: int = 0) -> str:
 
 
 def pairs(rows: Sequence[tuple[str, str]]) -> str:
-    """Names and what is said of each, beside each other."""
-    room = max(width(name) for name, _ in rows) + 2
-    return "\n".join(wrap(pad(name, room) + value, indent=room) for name, value in rows)
+    """Return names and values in two columns."""
+    left = max(width(name) for name, _ in rows) + 2
+    return "\n".join(wrap(pad(name, left) + value, indent=left) for name, value in rows)
 
 
 def printable(text: str) -> str:
-    """Control characters as escapes: a transcript must not move the cursor."""
+    """Escape control characters, because a transcript must not move the cursor."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def size(count: int) -> str:
-    """Bytes for people, in powers of 1000."""
+    """Return a number of bytes in powers of 1000, as in "1.5 MB"."""
     value = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000:
@@ -113,7 +120,7 @@ def size(count: int) -> str:
 
 
 def share(part: int, whole: int) -> str:
-    """A percentage that says 100 % only when all is there, and 0 % only when nothing is."""
+    """Return a percentage that is 100 % only if nothing is missing, and 0 % only if everything is."""
     if whole == 0 or part == whole:
         return "100 %"
     if part == 0:

@@ -237,7 +237,7 @@ def test_the_command(planted: SimpleNamespace, stillhouse: Callable[..., SimpleN
 
 def test_what_it_refuses(planted: SimpleNamespace) -> None:
     changed = [Utterance(id=u.id, text=u.text[::-1], session=u.session) for u in planted.corpus.utterances]
-    with pytest.raises(StaleError, match="another one than in the store"):
+    with pytest.raises(StaleError, match="differs from the one in the store"):
         choose(planted.store, planted.store.views, Corpus(planted.corpus.path, changed), planted.units)
     few = Corpus(planted.corpus.path, planted.corpus.utterances[:2])
     with pytest.raises(NoStoreError, match="share 60 units of 2 utterances"):

@@ -28,7 +28,7 @@ def test_a_store_is_the_same_as_itself_and_as_its_twin(store, known, tmp_path, s
     assert {n.view for n in found.numbers} == {v.address for v in store.views}
     assert all((n.tokens, n.equal, n.largest) == (26, 1, 0) for n in found.numbers)
     done = stillhouse("inspect", "diff", store.path, twin.path)
-    assert done.code == 0 and done.out.endswith("the same\n")
+    assert done.code == 0 and done.out.endswith("the stores are equal\n")
 
 
 def test_what_differs_is_told(store, other, stillhouse):
@@ -47,7 +47,7 @@ def test_what_differs_is_told(store, other, stillhouse):
     both = next(n for n in found.numbers if n.view == "known/both:8/4")
     assert both.largest > 3 * alone.largest
     done = stillhouse("inspect", "diff", store.path, other.path)
-    assert done.code == 1 and "dtype is float16 in a, float32 in b" in done.out and "they differ" in done.out
+    assert done.code == 1 and "dtype is float16 in a, float32 in b" in done.out and "the stores differ" in done.out
     assert json.loads(stillhouse("inspect", "diff", store.path, other.path, "--json").out)["same"] is False
 
 

@@ -127,11 +127,11 @@ def test_what_is_there_stays_unless_forced(store, tmp_path, stillhouse):
     path = tmp_path / "a.npz"
     path.write_text("mine")
     refused = stillhouse("inspect", "export", store.path, path)
-    assert refused.code == 2 and "is there already" in refused.err and path.read_text() == "mine"
+    assert refused.code == 2 and "exists already" in refused.err and path.read_text() == "mine"
     assert stillhouse("inspect", "export", store.path, path, "--force").code == 0
     assert stillhouse("inspect", "export", store.path, tmp_path / "a.pkl").code == 2
     drawn = stillhouse("inspect", "plot", store.path, path)
-    assert drawn.code == 2 and "cannot draw .npz" in drawn.err
+    assert drawn.code == 2 and "cannot write .npz" in drawn.err
 
 
 def test_too_much_for_one_file_is_refused_before_it_is_read(store, tmp_path, monkeypatch):
@@ -170,7 +170,7 @@ def test_a_word_map_is_the_plane_of_its_states(store):
     assert (drawn <= full + 1e-2).all()
     assert drawn.sum() / full.sum() == pytest.approx(sum(found.explained), abs=1e-3)
     assert all(p.sentence[p.begin : p.end] == "bank" for p in found.points)
-    with pytest.raises(NoStoreError, match="'wharf' is 0 times"):
+    with pytest.raises(NoStoreError, match="'wharf' occurs 0 times"):
         occurrences.word_map(store, views, "wharf")
     few = occurrences.word_map(store, views, "bank", most=2)
     assert (few.found, few.shown, len(few.points)) == (4, 2, 4)

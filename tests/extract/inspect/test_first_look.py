@@ -38,8 +38,8 @@ def test_info_and_ls_of_a_store_in_the_making(partial, stillhouse):
     # A writer may have made another unit before it was interrupted
     assert 2 <= both.units < both.units_planned == 5 and 0 < both.tokens < both.tokens_planned == 9000
     assert not facts.store_facts(partial).complete
-    share = f"{10 * (5 + both.units):.1f} % of the units of work"
-    assert f"in the making: {share}; 0 of 6 views" in stillhouse("inspect", "info", partial.path).out
+    share = f"{10 * (5 + both.units):.1f} % of the work items"
+    assert f"not finished: {share}; 0 of 6 views" in stillhouse("inspect", "info", partial.path).out
     listed = stillhouse("inspect", "ls", partial.path, "known/both:8/*", "--jsonl").out.splitlines()
     assert [json.loads(x)["view"] for x in listed] == ["known/both:8/0", "known/both:8/2", "known/both:8/4"]
     assert json.loads(listed[0])["tokens"] == both.tokens
@@ -66,10 +66,10 @@ def test_numbers_of_views_in_the_making(partial, store, stillhouse, tmp_path):
         ["plot", tmp_path / "norms.png", "--kind", "norms"],
     ):
         done = stillhouse("inspect", command[0], partial.path, *command[1:])
-        assert done.code == 0 and done.out and "not complete, taken as far as they go: known/" in done.err, command
+        assert done.code == 0 and done.out and "not complete yet: known/" in done.err, command
     told = stillhouse("inspect", "neighbours", partial.path, f"{missing}:0", "--view", both)
     assert told.code == 10 and f"{missing} is not extracted yet" in told.err and told.out == ""
-    assert "as far as" not in stillhouse("inspect", "stats", store.path).err
+    assert "not complete" not in stillhouse("inspect", "stats", store.path).err
 
 
 def test_what_is_hardly_begun_is_told(known, tmp_path, stillhouse):
@@ -306,9 +306,9 @@ def test_lines_for_people_fit_the_columns(wide, stillhouse, monkeypatch, columns
 def test_what_is_too_long_stays_in_its_row(known, tmp_path, stillhouse):
     rows = [("x" * 150, 1), ("ab", 2)]
     assert table(rows, header=("id", "n")) == f"id  n\n{'x' * 150}  1\nab  2"
-    drawn = tables([(1, "a", 0.5, 0.25)], header=("#", "t", "first", "second"), right="rlrr", keep=2, room=12)
+    drawn = tables([(1, "a", 0.5, 0.25)], header=("#", "t", "first", "second"), right="rlrr", keep=2, most=12)
     assert drawn == ["#  t  first\n1  a    0.5", "#  t  second\n1  a    0.25"]
-    assert tables([(1, "a")], header=("#", "t"), right="rl", keep=2, room=9) == ["#  t\n1  a"]
+    assert tables([(1, "a")], header=("#", "t"), right="rl", keep=2, most=9) == ["#  t\n1  a"]
 
 
 def test_wrapping():

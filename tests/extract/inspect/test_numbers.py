@@ -41,7 +41,7 @@ def all_states(store, view):
 
 
 def test_stats_against_plain_numpy(decoder, known, monkeypatch):
-    monkeypatch.setattr(reading.blocks, "__defaults__", (100,))  # several blocks
+    monkeypatch.setattr(reading, "BLOCK_TOKENS", 100)  # several blocks
     view = View("known", "alone", 2)
     [found] = statistics.statistics(decoder, [view], full=True)
     states, first = all_states(decoder, view)
@@ -91,7 +91,7 @@ def test_a_sample_is_whole_utterances_and_repeats(many):
 
 
 def test_the_rank_of_wide_states_is_that_of_some_tokens(decoder, known, monkeypatch):
-    monkeypatch.setattr(reading.blocks, "__defaults__", (100,))  # several blocks
+    monkeypatch.setattr(reading, "BLOCK_TOKENS", 100)  # several blocks
     monkeypatch.setattr(statistics, "RANK_SIDE", 11)
     view = View("known", "alone", 2)
     states, first = all_states(decoder, view)
@@ -112,7 +112,7 @@ def test_samples_are_smaller_where_views_are_wide_or_many(many, monkeypatch):
     monkeypatch.setattr(reading, "SAMPLE_NUMBERS", 12 * 2 * 150)
     monkeypatch.setattr(reading, "LEAST_TOKENS", 60)
     views = [View("known", c, k) for c in ("alone", "both:8") for k in (0, 2, 4)]
-    assert [reading.affordable(many, views[:n], 200) for n in (1, 2, 3, 6)] == [200, 150, 100, 60]
+    assert [reading.sample_size(many, views[:n], 200) for n in (1, 2, 3, 6)] == [200, 150, 100, 60]
 
     def tokens(**how):
         found = statistics.statistics(many, views[:3], **how)
@@ -132,26 +132,26 @@ def test_a_block_of_wide_states_is_no_larger_and_nothing_stays_mapped(many, monk
     view, rows = View("known", "alone", 0), np.arange(len(many.index))
     rows = rows[many.lengths("known") > 0]
     sizes = []
-    for _, _, states in reading.blocks(many, view, rows):
-        sizes.append(len(states))
+    for part in reading.blocks(many, "known", rows):
+        sizes.append(len(reading.read_states(many, view, reading.ids_of(many, part)).states[view]))
         assert not many._handles._open
     assert sum(sizes) == many.lengths("known").sum() and max(sizes) < 40 + 12
 
 
 def test_views_evenly_apart():
     views = [View("t", c, k) for c in ("alone", "both:8", "past:8") for k in range(33)]
-    some = reading.spread(views, 24)
+    some = reading.representative(views, 24)
     assert len(some) == 24 and some == sorted(some)
     assert {(v.context, v.layer) for v in some} >= {(c, k) for c in ("alone", "both:8", "past:8") for k in (0, 32)}
-    assert reading.spread(views, 99) == views and reading.spread(views[:5], 1) == views[:1]
+    assert reading.representative(views, 99) == views and reading.representative(views[:5], 1) == views[:1]
     contexts = [View("t", f"past:{n}", k) for n in range(40) for k in (3, 6)]
-    some = reading.spread(contexts, 24)
+    some = reading.representative(contexts, 24)
     assert len(some) == 24 and some[0] == contexts[0] and some[-1] == contexts[-1]
 
 
 def test_a_partial_store_is_sampled_where_it_is_there(partial):
     both = View("known", "both:8", 0)
-    rows = reading.held_rows(partial, [both])
+    rows = reading.available_rows(partial, [both])
     assert len(rows) in (204, 306)  # two shards of five, or three
     assert partial.has([partial.index.id(int(r)) for r in rows], both).all()
     [found] = statistics.statistics(partial, [both], full=True)
@@ -210,7 +210,7 @@ def test_places_of_another_tokeniser_are_the_tokens_over_the_same_characters(mon
 
 @pytest.mark.parametrize("standardise", [False, True])
 def test_neighbours_are_exact(many, standardise, monkeypatch):
-    monkeypatch.setattr(neighbours, "BLOCK_TOKENS", 64)
+    monkeypatch.setattr(reading, "BLOCK_TOKENS", 64)
     view = View("known", "both:8", 4)
     ids = many.utterance_ids
     found = neighbours.nearest(many, view, ids[7], "1", count=12, standardise=standardise)

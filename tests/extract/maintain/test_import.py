@@ -184,5 +184,5 @@ def test_the_command(made: tuple, bert: Path, tmp_path: Path) -> None:
     assert json.loads(done.stdout)["views"] == ["t/alone/0", "t/alone/2"]
     got, want = (s.gather(["u5"], VIEWS, "float32").states[VIEWS[1]] for s in (Store.open(tmp_path / "s"), store))
     assert np.linalg.norm(got - want) < 0.01 * np.linalg.norm(want)
-    with pytest.raises(UsageError, match="what made the tokens"):
+    with pytest.raises(UsageError, match="source of the tokens"):
         run()

@@ -1,0 +1,33 @@
+"""Files that `inspect` writes: a path is checked before the work, and a file is written whole or not at all.
+
+Guarantees: an existing file is replaced with `force` only, and a kill leaves the old file or the new one.
+Try: `stillhouse inspect export STORE states.npz`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ...data.errors import StoreError, UsageError
+from ...data.files.atomic import draft_of
+
+
+def check_output(path: Path, suffixes: Iterable[str], force: bool) -> None:
+    """Check that a file may be written. Raises UsageError for another suffix, or if it exists without `force`."""
+    if path.suffix not in suffixes:
+        name = path.suffix or "a file without suffix"
+        raise UsageError(f"cannot write {name}", where=path, expected=", ".join(suffixes))
+    if path.exists() and not force:
+        raise UsageError("this file exists already", where=path, remedy="remove it or give --force")
+
+
+@contextmanager
+def output_draft(path: Path) -> Iterator[Path]:
+    """Yield the path of a draft that replaces `path` at the end. Raises StoreError if it cannot be written."""
+    try:
+        with draft_of(path, suffix=path.suffix, durable=False) as draft:
+            yield draft
+    except OSError as e:
+        raise StoreError(f"cannot be written: {e.strerror}", where=path) from e
