@@ -141,7 +141,7 @@ def build(
     corpus = corpus_of(folder, texts, per_session)
 
     def report(progress: Any) -> None:
-        if stop_after is not None and progress.units >= stop_after:
+        if stop_after is not None and progress.items >= stop_after:
             raise KeyboardInterrupt
 
     wanted = Request("known", layers, contexts, **{"transform": "lower", **request})
@@ -171,7 +171,7 @@ LONG = [" ".join(f"w{(i * 7 + j * j) % 300}" for j in range(20)) for i in range(
 
 @pytest.fixture(scope="session")
 def partial(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """9,000 tokens in five shards; seven or eight of its ten units of work are there: `alone` whole, `both:8` not."""
+    """9,000 tokens in five shards; seven or eight of its ten work items are there: `alone` whole, `both:8` not."""
     return build(tmp_path_factory.mktemp("partial"), LONG, per_session=10, stop_after=7)
 
 
