@@ -159,16 +159,16 @@ def test_lambda_rises_stays_and_falls(tmp_path: Path) -> None:
 
 def test_a_model_larger_than_the_memory_is_refused_in_words(tmp_path: Path) -> None:
     vast = ["model.dim=65536", "model.layers=1024", "model.inner=262144"]
-    with pytest.raises(ConfigError, match="no room for a model of dim = 65536"):
+    with pytest.raises(ConfigError, match="too little memory for a model of dim = 65536"):
         build_model(load_config(write(tmp_path, MINIMAL), vast), 6)
 
 
 @pytest.mark.parametrize(("bfloat16", "chosen"), [(1.0, "bfloat16"), (2.0, "bfloat16"), (2.1, "float32")])
 def test_precision_is_the_faster_one(monkeypatch: pytest.MonkeyPatch, bfloat16: float, chosen: str) -> None:
-    monkeypatch.setattr(building, "_seconds", lambda dtype: bfloat16 if dtype == torch.bfloat16 else 2.0)
+    monkeypatch.setattr(building, "_matmul_seconds", lambda dtype: bfloat16 if dtype == torch.bfloat16 else 2.0)
     cpu = torch.device("cpu")
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     assert building.resolve_precision("auto", cpu) == chosen
     assert building.resolve_precision("bfloat16", cpu) == "bfloat16"
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False}, raising=False)
     assert building.resolve_precision("auto", cpu) == "float32", "elsewhere it is emulated"

@@ -1,10 +1,10 @@
-"""Steps whose loss or gradient is not finite: skipped, their batch named and kept to be looked at, ended after a few.
+"""Steps whose loss or gradient is not finite: skip them, name and keep their batches, and end the run after a few.
 
     RUN/bad/step-N[-rank-R].safetensors: features [B, T, bins], feature_lengths [B], targets [B, U], target_lengths [B],
     costs [B], step, seed; in the metadata the utterances' ids, a JSON list
 
-Invariant: such a step changes no weight, and a folder of bad batches never grows past KEPT files.
-Exercised by `stillhouse train`; pytest tests/train/loop/test_bad_steps.py.
+Guarantees: such a step changes no weight, and the folder never has more than KEPT files.
+Try: `pytest tests/train/loop/test_bad_steps.py`.
 """
 
 from __future__ import annotations
@@ -26,36 +26,46 @@ KEPT = 20
 
 
 class BadSteps:
-    """`limit` of them in a row end the run; `count` is how many there were in a row so far."""
+    """Counts the bad steps in a row, as `count`. `limit` of them end the run."""
 
-    def __init__(self, out: Path, limit: int, seed: int, report: Callable[[str], None], ranks: Ranks = ALONE) -> None:
-        self.out, self.limit, self.seed, self.report, self.ranks = out, limit, seed, report, ranks
+    def __init__(
+        self, out: Path, limit: int, seed: int, on_progress: Callable[[str], None], ranks: Ranks = ALONE
+    ) -> None:
+        self.out, self.limit, self.seed, self.on_progress, self.ranks = out, limit, seed, on_progress, ranks
         self.count = 0
 
     def skip(self, step: int, batch: Batch, costs: Tensor) -> None:
-        """Of step `step` (from 0). `costs` [B]: each utterance's RNN-T loss. StillhouseError: one too many."""
+        """Report a step, counted from 0, whose loss or gradient is not finite.
+
+        Arguments:
+            costs: [B], the RNN-T loss of each utterance.
+
+        Raises:
+            StillhouseError: this is the last of `limit` bad steps in a row.
+        """
         self.count += 1
-        unheard = ~torch.isfinite(batch.features).all(dim=(1, 2)).cpu()
-        bad = ~torch.isfinite(costs).cpu()
-        own = [id for id in batch.ids if batch.share]
-        found = [[id for id, wrong in zip(own, which.tolist()) if wrong] for which in (unheard, bad)]
-        parts = self.ranks.gather((found[0], found[1], own))
-        names, why = [id for part in parts for id in part[0]], "features that are not finite"
-        heard = not names
-        if heard:
-            names, why = [id for part in parts for id in part[1]], "no finite loss"
-        if not names:
-            names, why = [id for part in parts for id in part[2]], "no finite gradient"
-        path = self._keep(step, batch, costs) if set(own) & set(names) else None
+        ids = [id for id in batch.ids if batch.share]
+        bad_features = ~torch.isfinite(batch.features).all(dim=(1, 2)).cpu()
+        masks = [bad_features, ~torch.isfinite(costs).cpu(), torch.ones(len(costs), dtype=torch.bool)]
+        parts = self.ranks.gather([[id for id, bad in zip(ids, mask.tolist()) if bad] for mask in masks])
+        reasons = ("features that are not finite", "no finite loss", "no finite gradient")
+        names, reason = next(
+            (names, reason)
+            for number, reason in enumerate(reasons)
+            if (names := [id for part in parts for id in part[number]])
+        )
+        path = self._keep(step, batch, costs) if set(ids) & set(names) else None
         paths = [str(p) for p in self.ranks.gather(path) if p is not None]
-        kept = f"; kept as {', '.join(paths)}" if paths else ""
-        self.report(f"step {step}: skipped, {why}: {', '.join(names)}{kept}")
+        kept = f". Batch kept as {', '.join(paths)}" if paths else ""
+        self.on_progress(f"step {step}: skipped, {reason}: {', '.join(names)}{kept}")
         if self.count >= self.limit:
+            remedy = f"look at the batches in {self.out / 'bad'}"
+            if reason != reasons[0]:
+                remedy += ", lower optim.lr, or set run.precision=float32"
             raise StillhouseError(
-                f"{self.count} steps in a row without a finite loss and gradient, the last by {why}",
+                f"{self.count} steps in a row have no finite loss and gradient, the last by {reason}",
                 where=self.out,
-                remedy=f"look at the batches in {self.out / 'bad'}"
-                + ("" if not heard else ", lower optim.lr, or set run.precision=float32"),
+                remedy=remedy,
             )
 
     def _keep(self, step: int, batch: Batch, costs: Tensor) -> Path | None:

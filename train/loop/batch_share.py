@@ -1,8 +1,8 @@
-"""A batch shared out among ranks: what each part must know of the whole, so that the parts' losses add up to its loss.
+"""The sizes of a batch that ranks share, by which each rank divides the losses of its part.
 
-Invariant: the sum over ranks of a loss, and of its gradient, is what one process computes from the whole batch; the
-part of a stand-in (`Batch.share` 0) counts nothing. Exercised by `torchrun … -m stillhouse.cli train`; pytest
-tests/train/run/test_ranks.py.
+Guarantees: the sum over ranks of a loss, and of its gradient, is what one process computes from the whole batch. A
+stand-in part (`Batch.share` 0) adds nothing.
+Try: `pytest tests/train/run/test_ranks.py`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from ..run.ranks import ALONE, Ranks
 
 @dataclass(frozen=True)
 class PartSizes:
-    """What losses are divided by: ASR units, and positions of the transfer by teacher; `band`: how many units a frame
-    of the pruned loss needs at least for the transcripts to fit.
+    """What the losses of a part are divided by: its ASR units, and its transfer positions by teacher.
+
+    `band` is the number of units in a frame that the pruned loss needs at least for the transcripts to fit.
     """
 
     units: int
@@ -31,7 +32,7 @@ class PartSizes:
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """The whole batch, as the sizes of its `parts`, by rank."""
+    """The whole batch, as the sizes of its parts by rank."""
 
     parts: Sequence[PartSizes]
     ranks: Ranks = ALONE
@@ -46,25 +47,25 @@ class GlobalBatch:
 
     @property
     def transfer(self) -> Any:
-        """distill.transfer.Whole, or None where there is but one part."""
+        """A distill.transfer.RankTotals, or None if there is one part only."""
         if len(self.parts) == 1:
             return None
-        from ...distill.transfer import RankTotals as Transferred
+        from ...distill.transfer import RankTotals
 
         counts = {teacher: sum(part.positions[teacher] for part in self.parts) for teacher in self.parts[0].positions}
-        return Transferred(counts, self._others)
+        return RankTotals(counts, self._other_rows)
 
-    def _others(self, teacher: str, rows: Tensor) -> list[Tensor]:
-        found = self.ranks.gather_rows(rows, [part.positions[teacher] for part in self.parts])
-        return [part for rank, part in enumerate(found) if rank != self.ranks.rank and len(part)]
+    def _other_rows(self, teacher: str, rows: Tensor) -> list[Tensor]:
+        parts = self.ranks.gather_rows(rows, [part.positions[teacher] for part in self.parts])
+        return [part for rank, part in enumerate(parts) if rank != self.ranks.rank and len(part)]
 
 
 def part_sizes(model: Transducer, transfer: Any, batch: Batch) -> PartSizes:
-    """Of the part that `batch` is. `transfer` is a distill.Transfer or None."""
+    """Return the sizes of a batch, or of the part of one. `transfer` is a distill.Transfer or None."""
     band = 0
     if model.simple is not None:
         frames = model.encoder.output_lengths(batch.feature_lengths)
-        band = int((-(-batch.target_lengths // frames)).max()) + 1  # T frames of w units get past T * (w - 1) units
+        band = int((-(-batch.target_lengths // frames)).max()) + 1  # T frames of w units advance by T * (w - 1)
     positions = {} if transfer is None else transfer.counts(batch.transfer)
     if not batch.share:
         return PartSizes(0, 0, dict.fromkeys(positions, 0))

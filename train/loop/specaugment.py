@@ -1,7 +1,8 @@
-"""SpecAugment (Park et al. 2019, arXiv 1904.08779): bands of frequencies and stretches of time set to the mean.
+"""SpecAugment (Park et al. 2019, arXiv 1904.08779): set bands of frequencies and stretches of time to the mean.
 
-Invariant: masks fall inside each utterance and depend on the generator alone. Exercised by `stillhouse train`.
-torchaudio's SpecAugment masks a batch's padding as if it were speech and gives every utterance the same masks.
+Guarantees: masks lie inside each utterance and depend on the generator alone. torchaudio's SpecAugment masks padding
+like speech, and gives every utterance of a batch the same masks.
+Try: `pytest tests/train/loop/test_specaugment.py`.
 """
 
 from __future__ import annotations
@@ -22,24 +23,28 @@ def spec_augment(
     time_share: float,
     part: tuple[int, range] | None = None,
 ) -> Tensor:
-    """`features` [B, T, bins], normalised so that 0 is the mean; `lengths` [B] in frames. Returns a masked copy.
+    """Return a masked copy of a batch.
 
-    Each utterance gets `frequency_masks` bands up to `frequency_width` bins and `time_masks` stretches up to
-    `time_width` frames, together at most `time_share` of its length. `generator` lives on the CPU.
-
-    `part`: these are the utterances `part[1]` of a batch of `part[0]`, shared out among ranks: masks are drawn for all
-    of them, so that each utterance gets the same ones however many ranks there are.
+    Arguments:
+        features: [B, T, bins], normalised so that 0 is the mean.
+        lengths: [B], in frames.
+        generator: of the CPU.
+        frequency_masks, frequency_width: how many bands of each utterance are masked, and their largest width in bins.
+        time_masks, time_width: how many stretches of time are masked, and their largest length in frames.
+        time_share: the largest share of an utterance that its stretches cover together.
+        part: the size of the whole batch and the range of these utterances in it, if ranks share it. Masks are drawn
+            for the whole batch, so that they do not depend on the number of ranks.
     """
     batch, frames, bins = features.shape
-    size, mine = part or (batch, range(batch))
+    size, own = part or (batch, range(batch))
     masked = torch.zeros(batch, frames, bins, dtype=torch.bool, device=features.device)
     lengths_f = lengths.to("cpu", torch.float32)[:, None]
 
     def draw(count: int) -> Tensor:
-        return torch.rand(size, count, generator=generator)[mine.start : mine.stop : mine.step]
+        return torch.rand(size, count, generator=generator)[own.start : own.stop : own.step]
 
     def stretches(count: int, widest: Tensor, length: Tensor, axis: int) -> Tensor:
-        """[B, axis] bool: `count` stretches of width below `widest` inside `length`."""
+        """Bool [B, axis]: `count` stretches up to `widest` inside `length`."""
         width = (draw(count) * (widest + 1)).floor()
         begin = (draw(count) * (length - width + 1).clamp(min=0)).floor()
         at = torch.arange(axis)[None, None, :]

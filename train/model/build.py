@@ -1,12 +1,12 @@
-"""From settings and files to modules: the device, the transducer, the transfer, a trained model of a run folder.
+"""Build the transducer, the optimiser and the transfer of a recipe, and choose device and precision.
 
-Invariant: the transducer's first weights follow from the run's seed alone, whatever else the run has, so that runs
-with and without transfer start alike. Exercised by `stillhouse train` and `stillhouse decode`.
+Guarantees: the transducer's first weights do not depend on the transfer, so that runs with and without it start alike.
+Try: `stillhouse train CONFIG`.
 """
 
 from __future__ import annotations
 
-import time
+import timeit
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -21,7 +21,15 @@ from .transducer import Transducer
 
 
 def resolve_device(name: str, local: int | None = None) -> torch.device:
-    """`local`: the number of this process on its machine, where several train together: the number of its GPU."""
+    """Return a device that this machine has.
+
+    Arguments:
+        name: auto (CUDA if there is any, else the CPU), cpu, cuda or cuda:N.
+        local: this process's number on its machine, when several train together. It becomes the GPU's number.
+
+    Raises:
+        UsageError: there is no such device.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and local is not None:
@@ -29,46 +37,44 @@ def resolve_device(name: str, local: int | None = None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UsageError(f"no device {name!r}", expected="auto, cpu, cuda or cuda:N") from None
+        raise UsageError(f"there is no device {name!r}", expected="auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"no device {name}: {torch.cuda.device_count()} CUDA devices here", remedy="set device=cpu")
+        raise UsageError(
+            f"there is no device {name}, only {torch.cuda.device_count()} CUDA devices", remedy="choose the device cpu"
+        )
     return device
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """`auto` is bfloat16 where the device multiplies it natively and no slower than float32, else float32."""
+    """Return "float32" or "bfloat16". "auto" is bfloat16 where the device multiplies it no slower than float32."""
     if name != "auto":
         return name
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    fast = device.type == "cpu" and native() and _seconds(torch.bfloat16) <= _seconds(torch.float32)
+    native = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    fast = device.type == "cpu" and native and _matmul_seconds(torch.bfloat16) <= _matmul_seconds(torch.float32)
     return "bfloat16" if fast else "float32"
 
 
-def _seconds(dtype: torch.dtype) -> float:
-    """What a product takes, of the sizes of a small encoder's. The processor's flags do not tell: with AMX bfloat16
-    takes a quarter of float32's time, with AVX-512 alone half on some processors and twice as much on others.
+def _matmul_seconds(dtype: torch.dtype) -> float:
+    """The time of a product of a small encoder's sizes.
+
+    The processor's flags do not tell it. With AMX, bfloat16 takes a quarter of float32's time. With AVX-512 alone it
+    takes half of it on some processors and twice as much on others.
     """
     x, w = torch.ones(1024, 256, dtype=dtype), torch.ones(512, 256, dtype=dtype)
-    took = []
-    for _ in range(9):
-        begin = time.perf_counter()
-        torch.nn.functional.linear(x, w)
-        took.append(time.perf_counter() - begin)
-    return min(took)
+    return min(timeit.repeat(lambda: torch.nn.functional.linear(x, w), number=1, repeat=9))
 
 
 def build_model(config: Config, size: int) -> Transducer:
-    """A transducer over `size` units, initialised from the run's seed whatever else the run has.
+    """Return a transducer over `size` units, with first weights from the run's seed.
 
-    ConfigError: it is larger than the memory.
+    Raises:
+        ConfigError: the model is larger than the memory.
     """
     m = config.model
-    encoder = m.model_dump(
-        include={"dim", "layers", "heads", "inner", "kernel", "subsampling"}
-        | {"chunk_frames", "left_chunks", "chunk_choices"}
-    )
+    names = "dim layers heads inner kernel subsampling chunk_frames left_chunks chunk_choices"
+    encoder = m.model_dump(include=set(names.split()))
     encoder["causal"] = m.causal or m.chunk_frames > 0 or bool(m.chunk_choices)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
@@ -86,21 +92,21 @@ def build_model(config: Config, size: int) -> Transducer:
                 pruned=config.loss.kind == "pruned",
                 dropout=m.dropout,
             )
-        except (MemoryError, RuntimeError) as e:  # torch's allocator says it so
-            if isinstance(e, RuntimeError) and "allocate" not in str(e):
+        except (MemoryError, RuntimeError) as e:
+            if isinstance(e, RuntimeError) and "allocate" not in str(e):  # torch's allocator raises RuntimeError
                 raise
             raise ConfigError(
-                f"this machine has no room for a model of dim = {m.dim}, layers = {m.layers}, inner = {m.inner}, "
-                f"predictor_dim = {m.predictor_dim}, joint_dim = {m.joint_dim} and {size} units",
-                remedy="make the model smaller",
+                f"this machine has too little memory for a model of dim = {m.dim}, layers = {m.layers}, "
+                f"inner = {m.inner}, predictor_dim = {m.predictor_dim}, joint_dim = {m.joint_dim} and {size} units",
+                remedy="choose a smaller model, for example with --set model.dim=256",
             ) from None
 
 
 def build_optimiser(parameters: Iterable[Tensor], config: Config, device: torch.device) -> torch.optim.AdamW:
-    """AdamW; vectors (biases, norms) are not decayed.
+    """Return an AdamW that does not decay vectors, which are biases and norms.
 
-    On the CPU the fused kernel: one call in place of several small operators a parameter, a third of the time for a
-    model of 1.7 M. CUDA's own default is as good, and keeps the step counts on the CPU.
+    On the CPU it is the fused kernel, which takes a third of the time for a model of 1.7 M parameters.
+    One call replaces several operators for each parameter. CUDA's default is as good, and keeps step counts on the CPU.
     """
     parameters = list(parameters)
     return torch.optim.AdamW(
@@ -115,7 +121,7 @@ def build_optimiser(parameters: Iterable[Tensor], config: Config, device: torch.
 
 
 def build_transfer(config: Config, encoder_dim: int) -> tuple[Any, Any]:
-    """(distill.Transfer, distill.TargetReader), or (None, None) without views."""
+    """Return a distill.Transfer and a distill.TargetReader, or (None, None) for a recipe without views."""
     t = config.transfer
     if not t.views:
         return None, None
@@ -151,8 +157,9 @@ def build_transfer(config: Config, encoder_dim: int) -> tuple[Any, Any]:
 
 
 def store_shards(config: Config, ids: Sequence[str]) -> np.ndarray | None:
-    """The shard of each utterance in the first store that the config names, whether views are read or not: so that
-    runs with and without transfer have the same batches. None without a store.
+    """Return the shard of each utterance in the recipe's first store, or None without a store.
+
+    Whether views are read does not matter, so that runs with and without transfer have the same batches.
     """
     if not config.transfer.stores:
         return None

@@ -1,9 +1,9 @@
-"""Building blocks of the encoder that are exact under padding: what lies behind an utterance's end never reaches it.
+"""Building blocks of the encoder, which are exact under padding.
 
-Invariant: padding is zeroed before every convolution and masked in every attention, and nothing normalises over a
-batch, so a batch gives each utterance what it gets alone (to float rounding). A causal block may be given what lies
-before its frames (`past`), and gives back what the next frames need: zeros there are the beginning of an utterance.
-Exercised by `stillhouse train`; held by tests/train/model/test_model.py and test_streaming.py.
+Guarantees: an utterance gets the same states in a batch as alone (to float rounding). Padding is zeroed before every
+convolution and masked in every attention, and nothing normalises over a batch. A causal block takes what lies before
+its frames (`past`) and returns what the next frames need. Zeros are the beginning of an utterance.
+Try: `pytest tests/train/model/test_model.py tests/train/model/test_streaming.py`.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Past = tuple[Tensor, Tensor, Tensor]  # of a block: keys, values [B, left, D], convolution [B, kernel - 1, D]
+Past = tuple[Tensor, Tensor, Tensor]  # what a block keeps: keys, values [B, left, D], convolution [B, kernel - 1, D]
 
 
 def length_mask(lengths: Tensor, size: int) -> Tensor:
-    """[B] lengths -> [B, size] bool, True inside the utterance."""
+    """Return bool [B, size] of lengths [B], true inside the utterance."""
     return torch.arange(size, device=lengths.device)[None, :] < lengths[:, None]
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """F.dropout, with p rounded to 1/256 on the CPU.
+    """Apply F.dropout, with p rounded to 1/256 on the CPU.
 
-    There torch draws one Mersenne number an element on one thread, which costs more than the matrix product whose
-    output it drops; eight elements share one 64-bit number here (5x faster).
+    On the CPU, torch draws one Mersenne number for each element on one thread. That costs more than the matrix product
+    whose output it drops. Here eight elements share one 64-bit number, which is 5 times as fast.
     """
     if not training or p <= 0:
         return x
@@ -54,8 +54,8 @@ STRIDES = {2: (2,), 3: (3,), 4: (2, 2), 6: (2, 3), 8: (2, 2, 2)}
 class Subsampling(nn.Module):
     """Strided convolutions over time: [B, T, bins] -> [B, ceil(T / factor), dim].
 
-    One-dimensional convolutions (bins are channels): on a CPU a two-dimensional front end costs more than four
-    Conformer blocks. Causal: state t has seen frames up to (t + 1) * factor - 1, the last one of its own stretch.
+    The convolutions are one-dimensional, with bins as channels, because a two-dimensional front end costs more than
+    four Conformer blocks on a CPU. A causal state t has seen frames up to (t + 1) * factor - 1, its last one.
     """
 
     def __init__(self, bins: int, dim: int, factor: int, dropout_p: float, causal: bool = False) -> None:
@@ -66,7 +66,7 @@ class Subsampling(nn.Module):
             nn.Conv1d(a, b, 2 * (s // 2) + 3, stride=s, padding=0 if causal else s // 2 + 1)
             for a, b, s in zip(widths[:-1], widths[1:], self.strides)
         )
-        # (frames, width) that each convolution looks back to, before the stretch of its first state
+        # The (frames, width) that each convolution sees before the frames of its first state
         self.past_shapes = [(2 * (s // 2) + 3 - s, a) for a, s in zip(widths[:-1], self.strides)]
         self.norm = nn.LayerNorm(dim)
         self.drop = Dropout(dropout_p)
@@ -74,8 +74,9 @@ class Subsampling(nn.Module):
     def forward(
         self, x: Tensor, lengths: Tensor, past: Sequence[Tensor] | None = None
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Returns states, their lengths and, where causal, the `past` of the next frames (one for each convolution);
-        x holds a multiple of `factor` frames then, unless it is the end.
+        """Return states, their lengths and, if causal, the `past` of the next frames for each convolution.
+
+        A causal x holds a multiple of `factor` frames, unless the utterance ends with it.
         """
         new_past = []
         for number, (stride, convolution) in enumerate(zip(self.strides, self.convolutions)):
@@ -85,7 +86,7 @@ class Subsampling(nn.Module):
                 before = x.new_zeros(x.shape[0], back, width) if past is None else past[number].to(x.dtype)
                 x = torch.cat([before, x], dim=1)
                 new_past.append(x[:, frames:])
-                x = F.pad(x, (0, 0, 0, stride - 1))  # fills the last stretch where frames are missing
+                x = F.pad(x, (0, 0, 0, stride - 1))  # completes the frames of the last state
             x = F.silu(convolution(x.transpose(1, 2)).transpose(1, 2))
             lengths = (lengths + stride - 1) // stride
         # The residual stream stays in float32 under autocast.
@@ -93,7 +94,7 @@ class Subsampling(nn.Module):
 
 
 def rotary(positions: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [positions, head_dim / 2] of rotary embeddings (Su et al. 2021, base 10,000)."""
+    """Return cosines and sines [positions, head_dim / 2] of rotary embeddings (Su et al. 2021, base 10,000)."""
     frequency = 10_000 ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
     angle = torch.arange(positions, device=device, dtype=torch.float32)[:, None] * frequency
     return angle.cos(), angle.sin()
@@ -105,14 +106,14 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 def chunk_mask(frames: int, chunk: int, left_chunks: int, device: torch.device) -> Tensor:
-    """[frames, frames] bool: query frame i may see key frame j, of its own chunk or of the `left_chunks` before it."""
+    """Return bool [frames, frames]: frame i sees frame j of its own chunk or of the `left_chunks` before it."""
     number = torch.arange(frames, device=device) // chunk
     behind = number[:, None] - number[None, :]
     return (behind >= 0) & (behind <= left_chunks)
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with rotary positions over [B, T, dim]; `bias` [B, 1, 1 or T, keys] masks keys."""
+    """Multi-head self-attention with rotary positions over [B, T, dim]. `bias` [B, 1, 1 or T, keys] masks keys."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -123,9 +124,11 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, bias: Tensor, positions: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """`past`: keys and values [B, left, dim] of the frames before x, which are keys first; `positions` are of all
-        keys. Keys are kept as they are before rotation: scores know only how far apart two frames are, so that
-        positions may begin anew with every chunk. Returns the output and the past of the next frames.
+        """Return the output and the past of the next frames.
+
+        `past` holds keys and values [B, left, dim] of the frames before x, and `positions` are those of all keys. Keys
+        are kept before rotation. Scores depend on the distance of two frames alone, so that positions may start at 0
+        with every chunk.
         """
         batch, frames, dim = x.shape
         q, k, v = self.inputs(x).view(batch, frames, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
@@ -139,7 +142,7 @@ class SelfAttention(nn.Module):
         left = k.shape[2] - frames
         q, k = rotate(q, cosine[left:], sine[left:]), rotate(k, cosine, sine)
         if x.device.type == "cpu":
-            # The fused CPU kernel is 2.7x slower than two products in bfloat16, and no faster in float32.
+            # On a CPU, the fused kernel is 2.7 times slower than two products in bfloat16, and no faster in float32.
             weights = torch.softmax(q @ (k * q.shape[-1] ** -0.5).transpose(-1, -2) + bias.to(q.dtype), dim=-1)
             y = weights.to(v.dtype) @ v
         else:
@@ -148,9 +151,10 @@ class SelfAttention(nn.Module):
 
 
 class ConvolutionModule(nn.Module):
-    """Pointwise, GLU, depthwise over time, LayerNorm (not BatchNorm: see the module's invariant), SiLU, pointwise.
+    """Pointwise, GLU, depthwise over time, LayerNorm, SiLU, pointwise.
 
-    Causal: the depthwise convolution spans the `kernel` frames that end with its own.
+    LayerNorm replaces BatchNorm, which would make utterances depend on their batch. If it is causal, the depthwise
+    convolution spans the `kernel` frames that end with its own.
     """
 
     def __init__(self, dim: int, kernel: int, causal: bool = False) -> None:
@@ -162,13 +166,11 @@ class ConvolutionModule(nn.Module):
         self.output = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, mask: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """`past` [B, kernel - 1, dim]: what the convolution saw before x. Returns the output and, where causal, the
-        past of the next frames.
-        """
+        """Return the output and, if causal, the past of the next frames. `past` [B, kernel - 1, dim] precedes x."""
         x = F.glu(self.inputs(x), dim=-1) * mask
         if x.device.type == "cpu":
-            # In bfloat16 oneDNN (torch 2.14) searches its depthwise kernel without end for some shapes, and is no
-            # faster where it finds one.
+            # In bfloat16, oneDNN (torch 2.14) never finds its depthwise kernel for some shapes, and is no faster
+            # for others.
             x = x.to(self.depthwise.weight.dtype)
         new_past = None
         if self.causal:
@@ -178,7 +180,7 @@ class ConvolutionModule(nn.Module):
             else:
                 x = torch.cat([past.to(x.dtype), x], dim=1)
                 new_past = x[:, frames:].to(past.dtype)
-        # [B, T, D] seen as a channels-last image of height 1: no transposed copy, and 3x faster than conv1d on a CPU.
+        # As a channels-last image of height 1, [B, T, D] needs no transposed copy, and is 3 times as fast as conv1d.
         image = x.transpose(1, 2).unsqueeze(2)
         with torch.autocast("cpu", enabled=False):
             y = F.conv2d(
@@ -215,7 +217,12 @@ class ConformerBlock(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor, bias: Tensor, positions: tuple[Tensor, Tensor], past: Past | None = None
     ) -> tuple[Tensor, Past | None]:
-        """x [B, T, D]; mask [B, T, 1] float, 1 inside; bias [B, 1, 1 or T, keys], -inf on keys that are not seen."""
+        """Return the output [B, T, D] and, for a causal block with a past, the past of the next frames.
+
+        Arguments:
+            mask: float [B, T, 1], 1 inside the utterance.
+            bias: [B, 1, 1 or T, keys], -inf on keys that are not seen.
+        """
         x = x + 0.5 * self.drop(self.first(self.norms[0](x)))
         attended, keys_values = self.attention(self.norms[1](x), bias, positions, past and past[:2])
         x = x + self.drop(attended)

@@ -1,7 +1,7 @@
-"""What a transducer's alignments cost: the loss of its kind (RNN-T or token-and-duration), and CTC on its encoder.
+"""The losses of a transducer: RNN-T or token-and-duration by its kind, and CTC on its encoder.
 
-Invariant: one place knows which loss goes with which joint; costs are one number an utterance, computed in float32
-whatever autocast does. Exercised by `stillhouse train` and `stillhouse align`.
+Guarantees: each utterance has its own cost, computed in float32 also under autocast.
+Try: `stillhouse train CONFIG --set loss.kind=tdt`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ..rnnt import rnnt_loss_joint, tdt_loss
 from .transducer import BLANK, Transducer
 
-TDT_LOGITS = 1 << 26  # in memory at a time: 256 MiB, unless one utterance has more
+TDT_LOGITS = 1 << 26  # logits in memory at a time: 256 MiB, unless one utterance has more
 
 
 def transducer_costs(
@@ -34,27 +34,32 @@ def transducer_costs(
     ranges: Tensor | None = None,
     want_occupancy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Costs [B] and, if asked for, occupancies [B, U, T]: P(unit u is emitted at frame t).
+    """Compute the transducer loss of each utterance of a batch.
 
-    encoder [B, T, J] and predictor [B, U + 1, J], projected to the joint's width. targets and both lengths on the CPU.
-    eps, ranges: of the RNN-T loss (see rnnt_loss_joint); sigma: of the token-and-duration loss, whose logits are in
-    memory for a few utterances at a time.
+    Arguments:
+        encoder, predictor: [B, T, J] and [B, U + 1, J], projected to the joint network's width J.
+        targets: [B, U], on the CPU, as both lengths are.
+        eps, ranges: of the RNN-T loss; see rnnt_loss_joint.
+        sigma: of the token-and-duration loss, whose logits are in memory for a few utterances at a time.
+
+    Returns:
+        Costs [B] and, with `want_occupancy`, occupancies [B, U, T], the probability that unit u is emitted at frame t.
     """
     encoder, predictor, joint = encoder.float(), predictor.float(), model.joint
     if model.durations:
         known = (targets, lengths, target_lengths)
-        some = partial(_tdt, model, sigma=sigma, fastemit=fastemit, want_occupancy=want_occupancy)
-        room = TDT_LOGITS // (model.size + len(model.durations))
-        parts = list(_runs(lengths.tolist(), target_lengths.tolist(), room))
+        tdt = partial(_tdt_costs, model, sigma=sigma, fastemit=fastemit, want_occupancy=want_occupancy)
+        cells = TDT_LOGITS // (model.size + len(model.durations))
+        parts = list(_slices(lengths.tolist(), target_lengths.tolist(), cells))
         if len(parts) > 1 and torch.is_grad_enabled():
-            # Logits are made again for the backward pass: what is kept of a part is a few numbers a cell
-            some = partial(checkpoint, some, use_reentrant=False, preserve_rng_state=False)
-        found = [some(encoder[p], predictor[p], *(v[p] for v in known)) for p in parts]
-        costs = torch.cat([costs for costs, _ in found])
+            # The backward pass computes the logits of each part again, so that only one part's are in memory.
+            tdt = partial(checkpoint, tdt, use_reentrant=False, preserve_rng_state=False)
+        results = [tdt(encoder[p], predictor[p], *(v[p] for v in known)) for p in parts]
+        costs = torch.cat([costs for costs, _ in results])
         if not want_occupancy:
             return costs, None
         units, frames = targets.shape[1], encoder.shape[1]
-        padded = [F.pad(o, (0, frames - o.shape[2], 0, units - o.shape[1])) for _, o in found if o is not None]
+        padded = [F.pad(o, (0, frames - o.shape[2], 0, units - o.shape[1])) for _, o in results if o is not None]
         return costs, torch.cat(padded)
     result = rnnt_loss_joint(
         encoder,
@@ -75,7 +80,7 @@ def transducer_costs(
     return result if want_occupancy else (result, None)
 
 
-def _tdt(
+def _tdt_costs(
     model: Transducer,
     encoder: Tensor,
     predictor: Tensor,
@@ -87,7 +92,7 @@ def _tdt(
     fastemit: float,
     want_occupancy: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """transducer_costs of utterances whose logits fit into memory; the occupancies end with the longest of them."""
+    """The costs of utterances whose logits fit into memory. The occupancies end with the longest utterance."""
     frames, units = int(lengths.max()), int(target_lengths.max())
     with torch.autocast(encoder.device.type, enabled=False):
         tokens, durations = model.joint.with_durations(encoder[:, :frames, None], predictor[:, None, : units + 1])
@@ -107,19 +112,22 @@ def _tdt(
     return result if want_occupancy else (result, None)
 
 
-def _runs(frames: list[int], units: list[int], room: int) -> Iterator[slice]:
-    """The batch in runs whose padded lattices [count, T, U + 1] have `room` cells at most, one utterance at least."""
+def _slices(frames: list[int], units: list[int], cells: int) -> Iterator[slice]:
+    """Slices of the batch, of one utterance at least, whose padded lattices [count, T, U + 1] have `cells` at most."""
     start, longest, most = 0, 0, 0
     for k, (t, u) in enumerate(zip(frames, units)):
         longest, most = max(longest, t), max(most, u + 1)
-        if k > start and (k + 1 - start) * longest * most > room:
+        if k > start and (k + 1 - start) * longest * most > cells:
             yield slice(start, k)
             start, longest, most = k, t, u + 1
     yield slice(start, len(frames))
 
 
 def ctc_cost(scores: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor) -> Tensor:
-    """CTC loss summed over the batch, of scores [B, T, V] before the softmax; utterances too short for it cost 0."""
+    """Return the CTC loss of scores [B, T, V] before the softmax, summed over the batch.
+
+    An utterance that is too short for its transcript costs 0.
+    """
     return F.ctc_loss(
         scores.float().log_softmax(-1).transpose(0, 1),
         targets.to(scores.device).long(),

@@ -1,9 +1,8 @@
-"""An encoder that is fed frames as they arrive.
+"""An encoder that takes frames as they arrive.
 
-Invariant: however the frames are cut on their way, and whatever their number, the states are those of the whole
-utterance (to float rounding); a state comes out as soon as its chunk is full, and not before. Latency: a chunk of
-`chunk_frames` of 10 ms, and 7.5 ms that the last frame's window of 25 ms reaches beyond it; plus what computing takes.
-Exercised by: pytest tests/train/model/test_streaming.py.
+Guarantees: the states are those of the whole utterance (to float rounding), however its frames arrive. The states of a
+chunk come out as soon as its last frame has come.
+Try: `pytest tests/train/model/test_streaming.py`.
 """
 
 from __future__ import annotations
@@ -19,14 +18,17 @@ WINDOW_MS = 25.0
 
 
 def latency_ms(chunk_frames: int) -> float:
-    """Audio that must have been heard after a chunk's first sample before its states can be computed."""
+    """Return how much audio is needed, from a chunk's first sample on, before its states can be computed.
+
+    The last frame's window of 25 ms reaches 7.5 ms beyond the chunk.
+    """
     return chunk_frames * FRAME_MS + (WINDOW_MS - FRAME_MS) / 2
 
 
 class EncoderStream:
-    """One utterance after the other through an encoder in eval mode, in arrivals of any size.
+    """An encoder in eval mode that takes one utterance after the other, in parts of any size.
 
-    chunk_frames, left_chunks: other than the model's own (see Encoder.stream_state, and its errors).
+    `chunk_frames` and `left_chunks` replace the model's own. The constructor raises what `Encoder.stream_state` raises.
     """
 
     def __init__(self, encoder: Encoder, *, chunk_frames: int | None = None, left_chunks: int | None = None) -> None:
@@ -41,7 +43,7 @@ class EncoderStream:
 
     @torch.no_grad()
     def push(self, features: Tensor) -> Tensor:
-        """Plain fbank [n, bins], any n -> the states [m, dim] of the chunks that are now full."""
+        """Take plain fbank [n, bins], and return the states [m, dim] of the chunks that are now full."""
         self._waiting = torch.cat([self._waiting, features.to(self._waiting)])
         full = len(self._waiting) // self.chunk_frames * self.chunk_frames
         chunks, self._waiting = self._waiting[:full].split(self.chunk_frames), self._waiting[full:]
@@ -49,7 +51,7 @@ class EncoderStream:
 
     @torch.no_grad()
     def finish(self) -> Tensor:
-        """The utterance has ended: the states [m, dim] of the frames left over. What comes next is a new utterance."""
+        """End the utterance, and return the states [m, dim] of the frames that are left. A new utterance may follow."""
         count = len(self._waiting)
         chunk = F.pad(self._waiting, (0, 0, 0, self.chunk_frames - count))
         states = [self._step(chunk, count)] if count else []

@@ -1,8 +1,8 @@
-"""The transducer: encoder, prediction network, joint; plain fbank in, unit log-probabilities out.
+"""The transducer: encoder, prediction network and joint network, from plain fbank to unit logits. Blank is unit 0.
 
-Invariant: the model holds everything that inference needs (feature normalisation included) and nothing of the
-transfer. Blank is unit 0. Chunk by chunk an encoder says what it says of the whole (see streaming.py). Exercised by
-`stillhouse train` and `stillhouse decode`.
+Guarantees: the model holds all that inference needs, feature normalisation included, and nothing of the transfer. A
+streaming encoder computes the same states chunk by chunk as from the whole utterance.
+Try: `pytest tests/train/model`.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from ...data.errors import ConfigError
 from .layers import ConformerBlock, Dropout, Subsampling, chunk_mask, length_mask, rotary
 
 BLANK = 0
-PAST = ("keys", "values", "convolution")  # of a block, in `stream`'s state
+PAST = ("keys", "values", "convolution")  # what the state of `stream` holds for each block
 
 
 class Encoder(nn.Module):
-    """fbank [B, T, bins] and lengths [B] -> states [B, T', dim] and lengths, T' = ceil(T / subsampling).
+    """A Conformer encoder: fbank [B, T, bins] -> states [B, T', dim], with T' = ceil(T / subsampling).
 
-    causal          convolutions see no later frame
-    chunk_frames    frames of 10 ms in a chunk, a multiple of `subsampling`: a frame attends to its own chunk and to
-                    the `left_chunks` before it; 0: to the whole utterance. Both may be changed on a trained model
-    chunk_choices   chunk_frames drawn for each batch in training (Zhang et al. 2020, arXiv 2012.05481); none: always
-                    `chunk_frames`
+    Arguments:
+        causal: convolutions see no later frame.
+        chunk_frames: frames of 10 ms in a chunk, a multiple of `subsampling`. A frame attends to its own chunk and to
+            the `left_chunks` before it. 0 means the whole utterance. Both may be changed on a trained model.
+        chunk_choices: values of chunk_frames, of which each training batch draws one (Zhang et al. 2020,
+            arXiv 2012.05481). Empty means `chunk_frames` alone.
     """
 
     feature_mean: Tensor
@@ -60,19 +61,28 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(ConformerBlock(dim, heads, inner, kernel, dropout, causal) for _ in range(layers))
 
     def output_lengths(self, lengths: Tensor) -> Tensor:
-        """Lengths of the states of utterances of `lengths` frames."""
+        """Return the numbers of states of utterances of `lengths` frames."""
         return (lengths + self.subsampling - 1) // self.subsampling
 
     def normalise(self, features: Tensor, lengths: Tensor) -> Tensor:
-        """Mean and variance normalisation with the training set's statistics; padding becomes 0."""
+        """Normalise plain fbank by the training set's mean and deviation. Padding becomes 0."""
         mask = length_mask(lengths, features.shape[1])[:, :, None]
         return torch.where(mask, (features - self.feature_mean) / self.feature_std, 0.0)
 
     def forward(
         self, features: Tensor, lengths: Tensor, taps: Sequence[int] = (), generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor, dict]:
-        """`features` already normalised. Returns states, lengths and {layer: states [B, T', dim]} of the layers
-        in `taps` (1 is the first block's output). `generator`, on the CPU, draws one of `chunk_choices`."""
+        """Encode a batch of whole utterances.
+
+        Arguments:
+            features: [B, T, bins], normalised.
+            lengths: [B], in frames.
+            taps: layers whose states are returned as well, where 1 is the first block.
+            generator: draws one of `chunk_choices`, on the CPU.
+
+        Returns:
+            States [B, T', dim], their lengths [B], and {layer: states [B, T', dim]} of the taps.
+        """
         chunk = self._drawn_chunk(generator) // self.subsampling
         x, lengths, _ = self.front(features, lengths)
         inside = length_mask(lengths, x.shape[1])
@@ -80,7 +90,7 @@ class Encoder(nn.Module):
         seen = inside[:, None, None, :]
         if chunk:
             near = chunk_mask(x.shape[1], chunk, self.left_chunks, x.device)
-            # Frames of the padding see themselves at least: a softmax over nothing is NaN
+            # Each frame of the padding sees itself, because a softmax over no key is NaN.
             seen = (seen & near) | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
         bias = torch.zeros(seen.shape, device=x.device).masked_fill_(~seen, float("-inf"))
         positions = rotary(x.shape[1], self.head_dim, x.device)
@@ -99,23 +109,30 @@ class Encoder(nn.Module):
     def stream_state(
         self, batch: int = 1, *, chunk_frames: int | None = None, left_chunks: int | None = None
     ) -> dict[str, Tensor]:
-        """What `stream` keeps from chunk to chunk, at the beginning: all zeros, batch first, of fixed shapes.
+        """Return the state of `stream` at the beginning of an utterance: zeros, of fixed shapes, batch first.
 
-        processed   [B] int64: states so far
-        keys        [B, layers, left, dim], and `values`: of the attention; left = left_chunks * states of a chunk
-        convolution [B, layers, kernel - 1, dim]
-        front0, …   [B, frames, width]: one for each convolution of the subsampling
-        chunk_frames and left_chunks: other than the model's own. Raises ConfigError where the model cannot stream.
+        Arguments:
+            chunk_frames, left_chunks: None takes the model's own.
+
+        Returns:
+            processed [B] int64, the number of states so far; keys and values [B, layers, left, dim] of the attention,
+            left = left_chunks * states of a chunk; convolution [B, layers, kernel - 1, dim]; front0 and on
+            [B, frames, width], one for each convolution of the subsampling.
+
+        Raises:
+            ConfigError: the model cannot stream, or not with these chunks.
         """
         chunk = self.chunk_frames if chunk_frames is None else chunk_frames
         left_chunks = self.left_chunks if left_chunks is None else left_chunks
         if not self.causal:
             raise ConfigError(
-                "this model hears whole utterances: it was not trained to stream",
-                remedy="train one with model.chunk_frames, and model.chunk_choices to stream with several",
+                "this model cannot stream, because it was trained on whole utterances",
+                remedy="train one with model.chunk_frames, and with model.chunk_choices for several chunk sizes",
             )
         if chunk <= 0 or chunk % self.subsampling:
-            raise ConfigError(f"chunk_frames = {chunk}", expected=f"a multiple of the {self.subsampling} of a state")
+            raise ConfigError(
+                f"chunk_frames = {chunk}", expected=f"a multiple of {self.subsampling}, the frames of a state"
+            )
         if left_chunks < 0:
             raise ConfigError(f"left_chunks = {left_chunks}", expected="0 or more")
         zeros = self.feature_mean.new_zeros
@@ -129,11 +146,15 @@ class Encoder(nn.Module):
     def stream(
         self, features: Tensor, state: Mapping[str, Tensor], lengths: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One chunk of plain fbank [B, t, bins] -> states [B, t / subsampling, dim] and the next chunk's `state`.
+        """Encode one chunk of each utterance. The operations depend on shapes alone, so that this can be traced.
 
-        t is the same in every call: the chunk_frames that the state was made for. lengths [B]: frames of each
-        utterance in this chunk, fewer than t (or none) once it has ended; None: all t. States past an utterance's end
-        are 0. What is computed depends on shapes alone, so that it can be traced.
+        Arguments:
+            features: plain fbank [B, t, bins], where t is the chunk_frames that the state was made for.
+            state: of `stream_state`, or of the chunk before.
+            lengths: [B], the frames of each utterance in this chunk, fewer than t once it has ended. None means t.
+
+        Returns:
+            States [B, t / subsampling, dim], which are 0 past an utterance's end, and the state of the next chunk.
         """
         batch, frames, _ = features.shape
         if lengths is None:
@@ -160,9 +181,9 @@ class Encoder(nn.Module):
 
 
 class StatelessPredictor(nn.Module):
-    """The last `context` units, embedded and mixed by a depthwise convolution (Ghodsi et al. 2020, icassp).
+    """The last `context` units, embedded and mixed by a depthwise convolution (Ghodsi et al. 2020, ICASSP).
 
-    State for decoding: int64 [B, context], the last units, blank where there is none yet.
+    The state of a decoding is int64 [B, context], the last units, with blanks where there is none yet.
     """
 
     def __init__(self, size: int, dim: int, context: int = 2, dropout: float = 0.0) -> None:
@@ -177,24 +198,24 @@ class StatelessPredictor(nn.Module):
         return F.relu(self.mix(x).transpose(1, 2))
 
     def forward(self, targets: Tensor) -> Tensor:
-        """targets [B, U] -> states [B, U + 1, dim]; state u has seen the first u units."""
+        """Return states [B, U + 1, dim] of targets [B, U]. State u has seen the first u units."""
         return self._states(F.pad(targets.long(), (self.context, 0), value=BLANK))
 
     def initial(self, batch: int, device: torch.device) -> Any:
         return torch.full((batch, self.context), BLANK, dtype=torch.int64, device=device)
 
     def step(self, state: Any) -> Tensor:
-        """[B, dim] for the units in `state`."""
+        """Return [B, dim] for the units in `state`."""
         return self._states(state)[:, 0]
 
     def advance(self, state: Any, units: Tensor, where: Tensor) -> Any:
-        """`state` after `units` [B], only where `where` [B]."""
+        """Return `state` after `units` [B], changed only where `where` [B] is true."""
         moved = torch.cat([state[:, 1:], units[:, None]], dim=1)
         return torch.where(where[:, None], moved, state)
 
 
 class LstmPredictor(nn.Module):
-    """Embedding and one LSTM layer over all units so far. State: (output [B, dim], h [B, dim], c [B, dim])."""
+    """An embedding and one LSTM layer over all units so far. The state is (output, h, c), each [B, dim]."""
 
     def __init__(self, size: int, dim: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -204,9 +225,9 @@ class LstmPredictor(nn.Module):
         self.drop = Dropout(dropout)
 
     def forward(self, targets: Tensor) -> Tensor:
-        """targets [B, U] -> states [B, U + 1, dim]; state u has seen the first u units."""
+        """Return states [B, U + 1, dim] of targets [B, U]. State u has seen the first u units."""
         x = self.drop(self.embedding(F.pad(targets.long(), (1, 0), value=BLANK)))
-        # oneDNN has no bfloat16 LSTM on processors without bfloat16 of their own: autocast is an error there
+        # Autocast is an error on processors without bfloat16, because oneDNN has no bfloat16 LSTM there.
         with torch.autocast("cpu", enabled=False):
             return self.lstm(x)[0]
 
@@ -226,9 +247,13 @@ class LstmPredictor(nn.Module):
 
 
 class Joint(nn.Module):
-    """out(tanh(encoder(e) + predictor(p))), or of their product. The projections are apart so that the loss can fuse.
+    """The joint network: out(tanh(encoder(e) + predictor(p))), or of the product.
 
-    combine "add" or "mul". durations: how many a token-and-duration transducer chooses from, with logits of their own.
+    The projections are modules of their own, so that the loss can be fused with the rest.
+
+    Arguments:
+        combine: "add" or "mul".
+        durations: how many durations a token-and-duration transducer chooses from, by logits of their own.
     """
 
     def __init__(
@@ -243,7 +268,7 @@ class Joint(nn.Module):
         super().__init__()
         self.combine: Literal["add", "mul"] = combine
         self.encoder = nn.Linear(encoder_dim, dim)
-        # In a sum the encoder's bias serves both
+        # In a sum, the encoder's bias serves both.
         self.predictor = nn.Linear(predictor_dim, dim, bias=combine == "mul")
         self.output = nn.Linear(dim, size)
         self.durations = nn.Linear(dim, durations) if durations else None
@@ -252,11 +277,11 @@ class Joint(nn.Module):
         return torch.tanh(encoder + predictor if self.combine == "add" else encoder * predictor)
 
     def forward(self, encoder: Tensor, predictor: Tensor) -> Tensor:
-        """Projected encoder and predictor states that broadcast against each other -> logits [..., V]."""
+        """Return logits [..., V] of projected encoder and predictor states, which broadcast against each other."""
         return self.output(self.hidden(encoder, predictor))
 
     def with_durations(self, encoder: Tensor, predictor: Tensor) -> tuple[Tensor, Tensor]:
-        """As forward: logits of the units [..., V] and of the durations [..., D]."""
+        """Return logits of the units [..., V] and of the durations [..., D]. Raises ValueError without durations."""
         if self.durations is None:
             raise ValueError("this joint has no durations")
         hidden = self.hidden(encoder, predictor)
@@ -264,7 +289,7 @@ class Joint(nn.Module):
 
 
 class SimpleJoint(nn.Module):
-    """Unit scores of encoder and predictor apart, whose sum chooses the pruned loss's band; training only."""
+    """Unit scores of encoder and predictor, whose sum chooses the pruned loss's band. Training alone uses it."""
 
     def __init__(self, encoder_dim: int, predictor_dim: int, size: int) -> None:
         super().__init__()
@@ -272,14 +297,19 @@ class SimpleJoint(nn.Module):
         self.predictor = nn.Linear(predictor_dim, size, bias=False)
 
     def forward(self, encoder: Tensor, predictor: Tensor) -> tuple[Tensor, Tensor]:
-        """States [B, T, dim] and [B, U+1, dim] -> scores [B, T, V] and [B, U+1, V]."""
+        """Return scores [B, T, V] and [B, U + 1, V] of states [B, T, dim] and [B, U + 1, dim]."""
         return self.encoder(encoder), self.predictor(predictor)
 
 
 class Transducer(nn.Module):
-    """Encoder, prediction network and joint over `size` units, blank included; an optional CTC head.
+    """Encoder, prediction network and joint network over `size` units, blank included, and an optional CTC head.
 
-    durations: frames that an arc may move on by, which makes it a token-and-duration transducer; none: RNN-T.
+    Arguments:
+        encoder: the arguments of `Encoder`.
+        predictor: "stateless" or "lstm".
+        joint: "additive" or "multiplicative".
+        durations: states that an arc may move on by, for a token-and-duration transducer. Empty makes an RNN-T.
+        pruned: add the simple joint of the pruned loss.
     """
 
     def __init__(
@@ -312,6 +342,6 @@ class Transducer(nn.Module):
         self.simple = SimpleJoint(self.encoder.dim, predictor_dim, size) if pruned else None
 
     def encode(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Plain fbank [B, T, bins] -> encoder states [B, T', dim], lengths [B]; for inference."""
+        """Return encoder states [B, T', dim] and lengths [B] of plain fbank [B, T, bins], for inference."""
         states, lengths, _ = self.encoder(self.encoder.normalise(features, lengths), lengths)
         return states, lengths

@@ -58,7 +58,7 @@ def test_an_utterance_with_an_infinity_is_named_kept_and_passed_over(
     assert 1 <= len(skipped) < 24 and [f.name for f in files] == [f"step-{n}.safetensors" for n in skipped]
     told = [line for line in said if "skipped" in line]
     assert told == [
-        f"step {n}: skipped, features that are not finite: u7; kept as {file}" for n, file in zip(skipped, files)
+        f"step {n}: skipped, features that are not finite: u7. Batch kept as {file}" for n, file in zip(skipped, files)
     ]
     corpus = {u.id: u.text for u in read_manifest(tones / "corpus.jsonl").utterances}
     with safe_open(files[0], "pt") as kept:
