@@ -238,6 +238,11 @@ class Config(ConfigSection):
                     raise ValueError(f"{name} has {layer}, but with model.layers = {depth} it may have 1 to {last}")
         return self
 
+    def flat(self) -> dict[str, Any]:
+        """Return all settings as {"section.name": JSON value}."""
+        sections = self.model_dump(mode="json").items()
+        return {f"{section}.{name}": value for section, values in sections for name, value in values.items()}
+
 
 def load_config(path: Path, changes: Sequence[str] = (), *, saved: bool = False) -> Config:
     """Read a TOML file and apply changes of the form `section.name=value`.

@@ -1,9 +1,9 @@
 """The training loop, with all of its state in one checkpoint.
 
-Invariant: a step depends on the weights, the optimiser's state and the step's number alone: the batches follow from
-(seed, epoch, position) and every random draw is seeded by (seed, step). So a run that was killed goes on exactly as
-it would have gone. With several ranks, each batch is shared out among them and every rank has all of that state.
-Exercised by `stillhouse train CONFIG --out RUN`, killed and started again, and by torchrun.
+Guarantees: a run that was killed and resumed ends with the same bits as one that was not. A step depends on the
+weights, the optimiser's state and its number alone: batches follow from (seed, epoch, position) and random draws from
+(seed, step). Ranks share each batch, and every rank has all of that state.
+Try: `stillhouse train CONFIG --out RUN`, killed and started again.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ from ..decode.decode import transcribe
 from ..model.build import build_model, build_optimiser, build_transfer, resolve_device, resolve_precision, store_shards
 from ..run import checkpoint, folder, identity
 from ..run.averaging import moving_average
-from ..run.monitor import Monitor, Report
+from ..run.monitor import Monitor, OnProgress
 from ..run.profile import Profile
 from ..run.ranks import ALONE, GradientSum, Ranks
 from ..run.stopwatch import Stopwatch
+from ..score.hypotheses import write_hypotheses
 from ..score.wer import score
 from .bad_steps import BadSteps
 from .batch_share import GlobalBatch, part_sizes
@@ -44,23 +45,33 @@ from .objective import held_out_cost, losses
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """Euclidean norm of all gradients, float32, summed in float64: heads whose gradient is 0 do not change its last
-    bit, so a transfer of weight 0 is none, bit by bit.
+    """Return the Euclidean norm of all gradients as float32.
+
+    The sum is in float64, where heads with a gradient of 0 do not change the last bit. So a transfer of weight 0 trains
+    the same weights as no transfer.
     """
-    norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
+    norms = [torch.linalg.vector_norm(p.grad) for p in parameters if p.grad is not None]
     return torch.stack(norms).double().norm().float()
 
 
 class Trainer:
-    """Trains into the folder `out`; goes on from its newest checkpoint if there is one.
+    """Trains a run in the folder `out`, from its newest checkpoint if it has one.
 
-    Raises ConfigError, CorpusError, StoreError and the like before the first step, StaleError where `out` holds a run
-    with other settings, StillhouseError when the loss stays without a finite value, RankError when another rank stops.
+    Arguments:
+        on_progress: gets each line for people, on the first rank only.
+        ranks: the processes that train together, from `joined`.
+
+    Raises:
+        ConfigError, CorpusError, FeatureError, StoreError: before the first step.
+        StaleError: `out` holds a run with other settings or other data.
+        RankError: another rank stopped.
     """
 
-    def __init__(self, config: Config, out: Path, report: Report = lambda _: None, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self, config: Config, out: Path, on_progress: OnProgress = lambda _: None, ranks: Ranks = ALONE
+    ) -> None:
         self.config, self.out, self.ranks = config, out, ranks
-        self.report: Report = report if ranks.first else lambda _: None
+        self.on_progress: OnProgress = on_progress if ranks.first else lambda _: None
         self.device = resolve_device(config.run.device, ranks.local if ranks.size > 1 else None)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -98,22 +109,20 @@ class Trainer:
         self._refuse_unlike_ranks(sampler)
         self.sampler = sampler.shared(ranks.rank, ranks.size)
         self.step = self.epoch = self.position = 0
-        self.bad = BadSteps(out, config.run.bad_steps, config.run.seed, self.report, ranks)
+        self.bad = BadSteps(out, config.run.bad_steps, config.run.seed, self.on_progress, ranks)
         self.best: dict[str, float] = {}
         self.window: dict[str, Any] = {}
         ranks.from_first(lambda: folder.refuse_other_folder(out))
-        with self._alone():
+        with self._locked():
             self._begin()
 
-    # -- state
-
     def _refuse_unlike_ranks(self, sampler: BatchSampler) -> None:
-        """Before anything is written: all ranks mean the same run, and there is work for each."""
-        ranks, settings = self.ranks, self.config.model_dump(mode="json")
+        """Check, before anything is written, that all ranks mean the same run and that each has work."""
+        ranks = self.ranks
         if ranks.size == 1:
             return
-        apart = {"device", "threads", "backend", "timeout_s"}  # may be each machine's own
-        own = {f"{name}.{k}": v for name, values in settings.items() for k, v in values.items() if k not in apart}
+        own_per_machine = {"run.device", "run.threads", "run.backend", "run.timeout_s"}
+        own = {name: value for name, value in self.config.flat().items() if name not in own_per_machine}
         own |= {f"data {k}": v for k, v in self.identity["data"].items()}
         own |= {"first weights": self.identity["initialisation"], "torch": torch.__version__}
         if self.transfer is not None:
@@ -123,67 +132,71 @@ class Trainer:
         few = sum(count < ranks.size for count in counts)
         if max(counts) < ranks.size:
             raise UsageError(
-                f"{ranks.size} ranks, but no batch has more than {max(counts)} utterances",
-                remedy="raise data.batch_frames, which is the size of the whole batch, or start fewer ranks",
+                f"there are {ranks.size} ranks, but no batch has more than {max(counts)} utterances",
+                remedy="raise data.batch_frames, the size of the batch that ranks share, or start fewer ranks",
             )
         if few:
-            self.report(
-                f"{few} of {len(counts)} batches have fewer than {ranks.size} utterances: ranks will idle there"
+            self.on_progress(
+                f"{few} of {len(counts)} batches have fewer than {ranks.size} utterances, so some ranks will be idle"
             )
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """With the run's lock, which rank 0 holds for all."""
+    def _locked(self) -> Iterator[None]:
+        """Hold the run's lock, which rank 0 holds for all ranks."""
         with ExitStack() as stack:
             self.ranks.from_first(lambda: stack.enter_context(FileLock(self.out / ".lock", "run")))
             yield
 
     def _begin(self) -> None:
-        """Create the run's folder or take up what it holds."""
-        found = folder.resume(self.out, self.config, self.ranks, self.report)
-        if found is None:
+        """Create the run's folder, or resume the run that is in it."""
+        progress = folder.resume(self.out, self.config, self.ranks, self.on_progress)
+        if progress is None:
             self._fit_normalisation()
-            if self.ranks.size > 1:  # the same bits everywhere
+            if self.ranks.size > 1:  # Every rank gets the same bits.
                 first = self.model.state_dict() if self.ranks.first else None
                 checkpoint.load_weights(self.model, self.ranks.tensors_from_first(first), self.out)
         else:
-            checkpoint.load_weights(self.model, found.of("model"), found.where)
+            state, where = progress.state, progress.where
+            checkpoint.load_weights(self.model, progress.of("model"), where)
             if self.transfer is not None:
-                checkpoint.load_weights(self.transfer, found.of("transfer"), found.where)
-            state = found.state
-            identity.refuse_other_data(state.data, self.identity["data"], found.where)
+                checkpoint.load_weights(self.transfer, progress.of("transfer"), where)
+            identity.refuse_other_data(state.data, self.identity["data"], where)
             self.step, self.epoch, self.position = state.step, state.epoch, state.position
             self.best = {} if state.best is None else state.best.model_dump()
             self.precision, self.bad.count, self.window = state.precision, state.bad_steps, state.window.model_dump()
-            self.report(f"resuming {self.out} at step {self.step}")
+            self.on_progress(f"resuming {self.out} at step {self.step}")
         self.model.to(self.device)
         modules = {"model": self.model} | ({"transfer": self.transfer.to(self.device)} if self.transfer else {})
         self.names: dict[torch.Tensor, str] = {
             p: f"{m}.{n}" for m, module in modules.items() for n, p in module.named_parameters()
         }
         self.optimiser = build_optimiser(self.names, self.config, self.device)
-        if found is not None:
-            checkpoint.restore_optimiser(self.optimiser, self.names, found.of("optimiser"), found.where)
         self.sum = GradientSum(list(self.names)) if self.ranks.size > 1 else None
         self.average = moving_average(self.model, self.config.optim.ema) if self.config.optim.ema else None
-        if self.average is not None and found is not None:
-            checkpoint.load_weights(self.average.module, found.of("ema"), found.where)
-            self.average.n_averaged.fill_(found.state.averaged)
+        if progress is not None:
+            checkpoint.restore_optimiser(self.optimiser, self.names, progress.of("optimiser"), where)
+            if self.average is not None:
+                checkpoint.load_weights(self.average.module, progress.of("ema"), where)
+                self.average.n_averaged.fill_(state.averaged)
         settled = (self.out, self.config, self.units, self.identity, self.step)
         self.ranks.from_first(lambda: folder.create(*settled))
 
     def _fit_normalisation(self) -> None:
-        """Mean and deviation of each bin over up to 500 training utterances, spread evenly."""
+        """Set the mean and deviation of each bin, over up to 500 training utterances, spread evenly."""
         count = len(self.loader.utterances)
         chosen = np.unique(np.linspace(0, count - 1, min(count, 500)).astype(int))
         ids = [self.loader.utterances[i].id for i in chosen]
         packed = self.features.gather(ids, [self.config.data.speeds[0]] * len(ids))[0].astype(np.float64)
-        packed = packed[np.isfinite(packed).all(axis=1)]  # an utterance with others is met, and named, as a bad step
+        packed = packed[np.isfinite(packed).all(axis=1)]  # a bad step names the others
         self.model.encoder.feature_mean.copy_(torch.from_numpy(packed.mean(axis=0)))
         self.model.encoder.feature_std.copy_(torch.from_numpy(packed.std(axis=0).clip(min=1e-3)))
 
     def save(self) -> None:
-        """On return the checkpoint is on disk, whichever rank asks."""
+        """Write a checkpoint. On return it is on disk, on every rank.
+
+        Raises:
+            RankError: the weights of the ranks differ.
+        """
         if self.ranks.size > 1:
             weights = hashlib.sha256()
             for value in self.model.state_dict().values():
@@ -218,40 +231,45 @@ class Trainer:
         best = self.best.get("step")
         checkpoint.prune(self.out / "checkpoints", self.config.run.keep, None if best is None else int(best))
 
-    # -- the loop
-
     def run(self, profile: Profile | None = None) -> None:
-        """Train to the last step; on return the last checkpoint is on disk. LockedError: another process does."""
-        with self._alone(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "rnnt loss: row", RuntimeWarning)  # bad_steps names the utterances
+        """Train to the last step. On return the last checkpoint is on disk.
+
+        Raises:
+            LockedError: another process trains in the same folder.
+            StillhouseError: too many steps in a row have no finite loss or gradient.
+        """
+        with self._locked(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "rnnt loss: row", RuntimeWarning)  # `bad` names the utterances
             self.ranks.from_first(lambda: folder.refuse_moved(self.out, self.step))
             self._run(profile)
 
     def _run(self, profile: Profile | None) -> None:
         config = self.config
         if self.step >= config.optim.steps:
-            self.report(f"{self.out} is done: step {self.step}")
+            self.on_progress(f"{self.out} is done, at step {self.step}")
             return
         parameters = sum(p.numel() for p in self.model.parameters())
         hours = self.loader.frames[:, 0].sum() / 360_000
         left_out = ", ".join(f"{n} {why}" for why, n in self.loader.left_out.items() if n) or "none"
-        self.report(
+        self.on_progress(
             f"{parameters / 1e6:.2f} M parameters, {self.units.size} units, {len(self.loader.utterances)} utterances "
             f"({hours:.2f} h; left out: {left_out}), {self.precision} on {self.device}"
             + (f", {self.ranks.size} ranks" if self.ranks.size > 1 else "")
         )
         steps = config.optim.steps
         with (
-            Monitor(config, self.out, self.step, self.report, self.device, profile, on=self.ranks.first) as monitor,
+            Monitor(
+                config, self.out, self.step, self.on_progress, self.device, profile, on=self.ranks.first
+            ) as monitor,
             closing(prefetch(self.sampler, self.loader.load, epoch=self.epoch, position=self.position)) as batches,
         ):
             monitor.resume(self.window)
             while self.step < steps:
                 with monitor.watch("data"):
                     epoch, position, batch = next(batches)
-                found = self._update(batch.to(self.device), monitor.watch)
+                figures = self._update(batch.to(self.device), monitor.watch)
                 self.step, self.epoch, self.position = self.step + 1, epoch, position
-                monitor.step(self.step, epoch, batch, found)
+                monitor.step(self.step, epoch, batch, figures)
                 if self.dev is not None and (self.step % config.run.eval_every == 0 or self.step == steps):
                     with monitor.aside("dev"):
                         monitor.log(self.evaluate())
@@ -263,13 +281,13 @@ class Trainer:
                         self.save()
 
     def _update(self, batch: Batch, watch: Stopwatch) -> dict[str, float]:
-        """One step of the optimiser. A step whose loss or gradient is not finite changes nothing."""
+        """Make one step of the optimiser. A step whose loss or gradient is not finite changes nothing."""
         config, step = self.config, self.step
         torch.manual_seed(_mix(config.run.seed, step, self.ranks.rank))
         whole = GlobalBatch(self.ranks.gather(part_sizes(self.model, self.transfer, batch)), self.ranks)
         augment = torch.Generator().manual_seed(_mix(config.run.seed + 7919, step))
         self.model.train()
-        found = losses(
+        result = losses(
             self.model,
             self.transfer,
             batch,
@@ -280,20 +298,20 @@ class Trainer:
             timed=watch,
             whole=whole,
         )
-        watch.watch_transfer(found.transfer_inputs)
+        watch.watch_transfer(result.transfer_inputs)
         with watch("backward"):
             if self.sum is None:
                 self.optimiser.zero_grad(set_to_none=True)
             else:
                 self.sum.zero()
-            found.total.backward()
+            result.total.backward()
             if self.sum is not None:
                 self.sum.finish()
         with watch("optimiser"):
             norm = gradient_norm(self.names)
             torch.nn.utils.clip_grads_with_norm_(self.names, config.optim.clip, norm)
-            parts = self._over_ranks({name: float(v) for name, v in found.parts.items()})
-            finite = math.isfinite(norm) and math.isfinite(parts["loss"])  # the same on every rank
+            parts = self._over_ranks({name: float(v) for name, v in result.parts.items()})
+            finite = math.isfinite(norm) and math.isfinite(parts["loss"])  # This is the same on every rank.
             if finite:
                 for group in self.optimiser.param_groups:
                     group["lr"] = learning_rate(step, config)
@@ -301,44 +319,46 @@ class Trainer:
                 if self.average is not None:
                     self.average.update_parameters(self.model)
         if not finite:
-            self.bad.skip(step, batch, found.costs)
+            self.bad.skip(step, batch, result.costs)
             return {"skipped": 1.0}
         self.bad.count = 0
         return {"grad_norm": float(norm)} | parts
 
     def _over_ranks(self, parts: dict[str, float]) -> dict[str, float]:
-        """Sums over ranks; the learned weights of views are the same on all."""
-        every = self.ranks.gather(parts)
-        if len(every) == 1:
+        """The sums over ranks. The learned weights of views are the same on all ranks."""
+        of_ranks = self.ranks.gather(parts)
+        if len(of_ranks) == 1:
             return parts
-        return {n: v if n.startswith("weight/") else math.fsum(p[n] for p in every) for n, v in parts.items()}
+        return {n: v if n.startswith("weight/") else math.fsum(p[n] for p in of_ranks) for n, v in parts.items()}
 
     def evaluate(self) -> dict[str, Any]:
-        """WER and CER of greedy decoding on the dev split, and the RNN-T loss a unit, by the averaged weights where
-        there are any. Every rank does its part.
+        """Return a record of WER, CER and transducer loss on the dev split, by the averaged weights if there are any.
+
+        Each rank decodes its part, and rank 0 writes the hypotheses to RUN/dev.jsonl, as `stillhouse decode` does.
         """
         assert self.dev is not None
         model: Any = self.model if self.average is None else self.average.module
-        found = list(transcribe(model, self.dev, device=self.device)) if self.dev.utterances else []
-        mine = held_out_cost(model, self.dev, self.config, self.device) if self.dev.utterances else (0.0, 0)
-        costs, units = zip(*self.ranks.gather(mine))
+        some = bool(self.dev.utterances)
+        hypotheses = [(h.id, h.ref, h.hyp) for h in transcribe(model, self.dev, device=self.device)] if some else []
+        own_cost = held_out_cost(model, self.dev, self.config, self.device) if some else (0.0, 0)
+        costs, units = zip(*self.ranks.gather(own_cost))
         loss = math.fsum(costs) / sum(units)
-        triples = [triple for part in self.ranks.gather([(h.id, h.ref, h.hyp) for h in found]) for triple in part]
-        wer, cer = self.ranks.from_first(lambda: self._rates(triples))
+        triples = [triple for part in self.ranks.gather(hypotheses) for triple in part]
+
+        def error_rates() -> tuple[float, float]:
+            write_hypotheses(self.out / folder.HYPOTHESES, triples)
+            result = score([ref for _, ref, _ in triples], [hyp for _, _, hyp in triples])
+            return result.wer.rate, result.cer.rate
+
+        wer, cer = self.ranks.from_first(error_rates)
         if not self.best or wer < self.best["wer"]:
             self.best = {"step": self.step, "wer": wer}
-        self.report(f"step {self.step}  dev WER {100 * wer:.1f} %  CER {100 * cer:.1f} %  rnnt {loss:.3f}")
-        found_loss = {"rnnt": loss} if math.isfinite(loss) else {}  # a transcript that no alignment fits has none
-        return {"kind": "dev", "step": self.step, "wer": wer, "cer": cer} | found_loss
-
-    def _rates(self, triples: list[tuple[str, str, str]]) -> tuple[float, float]:
-        """Also leaves what was heard in RUN/dev.jsonl, as `stillhouse decode` writes it."""
-        folder.keep_hypotheses(self.out, triples)
-        result = score([ref for _, ref, _ in triples], [hyp for _, _, hyp in triples])
-        return result.wer.rate, result.cer.rate
+        self.on_progress(f"step {self.step}  dev WER {100 * wer:.1f} %  CER {100 * cer:.1f} %  rnnt {loss:.3f}")
+        record = {"kind": "dev", "step": self.step, "wer": wer, "cer": cer}
+        return record | ({"rnnt": loss} if math.isfinite(loss) else {})  # infinite if a transcript fits no alignment
 
 
 def _mix(seed: int, step: int, rank: int = 0) -> int:
-    """A seed for a step. Rank 0 draws what one process would."""
+    """A seed for a step. Rank 0 draws what a single process draws."""
     entropy = [seed, step, rank] if rank else [seed, step]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))

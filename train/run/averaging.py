@@ -1,7 +1,7 @@
-"""Weights averaged over steps: while training (EMA), and over the last checkpoints.
+"""Averages of weights: a moving average during training, and the mean of the last checkpoints.
 
-Invariant: parameters are averaged; buffers, such as the normalisation of the features, are the model's own. Exercised
-by `stillhouse train CONFIG --set optim.ema=0.999` and `stillhouse decode --checkpoint average:5`.
+Guarantees: only parameters are averaged. Buffers, such as the normalisation of the features, stay the model's own.
+Try: `stillhouse train CONFIG --set optim.ema=0.999`, `stillhouse decode … --checkpoint average:5`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 def moving_average(model: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of `model`, to be told of each step by `update_parameters`.
+    """Return an exponential moving average of `model`. Call its `update_parameters` after each step.
 
-    The decay grows to `decay` as min(decay, (1 + n) / (10 + n)) after n steps: the first weights, which the seed made,
-    would else weigh on the average for 1 / (1 - decay) steps.
+    After n steps the decay is min(decay, (1 + n) / (10 + n)). Otherwise the random first weights would count for
+    1 / (1 - decay) steps.
     """
 
     def blend(averages: Any, current: Any, seen: Any) -> None:
@@ -31,8 +31,9 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def mean(models: Iterable[M]) -> M:
-    """A model whose parameters are the means of those of `models`, each of which is done with before the next one is
-    asked for: they may be one module, with other weights loaded each time.
+    """Return a model whose parameters are the means of those of `models`.
+
+    Each model is read before the next one is asked for, so that they may be one module with other weights each time.
     """
     average: AveragedModel | None = None
     for model in models:

@@ -1,9 +1,10 @@
-"""Checkpoints: folders of safetensors and JSON, whole or not there at all, never unpickled.
+"""Checkpoints: folders of safetensors and JSON.
 
     RUN/checkpoints/step-N/{model,optimiser[,transfer][,ema]}.safetensors, state.json (checksums of all, its own too)
 
-Invariant: a folder named step-N is complete and fsynced: it is written under a temporary name and renamed; and nothing
-is used that is not, bit for bit, what was written. Exercised by `stillhouse train`, killed and started again.
+Guarantees: a folder named step-N is complete and on disk, because it is written under another name and renamed. Nothing
+is used that differs in any bit from what was written, and nothing is unpickled.
+Try: `pytest tests/train/run/test_checkpoint.py`.
 """
 
 from __future__ import annotations
@@ -25,17 +26,19 @@ from torch import Tensor, nn
 from ...data.errors import CheckpointError
 from ...data.files.atomic import read_plain, sha256_plain, sync
 
-FORMAT = 2  # 1: state.json had no digest of its own
+FORMAT = 2  # In format 1, state.json has no digest of its own.
 _NAME = re.compile(r"step-(\d{8,})")
-_REMEDY = "delete this checkpoint's folder to go back to the one before it"
+_REMEDY = "delete this checkpoint's folder to resume from the one before it"
 
 
 class DamagedError(CheckpointError):
-    """Files that are not what was written: cut, changed, absent."""
+    """Files of a checkpoint are cut, changed or absent."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """A folder of a checkpoint, and its state.json."""
+
     path: Path
     state: dict[str, Any]
 
@@ -44,31 +47,30 @@ class Checkpoint:
         return int(self.state["step"])
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of one file, after its checksum was compared."""
+        """Return the tensors of one file, such as "model", whose checksum was compared.
+
+        Raises:
+            DamagedError: the file cannot be read, or its checksum differs.
+            CheckpointError: there is no such file.
+        """
         path = self.path / f"{name}.safetensors"
         if path.name not in self.state["sha256"]:
-            raise CheckpointError(f"the checkpoint holds no {path.name}", where=self.path)
-        self._compare(path)
+            raise CheckpointError(f"the checkpoint has no {path.name}", where=self.path)
         try:
+            if sha256_plain(path) != self.state["sha256"][path.name]:
+                raise DamagedError("damaged: its checksum differs", where=path, remedy=_REMEDY)
             return load_file(path)
         except (OSError, SafetensorError) as e:
-            raise DamagedError(f"cannot be read: {e}", where=path, remedy=_REMEDY) from None
+            reason = getattr(e, "strerror", None) or e
+            raise DamagedError(f"cannot be read: {reason}", where=path, remedy=_REMEDY) from None
 
     def everything(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors of every file: model, optimiser and, where the run has them, transfer and ema."""
+        """Return the tensors of every file: model, optimiser and, if the run has them, transfer and ema."""
         return {name.removesuffix(".safetensors"): self.tensors(Path(name).stem) for name in self.state["sha256"]}
-
-    def _compare(self, path: Path) -> None:
-        try:
-            found = sha256_plain(path)
-        except OSError as e:
-            raise DamagedError(f"cannot be read: {e.strerror}", where=path, remedy=_REMEDY) from None
-        if found != self.state["sha256"][path.name]:
-            raise DamagedError("damaged: its checksum differs", where=path, remedy=_REMEDY)
 
 
 def save(folder: Path, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> Checkpoint:
-    """Write `folder`/step-N; on return it is on disk."""
+    """Write `folder`/step-N from a state, of which `step` is N, and from tensors by file. On return it is on disk."""
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{state['step']:08d}"
     draft, old = (folder / f".{final.name}.{what}" for what in (os.getpid(), "old"))
@@ -92,13 +94,22 @@ def save(folder: Path, state: dict[str, Any], tensors: dict[str, dict[str, Tenso
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in `folder`, oldest first."""
-    found = {int(m[1]): p for p in folder.glob("step-*") if (m := _NAME.fullmatch(p.name)) and p.is_dir()}
-    return [found[step] for step in sorted(found)]
+    """Return the complete checkpoints in `folder`, oldest first."""
+    return sorted((p for p in folder.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir()), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """Return the step of a checkpoint, by the name of its folder."""
+    return int(path.name.removeprefix("step-"))
 
 
 def load(path: Path) -> Checkpoint:
-    """Open one checkpoint folder. DamagedError: it is not what was written; CheckpointError: of another format."""
+    """Open the folder of a checkpoint.
+
+    Raises:
+        DamagedError: its state is not what was written.
+        CheckpointError: it has another format.
+    """
     where = path / "state.json"
     try:
         state = json.loads(read_plain(where))
@@ -110,64 +121,60 @@ def load(path: Path) -> Checkpoint:
     if digest is not None and digest != _digest(state):
         raise DamagedError("damaged: its checksum differs", where=where, remedy=_REMEDY)
     if state.get("format") not in (1, FORMAT):
-        raise CheckpointError(f"format {state.get('format')}", where=where, expected=f"{FORMAT}, or 1")
+        raise CheckpointError(f"the format is {state.get('format')}", where=where, expected=f"{FORMAT} or 1")
     whole = isinstance(state.get("sha256"), dict) and type(state.get("step")) is int
     whole &= isinstance(state.get("best", {}), dict) and type(state.get("best", {}).get("step", 0)) is int
     if not whole or (digest is None and state["format"] != 1):
-        raise DamagedError("damaged: not all is there", where=where, remedy=_REMEDY)
-    named = _NAME.fullmatch(path.name)
-    if named is None or int(named[1]) != state["step"]:
-        raise DamagedError(f"the checkpoint of step {state['step']} by another name", where=path, remedy=_REMEDY)
+        raise DamagedError("damaged: some of its keys are missing", where=where, remedy=_REMEDY)
+    if not _NAME.fullmatch(path.name) or step_of(path) != state["step"]:
+        raise DamagedError(f"this checkpoint of step {state['step']} has another name", where=path, remedy=_REMEDY)
     return Checkpoint(path, state)
 
 
-def latest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint in `folder`, or None."""
-    paths = checkpoints(folder)
-    return load(paths[-1]) if paths else None
-
-
 def newest_whole(folder: Path) -> tuple[Checkpoint, dict[str, dict[str, Tensor]], list[DamagedError]] | None:
-    """The newest checkpoint that is what was written, all its tensors, and what is wrong with newer ones. None: there
-    is no checkpoint. Raises the newest one's DamagedError where all are damaged.
+    """Return the newest undamaged checkpoint, its tensors, and the damage of newer ones, or None without a checkpoint.
+
+    Raises:
+        DamagedError: all are damaged. It names the newest one's damage.
     """
     damaged: list[DamagedError] = []
     for path in reversed(checkpoints(folder)):
         try:
-            found = load(path)
-            return found, found.everything(), damaged
+            newest = load(path)
+            return newest, newest.everything(), damaged
         except DamagedError as e:
             damaged.append(e)
     if not damaged:
         return None
     first = damaged[0]
-    remedy = f"no checkpoint is whole: to begin anew, delete {folder}, or choose another --out"
+    remedy = f"all checkpoints are damaged: delete {folder} to start again, or choose another --out"
     raise DamagedError(first.what, where=first.where, remedy=remedy)
 
 
 def sweep(folder: Path, newest: int) -> None:
-    """Remove what a killed writer left, and move out of the way (to damaged-step-N) checkpoints after step `newest`,
-    which newest_whole found damaged. For who holds the run's lock.
+    """Delete the drafts of killed processes, and rename the damaged checkpoints after step `newest` to damaged-step-N.
+
+    The caller holds the run's lock.
     """
-    for litter in folder.glob(".step-*"):
-        shutil.rmtree(litter, ignore_errors=True)
+    for draft in folder.glob(".step-*"):
+        shutil.rmtree(draft, ignore_errors=True)
     for path in checkpoints(folder):
-        if int(path.name[5:]) > newest:
+        if step_of(path) > newest:
             aside = folder / f"damaged-{path.name}"
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
 
 
 def prune(folder: Path, keep: int, best: int | None) -> None:
-    """Keep the newest `keep` checkpoints and the one of step `best`."""
+    """Delete all checkpoints but the newest `keep` and the one of step `best`."""
     for path in checkpoints(folder)[:-keep]:
-        if int(path.name[5:]) != best:
-            gone = path.rename(folder / f".{path.name}.gone")  # killed here, no half of it is left by its name
+        if step_of(path) != best:
+            gone = path.rename(folder / f".{path.name}.gone")  # so that a kill leaves no half of it under its name
             shutil.rmtree(gone, ignore_errors=True)
 
 
 def optimiser_tensors(optimiser: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:
-    """AdamW's state as flat tensors, `PARAMETER/KEY`."""
+    """Return AdamW's state as flat tensors, by `PARAMETER/KEY`."""
     return {
         f"{names[p]}/{key}": torch.as_tensor(value)
         for p, values in optimiser.state.items()
@@ -178,24 +185,25 @@ def optimiser_tensors(optimiser: torch.optim.Optimizer, names: dict[Tensor, str]
 def restore_optimiser(
     optimiser: torch.optim.Optimizer, names: dict[Tensor, str], tensors: dict[str, Tensor], where: Path
 ) -> None:
-    """Inverse of optimiser_tensors; CheckpointError: not AdamW's state of these parameters."""
+    """Restore what `optimiser_tensors` returned. Raises CheckpointError for the state of other parameters."""
     parameters = {name: p for p, name in names.items()}
     for key, value in tensors.items():
         name, _, field = key.rpartition("/")
         p = parameters.get(name)
         shape = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}.get(field) if p is not None else None
         if p is None or value.shape != shape or value.dtype != torch.float32:
-            found = f"{field} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
-            raise CheckpointError(f"optimiser state of another model: {name} has {found}", where=where)
-        # torch keeps AdamW's step count on the CPU
+            has = f"{field} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+            raise CheckpointError(f"the optimiser's state is another model's: {name} has {has}", where=where)
+        # torch keeps AdamW's step count on the CPU.
         optimiser.state[p][field] = value.to(p.device) if field != "step" else value
     for p, fields in optimiser.state.items():
         if len(fields) != 3:
-            raise CheckpointError(f"optimiser state of {names[p]}: only {', '.join(sorted(fields))}", where=where)
+            has = ", ".join(sorted(fields))
+            raise CheckpointError(f"the optimiser's state of {names[p]} has only {has}", where=where)
 
 
 def load_weights(module: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
-    """Load by name, all of them; raises CheckpointError naming what is missing, foreign or of another shape."""
+    """Load all weights by name. Raises CheckpointError for names that are missing or unknown, and for other shapes."""
     own = module.state_dict()
     wrong = [f"{k} missing" for k in own.keys() - tensors.keys()]
     wrong += [f"{k} unknown" for k in tensors.keys() - own.keys()]
@@ -205,7 +213,7 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], where: Path) -> 
         if k in tensors and tensors[k].shape != v.shape
     ]
     if wrong:
-        raise CheckpointError(f"weights of another model: {'; '.join(sorted(wrong)[:5])}", where=where)
+        raise CheckpointError(f"the weights are another model's: {'; '.join(sorted(wrong)[:5])}", where=where)
     module.load_state_dict(tensors)
 
 

@@ -1,16 +1,15 @@
-"""A run's folder: whose it is, and how a run that stopped is taken up again, on every rank.
+"""The folder of a run: create it, check that it is a run's, and resume the run in it, on every rank.
 
     RUN/config.toml, identity.json, units/, checkpoints/, metrics.jsonl, dev.jsonl, …
 
-Invariant: rank 0 alone reads and writes it, so that the other ranks may be anywhere; and what is in a folder is only
-touched when it is a run's, with the same settings. Exercised by `stillhouse train CONFIG --out RUN`, killed and started
-again.
+Guarantees: rank 0 alone reads and writes the folder, so that the other ranks may be on other machines. A folder changes
+only if it is empty, or holds a run with the same settings.
+Try: `stillhouse train CONFIG --out RUN`, killed and started again.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from ...data.errors import CheckpointError, StaleError, UsageError, first_few
-from ...data.files.atomic import draft_of, sweep_drafts, write_atomic
+from ...data.files.atomic import sweep_drafts, write_atomic
 from ...data.units import Units
 from ..config import Config, dump_config, load_config, without_removed
 from . import checkpoint, identity
@@ -28,10 +27,9 @@ from .ranks import Ranks
 SETTINGS = "config.toml"
 CHECKPOINTS = "checkpoints"
 HYPOTHESES = "dev.jsonl"
-# Left by a run that was killed before its settings were written; and logs, which a shell puts there beforehand
+# A new run may find these in its folder: what a run writes before its settings, and the logs that a shell redirects.
 _BEFORE = {identity.FILE, "units"}
 _LOGS = {".log", ".out", ".err"}
-
 
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 
@@ -46,14 +44,14 @@ class Best(_Strict):
 
 
 class MeanWindow(_Strict):
-    """`Monitor.state`; empty where a checkpoint lies between two windows."""
+    """The state of a Monitor, which is empty for a checkpoint between two windows."""
 
     steps: Count = 0
     sums: dict[str, float] = {}
 
 
 class State(_Strict):
-    """What a run goes on from, besides tensors: the part of a checkpoint's state.json that decides what comes next."""
+    """What a run resumes from, besides tensors: the part of a checkpoint's state.json that decides the next steps."""
 
     step: Count
     epoch: Count
@@ -68,81 +66,85 @@ class State(_Strict):
 
 @dataclass(frozen=True)
 class RunProgress:
-    """What a checkpoint said, on every rank."""
+    """The content of a checkpoint, on every rank."""
 
     where: Path
     state: State
     tensors: dict[str, dict[str, Tensor]]
 
     def of(self, name: str) -> dict[str, Tensor]:
-        """The tensors of one part. CheckpointError: there is none."""
+        """Return the tensors of one part, such as "model". Raises CheckpointError if there are none."""
         if name not in self.tensors:
-            raise CheckpointError(f"the checkpoint holds no {name}", where=self.where)
+            raise CheckpointError(f"the checkpoint has no {name}", where=self.where)
         return self.tensors[name]
 
 
-def resume(out: Path, config: Config, ranks: Ranks, report: Callable[[str], None]) -> RunProgress | None:
-    """What a run in `out` has done so far; None where it has not begun. A damaged checkpoint is passed over, in words,
-    for the one before it: the steps between are computed again, and come out the same.
+def resume(out: Path, config: Config, ranks: Ranks, on_progress: Callable[[str], None]) -> RunProgress | None:
+    """Return what a run in `out` has done so far, or None if it has not begun.
 
-    Errors: UsageError for a folder that is something else, StaleError for a run with other settings, CheckpointError
-    where there are checkpoints but none can be used.
+    A damaged checkpoint is reported, and the one before it is taken. The steps between are computed again, with the
+    same result.
+
+    Raises:
+        UsageError: the folder holds something else.
+        StaleError: the run has other settings.
+        CheckpointError: none of the checkpoints can be used.
     """
-    own: list[RunProgress | None] = [None]
+    first: RunProgress | None = None
 
     def read() -> tuple[Path, State, list[str]] | None:
-        own[0] = _read(out, config, report)
-        return None if own[0] is None else (own[0].where, own[0].state, sorted(own[0].tensors))
+        nonlocal first
+        first = _read(out, config, on_progress)
+        return None if first is None else (first.where, first.state, sorted(first.tensors))
 
-    told = ranks.from_first(read)
-    if told is None:
+    summary = ranks.from_first(read)
+    if summary is None:
         return None
-    where, state, names = told
-    return RunProgress(
-        where, state, {n: ranks.tensors_from_first(own[0].tensors[n] if own[0] else None) for n in names}
-    )
+    where, state, names = summary
+    return RunProgress(where, state, {n: ranks.tensors_from_first(first and first.tensors[n]) for n in names})
 
 
-def _read(out: Path, config: Config, report: Callable[[str], None]) -> RunProgress | None:
+def _read(out: Path, config: Config, on_progress: Callable[[str], None]) -> RunProgress | None:
     refuse_other_folder(out)
     settings = out / SETTINGS
     if settings.exists():
         identity.refuse_other_settings(load_config(settings, saved=True), config, settings)
-    found = checkpoint.newest_whole(out / CHECKPOINTS)
-    if found is None:
+    usable = checkpoint.newest_whole(out / CHECKPOINTS)
+    if usable is None:
         return None
-    newest, tensors, damaged = found
-    if "config" in newest.state:  # not in those of format 1
-        try:
-            theirs = Config.model_validate(without_removed(newest.state["config"]))
-        except ValidationError as e:
-            raise CheckpointError(f"of another version of Stillhouse: {e.errors()[0]}", where=newest.path) from None
-        identity.refuse_other_settings(theirs, config, newest.path)
-    for error in damaged:
-        report(f"{error.where}: {error.what}; going back to step {newest.step}, {out / CHECKPOINTS}/damaged-* keeps it")
+    newest, tensors, damaged = usable
     try:
-        # A run without an evaluation has an empty best
+        if "config" in newest.state:  # Format 1 has none.
+            saved = Config.model_validate(without_removed(newest.state["config"]))
+            identity.refuse_other_settings(saved, config, newest.path)
+        # A run without an evaluation has an empty best.
         state = State.model_validate(newest.state | {"best": newest.state.get("best") or None})
     except ValidationError as e:
         wrong = e.errors()[0]
-        said = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
-        raise CheckpointError(f"its state cannot be gone on from: {said}", where=newest.path) from None
+        raise CheckpointError(
+            f"the run cannot resume from this state: {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}",
+            where=newest.path,
+            expected="a checkpoint of this version of Stillhouse",
+        ) from None
+    for error in damaged:
+        aside = out / CHECKPOINTS / "damaged-*"
+        on_progress(f"{error.where}: {error.what}. Going back to step {newest.step}, and keeping it as {aside}")
     return RunProgress(newest.path, state, tensors)
 
 
 def refuse_other_folder(out: Path) -> None:
-    """Raises UsageError for a folder that holds other things than a run."""
+    """Raise UsageError for a folder that holds something else than a run."""
     if not out.exists() and not out.is_symlink():
         return
     if not out.is_dir():
-        raise UsageError("not a folder", where=out, remedy="choose another --out")
+        raise UsageError("this is not a folder", where=out, remedy="choose another --out")
     if (out / SETTINGS).exists():
         return
     names = sorted(p.name for p in out.iterdir())
     foreign = [n for n in names if n not in _BEFORE and not n.startswith(".") and Path(n).suffix not in _LOGS]
     if foreign:
         raise UsageError(
-            f"it holds no run ({SETTINGS}), but {first_few(foreign, 3)}",
+            f"the folder has no {SETTINGS}, so it is no run's, but it has {first_few(foreign, 3)}",
             where=out,
             expected="a new or empty folder, or a run's",
             remedy="choose another --out",
@@ -150,8 +152,9 @@ def refuse_other_folder(out: Path) -> None:
 
 
 def create(out: Path, config: Config, units: Units, own: dict[str, Any], step: int) -> None:
-    """Write what the folder says of the run that goes on from `step`, and clear away what a killed one left.
-    For who holds the run's lock.
+    """Write the files that describe a run, which begins or resumes at `step`, and delete drafts of a killed process.
+
+    The caller holds the run's lock.
     """
     for folder in (out, out / "units"):
         sweep_drafts(folder)
@@ -162,20 +165,13 @@ def create(out: Path, config: Config, units: Units, own: dict[str, Any], step: i
     checkpoint.sweep(out / CHECKPOINTS, step)
 
 
-def keep_hypotheses(out: Path, triples: Iterable[tuple[str, str, str]]) -> None:
-    """RUN/dev.jsonl: the last evaluation of (id, reference, hypothesis), as `stillhouse decode` writes it."""
-    with draft_of(out / HYPOTHESES) as draft, draft.open("w", encoding="utf-8") as file:
-        for id, ref, hyp in triples:
-            file.write(json.dumps({"id": id, "hyp": hyp, "ref": ref}, ensure_ascii=False) + "\n")
-
-
 def refuse_moved(out: Path, step: int) -> None:
-    """Raises StaleError where the run has gone on since it was read, as `step`."""
+    """Raise StaleError if another process trained the run after this one read it, at `step`."""
     paths = checkpoint.checkpoints(out / CHECKPOINTS)
-    newest = int(paths[-1].name[5:]) if paths else 0
+    newest = checkpoint.step_of(paths[-1]) if paths else 0
     if newest != step:
         raise StaleError(
-            f"another process trained here meanwhile, from step {step} to {newest}",
+            f"another process trained this run in the meantime, from step {step} to {newest}",
             where=out,
-            remedy="the same command again goes on from there",
+            remedy="repeat the command to resume from there",
         )

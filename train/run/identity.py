@@ -1,8 +1,8 @@
 """What makes two runs comparable: their data and its order, their budget, the student's first weights.
 
-Invariant: equal identities mean that two runs of one seed differ in settings of learning alone (transfer, learning
-rate, dropout, masks). Every run writes its own to RUN/identity.json before the first step.
-Exercised by: `stillhouse study STUDY`; pytest tests/train/study/test_study.py.
+Guarantees: if two runs of one seed have equal identities, they differ in settings of learning alone, such as transfer,
+learning rate, dropout and masks. Every run writes its identity to RUN/identity.json before the first step.
+Try: `pytest tests/train/study/test_study.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FILE = "identity.json"
 
 
 def data_identity(loader: BatchLoader, sampler: BatchSampler) -> dict[str, Any]:
-    """Of what a run hears, and in which order: all that must still be so when it goes on."""
+    """Return fingerprints of what a run trains on, and in which order. None of it may change when the run resumes."""
     utterances = [[u.id, u.text] for u in loader.utterances]
     batches = [[b.indices.tolist(), b.speeds.tolist()] for b in sampler.epoch(0)]
     return {
@@ -34,29 +34,31 @@ def data_identity(loader: BatchLoader, sampler: BatchSampler) -> dict[str, Any]:
         "utterances": len(loader.utterances),
         "frames": int(loader.frames.sum()),
         "transcripts": _hash(json.dumps(utterances).encode()),
-        "order": _hash(json.dumps(batches).encode()),  # of the first epoch, which the seed and the settings decide
+        "order": _hash(json.dumps(batches).encode()),  # in the first epoch, which the seed and the settings decide
     }
 
 
 def budget(config: Config, precision: str) -> dict[str, Any]:
+    """Return what a run may spend on learning."""
     return {"steps": config.optim.steps, "batch_frames": config.data.batch_frames, "precision": precision}
 
 
 def initialisation(model: nn.Module) -> str:
-    """Hash of the names, shapes and bits of all weights as the seed made them."""
-    found = hashlib.sha256()
+    """Return a hash of the names, shapes and bits of all weights."""
+    digest = hashlib.sha256()
     for name, value in sorted(model.named_parameters()):
-        found.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        found.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()[:16]
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def write(out: Path, identity: Mapping[str, Any]) -> None:
+    """Write RUN/identity.json."""
     write_atomic(out / FILE, json.dumps(identity, indent=1) + "\n")
 
 
 def read(out: Path) -> dict[str, Any] | None:
-    """None where a run has none: it has not begun, or was begun before runs had one."""
+    """Return RUN/identity.json, or None if there is none, as in a run that has not begun."""
     try:
         return json.loads(read_plain(out / FILE))
     except (FileNotFoundError, ValueError):
@@ -66,25 +68,20 @@ def read(out: Path) -> dict[str, Any] | None:
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """What two identities differ in, in words: "budget.steps: 400 and 800"."""
+    """Return the differences of two identities in words, such as "budget.steps: 400 and 800"."""
     left, right = _flat(a), _flat(b)
     return [f"{k}: {left.get(k)} and {right.get(k)}" for k in left | right if left.get(k) != right.get(k)]
 
 
 def refuse_other_settings(old: Config, new: Config, where: Path) -> None:
-    """Settings that change the result may not change under a run; those of `run` may, the seed excepted."""
-    a, b = (
-        {f"{s}.{k}": v for s, values in c.model_dump(mode="json").items() for k, v in values.items()}
-        for c in (old, new)
-    )
-    free = {f"run.{k}" for k in type(new.run).model_fields} - {"run.seed"} | {
-        "data.corpus",
-        "data.features",
-        "data.units",
-    }
-    differ = [
-        f"{k}: {a[k]} in the run, {b[k]} asked for" for k in a if a[k] != b[k] and k not in free | {"transfer.stores"}
-    ]
+    """Raise StaleError if settings of a run changed that change its result.
+
+    Those of the section run may change, the seed excepted, and so may the paths of the data.
+    """
+    free = {f"run.{name}" for name in type(new.run).model_fields} - {"run.seed"}
+    free |= {"data.corpus", "data.features", "data.units", "transfer.stores"}
+    a, b = old.flat(), new.flat()
+    differ = [f"{k}: {a[k]} in the run, {b[k]} in the new settings" for k in a if a[k] != b[k] and k not in free]
     if differ:
         raise StaleError(
             f"the run has other settings: {'; '.join(differ)}",
@@ -94,6 +91,7 @@ def refuse_other_settings(old: Config, new: Config, where: Path) -> None:
 
 
 def refuse_other_data(old: dict[str, Any], new: dict[str, Any], where: Path) -> None:
+    """Raise StaleError if the data of a run, as in `data_identity`, changed."""
     differ = [f"{k}: {old.get(k)} when the run began, {new[k]} now" for k in new if old.get(k) != new[k]]
     if differ:
         raise StaleError(
@@ -104,10 +102,10 @@ def refuse_other_data(old: dict[str, Any], new: dict[str, Any], where: Path) -> 
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _hash(data: bytes) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -29,68 +29,71 @@ EXPORT_HEAD = "model.json"  # A folder with this file is an export.
 ExportKind = Literal["onnx", "torch", "safetensors"]
 
 
-def load_run(out: Path, which: str = "best") -> tuple[Transducer, Any, Config, int]:
-    """A trained model of a run folder: (model in eval mode, its units, config, step).
+def load_run(out: Path, which: str = "best") -> tuple[Transducer, Units, Config, int]:
+    """Load the trained model of a run's folder, or of a folder that was exported as safetensors, which has one model.
 
-    which       "best" on the dev split, "last", or a step: where the run keeps a moving average (optim.ema), its
-                average, which is what the dev split is evaluated with; "raw": the last step's own weights all the same;
-                "average:N": the mean of the last N checkpoints' own weights; "ema": last, for a run with an average
+    Arguments:
+        which: "best" on the dev split, "last" or a step. A run with a moving average (optim.ema) then gives its
+            average, with which the dev split is evaluated. "ema" is the last step, for such a run alone. "raw" is the
+            last step's own weights. "average:N" is the mean of the last N checkpoints' own weights.
 
-    A folder that `stillhouse export --format safetensors` wrote serves too, and holds one model.
-    Raises CheckpointError where the run or the checkpoint is not there, or is damaged.
+    Returns:
+        The model in eval mode, its units, its settings and its step.
+
+    Raises:
+        CheckpointError: the run or the checkpoint does not exist, or is damaged.
     """
     if (out / EXPORT_HEAD).is_file():
         return load_export(out)
     if not (out / "config.toml").exists():
-        raise CheckpointError("not a run's folder", where=out, expected="what `stillhouse train --out` made")
+        raise CheckpointError("this is no run's folder", where=out, expected="what `stillhouse train --out` wrote")
     config = load_config(out / "config.toml", saved=True)
     units = load_units(out / "units")
     model = build_model(config, units.size)
     chosen = chosen_checkpoints(out / "checkpoints", which)
     averaged = config.optim.ema > 0 and which != "raw" and not which.startswith("average:")
     if which == "ema" and not averaged:
-        raise CheckpointError("the run keeps no moving average", where=out, remedy="train with --set optim.ema=0.999")
+        raise CheckpointError("the run has no moving average", where=out, remedy="train with --set optim.ema=0.999")
 
-    def loaded() -> Iterator[Transducer]:
-        for found in chosen:
-            checkpoint.load_weights(model, found.tensors("ema" if averaged else "model"), found.path)
+    def models() -> Iterator[Transducer]:
+        for one in chosen:
+            checkpoint.load_weights(model, one.tensors("ema" if averaged else "model"), one.path)
             yield model
 
-    only = next(loaded()) if len(chosen) == 1 else mean(loaded())
-    return only.eval(), units, config, chosen[-1].step
+    loaded = next(models()) if len(chosen) == 1 else mean(models())
+    return loaded.eval(), units, config, chosen[-1].step
 
 
 def chosen_checkpoints(folder: Path, which: str) -> list[checkpoint.Checkpoint]:
-    """The checkpoints that `which` (see load_run) names, oldest first: one, but for average:N."""
+    """Return the checkpoints that `which` of load_run names, oldest first: one, except for average:N."""
     paths = checkpoint.checkpoints(folder)
     if not paths:
-        raise CheckpointError("no checkpoint", where=folder, remedy="run `stillhouse train` first")
+        raise CheckpointError("there is no checkpoint", where=folder, remedy="run `stillhouse train` first")
     name, _, count = which.partition(":")
     if name == "average" and count.isdigit() and int(count):
         if int(count) > len(paths):
             raise CheckpointError(
-                f"{len(paths)} checkpoints, {count} to be averaged",
+                f"there are {len(paths)} checkpoints, but {count} should be averaged",
                 where=folder,
                 remedy=f"train with --set run.keep={count}, or average fewer",
             )
         return [checkpoint.load(path) for path in paths[-int(count) :]]
-    if which == "best":
+    if which in ("best", "last", "raw", "ema"):
         last = checkpoint.load(paths[-1])
         best = folder / f"step-{last.state.get('best', {}).get('step', last.step):08d}"
-        return [checkpoint.load(best if best in paths else paths[-1])]
-    if which in ("last", "raw", "ema"):
-        return [checkpoint.load(paths[-1])]
-    steps = {int(path.name[5:]): path for path in paths}
+        return [checkpoint.load(best) if which == "best" and best in paths else last]
+    steps = {checkpoint.step_of(path): path for path in paths}
     if not which.isdigit() or int(which) not in steps:
-        held = ", ".join(map(str, steps))
-        raise CheckpointError(f"no checkpoint {which!r}", where=folder, expected=f"{WEIGHTS}; steps here: {held}")
+        expected = f"{WEIGHTS}, of the steps {', '.join(map(str, steps))}"
+        raise CheckpointError(f"there is no checkpoint {which!r}", where=folder, expected=expected)
     return [checkpoint.load(steps[int(which)])]
 
 
 def load_export(folder: Path) -> tuple[Transducer, Units, Config, int]:
-    """A folder that was exported as safetensors, as `load_run` gives a run: (model in eval mode, units, config, step).
+    """Load a folder that was exported as safetensors. See `load_run`.
 
-    Raises CheckpointError for another kind of export and for one that is damaged.
+    Raises:
+        CheckpointError: the folder is damaged, or an export of another kind.
     """
     remedy = f"export it again: stillhouse export RUN --format safetensors --out {folder} --force"
     try:
@@ -98,15 +101,14 @@ def load_export(folder: Path) -> tuple[Transducer, Units, Config, int]:
         if head["format"] != EXPORT_FORMAT or head["version"] != EXPORT_VERSION:
             raise ValueError(f"{head['format']} of version {head['version']}")
         if head["kind"] != "safetensors":
-            raise CheckpointError(
-                f"an export as {head['kind']}", where=folder, expected="a run, or an export as safetensors"
-            )
+            expected = "a run, or an export as safetensors"
+            raise CheckpointError(f"this is an export as {head['kind']}", where=folder, expected=expected)
         for name, expected in head["files"].items():
             if sha256_plain(folder / name) != expected:
                 raise CheckpointError("damaged: its checksum differs", where=folder / name, remedy=remedy)
         tensors, step = load_file(folder / "model.safetensors"), int(head["step"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as e:
-        raise CheckpointError(f"not a whole export: {e!r}", where=folder, remedy=remedy) from None
+        raise CheckpointError(f"this is no complete export: {e!r}", where=folder, remedy=remedy) from None
     config, units = load_config(folder / "config.toml", saved=True), load_units(folder / "units")
     model = build_model(config, units.size)
     model.simple = None

@@ -1,7 +1,12 @@
-"""Where a run's metrics go: one small protocol, and the loggers that a run may name in run.loggers.
+"""Where a run's metrics go: the protocol of a logger, and the loggers that a run may name in run.loggers.
 
-Invariant: metrics.jsonl holds one line a record, and none of a step after the one that the run goes on from: those
-will be logged again. Exercised by `stillhouse train CONFIG --set 'run.loggers=["jsonl", "tensorboard"]'`.
+Weights & Biases and MLflow read their own environment variables, such as WANDB_PROJECT, WANDB_MODE=offline,
+MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME. The run has the name of its folder there.
+
+Guarantees: metrics.jsonl has one line for each record, and none of a step after the one at which the run resumed. A
+resumed run continues the run of a service, whose id RUN/trackers.json keeps. Steps after the last checkpoint of a
+killed process are logged again, with the same values.
+Try: `stillhouse train CONFIG --set 'run.loggers=["jsonl", "tensorboard"]'`.
 """
 
 from __future__ import annotations
@@ -19,26 +24,26 @@ from ...data.errors import ConfigError, StillhouseError
 from ...data.files.atomic import read_plain, write_atomic
 
 Record = Mapping[str, Any]
-PARAMS, PARAM_LENGTH = 100, 500  # what MLflow takes of one request, and of one value in any version
+PARAMS, PARAM_LENGTH = 100, 500  # what every version of MLflow accepts: parameters of a request, letters of a value
 
 
 class Logger(Protocol):
-    """A record is {"kind": "train" or "dev", "step": n, name: number, …}; a number may be in a mapping of names."""
+    """A record is {"kind": "train" or "dev", "step": n, name: number, …}. A mapping of names may hold numbers, too."""
 
     def start(self, settings: Mapping[str, Any], step: int) -> None:
-        """Before the first record; `step` is the one that the run goes on from, 0 for a new run."""
+        """Begin, before the first record. `step` is the one at which the run resumes, or 0 for a new run."""
 
     def log(self, record: Record) -> None: ...
 
     def flush(self) -> None:
-        """Called before each checkpoint: what was logged so far must survive a kill."""
+        """Make what was logged so far survive a kill. A run calls this before each checkpoint."""
 
     def close(self, failed: bool) -> None:
-        """`failed`: the run ends by an error, or by Ctrl-C. Also called where `start` failed."""
+        """End, also if `start` failed. `failed` is set if the run ends by an error or by Ctrl-C."""
 
 
 class JsonLines:
-    """RUN/metrics.jsonl."""
+    """Writes RUN/metrics.jsonl."""
 
     def __init__(self, out: Path) -> None:
         self.path = out / "metrics.jsonl"
@@ -62,7 +67,7 @@ class JsonLines:
             self.file.close()
 
     def _trim(self, step: int) -> None:
-        """Drop lines of steps after `step`."""
+        """Drop the lines of steps after `step`."""
         if not self.path.exists():
             return
         kept = []
@@ -71,12 +76,12 @@ class JsonLines:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
-                continue  # half a line, written when the run was killed
+                continue  # The run was killed while it wrote this line.
         write_atomic(self.path, "".join(kept))
 
 
 class TensorBoard:
-    """RUN/tb; TensorBoard hides the points of later steps that an earlier, killed process wrote."""
+    """Writes RUN/tb. TensorBoard hides points of later steps that a killed process wrote."""
 
     def __init__(self, out: Path) -> None:
         self.folder = out / "tb"
@@ -104,12 +109,12 @@ def _library(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as e:
         raise ConfigError(
-            f"the logger {name} needs a package that is not here ({e})", remedy=f"pip install 'stillhouse[{name}]'"
+            f"the logger {name} needs a package that is not installed ({e})", remedy=f"pip install 'stillhouse[{name}]'"
         ) from e
 
 
 class _Ids:
-    """The ids that services gave this run."""
+    """The ids that services gave this run, in RUN/trackers.json."""
 
     def __init__(self, out: Path) -> None:
         self.path = out / "trackers.json"
@@ -125,7 +130,7 @@ class _Ids:
 
 
 class Wandb:
-    """Weights & Biases; steps are those of the run, whatever was logged before."""
+    """Logs to Weights & Biases, with the run's own steps."""
 
     def __init__(self, out: Path) -> None:
         self.out, self.ids = out, _Ids(out)
@@ -133,8 +138,7 @@ class Wandb:
 
     def start(self, settings: Mapping[str, Any], step: int) -> None:
         wandb = _library("wandb")
-        known = self.ids.read()
-        id = known.get("wandb") or uuid.uuid4().hex[:12]
+        id = self.ids.read().get("wandb") or uuid.uuid4().hex[:12]
         self.ids.keep("wandb", id)
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "stillhouse"),
@@ -151,7 +155,7 @@ class Wandb:
         self.run.log({"step": record["step"], **dict(scalars(record))})
 
     def flush(self) -> None:
-        """Its own process has it already."""
+        """Do nothing, because the service's own process has every record."""
 
     def close(self, failed: bool) -> None:
         if self.run is not None:
@@ -159,7 +163,7 @@ class Wandb:
 
 
 class Mlflow:
-    """MLflow, by its client: nothing of the process's own "active run" is touched."""
+    """Logs to MLflow through its client, which leaves the process's "active run" alone."""
 
     def __init__(self, out: Path) -> None:
         self.out, self.ids = out, _Ids(out)
@@ -169,32 +173,32 @@ class Mlflow:
     def start(self, settings: Mapping[str, Any], step: int) -> None:
         mlflow = _library("mlflow")
         client = mlflow.MlflowClient()
-        known = self.ids.read().get("mlflow")
-        if known is None:
+        id = self.ids.read().get("mlflow")
+        if id is None:
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "stillhouse")
-            found = client.get_experiment_by_name(name)
-            experiment = client.create_experiment(name) if found is None else found.experiment_id
-            known = client.create_run(experiment, run_name=self.out.resolve().name).info.run_id
-            self.ids.keep("mlflow", known)
+            known = client.get_experiment_by_name(name)
+            experiment = client.create_experiment(name) if known is None else known.experiment_id
+            id = client.create_run(experiment, run_name=self.out.resolve().name).info.run_id
+            self.ids.keep("mlflow", id)
             parameters = [
                 mlflow.entities.Param(f"{section}.{name}", str(value)[:PARAM_LENGTH])
                 for section, values in settings.items()
                 for name, value in values.items()
             ]
             for i in range(0, len(parameters), PARAMS):
-                client.log_batch(known, params=parameters[i : i + PARAMS])
+                client.log_batch(id, params=parameters[i : i + PARAMS])
         else:
-            client.update_run(known, status="RUNNING")
-        self.metric, self.client, self.run = mlflow.entities.Metric, client, known
+            client.update_run(id, status="RUNNING")
+        self.metric, self.client, self.run = mlflow.entities.Metric, client, id
 
     def log(self, record: Record) -> None:
         now = int(1000 * time.time())
-        # Kept in files, "a" and "a/b" would be a file and a folder of one name
+        # MLflow may keep metrics in files, where "a" and "a/b" would be a file and a folder of one name.
         metrics = [self.metric(name.replace("/", "."), value, now, record["step"]) for name, value in scalars(record)]
         self.client.log_batch(self.run, metrics=metrics)
 
     def flush(self) -> None:
-        """log_batch returns when the service has it."""
+        """Do nothing, because log_batch returns when the service has the record."""
 
     def close(self, failed: bool) -> None:
         if self.client is not None:
@@ -204,12 +208,12 @@ class Mlflow:
 class Loggers:
     """Several loggers as one.
 
-    A logger that fails in the midst of a run is reported and left out from then on: what it would have been told is
-    in metrics.jsonl, whose own failure ends the run. One that cannot start is an error, before the first step.
+    A logger that fails during the run is reported and left out from then on. A failure of metrics.jsonl, which has all
+    records, ends the run. A logger that cannot start is an error before the first step.
     """
 
-    def __init__(self, loggers: Sequence[Logger], report: Callable[[str], None]) -> None:
-        self.loggers, self.report = list(loggers), report
+    def __init__(self, loggers: Sequence[Logger], on_progress: Callable[[str], None]) -> None:
+        self.loggers, self.on_progress = list(loggers), on_progress
 
     def start(self, settings: Mapping[str, Any], step: int) -> None:
         for logger in self.loggers:
@@ -219,7 +223,7 @@ class Loggers:
                 raise
             except Exception as e:
                 raise StillhouseError(
-                    f"the logger {_name(logger)} cannot start: {e}", remedy="mend it or take it out of run.loggers"
+                    f"the logger {_name(logger)} cannot start: {e}", remedy="remove it from run.loggers, or repair it"
                 ) from e
 
     def log(self, record: Record) -> None:
@@ -239,7 +243,7 @@ class Loggers:
                 if isinstance(logger, JsonLines):
                     raise
                 self.loggers.remove(logger)
-                self.report(f"the logger {_name(logger)} failed and is left out from here on: {e}")
+                self.on_progress(f"the logger {_name(logger)} failed and is left out from here on: {e}")
 
 
 def _name(logger: Logger) -> str:
@@ -247,7 +251,7 @@ def _name(logger: Logger) -> str:
 
 
 def scalars(record: Record) -> Iterator[tuple[str, float]]:
-    """(name, value): "train/loss", "dev/wer"; those of a mapping without the kind, "time/encoder"."""
+    """Yield (name, value) of a record, such as "train/loss" or "dev/wer", and "time/encoder" of a mapping."""
     for name, value in record.items():
         if isinstance(value, float):
             yield f"{record['kind']}/{name}", value
@@ -257,7 +261,7 @@ def scalars(record: Record) -> Iterator[tuple[str, float]]:
 
 
 def make_loggers(names: Sequence[str], out: Path) -> list[Logger]:
-    """The loggers of a run; JSON lines come first and always, for they are what pages and tables read."""
+    """Return the loggers of a run. JSON Lines come first and always, because pages and tables read them."""
     kinds: dict[str, Callable[[Path], Logger]] = {
         "jsonl": JsonLines,
         "tensorboard": TensorBoard,

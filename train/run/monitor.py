@@ -1,7 +1,7 @@
-"""What a run tells while it trains: means over a window of steps, speed, times of its parts, to loggers and a line.
+"""What a run reports while it trains: means over a window of steps, speed and the times of its parts.
 
-Invariant: it watches only. A run whose monitor is off computes the same weights, bit by bit. Exercised by
-`stillhouse train`; pytest tests/train/run/test_monitor.py.
+Guarantees: a run without a monitor computes the same bits.
+Try: `pytest tests/train/run/test_monitor.py`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ from . import loggers
 from .profile import Profile
 from .stopwatch import HOST, Stopwatch, shares
 
-Report = Callable[[str], None]
+OnProgress = Callable[[str], None]
 
 
 class Monitor:
-    """A context manager around the loop. `step` is where the run goes on from; `on` False (a rank that is not the
-    first): nothing is written and nothing reported.
+    """A context manager around the training loop, which writes records to loggers and lines to `on_progress`.
+
+    Arguments:
+        step: the step at which the run begins or resumes.
+        on: False writes and reports nothing, as on ranks that are not the first.
     """
 
     def __init__(
@@ -36,16 +39,16 @@ class Monitor:
         config: Config,
         out: Path,
         step: int,
-        report: Report,
+        on_progress: OnProgress,
         device: torch.device,
         profile: Profile | None = None,
         *,
         on: bool = True,
     ) -> None:
         self.config, self.from_step, self.device, self.profile = config, step, device, profile if on else None
-        self.report: Report = report if on else lambda _: None
+        self.on_progress: OnProgress = on_progress if on else lambda _: None
         self.watch = Stopwatch(device)
-        self.loggers = loggers.Loggers(loggers.make_loggers(config.run.loggers, out) if on else [], self.report)
+        self.loggers = loggers.Loggers(loggers.make_loggers(config.run.loggers, out) if on else [], self.on_progress)
         self.left = TimeLeft(config)
         self._restart()
 
@@ -66,12 +69,12 @@ class Monitor:
     def _restart(self) -> None:
         self.window: dict[str, float] = defaultdict(float)
         self.steps, self.frames = 0, 0.0
-        self.before = 0  # steps of the window that a process before this one computed
+        self.before = 0  # steps of the window that an earlier process computed
         self.began, self.elsewhere = time.perf_counter(), 0.0
 
     @contextmanager
     def aside(self, what: str) -> Iterator[None]:
-        """Around what is no training step, "dev" or "checkpoint": it counts for no speed, but for the time left."""
+        """Time an evaluation ("dev") or a checkpoint, which counts for the time left, but not for the speed."""
         began = time.perf_counter()
         try:
             yield
@@ -80,22 +83,22 @@ class Monitor:
             self.elsewhere += took
             self.left.aside[what] = took
 
-    def step(self, step: int, epoch: int, batch: Batch, found: Mapping[str, float]) -> None:
-        """After step number `step` (from 1): `found` are its losses and the like, by name."""
+    def step(self, step: int, epoch: int, batch: Batch, figures: Mapping[str, float]) -> None:
+        """Count step number `step`, from 1, with its losses and other figures by name."""
         self.steps += 1
         if self.profile is not None:
             self.profile.step(step)
-        self.frames += int(batch.feature_lengths.sum()) / (batch.share or 1.0)  # other ranks hear the rest
+        self.frames += int(batch.feature_lengths.sum()) / (batch.share or 1.0)  # other ranks have the rest
         self.watch.seconds["teacher"] += batch.teacher_s
-        for name, value in found.items():
+        for name, value in figures.items():
             self.window[name] += value
         if step % self.config.run.log_every == 0 or step == self.config.optim.steps:
             self._log(step, epoch, batch)
 
     def _log(self, step: int, epoch: int, batch: Batch) -> None:
-        parts = self.watch.take()  # on CUDA the window's work is done only now
+        parts = self.watch.take()  # On CUDA this waits for the window's work.
         elapsed = time.perf_counter() - self.began - self.elsewhere
-        self.left.saw(elapsed, self.steps)
+        self.left.add(elapsed, self.steps)
         record: dict[str, Any] = {"kind": "train", "step": step, "epoch": epoch}
         steps = self.before + self.steps
         good = steps - self.window.get("skipped", 0)
@@ -104,19 +107,20 @@ class Monitor:
         if self.config.transfer.views:
             record["lambda"] = transfer_weight(step - 1, self.config)
         record |= {"realtime": self.frames / 100 / elapsed, "batch": batch.part[0] if batch.part else len(batch.ids)}
-        # Parts are seconds a step. The teacher is read in the prefetch thread, beside the others.
+        # These are seconds a step. The prefetch thread reads the teacher beside the other parts.
         record["time"] = {part: s / self.steps for part, s in parts.items()}
         record["share"] = shares(record["time"], elapsed / self.steps)
         record["memory"] = memory(self.device)
         self.loggers.log(record)
-        self.report(line(record, self.config.optim.steps, self.left(step)))
+        self.on_progress(line(record, self.config.optim.steps, self.left(step)))
         self._restart()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint in the middle of a window must keep."""
+        """Return what a checkpoint in the middle of a window must keep."""
         return {"steps": self.before + self.steps, "sums": dict(self.window)}
 
     def resume(self, state: Mapping[str, Any]) -> None:
+        """Continue the window of a checkpoint."""
         self.before = state.get("steps", 0)
         self.window.update(state.get("sums", {}))
 
@@ -128,23 +132,24 @@ class Monitor:
 
 
 class TimeLeft:
-    """Seconds to the end of the run, from this process's own last steps, evaluations and checkpoints."""
+    """Predicts the seconds to the end of the run from this process's last steps, evaluations and checkpoints."""
 
     def __init__(self, config: Config) -> None:
         self.steps = config.optim.steps
         self.every = {"checkpoint": config.run.checkpoint_every, "dev": config.run.eval_every}
-        self.aside: dict[str, float] = {}  # what one takes
+        self.aside: dict[str, float] = {}  # seconds of the last evaluation and checkpoint
         self.windows: deque[tuple[float, int]] = deque(maxlen=20)
         self.seen = 0
 
-    def saw(self, seconds: float, steps: int) -> None:
+    def add(self, seconds: float, steps: int) -> None:
+        """Add a window of steps."""
         self.seen += 1
         if self.seen == 2:
-            self.windows.clear()  # the first window compiled kernels: it counts only until there is a second
+            self.windows.clear()  # The first window compiled kernels, so it counts only until there is a second.
         self.windows.append((seconds, steps))
 
     def __call__(self, step: int) -> float:
-        """After step number `step`, whose evaluation and checkpoint, if any, are still to come."""
+        """Return the seconds after step number `step`, whose evaluation and checkpoint are still to come."""
         seconds, steps = map(sum, zip(*self.windows))
         left = (self.steps - step) * seconds / steps
         for what, took in self.aside.items():
@@ -153,28 +158,29 @@ class TimeLeft:
 
 
 def memory(device: torch.device) -> dict[str, float]:
-    """Bytes: "resident" of this process now (where the system tells only the most so far, that), "cuda" the most that
-    tensors took on the device so far.
+    """Return bytes: "resident" of this process, and "cuda", the most that tensors have taken on the device.
+
+    Without /proc, "resident" is the most so far.
     """
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        found = {"resident": float(pages * resource.getpagesize())}
+        used = {"resident": float(pages * resource.getpagesize())}
     except OSError:
         unit = 1 if sys.platform == "darwin" else 1024
-        found = {"resident": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)}
+        used = {"resident": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)}
     if device.type == "cuda":
-        found["cuda"] = float(torch.cuda.max_memory_allocated(device))
-    return found
+        used["cuda"] = float(torch.cuda.max_memory_allocated(device))
+    return used
 
 
 def line(record: Mapping[str, Any], steps: int, left: float) -> str:
-    """A record of kind "train" for the terminal; `left` in seconds."""
+    """Return a record of kind "train" as a line for people, with `left` seconds to the end."""
     losses = [f"{n} {record[n]:.3f}" for n in ("loss", "rnnt", "ctc", "transfer") if n in record]
     parts = {part: s for part, s in record["time"].items() if part not in HOST}
     whole = sum(parts.values()) or 1.0
     took = ", ".join(f"{part.replace('_', ' ')} {100 * s / whole:.0f}" for part, s in parts.items())
-    share, held = record["share"], record["memory"]
-    told = [
+    share, used = record["share"], record["memory"]
+    fields = [
         f"step {record['step']}/{steps}",
         f"epoch {record['epoch']}",
         *losses,
@@ -182,14 +188,14 @@ def line(record: Mapping[str, Any], steps: int, left: float) -> str:
         f"{1000 * whole:.0f} ms a step (% {took})",
         f"outside ASR {100 * share['transfer']:.1f} %",
         f"waiting for data {100 * share['data']:.1f} %",
-        f"{held['resident'] / 1e9:.2f} GB" + (f" + {held['cuda'] / 1e9:.2f} GB CUDA" if "cuda" in held else ""),
+        f"{used['resident'] / 1e9:.2f} GB" + (f" + {used['cuda'] / 1e9:.2f} GB CUDA" if "cuda" in used else ""),
         f"{duration(left)} left",
     ]
-    return "  ".join(told)
+    return "  ".join(fields)
 
 
 def duration(seconds: float) -> str:
-    """Rounded to what one can plan by: "40 s", "12 min", "3 h 05 min"."""
+    """Return a rounded duration, such as "40 s", "12 min" or "3 h 05 min"."""
     minutes = round(seconds / 60)
     if seconds < 90:
         return f"{seconds:.0f} s"

@@ -1,9 +1,9 @@
-"""Some steps of a run under torch's profiler: a trace for chrome://tracing or Perfetto, and where the time went.
+"""Profile some steps of a run with torch's profiler.
 
-    RUN/profile/trace.json (Chrome's format), profile.json (the facts), profile.txt (the same as a table)
+    RUN/profile/trace.json (for chrome://tracing or Perfetto), profile.json (facts), profile.txt (a table of them)
 
-Invariant: a profiled run computes what it would have computed, bit by bit; the profiler looks on.
-Exercised by `stillhouse train CONFIG --profile 10`; pytest tests/train/run/test_profile.py.
+Guarantees: a profiled run computes the same bits.
+Try: `stillhouse train CONFIG --profile 10`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from torch.profiler import ProfilerActivity
 
 from .stopwatch import PREFIX
 
-WARMUP = 3  # steps of the process that are let pass: they compile kernels and fill caches
-OPS = 25
+WARMUP = 3  # The first steps of a process compile kernels and fill caches.
+OPS = 25  # operators of the table
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the step, or an operator: milliseconds a step, of which `device_ms` on CUDA, and calls a step. An
-    operator's times are without those of the operators that it calls.
+    """A part of the step or an operator: its milliseconds a step, `device_ms` of them on CUDA, and its calls a step.
+
+    The times of an operator leave out the operators that it calls.
     """
 
     name: str
@@ -38,7 +39,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Profiled:
-    """`steps` steps after step number `after`, of `ms` each while the profiler ran, which makes them slower."""
+    """The profile of `steps` steps after step number `after`, of `ms` each. The profiler makes them slower."""
 
     after: int
     steps: int
@@ -49,6 +50,7 @@ class Profiled:
     trace: str
 
     def table(self, ops: int = OPS) -> str:
+        """Return the parts and the first `ops` operators as lines of text."""
         lines = [f"steps {self.after + 1} to {self.after + self.steps} on {self.device}: {self.ms:.1f} ms a step"]
         for head, rows in (("part", self.parts), ("operator (alone)", self.ops[:ops])):
             lines += ["", f"{head:<44}{'ms':>9}{'CUDA ms':>9}{'%':>6}{'calls':>8}"]
@@ -59,9 +61,9 @@ class Profiled:
 
 
 class Profile:
-    """Profiles `steps` steps of a process, from its fourth on; a run that ends before gives what there was.
+    """Profiles `steps` steps of a process, from its fourth on, or fewer if the run ends before.
 
-    `done` is told what was found, once the files in `out` are whole; None where the run ended too early for a step.
+    `done` gets the profile when the files in `out` are complete, or None if the run ended before the first such step.
     """
 
     def __init__(self, out: Path, steps: int, done: Callable[[Profiled | None], None]) -> None:
@@ -71,7 +73,7 @@ class Profile:
         self.over = False
 
     def step(self, step: int) -> None:
-        """After step number `step` of the run."""
+        """Count step number `step` of the run, which has ended."""
         self.seen += 1
         if self.seen == WARMUP:
             kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
@@ -82,7 +84,7 @@ class Profile:
             self.close()
 
     def close(self) -> None:
-        """What was profiled so far goes to the files; nothing happens a second time."""
+        """Write the files of what was profiled so far. A second call does nothing."""
         if self.over:
             return
         self.over = True
@@ -95,20 +97,20 @@ class Profile:
         if not steps:
             return self.done(None)
         self.out.mkdir(parents=True, exist_ok=True)
-        found = self._found(seconds, steps)
+        profiled = self._profiled(seconds, steps)
         self.profiler.export_chrome_trace(str(self.out / "trace.json"))
-        (self.out / "profile.json").write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
-        (self.out / "profile.txt").write_text(found.table(), encoding="utf-8")
-        self.done(found)
+        (self.out / "profile.json").write_text(json.dumps(asdict(profiled), indent=1) + "\n", encoding="utf-8")
+        (self.out / "profile.txt").write_text(profiled.table(), encoding="utf-8")
+        self.done(profiled)
 
-    def _found(self, seconds: float, steps: int) -> Profiled:
+    def _profiled(self, seconds: float, steps: int) -> Profiled:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         parts, ops = [], []
         for e in self.profiler.key_averages():
             calls = e.count / steps
             if e.key.startswith(PREFIX):
                 name = e.key.removeprefix(PREFIX)
-                if e.cpu_time_total:  # the range itself; its shadow on the device has the same name
+                if e.cpu_time_total:  # The device has a range of the same name, without CPU time.
                     parts.append(Part(name, e.cpu_time_total / 1e3 / steps, e.device_time_total / 1e3 / steps, calls))
             else:
                 own = (e.self_cpu_time_total / 1e3 / steps, e.self_device_time_total / 1e3 / steps)

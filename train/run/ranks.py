@@ -1,8 +1,8 @@
-"""Several processes train one model: torchrun's ranks, what they tell each other, the sum of their gradients.
+"""The ranks of torchrun, which train one model together: what they exchange, and the sum of their gradients.
 
-Invariant: what the ranks do together, they all do, in the same order, whatever a rank's part of a batch holds; and
-who waits for a rank that is gone gets an error, at once where its connection closed, else after `timeout_s`.
-Exercised by `torchrun --nproc-per-node 2 -m stillhouse.cli train CONFIG`; pytest tests/train/run/test_ranks.py.
+Guarantees: all ranks do the same exchanges in the same order, whatever their parts of a batch hold. If a rank is lost,
+the others get an error: at once if its connection closed, else after `timeout_s`.
+Try: `torchrun --nproc-per-node 2 -m stillhouse.cli train CONFIG`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ...data.errors import StillhouseError, UsageError
 
 T = TypeVar("T")
 BUCKET_BYTES = 25 << 20
+RESUME = "repeat the command to resume from the last checkpoint"
 
 
 class RankError(StillhouseError):
@@ -36,10 +37,11 @@ class RankError(StillhouseError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together; alone, everything here is free.
+    """This process among those that train together. A single process exchanges nothing.
 
-    rank, size          of this process, and how many there are
-    local, local_size   the same on this machine
+    Arguments:
+        rank, size: the number of this process, and how many there are.
+        local, local_size: the same on this machine.
     """
 
     rank: int = 0
@@ -52,26 +54,26 @@ class Ranks:
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's `value`, by rank. Small Python values."""
+        """Return every rank's `value`, by rank. It is a small Python value."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        with _listening():
-            dist.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.size
+        with _rank_errors():
+            dist.all_gather_object(values, value)
+        return values
 
     def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> list[Tensor]:
-        """Every rank's first `counts[rank]` rows of a tensor [M, …] of which all dimensions but the first agree."""
+        """Return every rank's first `counts[rank]` rows of a tensor [M, …]. All dimensions but the first agree."""
         padded = rows.new_zeros(max(counts), *rows.shape[1:])
         own = counts[self.rank]
         padded[:own] = rows[:own]
-        found = [torch.empty_like(padded) for _ in counts]
-        with _listening():
-            dist.all_gather(found, padded)
-        return [part[:n] for part, n in zip(found, counts, strict=True)]
+        parts = [torch.empty_like(padded) for _ in counts]
+        with _rank_errors():
+            dist.all_gather(parts, padded)
+        return [part[:n] for part, n in zip(parts, counts, strict=True)]
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` gives on rank 0, everywhere; where it raises, rank 0 raises that and the others RankError."""
+        """Call `make` on rank 0, and return its value on all ranks. If it raises, the other ranks raise RankError."""
         if self.size == 1:
             return make()
         message: list[Any] = [None, None]
@@ -81,34 +83,34 @@ class Ranks:
                 message = [make(), None]
             except StillhouseError as e:
                 failure, message = e, [None, e.exit_code]
-        with _listening():
+        with _rank_errors():
             dist.broadcast_object_list(message, src=0)
         if failure is not None:
             raise failure
         if message[1] is not None:
-            stopped = RankError(f"rank {self.rank} stops: rank 0 says why")
+            stopped = RankError(f"rank {self.rank} stops, for the reason that rank 0 reports")
             stopped.exit_code = message[1]
             raise stopped
         return message[0]
 
     def tensors_from_first(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """Rank 0's tensors, on the CPU, everywhere; the other ranks give None."""
+        """Return rank 0's tensors on the CPU of all ranks. The other ranks pass None."""
         if self.size == 1:
             return dict(tensors or {})
         shapes = self.from_first(lambda: [(k, v.shape, v.dtype) for k, v in (tensors or {}).items()])
-        found: dict[str, Tensor] = {}
-        with _listening():
+        copies: dict[str, Tensor] = {}
+        with _rank_errors():
             for name, shape, dtype in shapes:
                 own = torch.empty(shape, dtype=dtype) if tensors is None else tensors[name].cpu().contiguous()
                 dist.broadcast(own, src=0)
-                found[name] = own
-        return found
+                copies[name] = own
+        return copies
 
     def refuse_unlike(self, what: Mapping[str, Any]) -> None:
-        """Raises RankError, on every rank, naming which of `what` differs between ranks."""
-        theirs = self.gather(dict(what))
-        for rank, other in enumerate(theirs):
-            differ = [f"{k} ({theirs[0].get(k)} and {other.get(k)})" for k in theirs[0] if theirs[0][k] != other.get(k)]
+        """Raise RankError on every rank if some value differs between ranks. It names the values."""
+        first, *others = self.gather(dict(what))
+        for rank, other in enumerate(others, start=1):
+            differ = [f"{k} ({value} and {other.get(k)})" for k, value in first.items() if value != other.get(k)]
             if differ:
                 raise RankError(
                     f"ranks 0 and {rank} differ in {', '.join(differ)}",
@@ -122,9 +124,15 @@ ALONE = Ranks()
 
 @contextmanager
 def joined(backend: str = "auto", timeout_s: float = 600.0) -> Iterator[Ranks]:
-    """Meet the other processes that torchrun started; ALONE where it started none.
+    """Connect with the other processes that torchrun started, or yield ALONE if it started none.
 
-    backend     "gloo", "nccl" (gradients on CUDA; the rest goes over gloo) or "auto": nccl where there is CUDA
+    Arguments:
+        backend: "gloo", "nccl" for gradients on CUDA (the rest uses gloo), or "auto", which is nccl if there is CUDA.
+        timeout_s: how long a rank waits for the others.
+
+    Raises:
+        UsageError: there is no CUDA for nccl, or the environment is not torchrun's.
+        RankError: the other processes cannot be reached.
     """
     ranks = _from_environment(os.environ)
     if ranks.size == 1:
@@ -132,23 +140,23 @@ def joined(backend: str = "auto", timeout_s: float = 600.0) -> Iterator[Ranks]:
         return
     cuda = torch.cuda.is_available()
     if backend == "nccl" and not (cuda and dist.is_nccl_available()):
-        raise UsageError("run.backend=nccl, but there is no CUDA here", remedy="set run.backend=gloo")
+        raise UsageError("run.backend=nccl needs CUDA, which is not available", remedy="set run.backend=gloo")
     backends = "gloo" if backend == "gloo" or not cuda else "cpu:gloo,cuda:nccl"
     try:
         dist.init_process_group(backends, timeout=timedelta(seconds=timeout_s))
     except (RuntimeError, ValueError) as e:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise RankError(
-            f"rank {ranks.rank} of {ranks.size} cannot meet the others: {_short(e)}",
+            f"rank {ranks.rank} of {ranks.size} cannot reach the others: {_short(e)}",
             where=address,
-            remedy="start all of them with torchrun, and see that this address can be reached",
+            remedy="start all ranks with torchrun, and check that this address can be reached",
         ) from None
     ours = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _told_to_stop) if ours else None
+    before = signal.signal(signal.SIGTERM, _stop) if ours else None
     try:
         yield ranks
     except BaseException as e:
-        # The others wait for this rank and learn from its end that it is gone: nothing may hold that up
+        # The others wait for this rank, and only its end shows them that it is lost, so it must end at once.
         atexit.register(_leave, 130 if isinstance(e, KeyboardInterrupt) else getattr(e, "exit_code", 1))
         raise
     finally:
@@ -158,54 +166,56 @@ def joined(backend: str = "auto", timeout_s: float = 600.0) -> Iterator[Ranks]:
 
 
 def _leave(code: int) -> None:
-    """End at once: to take a process group apart whose other end is gone takes gloo seconds, or for ever."""
+    """End at once, because gloo may take seconds, or for ever, to close a process group without its other end."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def _told_to_stop(_: int, __: FrameType | None) -> None:
+def _stop(_: int, __: FrameType | None) -> None:
     raise RankError(
-        "stopped by the launcher, as it does where another rank has ended",
-        remedy="see which ended first, and why; the same command again goes on from the last checkpoint",
+        "the launcher stopped this rank, as it does when another rank ends",
+        remedy=f"look for the rank that ended first, then {RESUME}",
     )
 
 
 def _from_environment(environment: Mapping[str, str]) -> Ranks:
     if "RANK" not in environment or "WORLD_SIZE" not in environment:
         return ALONE
-    remedy = "start it with torchrun, which sets them, or unset RANK and WORLD_SIZE to train in one process"
-    absent = [k for k in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(k)]
-    named = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    given = {k: environment[k] for k in named if k in environment}
+
+    def wrong(what: str) -> UsageError:
+        remedy = "start it with torchrun, which sets them, or unset RANK and WORLD_SIZE to train in one process"
+        return UsageError(what, where="environment", remedy=remedy)
+
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    given = {k: environment[k] for k in names if k in environment}
     try:
-        found = {k: int(v) for k, v in given.items()}
+        numbers = {k: int(v) for k, v in given.items()}
     except ValueError:
-        raise UsageError(f"not all whole numbers: {given}", where="environment", remedy=remedy) from None
-    rank, size = found["RANK"], found["WORLD_SIZE"]
+        raise wrong(f"these must be whole numbers: {given}") from None
+    rank, size = numbers["RANK"], numbers["WORLD_SIZE"]
     if not 0 <= rank < size:
-        raise UsageError(f"RANK={rank}, WORLD_SIZE={size}", where="environment", remedy=remedy)
+        raise wrong(f"RANK={rank} does not fit WORLD_SIZE={size}")
     if size == 1:
         return ALONE
+    absent = [k for k in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(k)]
     if absent:
-        raise UsageError(
-            f"RANK and WORLD_SIZE are set, but not {' and '.join(absent)}", where="environment", remedy=remedy
-        )
-    return Ranks(rank, size, found.get("LOCAL_RANK", rank), found.get("LOCAL_WORLD_SIZE", size))
+        raise wrong(f"RANK and WORLD_SIZE are set, but not {' and '.join(absent)}")
+    return Ranks(rank, size, numbers.get("LOCAL_RANK", rank), numbers.get("LOCAL_WORLD_SIZE", size))
 
 
 class GradientSum:
     """Sums the gradients of `parameters` over all ranks while the backward pass still runs.
 
-    Gradients live in flat buckets, which are summed in one fixed order, each as soon as it and those before it are
-    whole. What a rank's batch does not use has a gradient of 0 there: no rank ever waits for it.
+    Gradients lie in flat buckets. The ranks sum the buckets in one fixed order, each as soon as it and those before it
+    are complete. A parameter that a rank's batch does not use has a gradient of 0 there, so that no rank waits for it.
     """
 
     def __init__(self, parameters: Sequence[Tensor], bucket_bytes: int = BUCKET_BYTES) -> None:
         self.buckets: list[Tensor] = []
-        self.sizes: list[int] = []  # parameters in each bucket
+        self.sizes: list[int] = []  # the number of parameters in each bucket
         group: list[Tensor] = []
-        last_first = list(reversed(parameters))  # about the order in which backward makes gradients
+        last_first = list(reversed(parameters))  # roughly the order of the backward pass
         for i, p in enumerate(last_first):
             group.append(p)
             after = last_first[i + 1] if i + 1 < len(last_first) else None
@@ -226,7 +236,7 @@ class GradientSum:
         self.sizes.append(len(group))
 
     def zero(self) -> None:
-        """Before each backward pass, instead of the optimiser's zero_grad."""
+        """Set all gradients to 0. Call it before each backward pass, instead of the optimiser's zero_grad."""
         for bucket in self.buckets:
             bucket.zero_()
         self.missing = list(self.sizes)
@@ -238,27 +248,27 @@ class GradientSum:
             self._send()
 
     def _send(self) -> None:
-        with _listening():
+        with _rank_errors():
             self.works.append(dist.all_reduce(self.buckets[len(self.works)], async_op=True))
 
     def finish(self) -> None:
-        """After the backward pass: on return every `grad` is the sum over the ranks."""
+        """Wait, after the backward pass, until every `grad` is the sum over the ranks."""
         while len(self.works) < len(self.buckets):
             self._send()
-        with _listening():
+        with _rank_errors():
             for work in self.works:
                 work.wait()
 
 
 @contextmanager
-def _listening() -> Iterator[None]:
-    """Turns what torch says of a lost peer into an error of ours."""
+def _rank_errors() -> Iterator[None]:
+    """Raise RankError for torch's error about a lost rank."""
     try:
         yield
     except RuntimeError as e:
         raise RankError(
-            f"another rank is gone or does not answer: {_short(e)}",
-            remedy="see what it said; the same command again goes on from the last checkpoint",
+            f"another rank is lost or does not answer: {_short(e)}",
+            remedy=f"look at its messages, then {RESUME}",
         ) from None
 
 

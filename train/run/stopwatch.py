@@ -1,7 +1,7 @@
-"""Where a training step's time goes, part by part: by the clock on a CPU, by events of the stream on CUDA.
+"""The time of each part of a training step: by the clock on a CPU, by events of the stream on CUDA.
 
-Invariant: it changes no number of the step. On CUDA nothing waits for the device but `take`, once a window.
-Exercised by `stillhouse train`; pytest tests/train/run/test_monitor.py.
+Guarantees: no number of the step changes. On CUDA only `take` waits for the device, once in a window.
+Try: `pytest tests/train/run/test_monitor.py`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PREFIX = "stillhouse/"  # of the parts' names in a profiler's trace
-HOST = ("data", "teacher")  # waiting for a batch, and reading targets in a thread beside: no work of the device
+PREFIX = "stillhouse/"  # in front of the parts' names in a profiler's trace
+HOST = ("data", "teacher")  # waiting for a batch, and the thread that reads targets: the device does not work for them
 
 
 class Stopwatch:
-    """Seconds by part since the last `take`. Parts do not overlap, "teacher" apart."""
+    """Seconds by part since the last `take`. Parts do not overlap, except for "teacher"."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
@@ -42,8 +42,9 @@ class Stopwatch:
             self.spans.append((part, began, self._now(device)))
 
     def watch_transfer(self, inputs: Iterable[Tensor]) -> None:
-        """The backward pass that follows begins with the transfer's, which is over when all of `inputs` that get a
-        gradient have got theirs: that much of it is the part "transfer_backward".
+        """Count the beginning of the next backward pass as the part "transfer_backward".
+
+        The pass begins with the transfer's, which ends when all of its `inputs` have their gradients.
         """
 
         def arrived(gradient: Tensor) -> None:
@@ -61,6 +62,7 @@ class Stopwatch:
         return event
 
     def take(self) -> dict[str, float]:
+        """Return the seconds by part, and start again."""
         if self.cuda:
             torch.cuda.synchronize()
         for part, began, ended in self.spans:
@@ -71,8 +73,10 @@ class Stopwatch:
 
 
 def shares(time: dict[str, float], elapsed: float) -> dict[str, float]:
-    """Of the parts' seconds a step: "data", the share of wall time `elapsed` that steps wait for batches, and
-    "transfer", the share of the device's time that no transducer without transfer would need.
+    """Return shares of a step's time, of which `time` has the parts and `elapsed` the seconds by the clock.
+
+    "data" is the share of `elapsed` that steps wait for batches. "transfer" is the share of the device's time that a
+    transducer without transfer would not need.
     """
     device = sum(s for part, s in time.items() if part not in HOST)
     transfer = time.get("transfer", 0.0) + time.get("transfer_backward", 0.0)

@@ -130,7 +130,7 @@ def _refuse_other_terms(a: StudyRun, b: StudyRun, path: Path) -> None:
 
 
 def _terms(config: Config) -> dict[str, Any]:
-    flat = {f"{s}.{k}": v for s, values in config.model_dump(mode="json").items() for k, v in values.items()}
+    flat = config.flat()
     flat["loss.ctc_weight above 0"] = config.loss.ctc_weight > 0  # whether there is a CTC head
     shared = (*_SHARED, "loss.ctc_weight above 0")
     return {k: v for k, v in flat.items() if k.startswith(shared) and k != "model.dropout"}

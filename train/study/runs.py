@@ -198,13 +198,13 @@ def _decode(config: Config, folder: Path, split: str, checkpoint: str) -> None:
     from ..decode.decode import decoding_loader, transcribe
     from ..model.build import resolve_device
     from ..run.load import load_run
+    from ..score.hypotheses import write_hypotheses
 
     device = resolve_device(config.run.device)
     model, units, _, _ = load_run(folder, checkpoint)
     loader = decoding_loader(read_manifest(config.data.corpus).select(split), config.data.features, units)
-    found = sorted(transcribe(model.to(device), loader, device=device), key=lambda h: h.id)
-    lines = [json.dumps({"id": h.id, "hyp": h.hyp, "ref": h.ref}, ensure_ascii=False) + "\n" for h in found]
-    write_atomic(folder / f"hyp-{split}.jsonl", "".join(lines))
+    triples = sorted((h.id, h.ref, h.hyp) for h in transcribe(model.to(device), loader, device=device))
+    write_hypotheses(folder / f"hyp-{split}.jsonl", triples)
 
 
 def _leave_with_parent() -> None:

@@ -127,7 +127,7 @@ def test_a_run_of_a_version_with_data_workers_goes_on(tones: Path, finished: Pat
 
 
 def test_other_settings_in_the_same_folder_are_refused_in_words(tones: Path, finished: Path) -> None:
-    with pytest.raises(StaleError, match=r"optim\.lr: 0\.003 in the run, 0\.5 asked for"):
+    with pytest.raises(StaleError, match=r"optim\.lr: 0\.003 in the run, 0\.5 in the new settings"):
         Trainer(load_config(tones / "run.toml", ["optim.lr=0.5"]), finished)
     Trainer(load_config(tones / "run.toml", ["run.log_every=7"]), finished)  # not a setting of the result
 

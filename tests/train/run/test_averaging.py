@@ -76,7 +76,7 @@ def test_which_weights_a_name_means(finished: Path) -> None:
     assert not torch.allclose(found, of[-1], atol=1e-5)
 
 
-@pytest.mark.parametrize(("which", "said"), [("average:9", "run.keep=9"), ("nine", "average:N"), ("3", "steps here")])
+@pytest.mark.parametrize(("which", "said"), [("average:9", "run.keep=9"), ("nine", "average:N"), ("3", "of the steps 4, 6")])
 def test_weights_that_are_not_there_are_refused_in_words(finished: Path, which: str, said: str) -> None:
     with pytest.raises(CheckpointError, match=said):
         load_run(finished, which)
@@ -96,7 +96,7 @@ def test_past_a_damaged_checkpoint_the_run_ends_bit_by_bit_as_it_had(
     path.write_bytes(raw[:99] if damage == "cut" else raw)
     said: list[str] = []
     Trainer(load_config(tones / "run.toml", CHANGES), out, said.append).run()
-    assert any(path.name in line and "going back to step 8" in line for line in said)
+    assert any(path.name in line and "Going back to step 8" in line for line in said)
     assert (out / "checkpoints" / "damaged-step-00000010" / path.name).exists()
     assert lines(out) == lines(finished)
     for name in ("model", "ema", "optimiser"):
@@ -120,7 +120,7 @@ def test_a_foreign_folder_is_refused_and_left_alone(tones: Path, tmp_path: Path)
     Trainer(load_config(tones / "run.toml"), out)
     other = tmp_path / "other"
     (other / "thesis").mkdir(parents=True)
-    with pytest.raises(UsageError, match=r"holds no run .*thesis"):
+    with pytest.raises(UsageError, match=r"has no config\.toml, .*thesis"):
         Trainer(load_config(tones / "run.toml"), other)
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="not a folder"):

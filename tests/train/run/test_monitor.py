@@ -80,11 +80,11 @@ def test_the_transfers_backward_pass_is_told_apart(clock: Clock) -> None:
 
 def test_time_left_counts_evaluations_and_checkpoints_and_forgets_the_first_window() -> None:
     left = TimeLeft(config(eval_every=30, checkpoint_every=50))
-    left.saw(60.0, 10)  # compiling
+    left.add(60.0, 10)  # compiling
     assert left(10) == 90 * 6.0
-    left.saw(20.0, 10)
+    left.add(20.0, 10)
     assert left(20) == 80 * 2.0
-    left.saw(20.0, 10)
+    left.add(20.0, 10)
     left.aside |= {"dev": 7.0, "checkpoint": 3.0}
     # After step 30, its own evaluation to come: at 30, 60, 90 and the last, 100; checkpoints at 50 and 100
     assert left(30) == 70 * 2.0 + 4 * 7.0 + 2 * 3.0

@@ -145,7 +145,7 @@ def test_runs_that_differ_in_data_budget_or_weights_are_refused(
 def test_other_settings_than_the_runs_have_are_refused(finished: tuple[Path, Path, list[str]], tones: Path) -> None:
     _, out, _ = finished
     study = load_study(write(tones, "other", STUDY.replace("1e-5", "1e-4")), out)
-    with pytest.raises(StaleError, match=r"slow/seed-1/config\.toml: .* optim\.lr: 1e-05 in the run, 0\.0001 asked"):
+    with pytest.raises(StaleError, match=r"slow/seed-1/config\.toml: .* optim\.lr: 1e-05 in the run, 0\.0001 in"):
         run_study(study, study.runs, jobs=1, say=lambda _: None, limits=list)
 
 
