@@ -126,7 +126,7 @@ class Encoder(nn.Module):
         left_chunks = self.left_chunks if left_chunks is None else left_chunks
         if not self.causal:
             raise ConfigError(
-                "this model cannot stream, because it was trained on whole utterances",
+                "this model was not trained to stream, so it needs whole utterances",
                 remedy="train one with model.chunk_frames, and with model.chunk_choices for several chunk sizes",
             )
         if chunk <= 0 or chunk % self.subsampling:

@@ -93,7 +93,7 @@ def test_it_says_what_is_not_finite_and_ends_after_so_many_in_a_row(tmp_path: Pa
     bad.skip(9, batch("ab"), torch.tensor([1.0, 2.0]))
     with pytest.raises(StillhouseError, match=r"3 steps in a row .*no finite gradient.*/bad, lower optim\.lr"):
         bad.skip(10, batch("ab"), torch.tensor([1.0, 2.0]))
-    assert "no finite loss: b;" in said[0] and "no finite gradient: a, b;" in said[1]
+    assert "no finite loss: b. " in said[0] and "no finite gradient: a, b. " in said[1]
     assert len(list((tmp_path / "bad").iterdir())) == 5
 
 
