@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails
 
 from ..data.errors import ConfigError
+from ..data.files.atomic import read_plain
 
 Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -64,9 +65,7 @@ class ModelSection(ConfigSection):
     predictor_dim: int = Field(192, ge=8, le=1 << 16, description="Width of the prediction network.")
     predictor_context: int = Field(2, ge=1, le=1 << 16, description="Units that the stateless predictor sees.")
     joint_dim: int = Field(256, ge=8, le=1 << 16, description="Width of the joint network.")
-    joint: Literal["additive", "multiplicative"] = Field(
-        "additive", description="How the joint network combines encoder and prediction network."
-    )
+    joint: Literal["additive", "multiplicative"] = Field("additive", description="How encoder and predictor combine.")
     dropout: Share = Field(0.1, description="Probability of dropout.")
 
     @model_validator(mode="after")
@@ -93,8 +92,7 @@ class LossSection(ConfigSection):
     fastemit: float = Field(0.0, ge=0, description="Lambda of FastEmit.")
     eps: Share = Field(1e-6, description="Lattice cells with a smaller occupancy get no gradient.")
     kind: Literal["full", "pruned", "tdt"] = Field(
-        "full",
-        description="Transducer loss: RNN-T over all cells, RNN-T on a band of units, or tokens and durations.",
+        "full", description="Transducer loss: RNN-T over all cells, RNN-T on a band of units, or tokens and durations."
     )
     band: int = Field(5, ge=2, description="Units in the pruned band, or more where a transcript needs them.")
     simple_weight: float = Field(0.5, gt=0, description="Weight of the simple loss that chooses the band.")
@@ -122,9 +120,7 @@ class OptimSection(ConfigSection):
     steps: Positive = Field(2_000, description="Training steps.")
     lr: float = Field(1e-3, gt=0, description="Highest learning rate.")
     warmup_steps: int = Field(200, ge=0, description="Steps over which the learning rate rises from 0 to lr.")
-    schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="How the learning rate falls after the warm-up."
-    )
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="How lr falls after the warm-up.")
     final_lr: float = Field(0.02, ge=0, le=1, description="Learning rate at the end, as a share of lr.")
     weight_decay: float = Field(0.01, ge=0, description="Weight decay of matrices. Biases and norms have none.")
     betas: tuple[Share, Share] = Field((0.9, 0.98), description="Decay of the gradient's mean and of its square's.")
@@ -151,7 +147,7 @@ class TransferSection(ConfigSection):
         "attention", description="How encoder states are brought to the positions that have a target."
     )
     position: Literal["token", "word", "unit"] = Field(
-        "token", description="What has a target: each token of the teacher, each word or each ASR unit."
+        "token", description="What has a target: token, word or ASR unit."
     )
     distance: Literal["cosine", "l1", "smooth_l1", "mse", "contrastive"] = Field(
         "cosine", description="Distance between predicted and teacher states."
@@ -163,9 +159,7 @@ class TransferSection(ConfigSection):
     sample: int | None = Field(None, ge=1, description="Views drawn in each step, for mixing = sample.")
     weight: float = Field(1.0, ge=0, description="Lambda after the warm-up.")
     warmup_steps: int = Field(0, ge=0, description="Steps over which lambda rises from 0.")
-    decay: Literal["linear", "cosine"] | None = Field(
-        None, description="How lambda falls after the warm-up. Without it, lambda stays as it is."
-    )
+    decay: Literal["linear", "cosine"] | None = Field(None, description="How lambda falls. Without it, lambda stays.")
     decay_steps: int | None = Field(None, ge=1, description="Steps over which lambda falls.")
     final_weight: float = Field(0.0, ge=0, description="Lambda at the end of the fall and after it.")
     layers: list[int] = Field([], description="Encoder layers that predict states, from 1. Empty means the last.")
@@ -175,7 +169,7 @@ class TransferSection(ConfigSection):
         "the words, or codes of another utterance's words.",
     )
     on_missing: Literal["error", "skip"] = Field(
-        "error", description="What happens when a store lacks an utterance: an error, or it is skipped and counted."
+        "error", description="If a store lacks an utterance: stop, or skip it."
     )
 
     @field_validator("stores", "views", mode="before")
@@ -272,14 +266,11 @@ def without_removed(saved: Any) -> Any:
 
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file. Raises ConfigError, which names the file."""
-    path = Path(path)
     try:
-        if not path.is_file() and path.exists():
-            raise ConfigError("a folder, or no plain file", where=path, expected="a TOML file")
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_plain(path).decode())
     except FileNotFoundError:
         raise ConfigError("no such file", where=path) from None
-    except (OSError, ValueError, RecursionError) as e:  # ValueError: not UTF-8, not TOML, a number without end
+    except (OSError, ValueError, RecursionError) as e:  # ValueError: no UTF-8, no TOML, or a number without end
         raise ConfigError(f"not a readable TOML file: {e}", where=path) from None
 
 

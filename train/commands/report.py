@@ -1,4 +1,4 @@
-"""Command: report. Run `stillhouse report --help`."""
+"""The command report. Try: `stillhouse report --help`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,19 @@ import click
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("page", required=False, type=click.Path(path_type=Path))
-@click.option("--examples", type=click.IntRange(min=0), default=24, show_default=True, help="Utterances to show.")
+@click.option(
+    "--examples",
+    type=click.IntRange(min=0),
+    default=24,
+    show_default=True,
+    help="Show so many utterances of the last evaluation.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON, and write no page.")
 def report(run: Path, page: Path | None, examples: int, as_json: bool) -> None:
-    """Show a run, done or going on, as one HTML page: PAGE, or RUN/report.html.
+    """Show a run, also while it trains, as one HTML page: PAGE, or RUN/report.html.
 
-    Settings, curves, error rates, times by part, checkpoints, and what the last evaluation heard. The page needs
-    nothing else, no network either.
+    The page shows settings, curves, error rates, times by part, checkpoints and the hypotheses of the last evaluation.
+    It needs no other file and no network.
 
     Example: stillhouse report runs/kathleen
     """
@@ -26,13 +32,13 @@ def report(run: Path, page: Path | None, examples: int, as_json: bool) -> None:
     from ...data.errors import UsageError
     from ..report.run import read_run, write_page
 
-    found = read_run(run, examples)
+    contents = read_run(run, examples)
     if as_json:
-        click.echo(json.dumps(asdict(found.facts), ensure_ascii=False))
+        click.echo(json.dumps(asdict(contents.facts), ensure_ascii=False))
         return
     path = page or run / "report.html"
     if path.suffix not in (".html", ".htm"):
-        raise UsageError("a page is written as HTML", where=path, expected="a name that ends in .html")
+        raise UsageError("the page is an HTML file", where=path, expected="a name that ends in .html")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_page(found, path)
+    write_page(contents, path)
     click.echo(path)

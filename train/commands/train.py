@@ -1,4 +1,4 @@
-"""Commands: demo, train, study. Run `stillhouse train --help`."""
+"""The commands train, study and demo. Try: `stillhouse train --help`."""
 
 from __future__ import annotations
 
@@ -9,24 +9,29 @@ import click
 
 
 def say(line: str) -> None:
+    """Print a line for people, to standard error."""
     click.echo(line, err=True)
 
 
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option("--set", "changes", multiple=True, metavar="A.B=VALUE", help="Change one setting; may be repeated.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the run. [default: runs/NAME-OF-CONFIG]")
+@click.option(
+    "--set", "changes", multiple=True, metavar="A.B=VALUE", help="Change one setting. You can repeat this option."
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Write the run to this folder. [default: runs/NAME-OF-CONFIG]"
+)
 @click.option(
     "--profile",
     type=click.IntRange(min=1),
     is_flag=False,
     flag_value=10,
     metavar="[STEPS]",
-    help="Profile so many steps, from the fourth on: a trace and a table in RUN/profile. [10 without a number]",
+    help="Profile STEPS steps, from the fourth on, and write a trace and a table to RUN/profile. [10 without a number]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print what came of it as JSON instead of the run's folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of the run's folder.")
 def train(config: Path, changes: tuple[str, ...], out: Path | None, profile: int | None, as_json: bool) -> None:
-    """Train a transducer as CONFIG (TOML) says; goes on where a killed run stopped.
+    """Train a transducer with the settings of CONFIG, a TOML file. Repeat the command to resume a stopped run.
 
     Example: stillhouse train recipes/kathleen.toml --set optim.steps=4000 --out runs/kathleen
     """
@@ -40,27 +45,29 @@ def train(config: Path, changes: tuple[str, ...], out: Path | None, profile: int
 
     settings = load_config(config, changes)
     folder = out or Path("runs") / config.stem
-    profiled: list[Profiled | None] = []
+    profiled: Profiled | None = None
 
-    def show(found: Profiled | None) -> None:
-        profiled.append(found)
-        say(found.table(ops=8) + f"profile: {found.trace}" if found else "no step to profile: the run ended too early")
+    def show(result: Profiled | None) -> None:
+        nonlocal profiled
+        profiled = result
+        no_profile = "there is no profile, because the run ended before the fourth step"
+        say(result.table(ops=8) + f"profile: {result.trace}" if result else no_profile)
 
     with joined(settings.run.backend, settings.run.timeout_s) as ranks:
         try:
             trainer = Trainer(settings, folder, say, ranks)
             trainer.run(Profile(folder / "profile", profile, show) if profile else None)
-        except OSError as e:  # the disk is full, or something else lies where the run writes
+        except OSError as e:  # The disk is full, or something else lies where the run writes.
             raise StillhouseError(
                 f"cannot be read or written: {e.strerror or e}",
-                where=e.filename2 or e.filename or folder,  # of a rename, what is in its way
-                remedy="put that right; the same command again goes on from the last checkpoint",
+                where=e.filename2 or e.filename or folder,  # A rename names its target second.
+                remedy="remove the cause, and repeat the command to resume from the last checkpoint",
             ) from e
         if not ranks.first:
             return
         if as_json:
-            found = asdict(profiled[0]) if profiled and profiled[0] else None
-            facts = {"run": str(folder), "step": trainer.step, "best": trainer.best, "profile": found}
+            profile_facts = asdict(profiled) if profiled else None
+            facts = {"run": str(folder), "step": trainer.step, "best": trainer.best, "profile": profile_facts}
             click.echo(json.dumps(facts, ensure_ascii=False))
         else:
             click.echo(folder)
@@ -68,24 +75,21 @@ def train(config: Path, changes: tuple[str, ...], out: Path | None, profile: int
 
 @click.command()
 @click.argument("study", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the runs. [default: runs/NAME-OF-STUDY]")
-@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs at a time.")
-@click.option("--only", help="Only these arms; several with commas.")
-@click.option("--seeds", help="Only these seeds; several with commas.")
-@click.option("--table", "table_only", is_flag=True, help="Run nothing: the table of what is done.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Write the runs to this folder. [default: runs/NAME-OF-STUDY]"
+)
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Train so many runs at a time.")
+@click.option("--only", help="Run only these arms, with commas between them.")
+@click.option("--seeds", help="Run only these seeds, with commas between them.")
+@click.option("--table", "table_only", is_flag=True, help="Run nothing, and print the table of the finished runs.")
 @click.option("--json", "as_json", is_flag=True, help="Print the table as JSON instead of Markdown.")
 def study(
-    study: Path,
-    out: Path | None,
-    jobs: int,
-    only: str | None,
-    seeds: str | None,
-    table_only: bool,
-    as_json: bool,
+    study: Path, out: Path | None, jobs: int, only: str | None, seeds: str | None, table_only: bool, as_json: bool
 ) -> None:
-    """Train every arm of STUDY (TOML) with every seed and compare their error rates; stopped, it goes on.
+    """Train every arm of STUDY, a TOML file, with every seed, and compare their error rates.
 
-    Each run is an ordinary run folder, OUT/ARM/seed-N. The table goes to stdout, and with plots to OUT/study.html.
+    Repeat the command to resume a stopped study. Each run is an ordinary run folder, OUT/ARM/seed-N. The table goes to
+    standard output, and with plots to OUT/study.html.
 
     Example: stillhouse study recipes/study-demo.toml --jobs 2
     """
@@ -110,17 +114,21 @@ def study(
         raise StudyError(
             f"{len(failures)} of {len(runs)} runs failed: {'; '.join(failures)}",
             where=whole.out,
-            remedy="the same command again goes on with them",
+            remedy="repeat the command to resume them",
         )
 
 
 @click.command()
-@click.option("--quick", is_flag=True, help="Under 3 minutes: hears and trains less, and judges no error rate.")
-@click.option("--study", is_flag=True, help="Train nothing: corpus and stores for recipes/study-demo.toml.")
+@click.option(
+    "--quick", is_flag=True, help="Train on less speech in under 3 minutes, without limits on the error rates."
+)
+@click.option(
+    "--study", is_flag=True, help="Train nothing, and only make the corpus and stores of recipes/study-demo.toml."
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="Folder to work in. [default: demo-out, or demo-out-quick, or study-demo]",
+    help="Work in this folder. [default: demo-out, demo-out-quick or study-demo]",
 )
 @click.option(
     "--voices",
@@ -128,13 +136,13 @@ def study(
     default="espeak",
     show_default=True,
     envvar="DEMO_VOICE",
-    help="Whose speech; also by the environment variable DEMO_VOICE.",
+    help="Choose the voices that read the stories.",
 )
 def demo(quick: bool, study: bool, out: Path | None, voices: str) -> None:
-    """From short stories in synthetic voices to a trained recogniser and a report, command by command.
+    """Train a recogniser on short stories in synthetic voices, command by command, and write a report.
 
-    Stopped, the same command goes on. It fails unless the recogniser works: word error rates of at most 30 % on known
-    sentences in voices that it never heard, and of at most 60 % on sentences that it never saw.
+    Repeat the command to resume a stopped demo. It fails unless the recogniser works. The word error rate must be at
+    most 30 % on known sentences in new voices, and at most 60 % on new sentences.
 
     Example: stillhouse demo --quick
     """
@@ -149,4 +157,4 @@ def demo(quick: bool, study: bool, out: Path | None, voices: str) -> None:
     click.echo(f"\nreport: {result.page}\n")
     say(result.librispeech)
     if result.failures:
-        raise DemoError("the demo's recogniser does not work: " + "; ".join(result.failures), where=result.page)
+        raise DemoError(f"the demo's recogniser does not work: {'; '.join(result.failures)}", where=result.page)

@@ -75,15 +75,9 @@ class BadSteps:
         path = folder / f"step-{step}{rank}.safetensors"
         if not path.exists() and len(list(folder.glob("step-*.safetensors"))) >= KEPT:
             return None
-        tensors = {
-            "features": batch.features,
-            "feature_lengths": batch.feature_lengths,
-            "targets": batch.targets,
-            "target_lengths": batch.target_lengths,
-            "costs": costs,
-            "step": torch.tensor(step),
-            "seed": torch.tensor(self.seed),
-        }
+        names = ("features", "feature_lengths", "targets", "target_lengths")
+        tensors = {name: getattr(batch, name) for name in names} | {"costs": costs}
+        tensors |= {"step": torch.tensor(step), "seed": torch.tensor(self.seed)}
         arrays = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         with draft_of(path) as draft:
             save_file(arrays, draft, {"ids": json.dumps(batch.ids)})

@@ -8,7 +8,6 @@ Try: `stillhouse train CONFIG --out RUN`, killed and started again.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import warnings
@@ -104,7 +103,7 @@ class Trainer:
         self.identity: dict[str, Any] = {
             "data": identity.data_identity(self.loader, sampler),
             "budget": identity.budget(config, self.precision),
-            "initialisation": identity.initialisation(self.model),
+            "initialisation": identity.weights_hash(self.model),
         }
         self._refuse_unlike_ranks(sampler)
         self.sampler = sampler.shared(ranks.rank, ranks.size)
@@ -126,7 +125,7 @@ class Trainer:
         own |= {f"data {k}": v for k, v in self.identity["data"].items()}
         own |= {"first weights": self.identity["initialisation"], "torch": torch.__version__}
         if self.transfer is not None:
-            own["transfer"] = identity.initialisation(self.transfer)
+            own["transfer"] = identity.weights_hash(self.transfer)
         ranks.refuse_unlike(own)
         counts = [len(plan.indices) for plan in sampler.epoch(0)]
         few = sum(count < ranks.size for count in counts)
@@ -198,10 +197,7 @@ class Trainer:
             RankError: the weights of the ranks differ.
         """
         if self.ranks.size > 1:
-            weights = hashlib.sha256()
-            for value in self.model.state_dict().values():
-                weights.update(value.detach().cpu().contiguous().numpy().tobytes())
-            self.ranks.refuse_unlike({"their weights": weights.hexdigest()[:16]})
+            self.ranks.refuse_unlike({"their weights": identity.weights_hash(self.model)})
         self.ranks.from_first(self._save)
 
     def _save(self) -> None:

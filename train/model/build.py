@@ -51,8 +51,9 @@ def resolve_precision(name: str, device: torch.device) -> str:
         return name
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    native = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-    fast = device.type == "cpu" and native and _matmul_seconds(torch.bfloat16) <= _matmul_seconds(torch.float32)
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # absent from older torch
+    native = device.type == "cpu" and capabilities.get("avx512_bf16", False)
+    fast = native and _matmul_seconds(torch.bfloat16) <= _matmul_seconds(torch.float32)
     return "bfloat16" if fast else "float32"
 
 
@@ -73,8 +74,8 @@ def build_model(config: Config, size: int) -> Transducer:
         ConfigError: the model is larger than the memory.
     """
     m = config.model
-    names = "dim layers heads inner kernel subsampling chunk_frames left_chunks chunk_choices"
-    encoder = m.model_dump(include=set(names.split()))
+    names = "predictor predictor_dim predictor_context joint_dim joint dropout"
+    encoder, rest = m.model_dump(exclude={*names.split()}), m.model_dump(include={*names.split()})
     encoder["causal"] = m.causal or m.chunk_frames > 0 or bool(m.chunk_choices)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
@@ -82,15 +83,10 @@ def build_model(config: Config, size: int) -> Transducer:
             return Transducer(
                 size,
                 encoder,
-                predictor=m.predictor,
-                predictor_dim=m.predictor_dim,
-                predictor_context=m.predictor_context,
-                joint_dim=m.joint_dim,
-                joint=m.joint,
                 durations=config.loss.durations if config.loss.kind == "tdt" else (),
                 ctc=config.loss.ctc_weight > 0,
                 pruned=config.loss.kind == "pruned",
-                dropout=m.dropout,
+                **rest,
             )
         except (MemoryError, RuntimeError) as e:
             if isinstance(e, RuntimeError) and "allocate" not in str(e):  # torch's allocator raises RuntimeError

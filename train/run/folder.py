@@ -101,7 +101,7 @@ def resume(out: Path, config: Config, ranks: Ranks, on_progress: Callable[[str],
     if summary is None:
         return None
     where, state, names = summary
-    return RunProgress(where, state, {n: ranks.tensors_from_first(first and first.tensors[n]) for n in names})
+    return RunProgress(where, state, {n: ranks.tensors_from_first(first.tensors[n] if first else None) for n in names})
 
 
 def _read(out: Path, config: Config, on_progress: Callable[[str], None]) -> RunProgress | None:

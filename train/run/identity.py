@@ -43,7 +43,7 @@ def budget(config: Config, precision: str) -> dict[str, Any]:
     return {"steps": config.optim.steps, "batch_frames": config.data.batch_frames, "precision": precision}
 
 
-def initialisation(model: nn.Module) -> str:
+def weights_hash(model: nn.Module) -> str:
     """Return a hash of the names, shapes and bits of all weights."""
     digest = hashlib.sha256()
     for name, value in sorted(model.named_parameters()):

@@ -24,6 +24,7 @@ from ...data.errors import ConfigError, StillhouseError
 from ...data.files.atomic import read_plain, write_atomic
 
 Record = Mapping[str, Any]
+TRACKERS = "trackers.json"
 PARAMS, PARAM_LENGTH = 100, 500  # what every version of MLflow accepts: parameters of a request, letters of a value
 
 
@@ -113,33 +114,29 @@ def _library(name: str) -> Any:
         ) from e
 
 
-class _Ids:
-    """The ids that services gave this run, in RUN/trackers.json."""
+def _service_ids(out: Path) -> dict[str, str]:
+    """The ids that services gave this run, from RUN/trackers.json."""
+    try:
+        return json.loads(read_plain(out / TRACKERS))
+    except (OSError, ValueError):
+        return {}
 
-    def __init__(self, out: Path) -> None:
-        self.path = out / "trackers.json"
 
-    def read(self) -> dict[str, str]:
-        try:
-            return json.loads(read_plain(self.path))
-        except (OSError, ValueError):
-            return {}
-
-    def keep(self, service: str, id: str) -> None:
-        write_atomic(self.path, json.dumps(self.read() | {service: id}) + "\n")
+def _keep_id(out: Path, service: str, id: str) -> None:
+    write_atomic(out / TRACKERS, json.dumps(_service_ids(out) | {service: id}) + "\n")
 
 
 class Wandb:
     """Logs to Weights & Biases, with the run's own steps."""
 
     def __init__(self, out: Path) -> None:
-        self.out, self.ids = out, _Ids(out)
+        self.out = out
         self.run: Any = None
 
     def start(self, settings: Mapping[str, Any], step: int) -> None:
         wandb = _library("wandb")
-        id = self.ids.read().get("wandb") or uuid.uuid4().hex[:12]
-        self.ids.keep("wandb", id)
+        id = _service_ids(self.out).get("wandb") or uuid.uuid4().hex[:12]
+        _keep_id(self.out, "wandb", id)
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "stillhouse"),
             dir=str(self.out),
@@ -166,20 +163,20 @@ class Mlflow:
     """Logs to MLflow through its client, which leaves the process's "active run" alone."""
 
     def __init__(self, out: Path) -> None:
-        self.out, self.ids = out, _Ids(out)
+        self.out = out
         self.client: Any = None
         self.run = ""
 
     def start(self, settings: Mapping[str, Any], step: int) -> None:
         mlflow = _library("mlflow")
         client = mlflow.MlflowClient()
-        id = self.ids.read().get("mlflow")
+        id = _service_ids(self.out).get("mlflow")
         if id is None:
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "stillhouse")
             known = client.get_experiment_by_name(name)
             experiment = client.create_experiment(name) if known is None else known.experiment_id
             id = client.create_run(experiment, run_name=self.out.resolve().name).info.run_id
-            self.ids.keep("mlflow", id)
+            _keep_id(self.out, "mlflow", id)
             parameters = [
                 mlflow.entities.Param(f"{section}.{name}", str(value)[:PARAM_LENGTH])
                 for section, values in settings.items()

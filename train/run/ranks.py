@@ -267,8 +267,7 @@ def _rank_errors() -> Iterator[None]:
         yield
     except RuntimeError as e:
         raise RankError(
-            f"another rank is lost or does not answer: {_short(e)}",
-            remedy=f"look at its messages, then {RESUME}",
+            f"another rank is lost or does not answer: {_short(e)}", remedy=f"look at its messages, then {RESUME}"
         ) from None
 
 

@@ -30,7 +30,7 @@ from stillhouse.train.model.losses import transducer_costs
 from stillhouse.train.model.transducer import BLANK, Transducer
 from stillhouse.train.rnnt import rnnt_loss, tdt_loss
 from stillhouse.train.rnnt.reference import tdt_reference
-from stillhouse.train.run.identity import initialisation
+from stillhouse.train.run.identity import weights_hash
 
 ENCODER = {"bins": 80, "dim": 16, "layers": 2, "heads": 2, "inner": 24, "kernel": 5}
 MINIMAL = '[data]\ncorpus = "c"\nfeatures = "f"\nunits = "u"\n'
@@ -182,7 +182,7 @@ def test_intermediate_ctc_is_a_share_of_the_ctc_loss(tmp_path: Path) -> None:
     settings = ["loss.ctc_weight=0.4", "loss.inter_ctc_layers=[1, 2]", "loss.inter_ctc_weight=0.25"]
     plain, inter = config(tmp_path, settings[0]), config(tmp_path, *settings)
     one, other = build_model(plain, 9).eval(), build_model(inter, 9).eval()
-    assert initialisation(one) == initialisation(other)  # no parameter more: the same head
+    assert weights_hash(one) == weights_hash(other)  # no parameter more: the same head
     given = batch()
     found = losses(other, None, given, inter, precision="float32", transfer_weight=0, augment=None)
     features = other.encoder.normalise(given.features, given.feature_lengths)
@@ -202,19 +202,19 @@ def test_intermediate_ctc_is_a_share_of_the_ctc_loss(tmp_path: Path) -> None:
 
 def test_new_settings_leave_old_models_as_they_were(tmp_path: Path) -> None:
     """Chunks, intermediate CTC and causality have no weights: a seed makes the same model with and without."""
-    first = initialisation(build_model(config(tmp_path), 9))
+    first = weights_hash(build_model(config(tmp_path), 9))
     for changes in (
         ["model.chunk_frames=16", "model.chunk_choices=[16, 32, 0]"],
         ["model.causal=true"],
         ["loss.inter_ctc_layers=[1]"],
     ):
-        assert initialisation(build_model(config(tmp_path, *changes), 9)) == first
+        assert weights_hash(build_model(config(tmp_path, *changes), 9)) == first
 
 
 def test_a_seed_makes_the_weights_that_it_has_always_made(tmp_path: Path) -> None:
     """What runs that are going on, and their studies, rest on."""
     found = {
-        kind: initialisation(build_model(config(tmp_path, f"loss.kind={kind}", f"model.predictor={predictor}"), 9))
+        kind: weights_hash(build_model(config(tmp_path, f"loss.kind={kind}", f"model.predictor={predictor}"), 9))
         for kind, predictor in (("full", "stateless"), ("pruned", "lstm"))
     }
     assert found == {"full": "46a17964cb41b685", "pruned": "8febf8589967904b"}

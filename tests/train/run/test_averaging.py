@@ -76,7 +76,10 @@ def test_which_weights_a_name_means(finished: Path) -> None:
     assert not torch.allclose(found, of[-1], atol=1e-5)
 
 
-@pytest.mark.parametrize(("which", "said"), [("average:9", "run.keep=9"), ("nine", "average:N"), ("3", "of the steps 4, 6")])
+HERE = "of the steps 4, 6"
+
+
+@pytest.mark.parametrize(("which", "said"), [("average:9", "run.keep=9"), ("nine", "average:N"), ("3", HERE)])
 def test_weights_that_are_not_there_are_refused_in_words(finished: Path, which: str, said: str) -> None:
     with pytest.raises(CheckpointError, match=said):
         load_run(finished, which)
