@@ -69,12 +69,6 @@ def write_hypotheses(path: Path, triples: Iterable[tuple[str, str, str]]) -> Non
     write_atomic(path, "".join(lines))
 
 
-def write_hypotheses(path: Path, triples: Iterable[tuple[str, str, str]]) -> None:
-    """Write (id, reference, hypothesis) of each utterance as JSON lines, which `read_hypotheses` reads."""
-    lines = [json.dumps({"id": id, "hyp": hyp, "ref": ref}, ensure_ascii=False) + "\n" for id, ref, hyp in triples]
-    write_atomic(path, "".join(lines))
-
-
 def kind_of(path: Path, lines: list[str]) -> str:
     """Return jsonl, trn, ctm or text: by the end of the file's name, or else by its lines."""
     if path.suffix in KINDS:
