@@ -13,23 +13,23 @@ PATH = click.Path(path_type=Path)
 
 @click.command()
 @click.argument("run", type=PATH)
-@click.option(
-    "--format", "kind", type=click.Choice(["onnx", "torch", "safetensors"]), required=True, help="What to write."
-)
+@click.option("--format", "kind", type=click.Choice(["onnx", "torch", "safetensors"]), required=True,
+              help="Format to write.")  # fmt: skip
 @click.option("--out", type=PATH, required=True, help="Folder to write.")
-@click.option("--checkpoint", default="best", show_default=True, help="best, last, a step, raw or average:N.")
-@click.option(
-    "--symbols-per-frame",
-    "symbols",
-    type=click.IntRange(1, 64),
-    help="Units that sherpa-onnx may find in one encoder state. [default: as many as `decode` may]",
-)
-@click.option("--streaming", is_flag=True, help="An encoder that is fed chunk by chunk, for a model trained so.")
-@click.option("--chunk-frames", type=click.IntRange(min=1), help="Frames of 10 ms in a chunk. [default: the model's]")
-@click.option("--left-chunks", type=click.IntRange(min=0), help="Chunks looked back to. [default: the model's]")
-@click.option("--quantise", type=click.Choice(["int8"]), help="ONNX files with 8-bit weights too.")
-@click.option("--force", is_flag=True, help="Replace FOLDER, which an export wrote.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+@click.option("--checkpoint", default="best", show_default=True,
+              help="Weights to export: best, last, a step, raw or average:N.")  # fmt: skip
+@click.option("--symbols-per-frame", "symbols", type=click.IntRange(1, 64),
+              help="Largest number of units that sherpa-onnx may find in one encoder state. "
+                   "[default: as in `decode`]")  # fmt: skip
+@click.option("--streaming", is_flag=True,
+              help="Export an encoder that is fed chunk by chunk. The model must be trained for it.")  # fmt: skip
+@click.option("--chunk-frames", type=click.IntRange(min=1),
+              help="Number of frames of 10 ms in a chunk. [default: the model's]")  # fmt: skip
+@click.option("--left-chunks", type=click.IntRange(min=0),
+              help="Number of earlier chunks that the encoder sees. [default: the model's]")  # fmt: skip
+@click.option("--quantise", type=click.Choice(["int8"]), help="Also write ONNX files with 8-bit weights.")
+@click.option("--force", is_flag=True, help="Replace an earlier export in the folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON.")
 def export(
     run: Path,
     kind: Any,
@@ -41,8 +41,8 @@ def export(
 ) -> None:
     """Write a trained RUN for other programs: ONNX for sherpa-onnx and onnxruntime, torch.export, or safetensors.
 
-    Plain log mel energies go in: the normalisation is inside. A folder of safetensors is read wherever a RUN is, as
-    in `stillhouse decode FOLDER`.
+    The exported model takes plain log mel energies, because it includes the normalisation. Commands that read a RUN
+    also read a folder of safetensors, for example `stillhouse decode FOLDER`.
 
     Example: stillhouse export runs/kathleen --format onnx --out kathleen-onnx
     """
@@ -50,8 +50,8 @@ def export(
 
     from ..export.export import export_run
 
-    found = export_run(run, out, kind, which=checkpoint, int8=quantise is not None, **settings)
-    click.echo(json.dumps(asdict(found), ensure_ascii=False) if as_json else found.folder)
-    click.echo(f"step {found.step}: {', '.join(found.files)}", err=True)
-    if kind == "onnx" and found.unfit_for_sherpa:
-        click.echo(f"sherpa-onnx cannot run this: {found.unfit_for_sherpa}", err=True)
+    exported = export_run(run, out, kind, which=checkpoint, int8=quantise is not None, **settings)
+    click.echo(json.dumps(asdict(exported), ensure_ascii=False) if as_json else exported.folder)
+    click.echo(f"step {exported.step}: {', '.join(exported.files)}", err=True)
+    if kind == "onnx" and exported.unfit_for_sherpa:
+        click.echo(f"sherpa-onnx cannot run this model: {exported.unfit_for_sherpa}", err=True)

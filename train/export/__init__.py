@@ -1,1 +1,1 @@
-"""TODO: what this folder is for."""
+"""Export a trained model to ONNX, torch programs or safetensors. Imports data, train.model, train.run, train.decode."""

@@ -1,12 +1,12 @@
-"""A trained model leaves the house: as a folder of ONNX graphs, of torch programs, or of weights that load again.
+"""Export a trained model as ONNX graphs, torch programs or safetensors.
 
-    FOLDER/model.json       what it is, of which step, and the checksums of the other files
+    FOLDER/model.json       format, step and settings, and the checksums of the other files
     onnx         encoder.onnx decoder.onnx joiner.onnx tokens.txt [*.int8.onnx]
     torch        encoder.pt2 decoder.pt2 joiner.pt2 tokens.txt
     safetensors  model.safetensors config.toml units/
 
-Invariant: the folder is there whole or not at all, holds no transfer head, and replaces only what an export wrote.
-Exercised by `stillhouse export RUN --format onnx --out FOLDER`.
+Guarantees: the folder is complete or not there, has no transfer head, and replaces only an earlier export.
+Try: `stillhouse export RUN --format onnx --out FOLDER`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,13 @@ from .streaming import stream_graph
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """What was written. difference: of the graphs' outputs from the model's at most; symbols_per_frame: copies of
-    each encoder state in encoder.onnx; unfit_for_sherpa: why sherpa-onnx cannot read it, None where it can."""
+    """What was written.
+
+    units: number of units.
+    difference: largest difference of the graphs' outputs from the model's.
+    symbols_per_frame: copies of each encoder state in encoder.onnx.
+    unfit_for_sherpa: why sherpa-onnx cannot run the model. None if it can.
+    """
 
     kind: ExportKind
     folder: str
@@ -62,12 +67,23 @@ def export_run(
     int8: bool = False,
     force: bool = False,
 ) -> ExportedModel:
-    """Export a trained run (or a folder that was exported as safetensors).
+    """Export a trained run, or a folder exported as safetensors.
 
-    symbols: units that sherpa-onnx may find in one encoder state (None: as many as `stillhouse decode` may).
-    streaming: an encoder that is fed chunk by chunk (chunk_frames, left_chunks: other than the model's own).
-    Raises ConfigError where the model cannot stream, ExportError where a graph cannot be written or does not say what
-    the model says, UsageError for what the format cannot do.
+    Arguments:
+        run: the run.
+        out: the folder to write.
+        kind: "onnx", "torch" or "safetensors".
+        which: the checkpoint, as in `load_run`.
+        symbols: units that sherpa-onnx may find in one encoder state. None: as many as `stillhouse decode`.
+        streaming: export an encoder that is fed chunk by chunk.
+        chunk_frames, left_chunks: with `streaming`, values other than the model's own.
+        int8: also write ONNX files with 8-bit weights.
+        force: replace an earlier export in `out`.
+
+    Raises:
+        ConfigError: the model cannot stream.
+        ExportError: a graph cannot be written, or its outputs differ from the model's.
+        UsageError: the format does not support an option, or `out` may not be replaced.
     """
     if kind == "onnx":
         from .onnx import need_onnx
@@ -76,11 +92,11 @@ def export_run(
     elif int8:
         raise UsageError(f"--quantise is for ONNX, not for {kind}", expected="--format onnx")
     if (chunk_frames or left_chunks) is not None and not streaming:
-        raise UsageError("--chunk-frames and --left-chunks are for --streaming")
+        raise UsageError("--chunk-frames and --left-chunks need --streaming")
     if streaming and kind == "safetensors":
-        raise UsageError("--streaming is for ONNX and torch: weights stream or not as their config.toml says")
+        raise UsageError("--streaming is for ONNX and torch, because weights keep the settings of their run")
     model, units, config, step = load_run(run, which)
-    sherpa = unfit_for_sherpa(model) if kind == "onnx" else "it reads ONNX"
+    sherpa = unfit_for_sherpa(model) if kind == "onnx" else "it reads ONNX only"
     if symbols is not None and sherpa:
         raise UsageError(f"--symbols-per-frame is for sherpa-onnx, which cannot run this: {sherpa}", where=run)
     symbols = (symbols or MAX_SYMBOLS) if sherpa is None else 1
@@ -96,7 +112,7 @@ def export_run(
             )
             difference = _write_graphs([encoder, *search_graphs(model)], units, draft, kind, int8)
         files = sorted(str(p.relative_to(draft)) for p in draft.rglob("*") if p.is_file())
-        found = ExportedModel(
+        exported = ExportedModel(
             kind=kind,
             folder=str(out),
             step=step,
@@ -110,15 +126,15 @@ def export_run(
             symbols_per_frame=symbols,
             unfit_for_sherpa=sherpa,
         )
-        head: dict[str, Any] = {"format": EXPORT_FORMAT, "version": EXPORT_VERSION, **asdict(found)}
+        head: dict[str, Any] = {"format": EXPORT_FORMAT, "version": EXPORT_VERSION, **asdict(exported)}
         head["files"] = {name: sha256_plain(draft / name) for name in files}
         del head["folder"]
         (draft / EXPORT_HEAD).write_text(json.dumps(head, indent=1) + "\n")
-    return found
+    return exported
 
 
 def _write_graphs(graphs: list[Graph], units: Units, draft: Path, kind: ExportKind, int8: bool) -> float:
-    """Returns the largest difference from the model's outputs."""
+    """Write the graphs and tokens.txt; return the largest difference from the model's outputs."""
     from .onnx import tokens_txt, write_int8, write_onnx
     from .torch import write_torch
 
@@ -137,8 +153,7 @@ def _write_graphs(graphs: list[Graph], units: Units, draft: Path, kind: ExportKi
 
 
 def _write_weights(model: Transducer, units: Units, config: Config, draft: Path) -> None:
-    """`config` goes in as it is, so that it also says how the model was trained; the simple joint, which training
-    alone needs, does not."""
+    """Write the weights without the simple joint, which only training needs, and the config with all its settings."""
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if not k.startswith("simple.")}
     save_file(weights, draft / "model.safetensors")
     (draft / "config.toml").write_text(dump_config(config), encoding="utf-8")
@@ -146,7 +161,7 @@ def _write_weights(model: Transducer, units: Units, config: Config, draft: Path)
 
 
 def _rate(config: Config) -> int | None:
-    """The rate of the audio that the features came from, where their file is still there."""
+    """Return the sample rate of the audio, if the feature file still exists."""
     from ...data.errors import FeatureError
     from ...data.features.file import FeatureFile
 

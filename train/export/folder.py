@@ -1,7 +1,8 @@
-"""A folder that is there whole or not at all, and replaces only one of its own kind.
+"""Write a folder completely or not at all, and replace only an earlier export.
 
-Invariant: a kill at any moment leaves the old folder or the new one, perhaps under a name that the next export to the
-same place puts right. Exercised by `stillhouse export RUN --out FOLDER --force`.
+Guarantees: after a kill at any moment the old folder or the new one exists. The next export to the same place restores
+its name if necessary.
+Try: `stillhouse export RUN --out FOLDER --force`.
 """
 
 from __future__ import annotations
@@ -20,18 +21,20 @@ from ..run.load import EXPORT_HEAD
 
 @contextlib.contextmanager
 def new_folder(out: Path, force: bool) -> Iterator[Path]:
-    """A draft beside `out` that becomes it, on disk, when the block ends well; nothing is left where it does not.
+    """Yield a draft folder that replaces `out`, synced to disk, if the block ends without an exception.
 
-    A process that was killed leaves its draft, and the folder that it was about to replace under another name: the
-    next one sweeps the first and puts the second back. Raises UsageError where something is there: without `force`, or
-    that no export wrote.
+    An exception deletes the draft. A killed process leaves its draft, and the folder that it wanted to replace under
+    another name. The next call deletes the draft and restores that folder.
+
+    Raises:
+        UsageError: `out` exists, and `force` is not set or no export wrote it.
     """
-    _sweep(out)
+    _recover(out)
     if out.exists() or out.is_symlink():
         if not force:
-            raise UsageError("is already there", where=out, remedy="--force replaces it, or choose another --out")
+            raise UsageError("the folder already exists", where=out, remedy="use --force or another --out")
         if not (out / EXPORT_HEAD).is_file() and (not out.is_dir() or any(out.iterdir())):
-            raise UsageError(f"holds no {EXPORT_HEAD}, so no export wrote it, and is not replaced", where=out)
+            raise UsageError(f"the folder has no {EXPORT_HEAD}, so no export wrote it; it is not replaced", where=out)
     out.parent.mkdir(parents=True, exist_ok=True)
     draft, old = (out.parent / f".{out.name}.{os.getpid()}.{what}" for what in ("new", "old"))
     draft.mkdir()
@@ -47,11 +50,11 @@ def new_folder(out: Path, force: bool) -> Iterator[Path]:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _sweep(out: Path) -> None:
-    """Clear what killed exports to `out` left."""
+def _recover(out: Path) -> None:
+    """Delete or restore what killed exports to `out` left."""
     for left in sorted(out.parent.glob(f".{glob.escape(out.name)}.*")):
         pid, _, what = left.name.removeprefix(f".{out.name}.").partition(".")
-        if what not in ("new", "old") or not pid.isdigit() or (int(pid) != os.getpid() and _lives(int(pid))):
+        if what not in ("new", "old") or not pid.isdigit() or (int(pid) != os.getpid() and _is_running(int(pid))):
             continue
         if what == "old" and not out.exists():
             left.rename(out)
@@ -59,7 +62,7 @@ def _sweep(out: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _lives(pid: int) -> bool:
+def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -1,11 +1,11 @@
-"""The graphs of a trained transducer that leave the house: encoder, prediction network ("decoder") and joiner.
+"""The graphs of a trained transducer that are exported: encoder, prediction network ("decoder") and joiner.
 
 Inputs, outputs and metadata are those that sherpa-onnx reads (its csrc/offline-transducer-model.cc and
-online-conformer-transducer-model.cc), so that one set of graphs serves it, plain onnxruntime and torch.export.
+online-conformer-transducer-model.cc). The same graphs serve sherpa-onnx, plain onnxruntime and torch.export.
 
-Invariant: the graphs hold what inference needs and no more: no transfer head, no CTC or simple head, no dropout; the
-normalisation of the features and the joint's projections are in them, so that plain fbank goes in and logits come out.
-Exercised by `stillhouse export`.
+Guarantees: the graphs hold what inference needs and nothing else: no transfer head, no CTC or simple head, no dropout.
+They include the normalisation of the features and the joint's projections: fbank goes in, logits come out.
+Try: `stillhouse export RUN --format onnx --out FOLDER`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from ..model.transducer import BLANK, LstmPredictor, StatelessPredictor, Transducer
 
-Axes = Mapping[int, str]  # axis -> name, of the axes whose size is free
+Axes = Mapping[int, str]  # {axis of free size: its name}
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A module with named inputs and outputs. `inputs(n)` are random ones for a batch of n."""
+    """A module with named inputs and outputs. `inputs(n)` returns random inputs for a batch of n."""
 
     name: str
     module: nn.Module
@@ -43,11 +43,11 @@ class EncoderGraph(nn.Module):
 
     def forward(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
         states, lengths, _ = self.encoder(self.encoder.normalise(x, x_lens), x_lens)
-        return repeated(self.projection(states), self.repeat), lengths * self.repeat
+        return repeat_frames(self.projection(states), self.repeat), lengths * self.repeat
 
 
 class DecoderGraph(nn.Module):
-    """The last units int64 [N, context] -> projected state [N, joint_dim]; -1, where there is none yet, is blank."""
+    """The last units int64 [N, context] -> projected state [N, joint_dim]. -1, for no unit yet, counts as blank."""
 
     def __init__(self, model: Transducer) -> None:
         super().__init__()
@@ -58,8 +58,10 @@ class DecoderGraph(nn.Module):
 
 
 class LstmDecoderGraph(nn.Module):
-    """The last unit int64 [N] (blank at the beginning) and the state h, c [N, dim] (zeros at the beginning) ->
-    projected state [N, joint_dim] and the next h, c."""
+    """The last unit int64 [N] and the state h, c [N, dim] -> projected state [N, joint_dim] and the next h, c.
+
+    At the start the unit is blank and the state zero.
+    """
 
     def __init__(self, model: Transducer) -> None:
         super().__init__()
@@ -72,29 +74,28 @@ class LstmDecoderGraph(nn.Module):
 
 
 class JoinerGraph(nn.Module):
-    """Projected encoder and prediction states [N, joint_dim] -> logits [N, V]; where the model chooses durations too
-    (TDT), their logits [N, D] as well."""
+    """Projected encoder and prediction states [N, joint_dim] -> logits [N, V], and for TDT also [N, D] of durations."""
 
     def __init__(self, model: Transducer) -> None:
         super().__init__()
-        self.joint = copy.copy(model.joint)
-        self.joint._modules = {**model.joint._modules, "encoder": None, "predictor": None}  # they are in the others
+        self.joint = copy.deepcopy(model.joint)
+        del self.joint.encoder, self.joint.predictor  # The other graphs have these two.
 
     def forward(self, encoder_out: Tensor, decoder_out: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         both = self.joint.with_durations if self.joint.durations is not None else self.joint
         return both(encoder_out, decoder_out)
 
 
-def repeated(states: Tensor, times: int) -> Tensor:
-    """Each frame `times` times over: a search that takes one unit a frame then takes up to `times` of a real one.
+def repeat_frames(states: Tensor, times: int) -> Tensor:
+    """Repeat each frame, so that a search for one unit in a frame can find up to `times` units in a real one.
 
-    After a blank the prediction network has not moved, so the copies that are left say blank too.
+    After a blank the prediction network is in the same state, so the remaining copies give blank, too.
     """
     return states if times == 1 else states.repeat_interleave(times, dim=1)
 
 
 def offline_graph(model: Transducer, *, symbols: int) -> Graph:
-    """The encoder of whole utterances; `symbols`: units that one state may give at most."""
+    """Return the encoder of whole utterances. `symbols`: largest number of units in one state."""
     bins = len(model.encoder.feature_mean)
 
     def inputs(n: int) -> dict[str, Tensor]:
@@ -107,12 +108,12 @@ def offline_graph(model: Transducer, *, symbols: int) -> Graph:
         inputs,
         {"x": {0: "N", 1: "T"}, "x_lens": {0: "N"}},
         ("encoder_out", "encoder_out_lens"),
-        about(model, symbols),
+        encoder_metadata(model, symbols),
     )
 
 
 def search_graphs(model: Transducer) -> list[Graph]:
-    """decoder and joiner."""
+    """Return the graphs of decoder and joiner."""
     if isinstance(model.predictor, StatelessPredictor):
         context = model.predictor.context
         decoder = Graph(
@@ -146,17 +147,16 @@ def search_graphs(model: Transducer) -> list[Graph]:
 
 
 def unfit_for_sherpa(model: Transducer) -> str | None:
-    """Why sherpa-onnx cannot run this model, in words; None where it can."""
+    """Return why sherpa-onnx cannot run this model, or None if it can."""
     if isinstance(model.predictor, LstmPredictor):
-        return "its transducers have a stateless prediction network (model.predictor), this one an LSTM"
+        return "it needs a stateless prediction network (model.predictor), and this model has an LSTM"
     if model.durations:
-        return "its greedy search for this kind of model knows no durations, and this one is a TDT"
+        return "its greedy search for this kind of model has no durations, and this model is a TDT"
     return None
 
 
-def about(model: Transducer, symbols: int) -> dict[str, str]:
-    """What a reader of the encoder alone would ask. sherpa-onnx needs model_type only, so that a model that it cannot
-    run has none."""
+def encoder_metadata(model: Transducer, symbols: int) -> dict[str, str]:
+    """Return the metadata of the encoder. Only a model that sherpa-onnx can run has the model_type that it needs."""
     return ({} if unfit_for_sherpa(model) else {"model_type": "conformer"}) | {
         "version": "1",
         "model_author": "stillhouse",

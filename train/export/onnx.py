@@ -1,7 +1,8 @@
 """Graphs as ONNX files, the tokens.txt that sherpa-onnx reads, and 8-bit copies.
 
-Invariant: a file that is written was run by onnxruntime on random inputs of other sizes than it was traced with, and
-said what torch says to 1e-4. Exercised by `stillhouse export RUN --format onnx`.
+Guarantees: onnxruntime has run each written file on random inputs of other sizes than the traced ones, and its outputs
+are torch's to 1e-4.
+Try: `stillhouse export RUN --format onnx --out FOLDER`.
 """
 
 from __future__ import annotations
@@ -19,23 +20,23 @@ import torch
 from ...data.errors import ExportError, UsageError
 from ...data.units import BLANK, UNKNOWN, UNKNOWN_TEXT, Units
 from .graphs import Graph
-from .torch import TOLERANCE, difference, traced
+from .torch import checked, traced
 
 
 def need_onnx() -> None:
-    """Raises UsageError that names the extra where a package is missing."""
+    """Raise UsageError, which names the extra, if a package is missing."""
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as e:
         raise UsageError(
-            f"--format onnx needs a package that is not here ({e})", remedy="pip install 'stillhouse[onnx]'"
+            f"--format onnx needs a package that is not installed ({e})", remedy="pip install 'stillhouse[onnx]'"
         ) from None
 
 
 def write_onnx(graph: Graph, path: Path) -> float:
-    """Write the graph; returns how far onnxruntime's outputs are from torch's at most."""
+    """Write the graph; return the largest difference of onnxruntime's outputs from torch's."""
     import onnx
 
     with _quiet():
@@ -52,14 +53,11 @@ def write_onnx(graph: Graph, path: Path) -> float:
     _tidy(proto, graph)
     onnx.helper.set_model_props(proto, graph.metadata)
     onnx.save(proto, str(path))
-    found = difference(graph, lambda inputs: run_onnx(path, inputs))
-    if not found <= TOLERANCE:
-        raise ExportError(f"onnxruntime differs from torch by {found:.1e}", where=path, expected=f"{TOLERANCE:.0e}")
-    return found
+    return checked(graph, lambda inputs: run_onnx(path, inputs), path)
 
 
 def run_onnx(path: Path, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """One run on one thread."""
+    """Run a graph once, on one thread."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -69,7 +67,7 @@ def run_onnx(path: Path, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
 
 
 def write_int8(source: Path, path: Path) -> None:
-    """A copy whose matrix products and embeddings have 8-bit weights; activations are quantised as they come."""
+    """Write a copy whose matrix products and embeddings have 8-bit weights. Activations are quantised at run time."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with _quiet():
@@ -79,22 +77,26 @@ def write_int8(source: Path, path: Path) -> None:
 
 
 def tokens_txt(units: Units) -> str:
-    """`SYMBOL ID` a line. sherpa-onnx turns a leading ▁ into a space, for sentencepiece and for characters alike.
+    """Return lines `SYMBOL ID`. sherpa-onnx turns a leading ▁ into a space, for sentencepiece and for characters.
 
-    The unknown unit is spelled as `stillhouse decode` spells it: sherpa-onnx takes one that is named <unk> for a
-    second blank. Raises ExportError for a unit that the format cannot say.
+    The unknown unit is spelled as `stillhouse decode` spells it, because sherpa-onnx takes <unk> for a second blank.
+
+    Raises:
+        ExportError: a unit has white space.
     """
     lines = []
     for k, piece in enumerate(units.pieces):
         symbol = {BLANK: "<blk>", UNKNOWN: UNKNOWN_TEXT}.get(k, piece)
         if not symbol or re.search(r"[ \t\n\v\f\r\0]", symbol):
-            raise ExportError(f"unit {k} is {symbol!r}", expected="no white space in a unit: tokens.txt is split at it")
+            raise ExportError(
+                f"unit {k} is {symbol!r}", expected="no white space, which separates the columns of tokens.txt"
+            )
         lines.append(f"{symbol} {k}\n")
     return "".join(lines)
 
 
 def _tidy(proto: Any, graph: Graph) -> None:
-    """Free axes get the graph's names, and what tells where the exporter ran (paths, stack traces) goes."""
+    """Name the free axes as the graph does, and remove the exporter's paths and stack traces."""
     names = {}
     for value in proto.graph.input:
         for axis, name in graph.axes[value.name].items():
@@ -114,7 +116,7 @@ def _tidy(proto: Any, graph: Graph) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter tells of packages that it would register operators for, and of its own parts' deprecation."""
+    """Silence the exporter, which warns of packages that are not installed and of its own deprecated parts."""
     loggers = [logging.getLogger("torch.onnx"), logging.getLogger()]
     levels = [logger.level for logger in loggers]
     try:

@@ -1,13 +1,12 @@
-"""The streaming encoder as a graph: one chunk of plain fbank and what was kept in, states and what to keep out.
+"""The streaming encoder as a graph: a chunk of fbank and two caches go in, states and the next caches come out.
 
-sherpa-onnx's online conformer transducer (its csrc/online-conformer-transducer-model.cc) keeps two tensors that begin
-as zeros, [num_encoder_layers, left_context, N, encoder_dim] and [num_encoder_layers, cnn_module_kernel - 1, N,
-encoder_dim], gives them back as they came, and tells how many frames of 10 ms went before. All that
-`Encoder.stream_state` holds is zeros at the beginning too, so it travels in these two, laid flat; the sizes are in the
-metadata.
+sherpa-onnx's online conformer transducer (its csrc/online-conformer-transducer-model.cc) keeps two tensors that start
+as zeros: [num_encoder_layers, left_context, N, encoder_dim] and [num_encoder_layers, cnn_module_kernel - 1, N,
+encoder_dim]. It passes them back unchanged, with the number of earlier frames of 10 ms. `Encoder.stream_state` also
+starts as zeros, so it is stored in these two tensors, flattened. The metadata has the sizes.
 
-Invariant: chunk by chunk the graph says what `Encoder.stream` says. Exercised by
-`stillhouse export RUN --format onnx --streaming`.
+Guarantees: chunk by chunk the graph gives the same states as `Encoder.stream`.
+Try: `stillhouse export RUN --format onnx --streaming --out FOLDER`.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..model.transducer import Transducer
-from .graphs import Graph, about, repeated
+from .graphs import Graph, encoder_metadata, repeat_frames
 
-ATTENTION = ("keys", "values")  # of the state: they travel in the first tensor, the others in the second
+ATTENTION = ("keys", "values")  # parts of the state in the first tensor; the others are in the second
 
 
 class StreamGraph(nn.Module):
     """x [N, T, bins], caches, processed_lens int64 [N] -> projected states [N, T' * repeat, joint_dim], new caches.
 
-    T is chunk_frames in every call; processed_lens are the frames of the chunks before, T times their number.
+    T is chunk_frames in every call. processed_lens is the number of frames in earlier chunks.
     """
 
     def __init__(
@@ -40,14 +39,14 @@ class StreamGraph(nn.Module):
         self.shapes = {name: tuple(value.shape[1:]) for name, value in state.items() if name != "processed"}
         self.layers, self.dim = max(1, len(model.encoder.blocks)), model.encoder.dim
         self.names = [ATTENTION, tuple(name for name in self.shapes if name not in ATTENTION)]
-        # Rows of `dim` numbers that each cache has in each layer; one at least, so that no tensor is empty
+        # Each cache has so many rows of `dim` numbers in each layer, at least one, because no tensor may be empty.
         self.rows = [
             max(1, math.ceil(sum(math.prod(self.shapes[n]) for n in names) / (self.layers * self.dim)))
             for names in self.names
         ]
 
     def caches(self, n: int) -> list[Tensor]:
-        """Of n streams at their beginning."""
+        """Return the caches of n streams at their start."""
         return [torch.zeros(self.layers, rows, n, self.dim) for rows in self.rows]
 
     def forward(
@@ -65,13 +64,13 @@ class StreamGraph(nn.Module):
             flat = torch.cat([new[name].reshape(x.shape[0], -1) for name in names], dim=1)
             flat = F.pad(flat, (0, self.layers * rows * self.dim - flat.shape[1]))
             caches.append(flat.reshape(x.shape[0], self.layers, rows, self.dim).permute(1, 2, 0, 3))
-        return repeated(self.projection(states), self.repeat), caches[0], caches[1]
+        return repeat_frames(self.projection(states), self.repeat), caches[0], caches[1]
 
 
 def stream_graph(
     model: Transducer, *, symbols: int, chunk_frames: int | None = None, left_chunks: int | None = None
 ) -> Graph:
-    """The encoder that is fed chunk by chunk. Raises ConfigError where the model cannot stream."""
+    """Return the encoder that is fed chunk by chunk. Raises ConfigError if the model cannot stream."""
     module = StreamGraph(model, symbols, chunk_frames, left_chunks)
     chunk, bins = module.chunk_frames, len(model.encoder.feature_mean)
 
@@ -91,7 +90,7 @@ def stream_graph(
         {"x": {0: "N"}, "cached_attn": {2: "N"}, "cached_conv": {2: "N"}, "processed_lens": {0: "N"}},
         ("encoder_out", "new_cached_attn", "new_cached_conv"),
         {
-            **about(model, symbols),
+            **encoder_metadata(model, symbols),
             "T": str(chunk),
             "decode_chunk_len": str(chunk),
             "pad_length": "0",

@@ -1,7 +1,8 @@
-"""Graphs as torch ExportedPrograms, for a program that has torch and nothing of Stillhouse.
+"""Graphs as torch ExportedPrograms, which need torch and nothing of Stillhouse.
 
-Invariant: the program takes batches and lengths of any size from `subsampling + 1` frames, and what it says is what
-the module says, bit by bit. Exercised by `stillhouse export RUN --format torch`.
+Guarantees: the program takes batches and lengths of any size from `subsampling + 1` frames. Its outputs are those of
+the module, bit by bit.
+Try: `stillhouse export RUN --format torch --out FOLDER`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,53 +24,64 @@ TOLERANCE = 1e-4
 
 
 def traced(graph: Graph) -> ExportedProgram:
-    """The graph with its free axes."""
+    """Trace the graph with its free axes."""
     with seeded(0), torch.no_grad():
         inputs = graph.inputs(3)
     axes = {name: dict.fromkeys(free, Dim.DYNAMIC) for name, free in graph.axes.items()}
     with torch.no_grad(), warnings.catch_warnings():
-        # nn.LSTM keeps its parameters in a list too, and the tracer finds it changed
+        # nn.LSTM also keeps its parameters in a list, and the tracer warns that the list has changed.
         warnings.filterwarnings("ignore", message=r"The tensor attributes? .*_flat_weights", category=UserWarning)
         return torch.export.export(graph.module, tuple(inputs.values()), dynamic_shapes=tuple(axes.values()))
 
 
 def write_torch(graph: Graph, path: Path) -> float:
-    """Write the graph; returns how far the outputs of what was written are from the module's at most."""
+    """Write the graph; return the largest difference of the loaded program's outputs from the module's."""
     torch.export.save(traced(graph), path)
     module = torch.export.load(path).module()
 
     def run(inputs: dict[str, Tensor]) -> list[Tensor]:
-        found = module(*inputs.values())
-        return [found] if isinstance(found, Tensor) else list(found)
+        return _as_list(module(*inputs.values()))
 
-    found = difference(graph, run)
-    if not found <= TOLERANCE:
-        raise ExportError(f"the program differs from the model by {found:.1e}", where=path, expected=f"{TOLERANCE:.0e}")
-    return found
+    return checked(graph, run, path)
 
 
 @torch.no_grad()
-def difference(graph: Graph, run: Callable[[dict[str, Tensor]], list[Tensor]]) -> float:
-    """The largest difference of `run`'s outputs from the graph's, over batches of several sizes.
+def checked(graph: Graph, run: Callable[[dict[str, Tensor]], list[Tensor]], path: Path) -> float:
+    """Return the largest difference of a written graph's outputs from the module's, over batches of several sizes.
 
-    Absolute, and relative where an output is larger than 1. Infinite where shapes differ.
+    Arguments:
+        graph: the graph.
+        run: runs the written graph.
+        path: its file, for the error.
+
+    Returns:
+        The absolute difference, or for outputs above 1 the relative one.
+
+    Raises:
+        ExportError: the difference is above TOLERANCE, or shapes differ.
     """
     worst = 0.0
     with seeded(1):
         for n in (1, 2, 5):
             inputs = graph.inputs(n)
-            outputs = graph.module(*inputs.values())
-            expected = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-            for mine, theirs in zip(expected, run(inputs), strict=True):
-                if mine.shape != theirs.shape:
-                    return float("inf")
-                gap = (mine.double() - theirs.double()).abs() / mine.double().abs().clamp(min=1)
+            for ours, theirs in zip(_as_list(graph.module(*inputs.values())), run(inputs), strict=True):
+                if ours.shape != theirs.shape:
+                    gap = torch.tensor(torch.inf)
+                else:
+                    gap = (ours.double() - theirs.double()).abs() / ours.double().abs().clamp(min=1)
                 worst = max(worst, float(gap.max()) if gap.numel() else 0.0)
+    if not worst <= TOLERANCE:
+        raise ExportError(f"its outputs differ from torch's by {worst:.1e}", where=path, expected=f"{TOLERANCE:.0e}")
     return worst
+
+
+def _as_list(outputs: Any) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's random numbers on the CPU, and restore them afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield

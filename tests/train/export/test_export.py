@@ -15,7 +15,7 @@ from stillhouse.data.errors import CheckpointError, ConfigError, ExportError, Us
 from stillhouse.data.units import Units
 from stillhouse.train.decode.greedy import greedy
 from stillhouse.train.export.export import export_run
-from stillhouse.train.export.graphs import EncoderGraph, offline_graph, repeated, search_graphs, unfit_for_sherpa
+from stillhouse.train.export.graphs import EncoderGraph, offline_graph, repeat_frames, search_graphs, unfit_for_sherpa
 from stillhouse.train.export.onnx import run_onnx, tokens_txt, write_onnx
 from stillhouse.train.export.torch import traced
 from stillhouse.train.model.transducer import Transducer
@@ -60,7 +60,7 @@ def test_copies_of_a_state_let_a_search_of_one_unit_a_frame_find_several() -> No
     states, lengths = 3 * torch.randn(4, 40, 16), torch.tensor([40, 31, 2, 17])
     for symbols in (1, 2, 5, 8):
         expected = greedy(model, states, lengths, max_symbols=symbols)
-        assert greedy(model, repeated(states, symbols), lengths * symbols, max_symbols=1) == expected
+        assert greedy(model, repeat_frames(states, symbols), lengths * symbols, max_symbols=1) == expected
     assert sum(map(len, expected)) > 2 * int(lengths.sum())  # it does speak in bursts
 
 

@@ -47,7 +47,7 @@ def test_a_kill_leaves_the_old_folder_and_the_next_one_sweeps(tmp_path: Path, mo
     write(out, "old")
     done = subprocess.run([sys.executable, "-c", WRITER, str(out), moment], env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == -signal.SIGKILL
-    with pytest.raises(UsageError, match=r"already there.*--force"):
+    with pytest.raises(UsageError, match=r"already exists.*--force"):
         write(out, "newer")
     assert [p.name for p in tmp_path.iterdir()] == [out.name]
     assert (out / EXPORT_HEAD).read_text() == "old"
