@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 
 from ...data.errors import UsageError
-from ..pipeline.generation import first_generation, utc_now
+from ..pipeline.generation import NewRows, first_generation, utc_now
 from ..pipeline.layout import Layout, cut_shards
-from ..pipeline.new_store import write_teacher
+from ..pipeline.new_store import write_groups, write_new_rows, write_teacher
 from ..pipeline.norms import commit_norms, write_norms
 from ..pipeline.progress import folder_bytes, split_committed
-from ..store.disk.durable import Scratch, crash_point, write_json
-from ..store.disk.layout import Paths, dtype_of, group_json, shard_rows
+from ..store.disk.durable import Scratch, crash_point
+from ..store.disk.layout import Paths, dtype_of, shard_rows
 from ..store.format import plan as plans
 from ..store.format.block_sums import recording_sums
-from ..store.format.index import write_edition, write_index
+from ..store.format.index import write_index
 from ..store.format.plan import Generation, Plan, PlannedWork, Shard, TeacherRecord
 from ..store.reader import Store
 from ..store.verify.sums import check_sound
@@ -52,20 +52,14 @@ class Combined:
 
 
 def copy(source: Path | str, out: Path | str, patterns: Sequence[str] = ()) -> Combined:
-    """Copy views of a store with all utterances; without patterns, all views. Raises the errors of `combine`."""
+    """Copy views of a store with all utterances; without patterns, all views. Raises as `combine`."""
     store = Store.open(source, checksums=True)
     included = choose_utterances(store, lambda _: True)
     return combine(out, [store], included, complete_views(store, patterns), store.plan.corpus)
 
 
 def subset(source: Path | str, out: Path | str, ids: Sequence[str], patterns: Sequence[str] = ()) -> Combined:
-    """Copy some utterances of a store.
-
-    Raises:
-        NoStoreError: names ids that the store does not have.
-        UsageError: there are no ids.
-        StoreError, UsageError: as `combine`.
-    """
+    """Copy some utterances of a store. Raises NoStoreError for ids that it does not have, and as `combine`."""
     store = Store.open(source, checksums=True)
     if not len(ids):
         raise UsageError("no utterances to keep", where=source)
@@ -77,9 +71,7 @@ def subset(source: Path | str, out: Path | str, ids: Sequence[str], patterns: Se
 def merge(a: Path | str, b: Path | str, out: Path | str, patterns: Sequence[str] = ()) -> Combined:
     """Copy all utterances of two stores with the same settings and views.
 
-    Raises:
-        StaleError: names the setting, view or utterance in which the stores differ.
-        StoreError, UsageError: as `combine`.
+    Raises StaleError, with the setting, view or utterance in which the stores differ, and as `combine`.
     """
     stores = [Store.open(a, checksums=True), Store.open(b, checksums=True)]
     views = [complete_views(s, patterns) for s in stores]
@@ -124,9 +116,7 @@ def combine(
         hashes = [s.index_of(names[0]).text_hash[r] for s, r in sources[names[0]]]
         write_index(paths, [m.id for m in rows], np.array(hashes, dtype=np.uint64), by_row)
         if edition:
-            nothing = np.zeros(0, np.int32)
-            no_hashes = np.zeros(0, np.uint64)
-            write_edition(paths, edition, len(rows), [], no_hashes, order, session, served, nothing)
+            write_new_rows(paths, NewRows(edition, len(rows), order, session, served))
         facts = corpus | {"utterances": count, "sessions": int(session.max()) + 1}
         plan = Plan(paths, utc_now(), facts, versions(), {}, [])
         for number, name in enumerate(names, start=edition):
@@ -134,7 +124,7 @@ def combine(
             write_teacher(paths, record, _CopiedVocabulary(dict.fromkeys(s for s, _ in sources[name]), name), layout)
             teachers = plan.teachers | {name: record}
             plan = replace(plan, teachers=teachers, generations=[*plan.generations, generation])
-        write_json(paths.data / "zarr.json", group_json({"stillhouse": {"teachers": list(plan.teachers)}}))
+        write_groups(plan)
         for generation in plan.generations:
             plans.write_generation(replace(plan, generations=[]), generation, sums)
         plans.write_head(plan, publish=False)

@@ -28,8 +28,14 @@ def unreferenced_files(plan: Plan, orders: Mapping[str, np.ndarray] | None = Non
 
     `orders` are rows of the corpus in its order, by teacher, for editions that are not on disk yet.
     """
-    orders = orders or {}
-    paths = [*_plans(plan), *_editions(plan), *_teachers(plan), *_drafts(plan)]
+    root, data, orders = plan.paths.root, plan.paths.data, orders or {}
+    generations = {str(g.number) for g in plan.generations}
+    editions = {str(plan.edition(name)) for name in plan.teachers} | {"zarr.json"}
+    paths = [p for p in _entries(root / "plan") if p.name not in generations]
+    paths += [p for p in _entries(data / "utterances" / "editions") if p.name not in editions]
+    paths += [p for folder in (root / "plan", data) for p in folder.rglob(".*.tmp")]  # drafts of killed writers
+    for folder in (data, root / "commits"):
+        paths += [p for p in _entries(folder) if p.is_dir() and p.name not in {"utterances", *plan.teachers}]
     for name in plan.teachers:
         paths += [*_states(plan, name), *_tokens(plan, name, orders.get(name)), *_commits(plan, name)]
     return sorted(paths)
@@ -53,29 +59,8 @@ def delete_files(paths: list[Path]) -> None:
             fsync_folder(folder)
 
 
-def _folders(path: Path) -> Iterator[Path]:
-    return iter(sorted(path.iterdir())) if path.is_dir() else iter(())
-
-
-def _plans(plan: Plan) -> Iterator[Path]:
-    kept = {str(g.number) for g in plan.generations}
-    yield from (p for p in _folders(plan.paths.root / "plan") if p.name not in kept)
-
-
-def _drafts(plan: Plan) -> Iterator[Path]:
-    """Drafts of killed writers. No process writes now."""
-    return (p for folder in (plan.paths.root / "plan", plan.paths.data) for p in folder.rglob(".*.tmp"))
-
-
-def _editions(plan: Plan) -> Iterator[Path]:
-    kept = {str(plan.edition(t)) for t in plan.teachers} | {"zarr.json"}
-    yield from (p for p in _folders(plan.paths.data / "utterances" / "editions") if p.name not in kept)
-
-
-def _teachers(plan: Plan) -> Iterator[Path]:
-    """Groups and commit records of deleted teachers."""
-    for folder in (plan.paths.data, plan.paths.root / "commits"):
-        yield from (p for p in _folders(folder) if p.is_dir() and p.name not in {"utterances", *plan.teachers})
+def _entries(path: Path) -> list[Path]:
+    return sorted(path.iterdir()) if path.is_dir() else []
 
 
 def _states(plan: Plan, name: str) -> Iterator[Path]:
@@ -88,13 +73,13 @@ def _states(plan: Plan, name: str) -> Iterator[Path]:
     }
     for array in ("hidden", "scale"):
         chunks = plan.paths.array(name, array) / "c"
-        for context in _folders(chunks):
-            for layer in _folders(context):
+        for context in _entries(chunks):
+            for layer in _entries(context):
                 shards = {s for c, k, s in needed if str(c) == context.name and str(k) == layer.name}
                 if not shards:
                     yield layer
                     continue
-                yield from (p for p in _folders(layer) if p.name.isdigit() and int(p.name) not in shards)
+                yield from (p for p in _entries(layer) if p.name.isdigit() and int(p.name) not in shards)
 
 
 def _tokens(plan: Plan, name: str, order: np.ndarray | None) -> Iterator[Path]:
@@ -106,7 +91,7 @@ def _tokens(plan: Plan, name: str, order: np.ndarray | None) -> Iterator[Path]:
     used = set((start[order[length[order] > 0]] // plan.latest(name).shard_rows).tolist())
     used |= {s.number for s in plan.shards(name)}
     for array in ("token_id", "span"):
-        chunks = _folders(plan.paths.array(name, array) / "c")
+        chunks = _entries(plan.paths.array(name, array) / "c")
         yield from (p for p in chunks if p.name.isdigit() and int(p.name) not in used)
 
 
@@ -117,11 +102,11 @@ def _commits(plan: Plan, name: str) -> Iterator[Path]:
     asked = {(item.context, item.shard.number, k) for item in plan.work_items(name) for k in item.layers}
     asked |= {(c, "norms", k) for c, layers in views.items() for k in layers}
     kept = {plan.paths.commits(name, c): c for c in views}
-    for folder in _folders(plan.paths.root / "commits" / name):
+    for folder in _entries(plan.paths.root / "commits" / name):
         context = kept.get(folder)
         if context is None:
             yield folder
             continue
         counts = {id(c): c for (s, k), c in Commits(plan.paths, name, context).of.items() if (context, s, k) in asked}
         names = {f"{c.shard}.{c.generation}.json" for c in counts.values()}
-        yield from (p for p in _folders(folder) if p.name.endswith(".json") and p.name not in names)
+        yield from (p for p in _entries(folder) if p.name.endswith(".json") and p.name not in names)

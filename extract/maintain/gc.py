@@ -15,7 +15,7 @@ import numpy as np
 
 from ...data.errors import NoStoreError
 from ..pipeline.estimate import view_bytes
-from ..pipeline.generation import NewRows, next_generation, rows_after, utc_now
+from ..pipeline.generation import NewRows, later_generation, next_generation, rows_after
 from ..pipeline.layout import compact
 from ..pipeline.new_store import grow_teacher, write_new_rows, write_tokens
 from ..store.disk.durable import crash_point
@@ -122,29 +122,28 @@ def _plan_move(
     ranges = teacher_rows.places(rows)
     token_id, span = (teacher_rows.tokens(a, ranges) for a in (teacher_rows.token_id, teacher_rows.span))
     moved = NewRows(
-        number=number,
-        first=first,
+        number,
+        first,
+        order,
+        index.session_of,
+        served=index.live[index.order],
         ids=[index.id(r) for r in rows.tolist()],
         text_hash=np.asarray(index.text_hash[rows]),
         source=rows.astype(np.int32),
-        order=order,
-        session=index.session_of,
-        served=index.live[index.order],
         tokens=Tokens(token_id, lengths.astype(np.int32), span),
         start=np.concatenate(starts),
         vocabulary=np.zeros(0, np.int32),
     )
     numbers = [s.number for s in tail]
-    generation = replace(
-        latest,
-        number=number,
+    generation = later_generation(
+        plan,
+        name,
+        number,
         work=[PlannedWork(c, layers, numbers) for c, layers in plan.views(name).items() if numbers],
         shards=[*latest.shards, *tail],
-        created=utc_now(),
         edition=number,
         # Every shard that was ever dropped: the generations that dropped them may be deleted before this one.
         dropped_shards=sorted(set(range(begin)) - {s.number for s in plan.shards(name) if s not in emptied}),
-        dropped_views=[],
     )
     return replace(plan, generations=[*plan.generations, generation]), moved
 
@@ -152,7 +151,7 @@ def _plan_move(
 def _write_move(plan: Plan, name: str, moved: NewRows, store: Store, scratch: Path) -> None:
     """Write rows, tokens and work items of a move. They do not count before store.json names the generation."""
     until = replace(plan, generations=[g for g in plan.generations if g.number <= moved.number])
-    write_new_rows(until, moved)
+    write_new_rows(plan.paths, moved)
     own = replace(until, generations=[g for g in until.generations if g.teacher == name])
     grow_teacher(own, moved)
     write_tokens(own, moved, None)

@@ -33,6 +33,7 @@ from ..teacher.tokenizer import Tokens
 HDF5 = (".h5", ".hdf5")
 READ = (".npy", ".npz", ".safetensors", *HDF5)
 PICKLED = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")
+FILE = "{id}.npy"  # of an utterance in a folder
 PROBED = 20  # utterances that are read before anything is written
 
 
@@ -70,10 +71,8 @@ class _OpenFile:
     def load(self, path: Path, name: str | None) -> np.ndarray:
         """Return an array of a file; None names the only one.
 
-        Raises:
-            FileNotFoundError, OSError: the file does not exist or cannot be read.
-            KeyError: the file has no such array.
-            ValueError: there are several arrays, or the array would have to be unpickled.
+        Raises OSError for a file that is missing or cannot be read, KeyError for an array that it does not have, and
+        ValueError if there are several arrays or the array would have to be unpickled.
         """
         if path.suffix == ".npy":
             return np.load(path, allow_pickle=False)
@@ -106,23 +105,15 @@ class ImportCache:
     """Where the states of each utterance are. `file` and `key` may name {id}, {layer}, {session}, {speaker}, {split}.
 
     As a context manager it closes the file that it has open.
-
-    source      a folder of files, or one .h5, .npz or .safetensors file with one dataset for each utterance
-    layers      numbers of the layers in the store, in the order of the cache
-    file        an utterance's file in the folder
-    key         an utterance's array in the file; None: the only one, or {id} in a single file
-    layer_axis  axis of an array that holds all layers; None: one array for each layer
-    drop        special tokens to leave out at the begin and the end of an array
-    names       {utterance id: what {id} stands for}; other utterances keep their id
     """
 
-    source: Path
-    layers: Sequence[int]
-    file: str | None = None
-    key: str | None = None
-    layer_axis: int | None = None
-    drop: tuple[int, int] = (0, 0)
-    names: Mapping[str, str] = field(default_factory=dict)
+    source: Path  # a folder of files, or one .h5, .npz or .safetensors file with one dataset for each utterance
+    layers: Sequence[int]  # numbers of the layers in the store, in the order of the cache
+    file: str | None = None  # an utterance's file in the folder
+    key: str | None = None  # an utterance's array in the file; None: the only one, or {id} in a single file
+    layer_axis: int | None = None  # axis of an array that holds all layers; None: one array for each layer
+    drop: tuple[int, int] = (0, 0)  # special tokens to leave out at the begin and the end of an array
+    names: Mapping[str, str] = field(default_factory=dict)  # {utterance id: what {id} stands for}; others keep their id
     _files: _OpenFile = field(default_factory=_OpenFile, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -136,7 +127,7 @@ class ImportCache:
                 f"{len(self.layers)} layers, and nothing says which is which",
                 expected="a layer axis, or {layer} in the file's or the array's name",
             )
-        _check_suffix(self.source if self.source.is_file() else self.source / self._file_pattern)
+        _check_suffix(self.source if self.source.is_file() else self.source / (self.file or FILE))
 
     def __enter__(self) -> ImportCache:
         return self
@@ -144,19 +135,11 @@ class ImportCache:
     def __exit__(self, *exc: object) -> None:
         self._files.close()
 
-    @property
-    def _file_pattern(self) -> str:
-        return self.file or "{id}.npy"
-
     def path(self, u: Utterance, layer: int) -> Path:
-        """Return an utterance's file.
-
-        Raises:
-            StoreError: its name leads out of the folder.
-        """
+        """Return an utterance's file. Raises StoreError if its name leads out of the folder."""
         if self.source.is_file():
             return self.source
-        path = self.source / self._fill(self._file_pattern, u, layer)
+        path = self.source / self._fill(self.file or FILE, u, layer)
         if not path.resolve().is_relative_to(self.source.resolve()):
             raise StoreError(f"its file would lie outside of the cache: {path}", where=u.id)
         return path
@@ -169,11 +152,7 @@ class ImportCache:
             raise UsageError(f"{pattern!r} cannot be filled in: {e}", expected="{id}, {layer}, {session}, …") from e
 
     def array(self, u: Utterance, layer: int, key: str | None = None) -> np.ndarray:
-        """Return an array as the file has it.
-
-        Raises:
-            StoreError: names the utterance whose array is missing or cannot be read.
-        """
+        """Return an array as the file has it. Raises StoreError, with the utterance, if it is missing or unreadable."""
         path, pattern = self.path(u, layer), key or self.key
         if pattern is None and self.source.is_file():
             pattern = "{id}"
@@ -189,42 +168,34 @@ class ImportCache:
     def states(self, u: Utterance, layers: Sequence[int]) -> dict[int, np.ndarray]:
         """Return {layer: float32 [N, D]} of an utterance, without the special tokens that are dropped.
 
-        Raises:
-            StoreError: as `array`, and for an array of another shape.
+        Raises StoreError as `array`, and for an array of another shape.
         """
         states: dict[int, np.ndarray] = {}
-        whole = self.array(u, layers[0]) if self.layer_axis is not None else None
+        axis, (begin, end) = self.layer_axis, self.drop
+        whole = None if axis is None else self.array(u, layers[0])
         for layer in layers:
-            if whole is None:
+            if whole is None or axis is None:
                 values = self.array(u, layer)
             else:
-                axis = self.layer_axis
-                assert axis is not None
                 if whole.ndim != 3 or not -3 <= axis < 3 or whole.shape[axis] != len(self.layers):
-                    raise StoreError(
-                        f"an array of shape {list(whole.shape)}", where=u.id,
-                        expected=f"three axes, {len(self.layers)} layers along axis {axis}",
-                    )  # fmt: skip
+                    expected = f"three axes, {len(self.layers)} layers along axis {axis}"
+                    raise StoreError(f"an array of shape {list(whole.shape)}", where=u.id, expected=expected)
                 values = np.take(whole, list(self.layers).index(layer), axis=axis)
             if values.ndim != 2 or values.dtype.kind != "f":
-                raise StoreError(
-                    f"an array of shape {list(values.shape)}, {values.dtype}", where=u.id, expected="[tokens, width]"
-                )
-            begin, end = self.drop
+                what = f"an array of shape {list(values.shape)}, {values.dtype}"
+                raise StoreError(what, where=u.id, expected="[tokens, width]")
             states[layer] = np.ascontiguousarray(values[begin : max(begin, len(values) - end)], dtype=np.float32)
         return states
 
 
 def _check_suffix(path: Path) -> None:
+    expected = ", ".join(READ)
     if path.suffix in PICKLED:
-        raise UsageError(
-            "pickled files are not read: they can run any code",
-            where=path,
-            expected=", ".join(READ),
-            remedy="load them on a machine where you trust them, and save with numpy.save or safetensors",
-        )
+        remedy = "load them on a machine where you trust them, and save with numpy.save or safetensors"
+        what = "pickled files are not read: they can run any code"
+        raise UsageError(what, where=path, expected=expected, remedy=remedy)
     if path.suffix not in READ:
-        raise UsageError(f"cannot read {path.suffix or 'a file without suffix'}", where=path, expected=", ".join(READ))
+        raise UsageError(f"cannot read {path.suffix or 'a file without suffix'}", where=path, expected=expected)
 
 
 class GivenTokens:
@@ -340,11 +311,7 @@ def _write(opened: OpenItem, u: int, states: dict[int, np.ndarray], norms: Norms
 
 
 def check_states(u: Utterance, states: Mapping[int, np.ndarray], tokens: int, width: int) -> None:
-    """Compare an utterance's states with its number of tokens and the teacher's width.
-
-    Raises:
-        StoreError: names the utterance, and both lengths or both widths.
-    """
+    """Raise StoreError unless an utterance has as many states as tokens, and these have the teacher's width."""
     for layer, values in states.items():
         if len(values) != tokens:
             raise StoreError(
@@ -387,11 +354,7 @@ def import_states(
 
 
 def read_names(path: Path) -> dict[str, str]:
-    """Read a table of two columns, utterance id and name, with a tab between them.
-
-    Raises:
-        UsageError: a line has no tab.
-    """
+    """Read a table of two columns, utterance id and name. Raises UsageError for a line without a tab."""
     names = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if line.strip():

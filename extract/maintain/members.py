@@ -22,26 +22,16 @@ from ..store.views import View
 
 @dataclass(frozen=True)
 class Included:
-    """An utterance of the new store.
+    """An utterance of the new store."""
 
-    source   index of the store that it comes from
-    id       its id
-    session  number of its session in the new store
-    served   whether it can be read; otherwise it is context alone
-    """
-
-    source: int
+    source: int  # index of the store that it comes from
     id: str
-    session: int
-    served: bool
+    session: int  # number of its session in the new store
+    served: bool  # whether it can be read; otherwise it is context alone
 
 
 def complete_views(store: Store, patterns: Sequence[str]) -> list[View]:
-    """Return the views that match the patterns; without patterns, all views.
-
-    Raises:
-        NoStoreError: names views that are not complete, or a pattern without a match.
-    """
+    """Return the views that match the patterns, or all views. Raises NoStoreError if one of them is not complete."""
     views = store.resolve(patterns, store.planned_views) if patterns else store.planned_views
     missing = [v.address for v in views if v not in store.views]
     if missing:
@@ -56,8 +46,7 @@ def complete_views(store: Store, patterns: Sequence[str]) -> list[View]:
 def choose_utterances(store: Store, chosen: Callable[[str], bool]) -> list[Included]:
     """Return the chosen utterances in the order of the store, with the others of their sessions as context.
 
-    Raises:
-        StaleError: the store's teachers have different tables of utterances.
+    Raises StaleError if the store's teachers have different tables of utterances.
     """
     tables = [_table(store, name) for name in store.plan.teachers]
     if any(t != tables[0] for t in tables[1:]):
@@ -85,11 +74,7 @@ def _table(store: Store, name: str) -> list[tuple[str, int, int, bool]]:
 
 
 def check_compatible(stores: list[Store], views: list[list[View]]) -> None:
-    """Check that two stores have the same views with the same settings.
-
-    Raises:
-        StaleError: names what differs.
-    """
+    """Raise StaleError, with what differs, unless two stores have the same views with the same settings."""
     a, b = stores
     where = f"{a.path}, {b.path}"
     only = [[v.address for v in x if v not in y] for x, y in (views, views[::-1])]
@@ -112,8 +97,7 @@ def check_compatible(stores: list[Store], views: list[list[View]]) -> None:
 def only_in_second(stores: list[Store], first: list[Included], views: list[View]) -> list[Included]:
     """Return the sessions of the second store that the first one does not have.
 
-    Raises:
-        StaleError: the stores share a part of a session, or a session that differs.
+    Raises StaleError if the stores share a part of a session, or a session that differs.
     """
     a, b = stores
     readable = {m.id for m in first if m.served}

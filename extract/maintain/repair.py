@@ -93,11 +93,7 @@ def repair_all(
 
 
 def repair(
-    root: Path,
-    teacher: Teacher,
-    name: str,
-    on_progress: OnProgress | None = None,
-    damaged: DamagedItems | None = None,
+    root: Path, teacher: Teacher, name: str, on_progress: OnProgress | None = None, damaged: DamagedItems | None = None
 ) -> DamagedItems:
     """Extract the damaged work items of a teacher again, and return them with what was wrong.
 

@@ -30,8 +30,7 @@ CLAIM = "locks/build.json"
 def staging_folder(out: Path | str, fingerprint: str) -> Iterator[Path]:
     """Yield a folder that becomes `out` at the end. `fingerprint` is a hash of all that the new store is made of.
 
-    Raises:
-        UsageError: something is at `out` already.
+    Raises UsageError if something is at `out` already.
     """
     if not is_url(out):
         with _local_staging(Path(out)) as root:
@@ -64,27 +63,24 @@ def _taken(mirror: Mirror) -> UsageError:
 
 
 def _claim(mirror: Mirror, fingerprint: str) -> None:
-    """Mark what is under a URL as the work of this command.
-
-    Raises:
-        UsageError: another command has put objects there.
-    """
+    """Mark what is under a URL as the work of this command. Raises UsageError if another has put objects there."""
     note = mirror.root / "claim"
     note.write_text(json.dumps({"builds": fingerprint}))
     others = [k for k in mirror.objects.list("") if k != CLAIM]
-    if CLAIM not in mirror.objects.list("locks") and not others:
-        try:
-            mirror.objects.put(CLAIM, note, "create")
-            return
-        except Conflict:
-            pass  # another command began just now, or the answer to our own attempt was lost
-    elif others and CLAIM not in mirror.objects.list("locks"):
+    claimed = CLAIM in mirror.objects.list("locks")
+    if others and not claimed:
         raise UsageError(
             f"{len(others)} objects are there, and no store",
             where=mirror.url,
             expected="nothing",
             remedy="give another name, or delete what is under this one",
         )
+    if not claimed:
+        try:
+            mirror.objects.put(CLAIM, note, "create")
+            return
+        except Conflict:
+            pass  # another command began just now, or the answer to our own attempt was lost
     if not mirror.objects.same(CLAIM, note):
         raise UsageError(
             "another store has been begun there and never finished",

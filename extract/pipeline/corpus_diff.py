@@ -19,7 +19,7 @@ from ..store.disk.layout import hash_text
 from ..store.format.arrays import RawArray
 from ..store.format.commits import Commits
 from ..store.format.index import Index
-from ..store.format.plan import Plan, TeacherRecord, WorkItem
+from ..store.format.plan import Plan, TeacherRecord
 from ..store.read.rows import TeacherRows
 from ..store.views import parse_context
 from ..teacher.contexts import ItemWindows, TokenLists, WindowFormat, item_windows
@@ -29,24 +29,15 @@ from .layout import order_sessions
 
 @dataclass(frozen=True)
 class CorpusDiff:
-    """A corpus in the order of a store, compared with the one that a teacher's states were made from.
-
-    utterances  of the corpus
-    session     int32 [n], session of each utterance
-    rows        int64 [n], row of each utterance with an unchanged text, or -1
-    replaces    int64 [n], row of the same id, or -1
-    removed     ids that the corpus does not have any more
-    split       the part of the corpus that was read
-    stale       {context: positions of utterances for which the model would get a different input}
-    """
+    """A corpus in the order of a store, compared with the one that a teacher's states were made from."""
 
     utterances: list[Utterance]
-    session: np.ndarray
-    rows: np.ndarray
-    replaces: np.ndarray
-    removed: list[str]
-    split: str | None = None
-    stale: dict[str, np.ndarray] = field(default_factory=dict)
+    session: np.ndarray  # int32 [n], session of each utterance
+    rows: np.ndarray  # int64 [n], row of each utterance with an unchanged text, or -1
+    replaces: np.ndarray  # int64 [n], row of the same id, or -1
+    removed: list[str]  # ids that the corpus does not have any more
+    split: str | None = None  # the part of the corpus that was read
+    stale: dict[str, np.ndarray] = field(default_factory=dict)  # {context: positions of utterances with another input}
 
     @cached_property
     def keep(self) -> np.ndarray:
@@ -62,11 +53,7 @@ class CorpusDiff:
         return [u.id for u, row, old in zip(self.utterances, self.rows, self.replaces) if row < 0 <= old]
 
     def check(self, plan: Plan, teacher: str) -> None:
-        """Accept a corpus that only adds utterances.
-
-        Raises:
-            StaleError: names what differs between store and corpus.
-        """
+        """Raise StaleError, with what differs, unless the corpus only adds utterances."""
         differences = []
         if changed := self.changed:
             differences.append(f"{_count(changed)} another text than in the store: {first_few(changed)}")
@@ -149,7 +136,7 @@ def _stale(
     shards = (teacher_rows.start[rows] // teacher_rows.shard_rows).tolist()
     stale = {}
     for context, layers in plan.views(record.name).items():
-        windows = _windows(record, context, core_tokens, texts, corpus_diff.session, candidates)
+        windows = windows_of(record, context, core_tokens, texts, corpus_diff.session, candidates)
         array = RawArray(plan.paths.data / record.name / "input_hash")
         stored = array.read(plan.teachers[record.name].contexts.index(context))
         commits = Commits(plan.paths, record.name, context)
@@ -189,14 +176,6 @@ class CorpusTexts:
 
 
 def windows_of(
-    plan: Plan, item: WorkItem, texts: TokenLists, session: np.ndarray, positions: Sequence[int] | np.ndarray
-) -> ItemWindows:
-    """Return the windows for utterances of a work item, which are given by their positions in the corpus."""
-    record, core_tokens = plan.teachers[item.teacher], item.generation.core_tokens
-    return _windows(record, item.context, core_tokens, texts, session, positions)
-
-
-def _windows(
     record: TeacherRecord,
     context: str,
     core_tokens: int,
@@ -204,6 +183,7 @@ def _windows(
     session: np.ndarray,
     positions: Sequence[int] | np.ndarray,
 ) -> ItemWindows:
+    """Return the windows of a teacher for utterances that are given by their positions in the corpus."""
     causal = record.kind == "decoder"
     form = WindowFormat(record.prefix_ids, record.suffix_ids, record.join_ids, record.window, core_tokens, causal)
     return item_windows(parse_context(context), form, texts, session, positions)

@@ -59,11 +59,9 @@ class Sizing:
 
     @property
     def fits(self) -> bool:
-        """Whether the disk has enough free space."""
         return self.bytes <= self.free_bytes
 
     def as_json(self) -> dict[str, Any]:
-        """Return the object that `--json` prints."""
         return asdict(self) | {"fits": self.fits}
 
 
@@ -72,8 +70,7 @@ def size_up(
 ) -> Sizing:
     """Return what `extract` with the same arguments would take. With `measure`, the model runs a few batches.
 
-    Raises:
-        StaleError: the store was made with other settings or from other texts.
+    Raises StaleError if the store was made with other settings or from other texts.
     """
     record = teacher_record(teacher, request)
     draft = draft_plan(root, corpus, teacher, record, request, refresh)
@@ -145,11 +142,7 @@ def view_bytes(record: TeacherRecord, items: list[WorkItem]) -> dict[str, int]:
 
 
 def check_disk_space(draft: PlanDraft) -> None:
-    """Check that the disk can hold the last generation of a draft, for `extract`.
-
-    Raises:
-        StoreError: it cannot.
-    """
+    """Raise StoreError if the disk cannot hold the last generation of a draft."""
     plan = draft.plan
     if mirror_of(plan.paths.root) is not None:
         return  # An object store has space, and a writer keeps one work item at a time on the disk.
@@ -174,10 +167,7 @@ def free_bytes(root: Path) -> int:
 
 
 def other_bytes(plan: Plan, layout: Layout | None) -> int:
-    """Return the bytes that the last generation adds beside `hidden`.
-
-    These are checksums and hashes, and for a new teacher tokens, index and embedding.
-    """
+    """Return the bytes that the last generation adds beside `hidden`: hashes, and tokens of a new teacher."""
     g = plan.generations[-1]
     record = plan.teachers[g.teacher]
     u, c = plan.corpus["utterances"], len(g.work)
@@ -196,7 +186,8 @@ def _measure(plan: Plan, teacher: Teacher, items: list[WorkItem], drafted: _Draf
         same = [item for item in items if item.context == context]
         item = same[len(same) // 2]
         positions = drafted.position[item.shard.first : item.shard.last]
-        windows = windows_of(plan, item, drafted.texts, drafted.session, positions)
+        record, core_tokens = plan.teachers[item.teacher], item.generation.core_tokens
+        windows = windows_of(record, context, core_tokens, drafted.texts, drafted.session, positions)
         batches = make_batches(windows.windows, item.generation.batch_tokens, item.generation.batch_overhead_tokens)
         if not batches:
             continue

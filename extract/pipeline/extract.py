@@ -26,7 +26,7 @@ from ..teacher.model import Teacher
 from .generation import PlanDraft, draft_plan
 from .new_store import write_plan
 from .norms import write_norms
-from .progress import ExtractionProgress, ItemOutcome, OnProgress, Summary, split_committed, summarise
+from .progress import ExtractionProgress, OnProgress, Summary, split_committed, summarise
 from .request import Request, teacher_record
 from .runner import ItemRunner, LockedItem
 
@@ -34,7 +34,7 @@ from .runner import ItemRunner, LockedItem
 class Workers(Protocol):
     """Other processes that work on the same store."""
 
-    def finish(self) -> ItemOutcome:
+    def finish(self) -> ExtractionProgress:
         """Wait for all of them and return what they did. Raise the error of one that failed."""
 
 

@@ -7,10 +7,10 @@ Try: `stillhouse extract CORPUS STORE --teacher … --dry-run`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,49 +34,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NewRows:
-    """Rows that a changed corpus adds to a store, and the table of utterances with them.
+    """A table of the n utterances of a changed corpus, and the rows that it adds to a store."""
 
-    number      of the generation, and of its table of utterances
-    first       the new rows are [first, first + len(ids))
-    ids         utterance ids of the new rows
-    text_hash   uint64, of the new rows
-    source      int32, the row that each new row replaces, or -1
-    order       int [n], rows of the corpus in its order
-    session     int32 [n], session of each utterance of the corpus
-    served      bool [n], utterances that can be read; None: all
-    tokens      tokens of the new rows; None: the teacher is new to the store
-    start       int64, place of each new row on the token axis
-    known       token ids of the vocabulary before this generation
-    vocabulary  int32, token ids that are added to these
-    """
-
-    number: int
-    first: int
-    ids: list[str]
-    text_hash: np.ndarray
-    source: np.ndarray
-    order: np.ndarray
-    session: np.ndarray
-    served: np.ndarray | None = None
-    tokens: Tokens | None = None
-    start: np.ndarray | None = None
-    known: int = 0
-    vocabulary: np.ndarray | None = None
+    number: int  # of the generation, and of its table of utterances
+    first: int  # the new rows are [first, first + len(ids))
+    order: np.ndarray  # int [n], rows of the corpus in its order
+    session: np.ndarray  # int32 [n], session of each utterance of the corpus
+    served: np.ndarray | None = None  # bool [n], utterances that can be read; None: all
+    ids: list[str] = field(default_factory=list)
+    text_hash: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    source: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # replaced by each new row, or -1
+    tokens: Tokens | None = None  # of the new rows; None: the teacher is new to the store
+    start: np.ndarray | None = None  # int64, place of each new row on the token axis
+    known: int = 0  # token ids of the vocabulary before this generation
+    vocabulary: np.ndarray | None = None  # int32, token ids that are added to these
 
 
 @dataclass(frozen=True)
 class PlanDraft:
-    """A plan whose last generation may not be on disk yet.
-
-    plan      the plan with all that is asked for
-    layout    rows and shards of a teacher that is new to the store
-    new_rows  rows that a changed corpus adds
-    new       whether there is something to write
-    """
+    """A plan whose last generation is not on disk yet if it is `new`."""
 
     plan: Plan
-    layout: Layout | None = None
-    new_rows: NewRows | None = None
+    layout: Layout | None = None  # of a teacher that is new to the store
+    new_rows: NewRows | None = None  # of a changed corpus
     new: bool = True
 
 
@@ -87,7 +67,7 @@ def draft_plan(
 
     Raises:
         StaleError: the store was made with other settings or, without `refresh`, from other texts.
-        StoreError: an utterance is too long for the store's shards.
+        StoreError: an utterance is longer than a shard.
     """
     if not Paths(root).store_json.exists():
         return plan_new_store(root, corpus, teacher, record, request)
@@ -121,10 +101,7 @@ def plan_new_teacher(
     request: Request,
     corpus_diff: CorpusDiff | None = None,
 ) -> PlanDraft:
-    """Draft a plan with another teacher: the same utterances in the same rows, with its own tokens and shards.
-
-    A changed corpus gets a table of utterances of its own, which this teacher is the first to use.
-    """
+    """Draft a plan with another teacher: the same utterances in the same rows, with its own tokens and shards."""
     index, first = Index(plan.paths.data / "utterances", plan.edition()), plan.generations[0]
     number, edition, new_rows = next_generation(plan), plan.edition(), None
     rows, ids = index.row, [""] * len(index)
@@ -162,23 +139,21 @@ def plan_more_views(
     added = [s.number for s in tail]
     work = [PlannedWork(c, layers + missing.get(c, []), added) for c, layers in views.items() if added]
     work += [PlannedWork(c, layers, kept if c in views else kept + added) for c, layers in missing.items()]
-    generation = replace(
-        latest,
-        number=number,
+    generation = later_generation(
+        plan,
+        record.name,
+        number,
         work=[w for w in work if w.shards],
         shards=[*latest.shards, *tail],
-        created=utc_now(),
         edition=number if new_rows is not None else latest.edition,
         vocabulary=vocabulary,
         dropped_shards=dropped,
-        dropped_views=[],
     )
-    names = [f"{c}/{k}" for c, layers in missing.items() for k in layers]
     longer = replace(
         old,
-        contexts=old.contexts + [c for c in record.contexts if c not in old.contexts],
-        layers=old.layers + [k for k in record.layers if k not in old.layers],
-        fingerprints=old.fingerprints | {name: record.fingerprints[name] for name in names},
+        contexts=[*dict.fromkeys(old.contexts + record.contexts)],
+        layers=[*dict.fromkeys(old.layers + record.layers)],
+        fingerprints=old.fingerprints | record.fingerprints | old.fingerprints,
     )
     return PlanDraft(_with_generation(plan, longer, generation, corpus_diff), new_rows=new_rows)
 
@@ -213,6 +188,12 @@ def first_generation(
         created=utc_now(),
         edition=edition,
     )
+
+
+def later_generation(plan: Plan, name: str, number: int, **changes: Any) -> Generation:
+    """Return a generation after a teacher's latest. It adds no work and drops nothing, but for the `changes`."""
+    fresh: dict[str, Any] = {"work": [], "dropped_shards": [], "dropped_views": []}
+    return replace(plan.latest(name), number=number, created=utc_now(), **fresh | changes)
 
 
 def next_generation(plan: Plan) -> int:
@@ -254,24 +235,20 @@ def _changed_table(corpus_diff: CorpusDiff, new: np.ndarray, number: int, first:
     order[new] = first + np.arange(len(new))
     utterances = [corpus_diff.utterances[p] for p in new.tolist()]
     return NewRows(
-        number=number,
-        first=first,
+        number,
+        first,
+        order,
+        corpus_diff.session,
         ids=[u.id for u in utterances],
         text_hash=np.array([hash_text(u.text) for u in utterances], dtype=np.uint64),
         source=corpus_diff.replaces[new].astype(np.int32),
-        order=order,
-        session=corpus_diff.session,
     )
 
 
 def _new_rows(
     plan: Plan, teacher: Teacher, record: TeacherRecord, corpus_diff: CorpusDiff, number: int
 ) -> tuple[NewRows, list[Shard]]:
-    """Rows, tokens and shards for all utterances whose rows cannot stay.
-
-    Raises:
-        StoreError: an utterance is longer than a shard.
-    """
+    """Rows, tokens and shards for all utterances whose rows cannot stay."""
     latest = plan.latest(record.name)
     first = rows_after(plan)
     new = np.flatnonzero(~corpus_diff.keep)

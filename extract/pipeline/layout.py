@@ -22,31 +22,21 @@ from ..teacher.tokenizer import Tokeniser, Tokens
 
 @dataclass(frozen=True)
 class Layout:
-    """The rows of a teacher that is new to a store.
+    """The rows of a teacher that is new to a store. A store with a table of utterances needs no hashes and sessions."""
 
-    ids         utterance ids by row
-    tokens      tokens of these
-    start       int64 [U], place of each row on the token axis
-    shard_rows  places on the token axis that a shard takes
-    shards      the shards
-    text_hash   uint64 [U]; empty where the store has a table of utterances
-    session     int32 [U]; empty where the store has a table of utterances
-    """
-
-    ids: list[str]
+    ids: list[str]  # by row
     tokens: Tokens
-    start: np.ndarray
-    shard_rows: int
+    start: np.ndarray  # int64 [U], place of each row on the token axis
+    shard_rows: int  # places on the token axis that a shard takes
     shards: list[Shard]
-    text_hash: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
-    session: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    text_hash: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))  # [U]
+    session: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # [U]
 
 
 def order_sessions(corpus: Corpus, seed: int) -> list[list[int]]:
-    """Return indices of utterances by session. Sessions are ordered by a seeded hash of their name.
+    """Return indices of utterances by session: sessions by a seeded hash of their name, utterances as in the manifest.
 
-    Utterances keep the order of the manifest. With a hash, the place of a session does not depend on the other
-    sessions, as it would in a random permutation.
+    With a hash, the place of a session does not depend on the other sessions, as it would in a random permutation.
     """
 
     def key(session: list[int]) -> tuple[bytes, str]:
@@ -58,11 +48,7 @@ def order_sessions(corpus: Corpus, seed: int) -> list[list[int]]:
 
 
 def lay_out(corpus: Corpus, tokeniser: Tokeniser, transform: str, seed: int, width: int, dtype: str) -> Layout:
-    """Tokenise a corpus in the order of a new store and cut it into shards.
-
-    Raises:
-        CorpusError: the corpus has no text.
-    """
+    """Tokenise a corpus in the order of a new store and cut it into shards. Raises CorpusError if it has no text."""
     if not corpus.utterances:
         raise CorpusError("the corpus is empty", where=corpus.path)
     sessions = order_sessions(corpus, seed)
@@ -126,16 +112,14 @@ def pack_shards(lengths: np.ndarray, rows: int) -> list[np.ndarray]:
 def compact(
     shard: np.ndarray, lengths: np.ndarray, used: Mapping[int, int], rows: int
 ) -> tuple[list[int], list[np.ndarray]]:
-    """Choose the shards to empty, and how their live utterances lie together in new shards.
+    """Choose the shards to empty, and how their live utterances lie together in new shards of at most `rows`.
 
     Afterwards no shard has deleted rows and at most one is small, so a second call empties none. A shard without
     deleted rows is emptied only to have fewer small ones.
 
     Arguments:
-        shard: int64 [n], the shard of each live utterance that has tokens, in the order of the corpus.
-        lengths: int64 [n], the tokens of each of these.
+        shard, lengths: int64 [n], shard and tokens of each live utterance with tokens, in the order of the corpus.
         used: {shard: its rows, deleted ones included}.
-        rows: the most rows of a shard.
 
     Returns:
         The numbers of the emptied shards, and one array of indices into `shard` for each new shard.

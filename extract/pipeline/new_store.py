@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -43,46 +44,36 @@ class Vocabulary(Protocol):
 
 def write_plan(draft: PlanDraft, teacher: Vocabulary) -> None:
     """Write the last generation of a draft and bring it into force. The caller holds the lock `plan`."""
-    if len(draft.plan.generations) == 1 and draft.layout is not None:
-        _write_new_store(draft.plan, teacher, draft.layout)
-    else:
-        _write_generation(draft.plan, teacher, draft.layout, draft.new_rows)
-
-
-def _write_new_store(plan: Plan, teacher: Vocabulary, layout: Layout) -> None:
-    paths, generation = plan.paths, plan.generations[0]
-    record = plan.teachers[generation.teacher]
-    if paths.data.exists():  # a planner was killed before it wrote store.json
-        shutil.rmtree(paths.data)
-    with synced_together(), recording_sums() as sums:  # before store.json names any of it
-        write_index(paths, layout.ids, layout.text_hash, layout.session)
-        write_teacher(paths, record, teacher, layout)
-        write_json(paths.data / "zarr.json", group_json({"stillhouse": {"teachers": [record.name]}}))
-        plans.write_generation(plan, generation, sums)
-    crash_point("planned")
-    plans.write_head(plan)
-
-
-def _write_generation(plan: Plan, teacher: Vocabulary, layout: Layout | None, new_rows: NewRows | None) -> None:
+    plan, layout, new_rows = draft.plan, draft.layout, draft.new_rows
     paths, generation = plan.paths, plan.generations[-1]
-    record = plan.teachers[generation.teacher]
-    group = paths.data / record.name
-    with recording_sums() as sums:
+    record, new_store = plan.teachers[generation.teacher], len(plan.generations) == 1
+    if new_store and paths.data.exists():  # a planner was killed before it wrote store.json
+        shutil.rmtree(paths.data)
+    # Readers use the files of a store that exists, so only those of a new store may be synced at the end.
+    with synced_together() if new_store else nullcontext(), recording_sums() as sums:
+        if new_store and layout is not None:
+            write_index(paths, layout.ids, layout.text_hash, layout.session)
         if new_rows is not None:
-            write_new_rows(plan, new_rows)
+            write_new_rows(paths, new_rows)
             crash_point("grown")
         if layout is not None:
-            shutil.rmtree(group, ignore_errors=True)  # a planner was killed: the store does not name this teacher yet
+            shutil.rmtree(paths.data / record.name, ignore_errors=True)  # a killed planner may have written it
             write_teacher(paths, record, teacher, layout)
-            write_json(paths.data / "zarr.json", group_json({"stillhouse": {"teachers": list(plan.teachers)}}))
         else:
             grow_teacher(plan, new_rows)
             if new_rows is not None:
                 write_tokens(plan, new_rows, teacher)
-            write_json(group / "zarr.json", group_json({"stillhouse": asdict(record)}))
+        write_groups(plan)
     plans.write_generation(plan, generation, sums)
     crash_point("planned")
     plans.write_head(plan)
+
+
+def write_groups(plan: Plan) -> None:
+    """Write the metadata of the Zarr groups of all teachers."""
+    write_json(plan.paths.data / "zarr.json", group_json({"stillhouse": {"teachers": list(plan.teachers)}}))
+    for name, record in plan.teachers.items():
+        write_json(plan.paths.data / name / "zarr.json", group_json({"stillhouse": asdict(record)}))
 
 
 def write_teacher(paths: Paths, record: TeacherRecord, teacher: Vocabulary, layout: Layout) -> None:
@@ -119,14 +110,14 @@ def write_teacher(paths: Paths, record: TeacherRecord, teacher: Vocabulary, layo
         empty["scale"] = scale_json(c, k, n, s)
     for name, meta in empty.items():
         create_array(group / name, meta)
-    write_json(group / "zarr.json", group_json({"stillhouse": asdict(record)}))
 
 
-def write_new_rows(plan: Plan, new_rows: NewRows) -> None:
+def write_new_rows(paths: Paths, rows: NewRows) -> None:
     """Write the table of a changed corpus."""
-    g = new_rows
-    served = np.ones(len(g.order), dtype=bool) if g.served is None else g.served
-    write_edition(plan.paths, g.number, g.first, g.ids, g.text_hash, g.order, g.session, served, g.source)
+    served = np.ones(len(rows.order), dtype=bool) if rows.served is None else rows.served
+    write_edition(
+        paths, rows.number, rows.first, rows.ids, rows.text_hash, rows.order, rows.session, served, rows.source
+    )
 
 
 def grow_teacher(plan: Plan, new_rows: NewRows | None) -> None:

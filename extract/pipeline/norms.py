@@ -46,11 +46,10 @@ def write_norms(plan: Plan, teacher: str, context: str, scratch: Path) -> None:
     with Lock(plan.paths.lock(teacher, context, "norms"), wait=True):
         commits = Commits(plan.paths, teacher, context)
         items = [item for item in plan.work_items(teacher) if item.context == context]
-        newest = {k: item.generation.number for item in items for k in item.layers}
-        missing = {
-            k for item in items for k in item.layers if not commits.has(item.shard.number, [k], item.generation.number)
-        }
-        ready = [k for k in sorted(newest) if k not in missing and not commits.has("norms", [k])]
+        pairs = [(item, k) for item in items for k in item.layers if not commits.has("norms", [k])]
+        newest = {k: item.generation.number for item, k in pairs}
+        missing = {k for item, k in pairs if not commits.has(item.shard.number, [k], item.generation.number)}
+        ready = sorted(newest.keys() - missing)
         if ready:
             store = Store.open(plan.paths.root)
             norms = _norms_of(store, [View(teacher, context, k) for k in ready])
@@ -58,11 +57,9 @@ def write_norms(plan: Plan, teacher: str, context: str, scratch: Path) -> None:
 
 
 def restore_norms(store: Store, view: View) -> bool:
-    """Write a view's norms again, if its states still give the norms that were committed.
+    """Write a view's norms again, if its states still give the norms that were committed; return False if not.
 
-    Returns:
-        False where they do not. The norms of int8 come from the model's own states, and those of a part of a store
-        from the whole store.
+    The norms of int8 come from the model's own states, and those of a part of a store from the whole store.
     """
     record, commits = store.plan.teachers[view.teacher], store.commits(view.teacher, view.context)
     if dtype_of(record.dtype).scaled:
@@ -79,9 +76,7 @@ def norms_before_states(plan: Plan, item: WorkItem, sample: Sample, scratch: Pat
     """Return the norms of a work item's views before any of its states is written, as int8 needs them.
 
     The first writer computes the sample's states for this alone, under a lock. What it commits holds for all writers.
-
-    Raises:
-        StoreError: names the view and the utterance of a state that is not finite.
+    Raises StoreError, with view and utterance, if a state is not finite.
     """
     name, context = item.teacher, item.context
     group, record = plan.paths.data / name, plan.teachers[name]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,6 @@ from ..store.format.commits import Commits
 from ..store.format.plan import Plan, WorkItem, read_plan
 from ..store.reader import Store
 from ..store.remote.paths import address_of, mirror_of
-
-
-@dataclass(frozen=True)
-class ItemOutcome:
-    """What a process has done: work items, their rows, and tokens that the model read, without and with padding."""
-
-    items: int = 0
-    rows: int = 0
-    fed_tokens: int = 0
-    padded_tokens: int = 0
-
-    def __add__(self, other: ItemOutcome) -> ItemOutcome:
-        return ItemOutcome(*(a + b for a, b in zip(astuple(self), astuple(other))))
 
 
 @dataclass
@@ -48,34 +35,25 @@ class ExtractionProgress:
     started: float = field(default_factory=time.perf_counter)
     item: str = ""
 
-    @property
-    def outcome(self) -> ItemOutcome:
-        """What this process has done."""
-        return ItemOutcome(self.items, self.rows, self.fed_tokens, self.padded_tokens)
-
-    def add(self, other: ItemOutcome) -> None:
+    def add(self, other: ExtractionProgress) -> None:
         """Add what another process has done."""
-        for name, value in asdict(other).items():
-            setattr(self, name, getattr(self, name) + value)
+        for name in ("items", "rows", "fed_tokens", "padded_tokens"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     @property
     def wall_s(self) -> float:
-        """Seconds since the run began."""
         return time.perf_counter() - self.started
 
     @property
     def tokens_per_s(self) -> float:
-        """Rows a second."""
         return self.rows / max(self.wall_s, 1e-9)
 
     @property
     def padding_share(self) -> float:
-        """Share of padding in the batches, 0 to 1."""
         return 1 - self.fed_tokens / self.padded_tokens if self.padded_tokens else 0.0
 
     @property
     def eta_s(self) -> float:
-        """Seconds to the end at this speed."""
         return (self.rows_total - self.rows) / self.tokens_per_s if self.rows else float("nan")
 
 
@@ -104,7 +82,6 @@ class Summary:
     hidden_bytes: int
 
     def as_json(self) -> dict[str, Any]:
-        """Return the object that `--json` prints."""
         return asdict(self)
 
 
@@ -182,20 +159,14 @@ class Status:
 
     @property
     def complete(self) -> bool:
-        """Whether every view is complete."""
         return all(c.complete for c in self.contexts)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the object that `--json` prints."""
         return {"store": self.store, "complete": self.complete, "contexts": [asdict(c) for c in self.contexts]}
 
 
 def status(root: Path) -> Status:
-    """Return the status of a store.
-
-    Raises:
-        NoStoreError: there is no store at `root`.
-    """
+    """Return the status of a store. Raises NoStoreError if there is none."""
     plan = read_plan(root)
     contexts = []
     for teacher in plan.teachers:

@@ -24,28 +24,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks to be extracted.
+    """What a user asks to be extracted."""
 
-    name          what the store calls the teacher
-    layers        layer numbers; negative ones count from the last layer
-    contexts      context names, as in alone or both:64
-    transform     text transforms joined by +
-    join          text between two utterances of one window
-    dtype         dtype of the stored states
-    batch_tokens  most tokens in a batch; None: chosen by device
-    core_tokens   tokens of text that utterances of one window share
-    seed          seed of the order of sessions
-    """
-
-    name: str
-    layers: Sequence[int]
-    contexts: Sequence[str]
-    transform: str = "none"
-    join: str = ""
-    dtype: str = "float16"
-    batch_tokens: int | None = None
-    core_tokens: int = 256
-    seed: int = 0
+    name: str  # what the store calls the teacher
+    layers: Sequence[int]  # negative numbers count from the last layer
+    contexts: Sequence[str]  # as in alone or both:64
+    transform: str = "none"  # text transforms joined by +
+    join: str = ""  # text between two utterances of one window
+    dtype: str = "float16"  # of the stored states
+    batch_tokens: int | None = None  # most tokens in a batch; None: chosen by device
+    core_tokens: int = 256  # text tokens that the utterances of a shared window have together
+    seed: int = 0  # of the order of sessions
 
     def batch_sizes(self, device: str) -> tuple[int, int]:
         """Return the most tokens in a batch, and the cost of one call of the model in tokens."""
@@ -55,31 +44,15 @@ class Request:
 
 def view_fingerprint(record: TeacherRecord, context: str, layer: int) -> str:
     """Return the hash of all settings that decide a view's numbers."""
-    settings = (
-        record.kind,
-        record.architecture,
-        record.weights_hash,
-        record.tokenizer_hash,
-        record.transform,
-        record.join_ids,
-        record.prefix_ids,
-        record.suffix_ids,
-        record.leading_space,
-        record.window,
-        record.dtype,
-        record.model_dtype,
-        context,
-        layer,
-    )
+    t = record
+    teacher = t.kind, t.architecture, t.weights_hash, t.tokenizer_hash
+    text = t.transform, t.join_ids, t.prefix_ids, t.suffix_ids, t.leading_space, t.window
+    settings = *teacher, *text, t.dtype, t.model_dtype, context, layer
     return hashlib.blake2b(repr(settings).encode(), digest_size=16).hexdigest()
 
 
 def teacher_record(teacher: Teacher, request: Request) -> TeacherRecord:
-    """Return the teacher as the store records it.
-
-    Raises:
-        UsageError: the teacher cannot give a context or a layer, or the store cannot use its name.
-    """
+    """Return the teacher as the store records it. Raises UsageError if it cannot give a context, a layer or a name."""
     check_transform(request.transform)
     layers = teacher.layer_numbers(request.layers)
     contexts = list(dict.fromkeys(request.contexts))
@@ -147,11 +120,7 @@ def differences(old: TeacherRecord, new: TeacherRecord) -> list[str]:
 
 
 def check_settings(plan: Plan, record: TeacherRecord) -> None:
-    """Compare a teacher with the one of the same name in a store.
-
-    Raises:
-        StaleError: names the settings in which they differ.
-    """
+    """Raise StaleError, with the settings that differ, if a store has a teacher of this name with other settings."""
     old = plan.teachers.get(record.name)
     differ = differences(old, record) if old is not None else []
     if differ:

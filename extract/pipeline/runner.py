@@ -39,16 +39,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LockedItem:
-    """A work item to run.
-
-    item        the work item
-    lock        is released when the item is committed; None: the caller keeps the lock
-    generation  of the commit record; None: the item's own
-    """
+    """A work item to run."""
 
     item: WorkItem
-    lock: Lock | None = None
-    generation: int | None = None
+    lock: Lock | None = None  # is released when the item is committed; None: the caller keeps the lock
+    generation: int | None = None  # of the commit record; None: the item's own
 
 
 @dataclass(eq=False)
@@ -116,13 +111,11 @@ class ItemRunner:
         self._committer.shutdown(wait=True)
 
     def run_items(self, items: Iterable[LockedItem]) -> None:
-        """Run and commit work items.
+        """Run and commit work items. Raises StoreError if a value is not finite or the disk is full.
 
         The next item is asked for when the threads have no batch of the last one left to begin. So the model never
-        waits for a lock, and seldom more than one locked item waits for the model.
-
-        Raises:
-            StoreError: a value is not finite, or the disk is full. Committed items stay, and all locks are released.
+        waits for a lock, and seldom more than one locked item waits for the model. After an error committed items stay,
+        and all locks are released.
         """
         try:
             for opened, write in self.blocks(self._opened(items)):
@@ -158,7 +151,7 @@ class ItemRunner:
         item, record = locked.item, self.plan.teachers[locked.item.teacher]
         shard, generation = item.shard, item.generation
         positions = self.index.position[shard.first : shard.last]
-        windows = windows_of(self.plan, item, self.texts, self.session, positions)
+        windows = self._windows(item, positions)
         copies = self.reuse.copies(item, windows.input_hash)
         ids = [self.index.id(row) for row in range(shard.first, shard.last)]
         starts, lengths = self.rows.start[shard.first : shard.last], self.rows.length[shard.first : shard.last]
@@ -171,6 +164,10 @@ class ItemRunner:
         write_copies(writer, copies)
         self.progress.rows += int(lengths[positions < 0].sum() + lengths[list(copies)].sum())
         return opened
+
+    def _windows(self, item: WorkItem, positions: np.ndarray) -> ItemWindows:
+        record, core_tokens = self.plan.teachers[item.teacher], item.generation.core_tokens
+        return windows_of(record, item.context, core_tokens, self.texts, self.session, positions)
 
     def _commit(self, opened: OpenItem, written: Future[None] | None) -> None:
         opened.commit(written)
@@ -212,7 +209,7 @@ class ItemRunner:
 
     def sample(self, item: WorkItem, rows: np.ndarray, layers: Sequence[int]) -> Iterator[tuple[int, dict]]:
         """Yield (row, {layer: float32 [n, D]}) of the tokens of some rows in the item's context, in parts."""
-        windows = windows_of(self.plan, item, self.texts, self.session, self.index.position[rows])
+        windows = self._windows(item, self.index.position[rows])
         generation = item.generation
 
         def keep(states: dict[int, torch.Tensor]) -> dict[int, np.ndarray]:

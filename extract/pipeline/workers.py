@@ -1,9 +1,7 @@
-"""Several processes on one store, here or on a Ray cluster. Each loads the teacher and runs work items that no other
-process has locked.
+"""Run work items in several processes, here or on a Ray cluster. Each loads the teacher.
 
-Guarantees: workers share nothing but the store. Its locks and commits make the same bytes, whatever their number and
-whichever of them is killed, on one kind of processor (see `teacher/replicas.py`). Ray carries settings there and counts
-back. States go straight into the store.
+Guarantees: workers share nothing but the store. On one kind of processor the store gets the same bytes with any number
+of workers, and if some of them are killed. Ray carries settings and counts, and states go straight into the store.
 Try: `stillhouse extract CORPUS STORE --teacher … --workers 3`.
 """
 
@@ -21,17 +19,14 @@ from ...data.errors import StillhouseError, StoreError, UsageError
 from ..store.disk.layout import Paths
 from ..store.format.plan import Plan, read_plan
 from ..store.remote.paths import address_of, mirror_of, writable_copy
-from .progress import ExtractionProgress, ItemOutcome
+from .progress import ExtractionProgress
 
 RAY_RETRIES = 3  # of a task whose node was lost
+_RESUME = "give the same command again: it keeps what is committed, and resumes"
 
 
 def parse_part(text: str | None) -> tuple[int, int]:
-    """Return (i, n) of the part "i/n" of a job array; (0, 1) for None.
-
-    Raises:
-        UsageError: the text is anything else.
-    """
+    """Return (i, n) of the part "i/n" of a job array; (0, 1) for None. Raises UsageError for any other text."""
     if text is None:
         return (0, 1)
     i, _, n = text.partition("/")
@@ -57,28 +52,16 @@ class WorkerProcesses:
         context = multiprocessing.get_context("spawn")
         self._results: Any = context.Queue()
         self._processes: list[SpawnProcess] = []
-        threads = torch.get_num_threads()
+        threads, root = torch.get_num_threads(), address_of(plan.paths.root)
         for rank in range(1, count):
             options = load | {"device": worker_device(load["device"], rank)}
-            arguments = (
-                address_of(plan.paths.root),
-                name,
-                options,
-                part_of(plan, part, rank, count),
-                threads,
-                self._results,
-            )
+            arguments = root, name, options, part_of(plan, part, rank, count), threads, self._results
             process = context.Process(target=_run_process, args=arguments, name=f"stillhouse-worker-{rank}")
             process.start()
             self._processes.append(process)
 
-    def finish(self) -> ItemOutcome:
-        """Wait for all processes and return what they did.
-
-        Raises:
-            StillhouseError: a worker raised it.
-            StoreError: a worker was killed.
-        """
+    def finish(self) -> ExtractionProgress:
+        """Wait for all and return what they did. Raises a worker's error, and StoreError if one was killed."""
         for process in self._processes:
             process.join()
         results = []
@@ -87,22 +70,20 @@ class WorkerProcesses:
                 results.append(self._results.get_nowait())
             except Empty:
                 break
-        outcome = _sum(results)
+        total = _sum(results)
         dead = [p.name for p in self._processes if p.exitcode]
         if dead:
-            raise StoreError(
-                f"{', '.join(dead)} died; what was committed is safe", remedy="give the same command again: it resumes"
-            )
-        return outcome
+            raise StoreError(f"{', '.join(dead)} died", remedy=_RESUME)
+        return total
 
 
-def _sum(results: Iterable[ItemOutcome | StillhouseError]) -> ItemOutcome:
-    outcome = ItemOutcome()
+def _sum(results: Iterable[ExtractionProgress | StillhouseError]) -> ExtractionProgress:
+    total = ExtractionProgress()
     for result in results:
         if isinstance(result, StillhouseError):
             raise result
-        outcome += result
-    return outcome
+        total.add(result)
+    return total
 
 
 def start_workers(
@@ -136,7 +117,9 @@ def share_threads(count: int) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // count))
 
 
-def run_worker(root: Path | str, name: str, load: dict[str, Any], part: tuple[int, int], threads: int) -> ItemOutcome:
+def run_worker(
+    root: Path | str, name: str, load: dict[str, Any], part: tuple[int, int], threads: int
+) -> ExtractionProgress:
     """Run work items of a planned store until all of them are committed."""
     import torch
 
@@ -149,7 +132,7 @@ def run_worker(root: Path | str, name: str, load: dict[str, Any], part: tuple[in
     with writable_copy(root) as folder, Scratch(Paths(folder)) as scratch:
         plan = read_plan(folder)
         run_work_items(plan, name, load_teacher(**load), scratch.folder, progress, None, part)
-    return progress.outcome
+    return progress
 
 
 def _run_process(*arguments: Any) -> None:
@@ -163,11 +146,7 @@ def _run_process(*arguments: Any) -> None:
 
 
 def ray_module() -> Any:
-    """Return the module ray.
-
-    Raises:
-        UsageError: Ray is not installed.
-    """
+    """Return the module ray. Raises UsageError if it is not installed."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
@@ -204,20 +183,12 @@ class RayWorkers:
             task.remote(root, name, load, part_of(plan, part, rank, count), threads) for rank in range(count)
         ]
 
-    def finish(self) -> ItemOutcome:
-        """Wait for all tasks and return what they did.
-
-        Raises:
-            StillhouseError: a worker raised it.
-            StoreError: Ray gave up a task.
-        """
+    def finish(self) -> ExtractionProgress:
+        """Wait for all and return what they did. Raises a worker's error, and StoreError if Ray gave one up."""
         try:
             return _sum(self._ray.get(self._tasks))
         except self._ray.exceptions.RayError as e:
-            raise StoreError(
-                f"a Ray worker failed: {str(e).strip().splitlines()[-1]}",
-                remedy="what was committed is safe: give the same command again, it resumes",
-            ) from e
+            raise StoreError(f"a Ray worker failed: {str(e).strip().splitlines()[-1]}", remedy=_RESUME) from e
         finally:
             if self._began:
                 self._ray.shutdown()
@@ -231,7 +202,7 @@ def start_ray_workers(
     return lambda plan: RayWorkers(plan, name, load, count, part, address)
 
 
-def _run_task(*arguments: Any) -> ItemOutcome | StillhouseError:
+def _run_task(*arguments: Any) -> ExtractionProgress | StillhouseError:
     try:
         return run_worker(*arguments)
     except StillhouseError as e:
