@@ -1,12 +1,12 @@
 """The specification: the RNN-T loss, its occupancies and its gradient in float64, in plain loops.
 
-One utterance has T frames and U target units y(0) … y(U-1). The lattice has T x (U+1) cells; cell (t, u) means: frames
-before t are done, u units are out. In every cell the model gives V log-probabilities; two of them leave the cell:
+One utterance has T frames and U target units y(0) … y(U-1). The lattice has T x (U+1) cells. In cell (t, u), frames
+before t are done and u units are out. In each cell the model gives V log-probabilities. Two of them leave the cell:
 
     blank(t, u) = log P(blank | t, u)                       to (t+1, u): the frame is done
     label(t, u) = log P(y(u) | t, u) + delay(t)             to (t, u+1): unit u is emitted at frame t; none at u = U
 
-An alignment starts in cell (0, 0) and ends by the blank of cell (T-1, U): every alignment has T blanks and U labels.
+An alignment starts in cell (0, 0) and ends by the blank of cell (T-1, U). It has T blanks and U labels.
 
     alpha(0, 0) = 0
     alpha(t, u) = logadd( alpha(t-1, u) + blank(t-1, u),  alpha(t, u-1) + label(t, u-1) )
@@ -15,22 +15,23 @@ An alignment starts in cell (0, 0) and ends by the blank of cell (T-1, U): every
     log P(y)    = beta(0, 0) = alpha(T-1, U) + blank(T-1, U)
     loss        = -log P(y)
 
-Occupancies, the share of the alignments' probability that takes an arc (beta(T, U) = 0 behind the last blank):
+Occupancies are the share of the alignments' probability that takes an arc, with beta(T, U) = 0 behind the last blank:
 
     occ_blank(t, u) = exp( alpha(t, u) + blank(t, u) + beta(t+1, u) - log P(y) )
     occ_label(t, u) = exp( alpha(t, u) + label(t, u) + beta(t, u+1) - log P(y) )     sums to 1 over t for every u
     gamma(t, u)     = occ_blank(t, u) + occ_label(t, u)                              the share that visits the cell
 
-Gradient with respect to the logits x(t, u, v), where p = softmax(x) (Graves 2012, eq. 20, with the softmax folded in):
+The gradient in the logits x(t, u, v), where p = softmax(x), is eq. 20 of Graves 2012 with the softmax folded in:
 
     g(t, u, v) = p(v) * gamma(t, u) - [v = blank] occ_blank(t, u) - [v = y(u)] occ_label(t, u)
 
-FastEmit (Yu et al. 2021, eq. 9) counts the gradient of every label arc 1 + lambda times; the loss's value stays
--log P(y), so that values compare across lambdas. Delay penalty (k2): delay(t) = penalty * ((T-1)/2 - t) is part of
-the scores, of the loss's value and of the occupancies. clamp limits every element of g, before grad_output scales it.
-With fused_log_softmax off, x holds log-probabilities: g has the two subtracted terms alone.
+FastEmit (Yu et al. 2021, eq. 9) counts the gradient of each label arc 1 + lambda times. The loss's value stays
+-log P(y), so values compare across lambdas. The delay penalty of k2, delay(t) = penalty * ((T-1)/2 - t), is part of the
+scores, of the loss's value and of the occupancies. clamp limits each element of g before grad_output scales it. With
+fused_log_softmax off, x holds log-probabilities, and g has the two subtracted terms alone.
 
-Invariant: nothing here is fast, and every other implementation is tested against it. Run: pytest tests/train/rnnt
+Guarantees: each other implementation is tested against this one. None of it is fast.
+Try: `pytest tests/train/rnnt`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Reference:
-    """costs [B]; gradient of each cost [B, T, U+1, V]; occupancy of the label arcs [B, U, T]. Padding is 0."""
+    """Costs [B], the gradient of each cost [B, T, U+1, V], and label occupancies [B, U, T]. Padding is 0."""
 
     costs: np.ndarray
     gradient: np.ndarray
@@ -55,9 +56,10 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
 
 
 def lattice(blank: np.ndarray, label: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-    """log P(y) and the occupancies of the arcs, occ_blank and occ_label [T, U+1].
+    """Return log P(y) and the occupancies of the arcs, occ_blank and occ_label [T, U+1].
 
-    blank, label [T, U+1] are the arcs' log-probabilities; label[:, U] is never read; minus infinity closes an arc.
+    Arguments:
+        blank, label: [T, U+1], the arcs' log-probabilities. label[:, U] is never read. Minus infinity closes an arc.
     """
     T, U = blank.shape[0], blank.shape[1] - 1
     alpha = np.full((T, U + 1), -np.inf)
@@ -69,7 +71,7 @@ def lattice(blank: np.ndarray, label: np.ndarray) -> tuple[float, np.ndarray, np
             if u > 0:
                 alpha[t, u] = np.logaddexp(alpha[t, u], alpha[t, u - 1] + label[t, u - 1])
 
-    beta = np.full((T + 1, U + 2), -np.inf)  # one row and one column more: outside the lattice
+    beta = np.full((T + 1, U + 2), -np.inf)  # One row and one column more are outside the lattice.
     beta[T, U] = 0.0  # behind the last blank
     for t in reversed(range(T)):
         for u in reversed(range(U + 1)):
@@ -96,7 +98,7 @@ def rnnt_reference(
     fastemit_lambda: float = 0.0,
     delay_penalty: float = 0.0,
 ) -> Reference:
-    """Costs, gradients and occupancies of a padded batch: logits [B, T, U+1, V], targets [B, U], lengths [B]."""
+    """Return costs, gradients and occupancies of logits [B, T, U+1, V]; the arguments are those of `rnnt_loss`."""
     x = np.asarray(logits, dtype=np.float64)
     B, Tmax, Uplus, V = x.shape
     blank = blank % V
@@ -124,7 +126,7 @@ def rnnt_reference(
 
 @dataclass(frozen=True)
 class TdtReference:
-    """costs [B]; gradients of each cost [B, T, U+1, V] and [B, T, U+1, D]; occupancy of the label arcs [B, U, T]."""
+    """Costs [B], gradients of each cost [B, T, U+1, V] and [B, T, U+1, D], and label occupancies [B, U, T]."""
 
     costs: np.ndarray
     gradient: np.ndarray
@@ -136,7 +138,7 @@ def tdt_reference(
     token_logits, duration_logits, targets, logit_lengths, target_lengths, blank=-1, durations=(0, 1, 2, 3, 4),
     sigma=0.0, fastemit_lambda=0.0, delay_penalty=0.0,
 ) -> TdtReference:  # fmt: skip
-    """The token-and-duration transducer, arc by arc; tdt.py has the recursion. Shapes as in tdt_loss."""
+    """Return what `rnnt_reference` does for `tdt_loss`, arc by arc. Its recursion is in tdt.py."""
     x, z = np.asarray(token_logits, dtype=np.float64), np.asarray(duration_logits, dtype=np.float64)
     B, Tmax, Uplus, V = x.shape
     blank %= V

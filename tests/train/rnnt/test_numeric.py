@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,12 @@ from stillhouse.train.rnnt.cpu import numeric
 from stillhouse.train.rnnt.cpu.numeric import clear_rows, kernel
 from stillhouse.train.rnnt.cpu.rows import load, store
 from stillhouse.train.rnnt.cpu.vector import LOG2E, combine_tanh, scale_powers, sum_powers
+
+
+def test_the_cache_watches_every_file_with_kernels():
+    files = Path(numeric.__file__).parent.glob("*.py")
+    holding = {f.stem for f in files if re.search(r"^@(kernel|inlined_kernel|intrinsic|overload)", f.read_text(), re.M)}
+    assert holding == set(numeric.KERNEL_SOURCES)
 
 
 @kernel

@@ -1,14 +1,14 @@
-"""The CPU path: three stages over any layout of the logits, each one nogil kernel that threads run together.
+"""The three stages of the loss on the CPU, over any layout of the logits; each is one kernel that threads run together.
 
-1. rows: logsumexp, blank and label log-probability of every cell; nothing else of the logits is kept.
-2. lattice: alphas forwards, then betas and occupancies backwards, along anti-diagonals n = t + u, which are stored
-   contiguously: cell (t, u) of utterance b is number base[at[b] + t + u] + u, one of T*(U+1), no more.
+1. rows: logsumexp, blank and label log-probability of each cell. Nothing else of the logits is kept.
+2. lattice: alphas forwards, then betas and occupancies backwards, along anti-diagonals n = t + u. These are stored
+   contiguously: cell (t, u) of utterance b is number base[at[b] + t + u] + u, one of T*(U+1).
 3. gradient: each row from its own logits, logsumexp and two occupancies.
 
 Rows are numbered by layout: cell (t, u) is row first[b] + t*per_frame[b] + u - band[b, t] of a matrix [rows, V].
-Without pruning band is 0; with it only units band[b, t] … band[b, t] + per_frame[b] - 1 have rows at frame t.
-Invariant: a thread picks its next task from a counter, and no result depends on which thread did it.
-Run: pytest tests/train/rnnt/test_loss.py
+Without pruning, band is 0. With it, only units band[b, t] … band[b, t] + per_frame[b] - 1 have rows at frame t.
+Guarantees: a thread takes its next task from a counter, and no result depends on which thread computed it.
+Try: `pytest tests/train/rnnt/test_loss.py`.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from .numeric import borrow, clear_rows, exp32, fetch_add, kernel, log_add, log_
 from .rows import gradient_row, load, log_sum_exps
 
 f32 = np.float32
-CLOSED = -1e30  # the score of an arc that cannot be taken; finite, so that differences stay numbers
-IMPOSSIBLE = -1e29
+CLOSED = -1e30  # The score of an arc that cannot be taken. It is finite, so differences stay numbers.
+IMPOSSIBLE = -1e29  # An utterance with a lower score has no alignment.
 
 
 @kernel
 def closed_if_less(x):
-    return CLOSED if x < CLOSED else x  # NaN passes
+    return CLOSED if x < CLOSED else x  # NaN stays.
 
 
 @kernel
 def row_stage(
     t0, t1, x, y, T, U, first, per_frame, band, base, lse, blank_lp, label_lp, blank, delay, fused, work, work64
 ):  # fmt: skip
-    """Stage 1 for frames t0..t1 of one utterance, whose own y, first, per_frame, band [T] and base these are.
+    """Run stage 1 for frames t0..t1 of one utterance, to which y, first, per_frame, band [T] and base belong.
 
-    work [2, U+1 or more] of the type that is computed in and work64 [U+1 or more] are room.
+    work [2, U+1 or more], of the type that is computed in, and work64 [U+1 or more] are memory to work in.
     """
     work[0] = 0
     work64[:] = 0
@@ -47,10 +47,10 @@ def row_stage(
         row0 = first + t * per_frame
         rows = x[row0 : row0 + count]
         if fused:
-            if t == t0:  # the first row of a task stands for all rows of its frame
+            if t == t0:  # The first row of a task is the first guess for all rows of its frame.
                 log_sum_exps(rows[:1], reference, sums, out)
                 work[0] = reference[0]
-            log_sum_exps(rows, reference, sums, out)  # around the frame before
+            log_sum_exps(rows, reference, sums, out)  # around the results of the frame before
         bonus = delay * ((T - 1) * 0.5 - t)
         for i in range(count):
             u = low + i
@@ -62,7 +62,7 @@ def row_stage(
 
 @kernel
 def alphas(T, U, base, blank_lp, label_lp, alpha, exact):
-    """alpha [T*(U+1) or more] is numbered from the utterance's own first cell on."""
+    """Compute the alphas of one utterance. alpha [T*(U+1) or more] begins with the utterance's first cell."""
     start = base[0]
     alpha[0] = 0.0
     for n in range(1, T + U):
@@ -87,14 +87,14 @@ def alphas(T, U, base, blank_lp, label_lp, alpha, exact):
 
 @kernel
 def betas(T, U, base, blank_lp, label_lp, alpha, total, scratch, exact):
-    """Backwards through the lattice; blank_lp and label_lp become the occupancies of their arcs.
+    """Go backwards through the lattice: blank_lp and label_lp become the occupancies of their arcs.
 
     scratch [2, U+3] holds two diagonals of betas, unit u at u+1, with a closed cell on both sides.
     """
     nxt, cur = scratch[0], scratch[1]
     nxt[:] = CLOSED
     cur[:] = CLOSED
-    nxt[U + 1] = 0.0  # behind the last blank, where only the blank arc of (T-1, U) leads
+    nxt[U + 1] = 0.0  # behind the last blank, which only the blank arc of (T-1, U) reaches
     for n in range(T + U - 1, -1, -1):
         low, high = max(0, n - T + 1), min(n, U)
         here = base[n]
@@ -110,7 +110,7 @@ def betas(T, U, base, blank_lp, label_lp, alpha, total, scratch, exact):
                 lb[k] = math.exp(a[k] + lb[k] + stay[k] - total)
             for k in range(size):
                 ll[k] = math.exp(a[k] + ll[k] + move[k] - total)
-        else:  # three loops: the compiler gives up on one with six arrays that might overlap
+        else:  # Three loops, because the compiler does not vectorise one with six arrays that might overlap.
             for k in range(size):
                 out[k] = log_add(lb[k] + stay[k], ll[k] + move[k])
             for k in range(size):
@@ -124,7 +124,10 @@ def betas(T, U, base, blank_lp, label_lp, alpha, total, scratch, exact):
 
 @kernel
 def lattice_stage(T, U, base, blank_lp, label_lp, alpha, exact):
-    """Stage 2 of one utterance: its cost; blank_lp, label_lp become occupancies, 0 where it has no alignment."""
+    """Run stage 2 of one utterance and return its cost. blank_lp and label_lp become occupancies.
+
+    Without an alignment the cost is infinite and the occupancies are 0.
+    """
     alphas(T, U, base, blank_lp, label_lp, alpha, exact)
     last = base[T + U - 1] + U
     total = np.float64(alpha[last - base[0]]) + np.float64(blank_lp[last])
@@ -143,13 +146,13 @@ def forward(
     thread, x, y, T, U, first, per_frame, band, at, base, tasks, counter, left, lse, blank_lp, label_lp, alpha,
     work, work64, costs, blank, delay, fused, exact,
 ):  # fmt: skip
-    """Stages 1 and 2. tasks int64 [K, 3]: utterance, frames from, to.
+    """Run stages 1 and 2. tasks int64 [K, 3]: utterance, frames from, to.
 
-    counter int64 [1] = 0 and left int64 [B] = an utterance's number of tasks are used up: whoever ends an utterance's
-    rows does its lattice. The last task comes first: the end of what somebody has just written is still in a cache, and
-    the beginning is what the backward pass wants to find there.
+    counter int64 [1] begins at 0, and left int64 [B] at each utterance's number of tasks. The thread that ends an
+    utterance's rows computes its lattice. The last task is first: the end of the logits, just written, is still in a
+    cache, and the backward pass will then find their beginning there.
     alpha [threads, most cells of an utterance], work [threads, 2, Umax+1], of the type that is computed in, and work64
-    [threads, Umax+1] are room.
+    [threads, Umax+1] are memory to work in.
     """
     x, y, base, tasks, band = borrow(x), borrow(y), borrow(base), borrow(tasks), borrow(band)
     lse, blank_lp, label_lp, own_alpha = borrow(lse), borrow(blank_lp), borrow(label_lp), borrow(alpha)[thread]
@@ -173,7 +176,7 @@ def backward(
     thread, x, out, inplace, y, T, U, first, per_frame, band, at, base, tasks, counter, lse, occ_blank, occ_label,
     scale, blank, clamp, fused, fastemit, eps,
 ):  # fmt: skip
-    """Stage 3. tasks as in forward, but they cover the padding too, which is set to 0. scale float64 [B]."""
+    """Run stage 3. tasks as in forward, but they cover the padding, too, which is set to 0. scale float64 [B]."""
     x, out, y, base, tasks = borrow(x), borrow(out), borrow(y), borrow(base), borrow(tasks)
     band = borrow(band)
     lse, occ_blank, occ_label = borrow(lse), borrow(occ_blank), borrow(occ_label)
@@ -205,7 +208,7 @@ def backward(
 
 @kernel
 def lattices(thread, T, U, at, base, counter, blank_lp, label_lp, alpha, costs, exact):
-    """Stage 2 of all utterances; alpha as in forward."""
+    """Run stage 2 of all utterances; alpha as in forward."""
     base, blank_lp, label_lp, own_alpha = borrow(base), borrow(blank_lp), borrow(label_lp), borrow(alpha)[thread]
     while True:
         b = fetch_add(counter, 0, 1)
@@ -216,7 +219,7 @@ def lattices(thread, T, U, at, base, counter, blank_lp, label_lp, alpha, costs, 
 
 @kernel
 def unpack_occupancy(T, U, at, base, occ_label, out):
-    """occ_label from diagonals into out [B, Umax, Tmax], which comes zeroed."""
+    """Copy occ_label from diagonals into out [B, Umax, Tmax], which holds zeros."""
     for b in range(T.size):
         own = base[at[b] : at[b + 1]]
         for u in range(U[b]):

@@ -1,11 +1,11 @@
 """Arithmetic that the CPU kernels share: exp and log1p that vectorise, half precision, an atomic counter.
 
-Invariant: no function is compiled with fast-math flags, here or in the kernels, so that the error bounds in the
-docstrings hold wherever it is inlined: numba gives a function's flags to all that is inlined into it, and
-reassociation would undo the rounding trick in exp32. Sums that may be regrouped say so one by one (sum_add).
-numba's LLVM has no vector maths library: a loop that calls math.exp runs one element at a time, one that calls exp32
-sixteen.
-Run: pytest tests/train/rnnt/test_numeric.py
+numba's LLVM has no vector maths library. A loop that calls math.exp computes one element at a time, one that calls
+exp32 sixteen.
+Guarantees: no function is compiled with fast-math flags, here or in the kernels, so the error bounds in the docstrings
+hold wherever it is inlined. numba gives a function's flags to all that is inlined into it, and reassociation would undo
+the rounding trick in exp32. Sums that may be regrouped ask for it one by one (sum_add).
+Try: `pytest tests/train/rnnt/test_numeric.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic as _intrinsic
 
 f32 = np.float32
-intrinsic: Any = _intrinsic  # what it makes is called with fewer arguments than it is written with
+intrinsic: Any = _intrinsic  # An intrinsic is called with fewer arguments than it is written with.
 
 # exp(r) for |r| <= ln2/2, Chebyshev fit of degree 5: relative error 8e-8
 _E0, _E1, _E2 = f32(1.0000000710715018), f32(0.9999996659625519), f32(0.49998898640584116)
@@ -31,22 +31,9 @@ _ROUND = f32(12582912.0)  # 1.5 * 2**23: adding it leaves the nearest integer in
 _LOW, _HIGH = f32(-88.0), f32(88.37)
 
 # log1p(x)/x on [0, 1], degree 8: relative error 3e-8
-_L = tuple(
-    f32(c)
-    for c in (
-        0.9999999705406526,
-        -0.4999950151676538,
-        0.33319271342202444,
-        -0.24844369890612375,
-        0.19111431074442628,
-        -0.13674769693983263,
-        0.07836166789479006,
-        -0.029588507322234742,
-        0.005253457780428041,
-    )
-)
-_L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8 = _L
-
+_L0, _L1, _L2 = f32(0.9999999705406526), f32(-0.4999950151676538), f32(0.33319271342202444)
+_L3, _L4, _L5 = f32(-0.24844369890612375), f32(0.19111431074442628), f32(-0.13674769693983263)
+_L6, _L7, _L8 = f32(0.07836166789479006), f32(-0.029588507322234742), f32(0.005253457780428041)
 
 # log1p(x)/x between sqrt(1/2)-1 and sqrt(2)-1, degree 9: relative error 4e-9
 _M0, _M1, _M2, _M3, _M4 = f32(1.0), f32(-0.49999988), f32(0.33333324), f32(-0.25001585), f32(0.20002072)
@@ -55,10 +42,12 @@ _M8, _M9 = f32(0.1291417), f32(-0.076385924)
 _LN2 = 0.6931471805599453
 
 
+KERNEL_SOURCES = ("lattice", "numeric", "plan", "pruned", "rows", "tdt", "tiles", "vector")
+
+
 def _fingerprint() -> tuple[float, int]:
-    """Newest time and total size of the sources that hold kernels."""
-    names = ("numeric", "vector", "rows", "plan", "lattice", "tiles", "tdt", "pruned")
-    stats = [Path(__file__).with_name(name + ".py").stat() for name in names]
+    """Return the newest time and the total size of the sources that hold kernels."""
+    stats = [Path(__file__).with_name(name + ".py").stat() for name in KERNEL_SOURCES]
     return max(s.st_mtime for s in stats), sum(s.st_size for s in stats)
 
 
@@ -66,9 +55,9 @@ _STAMP = _fingerprint()
 
 
 def kernel(function, **options):
-    """njit without the interpreter's lock, cached on disk until the source of any kernel changes.
+    """Compile a function with njit, without the interpreter's lock, cached on disk until any kernel's source changes.
 
-    numba by itself looks at the one file of a function, and would keep what it has inlined from another file.
+    numba by itself looks at a function's own file only, and would keep what it has inlined from another file.
     """
     dispatcher = njit(cache=True, nogil=True, **options)(function)
     index = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
@@ -78,7 +67,7 @@ def kernel(function, **options):
 
 
 def inlined_kernel(function):
-    """A kernel for one row: the arrays among its arguments take longer to hand over than a short row to compute."""
+    """Compile a kernel for one row, always inlined: passing its arrays takes longer than computing a short row."""
     return kernel(function, forceinline=True)
 
 
@@ -87,7 +76,7 @@ _FLOAT = ir.FloatType()
 
 
 def _unary(source, target, emit):
-    """An intrinsic of one argument; numba would widen the integer arithmetic in here to 64 bits."""
+    """Return an intrinsic of one argument. numba itself would widen this integer arithmetic to 64 bits."""
 
     @intrinsic
     def function(typingctx, value):
@@ -126,12 +115,12 @@ def _emit_to_bfloat(builder, value):
     return builder.trunc(builder.select(nan, _I32(0x7FC0), rounded), _I16)
 
 
-# 2**n of a float32 whose low mantissa bits hold n
+# 2**n of a float32 whose low mantissa bits hold n.
 power_of_two = _unary(types.float32, types.float32, _emit_power)
-# a positive normal float32 as mantissa * 2**exponent, mantissa in [sqrt(1/2), sqrt(2))
+# A positive normal float32 is mantissa * 2**exponent, with the mantissa in [sqrt(1/2), sqrt(2)).
 exponent = _unary(types.float32, types.float32, _emit_exponent)
 mantissa = _unary(types.float32, types.float32, _emit_mantissa)
-# bfloat16 is given as the uint16 of its bits, IEEE half precision as the int16; to_* round to nearest, ties to even
+# bfloat16 is the uint16 of its bits, IEEE half precision the int16. float_to_* round to nearest, ties to even.
 bfloat_to_float = _unary(types.uint16, types.float32, lambda b, v: b.bitcast(b.shl(b.zext(v, _I32), _I32(16)), _FLOAT))
 float_to_bfloat = _unary(types.float32, types.uint16, _emit_to_bfloat)
 half_to_float = _unary(types.int16, types.float32, lambda b, v: b.fpext(b.bitcast(v, ir.HalfType()), _FLOAT))
@@ -140,7 +129,7 @@ float_to_half = _unary(types.float32, types.int16, lambda b, v: b.bitcast(b.fptr
 
 @intrinsic
 def fma(typingctx, a, b, c):
-    """a*b + c with one rounding, in the arguments' one floating type."""
+    """Return a*b + c with one rounding, in the one floating type of the arguments."""
     if not (a == b == c) or a not in (types.float32, types.float64):
         return None
 
@@ -152,7 +141,7 @@ def fma(typingctx, a, b, c):
 
 @intrinsic
 def sum_add(typingctx, a, b):
-    """a + b of one floating type that a loop may regroup, so that a sum vectorises; nothing else in it may change."""
+    """Return a + b of one floating type. A loop may regroup such sums, and so vectorise, but change nothing else."""
     if a != b or a not in (types.float32, types.float64):
         return None
 
@@ -164,10 +153,10 @@ def sum_add(typingctx, a, b):
 
 @intrinsic
 def borrow(typingctx, array):
-    """The same array without its reference count; the caller keeps the array alive.
+    """Return the same array without its reference count. The caller keeps the array alive.
 
-    Every slice of an array counts a reference, atomically, on one cache line for all threads: per row that costs more
-    than its arithmetic.
+    Each slice of an array counts a reference, atomically, on one cache line for all threads. Per row that costs more
+    than the arithmetic.
     """
     if not isinstance(array, types.Array):
         return None
@@ -183,7 +172,7 @@ def borrow(typingctx, array):
 
 @intrinsic
 def fetch_add(typingctx, array, index, value):
-    """array[index] += value for int64 arrays, atomically; returns the value before. Orders memory both ways."""
+    """Add value to array[index] of an int64 array, atomically, and return the value before. Orders memory both ways."""
     if not isinstance(array, types.Array) or array.dtype != types.int64:
         return None
     array_type = array
@@ -217,11 +206,11 @@ def clear_rows(typingctx, rows, start, stop):
 
 @kernel
 def exp32(x):
-    """exp of a float32, relative error 2.2e-7; exactly 0 at -88 and below (-inf too), NaN for NaN.
+    """Return exp of a float32, relative error 2.2e-7; exactly 0 at -88 and below (-inf too), NaN for NaN.
 
-    Clamped at 88.37, where it is 2.4e38: callers look for sums that are too large, and take them again.
+    x is clamped at 88.37, where the result is 2.4e38. Callers compute sums that are too large again.
     """
-    x = _LOW if x < _LOW else x  # this order of operands lets NaN through
+    x = _LOW if x < _LOW else x  # This order of operands keeps NaN.
     x = _HIGH if x > _HIGH else x
     shifted = fma(x, _LOG2E, _ROUND)
     n = shifted - _ROUND
@@ -232,13 +221,13 @@ def exp32(x):
     p = fma(p, r, _E2)
     p = fma(p, r, _E1)
     p = fma(p, r, _E0)
-    # the integer sits in the low mantissa bits; a product, not an addition of exponents, keeps NaN
+    # The integer is in the low mantissa bits. A product, not an addition of exponents, keeps NaN.
     return p * power_of_two(shifted)
 
 
 @kernel
 def log1p_unit32(x):
-    """log(1 + x) of a float32 in [0, 1], relative error 2e-7."""
+    """Return log(1 + x) of a float32 in [0, 1], relative error 2e-7."""
     p = fma(_L8, x, _L7)
     p = fma(p, x, _L6)
     p = fma(p, x, _L5)
@@ -252,7 +241,7 @@ def log1p_unit32(x):
 
 @kernel
 def log32(x):
-    """log of a positive normal float32, as float64 with the digits of a float32: absolute error 1e-7."""
+    """Return log of a positive normal float32, as float64 with the digits of a float32: absolute error 1e-7."""
     m = mantissa(x) - f32(1)
     p = fma(_M9, m, _M8)
     p = fma(p, m, _M7)
@@ -267,14 +256,8 @@ def log32(x):
 
 
 @kernel
-def tanh32(x):
-    """tanh of a float32, absolute error 2e-7."""
-    return f32(1) - f32(2) / (f32(1) + exp32(x + x))
-
-
-@kernel
 def log_add(a, b):
-    """log(exp(a) + exp(b)) of float64 values; the correction is computed in float32: absolute error 1e-7."""
+    """Return log(exp(a) + exp(b)) of float64 values. The correction is in float32: absolute error 1e-7."""
     high = a if a > b else b
     low = b if a > b else a
     return high + np.float64(log1p_unit32(exp32(f32(low - high))))
@@ -282,7 +265,7 @@ def log_add(a, b):
 
 @kernel
 def log_add_exact(a, b):
-    """log(exp(a) + exp(b)) of float64 values to full precision, one at a time."""
+    """Return log(exp(a) + exp(b)) of float64 values to full precision, one at a time."""
     high = a if a > b else b
     low = b if a > b else a
     return high + math.log1p(math.exp(low - high))

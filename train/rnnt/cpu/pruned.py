@@ -1,7 +1,7 @@
-"""Kernels of the pruned mode: dense arcs to diagonals and back, and the choice of the band.
+"""Kernels of the pruned loss: dense arcs to diagonals and back, and the choice of the band.
 
-Invariant: best_band's result is the maximum over all bands that hold an alignment.
-Run: pytest tests/train/rnnt/test_pruned.py
+Guarantees: the result of best_band is the maximum over all bands that hold an alignment.
+Try: `pytest tests/train/rnnt/test_pruned.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .numeric import borrow, kernel
 
 @kernel
 def to_diagonals(dense, T, U, at, base, out):
-    """dense [B, Tmax, Umax+1] into the lattice's numbering; what lies below CLOSED becomes CLOSED."""
+    """Copy dense [B, Tmax, Umax+1] into the lattice's numbering. Scores below CLOSED become CLOSED."""
     for b in range(T.size):
         own = borrow(base)[at[b] : at[b + 1]]
         for t in range(T[b]):
@@ -24,7 +24,7 @@ def to_diagonals(dense, T, U, at, base, out):
 
 @kernel
 def to_dense(cells, T, U, at, base, out):
-    """The lattice's numbering into dense [B, Tmax, Umax+1], which comes zeroed."""
+    """Copy from the lattice's numbering into out [B, Tmax, Umax+1], which holds zeros."""
     for b in range(T.size):
         own = borrow(base)[at[b] : at[b + 1]]
         for t in range(T[b]):
@@ -34,7 +34,7 @@ def to_dense(cells, T, U, at, base, out):
 
 @kernel
 def best_band(gamma, width, band):
-    """First units, into band [T or more], of the band of `width` units with the greatest sum of gamma [T, U+1]."""
+    """Write the first units of the band of `width` units with the greatest sum of gamma [T, U+1] to band [≥ T]."""
     T, U1 = gamma.shape
     starts = max(1, U1 - width + 1)
     size = min(width, U1)

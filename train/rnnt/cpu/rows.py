@@ -1,8 +1,9 @@
-"""One row of logits at a time: logsumexp in one pass, and the gradient of a row, for every dtype.
+"""One row of logits at a time: logsumexp in one pass, and the gradient of a row, for each dtype.
 
-Half precision comes in as the integers of its bits: uint16 is bfloat16, int16 is IEEE half. All arithmetic is in
-float32 (in float64 for float64 rows). Invariant: a row is read once and written once.
-Run: pytest tests/train/rnnt/test_numeric.py tests/train/rnnt/test_properties.py
+Half precision is the integers of its bits: uint16 is bfloat16, int16 is IEEE half. The arithmetic is in float32, and in
+float64 for float64 rows.
+Guarantees: a row is read once and written once.
+Try: `pytest tests/train/rnnt/test_numeric.py tests/train/rnnt/test_properties.py`.
 """
 
 from __future__ import annotations
@@ -27,24 +28,24 @@ from .numeric import (
 from .vector import LOG2E, scale_powers, sum_powers
 
 f32 = np.float32
-# a sum of exponentials outside these bounds has lost digits or overflowed and is taken again around the maximum
+# A sum of exponentials outside these bounds has lost digits or overflowed. It is computed again around the maximum.
 SUM_LOW, SUM_HIGH = 1e-12, 1e25
-FAR = 1e6  # logits so large that float32 bases lose more than a power of two's fraction go one at a time
+FAR = 1e6  # For larger logits a float32 base loses more than the fraction of a power of two: they go one at a time.
 LN2, LN2E = 0.6931471805599453, 1 / LOG2E
 
 
 def load(row, i):
-    """row[i] as the type that is computed in."""
+    """Return row[i] in the type that is computed in."""
     return row[i]
 
 
 def store(row, i, value):
-    """row[i] = value, rounded to the row's type."""
+    """Set row[i] to the value, rounded to the row's type."""
     row[i] = value
 
 
 def computed(row, value):
-    """value as the type that rows like this one are computed in."""
+    """Return the value in the type that rows like this one are computed in."""
     return value
 
 
@@ -85,7 +86,7 @@ def _store(row, i, value):
 
 
 def sum_exp(rows, i, reference):
-    """Sum of exp(row i - reference), in the type that is computed in; reference as base_of makes it."""
+    """Return the sum of exp(row i - reference), in the type that is computed in; reference as base_of returns it."""
     return np.exp(rows[i] - reference).sum()
 
 
@@ -104,7 +105,7 @@ def _sum_exp(rows, i, reference):
 
 
 def base_of(rows, value):
-    """value, in units of the logits, as these rows' loops subtract it: float32 ones count in powers of two."""
+    """Return a value of the logits as the loops over rows subtract it: those of float32 count in powers of two."""
     return value
 
 
@@ -116,7 +117,7 @@ def _base_of(rows, value):
 
 
 def log_of_sum(rows, reference, total):
-    """log(exp(reference) * total), as float64; to float32's digits unless the rows are float64."""
+    """Return log(exp(reference) * total) as float64, with float32's digits unless the rows are float64."""
     return reference + np.log(total)
 
 
@@ -129,7 +130,10 @@ def _log_of_sum(rows, reference, total):
 
 @kernel
 def log_sum_exp_safe(rows, i):
-    """logsumexp of row i in float64, around its maximum: two passes. -inf when all are, NaN for NaN and +inf."""
+    """Return logsumexp of row i in float64, around its maximum, in two passes.
+
+    It is -inf if all elements are, and NaN for NaN and +inf.
+    """
     row = rows[i]
     high = load(row, 0)
     for v in range(1, row.size):
@@ -149,10 +153,10 @@ def log_sum_exp_safe(rows, i):
 
 @kernel
 def log_sum_exps(rows, reference, sums, out):
-    """logsumexp of every row, float64, into out [R]; one pass over the rows.
+    """Write logsumexp of each row, float64, to out [R], in one pass over the rows.
 
-    reference [R], as base_of makes it: guesses, replaced by the results; good ones are neighbours' results.
-    sums [R] is room for the work. The sums come first and the logarithms after them, so that both run without waiting.
+    reference [R], as base_of returns it, holds guesses and then the results. Good guesses are results of neighbours.
+    sums [R] is memory to work in. All sums are before all logarithms, so neither waits for the other.
     """
     count = rows.shape[0]
     for i in range(count):
@@ -170,7 +174,7 @@ def log_sum_exps(rows, reference, sums, out):
 
 
 def scaled_softmax(source, i, target, j, lse, weight):
-    """Row j of target = softmax of row i of source * weight; lse and weight are float64. The rows may be the same."""
+    """Set row j of target to softmax of row i of source * weight; lse, weight: float64. Both may be one row."""
     target[j] = np.exp(source[i] - lse) * weight
 
 
@@ -188,7 +192,7 @@ def _scaled_softmax(source, i, target, j, lse, weight):
         def impl(source, i, target, j, lse, weight):
             if -FAR < lse < FAR:
                 base = base_of(source, lse)
-                lost = (np.float64(lse) * LOG2E - np.float64(base)) * LN2  # by rounding
+                lost = (np.float64(lse) * LOG2E - np.float64(base)) * LN2  # by rounding the base
                 scale_powers(source, i, target, j, base, f32(weight * (1 - lost * (1 - 0.5 * lost))))
             else:
                 row, result = source[i], target[j]
@@ -200,7 +204,7 @@ def _scaled_softmax(source, i, target, j, lse, weight):
 
 @kernel
 def clamp_scale_(row, limit, scale):
-    """row = clip(row, -limit, limit) * scale."""
+    """Set row to clip(row, -limit, limit) * scale."""
     for i in range(row.size):
         value = load(row, i)
         value = limit if value > limit else value
@@ -210,9 +214,10 @@ def clamp_scale_(row, limit, scale):
 
 @inlined_kernel
 def gradient_row(source, i, target, j, lse, occ_blank, occ_label, blank, label, scale, clamp, fused):
-    """One cell's gradient, of row i of source, into row j of target, which may be the same row.
+    """Write one cell's gradient, of row i of source, to row j of target, which may be the same row.
 
-    occ_blank, occ_label are the arcs' occupancies (label < 0: no label leaves the cell), scale the output's gradient.
+    occ_blank and occ_label are the arcs' occupancies, scale is the output's gradient. With label < 0, no label leaves
+    the cell.
     """
     factor = scale if clamp <= 0 else 1.0
     weight = (occ_blank + occ_label) * factor
@@ -220,7 +225,7 @@ def gradient_row(source, i, target, j, lse, occ_blank, occ_label, blank, label, 
     at_blank, at_label = computed(row, 0.0), computed(row, 0.0)
     if not fused or weight == 0:
         clear_rows(target, j, j + 1)
-    elif row.itemsize < 4:  # rounded once, after the subtraction below
+    elif row.itemsize < 4:  # Blank and label are rounded once, after the subtraction below.
         at_blank = computed(row, math.exp(load(source[i], blank) - lse) * weight)
         at_label = computed(row, math.exp(load(source[i], max(label, 0)) - lse) * weight)
         scaled_softmax(source, i, target, j, lse, weight)

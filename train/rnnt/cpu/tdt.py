@@ -1,9 +1,9 @@
 """Kernels of the token-and-duration transducer: its lattice along diagonals, and the duration head's rows.
 
-Cells are numbered as in cpu.py. An arc of duration d leads from diagonal n to n + d (blank, d > 0) or n + d + 1
-(label), never to its own, so that a diagonal is done at once here, too. Token rows are cpu.py's.
-Invariant: dur [D, cells] holds log-probabilities before, and occupancies after, the lattice.
-Run: pytest tests/train/rnnt/test_tdt.py
+Cells and token rows are those of lattice.py. An arc of duration d leads from diagonal n to n + d (blank, d > 0) or to
+n + d + 1 (label), never to its own. So one diagonal can be computed at once here, too.
+Guarantees: dur [D, cells] holds log-probabilities before the lattice, and occupancies after it.
+Try: `pytest tests/train/rnnt/test_tdt.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ f32 = np.float32
 
 @kernel
 def add_arc(out, score, arc, duration, exact):
-    """out = logadd(out, score + arc + duration), element by element."""
+    """Set out to logadd(out, score + arc + duration), element by element."""
     if exact:
         for k in range(out.size):
             out[k] = log_add_exact(out[k], score[k] + arc[k] + duration[k])
@@ -57,7 +57,7 @@ def tdt_alphas(T, U, base, blank_lp, label_lp, dur, durations, alpha, exact):
 
 @kernel
 def tdt_total(T, U, base, blank_lp, dur, durations, alpha):
-    """log P(y): blanks from (T-d, U) end an alignment."""
+    """Return log P(y): blanks from (T-d, U) end an alignment."""
     total = CLOSED
     for i in range(durations.size):
         t = T - durations[i]
@@ -69,7 +69,7 @@ def tdt_total(T, U, base, blank_lp, dur, durations, alpha):
 
 @kernel
 def behind(n, d, T, U, low, high, base, beta, stay, move):
-    """Betas of where arcs of duration d lead from diagonal n: stay [by u - low] for blanks, move for labels."""
+    """Copy the betas that arcs of duration d reach from diagonal n, by u - low: stay for blanks, move for labels."""
     stay[:] = CLOSED
     move[:] = CLOSED
     i0 = max(low, n + d - T + 1)  # from there on t + d < T
@@ -84,7 +84,7 @@ def behind(n, d, T, U, low, high, base, beta, stay, move):
 
 @kernel
 def tdt_betas(T, U, base, blank_lp, label_lp, dur, durations, alpha, beta, total, fastemit, exact):
-    """Backwards; blank_lp, label_lp and dur become occupancies (label arcs count 1 + fastemit times in dur)."""
+    """Go backwards: blank_lp, label_lp and dur become occupancies. In dur, label arcs count 1 + fastemit times."""
     stay, move = np.empty(U + 1), np.empty(U + 1)
     sum_blank, sum_label = np.empty(U + 1), np.empty(U + 1)
     for n in range(T + U - 1, -1, -1):
@@ -148,7 +148,10 @@ def duration_lse(row):
 
 @kernel
 def duration_stage(t0, t1, d_rows, U, first, per_frame, base, dur, sigma):
-    """Log-probabilities of the durations, minus sigma (each arc has one), of frames t0..t1 into dur [D, cells]."""
+    """Write the durations' log-probabilities, minus sigma, of frames t0..t1 to dur [D, cells].
+
+    Each arc has exactly one duration, so sigma counts once.
+    """
     for t in range(t0, t1):
         for u in range(U + 1):
             row = d_rows[first + t * per_frame + u]
@@ -164,7 +167,7 @@ def tdt_forward(
     thread, x, d_rows, y, T, U, first, per_frame, band, at, base, tasks, counter, left, lse, blank_lp, label_lp, dur,
     durations, alpha, beta, work, work64, costs, blank, delay, sigma, fastemit, exact,
 ):  # fmt: skip
-    """Stages 1 and 2, as in cpu.forward."""
+    """Run stages 1 and 2, as `forward` in lattice.py."""
     x, d_rows, y, base, tasks, band = borrow(x), borrow(d_rows), borrow(y), borrow(base), borrow(tasks), borrow(band)
     lse, blank_lp, label_lp, dur = borrow(lse), borrow(blank_lp), borrow(label_lp), borrow(dur)
     alpha, beta, own_work, own_work64 = borrow(alpha), borrow(beta), borrow(work)[thread], borrow(work64)[thread]
@@ -185,7 +188,7 @@ def tdt_forward(
 
 @kernel
 def duration_backward(thread, d_rows, out, T, U, first, per_frame, at, base, counter, dur, scale):
-    """Gradient of the duration logits into out, which comes zeroed."""
+    """Write the gradient of the duration logits to out, which holds zeros."""
     d_rows, out, base, dur = borrow(d_rows), borrow(out), borrow(base), borrow(dur)
     while True:
         b = fetch_add(counter, 0, 1)

@@ -1,16 +1,16 @@
-"""Runs one nogil kernel on several threads at once; the kernels share work through a counter in their arguments.
+"""Run one kernel on several threads at once; the kernels share work through a counter among their arguments.
 
-Why not numba's parallel loops: their OpenMP pool and torch's fight over the cores, and OpenMP aborts in a forked
-process. Two ways to more threads instead, for the same work:
+numba's parallel loops are no choice: their OpenMP pool and torch's compete for the cores, and OpenMP aborts in a forked
+process. There are two kinds of threads for the same work:
 
-- torch's own OpenMP threads, through the library that torch is linked with. After one of torch's operations they spin
-  for milliseconds, waiting for the next; taken along they start at once, left alone they keep a core from the loss.
-- plain threads, where torch's are not to be had, or came late: an OpenMP region waits for all of its threads, which
-  on a busy machine takes a turn of the scheduler. Nobody waits for a plain thread that has not begun.
+- torch's own OpenMP threads, through the library that torch is linked with. After an operation of torch they spin for
+  milliseconds and wait for the next. The loss can use them at once. Unused, they would keep a core from it.
+- plain threads, if torch's are not available or began late. An OpenMP region waits for all of its threads, which takes
+  a turn of the scheduler on a busy machine. Nothing waits for a plain thread that has not begun.
 
 A forked process has neither and runs the kernel serially.
-Invariant: results never depend on which thread did what, nor on how many there were.
-Run: pytest tests/train/rnnt/test_threads.py
+Guarantees: results never depend on which thread computed what, nor on the number of threads.
+Try: `pytest tests/train/rnnt/test_threads.py`.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from typing import Any
 import torch
 
 LATE = 1e-3  # seconds after the first thread in which torch's others must have begun
-AWAY, LONGEST = 16, 1024  # calls that go to plain threads after torch's were late once, and after many times
+AWAY, LONGEST = 16, 1024  # calls for plain threads after torch's were late once, and after many times
 
 _forked = False
-_lock = threading.Lock()  # one parallel call at a time; a second thread that arrives meanwhile runs serially
+_lock = threading.Lock()  # One parallel call runs at a time. A second thread that calls meanwhile runs serially.
 _inboxes: list[queue.SimpleQueue] = []
 _away, _times_late = 0, 0
 
@@ -49,7 +49,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 class _Job:
-    """function(index, *args) for every index below count, each once, by whoever comes."""
+    """The calls function(index, *args) for each index below count, shared by the threads that call `work`."""
 
     def __init__(self, function: Callable, count: int, args: tuple) -> None:
         self.function, self.count, self.args = function, count, args
@@ -69,12 +69,12 @@ class _Job:
                 self.errors.append(e)
             self.finished.append(index)
             if len(self.finished) == self.count:
-                with suppress(RuntimeError):  # two ended at once
+                with suppress(RuntimeError):  # Two threads ended at once.
                     self.all.release()
 
 
 def _work(inbox: queue.SimpleQueue) -> None:
-    torch.set_num_threads(1)  # OpenMP's setting of this thread: a matrix product here stays on it
+    torch.set_num_threads(1)  # OpenMP's setting for this thread: its matrix products stay on it.
     while True:
         job = inbox.get()
         job.work()
@@ -92,7 +92,7 @@ def _grow(count: int) -> None:
 
 @cache
 def _openmp() -> tuple[Any, Any] | None:
-    """GOMP_parallel of the library that torch is linked with, and the type of what it calls; None where it has none."""
+    """Return GOMP_parallel of the library that torch is linked with and the type of its callback, or None."""
     kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
     try:
         linked = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
@@ -104,13 +104,13 @@ def _openmp() -> tuple[Any, Any] | None:
 
 
 def _with_openmp(job: _Job) -> bool:
-    """Does the job on torch's threads, unless there are none or they were late lately."""
+    """Run the job on torch's threads and return True, unless there are none or they were late recently."""
     global _away, _times_late
-    found = _openmp()
-    if found is None or _away > 0:
+    openmp = _openmp()
+    if openmp is None or _away > 0:
         _away = max(0, _away - 1)
         return False
-    parallel, kind = found
+    parallel, kind = openmp
     parallel(kind(job.work), None, job.count, 0)
     late = max(job.begun) - job.begun[0] > LATE
     _times_late = _times_late + 1 if late else 0
@@ -119,9 +119,9 @@ def _with_openmp(job: _Job) -> bool:
 
 
 def thread_count() -> int:
-    """How many threads a call may use: torch's number, and one in a forked process.
+    """Return how many threads a call may use: torch's number, or one in a forked process.
 
-    There torch gets one, too: OpenMP's threads did not survive the fork, and a matrix product would wait for them.
+    There torch gets one, too. OpenMP's threads do not survive a fork, and a matrix product would wait for them.
     """
     if _forked and torch.get_num_threads() > 1:
         torch.set_num_threads(1)
@@ -130,7 +130,7 @@ def thread_count() -> int:
 
 @contextmanager
 def single_products() -> Iterator[None]:
-    """Matrix products of this thread stay on it, as those of the other threads do: else they fight over the cores."""
+    """Keep matrix products of this thread on it, as those of the other threads are: else they compete for the cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -140,7 +140,7 @@ def single_products() -> Iterator[None]:
 
 
 def run(function: Callable, threads: int, *args) -> None:
-    """Call function(index, *args) for index 0..threads-1, one of them on this thread; raises what a call raised."""
+    """Call function(index, *args) for index 0..threads-1, some of them on this thread. Raises what a call raised."""
     if threads <= 1 or _forked or not _lock.acquire(blocking=False):
         for index in range(threads):
             function(index, *args)

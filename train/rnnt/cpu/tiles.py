@@ -1,8 +1,9 @@
-"""Kernels of the joint-fused loss: hidden rows of a tile, what is kept of its logits, the gradients back.
+"""Kernels of the fused joint: hidden rows of a tile, what is kept of its logits, the gradients back.
 
-A tile is a list of cells (t, u) of one utterance; its hidden rows [R, H] become logits [R, V] by a matrix product
-outside of this file. Invariant: a cell's row of a tile depends on that cell alone.
-Run: pytest tests/train/rnnt/test_joint.py
+A tile is a list of cells (t, u) of one utterance. A matrix product outside of this file makes logits [R, V] of its
+hidden rows [R, H].
+Guarantees: a cell's row of a tile depends on that cell alone.
+Try: `pytest tests/train/rnnt/test_joint.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .vector import combine_tanh
 
 
 def tanh_row(encoder, t, predictor, u, hidden, r, multiply):
-    """Row r of hidden = tanh(encoder[t] + predictor[u]), or of their product; absolute error 2e-7 for float32."""
+    """Set row r of hidden to tanh(encoder[t] + predictor[u]), or of the product; absolute error 2e-7 for float32."""
     hidden[r] = np.tanh(encoder[t] * predictor[u] if multiply else encoder[t] + predictor[u])
 
 
@@ -41,9 +42,9 @@ def _tanh_row(encoder, t, predictor, u, hidden, r, multiply):
 
 @kernel
 def band_cells(start, stop, U, width, band, cells):
-    """Cells number start..stop, counted by frames with `width` units each, into cells [R, 2] (t, u).
+    """Write cells number start..stop, counted by frames of `width` units each, to cells [R, 2] (t, u).
 
-    Numbers whose unit lies behind U are left out; returns how many there are.
+    Return how many there are. Numbers whose unit is behind U are left out.
     """
     count = 0
     for number in range(start, stop):
@@ -57,7 +58,10 @@ def band_cells(start, stop, U, width, band, cells):
 
 @kernel
 def active_cells(t0, t1, U, base, occ_blank, occ_label, eps, fastemit, cells):
-    """Cells of frames t0..t1 whose occupancy exceeds eps into cells [R, 2] (t, u), by frames; NaN counts as active."""
+    """Write the cells of frames t0..t1 whose occupancy exceeds eps, or is NaN, to cells [R, 2] (t, u), by frames.
+
+    Return how many there are.
+    """
     count = 0
     for t in range(t0, t1):
         for u in range(U + 1):
@@ -70,7 +74,7 @@ def active_cells(t0, t1, U, base, occ_blank, occ_label, eps, fastemit, cells):
 
 @kernel
 def count_active(T, U, at, base, occ_blank, occ_label, eps, fastemit, counts):
-    """How many cells of every frame active_cells will list, into counts [sum of T]."""
+    """Write how many cells of each frame active_cells will list to counts [sum of T]."""
     position = 0
     for b in range(T.size):
         own = borrow(base)[at[b] : at[b + 1]]
@@ -85,7 +89,7 @@ def count_active(T, U, at, base, occ_blank, occ_label, eps, fastemit, counts):
 
 @kernel
 def hidden_rows(encoder, predictor, cells, relu, multiply, hidden):
-    """hidden [R, H] = activation(encoder[t] + predictor[u]), or of their product."""
+    """Set hidden [R, H] to activation(encoder[t] + predictor[u]), or of the product."""
     encoder, predictor, hidden = borrow(encoder), borrow(predictor), borrow(hidden)
     for r in range(cells.shape[0]):
         t, u = cells[r, 0], cells[r, 1]
@@ -93,14 +97,14 @@ def hidden_rows(encoder, predictor, cells, relu, multiply, hidden):
             e, p, h = encoder[t], predictor[u], hidden[r]
             for i in range(h.size):
                 value = e[i] * p[i] if multiply else e[i] + p[i]
-                h[i] = value if not value < 0 else value * 0  # NaN stays
+                h[i] = value if not value < 0 else value * 0  # NaN stays.
         else:
             tanh_row(encoder, t, predictor, u, hidden, r, multiply)
 
 
 @kernel
 def keep_rows(logits, cells, y, T, U, base, lse, blank_lp, label_lp, blank, delay, work, work64):
-    """Stage 1 of a tile: logsumexp, blank and label log-probability of its rows to their cells."""
+    """Run stage 1 of a tile: write logsumexp, blank and label log-probability of its rows to their cells."""
     logits, base, lse = borrow(logits), borrow(base), borrow(lse)
     blank_lp, label_lp = borrow(blank_lp), borrow(label_lp)
     count = cells.shape[0]
@@ -120,7 +124,7 @@ def keep_rows(logits, cells, y, T, U, base, lse, blank_lp, label_lp, blank, dela
 
 @kernel
 def gradient_rows(logits, cells, y, U, base, lse, occ_blank, occ_label, blank, scale, clamp, fastemit, bias):
-    """Stage 3 of a tile, over its logits; bias [V] gathers the sum of the rows."""
+    """Run stage 3 of a tile, in place of its logits, and add the rows to bias [V]."""
     logits, base, lse, bias = borrow(logits), borrow(base), borrow(lse), borrow(bias)
     for r in range(cells.shape[0]):
         t, u = cells[r, 0], cells[r, 1]
@@ -134,7 +138,7 @@ def gradient_rows(logits, cells, y, U, base, lse, occ_blank, occ_label, blank, s
 
 @kernel
 def scatter_rows(grad_hidden, hidden, encoder, predictor, cells, relu, multiply, grad_encoder, grad_predictor):
-    """Through the activation and the sum (or product) back: adds to grad_encoder [T, H], grad_predictor [U+1, H]."""
+    """Go back through activation and sum (or product): add to grad_encoder [T, H] and grad_predictor [U+1, H]."""
     grad_hidden, hidden = borrow(grad_hidden), borrow(hidden)
     encoder, predictor = borrow(encoder), borrow(predictor)
     grad_encoder, grad_predictor = borrow(grad_encoder), borrow(grad_predictor)

@@ -1,12 +1,12 @@
-"""The two loops over a row of logits, written in vectors of sixteen: the sum of exponentials, and the scaled softmax.
+"""The loops over a row in vectors of sixteen: the sum of exponentials, the scaled softmax, and tanh.
 
-The compiler's own vectors leave up to 63 elements of a row to a scalar loop and cannot be told what to do with a row's
-ends: at V=28 they cost 20 ns a row where these cost 7. Any target that LLVM knows takes them (it splits vectors).
-Exponentials are to base 2: 2**(x * LOG2E - base), so that subtracting the row's logsumexp is part of a product. LOG2E
-is a float32, 1e-8 too large: as if every score were, so what is computed here must be divided by the same number.
-Half precision comes in as the integers of its bits: uint16 is bfloat16, int16 is IEEE half; float64 doesn't come here.
-Invariant: nothing outside of the row is read or written, and an element's result depends on it and on `base` alone.
-Run: pytest tests/train/rnnt/test_numeric.py
+The compiler's own vectors leave up to 63 elements of a row to a scalar loop, and have no way to treat a row's ends. At
+V=28 they cost 20 ns a row, these 7. LLVM splits such vectors for any target that it knows.
+Exponentials are to base 2: 2**(x * LOG2E - base), so subtracting the row's logsumexp is part of a product. LOG2E is a
+float32, 1e-8 too large, as if each score were. So results must be divided by the same number.
+Half precision is the integers of its bits: uint16 is bfloat16, int16 is IEEE half. float64 has loops of its own.
+Guarantees: nothing outside of the row is read or written. A result depends on its element and on `base` alone.
+Try: `pytest tests/train/rnnt/test_numeric.py`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from numba.core import cgutils
 from .numeric import intrinsic
 
 LANES = 16
-LOG2E = float(np.float32(1.4426950408889634))  # as the loops use it
-AHEAD = 16384  # bytes: the processor's own prefetching stops at the end of a page
+LOG2E = float(np.float32(1.4426950408889634))  # rounded, as the loops use it
+AHEAD = 16384  # bytes to prefetch ahead: the processor's own prefetching stops at the end of a page
 LOW, HIGH = -127.0, 127.49  # 2**LOW counts as 0
 _ROUND = 12582912.0 + 127.0  # 1.5 * 2**23 and the bias of an exponent: adding it leaves n + 127 in the low bits
 # 2**f for |f| <= 1/2, minimax of degree 5: relative error 1.5e-7
@@ -52,13 +52,13 @@ def _fma(builder, a, b, c):
 
 
 def _power(builder, x, base, bounded: bool):
-    """2**(x * LOG2E - base) as a product of two vectors; base comes negated. NaN stays, 0 at LOW and below.
+    """Return 2**(x * LOG2E - base) as a product of two vectors; `base` is negated. NaN stays, 0 at LOW and below.
 
     bounded: the power is known to be less than 2**127.
     """
     y = _fma(builder, x, _splat(_FLOAT, LOG2E), base)
     low, high, shift = _splat(_FLOAT, LOW), _splat(_FLOAT, HIGH), _splat(_FLOAT, _ROUND)
-    y = builder.select(builder.fcmp_ordered(">", low, y), low, y)  # this order of operands lets NaN through
+    y = builder.select(builder.fcmp_ordered(">", low, y), low, y)  # This order of operands keeps NaN.
     if not bounded:
         y = builder.select(builder.fcmp_ordered("<", high, y), high, y)
     shifted = builder.fadd(y, shift)
@@ -83,19 +83,19 @@ class _Row:
         self.pointer = builder.gep(pointer, [builder.mul(index, self.size)])
 
     def load(self, at):
-        """Elements at, at+1, …"""
+        """Return elements at, at+1, …"""
         address = self.builder.bitcast(self.builder.gep(self.pointer, [at]), _of(self.element).as_pointer())
         return self._widen(self.builder.load(address, align=self.itemsize, typ=_of(self.element)))
 
     def load_ahead(self, at):
-        """Elements at, at+1, …, and asks for what comes some rows later."""
+        """Return elements at, at+1, …, and prefetch those some rows later."""
         b = self.builder
         address = b.gep(self.pointer, [b.add(at, _I64(AHEAD // self.itemsize))])
         address = b.bitcast(address, ir.IntType(8).as_pointer())
         function = cgutils.get_or_insert_function(
             b.module, ir.FunctionType(ir.VoidType(), [address.type, _I32, _I32, _I32]), "llvm.prefetch.p0"
         )
-        b.call(function, [address, _I32(0), _I32(3), _I32(1)])  # to read, into the nearest cache, data
+        b.call(function, [address, _I32(0), _I32(3), _I32(1)])  # to read, into the nearest cache, as data
         return self.load(at)
 
     def store(self, at, value):
@@ -133,7 +133,7 @@ class _Row:
         return self.builder.call(function, args)
 
     def load_short(self):
-        """All elements of a row shorter than a vector, and zeros."""
+        """Return all elements of a row shorter than a vector, and zeros."""
         kind = _of(self.element)
         return self._widen(self._masked("load", kind, [], [ir.Constant(kind, None)]))
 
@@ -142,17 +142,17 @@ class _Row:
 
 
 def _below(builder, count):
-    """Which lanes are less than count."""
+    """Return which lanes are less than count."""
     lanes = ir.Constant(_of(_I64), [_I64(k) for k in range(LANES)])
     return builder.icmp_signed("<", lanes, _broadcast(builder, count))
 
 
 @intrinsic
 def sum_powers(typingctx, rows, index, base):
-    """Sum over row `index` of 2**(x * LOG2E - base), float32; rows [R, V] float32, uint16 or int16, base float32.
+    """Return the sum of 2**(x * LOG2E - base) over row `index`; rows [R, V] float32, uint16 or int16, base float32.
 
-    The bulk starts on a cache line where the matrix does: vectors that straddle two make this loop, which only reads,
-    half as fast. Where it starts is told by the row's place, never by its address: one matrix has one result.
+    Most vectors begin on a cache line if the matrix does: across two lines, this loop, which only reads, is half as
+    fast. The row's index decides where they begin, never its address, so one matrix has one result.
     """
     if not isinstance(rows, types.Array) or rows.ndim != 2 or rows.layout != "C" or rows.dtype == types.float64:
         return None
@@ -178,7 +178,7 @@ def sum_powers(typingctx, rows, index, base):
                 past = b.and_(b.neg(b.mul(index, row.size)), _I64(LANES - 1))
                 whole = b.and_(b.sub(row.size, past), _I64(-LANES))
                 stop = b.add(past, whole)
-                with b.if_then(b.icmp_signed(">", past, _I64(0))):  # a vector whose last elements are the bulk's
+                with b.if_then(b.icmp_signed(">", past, _I64(0))):  # Its last elements are counted below.
                     add(3, row.load(_I64(0)), _below(b, past))
                 four = b.add(past, b.and_(whole, _I64(-4 * LANES)))
                 with cgutils.for_range_slice(b, past, four, _I64(4 * LANES), _I64) as (at, _):
@@ -187,13 +187,13 @@ def sum_powers(typingctx, rows, index, base):
                 with cgutils.for_range_slice(b, four, stop, _I64(LANES), _I64) as (at, _):
                     add(1, row.load_ahead(at))
                 rest = b.sub(row.size, stop)
-                with b.if_then(b.icmp_signed(">", rest, _I64(0))):  # a vector whose first elements are the bulk's
+                with b.if_then(b.icmp_signed(">", rest, _I64(0))):  # Its first elements are counted above.
                     outside = _below(b, b.sub(_I64(LANES), rest))
                     add(2, row.load(b.sub(row.size, _I64(LANES))), b.not_(outside))
         a, c, d, e = (b.load(s) for s in sums)
         total = b.fadd(b.fadd(a, c), b.fadd(d, e))
         width = LANES
-        while width > 1:  # halves onto one another
+        while width > 1:  # Add one half of the vector to the other.
             width //= 2
             order = ir.Constant(_of(_I32), [_I32((k + width) % LANES) for k in range(LANES)])
             total = b.fadd(total, b.shuffle_vector(total, total, order))
@@ -204,9 +204,9 @@ def sum_powers(typingctx, rows, index, base):
 
 @intrinsic
 def scale_powers(typingctx, rows, source, out, target, base, weight):
-    """Row `target` of out = 2**(x * LOG2E - base) * weight of row `source` of rows, which may be the same row.
+    """Set row `target` of out to 2**(x * LOG2E - base) * weight of row `source` of rows, which may be the same row.
 
-    The power must be less than 2**127, as it is where base is the row's own logsumexp.
+    The power must be less than 2**127, as it is if base is the row's own logsumexp.
     """
     if not isinstance(rows, types.Array) or rows.ndim != 2 or rows.layout != "C" or rows.dtype == types.float64:
         return None
@@ -227,12 +227,12 @@ def scale_powers(typingctx, rows, source, out, target, base, weight):
                 result.store_short(value(row.load_short()))
             with long:
                 last = b.sub(row.size, _I64(LANES))
-                end = row.load(last)  # before it is written over: the last two vectors may overlap
+                end = row.load(last)  # Read before it is written over: the last two vectors may overlap.
                 four = b.and_(row.size, _I64(-4 * LANES))
                 with cgutils.for_range_slice(b, _I64(0), four, _I64(4 * LANES), _I64) as (at, _):
                     places = [b.add(at, _I64(k * LANES)) for k in range(4)]
-                    found = [value(row.load_ahead(place)) for place in places]
-                    for place, v in zip(places, found):
+                    results = [value(row.load_ahead(place)) for place in places]
+                    for place, v in zip(places, results):
                         result.store(place, v)
                 whole = b.and_(row.size, _I64(-LANES))
                 with cgutils.for_range_slice(b, four, whole, _I64(LANES), _I64) as (at, _):
@@ -246,9 +246,9 @@ def scale_powers(typingctx, rows, source, out, target, base, weight):
 
 @intrinsic
 def combine_tanh(typingctx, left, i, right, j, out, k, multiply):
-    """Row k of out = tanh(row i of left + row j of right), of their product if `multiply`; absolute error 2e-7.
+    """Set row k of out to tanh(row i of left + row j of right), or of the product; absolute error 2e-7.
 
-    float32; NaN stays. The compiler's own loop of the same arithmetic took six times as long.
+    All are float32, and NaN stays. The compiler's own loop of the same arithmetic took six times as long.
     """
     arrays = (left, right, out)
     if not all(isinstance(a, types.Array) and a.ndim == 2 and a.layout == "C" for a in arrays):
@@ -274,7 +274,7 @@ def combine_tanh(typingctx, left, i, right, j, out, k, multiply):
                 whole = b.and_(result.size, _I64(-LANES))
                 with cgutils.for_range_slice(b, _I64(0), whole, _I64(LANES), _I64) as (at, _):
                     result.store(at, value(a.load(at), c.load(at)))
-                with b.if_then(b.icmp_signed("<", whole, result.size)):  # overlaps: the same values once more
+                with b.if_then(b.icmp_signed("<", whole, result.size)):  # The last vector overlaps.
                     last = b.sub(result.size, _I64(LANES))
                     result.store(last, value(a.load(last), c.load(last)))
         return context.get_dummy_value()

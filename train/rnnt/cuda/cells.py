@@ -1,8 +1,8 @@
 """What the CUDA kernels share: the numbering of cells, and the loads, stores and sums of each type of logits.
 
-Written for numba-cuda; the same source runs in numba's simulator. No min/max (numba's own CUDA target fails on them).
-Cells are numbered along diagonals as in cpu.py, by a formula instead of a table: nothing is planned on the host.
-Run: pytest tests/train/rnnt/test_cuda.py
+The source is for numba-cuda and runs in numba's simulator, too. It has no min or max, on which numba's own CUDA target
+fails. Cells are numbered along diagonals as on the CPU, by a formula instead of a table: the host plans nothing.
+Try: `pytest tests/train/rnnt/test_cuda.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from numba import config, float32, float64
 from numba import cuda as _cuda
 
-cuda: Any = _cuda  # its types are those of the host, not of a kernel
+cuda: Any = _cuda  # Its types are those of the host, not of a kernel.
 SIMULATED = bool(getattr(config, "ENABLE_CUDASIM", False))
 CLOSED = -1e30
 IMPOSSIBLE = -1e29
@@ -32,7 +32,7 @@ else:
 
 @cuda.jit(device=True)
 def cell_of(t, u, T, U):
-    """Number of cell (t, u) among an utterance's T*(U+1), along anti-diagonals."""
+    """Return the number of cell (t, u) among an utterance's T*(U+1), along anti-diagonals."""
     n = t + u
     short = T if T < U + 1 else U + 1
     long = T + U + 1 - short
@@ -69,10 +69,10 @@ def _store_bfloat(array, row, i, value):
 
 
 class Arithmetic:
-    """Of kernels for logits of `kind`: float16, bfloat16 (as int16), float32, float64; all but the last add in float32.
+    """Types and functions for kernels of one kind of logits: float16, bfloat16 (as int16), float32 or float64.
 
-    real: the type of shared arrays; number: of what is computed; narrow: of what is stored as a gradient. Made anew for
-    each set of kernels: device functions are compiled for one device.
+    `real` is the type of shared arrays, `number` that of the arithmetic, `narrow` that of a stored gradient. All kinds
+    but float64 compute in float32. Each set of kernels has its own: device functions are compiled for one device.
     """
 
     def __init__(self, kind: str) -> None:
@@ -86,7 +86,7 @@ class Arithmetic:
 
         @cuda.jit(device=True)
         def log_add(a, b):
-            """float64 values; the correction is in the type that is computed in."""
+            """Return log(exp(a) + exp(b)) of float64 values. The correction is in the type `number`."""
             high = a if a > b else b
             low = b if a > b else a
             return high + math.log1p(math.exp(number(low - high)))

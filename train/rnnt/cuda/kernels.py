@@ -1,8 +1,9 @@
-"""The CUDA kernels: the CPU path's three stages, one block an utterance's lattice, many blocks its rows.
+"""The three stages of the loss as CUDA kernels: one block computes an utterance's lattice, many blocks its rows.
 
-No warp shuffles (the simulator has none), 64-bit offsets everywhere, threads stride over whatever is longer than a
-block. What else holds for all of them is in cuda_cells.py; those of the token-and-duration transducer are in
-cuda_tdt_kernels.py. No GPU has run these kernels yet. Run: pytest tests/train/rnnt/test_cuda.py
+They have no warp shuffles, because the simulator has none. Offsets are 64-bit. Threads stride over what is longer than
+a block. cells.py holds what all kernels share, tdt.py those of the token-and-duration transducer.
+No GPU has run these kernels yet.
+Try: `pytest tests/train/rnnt/test_cuda.py`.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from numba import float64
 from .cells import CLOSED, IMPOSSIBLE, Arithmetic, cell_of, cuda
 from .tdt import tdt_kernels
 
-THREADS = 256  # the most threads of a block that the shared arrays below have room for
+THREADS = 256  # the most threads of a block that the shared arrays below have elements for
 
 
 @cache
 def kernels(kind: str) -> SimpleNamespace:
-    """Kernels for logits of `kind`, as in `Arithmetic`."""
+    """Return the kernels for logits of a kind, such as "float32" (see `Arithmetic`)."""
     a = Arithmetic(kind)
     real, number, narrow, load, put, log_add = a.real, a.number, a.narrow, a.load, a.put, a.log_add
 
@@ -30,9 +31,9 @@ def kernels(kind: str) -> SimpleNamespace:
     def rows(
         x, y, T, U, first, per_frame, band, cells, b0, t0, t1, lse, blank_lp, label_lp, blank, delay, fused
     ):  # fmt: skip
-        """Stage 1. Grid (utterances from b0, any); block (lanes a row: a power of two, rows at once).
+        """Run stage 1. Grid (utterances from b0, any); block (lanes of a row: a power of two, rows at once).
 
-        Frames t0..min(t1, T). Row of cell (t, u): first[b] + t*per_frame[b] + u - band[b, t].
+        Frames are t0..min(t1, T). Cell (t, u) is row first[b] + t*per_frame[b] + u - band[b, t].
         """
         highs = cuda.shared.array(THREADS, real)
         sums = cuda.shared.array(THREADS, real)
@@ -99,7 +100,7 @@ def kernels(kind: str) -> SimpleNamespace:
 
     @cuda.jit
     def wavefront(T, U, cells, blank_lp, label_lp, alpha, beta):
-        """Stage 2. Grid (B, 2): alphas in blocks y = 0, betas in blocks y = 1; any number of threads."""
+        """Run stage 2. Grid (B, 2): alphas in blocks y = 0, betas in blocks y = 1; any number of threads."""
         b = cuda.blockIdx.x
         Tb, Ub, base = T[b], U[b], cells[b]
         me, threads = cuda.threadIdx.x, cuda.blockDim.x
@@ -138,7 +139,7 @@ def kernels(kind: str) -> SimpleNamespace:
 
     @cuda.jit
     def occupancies(T, U, cells, blank_lp, label_lp, alpha, beta, costs):
-        """blank_lp and label_lp become occupancies, costs [B] the losses. Grid (B, any), any number of threads."""
+        """Turn blank_lp and label_lp into occupancies, and set costs [B]. Grid (B, any), any number of threads."""
         b = cuda.blockIdx.x
         Tb, Ub, base = T[b], U[b], cells[b]
         total = beta[base]
@@ -167,9 +168,9 @@ def kernels(kind: str) -> SimpleNamespace:
         x, out, y, T, U, first, per_frame, band, cells, b0, t0, t1, lse, occ_blank, occ_label, scale, blank, clamp,
         fused, fastemit, eps,
     ):  # fmt: skip
-        """Stage 3 for frames t0..t1 of the layout, padding included (t1 < 0: to the utterance's end); out may be x.
+        """Run stage 3 for frames t0..t1 of the layout, padding included; out may be x. Grid and block as in rows.
 
-        Grid and block as in rows.
+        With t1 < 0, frames go to the utterance's end.
         """
         lane, lanes, slot = cuda.threadIdx.x, cuda.blockDim.x, cuda.threadIdx.y
         b = b0 + cuda.blockIdx.x
@@ -209,7 +210,7 @@ def kernels(kind: str) -> SimpleNamespace:
 
     @cuda.jit
     def unpack(T, U, cells, occ_label, out):
-        """Label occupancies into out [B, Umax, Tmax], which comes zeroed. Grid (B, any), any number of threads."""
+        """Copy label occupancies to out [B, Umax, Tmax], which holds zeros. Grid (B, any), any number of threads."""
         b = cuda.blockIdx.x
         Tb, Ub = T[b], U[b]
         first = cuda.blockIdx.y * cuda.blockDim.x + cuda.threadIdx.x

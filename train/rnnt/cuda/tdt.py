@@ -1,8 +1,8 @@
 """CUDA kernels of the token-and-duration transducer: its lattice along diagonals, and the duration head's rows.
 
-As tdt_kernels.py on the CPU; token rows are cuda_kernels.py's. No GPU has run these kernels yet.
-Invariant: dur [D, cells] holds log-probabilities before, and occupancies after, the lattice.
-Run: pytest tests/train/rnnt/test_cuda.py
+They compute what ../cpu/tdt.py does. Token rows are those of kernels.py. No GPU has run these kernels yet.
+Guarantees: dur [D, cells] holds log-probabilities before the lattice, and occupancies after it.
+Try: `pytest tests/train/rnnt/test_cuda.py`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from .cells import CLOSED, IMPOSSIBLE, Arithmetic, cell_of, cuda
 
 
 def tdt_kernels(a: Arithmetic) -> dict[str, Any]:
-    """By name."""
+    """Return the kernels by name."""
     number, narrow, load, put, log_add = a.number, a.narrow, a.load, a.put, a.log_add
 
     @cuda.jit
     def durations_in(z, T, U, first, per_frame, cells, dur, sigma):
-        """Log-probabilities of the durations, minus sigma, into dur [D, cells]. Grid (B, any), any threads."""
+        """Write the durations' log-probabilities, minus sigma, to dur [D, cells]. Grid (B, any), any threads."""
         b = cuda.blockIdx.x
         Tb, Ub, D = T[b], U[b], z.shape[1]
         start = cuda.blockIdx.y * cuda.blockDim.x + cuda.threadIdx.x
@@ -44,7 +44,7 @@ def tdt_kernels(a: Arithmetic) -> dict[str, Any]:
 
     @cuda.jit
     def durations_out(z, out, T, U, first, per_frame, cells, dur, scale):
-        """Gradient of the duration logits into out, which comes zeroed. Grid (B, any), any threads."""
+        """Write the gradient of the duration logits to out, which holds zeros. Grid (B, any), any threads."""
         b = cuda.blockIdx.x
         Tb, Ub, D = T[b], U[b], z.shape[1]
         start = cuda.blockIdx.y * cuda.blockDim.x + cuda.threadIdx.x
@@ -68,7 +68,7 @@ def tdt_kernels(a: Arithmetic) -> dict[str, Any]:
 
     @cuda.jit
     def tdt_wavefront(T, U, cells, blank_lp, label_lp, dur, durations, alpha, beta):
-        """Stage 2 of the token-and-duration transducer; grid and block as in wavefront."""
+        """Run stage 2 of the token-and-duration transducer; grid and block as in wavefront."""
         b = cuda.blockIdx.x
         Tb, Ub, base, D = T[b], U[b], cells[b], durations.shape[0]
         me, threads = cuda.threadIdx.x, cuda.blockDim.x
@@ -107,7 +107,7 @@ def tdt_kernels(a: Arithmetic) -> dict[str, Any]:
 
     @cuda.jit
     def tdt_occupancies(T, U, cells, blank_lp, label_lp, dur, durations, alpha, beta, costs, fastemit):
-        """As occupancies; dur becomes the durations', label arcs counted 1 + fastemit times."""
+        """Do what occupancies does. dur becomes the durations' occupancies, with label arcs 1 + fastemit times."""
         b = cuda.blockIdx.x
         Tb, Ub, base, D = T[b], U[b], cells[b], durations.shape[0]
         total = beta[base]
