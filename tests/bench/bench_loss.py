@@ -1,8 +1,8 @@
-"""The RNN-T loss beside its peers: one run, interleaved, medians; writes docs/bench/loss.md.
+"""Time the RNN-T loss and its peers in one run, interleaved, and write the medians to docs/bench/loss.md.
 
-Run: make bench-loss, or `python tests/bench/bench_loss.py [--rounds 7] [--out FILE] [--only PART,…]`.
-Every time is forward + backward; memory is the growth of the peak resident set over what was there before the call,
-in units of the logits. A row whose peer is not installed says so.
+Each time is forward + backward. Memory is the growth of the peak resident set during the call, in units of the logits.
+A peer that is not installed has a row without times.
+Try: `make bench-loss`, or `python tests/bench/bench_loss.py [--rounds 7] [--out FILE] [--only PART,…]`.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def joint_parts(B, T, U, V):
 
 
 def trained_parts(B, T, U, V, y):
-    """Parts whose joint has learnt an alignment: a unit's frames say it, other frames say blank."""
+    """Return inputs of a joint that has learnt an alignment: each unit's frames predict it, other frames the blank."""
     e, p, w, c = joint_parts(B, T, U, V)
     optimiser = torch.optim.Adam([e, p, w, c], lr=0.1)
     lengths = torch.full((B,), T).int(), torch.full((B,), U).int()
@@ -267,7 +267,7 @@ def main() -> None:
     try:
         for name in arguments.only.split(","):
             PARTS[name](out, arguments.rounds)
-    finally:  # what was measured until an interrupt is written, too
+    finally:  # After an interrupt, the measurements so far are written, too.
         arguments.out.write_text("\n".join([*out, "", notes]).rstrip() + "\n")
 
 

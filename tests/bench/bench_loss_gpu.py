@@ -1,7 +1,8 @@
-"""The RNN-T loss on a GPU beside torchaudio's: `make bench-loss-gpu`. Needs a CUDA device and the extra `gpu`.
+"""Time the RNN-T loss and torchaudio's on a GPU, and print a table. It needs a CUDA device and the extra `gpu`.
 
-No GPU has run the kernels yet: this checks values against the CPU before it measures anything. The aim: 1.5 times
-torchaudio's speed at half its extra memory. Prints a table to stdout.
+No GPU has run the kernels yet, so it first compares values with the CPU's. The aim is 1.5 times torchaudio's speed at
+half its extra memory.
+Try: `make bench-loss-gpu`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def case(B: int, T: int, U: int, V: int):
 
 
 def agrees() -> None:
-    """Values and gradients on the device against the CPU's, for every dtype and both layouts' kernels."""
+    """Compare values and gradients on the device with the CPU's, for each dtype, in place and not."""
     for dtype, tolerance in (
         (torch.float32, 1e-4),
         (torch.float64, 1e-6),
@@ -36,19 +37,19 @@ def agrees() -> None:
         for inplace in (False, True):
             x, y, T, U = case(3, 50, 1100 if dtype == torch.float32 else 20, 40)
             T[1], U[2] = 31, 11
-            found = []
+            results = []
             for device in ("cpu", "cuda"):
                 z = x.to(device, dtype).requires_grad_()
                 costs = rnnt_loss(z, y, T, U, reduction="none", inplace=inplace)
                 costs.sum().backward()
-                found.append((costs.detach().cpu(), z.grad.cpu()))
-            torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-3)
-            torch.testing.assert_close(found[1][1], found[0][1], rtol=0, atol=tolerance)
+                results.append((costs.detach().cpu(), z.grad.cpu()))
+            torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(results[1][1], results[0][1], rtol=0, atol=tolerance)
     print("values and gradients agree with the CPU's", file=sys.stderr)
 
 
 def plain(loss: Callable, x: torch.Tensor, *integers: torch.Tensor, **options) -> Callable[[], Callable[[], object]]:
-    """Of fresh logits, the step to time."""
+    """Return a function that copies the logits and returns the step to time."""
 
     def prepare() -> Callable[[], object]:
         z = x.clone().requires_grad_()
@@ -58,7 +59,7 @@ def plain(loss: Callable, x: torch.Tensor, *integers: torch.Tensor, **options) -
 
 
 def measured(prepare: Callable[[], Callable[[], object]], rounds: int = 20) -> tuple[float, int]:
-    """Median milliseconds between events on the stream; bytes of peak memory beyond what was allocated."""
+    """Return median milliseconds of a step on the stream, and its peak of bytes beyond what was allocated."""
     times: list[float] = []
     memory = 0
     for _ in range(rounds + 2):

@@ -1,4 +1,4 @@
-"""What bench_loss.py times, and how: logits, the losses over them beside their peers, rounds in turns, memory."""
+"""The cases of bench_loss.py: logits, the losses over them and their peers, interleaved rounds, memory."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def resident(field: str) -> int:
 
 
 def timed(step: Callable[[], object]) -> tuple[float, float]:
-    """Wall and CPU seconds of one call."""
+    """Return wall and CPU seconds of one call."""
     wall, cpu = time.perf_counter(), time.process_time()
     step()
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def extra_memory(step: Callable[[], object]) -> int:
-    """Bytes by which the peak resident set passes what was resident before the call."""
+    """Return the bytes by which the peak resident set exceeds what was resident before the call."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not serve this call unseen
+    ctypes.CDLL(None).malloc_trim(0)  # Memory freed before must not be used again unmeasured.
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     step()
@@ -48,13 +48,13 @@ def extra_memory(step: Callable[[], object]) -> int:
 
 
 def plain_torch(x, y, T, U, blank: int) -> torch.Tensor:
-    """The loss with torch operations alone, by diagonals; what one writes before looking for a library."""
+    """Return costs [B] by torch operations alone, along diagonals, as one would write them without a library."""
     B, Tmax, width, _ = x.shape
     norm = x.logsumexp(-1)
     stay = x[..., blank] - norm
     move = x[:, :, :-1].gather(3, y.long()[:, None, :, None].expand(-1, Tmax, -1, -1))[..., 0] - norm[:, :, :-1]
     move = torch.nn.functional.pad(move, (0, 1), value=-1e30)
-    # skewed: row n holds the cells with t + u = n
+    # The arcs are skewed: row n holds the cells with t + u = n.
     n = torch.arange(Tmax + width - 1)[:, None] - torch.arange(width)
     inside = ((n >= 0) & (n < Tmax)).expand(B, -1, -1)
     index = n.clamp(0, Tmax - 1).expand(B, -1, -1)
@@ -78,7 +78,7 @@ def rectangle(B: int, T: int, U: int, V: int) -> Case:
 
 
 def length_pairs() -> tuple[list[tuple[int, int]], str]:
-    """Frames of 40 ms and units of 3.6 characters, of LibriSpeech utterances."""
+    """Return (frames of 40 ms, units of 3.6 characters) of LibriSpeech utterances, and where they come from."""
     table = CORPORA / "librispeech-subset" / "manifest.tsv"
     if table.exists():
         with table.open() as file:
@@ -102,7 +102,7 @@ def packed_of(x, T, U):
 
 
 def loss_steps(case: Case) -> dict[str, Callable[[torch.Tensor], Callable[[], object]]]:
-    """name -> of fresh logits, the step to time."""
+    """Return functions by name that take new logits and return the step to time."""
     x, y, T, U = case
     blank = x.shape[3] - 1
 
@@ -132,7 +132,7 @@ def loss_steps(case: Case) -> dict[str, Callable[[torch.Tensor], Callable[[], ob
 
 
 def roofline(z: torch.Tensor) -> Callable[[], object]:
-    """Reads the logits once, then reads and writes them once: what the loss in place cannot do without."""
+    """Return a step that reads the logits once, then reads and writes them once, as the loss in place must."""
 
     def step():
         z.sum()
@@ -142,22 +142,22 @@ def roofline(z: torch.Tensor) -> Callable[[], object]:
 
 
 def interleaved(steps: dict[str, Callable[[], Callable[[], object]]], rounds: int, slow: dict[str, int]):
-    """name -> (median wall, median CPU) seconds; every round runs each once; `slow` names run fewer rounds."""
+    """Return (median wall, median CPU) seconds by name. Each round runs each step, `slow` ones fewer rounds."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for k in range(rounds + 1):
         for name, prepare in steps.items():
             if k > slow.get(name, rounds):
                 continue
             step = prepare()
-            found = timed(step)
+            taken = timed(step)
             del step
             if k > 0 or slow.get(name, rounds) == 0:
-                times[name].append(found)
-    return {name: tuple(statistics.median(v) for v in zip(*found)) for name, found in times.items() if found}
+                times[name].append(taken)
+    return {name: tuple(statistics.median(v) for v in zip(*taken)) for name, taken in times.items() if taken}
 
 
 def agree(makers, fresh) -> None:
-    """Every loss's gradient of these logits is ours: a peer that computes something else is no peer."""
+    """Exit unless each loss has our gradient for these logits: a peer must compute the same."""
     expected = {}
     for layout in ("", ", packed"):
         z = fresh(f"ours{layout}, in place")

@@ -1,7 +1,7 @@
-"""The C++ losses that bench_loss.py runs beside ours where they can be imported: no index has them.
+"""The C++ losses that bench_loss.py compares with ours if they are installed. No package index has them.
 
-Invariant: a peer gets its inputs in the form that suits it best, made before the clock starts.
-Run: make bench-loss
+Guarantees: a peer gets its inputs in the form that suits it best, prepared before the time is taken.
+Try: `make bench-loss`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def installed(name: str) -> bool:
 
 
 def loss_steps(y, T, U, blank: int) -> dict[str, Prepare]:
-    """name -> of fresh logits (packed where the name says so), the step to time."""
+    """Return functions by name that take new logits, packed if the name has that word, and return the step to time."""
     steps: dict[str, Prepare] = {}
     if installed("optimized_transducer"):
         import optimized_transducer
@@ -54,7 +54,7 @@ def loss_steps(y, T, U, blank: int) -> dict[str, Prepare]:
 
 
 def pruned_step(am, lm, parts, y, T, U, blank: int, width: int) -> Callable[[], object] | None:
-    """fast_rnnt's pruned loss from projections on, joint included; None where it is not installed."""
+    """Return a step of fast_rnnt's pruned loss, from projections on, joint included; None if it is not installed."""
     if not installed("fast_rnnt"):
         return None
     import fast_rnnt

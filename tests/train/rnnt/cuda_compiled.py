@@ -1,4 +1,4 @@
-"""Compiles every CUDA kernel to PTX and, with ptxas, to machine code: `python cuda_compiled.py FOLDER [ARCH …]`.
+"""Compile each CUDA kernel to PTX and, with ptxas, to machine code: `python cuda_compiled.py FOLDER [ARCH …]`.
 
 Prints a JSON table: kernel, dtype, architecture, registers, spilled bytes, shared memory. Needs no GPU; needs the extra
 `gpu` and ptxas.
@@ -44,23 +44,23 @@ def main(folder: Path, architectures: list[str]) -> list[dict]:
     table = []
     for arch in architectures:
         capability = (int(arch[3:-1]), int(arch[-1]))
-        # functions that kernels call are typed for "the current device", which isn't there
+        # Functions that kernels call are typed for "the current device", which does not exist here.
         dispatcher.get_current_device = lambda cc=capability: SimpleNamespace(compute_capability=cc)
         kernels.cache_clear()
         for kind in KINDS:
-            found = kernels(kind)
+            compiled = kernels(kind)
             for name, signature in signatures(kind).items():
-                ptx, _ = cuda.compile_ptx(getattr(found, name).py_func, signature, cc=capability)
+                ptx, _ = cuda.compile_ptx(getattr(compiled, name).py_func, signature, cc=capability)
                 source = folder / f"{name}-{kind}-{arch}.ptx"
                 source.write_text(ptx)
                 run = subprocess.run(
                     ["ptxas", "-v", f"-arch={arch}", str(source), "-o", str(source.with_suffix(".cubin"))],
                     capture_output=True, text=True, check=True,
                 )  # fmt: skip
-                said = run.stderr
+                report = run.stderr
 
-                def number(pattern: str, said: str = said) -> int:
-                    match = re.search(pattern, said)
+                def number(pattern: str, report: str = report) -> int:
+                    match = re.search(pattern, report)
                     return int(match[1]) if match else 0
 
                 spills = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")

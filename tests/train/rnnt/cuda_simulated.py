@@ -34,7 +34,7 @@ def make(seed=0, B=3, T=5, U=4, V=7, dtype=torch.float32):
 
 
 class shaped:
-    """Launches with other blocks."""
+    """Launches use other blocks inside this context."""
 
     def __init__(self, lanes, at_once, threads, spread):
         self.shape = lanes, at_once, threads, spread
@@ -54,12 +54,12 @@ class shaped:
 
 
 def loss(x, batch, padded, o, band=None):
-    """costs and occupancy of the kernels; blank 0."""
+    """Return costs and occupancy of the kernels, with blank 0."""
     return BoundLoss.apply(cuda.CudaLoss(x, batch, 0, padded, band, o, True), x)
 
 
 def run(x, y, T, U, o, packed=False, band=None, width=None):
-    """costs, gradient, occupancy of the kernels; lengths checked on the CPU."""
+    """Return costs, gradient, occupancy and the costs' weights; lengths are checked on the CPU."""
     V = x.shape[-1]
     padded = None if packed else tuple(x.shape[1:3])
     batch = check_batch(y, T, U, 0, V)
@@ -115,7 +115,7 @@ def shapes():
 
 
 def many_threads():
-    """More units than threads of a block: threads stride."""
+    """There are more units than threads of a block, so threads stride."""
     compare(*make(1, B=2, T=4, U=19, V=4), Options())
 
 
@@ -211,7 +211,7 @@ def tdt():
 
 
 def device_lengths():
-    """Integers that nobody has checked are clamped: no kernel leaves an array."""
+    """Integers that are not checked are clamped, so no kernel leaves an array."""
     x, y, T, U = make(9)
     expected = run(x, y, T, U, Options())[0]
     costs, _ = loss(x, (y.int(), T.int(), U.int()), (5, 5), Options())

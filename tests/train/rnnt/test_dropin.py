@@ -29,7 +29,7 @@ def model():
 
 
 def batches(count=6, B=3):
-    """Ragged batches; the longest utterance of each fills it, as torchaudio's loss asks for."""
+    """Yield ragged batches; the longest utterance fills each, as torchaudio's loss requires."""
     g = torch.Generator().manual_seed(1)
     for _ in range(count):
         frames, units = torch.randint(16, 33, (B,), generator=g) // 4 * 4, torch.randint(1, 7, (B,), generator=g)
@@ -38,7 +38,7 @@ def batches(count=6, B=3):
 
 
 def trained(loss_of, steps=6) -> list[float]:
-    """Losses of a plain loop: model, loss, backward, clip, step."""
+    """Return the losses of a plain loop: model, loss, backward, clip, step."""
     net = model()
     optimiser = torch.optim.Adam(net.parameters(), lr=1e-2)
     losses = []
@@ -149,7 +149,7 @@ dist.destroy_process_group()
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 def test_several_processes(tmp_path):
     """Gradients of two processes with half of a batch each are those of one with all of it."""
-    precompile()  # into the cache, once, and not in every process
+    precompile()  # It fills the cache once, not in each process.
     results = []
     for world in (1, 2):
         store, out = tmp_path / f"store{world}", tmp_path / f"gradients{world}"

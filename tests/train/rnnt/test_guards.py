@@ -1,4 +1,4 @@
-"""Every guard rail of the loss: what is refused, with the row and its lengths in the message, and what is survived."""
+"""Bad batches: the loss refuses some, with the row and its lengths in the message, and computes others as promised."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def joint_batch(**kw):
 
 
 def both(change, **kw):
-    """The loss of a changed batch by either entry point."""
+    """Return calls of both entry points with a changed batch."""
     logits, y, T, U = batch(**kw)
     parts, _ = joint_batch(**kw)
     y, T, U = change(y.clone(), T.clone(), U.clone())

@@ -55,7 +55,7 @@ def test_it_is_joint_and_loss(dtype, tolerance, activation, combine, tile, monke
 
 
 def peak_growth(step) -> int:
-    """Bytes by which the peak resident set passes what was resident before."""
+    """Return the bytes by which the peak resident set exceeds what was resident before."""
 
     def resident(field: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()

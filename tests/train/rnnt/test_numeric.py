@@ -119,7 +119,7 @@ def test_powers_at_the_ends():
     assert np.isnan(one_row(row, 0, np.float32(0), out, 0, np.float32(1)))
     assert out[0, :3].tolist() == [0, 0, 0] and np.isnan(out[0, 4]) and out[0, 5] == 0
     np.testing.assert_allclose(out[0, [3, 6]], [1, np.e], rtol=4e-7)
-    # too large for a float32: a sum that cannot be mistaken for a good one
+    # A sum that is too large for a float32 cannot be confused with a good one.
     large = np.full((1, 40), 1e30, np.float32)
     assert one_row(large, 0, np.float32(0), np.empty_like(large), 0, np.float32(0)) > 1e38
 

@@ -33,7 +33,7 @@ def test_simple_joint_is_the_loss_of_the_sum(dtype, tolerance, seed, fastemit):
     torch.testing.assert_close(costs, full, rtol=tolerance, atol=tolerance)
     for a, b in zip(found, expected):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * 10)
-    # a cell is visited by blank or label: summed over units, labels and one blank leave every frame
+    # Blank or label leave a cell. Summed over units, labels and one blank leave each frame.
     T, U = rest[1:]
     for b in range(3):
         inside = gamma[b, : T[b], : U[b] + 1]
@@ -96,7 +96,7 @@ def test_the_loss_on_a_band_is_the_loss_with_all_else_forbidden():
     width = 3
     ranges = prune_ranges(rnnt_loss_simple(am, lm, y, T, U)[1], T, U, width)
     full = (am[:, :, None] * lm[:, None]).detach()
-    # a cell outside the band is closed by making every arc into and out of it cost 1e9
+    # Arcs into and out of a cell outside the band cost 1e9, which closes it.
     inside = (ranges[..., None] == torch.arange(lm.shape[1])).any(2)
     closed = full.log_softmax(-1).masked_fill(~inside[..., None], -1e9).requires_grad_()
     expected, expected_occupancy = rnnt_loss(

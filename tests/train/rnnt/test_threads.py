@@ -41,7 +41,7 @@ def thread_setting():
 
 @pytest.fixture(params=["torch's threads", "plain threads"])
 def way(request, monkeypatch):
-    """Both ways to more threads, whatever the machine is busy with."""
+    """Use each of the two kinds of threads, however busy the machine is."""
     monkeypatch.setattr(threads, "LATE", float("inf"))
     monkeypatch.setattr(threads, "_away", 0)
     if request.param == "plain threads":
@@ -78,7 +78,7 @@ def test_late_threads_are_left_alone_for_a_while(thread_setting, monkeypatch):
         pytest.skip("torch is not linked with an OpenMP library that can be called")
     monkeypatch.setattr(threads, "_away", 0)
     monkeypatch.setattr(threads, "_times_late", 0)
-    monkeypatch.setattr(threads, "LATE", -1.0)  # everybody always is
+    monkeypatch.setattr(threads, "LATE", -1.0)  # Every thread is always late.
 
     def calls_until_openmp():
         count = 0
