@@ -29,6 +29,8 @@ Layer = tuple[object, Mapping[str, Any]]  # where settings come from (a path or 
 
 
 class ConfigSection(BaseModel):
+    """Settings of which all are known and finite."""
+
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
@@ -193,16 +195,16 @@ class RunSection(ConfigSection):
 
     seed: int = Field(0, ge=0, lt=1 << 63, description="Seed of the first weights and of every random draw.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Precision of the model. auto: bfloat16 where the device computes it fast, else float32."
+        "auto", description="Precision of the model. auto: bfloat16 if the device computes it fast, else float32."
     )
-    device: str = Field("auto", description="Device of torch, such as cuda:1. auto: CUDA where there is one, else cpu.")
+    device: str = Field("auto", description="Device of torch, such as cuda:1. auto: CUDA if there is one, else cpu.")
     threads: int = Field(0, ge=0, le=1 << 16, description="CPU threads of torch. 0 uses all cores.")
     log_every: Positive = Field(20, description="Steps between two lines of the log.")
     eval_every: Positive = Field(500, description="Steps between two evaluations.")
     checkpoint_every: Positive = Field(500, description="Steps between two checkpoints.")
     keep: Positive = Field(2, description="Newest checkpoints to keep, beside the best one.")
     backend: Literal["auto", "gloo", "nccl"] = Field(
-        "auto", description="How ranks communicate under torchrun. auto: NCCL where there is CUDA, else gloo."
+        "auto", description="For torchrun. auto: NCCL with CUDA, else gloo."
     )
     timeout_s: float = Field(600.0, gt=0, description="Seconds that a rank waits for the others under torchrun.")
     loggers: list[Literal["jsonl", "tensorboard", "wandb", "mlflow"]] = Field(
@@ -212,6 +214,8 @@ class RunSection(ConfigSection):
 
 
 class Config(ConfigSection):
+    """All settings of a run."""
+
     data: DataSection
     model: ModelSection = ModelSection()
     loss: LossSection = LossSection()
@@ -279,7 +283,7 @@ def validated(kind: type[Kind], layers: Sequence[Layer]) -> Kind:
 
     Arguments:
         kind: the model of all settings.
-        layers: pairs of a source and its settings; later ones replace earlier ones.
+        layers: pairs of a source and its settings. Later settings replace earlier ones.
 
     Raises:
         ConfigError: names each setting that is unknown or wrong, and the layer that it comes from.
@@ -349,7 +353,7 @@ def _problem(kind: type[BaseModel], error: ErrorDetails) -> str:
 
 
 def _hint(kind: Any, *path: str) -> str:
-    """The settings that a misspelt one may stand for: of its section, else of others; or all of its section."""
+    """The end of an error message: the settings of this section, or else of others, that are spelt like `path`."""
     *above, key = path
     section = kind
     for name in above:
@@ -367,12 +371,9 @@ def dump_config(config: Config) -> str:
     """Return the settings as TOML, which load_config reads back to an equal Config."""
     lines = []
     for section, values in config.model_dump(mode="json").items():
-        lines.append(f"[{section}]")
         # A JSON scalar or list of scalars is TOML as it stands. TOML has no null, and an absent setting means None.
-        lines += [
-            f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items() if value is not None
-        ]
-        lines.append("")
+        settings = [(key, json.dumps(value, ensure_ascii=False)) for key, value in values.items() if value is not None]
+        lines += [f"[{section}]", *(f"{key} = {value}" for key, value in settings), ""]
     return "\n".join(lines)
 
 

@@ -100,20 +100,20 @@ def study(
     from ..study.runs import StudyError, run_study
     from ..study.table import curves, limits, tabulate
 
-    whole = load_study(study, out or Path("runs") / study.stem)
-    runs = chosen(whole, only, seeds)
+    loaded = load_study(study, out or Path("runs") / study.stem)
+    runs = chosen(loaded, only, seeds)
     failures = (
-        [] if table_only else run_study(whole, runs, jobs=jobs, say=say, limits=lambda: map(limit, limits(whole)))
+        [] if table_only else run_study(loaded, runs, jobs=jobs, say=say, limits=lambda: map(limit, limits(loaded)))
     )
-    table = tabulate(whole)
-    whole.out.mkdir(parents=True, exist_ok=True)
-    write_reports(table, whole.out, curves(whole))
+    table = tabulate(loaded)
+    loaded.out.mkdir(parents=True, exist_ok=True)
+    write_reports(table, loaded.out, curves(loaded))
     click.echo(json.dumps(asdict(table), ensure_ascii=False) if as_json else markdown(table), nl=as_json)
-    say(f"report: {whole.out / 'study.html'}")
+    say(f"report: {loaded.out / 'study.html'}")
     if failures:
         raise StudyError(
             f"{len(failures)} of {len(runs)} runs failed: {'; '.join(failures)}",
-            where=whole.out,
+            where=loaded.out,
             remedy="repeat the command to resume them",
         )
 

@@ -1,7 +1,7 @@
 """Steps whose loss or gradient is not finite: skip them, name and keep their batches, and end the run after a few.
 
     RUN/bad/step-N[-rank-R].safetensors: features [B, T, bins], feature_lengths [B], targets [B, U], target_lengths [B],
-    costs [B], step, seed; in the metadata the utterances' ids, a JSON list
+    costs [B], step, seed, and the utterances' ids in the metadata, as a JSON list
 
 Guarantees: such a step changes no weight, and the folder never has more than KEPT files.
 Try: `pytest tests/train/loop/test_bad_steps.py`.

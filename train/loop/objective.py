@@ -1,7 +1,7 @@
 """The objective of a training step: transducer loss + c * CTC on the encoder + lambda * transfer.
 
-With intermediate CTC (Lee and Watanabe 2021, arXiv 2102.03216) the CTC term is (1 - w) of the last layer's loss and w
-of the mean of the others', all through one head.
+With intermediate CTC (Lee and Watanabe 2021, arXiv 2102.03216), one head computes the CTC losses of several layers. The
+CTC term is then (1 - w) of the last layer's loss and w of the mean of the others'.
 
 Guarantees: the transducer and CTC terms are sums over the batch, divided by its units. So a unit has the same weight in
 short and in long utterances.
@@ -45,6 +45,7 @@ class Losses:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """Return a context that computes in "float32" or "bfloat16"."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
 

@@ -240,7 +240,7 @@ class Trainer:
             self._run(profile)
 
     def _run(self, profile: Profile | None) -> None:
-        config = self.config
+        config, ranks = self.config, self.ranks
         if self.step >= config.optim.steps:
             self.on_progress(f"{self.out} is done, at step {self.step}")
             return
@@ -250,13 +250,11 @@ class Trainer:
         self.on_progress(
             f"{parameters / 1e6:.2f} M parameters, {self.units.size} units, {len(self.loader.utterances)} utterances "
             f"({hours:.2f} h; left out: {left_out}), {self.precision} on {self.device}"
-            + (f", {self.ranks.size} ranks" if self.ranks.size > 1 else "")
+            + (f", {ranks.size} ranks" if ranks.size > 1 else "")
         )
         steps = config.optim.steps
         with (
-            Monitor(
-                config, self.out, self.step, self.on_progress, self.device, profile, on=self.ranks.first
-            ) as monitor,
+            Monitor(config, self.out, self.step, self.on_progress, self.device, profile, on=ranks.first) as monitor,
             closing(prefetch(self.sampler, self.loader.load, epoch=self.epoch, position=self.position)) as batches,
         ):
             monitor.resume(self.window)
@@ -268,11 +266,11 @@ class Trainer:
                 monitor.step(self.step, epoch, batch, figures)
                 if self.dev is not None and (self.step % config.run.eval_every == 0 or self.step == steps):
                     with monitor.aside("dev"):
-                        monitor.log(self.evaluate())
+                        monitor.loggers.log(self.evaluate())
                 best = self.best.get("step") == self.step
                 if self.step % config.run.checkpoint_every == 0 or self.step == steps or best:
                     with monitor.aside("checkpoint"):
-                        monitor.flush()
+                        monitor.loggers.flush()
                         self.window = monitor.state()
                         self.save()
 

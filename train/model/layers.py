@@ -40,6 +40,8 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 
 
 class Dropout(nn.Module):
+    """The function `dropout` as a module."""
+
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = p
@@ -101,6 +103,7 @@ def rotary(positions: int, head_dim: int, device: torch.device) -> tuple[Tensor,
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotate the halves of x [..., positions, head_dim] by the angles of `rotary`."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cosine - b * sine, b * cosine + a * sine], dim=-1)
 
@@ -194,6 +197,8 @@ class ConvolutionModule(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Two linear layers with a SiLU between them."""
+
     def __init__(self, dim: int, inner: int) -> None:
         super().__init__()
         self.inputs = nn.Linear(dim, inner)

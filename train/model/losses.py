@@ -39,7 +39,7 @@ def transducer_costs(
     Arguments:
         encoder, predictor: [B, T, J] and [B, U + 1, J], projected to the joint network's width J.
         targets: [B, U], on the CPU, as both lengths are.
-        eps, ranges: of the RNN-T loss; see rnnt_loss_joint.
+        eps, ranges: of the RNN-T loss. See rnnt_loss_joint.
         sigma: of the token-and-duration loss, whose logits are in memory for a few utterances at a time.
 
     Returns:

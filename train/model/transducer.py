@@ -115,9 +115,10 @@ class Encoder(nn.Module):
             chunk_frames, left_chunks: None takes the model's own.
 
         Returns:
-            processed [B] int64, the number of states so far; keys and values [B, layers, left, dim] of the attention,
-            left = left_chunks * states of a chunk; convolution [B, layers, kernel - 1, dim]; front0 and on
-            [B, frames, width], one for each convolution of the subsampling.
+            processed: int64 [B], the number of states so far.
+            keys, values: [B, layers, left, dim] of the attention, left = left_chunks * states of a chunk.
+            convolution: [B, layers, kernel - 1, dim].
+            front0, …: [B, frames, width], one for each convolution of the subsampling.
 
         Raises:
             ConfigError: the model cannot stream, or not with these chunks.

@@ -122,9 +122,9 @@ def load(path: Path) -> Checkpoint:
         raise DamagedError("damaged: its checksum differs", where=where, remedy=_REMEDY)
     if state.get("format") not in (1, FORMAT):
         raise CheckpointError(f"the format is {state.get('format')}", where=where, expected=f"{FORMAT} or 1")
-    whole = isinstance(state.get("sha256"), dict) and type(state.get("step")) is int
-    whole &= isinstance(state.get("best", {}), dict) and type(state.get("best", {}).get("step", 0)) is int
-    if not whole or (digest is None and state["format"] != 1):
+    complete = isinstance(state.get("sha256"), dict) and type(state.get("step")) is int
+    complete &= isinstance(state.get("best", {}), dict) and type(state.get("best", {}).get("step", 0)) is int
+    if not complete or (digest is None and state["format"] != 1):
         raise DamagedError("damaged: some of its keys are missing", where=where, remedy=_REMEDY)
     if not _NAME.fullmatch(path.name) or step_of(path) != state["step"]:
         raise DamagedError(f"this checkpoint of step {state['step']} has another name", where=path, remedy=_REMEDY)
@@ -169,8 +169,8 @@ def prune(folder: Path, keep: int, best: int | None) -> None:
     """Delete all checkpoints but the newest `keep` and the one of step `best`."""
     for path in checkpoints(folder)[:-keep]:
         if step_of(path) != best:
-            gone = path.rename(folder / f".{path.name}.gone")  # so that a kill leaves no half of it under its name
-            shutil.rmtree(gone, ignore_errors=True)
+            deleted = path.rename(folder / f".{path.name}.gone")  # so that a kill leaves no half of it under its name
+            shutil.rmtree(deleted, ignore_errors=True)
 
 
 def optimiser_tensors(optimiser: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:

@@ -46,7 +46,7 @@ def load_run(out: Path, which: str = "best") -> tuple[Transducer, Units, Config,
     if (out / EXPORT_HEAD).is_file():
         return load_export(out)
     if not (out / "config.toml").exists():
-        raise CheckpointError("this is no run's folder", where=out, expected="what `stillhouse train --out` wrote")
+        raise CheckpointError("this is not a run's folder", where=out, expected="what `stillhouse train --out` wrote")
     config = load_config(out / "config.toml", saved=True)
     units = load_units(out / "units")
     model = build_model(config, units.size)
@@ -108,7 +108,7 @@ def load_export(folder: Path) -> tuple[Transducer, Units, Config, int]:
                 raise CheckpointError("damaged: its checksum differs", where=folder / name, remedy=remedy)
         tensors, step = load_file(folder / "model.safetensors"), int(head["step"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as e:
-        raise CheckpointError(f"this is no complete export: {e!r}", where=folder, remedy=remedy) from None
+        raise CheckpointError(f"this is not a complete export: {e!r}", where=folder, remedy=remedy) from None
     config, units = load_config(folder / "config.toml", saved=True), load_units(folder / "units")
     model = build_model(config, units.size)
     model.simple = None

@@ -124,12 +124,6 @@ class Monitor:
         self.before = state.get("steps", 0)
         self.window.update(state.get("sums", {}))
 
-    def log(self, record: loggers.Record) -> None:
-        self.loggers.log(record)
-
-    def flush(self) -> None:
-        self.loggers.flush()
-
 
 class TimeLeft:
     """Predicts the seconds to the end of the run from this process's last steps, evaluations and checkpoints."""

@@ -102,7 +102,7 @@ def test_a_run_that_has_just_begun_or_is_damaged_has_a_page(run: Path, tmp_path:
     found = read_run(new)
     assert [bool(c.wrong) for c in found.facts.checkpoints] == [False, True] and found.facts.step == 1
     assert "not a checkpoint" in render(found)
-    with pytest.raises(CheckpointError, match="this is no run's folder"):
+    with pytest.raises(CheckpointError, match="this is not a run's folder"):
         read_run(tmp_path)
 
 
