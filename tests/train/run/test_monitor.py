@@ -138,8 +138,8 @@ def test_a_monitor_that_is_off_writes_and_says_nothing(tmp_path: Path) -> None:
 
     with Monitor(config(log_every=1), tmp_path, 0, report, torch.device("cpu"), on=False) as watched:
         watched.step(1, 0, batch, {"loss": 1.0})
-        watched.log({"kind": "dev", "step": 1, "wer": 0.5})
-        watched.flush()
+        watched.loggers.log({"kind": "dev", "step": 1, "wer": 0.5})
+        watched.loggers.flush()
     assert list(tmp_path.iterdir()) == []
 
 
