@@ -3,7 +3,7 @@
 Guarantees: the sample is at most 2,000 utterances, spread evenly over the plan, and is the same for every view and
 writer. Norms are computed from the stored states, or for int8, which needs them first, from the model's. They are
 committed once and never change.
-Try: `pytest tests/extract/store/test_reader.py tests/extract/store/test_int8.py -k norms`.
+Try: `pytest tests/extract/store/test_reader.py -k norms`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Copy rows of a store: a new row is a copy if the model would read the same for it as for the row that it replaces.
 
 Guarantees: a copy has the same input hash, and its bytes match their checksum. A damaged row is run again.
-Try: `pytest tests/extract/pipeline/test_refresh.py -k copied`.
+Try: `pytest tests/extract/pipeline/test_refresh.py -k moved`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Run by test_kills.py as a process of its own: one change of a store after another, each killed -9 in it.
+"""Change a store again and again, and kill the process each time. test_kills.py runs it as a process.
 
-Usage: python kill_child.py ACTION STORE TEACHER CORPUS OUT [PHASE:N …]
-ACTION is refresh, clear, remove or merge. Each attempt is a forked child; the last has no kill. Prints one JSON line an
+Usage: python kill_child.py ACTION STORE TEACHER CORPUS OUT [CRASH_POINT:N …]
+ACTION is refresh, gc, remove or merge. Each attempt is a forked child; the last has no kill. Prints one JSON line an
 attempt: the signal that ended it, and a digest of what a fresh reader finds, utterance by utterance.
 """
 
@@ -27,11 +27,11 @@ from stillhouse.extract.store.format import commits
 from stillhouse.extract.teacher.model import load_teacher
 
 LAYERS, CONTEXTS = [0, 2], ["alone", "both:4"]
-PHASED = (generation, new_store, combine, exclusive, garbage, gc, writer, commits)
+CRASHING = (generation, new_store, combine, exclusive, garbage, gc, writer, commits)
 
 
 def seen(root: Path) -> dict:
-    """{view: {utterance: digest}} of what is served, checksums compared; nothing where there is no store."""
+    """Return {view: {utterance: digest}} of all that can be read; {} without a store. Checksums are compared."""
     if not (root / "store.json").exists():
         return {}
     store = Store.open(root, checksums=True)
@@ -57,7 +57,7 @@ def main() -> None:
     if action == "refresh":
         request = Request("t", LAYERS, CONTEXTS)
         run = lambda: extract(Path(root), now, teacher, request, refresh=True)  # type: ignore[arg-type]  # noqa: E731
-    elif action == "clear":
+    elif action == "gc":
         run = lambda: gc.collect_garbage(Path(root))  # noqa: E731
     elif action == "remove":
         run = lambda: remove.remove_views(Path(root), ["t/both:4/2"])  # noqa: E731
@@ -68,7 +68,7 @@ def main() -> None:
         child = os.fork()
         if child == 0:
             if where:
-                kill_at(where, PHASED)
+                kill_at(where, CRASHING)
             try:
                 run()
             except BaseException as e:

@@ -1,4 +1,4 @@
-"""Caches of other programs become views that open, read and train like any other."""
+"""States that other programs saved become views that open, read and train like any other."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CORPUS = make_corpus(TEXTS)
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> tuple[Store, dict[str, np.ndarray]]:
-    """A store of the teacher itself, and each utterance's states [2, 1 + N + 1, 16] as a dump with [CLS] and [SEP]."""
+    """A store of the teacher itself, and each utterance's states [2, 1 + N + 1, 16] with those of [CLS] and [SEP]."""
     root = tmp_path_factory.mktemp("made") / "s"
     extract(root, CORPUS, loaded(bert), Request("t", LAYERS, ["alone"], dtype="float32"))
     store, dump = Store.open(root), {}
@@ -66,7 +66,7 @@ def safetensors_stacked(folder: Path, dump: dict[str, np.ndarray]) -> dict[str, 
 
 
 def one_hdf5(folder: Path, dump: dict[str, np.ndarray]) -> dict[str, Any]:
-    """A dataset an utterance, under names of its own."""
+    """One dataset for each utterance, under other names."""
     folder.mkdir()
     with h5py.File(folder / "dump.h5", "w") as f:
         for i, states in dump.items():
@@ -92,12 +92,12 @@ def test_a_cache_becomes_the_store_it_was_made_from(style: Any, made: tuple, ber
     assert np.array_equal(got.span["t"], want.span["t"]) and np.array_equal(got.token_id["t"], want.token_id["t"])
     assert all(np.array_equal(a, b) for a, b in zip(ours.embedding("t"), store.embedding("t")))
     assert import_states(tmp_path / "s", CORPUS, cache, loaded(bert), request).units_done_now == 0
-    extract(tmp_path / "s", CORPUS, loaded(bert), Request("t", [1], ["alone"], dtype="float32"))  # the model goes on
+    extract(tmp_path / "s", CORPUS, loaded(bert), Request("t", [1], ["alone"], dtype="float32"))  # adds a layer
     assert len(Store.open(tmp_path / "s").views) == 3
 
 
 def test_int8_without_the_model(made: tuple, bert: Path, tmp_path: Path) -> None:
-    """The tokenizer alone is left; targets read as from any store, and the static control fails loudly."""
+    """Only the tokenizer is known. Targets are read as from any store, and the static control is refused."""
     store, dump = made
     cache = ImportCache(layers=LAYERS, drop=(1, 1), **one_hdf5(tmp_path / "dump", dump))
     teacher = UnknownTeacher(loaded(bert).tokeniser, "gone", 16, 2)
@@ -129,7 +129,7 @@ def test_tokens_that_are_given(made: tuple, tmp_path: Path) -> None:
     assert np.array_equal(got.states[VIEWS[1]], want.states[VIEWS[1]]) and np.array_equal(got.span["t"], want.span["t"])
 
 
-def test_what_does_not_fit_is_named(made: tuple, bert: Path, tmp_path: Path) -> None:
+def test_arrays_that_do_not_fit_are_named(made: tuple, bert: Path, tmp_path: Path) -> None:
     _, dump = made
     request = Request("t", LAYERS, ["alone"])
     options = npz_of_layers(tmp_path / "a", dump)

@@ -1,4 +1,4 @@
-"""int8 stores through all that becomes of a store: the same bytes where they are kept, the same norms for ever."""
+"""int8 stores that are changed, copied and merged: kept rows keep their bytes, and norms never change."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def norms(root: Path) -> dict[str, bytes]:
 
 
 def sound(root: Path, corpus: Corpus, teacher: Path, request: Request, scratch: Path) -> None:
-    """Checksums, records, no litter; and what is served is what a float16 store of this corpus has, up to the loss."""
+    """Check checksums and records. States equal those of a float16 store of this corpus up to the int8 loss."""
     store = Store.open(root, checksums=True)
     assert verify(store) == [] and status(root).complete and unreferenced_files(store.plan) == []
     half = Request(request.name, request.layers, request.contexts)
@@ -73,8 +73,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, bert: Path, corpus: Corpus) -
     return root
 
 
-def test_refreshed_cleared_and_extended(bert: Path, made: Path, corpus: Corpus, tmp_path: Path) -> None:
-    """Also layers and contexts that come when rows are dead: their norms are of what lives."""
+def test_refreshed_collected_and_extended(bert: Path, made: Path, corpus: Corpus, tmp_path: Path) -> None:
+    """Layers and contexts that are added after rows were deleted get norms of the readable rows."""
     root = tmp_path / "s"
     copy(made, root)
     first, kept = norms(root), states(root)
@@ -99,14 +99,14 @@ def test_refreshed_cleared_and_extended(bert: Path, made: Path, corpus: Corpus, 
     collect_garbage(root)
     assert states(root) == {k: v for k, v in served.items() if k[0] != "t/both:4/0" and k[1] not in ("u5", "u6")}
     sound(root, now, bert, WIDER, tmp_path / "fresh")
-    extract(root, now, loaded(bert), WIDER)  # they come back: a view with norms of its own
+    extract(root, now, loaded(bert), WIDER)  # they are extracted again, the view with its own norms
     assert collect_garbage(root).moved_tokens == 0
     sound(root, now, bert, WIDER, tmp_path / "fresh")
     assert set(states(root)) == set(served)
 
 
 def test_cut_copied_and_merged(bert: Path, made: Path, corpus: Corpus, tmp_path: Path) -> None:
-    """Parts of one store stand on its norms and go together again; two stores do not, and it is said what to do."""
+    """Parts of one store share its norms and can be merged. Two stores cannot, and the error says what to do."""
     whole, all_norms = states(made), norms(made)
     ids = [u.id for u in corpus.utterances]
     copy(made, tmp_path / "c", ["t/*/2"])
@@ -119,7 +119,7 @@ def test_cut_copied_and_merged(bert: Path, made: Path, corpus: Corpus, tmp_path:
     merge(tmp_path / "a", tmp_path / "b", tmp_path / "ab")
     assert states(tmp_path / "ab") == whole and norms(tmp_path / "ab") == all_norms
     sound(tmp_path / "ab", corpus, bert, INT8, tmp_path / "fresh")
-    extract(tmp_path / "a", corpus, loaded(bert), INT8)  # the rest comes back, on the same norms
+    extract(tmp_path / "a", corpus, loaded(bert), INT8)  # the rest is extracted with the same norms
     assert norms(tmp_path / "a") == all_norms
     sound(tmp_path / "a", corpus, bert, INT8, tmp_path / "fresh")
     extract(tmp_path / "other", Corpus(corpus.path, corpus.utterances[25:]), loaded(bert), INT8)
@@ -127,8 +127,8 @@ def test_cut_copied_and_merged(bert: Path, made: Path, corpus: Corpus, tmp_path:
         merge(made, tmp_path / "other", tmp_path / "no")
 
 
-def test_mended_after_a_refresh(bert: Path, made: Path, corpus: Corpus, tmp_path: Path) -> None:
-    """A unit with dead rows, and one in the tail; states and scales."""
+def test_repaired_after_a_refresh(bert: Path, made: Path, corpus: Corpus, tmp_path: Path) -> None:
+    """A work item with deleted rows, and one in a shard that a refresh added: states and scales."""
     root = tmp_path / "s"
     copy(made, root, ["t/both:4/*"])
     now = edited(corpus, u3="something else entirely", u40=None)

@@ -1,4 +1,4 @@
-"""kill -9 while a store changes: what is served is what was, or what will be, and the same command goes on."""
+"""SIGKILL while a store changes: the old or the new state can be read, and the same command resumes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ REQUEST = Request("t", LAYERS, CONTEXTS)
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> tuple[Path, Corpus, Path]:
-    """(a store, the corpus as it has become, the teacher)."""
+    """(a store, the changed corpus, the teacher)."""
     folder = tmp_path_factory.mktemp("life")
     corpus = make_corpus([t for t in sentences() if t.isascii()] * 3, per_session=5, path=str(folder / "corpus.jsonl"))
     extract(folder / "s", corpus, loaded(bert), REQUEST)
@@ -53,7 +53,7 @@ def attempts(action: str, root: Path, setting: tuple[Path, Corpus, Path], phases
 
 
 def test_refresh(setting: tuple[Path, Corpus, Path], tmp_path: Path) -> None:
-    """Up to store.json the old state is served; from then on the new one, what is not redone yet being refused."""
+    """Before store.json is replaced the old state is read. After that the new one is, as far as it is extracted."""
     shutil.copytree(setting[0], tmp_path / "s")
     before = seen(tmp_path / "s")
     extract(tmp_path / "calm", setting[1], loaded(setting[2]), REQUEST)
@@ -74,12 +74,12 @@ def test_refresh(setting: tuple[Path, Corpus, Path], tmp_path: Path) -> None:
         assert (store.input_hash(ids, view) == fresh.input_hash(ids, view)).all()
 
 
-def test_clearing(setting: tuple[Path, Corpus, Path], tmp_path: Path) -> None:
+def test_collecting_garbage(setting: tuple[Path, Corpus, Path], tmp_path: Path) -> None:
     shutil.copytree(setting[0], tmp_path / "s")
     extract(tmp_path / "s", setting[1], loaded(setting[2]), REQUEST, refresh=True)
     served = seen(tmp_path / "s")
     phases = ["before_link:1", "item_copied:1", "written:1", "switched:1", "deleted:4"]
-    log = attempts("clear", tmp_path / "s", setting, phases)
+    log = attempts("gc", tmp_path / "s", setting, phases)
     assert all(e["seen"] == served for e in log)
     store = Store.open(tmp_path / "s")
     assert verify(store) == [] and unreferenced_files(store.plan) == [] and collect_garbage(tmp_path / "s").files == 0
@@ -119,7 +119,7 @@ def test_merging(setting: tuple[Path, Corpus, Path], tmp_path: Path) -> None:
     extract(tmp_path / "s", Corpus(whole.path, whole.utterances[:cut]), loaded(setting[2]), REQUEST)
     extract(tmp_path / "other", Corpus(whole.path, whole.utterances[cut:]), loaded(setting[2]), REQUEST)
     log = attempts("merge", tmp_path / "s", setting, ["after_link:1", "item_copied:2", "built:1"])
-    assert [e["seen"] for e in log[:-1]] == [{}] * 3  # whole or not there
+    assert [e["seen"] for e in log[:-1]] == [{}] * 3  # complete or missing
     both = seen(tmp_path / "s")
     for view, held in seen(tmp_path / "other").items():
         both[view] |= held

@@ -1,4 +1,4 @@
-"""What becomes of a store: views and utterances taken out, dead rows cleared away, stores cut, copied and merged."""
+"""Changes of whole stores: delete views and utterances, free disk space, copy, cut and merge."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from ..pipeline.test_refresh import CONTEXTS, REQUEST, edited, same_as_fresh
 
 
 def states(root: Path, ids: list[str] | None = None) -> dict[tuple[str, str], bytes]:
-    """All that a store serves: {(view, utterance): bytes}."""
+    """Return all that can be read from a store: {(view, utterance): bytes}."""
     store = Store.open(root, checksums=True)
     found = {}
     for view in store.views:
@@ -43,7 +43,7 @@ def states(root: Path, ids: list[str] | None = None) -> dict[tuple[str, str], by
 
 
 def opens_with_zarr(root: Path) -> None:
-    """Rows as zarr-python reads them are what gather gives."""
+    """Compare rows that zarr-python reads with those of `gather`."""
     store, group = Store.open(root), zarr.open_group(root / "data.zarr", mode="r")
     for view in store.views:
         record = group[view.teacher].attrs["stillhouse"]
@@ -61,7 +61,7 @@ def corpus() -> Corpus:
     return make_corpus([t for t in sentences() if t.isascii()] * 4, per_session=5)
 
 
-def test_views_are_taken_out(bert: Path, tmp_path: Path) -> None:
+def test_views_are_deleted(bert: Path, tmp_path: Path) -> None:
     root, corpus = tmp_path / "s", make_corpus()
     extract(root, corpus, loaded(bert), REQUEST)
     before = states(root)
@@ -75,7 +75,7 @@ def test_views_are_taken_out(bert: Path, tmp_path: Path) -> None:
     assert verify(store) == [] and status(root).complete and unreferenced_files(store.plan) == []
     with pytest.raises(NoStoreError):
         store.gather(["u1"], [View("t", "both:4", 2)])
-    extract(root, corpus, loaded(bert), REQUEST)  # asked for again, made again
+    extract(root, corpus, loaded(bert), REQUEST)  # asked for and extracted again
     assert states(root) == before and verify(Store.open(root)) == []
     with pytest.raises(UsageError, match="every view"):
         remove_views(root, ["*"])
@@ -83,7 +83,7 @@ def test_views_are_taken_out(bert: Path, tmp_path: Path) -> None:
         remove_views(root, ["t/both:4/7"])
 
 
-def test_a_teacher_goes_with_its_last_view(bert: Path, gpt2: Path, tmp_path: Path) -> None:
+def test_a_teacher_is_deleted_with_its_last_view(bert: Path, gpt2: Path, tmp_path: Path) -> None:
     root, corpus = tmp_path / "s", make_corpus(TEXTS)
     extract(root, corpus, loaded(bert), Request("t", [2], ["alone"]))
     alone = states(root)
@@ -96,7 +96,7 @@ def test_a_teacher_goes_with_its_last_view(bert: Path, gpt2: Path, tmp_path: Pat
     assert verify(Store.open(root)) == [] and len(Store.open(root).views) == 2
 
 
-def test_utterances_are_taken_out_and_stay_context(bert: Path, tmp_path: Path) -> None:
+def test_deleted_utterances_stay_context(bert: Path, tmp_path: Path) -> None:
     root, corpus = tmp_path / "s", make_corpus()
     extract(root, corpus, loaded(bert), REQUEST)
     before = states(root)
@@ -121,7 +121,7 @@ def test_utterances_are_taken_out_and_stay_context(bert: Path, tmp_path: Path) -
         remove_utterances(root, Store.open(root).utterance_ids)
 
 
-def test_who_was_taken_out_comes_back_with_the_corpus(bert: Path, tmp_path: Path) -> None:
+def test_deleted_utterances_are_extracted_again(bert: Path, tmp_path: Path) -> None:
     root, corpus = tmp_path / "s", make_corpus()
     extract(root, corpus, loaded(bert), REQUEST)
     before = states(root)
@@ -133,7 +133,7 @@ def test_who_was_taken_out_comes_back_with_the_corpus(bert: Path, tmp_path: Path
     same_as_fresh(root, corpus, bert, REQUEST, tmp_path / "fresh")
 
 
-def test_clearing_gives_back_what_a_refresh_left(bert: Path, corpus: Corpus, tmp_path: Path) -> None:
+def test_gc_frees_what_a_refresh_dropped(bert: Path, corpus: Corpus, tmp_path: Path) -> None:
     root = tmp_path / "s"
     extract(root, corpus, loaded(bert), REQUEST)
     now = edited(corpus, u3="something else entirely", u50=None, u51="more", u99="the end of it")
@@ -149,7 +149,7 @@ def test_clearing_gives_back_what_a_refresh_left(bert: Path, corpus: Corpus, tmp
     assert states(root) == served and verify(Store.open(root)) == [] and status(root).complete
     same_as_fresh(root, now, bert, REQUEST, tmp_path / "fresh")
     opens_with_zarr(root)
-    # One who opened it before: what is gone is said to be
+    # A reader that opened it before gets an error for files that are deleted.
     with pytest.raises(StoreError, match="has changed since it was opened"):
         reader.gather(reader.utterance_ids, reader.views)
     reader.refresh()
@@ -161,8 +161,8 @@ def test_clearing_gives_back_what_a_refresh_left(bert: Path, corpus: Corpus, tmp
     assert clean == []
 
 
-def test_who_says_nothing_keeps_no_shard(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that was said in a shard has changed but for two who said nothing: the shard is dead, they are served."""
+def test_empty_utterances_keep_no_shard(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All texts of a shard have changed but for two empty ones. The shard is dropped, and the two can still be read."""
     monkeypatch.setattr(layout, "MIN_SHARD_ROWS", 64)
     root, request = tmp_path / "s", Request("t", [0, 2], ["alone", "past:4"])
     corpus = make_corpus(["", "they went there by boat and by night", "", *["a knight rode there by night"] * 20], 23)
@@ -182,7 +182,7 @@ def test_who_says_nothing_keeps_no_shard(bert: Path, tmp_path: Path, monkeypatch
     assert collect_garbage(root).moved_tokens == 0 and verify(Store.open(root)) == []
 
 
-def test_a_reader_with_open_files_goes_on(bert: Path, corpus: Corpus, tmp_path: Path) -> None:
+def test_a_reader_keeps_its_open_files(bert: Path, corpus: Corpus, tmp_path: Path) -> None:
     root = tmp_path / "s"
     extract(root, corpus, loaded(bert), REQUEST)
     extract(root, edited(corpus, u3="something else entirely"), loaded(bert), REQUEST, refresh=True)
@@ -194,7 +194,7 @@ def test_a_reader_with_open_files_goes_on(bert: Path, corpus: Corpus, tmp_path: 
     assert all(np.array_equal(first.states[v], second.states[v]) for v in views)
 
 
-def test_nobody_clears_under_a_writer(bert: Path, tmp_path: Path) -> None:
+def test_no_gc_beside_a_writer(bert: Path, tmp_path: Path) -> None:
     root = tmp_path / "s"
     extract(root, make_corpus(TEXTS), loaded(bert), Request("t", [2], ["alone"]))
     with Scratch(Paths(root)), pytest.raises(LockedError, match="a writer is at work"):
@@ -205,7 +205,7 @@ def test_nobody_clears_under_a_writer(bert: Path, tmp_path: Path) -> None:
         collect_garbage(root)
 
 
-def test_a_subset_serves_the_same_bytes(bert: Path, gpt2: Path, tmp_path: Path) -> None:
+def test_a_subset_has_the_same_bytes(bert: Path, gpt2: Path, tmp_path: Path) -> None:
     root, corpus = tmp_path / "s", make_corpus()
     extract(root, corpus, loaded(bert), REQUEST)
     extract(root, corpus, loaded(gpt2), Request("gpt", [1], ["past:8"], dtype="bfloat16"))
@@ -217,13 +217,13 @@ def test_a_subset_serves_the_same_bytes(bert: Path, gpt2: Path, tmp_path: Path) 
     assert states(tmp_path / "sub") == states(root, kept)
     opens_with_zarr(tmp_path / "sub")
     said = [[(u.id, u.text) for u in (corpus.utterances[i] for i in s)] for s in corpus.sessions()]
-    assert stale(part, part.views, said) == {}  # the neighbours are still known
+    assert stale(part, part.views, said) == {}  # the text of the neighbours was copied
     whole = Store.open(root)
     for view in part.views:
         assert all(np.array_equal(a, b) for a, b in zip(part.norm(view), whole.norm(view)))
         assert np.array_equal(part.input_hash(kept, view), whole.input_hash(kept, view))
     assert subset(root, tmp_path / "one", kept, ["t/past:4/2"]).views == ["t/past:4/2"]
-    extract(tmp_path / "sub", corpus, loaded(bert), REQUEST)  # the others come back; nobody is stale
+    extract(tmp_path / "sub", corpus, loaded(bert), REQUEST)  # the others are extracted again, and none is stale
     assert Store.open(tmp_path / "sub").has([u.id for u in corpus.utterances], View("t", "both:4", 2)).all()
     with pytest.raises(NoStoreError, match="u99"):
         subset(root, tmp_path / "no", ["u99"])
@@ -242,7 +242,7 @@ def test_a_copy_of_some_views(bert: Path, corpus: Corpus, tmp_path: Path) -> Non
     store = Store.open(tmp_path / "c")
     assert verify(store) == [] and store.plan.edition() == 0 and status(tmp_path / "c").complete
     opens_with_zarr(tmp_path / "c")
-    extract(tmp_path / "c", now, loaded(bert), REQUEST)  # it grows like any other
+    extract(tmp_path / "c", now, loaded(bert), REQUEST)  # it can be extended
     same_as_fresh(tmp_path / "c", now, bert, REQUEST, tmp_path / "fresh")
     Paths(root).commit("t", "alone", 1, 0).unlink()
     with pytest.raises(NoStoreError, match="not complete: t/alone/0"):
@@ -283,7 +283,7 @@ def test_merging_names_what_differs(request_: Request, error: str, bert: Path, t
     assert e.value.exit_code == 12 and not (tmp_path / "ab").exists()
 
 
-def test_merging_refuses_what_is_in_both_otherwise(bert: Path, tmp_path: Path) -> None:
+def test_merging_refuses_utterances_that_differ(bert: Path, tmp_path: Path) -> None:
     corpus, request = make_corpus(TEXTS), Request("t", [2], ["past:4"])
     extract(tmp_path / "a", corpus, loaded(bert), request)
     for n, (now, error) in enumerate(
@@ -300,7 +300,7 @@ def test_merging_refuses_what_is_in_both_otherwise(bert: Path, tmp_path: Path) -
 
 @pytest.fixture
 def stillhouse(capsys: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
-    """Run the command line in this process: exit code, stdout, stderr."""
+    """Run the command line in this process. Returns exit code, stdout and stderr."""
 
     def run(*arguments: object) -> SimpleNamespace:
         capsys.readouterr()
@@ -322,7 +322,7 @@ def test_the_commands(bert: Path, tmp_path: Path, stillhouse: Callable) -> None:
     assert stillhouse("store", "subset", root, tmp_path / "sub", "--utterances", tmp_path / "ids").code == 0
     assert sorted(Store.open(tmp_path / "sub").utterance_ids) == ["u1", "u7"]
     assert stillhouse("store", "rm", root, "--utterances", tmp_path / "ids").code == 0
-    left = root / "data.zarr" / "t" / "input_hash" / "c" / ".0.0123abcd.tmp"  # of a writer that was killed
+    left = root / "data.zarr" / "t" / "input_hash" / "c" / ".0.0123abcd.tmp"  # of a killed writer
     left.write_bytes(b"0")
     assert json.loads(stillhouse("store", "gc", root, "--json").out)["done"] and not left.exists()
     assert stillhouse("store", "cp", root, tmp_path / "c", "--views", "t/*/2").code == 0
@@ -333,7 +333,7 @@ def test_the_commands(bert: Path, tmp_path: Path, stillhouse: Callable) -> None:
 
 
 def test_verify_repairs(bert: Path, tmp_path: Path, stillhouse: Callable) -> None:
-    """Also of a store whose corpus has changed: only the damaged unit is made again, by the models that it names."""
+    """Also in a store whose corpus has changed, only damaged work items are extracted again, by the models it names."""
     root, corpus = tmp_path / "s", make_corpus()
     extract(root, corpus, loaded(bert), REQUEST)
     extract(root, edited(corpus, u1="he would wear it here"), loaded(bert), REQUEST, refresh=True)

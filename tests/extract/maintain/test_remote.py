@@ -1,4 +1,4 @@
-"""Stores brought to an object store and back, cut and merged there; what cannot be done there is refused in words."""
+"""Stores are copied to an object store and back, and cut and merged there. Other changes are refused."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def corpus() -> Corpus:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, bert: Path, corpus: Corpus) -> Iterator[Path]:
-    """int8 and float16, several shards, a past: a corpus that has changed since."""
+    """int8 and float16, several shards, and a corpus that has changed since the first extraction."""
     root = tmp_path_factory.mktemp("bucketed") / "s"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layout, "MIN_SHARD_ROWS", 192)
@@ -54,7 +54,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, bert: Path, corpus: Corpus) -
 
 
 def states(place: Path | str, ids: list[str] | None = None) -> dict[tuple[str, str], bytes]:
-    """All that a store serves, in few requests."""
+    """Return all that can be read from a store, with few requests."""
     found = {}
     store = Store.open(place, checksums=True)
     for view in store.views:
@@ -75,7 +75,7 @@ def run(*arguments: object) -> tuple[int, str]:
 
 @pytest.mark.slow
 def test_there_and_back(proxy: s3.Proxy, server: int, made: Path, tmp_path: Path) -> None:
-    """The objects are the files that a copy on a disk has, byte for byte; and back again."""
+    """The objects equal the files of a copy on a disk, and a copy back equals the store."""
     code, told = run("cp", made, "s3://bucket/there", "--json")
     fact = json.loads(told)
     assert (code, fact["store"], fact["utterances"]) == (0, "s3://bucket/there", 29) and fact["bytes"] > 10_000
@@ -99,7 +99,7 @@ def test_there_and_back(proxy: s3.Proxy, server: int, made: Path, tmp_path: Path
 
 @pytest.mark.slow
 def test_cut_and_merged_there(proxy: s3.Proxy, made: Path, tmp_path: Path) -> None:
-    """From URL to URL; a merge of float16 takes norms anew."""
+    """From URL to URL. A merge of float16 computes new norms."""
     whole = states(made)
     copy(made, "s3://bucket/source")
     ids = Store.open(made).utterance_ids
@@ -116,14 +116,14 @@ def test_cut_and_merged_there(proxy: s3.Proxy, made: Path, tmp_path: Path) -> No
         assert all(np.array_equal(x, y) for x, y in zip(a.norm(view), b.norm(view)))
 
 
-def test_what_was_broken_off_goes_on(
+def test_an_interrupted_copy_is_resumed(
     proxy: s3.Proxy,
     server: int,
     made: Path,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """Up to its last object there is no store; the same command ends it, another is told; nothing is put twice."""
+    """There is no store before its last object. The same command completes it and puts no state twice."""
     monkeypatch.setenv("STILLHOUSE_REMOTE_ATTEMPTS", "1")
     copy(made, tmp_path / "disk")
     for stop in ("past-4/0.1.json", "past-4/1.1.npz", "norms", "store.json"):
@@ -146,7 +146,7 @@ def test_what_was_broken_off_goes_on(
 
 
 @pytest.mark.slow
-def test_what_is_refused_there(
+def test_changes_that_are_refused_there(
     proxy: s3.Proxy,
     made: Path,
     bert: Path,
@@ -154,7 +154,7 @@ def test_what_is_refused_there(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Each says what to do instead; and doing that works."""
+    """Each error says what to do instead, and doing that works."""
     url = "s3://bucket/kept"
     copy(made, url)
     now = edited(corpus, u3="something else entirely", u17=None, u9="yet another")
@@ -176,7 +176,7 @@ def test_what_is_refused_there(
 
 
 @pytest.mark.slow
-def test_int8_is_extended_and_mended_there(
+def test_int8_is_extended_and_repaired_there(
     proxy: s3.Proxy,
     server: int,
     made: Path,
@@ -184,7 +184,7 @@ def test_int8_is_extended_and_mended_there(
     corpus: Corpus,
     tmp_path: Path,
 ) -> None:
-    """More layers come to a store that was copied there; a flipped bit of states and of scales is found and mended."""
+    """Layers are added to a store that was copied there. Flipped bits of states and scales are found and repaired."""
     copy(made, "s3://bucket/grown", ["t/alone/*"])
     now, more = edited(corpus, u3="something else entirely", u17=None), Request("t", [0, 1, 2], ["alone"], dtype="int8")
     extract("s3://bucket/grown", now, loaded(bert), more)  # type: ignore[arg-type]

@@ -1,6 +1,4 @@
-"""Walks through a store's life: whatever a corpus becomes and whatever is done to its store, what is served is what a
-new store of the corpus would serve, and what is not is named.
-"""
+"""Random changes of a corpus and its store. What can be read equals a new store of it, and the rest is named."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ WORDS = " ".join(TEXTS).split()
 
 
 class Walk:
-    """A corpus, its store, and what the store may be short of: utterances that were taken out."""
+    """A corpus, its store, and the utterances that were deleted from the store."""
 
     def __init__(self, folder: Path, teacher: Path, contexts: list[str], seed: int) -> None:
         self.random, self.folder, self.teacher = random.Random(seed), folder, loaded(teacher)
@@ -58,7 +56,7 @@ class Walk:
         return Utterance(id=f"u{self.number}", text=self.text(), session=session)
 
     def edit(self) -> None:
-        """One to three things happen to the corpus."""
+        """Change the corpus in one to three ways."""
         for _ in range(self.random.randint(1, 3)):
             at = self.random.randrange(len(self.utterances))
             here = self.utterances[at]
@@ -74,19 +72,19 @@ class Walk:
             elif what == "session":
                 name = self.random.choice([None, "s1", f"n{self.number}"])
                 self.utterances += [self.new(name) for _ in range(self.random.randint(1, 3))]
-            else:  # sessions in another order, each as it was
+            else:  # other order of the sessions
                 names = list(dict.fromkeys(u.session for u in self.utterances))
                 self.random.shuffle(names)
                 self.utterances.sort(key=lambda u: names.index(u.session))
 
     def fresh(self) -> Store:
-        """A new store of the corpus as it is."""
+        """Return a new store of the corpus."""
         shutil.rmtree(self.folder / "fresh", ignore_errors=True)
         extract(self.folder / "fresh", self.corpus, self.teacher, self.request)
         return Store.open(self.folder / "fresh")
 
     def check_change(self) -> None:
-        """What `extract` says has changed is what has."""
+        """Compare what `extract` says has changed with what has changed."""
         fresh, store = self.fresh(), Store.open(self.root)
         record = teacher_record(self.teacher, self.request)
         change = diff_corpus(plans.read_plan(self.root), self.corpus, record, self.teacher.tokeniser)
@@ -104,7 +102,7 @@ class Walk:
         assert set(change.changed if change else []) == set(known) - set(same)
         said = [[(u.id, u.text) for u in (self.utterances[i] for i in s)] for s in self.corpus.sessions()]
         found = stale(store, store.views, said)
-        for context in (c for c in self.contexts if c in ("past:4", "future:4")):  # a window an utterance
+        for context in (c for c in self.contexts if c in ("past:4", "future:4")):  # one window for each utterance
             assert told.get(context, set()) <= {i for i, which in found.items() if context in which}
         named = gone | (set(known) - set(same)) | set().union(*told.values(), set())
         if named:
@@ -127,10 +125,10 @@ class Walk:
             left, right = (to_float32(g.states[view], "float16") for g in (a, b))
             assert np.allclose(left, right, atol=0.02, rtol=0.02), view
         said = [[(u.id, u.text) for u in (self.utterances[i] for i in s)] for s in self.corpus.sessions()]
-        assert not set(stale(store, store.views, said)) - self.out  # training refuses nothing of it
+        assert not set(stale(store, store.views, said)) - self.out  # training accepts all of it
 
     def step(self) -> None:
-        what = self.random.choice(["edit", "edit", "edit", "clear", "utterances", "views", "copy"])
+        what = self.random.choice(["edit", "edit", "edit", "gc", "utterances", "views", "copy"])
         if what == "edit":
             self.edit()
             if not self.out:
@@ -139,7 +137,7 @@ class Walk:
                 self.layers = [0, 1, 2]
             extract(self.root, self.corpus, self.teacher, self.request, refresh=True)
             self.out = set()
-        elif what == "clear":
+        elif what == "gc":
             served = Store.open(self.root).utterance_ids
             collect_garbage(self.root)
             assert Store.open(self.root).utterance_ids == served and collect_garbage(self.root).files == 0
@@ -170,10 +168,10 @@ class Walk:
 
 def walk(monkeypatch: pytest.MonkeyPatch, folder: Path, teacher: Path, contexts: list[str], seed: int, n: int) -> None:
     monkeypatch.setattr(layout, "MIN_SHARD_ROWS", 128)  # many shards of few utterances
-    life = Walk(folder, teacher, contexts, seed)
+    changes = Walk(folder, teacher, contexts, seed)
     for _ in range(n):
-        life.step()
-        life.check()
+        changes.step()
+        changes.check()
 
 
 def test_an_encoder_store(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
-"""Run by test_crash.py as a process of its own: extract again and again, each time killed -9 where it is told.
+"""Extract again and again, each time killed with SIGKILL at a named crash point. test_crash.py runs it as a process.
 
-Usage: python crash_child.py CORPUS STORE TEACHER CONTEXTS [PHASE:N …]
+Usage: python crash_child.py CORPUS STORE TEACHER CONTEXTS [CRASH_POINT:N …]
 Each attempt is a forked child, so that torch is imported once. The last attempt has no kill. Prints one JSON line
 an attempt: the signal that ended it, and what a reader sees afterwards.
 """
@@ -28,11 +28,11 @@ LAYERS = [0, 2]
 
 
 def kill_at(where: str, modules: Sequence[ModuleType] = (new_store, generation, writer, commits)) -> None:
-    """Put a SIGKILL at the n-th passing of a named phase of these modules."""
+    """Send SIGKILL at the n-th call of a named crash point of these modules."""
     name, _, count = where.partition(":")
     left = int(count or 1)
 
-    def phase(reached: str) -> None:
+    def crash_point(reached: str) -> None:
         nonlocal left
         if reached == name:
             left -= 1
@@ -40,11 +40,11 @@ def kill_at(where: str, modules: Sequence[ModuleType] = (new_store, generation, 
                 os.kill(os.getpid(), signal.SIGKILL)
 
     for module in modules:
-        module.crash_point = phase  # type: ignore[attr-defined]
+        module.crash_point = crash_point  # type: ignore[attr-defined]
 
 
 def seen(root: Path) -> dict:
-    """What a fresh reader finds: committed (view, utterance) pairs and their checksums, verified while read."""
+    """Return what a new reader can read: rows of committed (view, utterance) pairs, compared with their checksums."""
     try:
         store = Store.open(root, checksums=True)
     except NoStoreError:

@@ -1,9 +1,9 @@
-"""Run by test_status.py as a process of its own: writers on one store, and what is told of it meanwhile.
+"""Run writers on one store, and ask for its status meanwhile. test_status.py runs it as a process.
 
 Usage: python status_child.py CORPUS STORE TEACHER CONTEXTS WRITERS KILL
-Writers are forked children that stop themselves whenever they begin a unit; the parent asks for the status and lets
-them go on, but for the KILL-th to stop, which is killed -9 there. Prints one JSON line a question: what happened to
-whom, and the status.
+Writers are forked children that stop themselves when they begin a work item. The parent asks for the status and
+continues them, but kills the KILL-th one that stops. Prints one JSON line for each status: the event, the process and
+the status.
 """
 
 from __future__ import annotations

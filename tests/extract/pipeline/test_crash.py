@@ -1,4 +1,4 @@
-"""kill -9 at named moments: nothing lost, nothing duplicated, nothing torn, nothing uncommitted ever read."""
+"""SIGKILL at named crash points: nothing is lost, written twice or half written, and no uncommitted row is read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def tree(root: Path) -> dict[str, bytes]:
-    """All bytes of the Zarr hierarchy but for drafts: they must not depend on how often its writers died."""
+    """Return all bytes of the Zarr hierarchy but for drafts. They must not depend on how often writers are killed."""
     data = root / "data.zarr"
     files = (p for p in sorted(data.rglob("*")) if p.is_file() and not p.match(".*.tmp"))
     return {str(p.relative_to(data)): p.read_bytes() for p in files}
@@ -50,7 +50,7 @@ def attempts(setting: tuple[Path, Path, Path], root: Path, phases: list[str]) ->
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_killed_at_every_phase(setting: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_killed_at_every_crash_point(setting: tuple[Path, Path, Path], tmp_path: Path) -> None:
     phases = [
         "planned:1", "allocated:1", "mid_write:3", "before_rename:1", "mid_rename:1", "renamed:1", "before_link:1",
         "after_link:1", "mid_write:300", "renamed:2", "mid_rename:4", "before_link:3", "after_link:2",
@@ -62,7 +62,7 @@ def test_killed_at_every_phase(setting: tuple[Path, Path, Path], tmp_path: Path)
     assert rows == sorted(rows) and rows[0] == 0 and rows[-1] > 0  # what was committed stays
     by_phase = {entry["phase"]: entry for entry in log}
     assert not by_phase["planned:1"]["planned"]  # the plan exists when store.json does
-    # Up to the link a unit is as if never begun, although its files lie at their keys; after it, it exists.
+    # Before the link a work item does not count, although its files have their names. After it, the item is committed.
     assert by_phase["renamed:1"]["rows"] == by_phase["before_link:1"]["rows"] == 0
     assert by_phase["after_link:1"]["rows"] > 0
     calm = setting[2]
@@ -77,7 +77,7 @@ def test_killed_at_every_phase(setting: tuple[Path, Path, Path], tmp_path: Path)
     assert verify(Store.open(tmp_path / "s")) == []
 
 
-def test_litter_is_reported_and_swept(setting: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_left_files_are_reported_and_deleted(setting: tuple[Path, Path, Path], tmp_path: Path) -> None:
     corpus, teacher, _ = setting
     script = DRIVER.read_text().replace('[*phases, ""]', "phases")
     (tmp_path / "driver.py").write_text(script)

@@ -1,4 +1,4 @@
-"""Whole runs: resuming, refusing what does not fit, norms, sizing, status, repair, and the command itself."""
+"""Whole runs: resume, refuse other settings, norms, estimates, status, repair, and the command itself."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_again_does_nothing(bert: Path, tmp_path: Path) -> None:
     assert tree(tmp_path / "s") == before and verify(Store.open(tmp_path / "s")) == []
 
 
-def test_the_same_bytes_whoever_plans(bert: Path, tmp_path: Path) -> None:
+def test_two_planners_write_the_same_bytes(bert: Path, tmp_path: Path) -> None:
     for name in "ab":
         extract(tmp_path / name, make_corpus(), loaded(bert), REQUEST)
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
@@ -85,7 +85,7 @@ def test_no_text_at_all(bert: Path, tmp_path: Path) -> None:
 
 
 def test_values_that_float16_cannot_hold(bert: Path, tmp_path: Path) -> None:
-    """The error names view and utterance; bfloat16 stores the same states."""
+    """The error names view and utterance. bfloat16 can store the same states."""
     teacher = load_teacher(str(bert), device="cpu")
     teacher.model.embeddings.word_embeddings.weight[5:] *= 1e7
     teacher.model.embeddings.LayerNorm.weight.mul_(1e6)
@@ -118,7 +118,7 @@ def test_the_sample_is_spread() -> None:
     assert sample_rows(np.array([0, 3, 0, 2])).tolist() == [1, 3]
 
 
-def test_sizing_says_what_it_takes(bert: Path, tmp_path: Path) -> None:
+def test_an_estimate_is_what_it_takes(bert: Path, tmp_path: Path) -> None:
     corpus = long_corpus()
     plan = size_up(tmp_path / "s", corpus, loaded(bert), REQUEST)
     assert not (tmp_path / "s").exists() and plan.units_missing == plan.units > 4 and plan.seconds
@@ -131,7 +131,7 @@ def test_sizing_says_what_it_takes(bert: Path, tmp_path: Path) -> None:
     assert after.units_missing == 0 and after.bytes == 0 and after.fits
 
 
-def test_no_room_no_start(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_too_small(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate, "free_bytes", lambda root: 1000)
     with pytest.raises(StoreError, match="are free"):
         extract(tmp_path / "s", make_corpus(), loaded(bert), REQUEST, check=check_disk_space)
@@ -157,7 +157,7 @@ def test_status_and_parts_of_an_array(bert: Path, tmp_path: Path) -> None:
     assert tree(root) == tree(tmp_path / "one")
 
 
-def test_a_flipped_bit_is_found_and_mended(bert: Path, tmp_path: Path) -> None:
+def test_a_flipped_bit_is_found_and_repaired(bert: Path, tmp_path: Path) -> None:
     root = tmp_path / "s"
     extract(root, long_corpus(), loaded(bert), REQUEST)
     good = tree(root)
@@ -168,8 +168,8 @@ def test_a_flipped_bit_is_found_and_mended(bert: Path, tmp_path: Path) -> None:
     Paths(root).hidden("t", 0, 0, 0).unlink()
     found = verify(Store.open(root))
     assert [f.where.split(" utterance")[0].split(":")[0] for f in found] == ["t/alone/0 shard 0", "t/both"]
-    mended = repair(root, loaded(bert), "t")
-    assert [str(u) for u, _ in mended] == ["t/alone shard 0", "t/both:4 shard 2"]
+    repaired = repair(root, loaded(bert), "t")
+    assert [str(u) for u, _ in repaired] == ["t/alone shard 0", "t/both:4 shard 2"]
     assert tree(root) == good and verify(Store.open(root)) == []
     assert Paths(root).commit("t", "both:4", 2, 1).exists()
     assert repair(root, loaded(bert), "t") == []
@@ -182,7 +182,7 @@ def test_repair_refuses_another_teacher(bert: Path, minilm: Path, tmp_path: Path
 
 
 def test_out_of_memory_halves_the_batch(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device with room for two windows at a time gives the same states."""
+    """A device with memory for two windows at a time gives the same states."""
     import torch
 
     extract(tmp_path / "a", make_corpus(), loaded(bert), REQUEST)
@@ -206,7 +206,7 @@ def test_out_of_memory_halves_the_batch(bert: Path, tmp_path: Path, monkeypatch:
 
 
 def test_a_full_disk(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The allocation of a later unit fails: a clear error, a valid store, and the same command resumes."""
+    """The disk is full at a later work item: a clear error, a valid store, and the same command resumes."""
     import errno
 
     root, allocate, calls = tmp_path / "s", os.posix_fallocate, 0
@@ -253,7 +253,7 @@ def test_the_command(bert: Path, tmp_path: Path) -> None:
         invoke(tmp_path / "corpus.jsonl", tmp_path / "s")
 
 
-def test_the_words_of_the_command() -> None:
+def test_layers_and_names_of_the_command() -> None:
     assert parse_layers(None, None, "0-3, 6,-1,last") == [0, 1, 2, 3, 6, -1, -1]  # type: ignore[arg-type]
     assert default_name("org/My Model-v2") == "My-Model-v2"
     assert "no layer" in CliRunner().invoke(command, [".", "s", "--layers", "x"]).output

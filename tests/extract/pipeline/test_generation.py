@@ -1,4 +1,4 @@
-"""Generations: more layers, more contexts, another teacher, in a store that has something already."""
+"""Generations: more layers, more contexts and another teacher in a store that exists."""
 
 from __future__ import annotations
 

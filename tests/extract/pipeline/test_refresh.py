@@ -1,4 +1,4 @@
-"""A corpus that changes under a store: new, changed, removed and moved utterances; what is stale, what is redone."""
+"""A corpus that changes after extraction: new, changed, removed and moved utterances, and stale contexts."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def edited(corpus: Corpus, **texts: str | None) -> Corpus:
 
 
 def same_as_fresh(root: Path, corpus: Corpus, teacher: Path, request: Request, scratch: Path) -> None:
-    """Every row that a store serves is what a new store of this corpus has: fed the same, and equal up to the last
-    bits, which depend on what else was in a batch.
+    """Compare every row of a store with a new store of this corpus: the same inputs, and states equal up to the last
+    bits, which depend on the other windows of a batch.
     """
     shutil.rmtree(scratch, ignore_errors=True)
     extract(scratch, corpus, loaded(teacher), request)
@@ -96,7 +96,7 @@ def test_a_changed_text_makes_itself_and_its_neighbours_stale(bert: Path, tmp_pa
 
 
 def test_new_utterances_come_into_tail_shards(bert: Path, tmp_path: Path) -> None:
-    """A new session adds; one at the end of a session changes what its last ones may see."""
+    """A new session only adds. An utterance at the end of a session changes the context of the last ones before it."""
     root, corpus = tmp_path / "s", make_corpus()
     extract(root, corpus, loaded(bert), REQUEST)
     more = Corpus(corpus.path, [*corpus.utterances, Utterance(id="n0", text="wholly unseen quartz", session="new")])
@@ -117,7 +117,7 @@ def test_new_utterances_come_into_tail_shards(bert: Path, tmp_path: Path) -> Non
     assert verify(Store.open(root)) == []
 
 
-def test_removed_utterances_are_not_served(bert: Path, tmp_path: Path) -> None:
+def test_removed_utterances_cannot_be_read(bert: Path, tmp_path: Path) -> None:
     root, corpus = tmp_path / "s", make_corpus()
     extract(root, corpus, loaded(bert), REQUEST)
     now = edited(corpus, u5=None, u29=None)
@@ -128,10 +128,10 @@ def test_removed_utterances_are_not_served(bert: Path, tmp_path: Path) -> None:
     with pytest.raises(NoStoreError, match="u5"):
         store.gather(["u5"], [view])
     same_as_fresh(root, now, bert, REQUEST, tmp_path / "fresh")
-    extract(root, now, loaded(bert), Request("t", [1], ["future:4"]))  # more views in shards with dead rows
+    extract(root, now, loaded(bert), Request("t", [1], ["future:4"]))  # more views in shards with deleted rows
     assert verify(Store.open(root)) == [] and status(root).complete
     assert int(store.lengths("t").sum()) == store.teacher("t").tokens
-    last = edited(now, u28=None)  # alone in its session: nobody's neighbour, so nothing is redone
+    last = edited(now, u28=None)  # alone in its session, so no context saw it and nothing is extracted again
     assert extract(root, last, loaded(bert), REQUEST, refresh=True).units_done_now == 0
     assert len(Store.open(root).utterance_ids) == 27 and verify(Store.open(root)) == []
     back = extract(root, corpus, loaded(bert), REQUEST, refresh=True)
@@ -154,7 +154,7 @@ def test_moved_utterances_are_stale_in_contexts_alone(bert: Path, tmp_path: Path
     assert np.array_equal(*(g.states[View("t", "alone", 2)] for g in (before, after)))  # copied, not run again
     assert extract(root, Corpus(corpus.path, now.utterances[::1]), loaded(bert), REQUEST).units_done_now == 0
     sessions = Corpus(corpus.path, sorted(now.utterances, key=lambda u: str(u.session), reverse=True))
-    assert extract(root, sessions, loaded(bert), REQUEST).units_done_now == 0  # their order is nobody's context
+    assert extract(root, sessions, loaded(bert), REQUEST).units_done_now == 0  # no context depends on it
 
 
 def test_each_teacher_is_refreshed_by_itself(bert: Path, gpt2: Path, tmp_path: Path) -> None:
@@ -197,8 +197,8 @@ def said(corpus: Corpus) -> list[list[tuple[str, str]]]:
     return [[(u.id, u.text) for u in (corpus.utterances[i] for i in s)] for s in corpus.sessions()]
 
 
-def test_freshness_is_told_without_a_teacher(bert: Path, tmp_path: Path) -> None:
-    """What saw a changed neighbour is among what `extract` calls stale, and gone once it is refreshed."""
+def test_stale_utterances_without_a_teacher(bert: Path, tmp_path: Path) -> None:
+    """Utterances that saw a changed neighbour are among those that `extract` calls stale. After a refresh none is."""
     root, corpus = tmp_path / "s", make_corpus()
     contexts = ["alone", "past:4", "future:4", "both:4"]
     extract(root, corpus, loaded(bert), Request("t", [2], contexts))
@@ -228,7 +228,7 @@ def test_freshness_is_told_without_a_teacher(bert: Path, tmp_path: Path) -> None
             view = View("t", context, 2)
             fed = {i for i in both if store.input_hash([i], view)[0] != other.input_hash([i], view)[0]}
             told = {i for i, which in found.items() if context in which}
-            if context in ("alone", "past:4", "future:4"):  # one window an utterance: told exactly
+            if context in ("alone", "past:4", "future:4"):  # one window for each utterance: exact
                 assert told == fed, (context, told, fed)
             assert told <= fed, (context, told - fed)
     extract(root, edits[0], loaded(bert), Request("t", [2], contexts), refresh=True)
@@ -258,5 +258,5 @@ def test_training_refuses_what_saw_other_neighbours(bert: Path, tmp_path: Path) 
     assert read([u.id for u in now.utterances], [past]) == 0
     part = Corpus(now.path, [u.model_copy(update={"split": "ab"[int(u.id[1:]) % 2]}) for u in now.utterances])
     extract(tmp_path / "a", part.select("a"), loaded(bert), Request("t", [2], ["past:4"]))
-    reader = TargetReader([(Store.open(tmp_path / "a"), [past])], corpus=part)  # b stands between, and was left out
+    reader = TargetReader([(Store.open(tmp_path / "a"), [past])], corpus=part)  # without b, which is between
     assert reader.read(["u0", "u2"], [texts["u0"], texts["u2"]]).skipped == 0

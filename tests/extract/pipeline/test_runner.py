@@ -1,4 +1,4 @@
-"""Units on their way together: one is computed while another is written and a third committed; errors let all go."""
+"""Work items overlap: one is computed while another is written and a third committed. Errors release all locks."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_a_unit_is_computed_while_the_one_before_is_committed(
+def test_an_item_is_computed_while_the_one_before_is_committed(
     calm: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first commit waits for a batch of the second unit, which never came if the two took turns."""
+    """The first commit waits for a batch of the second work item. It would never come if the two took turns."""
     items = len(Store.open(calm).plan.work_items("t"))
     assert items >= 4
     second, overlapped, order = threading.Event(), [], []
@@ -101,22 +101,22 @@ def test_an_error_leaves_what_was_committed_and_no_lock(
     for item in plan.work_items("t"):
         with Lock(store.paths.lock("t", item.context, item.shard.number)):
             pass  # LockedError where one is still held
-    assert verify(store) == []  # and no litter
+    assert verify(store) == []  # and no files are left over
     assert extract(root, corpus(), teacher, REQUEST).units_done_now >= len(plan.work_items("t")) - 3
     assert tree(root) == tree(calm)
 
 
-def test_few_units_are_open_at_a_time(
+def test_few_items_are_open_at_a_time(
     calm: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two_threads: None
 ) -> None:
-    """Many threads would otherwise hold more files than a process may have."""
+    """Otherwise many threads would open more files than a process may have."""
     monkeypatch.setattr(runner, "most_handles", lambda: 0)
     most = []
     open_item = runner.ItemRunner._open_item
 
     def watched(self: runner.ItemRunner, locked: runner.LockedItem) -> runner.OpenItem:
         opened = open_item(self, locked)
-        self.threads.count = 16  # as on a larger machine: as many batches are looked ahead
+        self.threads.count = 16  # as on a larger machine, with as many batches ahead
         most.append(len(self._open))
         return opened
 

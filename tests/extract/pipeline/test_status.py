@@ -1,4 +1,4 @@
-"""`extract --status` while writers run and die: never an error, never more than there is, never less than before."""
+"""`extract --status` while writers run and are killed: no error, no more than is committed, no less than before."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DRIVER = Path(__file__).with_name("status_child.py")
 
 
 def check(told: list[dict]) -> None:
-    """Of a store's statuses in the order in which they were asked for."""
+    """Check the statuses of a store, in the order in which they were asked for."""
     before: dict[str, tuple[int, int]] = {}
     for entry in told:
         for c in entry["contexts"]:
@@ -40,8 +40,8 @@ def check(told: list[dict]) -> None:
         assert entry["complete"] == all(c["complete"] for c in entry["contexts"])
 
 
-def test_while_writers_run_and_die(bert: Path, tmp_path: Path) -> None:
-    """A writer that is stopped inside a unit shows as running there; killed, it does not, and others make its unit."""
+def test_while_writers_run_and_are_killed(bert: Path, tmp_path: Path) -> None:
+    """The work item of a stopped writer is running. After a kill it is not, and another writer extracts it."""
     corpus = make_corpus([t for t in sentences() if t.isascii()] * 4, 5, str(tmp_path / "corpus.jsonl"))
     write_manifest(corpus.path, corpus.utterances)
     command = [sys.executable, str(DRIVER), corpus.path, tmp_path / "s", bert, "alone,past:4", "3", "4"]
@@ -52,7 +52,7 @@ def test_while_writers_run_and_die(bert: Path, tmp_path: Path) -> None:
     items = sum(c["units"] for c in told[0]["contexts"])
     happened = [entry["what"] for entry in told]
     assert items >= 4 and sorted(w for w in happened if w != "stopped") == ["ended 0", "ended 0", "killed"], done.stderr
-    assert happened.count("stopped") >= items + 1  # the unit of the killed one was begun twice
+    assert happened.count("stopped") >= items + 1  # the work item of the killed writer was begun twice
     for entry in told:
         if entry["what"] == "stopped":
             assert not entry["complete"] and sum(c["running"] for c in entry["contexts"]) >= 1
@@ -63,7 +63,7 @@ def test_while_writers_run_and_die(bert: Path, tmp_path: Path) -> None:
 
 
 def test_in_an_object_store(proxy: s3.Proxy, bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asked after every record that is refused: there are no locks, so nothing is running."""
+    """The status after every refused commit record. There are no locks, so nothing is running."""
     monkeypatch.setattr(layout, "MIN_SHARD_ROWS", 128)
     monkeypatch.setenv("STILLHOUSE_REMOTE_ATTEMPTS", "1")
     corpus, request = make_corpus(), Request("t", [0], ["alone"])

@@ -1,4 +1,4 @@
-"""Three writers on one store, killed thirty times and more."""
+"""Three writers on one store, which are killed thirty times and more."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def torture(tmp_path: Path, bert: Path, times: int, kills: int, seed: int, dtype
     assert done.returncode == 0, done.stderr
     log = json.loads(done.stdout)
     assert log["failed"] == 0, done.stderr
-    assert log["history"] == sorted(log["history"])  # what a reader saw once, it saw ever after
+    assert log["history"] == sorted(log["history"])  # what can be read once can be read later
     store = Store.open(tmp_path / "s", checksums=True)
-    assert tree(tmp_path / "s") == tree(tmp_path / "calm")  # 0 torn, and the bytes of one writer
+    assert tree(tmp_path / "s") == tree(tmp_path / "calm")  # no half-written file, and the bytes of one writer
     records = [p.name for p in (tmp_path / "s" / "commits").rglob("*.json")]
-    assert sorted(records) == sorted(p.name for p in (tmp_path / "calm" / "commits").rglob("*.json"))  # 0 twice
-    assert log["history"][-1] <= log["rows"] and log["views"] == len(store.views) == 4  # 0 lost
+    assert sorted(records) == sorted(p.name for p in (tmp_path / "calm" / "commits").rglob("*.json"))  # none twice
+    assert log["history"][-1] <= log["rows"] and log["views"] == len(store.views) == 4  # none lost
     assert verify(store) == [] and not list((tmp_path / "s" / "tmp").iterdir())
     return log
 

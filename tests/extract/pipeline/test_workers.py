@@ -1,4 +1,4 @@
-"""Several processes on one store, here or on a Ray cluster: the same bytes, and killed ones are replaced."""
+"""Several processes on one store, here or on a Ray cluster: the same bytes, and errors of workers are raised."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_three_workers_make_the_same_bytes(bert: Path, tmp_path: Path) -> None:
     assert len(summary.views) == 4 and verify(Store.open(tmp_path / "three")) == []
 
 
-def test_a_failing_worker_is_told(bert: Path, tmp_path: Path) -> None:
+def test_the_error_of_a_worker(bert: Path, tmp_path: Path) -> None:
     load = {"source": str(tmp_path / "no model here"), "device": "cpu"}
     with pytest.raises(Exception, match="cannot be loaded"):
         extract(
@@ -47,7 +47,7 @@ def test_a_failing_worker_is_told(bert: Path, tmp_path: Path) -> None:
         )
 
 
-def test_a_killed_worker_is_told_and_replaced(bert: Path, tmp_path: Path) -> None:
+def test_a_killed_worker(bert: Path, tmp_path: Path) -> None:
     load = {"source": str(bert), "device": "cpu"}
     make_plan(tmp_path / "s", long_corpus(1), loaded(bert), REQUEST)
 
@@ -111,7 +111,7 @@ def _json(path: Path) -> dict:
 
 
 @pytest.mark.slow
-def test_what_a_ray_worker_cannot_do_is_told(bert: Path, corpus: Path, tmp_path: Path) -> None:
+def test_the_error_of_a_ray_worker(bert: Path, corpus: Path, tmp_path: Path) -> None:
     if find_spec("ray") is None:
         pytest.skip("no Ray; pip install 'stillhouse[cluster]'")
     plan = make_plan(tmp_path / "s", long_corpus(1), loaded(bert), Request("t", [0], ["alone"]))

@@ -1,8 +1,9 @@
-"""Run by test_torture.py as a process of its own: three writers on one store, killed -9 again and again.
+"""Run three writers on one store, and kill them again and again. test_torture.py runs it as a process.
 
 Usage: python torture_child.py CORPUS STORE TEACHER CONTEXTS KILLS SEED
-Writers are forked children with a SIGKILL at a random passing of a random phase; the dead are replaced until KILLS
-have died, then three finish in peace. Prints one JSON line: kills by phase, and what a reader saw after each death.
+Writers are forked children that get SIGKILL at a random call of a random crash point. Killed ones are replaced until
+KILLS have died. Then three run to their end. Prints one JSON line: kills by crash point, and what a reader saw after
+each kill.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from stillhouse.extract.teacher.model import load_teacher
 sys.path.insert(0, str(Path(__file__).parent))
 from crash_child import LAYERS, kill_at, seen
 
-# Phases and the latest passing at which a writer dies: within its first unit, so that kills do not run out of work.
+# Crash points, and the latest call at which a writer is killed. It is in the first work item, so that work is left.
 MOMENTS = {
     "planned": 1,
     "allocated": 1,
