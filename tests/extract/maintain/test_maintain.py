@@ -75,6 +75,8 @@ def test_views_are_deleted(bert: Path, tmp_path: Path) -> None:
     assert verify(store) == [] and status(root).complete and unreferenced_files(store.plan) == []
     with pytest.raises(NoStoreError):
         store.gather(["u1"], [View("t", "both:4", 2)])
+    # The norms of a deleted view are not computed again.
+    assert extract(root, corpus, loaded(bert), Request("t", [0], ["both:4"])).units_done_now == 0
     extract(root, corpus, loaded(bert), REQUEST)  # asked for and extracted again
     assert states(root) == before and verify(Store.open(root)) == []
     with pytest.raises(UsageError, match="every view"):
