@@ -125,8 +125,7 @@ def _run(options: dict[str, Any]) -> tuple[Any, str]:
     from ..pipeline.extract import extract as run
     from ..pipeline.request import Request
     from ..pipeline.workers import parse_part, share_threads, start_ray_workers, start_workers
-    from ..store.remote.client import is_url
-    from ..store.remote.paths import writable_copy
+    from ..store.storage import has_locks, writable_files
     from ..teacher.model import load_teacher
 
     store, part, workers = options["store"], parse_part(options["shard"]), options["workers"]
@@ -137,8 +136,8 @@ def _run(options: dict[str, Any]) -> tuple[Any, str]:
     settings = ("layers", "contexts", "transform", "join", "dtype", "batch_tokens", "seed")
     request = Request(name, **{key: options[key] for key in settings})
     if options["dry_run"]:
-        with writable_copy(store) as folder:
-            sizing = size_up(folder, corpus, teacher, request, refresh=options["refresh"])
+        with writable_files(store) as files:
+            sizing = size_up(files, corpus, teacher, request, refresh=options["refresh"])
         return sizing.as_json(), render_sizing(sizing)
     own_part: tuple[int, int] | None
     if options["engine"] == "ray":
@@ -148,7 +147,7 @@ def _run(options: dict[str, Any]) -> tuple[Any, str]:
         share_threads(workers)
         start = start_workers(name, load, workers, part)
         # An object store has no locks, so each worker gets a part of its own.
-        own_part = (part[0], part[1] * workers) if is_url(store) else part
+        own_part = part if has_locks(store) else (part[0], part[1] * workers)
     check = None if options["force"] else check_disk_space
     on_progress = progress(progress_line)
     summary = run(store, corpus, teacher, request, on_progress, own_part, start, check, options["refresh"])

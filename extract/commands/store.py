@@ -38,13 +38,14 @@ def remove(store: Path, views: tuple[str, ...], utterances: Path | None, dry_run
     neighbours' context. `stillhouse store gc` frees their disk space.
     """
     from ..maintain.remove import remove_utterances, remove_views
+    from ..store.storage import on_disk
 
     if bool(views) == (utterances is not None):
         raise click.UsageError("name views, or give --utterances FILE")
     if utterances is None:
-        _print_removed(remove_views(_local(store), views, dry_run), as_json)
+        _print_removed(remove_views(on_disk(store), views, dry_run), as_json)
     else:
-        _print_removed(remove_utterances(_local(store), read_ids(utterances), dry_run), as_json)
+        _print_removed(remove_utterances(on_disk(store), read_ids(utterances), dry_run), as_json)
 
 
 @store.command("gc", epilog="Example: stillhouse store gc corpus.zarr --dry-run")
@@ -57,8 +58,9 @@ def collect(store: Path, dry_run: bool, as_json: bool) -> None:
     If readable utterances share a shard with hidden ones, they are copied, byte for byte, before the shard is deleted.
     """
     from ..maintain.gc import collect_garbage
+    from ..store.storage import on_disk
 
-    _print_removed(collect_garbage(_local(store), dry_run), as_json)
+    _print_removed(collect_garbage(on_disk(store), dry_run), as_json)
 
 
 @store.command("subset", epilog="Example: stillhouse store subset corpus.zarr part.zarr --utterances ids.txt")
@@ -89,7 +91,7 @@ def subset(
         from ...data.manifest import read_manifest
 
         ids = [u.id for u in read_manifest(str(corpus)).select(split).utterances]
-    _print_combined(run(_place(store), _place(out), ids, views), as_json)
+    _print_combined(run(store, out, ids, views), as_json)
 
 
 @store.command("cp", epilog="Example: stillhouse store cp corpus.zarr small.zarr --views 'minilm/*/3,6'")
@@ -104,7 +106,7 @@ def copy(store: Path, out: Path, views: tuple[str, ...], as_json: bool) -> None:
     """
     from ..maintain.combine import copy as run
 
-    _print_combined(run(_place(store), _place(out), views), as_json)
+    _print_combined(run(store, out, views), as_json)
 
 
 @store.command("merge", epilog="Example: stillhouse store merge clean.zarr other.zarr both.zarr")
@@ -121,7 +123,7 @@ def merge(a: Path, b: Path, out: Path, views: tuple[str, ...], as_json: bool) ->
     """
     from ..maintain.combine import merge as run
 
-    _print_combined(run(_place(a), _place(b), _place(out), views), as_json)
+    _print_combined(run(a, b, out, views), as_json)
 
 
 def read_ids(path: Path) -> list[str]:
@@ -133,28 +135,6 @@ def read_ids(path: Path) -> list[str]:
     if not ids:
         raise UsageError("this file has no ids", where=path, expected="an utterance id on each line")
     return ids
-
-
-def _local(path: Path) -> Path:
-    """The path, or a UsageError if it is a URL."""
-    from ...data.errors import UsageError
-    from ..store.remote.client import is_url
-
-    if is_url(path):
-        raise UsageError(
-            "nothing in an object store can be deleted or moved",
-            where=_place(path),
-            expected="a store on a disk",
-            remedy="copy what you keep to another name (stillhouse store cp, subset and merge read and write URLs)",
-        )
-    return path
-
-
-def _place(path: Path) -> Path | str:
-    """The folder, or the URL with the two slashes of which a Path keeps one."""
-    from ..store.remote.client import is_url, split_url
-
-    return "s3://{}/{}".format(*split_url(path)) if is_url(path) else path
 
 
 def _print(outcome: Any, lines: list[str], as_json: bool) -> None:

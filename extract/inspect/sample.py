@@ -13,7 +13,6 @@ import numpy as np
 
 from ...data.errors import NoStoreError, first_few
 from ..store import Gathered, Store, View
-from ..store.remote.paths import mirror_of
 from ..store.verify.verify import damaged_items
 
 BLOCK_TOKENS = 16_384
@@ -113,11 +112,5 @@ def blocks(store: Store, teacher: str, rows: np.ndarray, tokens: int | None = No
 def read_states(store: Store, view: View, ids: Sequence[str]) -> Gathered:
     """Read the states of utterances, and unmap their files."""
     gathered = store.gather(ids, [view])
-    unmap(store)
+    store.unmap()
     return gathered
-
-
-def unmap(store: Store) -> None:
-    """Unmap the files of a local store, because their pages count as this process's memory."""
-    if mirror_of(store.paths.root) is None:
-        store.close()

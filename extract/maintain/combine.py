@@ -17,25 +17,28 @@ from typing import Any
 import numpy as np
 
 from ...data.errors import UsageError
+from ..pipeline.extract import share_arrays
 from ..pipeline.generation import NewRows, first_generation, utc_now
 from ..pipeline.layout import Layout, cut_shards
 from ..pipeline.new_store import write_groups, write_new_rows, write_teacher
 from ..pipeline.norms import commit_norms, write_norms
 from ..pipeline.progress import folder_bytes, split_committed
-from ..store.disk.durable import Scratch, crash_point
-from ..store.disk.layout import Paths, dtype_of, shard_rows
+from ..store.disk.durable import crash_point
+from ..store.disk.layout import dtype_of, shard_rows
+from ..store.disk.locks import Scratch
+from ..store.disk.paths import Paths
 from ..store.format import plan as plans
-from ..store.format.block_sums import recording_sums
+from ..store.format.arrays import ArrayWriter
 from ..store.format.index import write_index
 from ..store.format.plan import Generation, Plan, PlannedWork, Shard, TeacherRecord
 from ..store.reader import Store
+from ..store.storage import address_of, new_files
 from ..store.verify.sums import check_sound
 from ..store.views import View
 from ..store.writer import versions
 from ..teacher.tokenizer import Tokens
 from .copy_item import copy_item
 from .members import Included, check_compatible, choose_utterances, complete_views, only_in_second
-from .staging import publish_store, staging_folder
 
 Sources = list[tuple[Store, int]]  # (store, its row) of each row of the new store
 
@@ -109,24 +112,25 @@ def combine(
     fingerprint = _fingerprint(stores, rows, views)
     names = list(dict.fromkeys(v.teacher for v in views))
     sources = {name: _sources(stores, rows, name) for name in names}
-    with staging_folder(out, fingerprint) as root, recording_sums() as sums:
-        paths, edition = Paths(root), 0 if served.all() else 1
+    with new_files(out, fingerprint) as files:
+        paths, edition = Paths(files), 0 if served.all() else 1
+        writer = ArrayWriter(paths)
         by_row = np.zeros(len(rows), np.int32)
         by_row[order] = session
         hashes = [s.index_of(names[0]).text_hash[r] for s, r in sources[names[0]]]
-        write_index(paths, [m.id for m in rows], np.array(hashes, dtype=np.uint64), by_row)
+        write_index(writer, [m.id for m in rows], np.array(hashes, dtype=np.uint64), by_row)
         if edition:
-            write_new_rows(paths, NewRows(edition, len(rows), order, session, served))
+            write_new_rows(writer, NewRows(edition, len(rows), order, session, served))
         facts = corpus | {"utterances": count, "sessions": int(session.max()) + 1}
         plan = Plan(paths, utc_now(), facts, versions(), {}, [])
         for number, name in enumerate(names, start=edition):
             layout, record, generation = _draft_teacher(rows, count, sources[name], views, name, number, edition)
-            write_teacher(paths, record, _CopiedVocabulary(dict.fromkeys(s for s, _ in sources[name]), name), layout)
+            write_teacher(writer, record, _CopiedVocabulary(dict.fromkeys(s for s, _ in sources[name]), name), layout)
             teachers = plan.teachers | {name: record}
             plan = replace(plan, teachers=teachers, generations=[*plan.generations, generation])
-        write_groups(plan)
+        write_groups(writer, plan)
         for generation in plan.generations:
-            plans.write_generation(replace(plan, generations=[]), generation, sums)
+            plans.write_generation(replace(plan, generations=[]), generation, writer.sums)
         plans.write_head(plan, publish=False)
         with Scratch(paths) as scratch:
             for name in names:
@@ -142,9 +146,11 @@ def combine(
                     else:
                         write_norms(plan, name, context, scratch.folder)
         crash_point("built")
-        publish_store(plan, fingerprint)
-        size = folder_bytes(root)
-    return Combined(str(out), [v.address for v in views], count, len(rows) - count, size)
+        for name in names:
+            share_arrays(plan, name)
+        files.publish_plan(by=fingerprint)
+        size = folder_bytes(files, files.root)
+    return Combined(address_of(out), [v.address for v in views], count, len(rows) - count, size)
 
 
 def _fingerprint(stores: list[Store], rows: list[Included], views: list[View]) -> str:

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..store.disk.durable import Lock, crash_point
-from ..store.disk.exclusive import exclusive_access
-from ..store.disk.layout import Paths
+from ..store.disk.durable import crash_point
+from ..store.disk.locks import Lock, exclusive_access
 from ..store.format import plan as plans
-from ..store.format.block_sums import RowSums
+from ..store.format.block_sums import Sums
 from ..store.format.plan import Plan
+from ..store.storage import open_files
 
 
 @dataclass(frozen=True)
@@ -44,24 +44,24 @@ def exclusive_plan(root: Path) -> Iterator[tuple[Plan, Path]]:
         NoStoreError: there is no store at `root`.
         LockedError: another process writes to the store.
     """
-    paths = Paths(root)
-    if not paths.store_json.exists():
-        plans.read_plan(root)  # its error tells what is missing
+    files = open_files(root)
+    files.require_writable()
+    paths = plans.read_plan(files).paths
     with Lock(paths.lock("plan"), wait=True), exclusive_access(paths):
         scratch = paths.tmp / f"maintain-{os.getpid()}"
         with Lock(scratch / "lock", wait=True):
             try:
-                yield plans.read_plan(root), scratch
+                yield plans.read_plan(files), scratch
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
 
 
-def replace_plan(before: Plan, after: Plan, sums: Mapping[Path, list[RowSums]] | None = None) -> None:
+def replace_plan(before: Plan, after: Plan, sums: Sums | None = None) -> None:
     """Write the generations that only `after` has, then its store.json. `sums` are the checksums of their rows."""
     numbers = {g.number for g in before.generations}
     for generation in after.generations:
         if generation.number not in numbers:
-            plans.write_generation(replace(after, generations=before.generations), generation, dict(sums or {}))
+            plans.write_generation(replace(after, generations=before.generations), generation, sums or {})
     crash_point("written")
     if after != before:
         plans.write_head(after)

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..pipeline.progress import folder_bytes
 from ..store.disk.durable import crash_point, fsync_folder
+from ..store.disk.files import StoreFiles
 from ..store.format.arrays import RawArray
 from ..store.format.commits import Commits
 from ..store.format.index import Index
@@ -41,9 +42,9 @@ def unreferenced_files(plan: Plan, orders: Mapping[str, np.ndarray] | None = Non
     return sorted(paths)
 
 
-def size_of(paths: list[Path]) -> int:
+def size_of(files: StoreFiles, paths: list[Path]) -> int:
     """Return the bytes of files and folders."""
-    return sum(folder_bytes(p) if p.is_dir() else p.stat().st_size for p in paths)
+    return sum(folder_bytes(files, p) if p.is_dir() else p.stat().st_size for p in paths)
 
 
 def delete_files(paths: list[Path]) -> None:
@@ -84,9 +85,9 @@ def _states(plan: Plan, name: str) -> Iterator[Path]:
 
 def _tokens(plan: Plan, name: str, order: np.ndarray | None) -> Iterator[Path]:
     """Token chunks of dropped shards that hold no readable utterance and no neighbour of one."""
-    start, length = (RawArray(plan.paths.data / name / a).read() for a in ("start", "length"))
+    start, length = (RawArray(plan.paths, name, a).read() for a in ("start", "length"))
     if order is None:
-        order = Index(plan.paths.data / "utterances", plan.edition(name)).order
+        order = Index(plan.paths, plan.edition(name)).order
     order = order[order < len(start)]  # later rows are not written yet
     used = set((start[order[length[order] > 0]] // plan.latest(name).shard_rows).tolist())
     used |= {s.number for s in plan.shards(name)}

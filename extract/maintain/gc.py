@@ -19,7 +19,7 @@ from ..pipeline.generation import NewRows, later_generation, next_generation, ro
 from ..pipeline.layout import compact
 from ..pipeline.new_store import grow_teacher, write_new_rows, write_tokens
 from ..store.disk.durable import crash_point
-from ..store.format.block_sums import recording_sums
+from ..store.format.arrays import ArrayWriter
 from ..store.format.index import Index
 from ..store.format.plan import Generation, Plan, PlannedWork, Shard
 from ..store.read.rows import TeacherRows
@@ -66,16 +66,16 @@ def collect_garbage(root: Path, dry_run: bool = False) -> Removed:
             after = replace(after, generations=_needed_generations(after))
             garbage = unreferenced_files(after, {name: moved.order for name, moved in moves})
             copied = sum(_bytes_of(after, name, moved) for name, moved in moves)
-            return replace(removed, files=len(garbage), bytes=size_of(garbage) - copied, done=False)
-        size = size_of([root])
-        with recording_sums() as sums:
-            for name, moved in moves:
-                _write_move(after, name, moved, store, scratch)
+            return replace(removed, files=len(garbage), bytes=size_of(plan.paths.files, garbage) - copied, done=False)
+        size = size_of(plan.paths.files, [root])
+        writer = ArrayWriter(plan.paths)
+        for name, moved in moves:
+            _write_move(writer, after, name, moved, store, scratch)
         after = replace(after, generations=_needed_generations(after))
-        replace_plan(plan, after, sums)
+        replace_plan(plan, after, writer.sums)
         garbage = unreferenced_files(after)
         delete_files(garbage)
-        return replace(removed, files=len(garbage), bytes=size - size_of([root]))
+        return replace(removed, files=len(garbage), bytes=size - size_of(plan.paths.files, [root]))
 
 
 def _choose_shards(
@@ -119,7 +119,7 @@ def _plan_move(
         tail.append(Shard(begin + len(tail), at, at + len(part), int(ends[-1])))
     order = index.order.copy()
     order[index.position[rows]] = first + np.arange(len(rows))
-    ranges = teacher_rows.places(rows)
+    ranges = teacher_rows.ranges(rows)
     token_id, span = (teacher_rows.tokens(a, ranges) for a in (teacher_rows.token_id, teacher_rows.span))
     moved = NewRows(
         number,
@@ -148,13 +148,13 @@ def _plan_move(
     return replace(plan, generations=[*plan.generations, generation]), moved
 
 
-def _write_move(plan: Plan, name: str, moved: NewRows, store: Store, scratch: Path) -> None:
+def _write_move(writer: ArrayWriter, plan: Plan, name: str, moved: NewRows, store: Store, scratch: Path) -> None:
     """Write rows, tokens and work items of a move. They do not count before store.json names the generation."""
     until = replace(plan, generations=[g for g in plan.generations if g.number <= moved.number])
-    write_new_rows(plan.paths, moved)
+    write_new_rows(writer, moved)
     own = replace(until, generations=[g for g in until.generations if g.teacher == name])
-    grow_teacher(own, moved)
-    write_tokens(own, moved, None)
+    grow_teacher(writer, own, moved)
+    write_tokens(writer, own, moved, None)
     crash_point("grown")
     for item in own.work_items(name):
         if item.generation.number == moved.number:

@@ -15,8 +15,7 @@ import numpy as np
 from ...data.errors import UsageError
 from ..pipeline.generation import NewRows, later_generation, next_generation, rows_after
 from ..pipeline.new_store import write_groups, write_new_rows
-from ..store.format.arrays import RawArray
-from ..store.format.block_sums import recording_sums
+from ..store.format.arrays import ArrayWriter, RawArray
 from ..store.format.commits import Commit, Commits, link_commit
 from ..store.format.index import Index
 from ..store.format.plan import Plan
@@ -43,10 +42,12 @@ def remove_views(root: Path, patterns: Sequence[str], dry_run: bool = False) -> 
             raise UsageError("this would delete every view", where=root, remedy="delete the folder itself")
         after = _without_views(plan, chosen)
         files = _garbage_of(after, chosen)
-        removed = Removed(str(root), [v.address for v in chosen], files=len(files), bytes=size_of(files))
+        removed = Removed(
+            str(root), [v.address for v in chosen], files=len(files), bytes=size_of(plan.paths.files, files)
+        )
         if dry_run:
             return replace(removed, done=False)
-        write_groups(after)
+        write_groups(ArrayWriter(after.paths), after)
         replace_plan(plan, after)
         _renew_norms(after, chosen, scratch)
         delete_files(_garbage_of(after, chosen))
@@ -85,10 +86,10 @@ def remove_utterances(root: Path, ids: Sequence[str], dry_run: bool = False) -> 
         removed = Removed(str(root), [], len(set(ids)), tokens)
         if dry_run:
             return replace(removed, done=False)
-        with recording_sums() as sums:
-            for table in tables:
-                write_new_rows(plan.paths, table)
-        replace_plan(plan, after, sums)
+        writer = ArrayWriter(plan.paths)
+        for table in tables:
+            write_new_rows(writer, table)
+        replace_plan(plan, after, writer.sums)
         return removed
 
 
@@ -136,7 +137,7 @@ def _hide(plan: Plan, name: str, index: Index, served: np.ndarray) -> tuple[Plan
     """A plan that serves only the utterances `served`, bool [n] in the order of the corpus, and its table of them."""
     number, latest = next_generation(plan), plan.latest(name)
     rows = index.order[served]
-    length, start = (RawArray(plan.paths.data / name / a).read() for a in ("length", "start"))
+    length, start = (RawArray(plan.paths, name, a).read() for a in ("length", "start"))
     rows = rows[length[rows] > 0]
     shards = set((start[rows] // latest.shard_rows).tolist())
     dropped = [s.number for s in plan.shards(name) if s.number not in shards]

@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...data.errors import StaleError, StoreError, first_few
-from ..store.disk.durable import Lock, Scratch
-from ..store.disk.layout import Paths
+from ..store.disk.locks import Lock, Scratch
+from ..store.disk.paths import Paths
 from ..store.format.plan import WorkItem, read_plan
 from ..store.read.rows import TeacherRows
 from ..store.reader import Store
-from ..store.remote.client import is_url
-from ..store.remote.paths import writable_copy
+from ..store.storage import open_files, writable_files
 from ..store.verify.sums import norm_damage, record_damage, table_damage, token_damage
 from ..store.verify.verify import StoreFinding, damaged_items
 
@@ -64,7 +63,7 @@ def repair_all(
     from ..pipeline.norms import restore_norms
     from ..teacher.model import load_teacher
 
-    paths = Store.open(root).paths if is_url(root) else Paths(root)
+    paths = Paths(open_files(root))
     records = [str(path.relative_to(paths.root)) for _, path in record_damage(paths)]
     if records:
         raise StoreError(
@@ -74,7 +73,7 @@ def repair_all(
         )
     store = Store.open(root)
     repaired = []
-    for view in store.views if not is_url(root) else []:
+    for view in store.views if paths.files.writable else []:
         damage = list(norm_damage(store, view))
         if damage and restore_norms(store, view):
             findings = [StoreFinding("stored bytes differ from their checksum", d.where, d.remedy) for d in damage]
@@ -115,8 +114,8 @@ def repair(
         raise StaleError(f"this is not the teacher of {name!r}: {'; '.join(differ)}", where=root)
     if damaged is None:
         damaged = [(item, findings) for item, findings in damaged_items(store) if item.teacher == name]
-    with writable_copy(root) as folder, Scratch(Paths(folder)) as scratch:
-        plan = read_plan(folder)
+    with writable_files(root) as files, Scratch(Paths(files)) as scratch:
+        plan = read_plan(files)
         generation, rows, progress = next_generation(plan), TeacherRows(plan, name), ExtractionProgress()
         with ItemRunner(plan, teacher, rows, scratch.folder, progress, on_progress) as runner:
             for item, _ in damaged:

@@ -83,7 +83,7 @@ def _count(names: Sequence[str]) -> str:
 def diff_corpus(plan: Plan, corpus: Corpus, record: TeacherRecord, tokeniser: Tokeniser) -> CorpusDiff | None:
     """Return what changed for a teacher, or None. A new teacher is compared with the newest table of utterances."""
     known = record.name in plan.teachers
-    index = Index(plan.paths.data / "utterances", plan.edition(record.name if known else None))
+    index = Index(plan.paths, plan.edition(record.name if known else None))
     seed = (plan.latest(record.name) if known else plan.generations[0]).seed
     sessions = order_sessions(corpus, seed)
     utterances = [corpus.utterances[i] for s in sessions for i in s]
@@ -137,7 +137,7 @@ def _stale(
     stale = {}
     for context, layers in plan.views(record.name).items():
         windows = windows_of(record, context, core_tokens, texts, corpus_diff.session, candidates)
-        array = RawArray(plan.paths.data / record.name / "input_hash")
+        array = RawArray(plan.paths, record.name, "input_hash")
         stored = array.read(plan.teachers[record.name].contexts.index(context))
         commits = Commits(plan.paths, record.name, context)
         committed = {s: any((s, k) in commits.of for k in layers) for s in set(shards)}
@@ -169,7 +169,7 @@ class CorpusTexts:
         rows = self._rows[which]
         stored: list[np.ndarray] = []
         if self._teacher_rows is not None and (rows >= 0).any():
-            ranges = self._teacher_rows.places(rows[rows >= 0])
+            ranges = self._teacher_rows.ranges(rows[rows >= 0])
             stored = np.split(self._teacher_rows.tokens(self._teacher_rows.token_id, ranges), ranges.into[1:])
         first, parts = which.indices(len(self._rows))[0], iter(stored)
         return [next(parts) if row >= 0 else self._new[first + i] for i, row in enumerate(rows.tolist())]

@@ -7,7 +7,6 @@ Try: `stillhouse extract CORPUS STORE --teacher … --dry-run`.
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,12 +16,13 @@ import numpy as np
 
 from ...data.errors import StoreError
 from ...data.manifest import Corpus
+from ..store.disk.files import StoreFiles
 from ..store.disk.layout import dtype_of, shard_bytes
 from ..store.format.index import Index
 from ..store.format.int8 import SCALE_BYTES
 from ..store.format.plan import Plan, TeacherRecord, WorkItem
 from ..store.read.rows import TeacherRows
-from ..store.remote.paths import address_of, mirror_of
+from ..store.storage import open_files
 from ..teacher.batching import make_batches
 from ..teacher.model import Teacher
 from ..teacher.replicas import TeacherPool
@@ -66,14 +66,20 @@ class Sizing:
 
 
 def size_up(
-    root: Path, corpus: Corpus, teacher: Teacher, request: Request, measure: bool = True, refresh: bool = False
+    store: str | Path | StoreFiles,
+    corpus: Corpus,
+    teacher: Teacher,
+    request: Request,
+    measure: bool = True,
+    refresh: bool = False,
 ) -> Sizing:
     """Return what `extract` with the same arguments would take. With `measure`, the model runs a few batches.
 
     Raises StaleError if the store was made with other settings or from other texts.
     """
     record = teacher_record(teacher, request)
-    draft = draft_plan(root, corpus, teacher, record, request, refresh)
+    files = open_files(store)
+    draft = draft_plan(files, corpus, teacher, record, request, refresh)
     plan = draft.plan
     record = plan.teachers[record.name]
     drafted = _DraftedCorpus(draft, record.name)
@@ -83,7 +89,7 @@ def size_up(
     per_view = view_bytes(record, missing)
     fed, speed, seconds = _measure(plan, teacher, missing, drafted) if measure and missing else (0, None, None)
     return Sizing(
-        store=str(address_of(root)),
+        store=files.address,
         teacher=record.name,
         utterances=len(drafted.length),
         tokens=int(drafted.length.sum()),
@@ -93,7 +99,7 @@ def size_up(
         bytes_per_view=per_view,
         other_bytes=other,
         bytes=sum(per_view.values()) + other,
-        free_bytes=free_bytes(root),
+        free_bytes=files.free_bytes(),
         fed_tokens=fed,
         fed_tokens_per_s=speed,
         seconds=seconds,
@@ -110,7 +116,7 @@ class _DraftedCorpus:
         elif layout is not None and len(plan.generations) == 1:
             order, self.session, count = np.arange(len(layout.ids)), layout.session, len(layout.ids)
         else:
-            index = Index(plan.paths.data / "utterances", plan.edition(name))
+            index = Index(plan.paths, plan.edition(name))
             order, self.session, count = index.order, index.session_of, len(index)
         self.position = np.full(count, -1)
         self.position[order] = np.arange(len(order))
@@ -144,26 +150,18 @@ def view_bytes(record: TeacherRecord, items: list[WorkItem]) -> dict[str, int]:
 def check_disk_space(draft: PlanDraft) -> None:
     """Raise StoreError if the disk cannot hold the last generation of a draft."""
     plan = draft.plan
-    if mirror_of(plan.paths.root) is not None:
+    if not plan.paths.files.fills_disk:
         return  # An object store has space, and a writer keeps one work item at a time on the disk.
     last = plan.generations[-1]
     items = [item for item in plan.work_items(last.teacher) if item.generation is last]
     need = sum(view_bytes(plan.teachers[last.teacher], items).values()) + other_bytes(plan, draft.layout)
-    free = free_bytes(plan.paths.root)
+    free = plan.paths.files.free_bytes()
     if need > free:
         raise StoreError(
             f"{need / 1e9:,.2f} GB are needed and {free / 1e9:,.2f} GB are free",
             where=plan.paths.root,
             remedy="free disk space, ask for fewer layers or contexts, or give --force to start anyway",
         )
-
-
-def free_bytes(root: Path) -> int:
-    """Return the free bytes of the disk that `root` is or will be on."""
-    folder = root.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 def other_bytes(plan: Plan, layout: Layout | None) -> int:

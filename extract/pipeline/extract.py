@@ -13,15 +13,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Protocol
 
-from ...data.errors import UsageError
 from ...data.manifest import Corpus
-from ..store.disk.durable import Lock, Scratch
-from ..store.disk.exclusive import exclusive_access
-from ..store.disk.layout import Paths
+from ..store.disk.files import StoreFiles
+from ..store.disk.locks import Lock, Scratch, exclusive_access
+from ..store.disk.paths import Paths
 from ..store.format.arrays import RawArray
 from ..store.format.plan import Plan, WorkItem, read_plan
 from ..store.read.rows import TeacherRows
-from ..store.remote.paths import address_of, mirror_of, retry_plan, writable_copy
+from ..store.storage import open_files, writable_files
 from ..teacher.model import Teacher
 from .generation import PlanDraft, draft_plan
 from .new_store import write_plan
@@ -69,11 +68,11 @@ def extract(
         LockedError: the corpus has changed and another process writes to the store.
         StoreError: a value is not finite, or the disk is full.
     """
-    with writable_copy(root) as folder:
-        plan = retry_plan(folder, lambda: make_plan(folder, corpus, teacher, request, check, refresh))
+    with writable_files(root) as files:
+        plan = files.retry_plan(lambda: make_plan(files, corpus, teacher, request, check, refresh))
         progress = ExtractionProgress()
         with Scratch(plan.paths) as scratch:
-            plan = read_plan(folder)  # again: from here on no other process changes it under this one
+            plan = read_plan(files)  # again: from here on no other process changes it under this one
             workers = start_workers(plan) if start_workers is not None else None
             try:
                 if part is None:
@@ -92,7 +91,7 @@ def extract(
 
 
 def make_plan(
-    root: Path,
+    store: str | Path | StoreFiles,
     corpus: Corpus,
     teacher: Teacher,
     request: Request,
@@ -104,16 +103,11 @@ def make_plan(
     Several processes may call this at once. Arguments and errors are those of `extract`.
     """
     record = teacher_record(teacher, request)
-    with Lock(Paths(root).lock("plan"), wait=True):
-        draft = draft_plan(root, corpus, teacher, record, request, refresh)
-        if draft.new_rows is not None and mirror_of(draft.plan.paths.root) is not None:
-            raise UsageError(
-                "the corpus has changed, and rows of a store in an object store cannot be added to",
-                where=address_of(root),
-                remedy="bring it to a disk, refresh it there and put it under another name: "
-                f"stillhouse store cp {address_of(root)} FOLDER, the same command with FOLDER, "
-                "stillhouse store cp FOLDER s3://BUCKET/NEW",
-            )
+    files = open_files(store)
+    with Lock(Paths(files).lock("plan"), wait=True):
+        draft = draft_plan(files, corpus, teacher, record, request, refresh)
+        if draft.new_rows is not None:
+            files.require_growable()
         if draft.new:
             if check is not None:
                 check(draft)
@@ -139,7 +133,7 @@ def run_work_items(
     progress.rows_total = sum(item.shard.rows for item in open_items)
     if not open_items:
         return
-    if mirror_of(plan.paths.root) is not None:  # no locks there: writers begin in different places
+    if not plan.paths.files.has_locks:  # so writers begin in different places
         first = random.SystemRandom().randrange(len(open_items))
         open_items = open_items[first:] + open_items[:first]
     busy: list[WorkItem] = []
@@ -169,15 +163,12 @@ def run_work_items(
 
 def share_arrays(plan: Plan, name: str) -> None:
     """In an object store, put the arrays that work items write parts of, once all items of a context are committed."""
-    mirror = mirror_of(plan.paths.root)
-    if mirror is None:
-        return
-    record, group = plan.teachers[name], plan.paths.data / name
+    record, files = plan.teachers[name], plan.paths.files
     for context in record.contexts:
         items, c = [i for i in plan.work_items(name) if i.context == context], record.contexts.index(context)
         if items and not split_committed(plan, items)[1]:
             axes = {record.layers.index(k) for item in items for k in item.layers}
             for array in ("input_hash", "context_left", "context_right"):
-                mirror.put_arrays(RawArray(group / array).files(c))
+                files.publish_arrays(RawArray(plan.paths, name, array).chunk_paths(c))
             for axis in sorted(axes):
-                mirror.put_arrays(RawArray(group / "crc32c").files(c, axis))
+                files.publish_arrays(RawArray(plan.paths, name, "crc32c").chunk_paths(c, axis))

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...data.errors import StoreError
 from ...data.manifest import Corpus
-from ..store.disk.layout import Paths, hash_text
+from ..store.disk.files import StoreFiles
+from ..store.disk.layout import hash_text
+from ..store.disk.paths import Paths
 from ..store.format.arrays import RawArray
 from ..store.format.commits import Commits
 from ..store.format.index import Index
@@ -61,7 +62,7 @@ class PlanDraft:
 
 
 def draft_plan(
-    root: Path, corpus: Corpus, teacher: Teacher, record: TeacherRecord, request: Request, refresh: bool = False
+    files: StoreFiles, corpus: Corpus, teacher: Teacher, record: TeacherRecord, request: Request, refresh: bool = False
 ) -> PlanDraft:
     """Draft the plan that holds all that is asked for. With `refresh`, rows that differ from the corpus are dropped.
 
@@ -69,9 +70,9 @@ def draft_plan(
         StaleError: the store was made with other settings or, without `refresh`, from other texts.
         StoreError: an utterance is longer than a shard.
     """
-    if not Paths(root).store_json.exists():
-        return plan_new_store(root, corpus, teacher, record, request)
-    plan = read_plan(root)
+    if not Paths(files).store_json.exists():
+        return plan_new_store(files, corpus, teacher, record, request)
+    plan = read_plan(files)
     check_settings(plan, record)
     corpus_diff = diff_corpus(plan, corpus, record, teacher.tokeniser)
     if corpus_diff is not None and not refresh:
@@ -83,13 +84,15 @@ def draft_plan(
     return PlanDraft(plan, new=False)
 
 
-def plan_new_store(root: Path, corpus: Corpus, teacher: Teacher, record: TeacherRecord, request: Request) -> PlanDraft:
+def plan_new_store(
+    files: StoreFiles, corpus: Corpus, teacher: Teacher, record: TeacherRecord, request: Request
+) -> PlanDraft:
     """Draft the plan of a new store."""
     layout = lay_out(corpus, teacher.tokeniser, request.transform, request.seed, teacher.width, request.dtype)
     batch = request.batch_sizes(teacher.device)
     generation = first_generation(0, record, layout, batch, request.core_tokens, request.seed)
     facts = {"utterances": len(layout.ids), "sessions": int(layout.session[-1]) + 1} | _split(corpus.split)
-    plan = Plan(Paths(root), generation.created, facts, versions(), {record.name: record}, [generation])
+    plan = Plan(Paths(files), generation.created, facts, versions(), {record.name: record}, [generation])
     return PlanDraft(plan, layout)
 
 
@@ -102,7 +105,7 @@ def plan_new_teacher(
     corpus_diff: CorpusDiff | None = None,
 ) -> PlanDraft:
     """Draft a plan with another teacher: the same utterances in the same rows, with its own tokens and shards."""
-    index, first = Index(plan.paths.data / "utterances", plan.edition()), plan.generations[0]
+    index, first = Index(plan.paths, plan.edition()), plan.generations[0]
     number, edition, new_rows = next_generation(plan), plan.edition(), None
     rows, ids = index.row, [""] * len(index)
     for row in index.row.tolist():
@@ -262,7 +265,7 @@ def _new_rows(
             remedy="split the utterance in the manifest, or extract the corpus into a new store",
         )
     shards, start = cut_shards(lengths, rows) if len(new) else ([], np.zeros(0, np.int64))
-    known = RawArray(plan.paths.data / record.name / "vocab_id").read()
+    known = RawArray(plan.paths, record.name, "vocab_id").read()
     known = known[: latest.vocabulary or len(known)]
     vocabulary = np.setdiff1d(tokens.ids, known).astype(np.int32)
     new_rows = replace(table, tokens=tokens, start=start + begin * rows, known=len(known), vocabulary=vocabulary)

@@ -11,18 +11,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any, Protocol
 
 import numpy as np
 
-from ..store.disk.durable import crash_point, synced_together, write_json
-from ..store.disk.layout import Paths, array_json, dtype_of, group_json, hidden_json, scale_json
+from ..store.disk.durable import WriteBatch, crash_point
+from ..store.disk.layout import array_json, dtype_of, group_json, hidden_json, scale_json
 from ..store.format import plan as plans
-from ..store.format.arrays import RawArray, create_array
-from ..store.format.block_sums import recording_sums
-from ..store.format.growing import append, grow
+from ..store.format.arrays import ArrayWriter, RawArray
 from ..store.format.index import write_edition, write_index
 from ..store.format.plan import Plan, TeacherRecord
 from ..store.writer import encode
@@ -50,35 +47,37 @@ def write_plan(draft: PlanDraft, teacher: Vocabulary) -> None:
     if new_store and paths.data.exists():  # a planner was killed before it wrote store.json
         shutil.rmtree(paths.data)
     # Readers use the files of a store that exists, so only those of a new store may be synced at the end.
-    with synced_together() if new_store else nullcontext(), recording_sums() as sums:
-        if new_store and layout is not None:
-            write_index(paths, layout.ids, layout.text_hash, layout.session)
+    batch = WriteBatch() if new_store else None
+    writer = ArrayWriter(paths, batch)
+    if new_store and layout is not None:
+        write_index(writer, layout.ids, layout.text_hash, layout.session)
+    if new_rows is not None:
+        write_new_rows(writer, new_rows)
+        crash_point("grown")
+    if layout is not None:
+        shutil.rmtree(paths.data / record.name, ignore_errors=True)  # a killed planner may have written it
+        write_teacher(writer, record, teacher, layout)
+    else:
+        grow_teacher(writer, plan, new_rows)
         if new_rows is not None:
-            write_new_rows(paths, new_rows)
-            crash_point("grown")
-        if layout is not None:
-            shutil.rmtree(paths.data / record.name, ignore_errors=True)  # a killed planner may have written it
-            write_teacher(paths, record, teacher, layout)
-        else:
-            grow_teacher(plan, new_rows)
-            if new_rows is not None:
-                write_tokens(plan, new_rows, teacher)
-        write_groups(plan)
-    plans.write_generation(plan, generation, sums)
+            write_tokens(writer, plan, new_rows, teacher)
+    write_groups(writer, plan)
+    plans.write_generation(plan, generation, writer.sums)
+    if batch is not None:
+        batch.sync()
     crash_point("planned")
     plans.write_head(plan)
 
 
-def write_groups(plan: Plan) -> None:
+def write_groups(writer: ArrayWriter, plan: Plan) -> None:
     """Write the metadata of the Zarr groups of all teachers."""
-    write_json(plan.paths.data / "zarr.json", group_json({"stillhouse": {"teachers": list(plan.teachers)}}))
+    writer.write_json(plan.paths.data / "zarr.json", group_json({"stillhouse": {"teachers": list(plan.teachers)}}))
     for name, record in plan.teachers.items():
-        write_json(plan.paths.data / name / "zarr.json", group_json({"stillhouse": asdict(record)}))
+        writer.write_json(plan.paths.data / name / "zarr.json", group_json({"stillhouse": asdict(record)}))
 
 
-def write_teacher(paths: Paths, record: TeacherRecord, teacher: Vocabulary, layout: Layout) -> None:
+def write_teacher(writer: ArrayWriter, record: TeacherRecord, teacher: Vocabulary, layout: Layout) -> None:
     """Write the arrays of a teacher: tokens and vocabulary, and the metadata of those that work items fill."""
-    group = paths.data / record.name
     u, s = len(layout.ids), layout.shard_rows
     n, c, k, d = len(layout.shards) * s, len(record.contexts), len(record.layers), record.width
     token_id, span = _token_axis(layout.tokens, layout.start, n)
@@ -95,7 +94,7 @@ def write_teacher(paths: Paths, record: TeacherRecord, teacher: Vocabulary, layo
     }
     for name, (values, dtype, chunks, dims) in filled.items():
         fill = -1 if name in ("token_id", "span") else 0
-        create_array(group / name, array_json(values.shape, dtype, chunks, dims, fill=fill), values)
+        writer.create((record.name, name), array_json(values.shape, dtype, chunks, dims, fill=fill), values)
     axes = ("context", "layer")
     empty = {
         "hidden": hidden_json(c, k, n, d, s, dtype_of(record.dtype)),
@@ -109,52 +108,52 @@ def write_teacher(paths: Paths, record: TeacherRecord, teacher: Vocabulary, layo
     if dtype_of(record.dtype).scaled:
         empty["scale"] = scale_json(c, k, n, s)
     for name, meta in empty.items():
-        create_array(group / name, meta)
+        writer.create((record.name, name), meta)
 
 
-def write_new_rows(paths: Paths, rows: NewRows) -> None:
+def write_new_rows(writer: ArrayWriter, rows: NewRows) -> None:
     """Write the table of a changed corpus."""
     served = np.ones(len(rows.order), dtype=bool) if rows.served is None else rows.served
     write_edition(
-        paths, rows.number, rows.first, rows.ids, rows.text_hash, rows.order, rows.session, served, rows.source
+        writer, rows.number, rows.first, rows.ids, rows.text_hash, rows.order, rows.session, served, rows.source
     )
 
 
-def grow_teacher(plan: Plan, new_rows: NewRows | None) -> None:
+def grow_teacher(writer: ArrayWriter, plan: Plan, new_rows: NewRows | None) -> None:
     """Make the arrays of the last generation's teacher as long as its contexts, layers, rows and tokens."""
     generation = plan.generations[-1]
-    record, group = plan.teachers[generation.teacher], plan.paths.data / generation.teacher
+    record = plan.teachers[generation.teacher]
     c, k = len(record.contexts), len(record.layers)
     n = len(generation.shards) * generation.shard_rows
     u = new_rows.first + len(new_rows.ids) if new_rows is not None else 0
     for name in ("hidden", "scale") if dtype_of(record.dtype).scaled else ("hidden",):
-        grow(group / name, {0: c, 1: k, 2: n})
+        writer.grow((record.name, name), {0: c, 1: k, 2: n})
     for name in ("norm_mean", "norm_std"):
-        grow(group / name, {0: c, 1: k})
-    grow(group / "crc32c", {0: c, 1: k, 2: u})
+        writer.grow((record.name, name), {0: c, 1: k})
+    writer.grow((record.name, "crc32c"), {0: c, 1: k, 2: u})
     for name in ("input_hash", "context_left", "context_right"):
-        grow(group / name, {0: c, 1: u})
+        writer.grow((record.name, name), {0: c, 1: u})
 
 
-def write_tokens(plan: Plan, new_rows: NewRows, teacher: Vocabulary | None) -> None:
+def write_tokens(writer: ArrayWriter, plan: Plan, new_rows: NewRows, teacher: Vocabulary | None) -> None:
     """Write the tokens of new rows, and what they add to the vocabulary. Without additions no teacher is needed."""
     generation = plan.generations[-1]
-    group, rows = plan.paths.data / generation.teacher, generation.shard_rows
+    name, rows = generation.teacher, generation.shard_rows
     tokens, start, vocabulary, known = new_rows.tokens, new_rows.start, new_rows.vocabulary, new_rows.known
     assert tokens is not None and start is not None and vocabulary is not None
     end = len(generation.shards) * rows
     begin = int(start[0]) // rows * rows if len(start) else end
     token_id, span = _token_axis(tokens, start - begin, end - begin)
-    append(group / "start", start, new_rows.first)
-    append(group / "length", tokens.length, new_rows.first)
-    append(group / "token_id", token_id, begin)
-    append(group / "span", span, begin)
+    writer.append((name, "start"), start, new_rows.first)
+    writer.append((name, "length"), tokens.length, new_rows.first)
+    writer.append((name, "token_id"), token_id, begin)
+    writer.append((name, "span"), span, begin)
     if len(vocabulary) and teacher is not None:
-        stored = bytes(RawArray(group / "vocab_piece").read()).split(b"\n")[:known]
+        stored = bytes(RawArray(plan.paths, name, "vocab_piece").read()).split(b"\n")[:known]
         added = np.concatenate([np.frombuffer(b"\n", np.uint8), _pieces(teacher, vocabulary)])
-        append(group / "vocab_id", vocabulary, known)
-        append(group / "embedding", _embedding(teacher, vocabulary), known)
-        append(group / "vocab_piece", added, len(b"\n".join(stored)), last=True)
+        writer.append((name, "vocab_id"), vocabulary, known)
+        writer.append((name, "embedding"), _embedding(teacher, vocabulary), known)
+        writer.append((name, "vocab_piece"), added, len(b"\n".join(stored)), last=True)
 
 
 def _token_axis(tokens: Tokens, start: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:

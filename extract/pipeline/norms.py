@@ -16,8 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from ...data.errors import StoreError
-from ..store.disk.durable import Lock, fsync_all
-from ..store.disk.layout import Paths, crc32c, dtype_of, to_float32
+from ..store.disk.durable import fsync_all
+from ..store.disk.layout import crc32c, dtype_of, to_float32
+from ..store.disk.locks import Lock
+from ..store.disk.paths import Paths
 from ..store.format.arrays import RawArray
 from ..store.format.commits import Commit, Commits, link_commit
 from ..store.format.index import Index
@@ -51,7 +53,7 @@ def write_norms(plan: Plan, teacher: str, context: str, scratch: Path) -> None:
         missing = {k for item, k in pairs if not commits.has(item.shard.number, [k], item.generation.number)}
         ready = sorted(newest.keys() - missing)
         if ready:
-            store = Store.open(plan.paths.root)
+            store = Store.open(plan.paths.files)
             norms = _norms_of(store, [View(teacher, context, k) for k in ready])
             commit_norms(plan, teacher, context, max(newest[k] for k in ready), norms, scratch)
 
@@ -79,25 +81,25 @@ def norms_before_states(plan: Plan, item: WorkItem, sample: Sample, scratch: Pat
     Raises StoreError, with view and utterance, if a state is not finite.
     """
     name, context = item.teacher, item.context
-    group, record = plan.paths.data / name, plan.teachers[name]
+    record = plan.teachers[name]
     with Lock(plan.paths.lock(name, context, "norms"), wait=True):
         commits = Commits(plan.paths, name, context)
         missing = [k for k in item.layers if not commits.has("norms", [k])]
         if missing:
-            rows = sample_rows(np.asarray(RawArray(group / "length").read()))
+            rows = sample_rows(np.asarray(RawArray(plan.paths, name, "length").read()))
             moments = {k: Moments() for k in missing}
             for row, states in sample(item, rows, missing):
                 for k, values in states.items():
                     if not np.isfinite(values).all():
                         raise StoreError(
                             f"a value of {name}/{context}/{k} is not finite",
-                            where=Index(plan.paths.data / "utterances").id(row),
+                            where=Index(plan.paths).id(row),
                             remedy="the model itself yields it: try --model-dtype float32",
                         )
                     moments[k].add(values)
             norms = {k: m.result() for k, m in moments.items()}
             commit_norms(plan, name, context, item.generation.number, norms, scratch)
-    c, (mean, std) = record.contexts.index(context), (RawArray(group / array) for array in NORMS)
+    c, (mean, std) = record.contexts.index(context), (RawArray(plan.paths, name, array) for array in NORMS)
     axes = {k: record.layers.index(k) for k in item.layers}
     return {k: (mean.read(c, axis), std.read(c, axis)) for k, axis in axes.items()}
 
@@ -112,10 +114,10 @@ def commit_norms(plan: Plan, teacher: str, context: str, generation: int, norms:
 
 def _write(paths: Paths, record: TeacherRecord, context: str, norms: Norms) -> list[Path]:
     """Write norms, and return the files and folders to sync before they are committed."""
-    group, c, written = paths.data / record.name, record.contexts.index(context), []
+    c, written = record.contexts.index(context), []
     for k, values in norms.items():
         for name, array in zip(NORMS, values):
-            written += RawArray(group / name).write_range(array, c, record.layers.index(k), first=0)
+            written += RawArray(paths, record.name, name).write_rows(array, c, record.layers.index(k), first=0)
     return written
 
 
@@ -166,7 +168,7 @@ def _norms_of(store: Store, views: Sequence[View]) -> Norms:
     ids = [store.index.id(row) for row in sample_rows(store.lengths(name)).tolist()]
 
     def norm(view: View) -> tuple[np.ndarray, np.ndarray]:
-        own, moments = Store.open(store.paths.root), Moments()
+        own, moments = Store.open(store.paths.files), Moments()
         for first in range(0, len(ids), 100):
             states = own.gather(ids[first : first + 100], [view]).states[view]
             moments.add(to_float32(states, store.plan.teachers[name].dtype))

@@ -7,18 +7,18 @@ Try: `stillhouse extract CORPUS STORE --status`.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..store.disk.durable import Lock
+from ..store.disk.files import StoreFiles
+from ..store.disk.locks import Lock
 from ..store.format.commits import Commits
 from ..store.format.plan import Plan, WorkItem, read_plan
 from ..store.reader import Store
-from ..store.remote.paths import address_of, mirror_of
+from ..store.storage import open_files
 
 
 @dataclass
@@ -87,10 +87,10 @@ class Summary:
 
 def summarise(plan: Plan, name: str, progress: ExtractionProgress) -> Summary:
     """Return the summary of a run of the teacher `name`."""
-    store = Store.open(plan.paths.root)
+    store = Store.open(plan.paths.files)
     wall = progress.wall_s
     return Summary(
-        store=str(address_of(plan.paths.root)),
+        store=store.address,
         teacher=name,
         views=[v.address for v in store.views if v.teacher == name],
         utterances=len(store.utterance_ids),
@@ -104,21 +104,16 @@ def summarise(plan: Plan, name: str, progress: ExtractionProgress) -> Summary:
         padding_share=progress.padding_share,
         model_share=progress.model_s / wall,
         wall_s=wall,
-        store_bytes=folder_bytes(plan.paths.root),
-        hidden_bytes=sum(folder_bytes(plan.paths.data / name / array) for array in ("hidden", "scale")),
+        store_bytes=folder_bytes(plan.paths.files, plan.paths.root),
+        hidden_bytes=sum(
+            folder_bytes(plan.paths.files, plan.paths.data / name / array) for array in ("hidden", "scale")
+        ),
     )
 
 
-def folder_bytes(folder: Path) -> int:
+def folder_bytes(files: StoreFiles, folder: Path) -> int:
     """Return the bytes of all files in a folder of a store."""
-    mirror = mirror_of(folder)
-    if mirror is not None:
-        return sum(mirror.sizes(folder).values())
-    total = 0
-    for base, _, names in os.walk(folder):
-        for name in names:
-            total += os.lstat(os.path.join(base, name)).st_size
-    return total
+    return sum(size for _, size in files.sizes(folder))
 
 
 def split_committed(plan: Plan, items: Iterable[WorkItem]) -> tuple[list[WorkItem], list[WorkItem]]:
@@ -167,7 +162,7 @@ class Status:
 
 def status(root: Path) -> Status:
     """Return the status of a store. Raises NoStoreError if there is none."""
-    plan = read_plan(root)
+    plan = read_plan(open_files(root))
     contexts = []
     for teacher in plan.teachers:
         for context, layers in plan.views(teacher).items():

@@ -37,9 +37,9 @@ class Reuse:
         if not len(sources) or (sources < 0).all() or item.teacher not in self._plan.teachers:
             return {}
         if self._store is None:
-            self._store = Store.open(self._plan.paths.root, checksums=True)
+            self._store = Store.open(self._plan.paths.files, checksums=True)
         store, views = self._store, [View(item.teacher, item.context, k) for k in item.layers]
-        hashes, commits = store.input_hashes(views[0]), store.commits(item.teacher, item.context)
+        hashes, commits = store.inputs_seen(views[0])[0], store.commits(item.teacher, item.context)
         copies: Copies = {}
         for u in np.flatnonzero(sources >= 0).tolist():
             source = int(sources[u])

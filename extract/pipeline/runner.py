@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..store.disk.durable import Lock
+from ..store.disk.locks import Lock
 from ..store.format.index import Index
 from ..store.format.int8 import Quantised
 from ..store.format.plan import Plan, WorkItem
@@ -89,7 +89,7 @@ class ItemRunner:
     ) -> None:
         self.plan, self.teacher, self.rows, self.scratch = plan, teacher, teacher_rows, scratch
         self.progress, self.on_progress = progress, on_progress
-        self.index = Index(plan.paths.data / "utterances", plan.edition(teacher_rows.record.name))
+        self.index = Index(plan.paths, plan.edition(teacher_rows.record.name))
         self.session = np.asarray(self.index.session_of)
         self.texts = CorpusTexts(self.index.order, teacher_rows)
         self.reuse = Reuse(plan, self.index)

@@ -16,9 +16,9 @@ from queue import Empty
 from typing import Any
 
 from ...data.errors import StillhouseError, StoreError, UsageError
-from ..store.disk.layout import Paths
+from ..store.disk.paths import Paths
 from ..store.format.plan import Plan, read_plan
-from ..store.remote.paths import address_of, mirror_of, writable_copy
+from ..store.storage import writable_files
 from .progress import ExtractionProgress
 
 RAY_RETRIES = 3  # of a task whose node was lost
@@ -40,7 +40,7 @@ def part_of(plan: Plan, part: tuple[int, int], rank: int, count: int) -> tuple[i
 
     Each may do all of it, because locks keep workers apart. An object store has no locks, so each gets an equal share.
     """
-    return part if mirror_of(plan.paths.root) is None else (part[0] + part[1] * rank, part[1] * count)
+    return part if plan.paths.files.has_locks else (part[0] + part[1] * rank, part[1] * count)
 
 
 class WorkerProcesses:
@@ -52,7 +52,7 @@ class WorkerProcesses:
         context = multiprocessing.get_context("spawn")
         self._results: Any = context.Queue()
         self._processes: list[SpawnProcess] = []
-        threads, root = torch.get_num_threads(), address_of(plan.paths.root)
+        threads, root = torch.get_num_threads(), plan.paths.files.address
         for rank in range(1, count):
             options = load | {"device": worker_device(load["device"], rank)}
             arguments = root, name, options, part_of(plan, part, rank, count), threads, self._results
@@ -123,14 +123,14 @@ def run_worker(
     """Run work items of a planned store until all of them are committed."""
     import torch
 
-    from ..store.disk.durable import Scratch
+    from ..store.disk.locks import Scratch
     from ..teacher.model import load_teacher
     from .extract import run_work_items
 
     torch.set_num_threads(threads)
     progress = ExtractionProgress()
-    with writable_copy(root) as folder, Scratch(Paths(folder)) as scratch:
-        plan = read_plan(folder)
+    with writable_files(root) as files, Scratch(Paths(files)) as scratch:
+        plan = read_plan(files)
         run_work_items(plan, name, load_teacher(**load), scratch.folder, progress, None, part)
     return progress
 
@@ -176,7 +176,7 @@ class RayWorkers:
         threads = max(1, threads)
         needs: dict[str, Any] = {"num_cpus": threads} | ({"num_gpus": 1} if device != "cpu" else {})
         task = ray.remote(**needs, max_retries=RAY_RETRIES)(_run_task)
-        root = address_of(plan.paths.root)
+        root = plan.paths.files.address
         root = str(root.absolute() if isinstance(root, Path) else root)
         load = load | {"device": device}
         self._tasks = [

@@ -1,26 +1,23 @@
 """How a store, a view and a batch look where Python shows them: a few lines of text, or a table in a notebook.
 
-Invariant: showing never fails and reads no states; what cannot be told of a damaged store is left out.
-Exercised by: pytest tests/extract/inspect/test_notebook.py.
+Guarantees: showing never fails and reads no states. What a damaged store does not give is left out. This module takes
+whatever it is given and imports none of the classes that it shows, because they import it.
+Try: `pytest tests/extract/inspect/test_notebook.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...data.errors import StillhouseError
-
-if TYPE_CHECKING:
-    from .gather import Gathered
-    from .reader import Store
-    from .views import View
 
 MOST = 20  # rows of a table
 
 
-def store_text(store: Store) -> str:
+def store_text(store: Any) -> str:
+    """Return a store as a line, and a line for each teacher."""
     head, rows = _store(store)
     lines = [f"<Store {head}>"]
     for teacher, width, tokens, contexts, layers, dtype in rows:
@@ -28,26 +25,30 @@ def store_text(store: Store) -> str:
     return "\n".join(lines)
 
 
-def store_html(store: Store) -> str:
+def store_html(store: Any) -> str:
+    """Return a store as a table of its teachers."""
     head, rows = _store(store)
     return _html(f"Store {head}", ("teacher", "width", "tokens", "contexts", "layers", "dtype"), rows)
 
 
-def view_html(view: View) -> str:
+def view_html(view: Any) -> str:
+    """Return a view's address as code."""
     return f"<code>{escape(view.address)}</code>"
 
 
-def gathered_text(batch: Gathered) -> str:
+def gathered_text(batch: Any) -> str:
+    """Return a batch as a line, and a line for each view."""
     head, rows = _gathered(batch)
     return "\n".join([f"<Gathered {head}>", *(f"  {view}: {shape} {dtype}" for view, shape, dtype in rows)])
 
 
-def gathered_html(batch: Gathered) -> str:
+def gathered_html(batch: Any) -> str:
+    """Return a batch as a table of its views."""
     head, rows = _gathered(batch)
     return _html(f"Gathered {head}", ("view", "shape", "dtype"), rows)
 
 
-def _store(store: Store) -> tuple[str, list[tuple[str, ...]]]:
+def _store(store: Any) -> tuple[str, list[tuple[str, ...]]]:
     utterances = _or(lambda: f"{len(store.index):,} utterances", "utterances unknown")
     planned = store.planned_views
     complete = _or(lambda: len(store.views), None)
@@ -65,7 +66,7 @@ def _store(store: Store) -> tuple[str, list[tuple[str, ...]]]:
     return f"{store.address!r}: {utterances}, {state}", rows
 
 
-def _gathered(batch: Gathered) -> tuple[str, list[tuple[str, ...]]]:
+def _gathered(batch: Any) -> tuple[str, list[tuple[str, ...]]]:
     sizes = [len(length) for length in batch.lengths.values()]
     head = f"{sizes[0] if sizes else 0} utterances"
     for teacher, length in batch.lengths.items():
@@ -76,15 +77,15 @@ def _gathered(batch: Gathered) -> tuple[str, list[tuple[str, ...]]]:
     return head, rows
 
 
-def _or(tell: Callable[[], Any], otherwise: Any) -> Any:
+def _or(value: Callable[[], Any], otherwise: Any) -> Any:
     try:
-        return tell()
+        return value()
     except (StillhouseError, OSError, ValueError, LookupError):
         return otherwise
 
 
 def _html(head: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Inherits the page's colours, so that it can be read on light and dark."""
+    """Return a table that inherits the page's colours, so that it can be read on light and dark."""
     cell = "padding:2px 12px 2px 0;text-align:left;border:0;background:none;color:inherit"
     top = "".join(f'<th style="{cell}">{escape(c)}</th>' for c in columns)
     body = "".join(

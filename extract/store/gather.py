@@ -1,39 +1,41 @@
-"""The reading of states: which are there, which files they lie in, from there into packed matrices, checksums.
+"""Read states of utterances from shard files into packed matrices.
 
-Invariant: what is gathered was committed, is complete, and equals what zarr-python reads at the same rows. Shards are
-raw matrices, so one `preadv` a run of rows goes straight into the output; a shard in another layout is left to zarr.
-Run: `pytest tests/extract/store/test_reader.py tests/extract/store/test_int8.py`.
+Shards are raw matrices, so one `preadv` for a run of rows goes straight into the output. A shard in another layout is
+read through zarr.
+
+Guarantees: what is read was committed, is complete, and equals what zarr-python reads at the same rows.
+Try: `pytest tests/extract/store/test_reader.py tests/extract/store/test_int8.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import google_crc32c
 import numpy as np
 
-from ...data.errors import NoStoreError, StoreError, UsageError, first_few
-from . import display as notebook
-from .base import Opened
+from ...data.errors import StoreError
+from . import display
 from .disk.layout import dtype_of, to_float32
+from .disk.paths import Paths
 from .format.int8 import dequantise
 from .read.buffers import BATCH_BUFFERS
-from .read.handles import Handle
+from .read.handles import Handle, Handles
 from .read.rows import RowRanges, ShardRead, TeacherRows, read_all
 from .views import View
 
 Allocate = Callable[[tuple[int, ...], Any], np.ndarray]
-_VIEWS_AT_ONCE = 16  # no batch may need more descriptors than a process has
+VIEWS_AT_ONCE = 16  # so that no batch needs more descriptors than a process has
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """A batch out of a store. N is the number of tokens of an utterance, ΣN of the batch, per teacher.
+    """A batch out of a store. N is the number of tokens of the batch's utterances, for each teacher.
 
-    lengths: {teacher: int32 [B]}; states: {view: [ΣN, D]}; token_id: {teacher: int32 [ΣN]};
-    span: {teacher: int32 [ΣN, 2]}, code points of the manifest's raw text. Views of one teacher share its tokens.
+    lengths: {teacher: int32 [B]}; states: {view: [N, D]}; token_id: {teacher: int32 [N]};
+    span: {teacher: int32 [N, 2]}, code points of the manifest's raw text. Views of one teacher share its tokens.
     """
 
     lengths: dict[str, np.ndarray]
@@ -42,193 +44,182 @@ class Gathered:
     span: dict[str, np.ndarray]
 
     def __repr__(self) -> str:
-        return notebook.gathered_text(self)
+        return display.gathered_text(self)
 
     def _repr_html_(self) -> str:
-        return notebook.gathered_html(self)
+        return display.gathered_html(self)
 
 
-class Gathering(Opened):
-    """An open store of which states can be read."""
+class DamagedRowError(Exception):
+    """A row's stored bytes differ from their checksum."""
 
-    def gather(
-        self, ids: Sequence[str], views: Sequence[View], dtype: str | None = None, allocate: Allocate | None = None
-    ) -> Gathered:
-        """States, lengths, token ids and spans of utterances, packed in the order of `ids`.
+    def __init__(self, view: View, row: int) -> None:
+        super().__init__(f"{view.address} row {row}")
+        self.view, self.row = view, row
 
-        dtype     "float32" or "float16"; None: as stored (bfloat16 as uint16 bits; int8 as float32)
-        allocate  (shape, numpy dtype) -> the array that a view's states go into, as in pinned memory; C-contiguous.
-                  None: np.empty, in memory of earlier batches whose arrays are all gone (memory.py)
-        Errors: NoStoreError for an unknown id or view, or naming utterances that are not committed; StoreError
-        naming view and utterance where bytes are damaged.
-        """
-        if dtype not in (None, "float32", "float16"):
-            raise UsageError(f"states as {dtype!r}", expected="float32, float16 or None")
-        try:
-            return self._gather(ids, views, dtype, allocate or BATCH_BUFFERS.empty)
-        except StoreError as e:
-            self._explain(e)
-            raise
 
-    def _gather(self, ids: Sequence[str], views: Sequence[View], dtype: str | None, allocate: Allocate) -> Gathered:
-        by_edition: dict[int, np.ndarray] = {}
-        lengths, token_id, span = {}, {}, {}
-        states: dict[View, np.ndarray] = {}
-        for name in dict.fromkeys(v.teacher for v in views):
-            t, edition = self._rows_of(name), self.plan.edition(name)
-            if edition not in by_edition:
-                by_edition[edition] = self.rows(ids, name)
-            rows = by_edition[edition]
-            places = t.places(rows)
-            lengths[name] = t.length[rows]
-            token_id[name], span[name] = t.tokens(t.token_id, places), t.tokens(t.span, places)
-            mine = [v for v in dict.fromkeys(views) if v.teacher == name]
-            for first in range(0, len(mine), _VIEWS_AT_ONCE):
-                states |= self._states(mine[first : first + _VIEWS_AT_ONCE], rows, t, places, dtype, allocate)
-        return Gathered(lengths, states, token_id, span)
+class StateReader:
+    """Reads the states of one store.
 
-    def stored(self, ids: Sequence[str], view: View) -> tuple[np.ndarray, np.ndarray | None]:
-        """States [ΣN, D] as their bytes are on disk, and of int8 the scales float16 [ΣN]. Errors: as `gather`."""
-        rows = self.rows(ids, view.teacher)
-        self._check_present(view, rows, self._rows_of(view.teacher).places(rows))
-        return self.stored_rows(rows, view)
+    Arguments:
+        paths: the store's paths.
+        checksums: compare every utterance's bytes with their stored crc32c.
 
-    def stored_rows(self, rows: np.ndarray, view: View) -> tuple[np.ndarray, np.ndarray | None]:
-        """The same by row, also of rows that are dead: of shards that the caller knows to be committed."""
-        t = self._rows_of(view.teacher)
-        places = t.places(rows)
-        out, scale, readings = self._buffers(view, t, places)
-        self._fetch([readings])
-        if self.checksums:
-            self._check(view, rows, places, out, scale, readings)
-        return out, scale
+    Raises:
+        DamagedRowError: stored bytes are damaged.
+    """
 
-    def _states(
+    def __init__(self, paths: Paths, checksums: bool) -> None:
+        self.paths, self.checksums = paths, checksums
+        self.handles = Handles(paths.files)
+
+    def read(
         self,
-        views: list[View],
-        rows: np.ndarray,
         t: TeacherRows,
-        places: RowRanges,
+        views: Mapping[View, tuple[int, int]],
+        rows: np.ndarray,
+        ranges: RowRanges,
         dtype: str | None,
         allocate: Allocate,
     ) -> dict[View, np.ndarray]:
-        """{view: [ΣN, D]} of views of one teacher; their ranges are brought together, so that cold ones overlap."""
+        """Return {view: [N, D]} of views of one teacher, given with their positions on the axes C and L.
+
+        Their ranges are asked for together, so that waits for cold ones overlap.
+        """
+        states: dict[View, np.ndarray] = {}
+        items = list(views.items())
+        for first in range(0, len(items), VIEWS_AT_ONCE):
+            states |= self._read(t, items[first : first + VIEWS_AT_ONCE], rows, ranges, dtype, allocate)
+        return states
+
+    def stored(
+        self, t: TeacherRows, view: View, axes: tuple[int, int], rows: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return states [N, D] as their bytes are on disk, and for int8 the scales float16 [N].
+
+        Rows may be dead; their shards must be committed.
+        """
+        ranges = t.ranges(rows)
+        out, scale, reads = self._buffers(t, axes, ranges, BATCH_BUFFERS.empty)
+        self._fill([reads])
+        if self.checksums:
+            self._check(t, view, axes, rows, ranges, out, scale, reads)
+        return out, scale
+
+    def _read(
+        self,
+        t: TeacherRows,
+        views: list[tuple[View, tuple[int, int]]],
+        rows: np.ndarray,
+        ranges: RowRanges,
+        dtype: str | None,
+        allocate: Allocate,
+    ) -> dict[View, np.ndarray]:
         logical = dtype or ("float32" if t.dtype.scaled else t.dtype.logical)
         direct = logical == t.dtype.logical
-        for view in views:
-            self._check_present(view, rows, places)
-        buffers = [self._buffers(view, t, places, allocate if direct else BATCH_BUFFERS.empty) for view in views]
+        buffers = [self._buffers(t, axes, ranges, allocate if direct else BATCH_BUFFERS.empty) for _, axes in views]
         states: dict[View, np.ndarray] = {}
 
-        def arrived(number: int) -> None:
-            """A view's bytes are best looked at while they are in the processor's cache."""
-            view, (stored, scale, readings) = views[number], buffers[number]
+        def finish(number: int) -> None:
+            """Check and convert a view while its bytes are in the processor's cache."""
+            (view, axes), (stored, scale, reads) = views[number], buffers[number]
             if self.checksums:
-                self._check(view, rows, places, stored, scale, readings)
+                self._check(t, view, axes, rows, ranges, stored, scale, reads)
             if direct:
                 states[view] = stored
                 return
-            out = allocate((places.total, t.width), np.dtype(dtype_of(logical).stored))
+            out = allocate((ranges.total, t.width), np.dtype(dtype_of(logical).stored))
             if scale is not None:
-                mean, std = (t.of_layer(name, *self._axes(view)) for name in ("norm_mean", "norm_std"))
+                mean, std = (t.of_layer(name, *axes) for name in ("norm_mean", "norm_std"))
                 dequantise(stored, scale, mean, std, out)
             else:
                 np.copyto(out, to_float32(stored, t.dtype.logical), casting="same_kind")
             states[view] = out
 
-        self._fetch([readings for _, _, readings in buffers], arrived)
+        self._fill([reads for _, _, reads in buffers], finish)
         return states
 
-    def _check_present(self, view: View, rows: np.ndarray, places: RowRanges) -> None:
-        present = self._present(view)
-        if not present[places.shards].all():
-            missing = [self.index.id(int(r)) for r, s in zip(rows, places.shard) if not present[s]]
-            raise NoStoreError(
-                f"not extracted yet: {first_few(missing)}", where=view.address, remedy="finish it: stillhouse extract"
-            )
-
     def _buffers(
-        self, view: View, t: TeacherRows, places: RowRanges, allocate: Allocate = BATCH_BUFFERS.empty
+        self, t: TeacherRows, axes: tuple[int, int], ranges: RowRanges, allocate: Allocate
     ) -> tuple[np.ndarray, np.ndarray | None, list[ShardRead]]:
-        """Arrays for a view's states as stored and their scales (None: there are none), and what will fill them."""
-        axes = self._axes(view)
-        out = allocate((places.total, t.width), np.dtype(t.dtype.stored))
-        scale = np.empty(places.total, np.float16) if t.dtype.scaled else None
-        readings = []
+        """Return arrays for a view's states as stored and their scales (None: there are none), and what fills them."""
+        out = allocate((ranges.total, t.width), np.dtype(t.dtype.stored))
+        scale = np.empty(ranges.total, np.float16) if t.dtype.scaled else None
+        reads = []
         for name, array in (("hidden", out), ("scale", scale)):
             if array is None:
                 continue
             handles: dict[int, Handle] = {}
-            for number in places.shards:
+            for number in ranges.shards:
                 path, used = t.path(name, *axes, number), t.shards[number].rows
-                handle = self._handles.open(path, t.shard_rows, t.row_size(name), used)
+                handle = self.handles.open(path, t.shard_rows, t.row_size(name), used)
                 if handle is None:
-                    self._read_with_zarr(name, view, places, number, array)
+                    self._read_with_zarr(t, name, axes, ranges, number, array)
                 else:
                     handles[number] = handle
             if handles:
-                readings.append(ShardRead(handles, places, t.row_size(name), array))
-        return out, scale, readings
+                reads.append(ShardRead(handles, ranges, t.row_size(name), array))
+        return out, scale, reads
 
-    def _fetch(self, views: list[list[ShardRead]], arrived: Callable[[int], None] = lambda _: None) -> None:
-        """Fill the arrays of several views; `arrived` is called with each one's number."""
-        every = [r for readings in views for r in readings]
+    def _fill(self, views: list[list[ShardRead]], finish: Callable[[int], None] = lambda _: None) -> None:
+        """Fill the arrays of several views, and call `finish` with the number of each."""
+        every = [r for reads in views for r in reads]
         hot = read_all(every)
-        copies = {size: every[0].places.copies(size) for size in {r.row_bytes for r in every}} if hot else {}
-        runs = {} if hot else {size: every[0].places.runs(size) for size in {r.row_bytes for r in every}}
-        for number, readings in enumerate(views):
-            for r in readings:
+        sizes = {r.row_bytes for r in every}
+        copies = {size: every[0].ranges.copy_plan(size) for size in sizes} if hot else {}
+        runs = {} if hot else {size: every[0].ranges.runs(size) for size in sizes}
+        for number, reads in enumerate(views):
+            for r in reads:
                 if hot:
                     r.copy(copies[r.row_bytes], self.checksums)
                 else:
                     r.read(runs[r.row_bytes])
-            arrived(number)
+            finish(number)
 
-    def _read_with_zarr(self, name: str, view: View, places: RowRanges, shard: int, out: np.ndarray) -> None:
+    def _read_with_zarr(
+        self, t: TeacherRows, name: str, axes: tuple[int, int], ranges: RowRanges, shard: int, out: np.ndarray
+    ) -> None:
         import zarr
 
-        path, (c, layer) = self.paths.array(view.teacher, name), self._axes(view)
+        path = self.paths.array(t.record.name, name)
         try:
             array = zarr.open_array(path, mode="r")
-            for u in np.flatnonzero((places.shard == shard) & (places.length > 0)):
-                s, n, at = int(places.start[u]), int(places.length[u]), int(places.into[u])
-                out[at : at + n] = array[c, layer, s : s + n]
-        except Exception as e:  # whatever a codec says of bytes that it cannot decode
+            for u in np.flatnonzero((ranges.shard == shard) & (ranges.length > 0)):
+                s, n, at = int(ranges.start[u]), int(ranges.length[u]), int(ranges.into[u])
+                out[at : at + n] = array[*axes, s : s + n]
+        except Exception as e:  # Codecs raise anything for bytes that they cannot decode.
             raise StoreError(
                 f"zarr cannot read shard {shard}: {e}", where=path, remedy="stillhouse inspect verify STORE"
             ) from e
 
     def _check(
         self,
+        t: TeacherRows,
         view: View,
+        axes: tuple[int, int],
         rows: np.ndarray,
-        places: RowRanges,
+        ranges: RowRanges,
         states: np.ndarray,
         scale: np.ndarray | None,
-        readings: list[ShardRead],
+        reads: list[ShardRead],
     ) -> None:
-        t = self._rows_of(view.teacher)
-        stored = t.of_layer("crc32c", *self._axes(view))[rows].tolist()
-        sums = next((r.sums for r in readings if r.out is states), None)
+        stored = t.of_layer("crc32c", *axes)[rows].tolist()
+        sums = next((r.sums for r in reads if r.out is states), None)
         if sums is None:
-            sums = _checksums(states, places, t.row_bytes)
+            sums = _checksums(states, ranges, t.row_bytes)
         if scale is not None:
-            sums = _checksums(scale, places, t.row_size("scale"), sums)
+            sums = _checksums(scale, ranges, t.row_size("scale"), sums)
         if sums != stored:
-            for u, (n, got, want) in enumerate(zip(places.length.tolist(), sums, stored)):
-                if n and got != want:
-                    raise StoreError(
-                        "stored bytes are damaged",
-                        where=f"{view.address} {self.index.id(int(rows[u]))}",
-                        remedy="stillhouse inspect verify STORE names all that is damaged",
-                    )
+            for u, (n, actual, expected) in enumerate(zip(ranges.length.tolist(), sums, stored)):
+                if n and actual != expected:
+                    raise DamagedRowError(view, int(rows[u]))
 
 
-def _checksums(array: np.ndarray, places: RowRanges, row_bytes: int, before: list[int] | None = None) -> list[int]:
-    """crc32c of each utterance's rows, behind the bytes that `before` is of."""
+def _checksums(array: np.ndarray, ranges: RowRanges, row_bytes: int, before: list[int] | None = None) -> list[int]:
+    """Return the crc32c of each utterance's rows; `before`: of the bytes that come before them."""
     data = array.reshape(-1).view(np.uint8)
-    at = (places.into * row_bytes).tolist()
-    end = ((places.into + places.length) * row_bytes).tolist()
+    at = (ranges.into * row_bytes).tolist()
+    end = ((ranges.into + ranges.length) * row_bytes).tolist()
     if before is None:
         return [google_crc32c.value(data[a:b]) for a, b in zip(at, end)]
     return [google_crc32c.extend(c, data[a:b]) for a, b, c in zip(at, end, before)]

@@ -1,197 +1,335 @@
-"""Reading a store: ids and views in, packed matrices out, at the speed of memory.
+"""Read a store: ids and views in, packed matrices out, at the speed of memory.
 
-Invariant: nothing here writes. A Store holds no open file until it reads, may be forked, and pickles as its path. It
-is made in layers: opened.py knows where things are, gathering.py reads states, and this asks the rest of a store.
-Run: `pytest tests/extract/store/test_reader.py`.
+Guarantees: nothing here writes. A Store holds no open file until it reads, may be forked (unless it is in an object
+store), and pickles as its address. It shows the store as it was when it was opened, until `refresh`. Where reading
+fails because the store has changed since, the error says so.
+Try: `pytest tests/extract/store/test_reader.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ...data.errors import NoStoreError, StaleError, StoreError, first_few
-from . import display as notebook
+from ...data.errors import NoStoreError, StaleError, StoreError, UsageError, first_few
+from . import display
+from .disk.files import StoreFiles
 from .disk.layout import hash_text
 from .format import plan as plans
 from .format.arrays import RawArray
+from .format.commits import Commits
+from .format.index import Index
 from .format.int8 import Int8Error, sum_up
-from .gather import Gathering
+from .format.plan import TeacherInfo
+from .gather import Allocate, DamagedRowError, Gathered, StateReader
+from .read.buffers import BATCH_BUFFERS
+from .read.committed import CommittedWork
+from .read.rows import RowRanges, TeacherRows
+from .read.vocabulary import Vocabulary
+from .storage import open_files
 from .views import View, matching
 
 
-@dataclass(frozen=True)
-class TeacherInfo:
-    """A teacher's settings (see store/plan.py) and how many tokens of the corpus it has."""
-
-    settings: plans.TeacherRecord
-    tokens: int
-    shard_rows: int
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "settings":
-            raise AttributeError(name)
-        return getattr(self.settings, name)
-
-
-class Store(Gathering):
+class Store:
     """A store opened for reading. Use `Store.open(path)`.
 
-    With `checksums`, every utterance that `gather` reads is compared with its stored crc32c.
+    Arguments:
+        path: a folder, s3://BUCKET/PREFIX, or files that are open already. `address` has it as one would type it.
+        checksums: compare every utterance that `gather` reads with its stored crc32c.
     """
 
+    def __init__(self, path: str | Path | StoreFiles, checksums: bool = False) -> None:
+        self._source, self.checksums = path, checksums
+        self._read_plan()
+
     @classmethod
-    def open(cls, path: str | Path, checksums: bool = False) -> Store:
-        """Errors: NoStoreError where there is none, StoreError where it is of another version or damaged."""
+    def open(cls, path: str | Path | StoreFiles, checksums: bool = False) -> Store:
+        """Open a store.
+
+        Raises:
+            NoStoreError: there is no store.
+            StoreError: the store is of another version, or damaged.
+        """
         return cls(path, checksums)
+
+    def _read_plan(self) -> None:
+        self.plan = plans.read_plan(open_files(self._source))
+        self.paths, self.address = self.plan.paths, self.plan.paths.files.address
+        self.path = Path(self.address)
+        self._states = StateReader(self.paths, self.checksums)
+        self._committed = CommittedWork(self.plan)
+        self._teachers: dict[str, TeacherRows] = {}
+        self._indices: dict[int, Index] = {}
+
+    def refresh(self) -> None:
+        """Show what writers have committed since this store was opened."""
+        self._read_plan()
+        self.__dict__.pop("utterance_ids", None)
+
+    def close(self) -> None:
+        """Close the files of this process. The store opens them again when it reads."""
+        self._states.handles.close()
+
+    def unmap(self) -> None:
+        """Close memory maps, so that the pages read through them no longer count as this process's memory."""
+        self._states.handles.unmap()
 
     def __reduce__(self) -> tuple:
         return (Store, (self.path, self.checksums))
 
     def __repr__(self) -> str:
-        return notebook.store_text(self)
+        return display.store_text(self)
 
     def _repr_html_(self) -> str:
-        return notebook.store_html(self)
+        return display.store_html(self)
 
-    # --- which views ---
+    # --- views ---
 
     @property
     def planned_views(self) -> list[View]:
         """All views that some generation asks for, complete or not."""
-        return sorted({View(u.teacher, u.context, layer) for u in self.plan.work_items() for layer in u.layers})
+        return sorted({View(i.teacher, i.context, layer) for i in self.plan.work_items() for layer in i.layers})
 
     @property
     def views(self) -> list[View]:
-        """Views of which every unit of work is committed and whose norms are fixed."""
-        return [v for v in self.planned_views if self._complete(v)]
-
-    def _complete(self, view: View) -> bool:
-        commits = self.commits(view.teacher, view.context)
-        wanted = [u for u in self.plan.work_items(view.teacher) if u.context == view.context and view.layer in u.layers]
-        return commits.has("norms", [view.layer]) and all(
-            commits.has(u.shard.number, [view.layer], u.generation.number) for u in wanted
-        )
+        """Views whose work items are all committed and whose norms are fixed."""
+        return [v for v in self.planned_views if self._committed.complete(v.teacher, v.context, v.layer)]
 
     def resolve(self, patterns: str | Sequence[str], among: Sequence[View] | None = None) -> list[View]:
-        """Views that match an address: globs for teacher and context, layers by number, `last`, negative or `*`,
-        several with commas: "minilm/*/3,6". `among`: other views than the complete ones, as in `planned_views`.
-        Errors: NoStoreError listing what there is.
+        """Return the views that match an address.
+
+        Arguments:
+            patterns: globs for teacher and context; layers by number, `last`, negative or `*`, several with commas, as
+                in "minilm/*/3,6". Several patterns may be given as a list.
+            among: views to choose from; None: the complete ones.
+
+        Raises:
+            NoStoreError: no view matches; lists those that there are.
         """
         if not isinstance(patterns, str):
             return list(dict.fromkeys(v for p in patterns for v in self.resolve(p, among)))
-        have = self.views if among is None else among
-        found = matching(patterns, have, self.plan)
-        if not found:
-            listed = ", ".join(v.address for v in have) or "none is complete"
+        views = self.views if among is None else among
+        chosen = matching(patterns, views, self.plan)
+        if not chosen:
+            listed = ", ".join(v.address for v in views) or "none is complete"
             raise NoStoreError(f"no view matches {patterns!r}; there are: {listed}", where=self.address)
-        return found
+        return chosen
+
+    def axes(self, view: View) -> tuple[int, int]:
+        """Return the positions of a view on the axes C and L. Raises NoStoreError where the store has no such view."""
+        t = self._teacher_rows(view.teacher).record
+        if view.context not in t.contexts or view.layer not in t.layers:
+            raise NoStoreError(f"no view {view}", where=self.address, remedy="stillhouse inspect ls STORE")
+        return t.contexts.index(view.context), t.layers.index(view.layer)
+
+    def commits(self, teacher: str, context: str) -> Commits:
+        """Return the commit records of a teacher's context."""
+        return self._committed.records(teacher, context)
 
     def norm(self, view: View) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation (≥ 1e-3) of each dimension, float32 [D], over the plan's sample."""
-        c, layer = self._axes(view)
+        """Return mean and standard deviation (≥ 1e-3) of each dimension, float32 [D], over the plan's sample."""
+        axes = self.axes(view)
         if not self.commits(view.teacher, view.context).has("norms", [view.layer]):
             raise NoStoreError(f"{view} is not complete", where=self.address, remedy="finish its extraction")
-        group = self.paths.data / view.teacher
-        return RawArray(group / "norm_mean").read(c, layer), RawArray(group / "norm_std").read(c, layer)
+        return self._array(view, "norm_mean", *axes), self._array(view, "norm_std", *axes)
 
     def loss(self, view: View) -> Int8Error | None:
-        """What int8 has cost this view, over all tokens committed; None for other dtypes."""
+        """Return how far int8 states of this view are from the model's, or None for other dtypes."""
         commits = {id(c): c for (_, k), c in self.commits(view.teacher, view.context).of.items() if k == view.layer}
         key = str(view.layer)
         return sum_up([c.losses[key] for c in commits.values() if key in c.losses])
 
+    # --- states ---
+
+    def gather(
+        self, ids: Sequence[str], views: Sequence[View], dtype: str | None = None, allocate: Allocate | None = None
+    ) -> Gathered:
+        """Read the states of some utterances.
+
+        Arguments:
+            ids: utterance ids, in any order; repeats are allowed.
+            views: views to read, from `resolve`.
+            dtype: "float32" or "float16". None keeps the stored type: bfloat16 as uint16 bits, int8 as float32.
+            allocate: makes the C-contiguous output array from (shape, dtype), for example in pinned memory.
+
+        Returns:
+            Packed arrays without padding, in the order of `ids`: `states[view]` is [N, D], with N the tokens of all
+            `ids` together.
+
+        Raises:
+            NoStoreError: an id or view is unknown, or not extracted yet; names the utterances.
+            StoreError: stored bytes are damaged; names the view and the utterance.
+        """
+        if dtype not in (None, "float32", "float16"):
+            raise UsageError(f"states as {dtype!r}", expected="float32, float16 or None")
+        batch = Gathered({}, {}, {}, {})
+        rows_of: dict[int, np.ndarray] = {}  # by edition: most teachers share one
+        try:
+            for name in dict.fromkeys(v.teacher for v in views):
+                t, edition = self._teacher_rows(name), self.plan.edition(name)
+                if edition not in rows_of:
+                    rows_of[edition] = self.rows(ids, name)
+                rows = rows_of[edition]
+                ranges = t.ranges(rows)
+                batch.lengths[name] = t.length[rows]
+                batch.token_id[name], batch.span[name] = t.tokens(t.token_id, ranges), t.tokens(t.span, ranges)
+                axes = {v: self.axes(v) for v in views if v.teacher == name}
+                for view in axes:
+                    self._require_committed(view, rows, ranges)
+                states = self._states.read(t, axes, rows, ranges, dtype, allocate or BATCH_BUFFERS.empty)
+                batch.states.update(states)
+        except (StoreError, DamagedRowError) as e:
+            error = e if isinstance(e, StoreError) else self._damaged(e)
+            self._explain(error)
+            raise error from None
+        return batch
+
+    def stored_rows(self, rows: np.ndarray, view: View) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return stored states by row, also of dead rows. The caller knows that their shards are committed."""
+        try:
+            return self._states.stored(self._teacher_rows(view.teacher), view, self.axes(view), rows)
+        except DamagedRowError as e:
+            raise self._damaged(e) from None
+
+    def _damaged(self, error: DamagedRowError) -> StoreError:
+        return StoreError(
+            "stored bytes are damaged",
+            where=f"{error.view.address} {self.index.id(error.row)}",
+            remedy="stillhouse inspect verify STORE names all that is damaged",
+        )
+
+    def has(self, ids: Sequence[str], view: View) -> np.ndarray:
+        """Return which utterances are committed in this view, bool [B]."""
+        rows, t = self.index_of(view.teacher).rows(ids), self._teacher_rows(view.teacher)
+        return (rows >= 0) & self._committed_shards(view)[t.shard_of(np.maximum(rows, 0))]
+
+    def available(self, view: View) -> np.ndarray:
+        """Return which rows are committed in this view, bool [U]; dead rows are not."""
+        t, live = self._teacher_rows(view.teacher), self.index_of(view.teacher).live
+        committed = live & self._committed_shards(view)[t.shard_of(slice(len(live)))]
+        return np.pad(committed, (0, len(self.index) - len(live)))
+
+    def _committed_shards(self, view: View) -> np.ndarray:
+        self.axes(view)
+        return self._committed.shards(view.teacher, view.context, view.layer)
+
+    def _require_committed(self, view: View, rows: np.ndarray, ranges: RowRanges) -> None:
+        committed = self._committed_shards(view)
+        if not committed[ranges.shards].all():
+            missing = [self.index.id(int(r)) for r, s in zip(rows, ranges.shard) if not committed[s]]
+            raise NoStoreError(
+                f"not extracted yet: {first_few(missing)}", where=view.address, remedy="finish it: stillhouse extract"
+            )
+
     # --- teachers ---
 
     def teacher(self, name: str) -> TeacherInfo:
-        """Errors: NoStoreError where the store has no teacher of that name."""
-        self._known(name)
+        """Return a teacher's settings. Raises NoStoreError where the store has no teacher of that name."""
+        self._require_teacher(name)
         latest = self.plan.latest(name)
         tokens = sum(s.rows for s in latest.shards)
-        if latest.edition:  # not those of dead rows
-            index, length = self._index(latest.edition), RawArray(self.paths.data / name / "length").read()
-            tokens = int(length[index.row].sum())
+        if latest.edition:  # The shards hold dead rows, too.
+            tokens = int(RawArray(self.paths, name, "length").read()[self._index(latest.edition).row].sum())
         return TeacherInfo(self.plan.teachers[name], tokens, latest.shard_rows)
 
     def embedding(self, teacher: str) -> tuple[np.ndarray, np.ndarray]:
-        """Input-embedding rows of the token ids that the corpus has: (vocab_id int32 [K] ascending, float16 [K, D])."""
-        self._known(teacher)
-        group = self.paths.data / teacher
-        order = self._vocabulary(teacher)
-        vocabulary, table = RawArray(group / "vocab_id").read(), RawArray(group / "embedding").read()
-        if len(table) < len(order):
-            raise self._no_vocabulary(teacher)
-        sorted_already = len(order) == len(vocabulary) == len(table) and not self.plan.latest(teacher).vocabulary
-        return (vocabulary, table) if sorted_already else (vocabulary[order], table[order])
-
-    def _vocabulary(self, teacher: str) -> np.ndarray:
-        """int64 [K]: the rows of the ids that the teacher's corpus has, by ascending id."""
-        ids = RawArray(self.paths.data / teacher / "vocab_id").read()
-        count = self.plan.latest(teacher).vocabulary or len(ids)
-        order = np.argsort(ids[:count], kind="stable")
-        if len(ids) < count or (np.diff(ids[order]) <= 0).any():
-            raise self._no_vocabulary(teacher)
-        return order
-
-    def _no_vocabulary(self, teacher: str) -> StoreError:
-        return StoreError(
-            "the vocabulary is damaged", where=self.paths.data / teacher, remedy="extract into a new store"
-        )
+        """Return the token ids that the corpus has, int32 [K] ascending, and their input embeddings, float16 [K, D]."""
+        vocabulary = self._vocabulary(teacher)
+        return vocabulary.ids, vocabulary.embedding()
 
     def vocabulary_rows(self, teacher: str, token_id: np.ndarray) -> np.ndarray:
-        """int64 [N]: the rows of `embedding(teacher)` and `pieces(teacher)` that token ids lead to.
+        """Return the rows of `embedding(teacher)` and `pieces(teacher)` of token ids, int64 [N].
 
-        Errors: StoreError where an id is not there, or its teacher's tokens are damaged.
+        Raises:
+            StoreError: an id is not there, or the teacher's tokens are damaged.
         """
-        self._known(teacher)
-        ids = RawArray(self.paths.data / teacher / "vocab_id").read()[self._vocabulary(teacher)]
-        found = np.minimum(np.searchsorted(ids, token_id), max(0, len(ids) - 1))
-        if len(token_id) and (not len(ids) or (ids[found] != token_id).any()):
-            raise self._no_vocabulary(teacher)
-        return found
+        return self._vocabulary(teacher).rows(token_id)
 
     def pieces(self, teacher: str) -> list[str]:
-        """The tokenizer's spelling of each id of `embedding(teacher)`, for people to read."""
-        self._known(teacher)
-        order = self._vocabulary(teacher)
-        found = bytes(RawArray(self.paths.data / teacher / "vocab_piece").read()).decode(errors="replace").split("\n")
-        if len(found) < len(order):
-            raise self._no_vocabulary(teacher)
-        return [found[i] for i in order.tolist()]
+        """Return the tokenizer's spelling of each id of `embedding(teacher)`, for people to read."""
+        return self._vocabulary(teacher).pieces()
+
+    def _vocabulary(self, teacher: str) -> Vocabulary:
+        self._require_teacher(teacher)
+        return Vocabulary(self.plan, teacher)
+
+    def _require_teacher(self, name: str) -> None:
+        if name not in self.plan.teachers:
+            raise NoStoreError(
+                f"no teacher {name!r}", where=self.address, expected=" or ".join(self.plan.teachers) or "none"
+            )
+
+    def _teacher_rows(self, teacher: str) -> TeacherRows:
+        if teacher not in self._teachers:
+            self._require_teacher(teacher)
+            t = TeacherRows(self.plan, teacher)
+            if len(t.start) < max((s.last for s in t.shards), default=0):
+                raise t.damaged()
+            self._teachers[teacher] = t
+        return self._teachers[teacher]
 
     # --- utterances ---
 
-    def has(self, ids: Sequence[str], view: View) -> np.ndarray:
-        """bool [B]: which utterances are committed in this view."""
-        rows, t = self.index_of(view.teacher).rows(ids), self._rows_of(view.teacher)
-        return (rows >= 0) & self._present(view)[t.shard_of(np.maximum(rows, 0))]
+    @property
+    def index(self) -> Index:
+        """The utterances of the newest edition. A teacher may be at an older one (see `index_of`)."""
+        return self._index(self.plan.edition())
 
-    def available(self, view: View) -> np.ndarray:
-        """bool [U]: the same of every utterance, by row."""
-        t, live = self._rows_of(view.teacher), self.index_of(view.teacher).live
-        held = np.zeros(len(self.index), dtype=bool)
-        held[: len(live)] = live & self._present(view)[t.shard_of(slice(len(live)))]
-        return held
+    def index_of(self, teacher: str) -> Index:
+        """Return the corpus as a teacher's states were made from it. Raises NoStoreError for an unknown teacher."""
+        self._require_teacher(teacher)
+        return self._index(self.plan.edition(teacher))
+
+    def _index(self, edition: int) -> Index:
+        if edition not in self._indices:
+            try:
+                self._indices[edition] = Index(self.paths, edition)
+            except StoreError as e:
+                self._explain(e)
+                raise
+        return self._indices[edition]
+
+    @cached_property
+    def utterance_ids(self) -> list[str]:
+        """All ids, in the order of the store: sessions permuted, utterances of one session in order."""
+        return self.index.ids()
+
+    def rows(self, ids: Sequence[str], teacher: str | None = None) -> np.ndarray:
+        """Return the rows of utterances, int64 [B]; those of `teacher`, where teachers are at different editions.
+
+        Raises:
+            NoStoreError: names the ids that the store does not know.
+        """
+        rows = (self.index if teacher is None else self.index_of(teacher)).rows(ids)
+        if (rows < 0).any():
+            raise NoStoreError(
+                f"not in this store: {first_few([i for i, r in zip(ids, rows) if r < 0])}",
+                where=self.address,
+                remedy="extract this corpus into it",
+            )
+        return rows
 
     def shards(self, ids: Sequence[str]) -> np.ndarray:
-        """int64 [B]: the shard of its first teacher that each utterance lies in, -1 where it is unknown. All teachers
-        have the utterances in one order, so what is near for one is near for all.
-        """
-        teacher = self.plan.generations[0].teacher
-        rows, t = self.index_of(teacher).rows(ids), self._rows_of(teacher)
+        """Return the shard of the first teacher that each utterance lies in, int64 [B], -1 where it is unknown."""
+        teacher = self.plan.generations[0].teacher  # All teachers have the utterances in one order.
+        rows, t = self.index_of(teacher).rows(ids), self._teacher_rows(teacher)
         return np.where(rows < 0, -1, t.shard_of(np.maximum(rows, 0)))
 
+    def shard_of(self, teacher: str, row: int) -> int:
+        """Return the shard that a row of this teacher lies in."""
+        t = self._teacher_rows(teacher)
+        return int(t.start[row]) // t.shard_rows
+
     def text_hash(self, ids: Sequence[str], teacher: str | None = None) -> np.ndarray:
-        """uint64 [B]: hashes (`hash_text`) of the raw texts that were extracted (by `teacher`)."""
+        """Return hashes (`hash_text`) of the raw texts that were extracted (by `teacher`), uint64 [B]."""
         index = self.index if teacher is None else self.index_of(teacher)
         return index.text_hash[self.rows(ids, teacher)]
 
     def check_texts(self, ids: Sequence[str], texts: Sequence[str]) -> None:
-        """Errors: StaleError naming the utterances whose transcript has changed since they were extracted."""
+        """Raise StaleError naming the utterances whose transcript has changed since they were extracted."""
         changed = [i for i, t, h in zip(ids, texts, self.text_hash(ids)) if hash_text(t) != int(h)]
         if changed:
             raise StaleError(
@@ -201,11 +339,8 @@ class Store(Gathering):
             )
 
     def lengths(self, teacher: str) -> np.ndarray:
-        """Tokens of every utterance, by row: int32 [U], 0 for a row that is dead.
-
-        Errors: NoStoreError for an unknown teacher.
-        """
-        length, live = np.asarray(self._rows_of(teacher).length), self.index_of(teacher).live
+        """Return the tokens of every row, int32 [U], 0 for a dead row. Raises NoStoreError for an unknown teacher."""
+        length, live = np.asarray(self._teacher_rows(teacher).length), self.index_of(teacher).live
         if live.all() and len(live) == len(length) == len(self.index):
             return length
         out = np.zeros(len(self.index), dtype=length.dtype)
@@ -213,47 +348,52 @@ class Store(Gathering):
         return out
 
     def tokens(self, ids: Sequence[str], teacher: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What the plan knows before any state exists: lengths int32 [B], token ids int32 [ΣN], spans int32 [ΣN, 2].
+        """Return lengths int32 [B], token ids int32 [N] and spans int32 [N, 2], which exist before any state does.
 
-        Errors: NoStoreError for an unknown id or teacher.
+        Raises:
+            NoStoreError: an id or the teacher is unknown.
         """
         return self.tokens_of_rows(self.rows(ids, teacher), teacher)
 
     def tokens_of_rows(self, rows: np.ndarray, teacher: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The same by row, also of rows that are dead."""
-        t = self._rows_of(teacher)
-        places = t.places(rows)
-        return t.length[rows], t.tokens(t.token_id, places), t.tokens(t.span, places)
+        """Return lengths, token ids and spans by row, also of dead rows."""
+        t = self._teacher_rows(teacher)
+        ranges = t.ranges(rows)
+        return t.length[rows], t.tokens(t.token_id, ranges), t.tokens(t.span, ranges)
 
     def row_length(self, teacher: str, row: int) -> int:
-        """Tokens of a row, dead or not."""
-        return int(self._rows_of(teacher).length[row])
+        """Return the tokens of a row, dead or not."""
+        return int(self._teacher_rows(teacher).length[row])
 
-    def shard_of(self, teacher: str, row: int) -> int:
-        """The number of the shard that a row of this teacher lies in."""
-        t = self._rows_of(teacher)
-        return int(t.start[row]) // t.shard_rows
-
-    # --- what the teacher was fed ---
-
-    def context_seen(self, ids: Sequence[str], view: View) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of context that each utterance's pass saw on its left and right: int32 [B], int32 [B]."""
-        rows, (c, _) = self.rows(ids, view.teacher), self._axes(view)
-        group = self.paths.data / view.teacher
-        return RawArray(group / "context_left").read(c)[rows], RawArray(group / "context_right").read(c)[rows]
-
-    def input_hash(self, ids: Sequence[str], view: View) -> np.ndarray:
-        """uint64 [B]: of the exact ids and mask that the model was fed for each utterance."""
-        return RawArray(self.paths.data / view.teacher / "input_hash").read(self._axes(view)[0])[
-            self.rows(ids, view.teacher)
-        ]
-
-    def input_hashes(self, view: View) -> np.ndarray:
-        """uint64 [U]: the same of every row, whatever is committed."""
-        return RawArray(self.paths.data / view.teacher / "input_hash").read(self._axes(view)[0])
+    # --- the teacher's input ---
 
     def inputs_seen(self, view: View) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of every row's pass: input hash uint64 [U], tokens of context seen left and right int32 [U]."""
-        group, c = self.paths.data / view.teacher, self._axes(view)[0]
-        left, right = (RawArray(group / name).read(c) for name in ("context_left", "context_right"))
-        return self.input_hashes(view), left, right
+        """Return, for every row's pass, input hash uint64 [U], and tokens of context seen left and right int32 [U]."""
+        names = ("input_hash", "context_left", "context_right")
+        hashes, left, right = (self._array(view, name, self.axes(view)[0]) for name in names)
+        return hashes, left, right
+
+    def context_seen(self, ids: Sequence[str], view: View) -> tuple[np.ndarray, np.ndarray]:
+        """Return how many tokens of context each utterance's pass saw on its left and right: int32 [B], int32 [B]."""
+        rows, (_, left, right) = self.rows(ids, view.teacher), self.inputs_seen(view)
+        return left[rows], right[rows]
+
+    def input_hash(self, ids: Sequence[str], view: View) -> np.ndarray:
+        """Return hashes of the exact ids and mask that the model was fed for each utterance, uint64 [B]."""
+        return self.inputs_seen(view)[0][self.rows(ids, view.teacher)]
+
+    def _array(self, view: View, name: str, *lead: int) -> np.ndarray:
+        return RawArray(self.paths, view.teacher, name).read(*lead)
+
+    def _explain(self, error: StoreError) -> None:
+        """Raise StoreError where the cause may be that the store has changed since it was opened."""
+        try:
+            numbers = [g.number for g in plans.read_plan(open_files(self._source)).generations]
+        except StoreError:
+            return
+        if numbers != [g.number for g in self.plan.generations]:
+            raise type(error)(
+                f"{error.what}; and the store has changed since it was opened",
+                where=error.where,
+                remedy="open it again, or call its refresh()",
+            ) from error

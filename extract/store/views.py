@@ -1,7 +1,7 @@
-"""Views: what a store has of a transcript, and the patterns that name them.
+"""Views: the representations that a store has of each transcript, and the patterns that name them.
 
-Invariant: an address, TEACHER/CONTEXT/LAYER, means one view; a pattern gives views in the order in which they were
-given. Run: `pytest tests/extract/store/test_reader.py -k view`.
+Guarantees: an address, TEACHER/CONTEXT/LAYER, means one view. A pattern keeps the order of the views that it selects.
+Try: `pytest tests/extract/store/test_reader.py -k view`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...data.errors import UsageError
-from . import display as notebook
+from . import display
 from .format.plan import Plan
 
 
@@ -26,13 +26,14 @@ class View:
 
     @property
     def address(self) -> str:
+        """TEACHER/CONTEXT/LAYER."""
         return f"{self.teacher}/{self.context}/{self.layer}"
 
     def __str__(self) -> str:
         return self.address
 
     def _repr_html_(self) -> str:
-        return notebook.view_html(self)
+        return display.view_html(self)
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def parse_context(name: str) -> Context:
 
 
 def matching(pattern: str, views: Sequence[View], plan: Plan) -> list[View]:
-    """Those of `views` that an address with globs means; see Store.resolve."""
+    """Return those of `views` that an address with globs means (see Store.resolve)."""
     parts = [*pattern.split("/"), "*", "*"][:3] if pattern.count("/") < 3 else []
     return [v for v in views if parts and _matches(v, plan.teachers[v.teacher].depth, *parts)]
 

@@ -18,7 +18,8 @@ import numpy as np
 
 from ...data.errors import StoreError
 from .disk.durable import allocate, crash_point, explain_full_disk, fsync_all, pwrite_all
-from .disk.layout import INNER_ROWS, Dtype, Paths, crc32c, dtype_of, footer, shard_bytes
+from .disk.layout import INNER_ROWS, Dtype, crc32c, dtype_of, footer, shard_bytes
+from .disk.paths import Paths
 from .format.arrays import RawArray
 from .format.commits import Commit, link_commit
 from .format.int8 import SCALE_BYTES, Quantised
@@ -173,19 +174,18 @@ class ItemWriter:
                 os.replace(source, target)
                 changed += target.parents[:folders]  # of (shard,) layer and context, and c/
             crash_point("mid_rename")
-        group = self.paths.data / teacher.name
         sums = {str(k): crc32c(v.astype("<u4").tobytes()) for k, v in self.crc.items()}
         for name, values in (
             ("input_hash", input_hash),
             ("context_left", context_left),
             ("context_right", context_right),
         ):
-            array = RawArray(group / name)
-            changed += array.write_range(values, c, first=shard.first)
+            array = RawArray(self.paths, teacher.name, name)
+            changed += array.write_rows(values, c, first=shard.first)
             sums[name] = crc32c(np.asarray(values, array.dtype).tobytes())
-        crc = RawArray(group / "crc32c")
+        crc = RawArray(self.paths, teacher.name, "crc32c")
         for layer in item.layers:
-            changed += crc.write_range(self.crc[layer], c, teacher.layers.index(layer), first=shard.first)
+            changed += crc.write_rows(self.crc[layer], c, teacher.layers.index(layer), first=shard.first)
         fsync_all(changed)
         crash_point("renamed")
         record = Commit(

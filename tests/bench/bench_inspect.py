@@ -30,7 +30,7 @@ from stillhouse.extract.pipeline.progress import ExtractionProgress
 from stillhouse.extract.pipeline.request import Request
 from stillhouse.extract.pipeline.runner import ItemRunner, LockedItem
 from stillhouse.extract.store import Store, writer
-from stillhouse.extract.store.disk.durable import Scratch
+from stillhouse.extract.store.disk.locks import Scratch
 from stillhouse.extract.store.read.rows import TeacherRows
 from stillhouse.extract.store.writer import ItemWriter
 

@@ -34,7 +34,7 @@ from stillhouse.data.manifest import Corpus
 from stillhouse.extract.pipeline.extract import extract, make_plan
 from stillhouse.extract.pipeline.request import Request
 from stillhouse.extract.store import Store
-from stillhouse.extract.store.disk.durable import Scratch
+from stillhouse.extract.store.disk.locks import Scratch
 from stillhouse.extract.store.format.plan import Plan
 from stillhouse.extract.store.read.rows import TeacherRows
 from stillhouse.extract.store.writer import ItemWriter
@@ -99,12 +99,13 @@ def sizes(store: Store) -> list[Row]:
     from stillhouse.extract.pipeline.progress import folder_bytes
 
     info = store.teacher(store.views[0].teacher)
-    hidden = folder_bytes(store.path / "data.zarr" / info.name / "hidden")
+    hidden = folder_bytes(store.paths.files, store.path / "data.zarr" / info.name / "hidden")
     payload = info.tokens * info.width * 2 * len(store.views)
     vocabulary = sum(
-        folder_bytes(store.path / "data.zarr" / info.name / n) for n in ("embedding", "vocab_id", "vocab_piece")
+        folder_bytes(store.paths.files, store.path / "data.zarr" / info.name / n)
+        for n in ("embedding", "vocab_id", "vocab_piece")
     )
-    rest = folder_bytes(store.path) - hidden - vocabulary
+    rest = folder_bytes(store.paths.files, store.path) - hidden - vocabulary
     ids = sum(len(i.encode()) for i in store.utterance_ids)
     allowed = 16 * info.tokens + 96 * len(store.index) + ids
     return [

@@ -97,11 +97,11 @@ def tensorstore(store: Store, ids: list[str], folder: Path) -> Read:
     view = store.views[0]
     path = store.path / "data.zarr" / view.teacher / "hidden"
     array = ts.open({"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}, read=True).result()
-    start, length = store._rows_of(view.teacher).start, store._rows_of(view.teacher).length
+    start, length = store._teacher_rows(view.teacher).start, store._teacher_rows(view.teacher).length
 
     def read(ids: Sequence[str], views: Sequence[View]) -> list[np.ndarray]:
         places = [(int(start[r]), int(length[r])) for r in store.rows(ids)]
-        axes = [store._axes(v) for v in views]
+        axes = [store.axes(v) for v in views]
         futures = [array[c, k, s : s + n].read() for s, n in places for c, k in axes]
         return [f.result() for f in futures]
 

@@ -110,7 +110,7 @@ def reading(store: Store, flat: Memmap, n: int, clock: Callable[[], float]) -> l
     import zarr
 
     array = zarr.open_array(store.path / "data.zarr" / one[0].teacher / "hidden", mode="r")
-    start, length = store._rows_of(one[0].teacher).start, store._rows_of(one[0].teacher).length
+    start, length = store._teacher_rows(one[0].teacher).start, store._teacher_rows(one[0].teacher).length
 
     def through_zarr(i: int, layers: int) -> None:
         for r in store.index.rows(picks[i][:8]):
@@ -137,12 +137,12 @@ def cold(store: Store, n: int) -> list[Row]:
     paths = sorted((store.path / "data.zarr" / every[0].teacher / "hidden" / "c").rglob("*"))
     paths = [p for p in paths if p.is_file()]
     picks = batches(store.utterance_ids, n)
-    t = store._rows_of(every[0].teacher)
+    t = store._teacher_rows(every[0].teacher)
 
     def plain(i: int) -> None:
         fds: dict[Path, int] = {}
         for view in every:
-            c, k = store._axes(view)
+            c, k = store.axes(view)
             for r in store.index.rows(picks[i]):
                 s, m = int(t.start[r]), int(t.length[r])
                 path = store.paths.hidden(view.teacher, c, k, s // t.shard_rows)
@@ -158,8 +158,8 @@ def cold(store: Store, n: int) -> list[Row]:
             store.close()  # pages that a map holds cannot be dropped
             for view in every:
                 for shard in t.shards:
-                    path = store.paths.hidden(view.teacher, *store._axes(view), shard.number)
-                    store._handles.open(path, t.shard_rows, t.row_bytes, shard.rows)
+                    path = store.paths.hidden(view.teacher, *store.axes(view), shard.number)
+                    store._states.handles.open(path, t.shard_rows, t.row_bytes, shard.rows)
             drop_cache(paths)
             before, began = disk_bytes(), time.perf_counter()
             if which == "ours":
@@ -195,8 +195,8 @@ def int8(store: Store, small: Store, n: int) -> list[Row]:
     from stillhouse.extract.pipeline.progress import folder_bytes
 
     width, name = store.teacher(every[0].teacher).width, every[0].teacher
-    of = [folder_bytes(small.path / "data.zarr" / name / a) for a in ("hidden", "scale")]
-    ratio = sum(of) / folder_bytes(store.path / "data.zarr" / name / "hidden")
+    of = [folder_bytes(small.paths.files, small.path / "data.zarr" / name / a) for a in ("hidden", "scale")]
+    ratio = sum(of) / folder_bytes(store.paths.files, store.path / "data.zarr" / name / "hidden")
     # Its shards end in whole chunks, too, and their index is counted twice
     bar = round((width + 2.5) / (2 * width) + 0.002, 4)
     rows.append(at_most("int8: states and scales over float16's", ratio, bar))

@@ -7,7 +7,6 @@ Try: `stillhouse inspect info STORE`.
 from __future__ import annotations
 
 import fnmatch
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -18,10 +17,11 @@ import numpy as np
 from ....data.errors import NoStoreError, StoreError
 from ...maintain.repair import Repaired
 from ...store import Store, View
-from ...store.disk.layout import VERSION, Paths
+from ...store.disk.layout import VERSION
+from ...store.disk.paths import Paths
 from ...store.format.arrays import RawArray
 from ...store.format.plan import WorkItem
-from ...store.remote.paths import address_of, local_copy, mirror_of
+from ...store.storage import open_files
 from ...store.verify.sums import unchecked
 from ...store.verify.verify import StoreFinding, damaged_records, findings
 
@@ -122,7 +122,7 @@ def store_facts(store: Store) -> StoreFacts:
         utterances=len(store.utterance_ids),
         sessions=int(session.max(initial=-1)) + 1,
         tokens=sum(t.tokens for t in teachers),
-        bytes=sum(n for _, n in files(store.paths.root)),
+        bytes=sum(n for _, n in store.paths.files.sizes(store.paths.root)),
         hidden_bytes=sum(t.hidden_bytes for t in teachers),
         generations=len(store.plan.generations),
         teachers=teachers,
@@ -173,11 +173,11 @@ def verified(store: Store, data: float = 0.0, on_progress: Callable[[WorkItem], 
 
 def unopened(path: Path, error: StoreError) -> Verified:
     """Return the damaged records that explain why a store does not open. Raises `error` if there are none."""
-    root = local_copy(path)
-    damaged = damaged_records(Paths(root))
+    files = open_files(path)
+    damaged = damaged_records(Paths(files))
     if not damaged:
         raise error
-    return Verified(str(address_of(root)), complete=False, units=0, units_planned=0, data=0.0, findings=damaged)
+    return Verified(files.address, complete=False, units=0, units_planned=0, data=0.0, findings=damaged)
 
 
 def _teacher_facts(store: Store, name: str, views: list[ViewFacts]) -> TeacherFacts:
@@ -185,7 +185,7 @@ def _teacher_facts(store: Store, name: str, views: list[ViewFacts]) -> TeacherFa
     recorded = {f.name: getattr(t, f.name) for f in fields(TeacherFacts) if hasattr(t, f.name)}
     return TeacherFacts(
         **recorded,
-        vocabulary=RawArray(store.paths.array(name, "vocab_id")).shape[0],
+        vocabulary=RawArray(store.paths, name, "vocab_id").shape[0],
         tokens=store.teacher(name).tokens,
         units=sum(v.units for v in views),
         units_planned=sum(v.units_planned for v in views),
@@ -253,22 +253,3 @@ def utterance_facts(store: Store, patterns: Sequence[str] = ()) -> Iterator[Utte
     for utterance, row, count in zip(chosen, rows, committed.tolist()):
         tokens = {name: int(length[row]) for name, length in lengths.items()}
         yield UtteranceFacts(utterance, row, int(store.index.session[row]), tokens, count, len(views))
-
-
-def files(folder: Path) -> Iterator[tuple[Path, int]]:
-    """Yield every file under a folder with its size in bytes. Files that a writer deletes meanwhile are left out."""
-    mirror = mirror_of(folder)
-    if mirror is not None:
-        yield from mirror.sizes(folder).items()
-        return
-    pending = [str(folder)]
-    while pending:
-        with os.scandir(pending.pop()) as entries:
-            for entry in entries:
-                try:
-                    if entry.is_dir(follow_symlinks=False):
-                        pending.append(entry.path)
-                    else:
-                        yield Path(entry.path), entry.stat(follow_symlinks=False).st_size
-                except FileNotFoundError:
-                    continue

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ....data.errors import StoreError
 from ...store import Store
-from ...store.disk.durable import read_json
+from ...store.disk.files import StoreFiles
 from ...store.disk.json_records import matches_type
-from ...store.remote.paths import mirror_of
-from .store import files
 
 WHAT = {
     "store.json": "teachers, settings, fingerprints, versions",
@@ -46,11 +43,10 @@ class Node:
 def tree(store: Store) -> list[Node]:
     """Return all nodes in the order of a drawn tree. Raises StoreError if a zarr.json cannot be read."""
     root = store.paths.root
-    sizes = {path.relative_to(root).parts: size for path, size in files(root)}
-    if mirror_of(root) is None:  # an object store has no empty folders
-        sizes |= {(p.name, ""): 0 for p in root.iterdir() if p.is_dir() and not any(p.iterdir())}
+    sizes = {path.relative_to(root).parts: size for path, size in store.paths.files.sizes(root)}
+    sizes |= {(p.name, ""): 0 for p in store.paths.files.empty_folders()}
     names = sorted({parts[0] for parts in sizes}, key=lambda n: (list(WHAT).index(n) if n in WHAT else 99, n))
-    return [node for name in names for node in _nodes(root, (name,), _under(sizes, name))]
+    return [node for name in names for node in _nodes(store.paths.files, (name,), _under(sizes, name))]
 
 
 Sizes = dict[tuple[str, ...], int]  # of the files below a place, by the rest of their paths
@@ -60,7 +56,7 @@ def _under(sizes: Sizes, name: str) -> Sizes:
     return {parts[1:]: size for parts, size in sizes.items() if parts[0] == name and parts[1:] != ("",)}
 
 
-def _nodes(root: Path, place: tuple[str, ...], sizes: Sizes) -> Iterator[Node]:
+def _nodes(files: StoreFiles, place: tuple[str, ...], sizes: Sizes) -> Iterator[Node]:
     facts = "/".join(place), len(place) - 1
     count, total, about = len(sizes), sum(sizes.values()), WHAT.get(place[-1])
     if () in sizes:
@@ -69,9 +65,9 @@ def _nodes(root: Path, place: tuple[str, ...], sizes: Sizes) -> Iterator[Node]:
     if ("zarr.json",) not in sizes:
         yield Node(*facts, "folder", count, total, about=about)
         return
-    file = root.joinpath(*place, "zarr.json")
+    file = files.root.joinpath(*place, "zarr.json")
     try:
-        meta = read_json(file)
+        meta = files.read_json(file)
     except FileNotFoundError as e:
         raise StoreError("this link is broken, or the file has just been deleted", where=file) from e
     if not matches_type(meta, dict[str, Any]) or meta.get("node_type") not in ("array", "group"):
@@ -87,4 +83,4 @@ def _nodes(root: Path, place: tuple[str, ...], sizes: Sizes) -> Iterator[Node]:
         return
     yield Node(*facts, "group", count, total, about=about)
     for name in sorted({parts[0] for parts in sizes if len(parts) > 1}):
-        yield from _nodes(root, (*place, name), _under(sizes, name))
+        yield from _nodes(files, (*place, name), _under(sizes, name))

@@ -1,46 +1,40 @@
-"""Durable files: atomic writes, locks that die with their holder, scratch folders that sweep themselves.
+"""Durable files: atomic writes, batches of them, and files that several writers fill.
 
-Invariant: a name under the store either does not exist or has its whole content on disk (files that several writers
-fill: their whole size); whatever a killed writer left lies under tmp/ and is removed by the next one, or is a draft
-`.NAME.….tmp` that `store gc` removes. Run: `pytest tests/extract/pipeline/test_crash.py`.
+Guarantees: a name in a store does not exist or has its whole content on disk. A file that several writers fill has its
+whole size. A killed writer leaves drafts `.NAME.….tmp`, which `store gc` removes.
+Try: `pytest tests/extract/pipeline/test_crash.py`.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
-import shutil
-import socket
-import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from ....data.errors import LockedError, StoreError
+from ....data.errors import StoreError
 from ....data.files.atomic import open_plain
-from ..remote.paths import local, mirror_of
 from .checksums import with_checksum
-from .layout import Paths
 
 
 def crash_point(name: str) -> None:
-    """Called where a writer may die and must not lose anything; crash tests put a SIGKILL here."""
+    """Do nothing. Crash tests replace this by a SIGKILL."""
 
 
 def fsync_folder(path: Path) -> None:
+    """Sync one folder."""
     fsync_all([path])
 
 
 def fsync_all(paths: Iterable[Path]) -> None:
-    """fsync files and folders, several at a time: a journal commits them together, one by one they each wait for it.
+    """Sync files and folders, several at a time, since a journal commits them together.
 
-    Errors: the first OSError of any of them.
+    Raises the first OSError of any of them.
     """
 
     def sync(path: Path) -> None:
@@ -58,50 +52,55 @@ def fsync_all(paths: Iterable[Path]) -> None:
         list(threads.map(sync, unique))
 
 
-def write_bytes(path: Path, data: bytes | memoryview) -> None:
-    """Write, fsync, rename, fsync the folder: afterwards `path` has all of `data`, or what it had before."""
+def write_bytes(path: Path, data: bytes | memoryview, sync: bool = True) -> None:
+    """Write, sync and rename a file: afterwards `path` has all of `data`, or what it had before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with explain_full_disk(path), open(tmp, "wb") as f:
             f.write(data)
             f.flush()
-            if _later.get() is None:
+            if sync:
                 os.fsync(f.fileno())
         os.replace(tmp, path)
     except BaseException:
         tmp.unlink(missing_ok=True)
         raise
-    if (later := _later.get()) is not None:
-        later += path, path.parent
-    else:
+    if sync:
         fsync_folder(path.parent)
 
 
-_later: ContextVar[list[Path] | None] = ContextVar("_later", default=None)
+class WriteBatch:
+    """Files that are written at once and synced together at the end, for many files that nothing names yet."""
 
+    def __init__(self) -> None:
+        self._paths: list[Path] = []
 
-@contextmanager
-def synced_together() -> Iterator[None]:
-    """What `write_bytes` writes in here is on disk at the end, all at once: for many files that nothing names yet."""
-    paths: list[Path] = []
-    token = _later.set(paths)
-    try:
-        yield
-    finally:
-        _later.reset(token)
-    fsync_all(paths)
+    def write(self, path: Path, data: bytes | memoryview) -> None:
+        """Write a file, as `write_bytes` does, whose content is on disk only after `sync`."""
+        write_bytes(path, data, sync=False)
+        self._paths += path, path.parent
+
+    def sync(self) -> None:
+        """Return when all that was written is on disk."""
+        fsync_all(self._paths)
+        self._paths = []
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """With its checksum in it; see seals.py."""
+    """Write a JSON file with its checksum (see checksums.py)."""
     write_bytes(path, with_checksum(value, path.name))
 
 
 def read_json(path: Path) -> Any:
-    """Errors: FileNotFoundError; StoreError for what is no JSON, no plain file or of no size that a record has."""
+    """Return what a JSON file holds.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        StoreError: it is no JSON, no regular file, or far too large for a record.
+    """
     try:
-        with open_plain(local(path)) as f:
+        with open_plain(path) as f:
             if os.fstat(f.fileno()).st_size > _LARGEST_JSON:
                 raise StoreError("far too large", where=path, expected="JSON")
             return json.loads(f.read())
@@ -116,7 +115,7 @@ _LARGEST_JSON = 1 << 30
 
 @contextmanager
 def explain_full_disk(where: Path) -> Iterator[None]:
-    """Turn a full disk into an error that says what to do; the store stays valid, so the same command resumes."""
+    """Turn a full disk into an error that says what to do. The store stays valid, so the same command resumes."""
     try:
         yield
     except OSError as e:
@@ -125,103 +124,14 @@ def explain_full_disk(where: Path) -> Iterator[None]:
         raise StoreError(
             "the disk is full; everything committed so far is safe",
             where=where,
-            remedy="make room and give the same command again: it resumes",
+            remedy="free some disk space and give the same command again: it resumes",
         ) from e
 
 
-class Lock:
-    """An exclusive flock on a file; the kernel releases it when its holder dies, however it dies."""
-
-    def __init__(self, path: Path, wait: bool = False) -> None:
-        self.path, self._wait = path, wait
-        self._fd: int | None = None
-
-    def acquire(self, wait: bool = False) -> bool:
-        """True where the lock is ours now; False where another holds it and `wait` is not set."""
-        if self._fd is not None:
-            raise RuntimeError(f"{self.path} is held already")  # flock would wait for ourselves, for ever
-        mirror = mirror_of(self.path)
-        if mirror is not None and not mirror.writes:
-            raise StoreError(
-                "this changes stores on a disk alone", where=mirror.url, remedy=f"aws s3 sync {mirror.url} FOLDER"
-            )
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            os.close(fd)
-            return False
-        except BaseException:
-            os.close(fd)
-            raise
-        self._fd = fd
-        return True
-
-    def release(self) -> None:
-        if self._fd is not None:
-            os.close(self._fd)  # closing the only descriptor of this open file releases the flock
-            self._fd = None
-
-    def __enter__(self) -> Lock:
-        if self._fd is None and not self.acquire(self._wait):
-            raise LockedError("another process is writing here", where=self.path)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.release()
-
-
-class Scratch:
-    """A writer's folder under tmp/: same file system as the store, flock'ed while its owner lives."""
-
-    def __init__(self, paths: Paths) -> None:
-        self._gate = Lock(paths.lock("tmp"))
-        self.folder = paths.tmp / f"{socket.gethostname()}-{os.getpid()}-{time.time_ns():x}"
-        self._gate.acquire(wait=True)
-        try:
-            self.swept = _sweep(paths.tmp)
-            self.folder.mkdir(parents=True)
-            self._own = Lock(self.folder / "lock")
-            self._own.acquire(wait=True)
-        finally:
-            self._gate.release()
-
-    def close(self) -> None:
-        self._gate.acquire(wait=True)
-        try:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self._own.release()
-        finally:
-            self._gate.release()
-
-    def __enter__(self) -> Scratch:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-
-def _sweep(tmp: Path) -> int:
-    """Remove the folders of dead writers (their flock is free). Callers hold the gate. Returns how many."""
-    swept = 0
-    if not tmp.is_dir():
-        return 0
-    for folder in tmp.iterdir():
-        if not folder.is_dir():
-            continue
-        lock = Lock(folder / "lock")
-        if lock.acquire():
-            shutil.rmtree(folder, ignore_errors=True)
-            lock.release()
-            swept += 1
-    return swept
-
-
 def open_sized(path: Path, size: int) -> int:
-    """A descriptor to write ranges of a file that has all its `size` bytes from the moment that it has its name.
+    """Return a descriptor to write ranges of a file, which has all its `size` bytes as soon as it has its name.
 
-    Its writers fill disjoint ranges and others read it meanwhile; none of them may find it shorter than it will be.
+    Writers fill disjoint ranges while others read, and none of them may find the file shorter than it will be.
     """
     try:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -233,7 +143,7 @@ def open_sized(path: Path, size: int) -> int:
         allocate(fd, size)
         os.fsync(fd)
         os.link(draft, path)
-    except FileExistsError:  # another writer was first
+    except FileExistsError:  # Another writer was first.
         os.close(fd)
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except BaseException:
@@ -245,7 +155,7 @@ def open_sized(path: Path, size: int) -> int:
 
 
 def allocate(fd: int, size: int) -> None:
-    """Reserve `size` bytes, so that a full disk shows before the work and not after."""
+    """Reserve `size` bytes, so that a full disk shows before the work and not after it."""
     reserve: Callable[[int, int, int], None] | None = getattr(os, "posix_fallocate", None)
     if reserve is None:  # macOS
         os.ftruncate(fd, size)
@@ -259,6 +169,7 @@ def allocate(fd: int, size: int) -> None:
 
 
 def pwrite_all(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` at an offset."""
     while data:
         written = os.pwrite(fd, data, offset)
         data, offset = data[written:], offset + written

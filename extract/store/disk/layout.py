@@ -12,7 +12,6 @@ import hashlib
 import math
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import google_crc32c
@@ -43,7 +42,7 @@ class Dtype:
 
     @property
     def scaled(self) -> bool:
-        """Whether a row means nothing without its scale and the view's norms (see store/quantise.py)."""
+        """Whether a row means nothing without its scale and the view's norms (see store/format/int8.py)."""
         return self.logical == "int8"
 
     def fill_rows(self, rows: int, width: int) -> np.ndarray:
@@ -122,7 +121,7 @@ def crc32c(data: np.ndarray | bytes, before: int | None = None) -> int:
     return google_crc32c.value(data) if before is None else google_crc32c.extend(before, data)
 
 
-# --- paths ------------------------------------------------------------------------------------------------------
+# --- names ------------------------------------------------------------------------------------------------------
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -136,62 +135,10 @@ def check_teacher_name(name: str) -> str:
     return name
 
 
-@dataclass(frozen=True)
-class Paths:
-    """Paths inside one store."""
-
-    root: Path
-
-    @property
-    def store_json(self) -> Path:
-        return self.root / "store.json"
-
-    @property
-    def data(self) -> Path:
-        return self.root / "data.zarr"
-
-    @property
-    def locks(self) -> Path:
-        return self.root / "locks"
-
-    @property
-    def tmp(self) -> Path:
-        return self.root / "tmp"
-
-    def array(self, group: str, name: str) -> Path:
-        return self.data / group / name
-
-    def chunk(self, group: str, name: str, *index: int) -> Path:
-        return self.array(group, name).joinpath("c", *map(str, index))
-
-    def hidden(self, teacher: str, context: int, layer: int, shard: int) -> Path:
-        """The shard file of `hidden` at positions on the axes C, L and N (positions, not layer numbers)."""
-        return self.chunk(teacher, "hidden", context, layer, shard, 0)
-
-    def scale(self, teacher: str, context: int, layer: int, shard: int) -> Path:
-        """The same of `scale`, which int8 stores alone have."""
-        return self.chunk(teacher, "scale", context, layer, shard)
-
-    def plan(self, generation: int) -> Path:
-        return self.root / "plan" / str(generation) / "plan.json"
-
-    def sums(self, generation: int) -> Path:
-        return self.root / "plan" / str(generation) / "sums.json"
-
-    def commits(self, teacher: str, context: str) -> Path:
-        return self.root / "commits" / teacher / context.replace(":", "-")
-
-    def commit(self, teacher: str, context: str, shard: int | str, generation: int) -> Path:
-        return self.commits(teacher, context) / f"{shard}.{generation}.json"
-
-    def lock(self, *parts: object) -> Path:
-        return self.locks / (".".join(str(p) for p in parts).replace(":", "-") + ".lock")
-
-
 # --- Zarr metadata ----------------------------------------------------------------------------------------------
 
 _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
-_ZARR_DTYPES = {
+ZARR_DTYPES = {
     "i1": "int8",
     "f2": "float16",
     "f4": "float32",
@@ -234,7 +181,7 @@ def array_json(
         "zarr_format": 3,
         "node_type": "array",
         "shape": list(shape),
-        "data_type": _ZARR_DTYPES[dtype],
+        "data_type": ZARR_DTYPES[dtype],
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunks)}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
         "fill_value": fill,

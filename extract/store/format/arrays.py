@@ -1,7 +1,9 @@
 """The small arrays of a store (everything but `hidden`), read and written as raw chunk files.
 
-Invariant: what is read here equals what zarr-python reads; an array whose codecs are not plain bytes (someone's
-compressed copy) is handed to zarr. Run: `pytest tests/extract/store/test_layout.py`.
+Guarantees: what is read here equals what zarr-python reads. An array whose codecs are not plain bytes (a compressed
+copy) is read through zarr. Arrays grow at their end: what lies before the first new row is never touched, and rows
+behind those that a generation counts mean nothing, so a planner may die at any moment.
+Try: `pytest tests/extract/store/test_layout.py tests/extract/pipeline/test_refresh.py`.
 """
 
 from __future__ import annotations
@@ -16,24 +18,15 @@ from typing import Any
 import numpy as np
 
 from ....data.errors import StoreError
-from ..disk.durable import explain_full_disk, open_sized, pwrite_all, read_json, write_bytes, write_json
-from ..remote.paths import local, mirror_of
-from .block_sums import record_sums
+from ..disk.checksums import with_checksum
+from ..disk.durable import WriteBatch, explain_full_disk, fsync_all, open_sized, pwrite_all, write_bytes
+from ..disk.layout import ZARR_DTYPES
+from ..disk.paths import Paths
+from .block_sums import RowSums, sum_rows
 
-_NUMPY = {
-    "int8": "i1",
-    "float16": "<f2",
-    "float32": "<f4",
-    "uint8": "u1",
-    "uint16": "<u2",
-    "uint32": "<u4",
-    "uint64": "<u8",
-} | {
-    "int32": "<i4",
-    "int64": "<i8",
-}
+_NUMPY = {zarr: np.dtype(short).newbyteorder("<") for short, zarr in ZARR_DTYPES.items()}
 
-# Arrays of ours: how many axes they have, and what their numbers may be
+# The arrays of a store: how many axes they have, and the types that their numbers may have.
 _KNOWN: dict[str, tuple[int, tuple[str, ...]]] = {
     "id_bytes": (1, ("uint8",)),
     "id_offset": (1, ("int64",)),
@@ -59,23 +52,29 @@ _KNOWN: dict[str, tuple[int, tuple[str, ...]]] = {
     "context_right": (2, ("int32",)),
     "crc32c": (3, ("uint32",)),
 }
-_UNASKED = 1 << 30  # bytes that an array may have without anyone looking whether they can be
+_UNASKED = 1 << 30  # bytes that an array may declare before its files are counted
 _VERIFY = "stillhouse inspect verify STORE"
 
 
 class RawArray:
-    """One Zarr array on disk: `shape`, `chunks`, `dtype`, and whole reads by leading index."""
+    """One Zarr array of a store: `shape`, `chunks`, `dtype`, and whole reads by leading index.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Arguments:
+        paths: the store's paths.
+        name: the array below data.zarr, as in ("minilm", "token_id").
+    """
+
+    def __init__(self, paths: Paths, *name: str) -> None:
+        self.path, self.files = paths.data.joinpath(*name), paths.files
+        path = self.path
         try:
-            self.meta: dict[str, Any] = read_json(path / "zarr.json")
+            self.meta: dict[str, Any] = self.files.read_json(path / "zarr.json")
         except (FileNotFoundError, NotADirectoryError) as e:
             raise StoreError("an array is missing", where=path) from e
         try:
             self.shape = tuple(self.meta["shape"])
             self.chunks = tuple(self.meta["chunk_grid"]["configuration"]["chunk_shape"])
-            self.dtype = np.dtype(_NUMPY[self.meta["data_type"]])
+            self.dtype = _NUMPY[self.meta["data_type"]]
             self.plain = [c["name"] for c in self.meta["codecs"]] == ["bytes"]
             fill = self.meta["fill_value"]
             self.fill = np.nan if fill == "NaN" else fill
@@ -85,7 +84,7 @@ class RawArray:
             raise StoreError(f"an array's metadata is damaged: {e!r:.80}", where=path / "zarr.json") from e
 
     def _sound(self) -> bool:
-        """Whether shape, chunks, type and fill can be those of such an array."""
+        """Return whether shape, chunks, type and fill can be those of such an array."""
         rank, types = _KNOWN.get(self.path.name, (len(self.shape), (self.meta["data_type"],)))
         numbers = [*self.shape, *self.chunks]
         if not all(type(n) is int and 0 <= n < 1 << 53 for n in numbers) or self.meta["data_type"] not in types:
@@ -101,22 +100,26 @@ class RawArray:
         return isinstance(self.meta.get("attributes", {}), dict)
 
     def indices(self) -> Iterator[tuple[int, ...]]:
-        """Of all chunks. Errors: StoreError where the metadata declare far more than the files can hold."""
+        """Yield the index of every chunk. Raises StoreError where the metadata declare more than the files can hold."""
         grid = [-(-n // c) if n else 0 for n, c in zip(self.shape, self.chunks)]
         self._refuse_boundless(self.shape, math.prod(grid))
         return itertools.product(*map(range, grid))
 
     def file(self, *index: int) -> Path:
-        return local(self.path.joinpath("c", *map(str, index)))
+        """Return the file of a chunk, brought to this disk. It may not exist."""
+        return self.files.local(self.path.joinpath("c", *map(str, index)))
 
-    def files(self, *lead: int) -> list[Path]:
-        """Where the chunks behind the leading indices lie or will; the last axis alone may have several."""
+    def chunk_paths(self, *lead: int) -> list[Path]:
+        """Return where the chunks behind the leading indices lie or will lie; only the last axis may have several."""
         return [self.path.joinpath("c", *map(str, (*lead, n))) for n in range(-(-self.shape[-1] // self.chunks[-1]))]
 
     def read(self, *lead: int) -> np.ndarray:
-        """The array behind the leading indices, whole: a memory map where one chunk holds it, else a copy.
+        """Return the array behind the leading indices: a memory map where one chunk holds it, else a copy.
 
         Leading axes must have chunks of length 1. A chunk without a file reads as the fill value.
+
+        Raises:
+            StoreError: the indices lead out of the array, or its files are damaged.
         """
         if any(not 0 <= i < n for i, n in zip(lead, self.shape)):
             raise StoreError(f"its shape {self.shape} has no {lead}", where=self.path, remedy=_VERIFY)
@@ -136,22 +139,22 @@ class RawArray:
         return out
 
     def _refuse_boundless(self, shape: tuple[int, ...], chunks: int, *lead: int) -> None:
-        """Errors: StoreError where the metadata declare far more than the files can hold, before any memory is asked
-        for. (What is not committed yet has no files, and its shape is small.)
+        """Raise StoreError where the metadata declare far more than the files hold, before memory is asked for.
+
+        (What is not committed yet has no files, and its shape is small.)
         """
         if math.prod(shape) * self.dtype.itemsize <= _UNASKED and chunks <= _UNASKED // 64:
             return
-        folder = self.path.joinpath("c", *map(str, lead))
-        there = sum(1 for p in folder.rglob("*") if p.is_file()) if mirror_of(self.path) is None else chunks
-        if chunks > 4 * there + 4:
+        files = self.files.count_files(self.path.joinpath("c", *map(str, lead)))
+        if files is not None and chunks > 4 * files + 4:
             raise StoreError(
-                f"its metadata declare {shape} numbers in {chunks:,} chunks, of which {there:,} are there",
+                f"its metadata declare {shape} numbers in {chunks:,} chunks, and only {files:,} have files",
                 where=self.path / "zarr.json",
                 remedy=_VERIFY,
             )
 
     def chunk(self, *index: int) -> np.ndarray:
-        """One whole chunk, memory-mapped, as a plain array (slices of np.memmap cost a microsecond each)."""
+        """Return one whole chunk, memory-mapped, as a plain array (slices of np.memmap cost a microsecond each)."""
         return self._map(self.chunks, *index)
 
     def _map(self, shape: tuple[int, ...], *index: int) -> np.ndarray:
@@ -170,32 +173,35 @@ class RawArray:
     def _read_with_zarr(self, *lead: int) -> np.ndarray:
         import zarr
 
-        if mirror_of(self.path) is not None:
+        if self.files.count_files(self.path) is None:
             raise StoreError("its codecs are not ours", where=self.path, remedy="copy the store to a disk to read it")
         try:
             return np.asarray(zarr.open_array(self.path, mode="r")[lead])
-        except Exception as e:  # whatever a codec says of bytes that it cannot decode
+        except Exception as e:  # Codecs raise anything for bytes that they cannot decode.
             raise StoreError(f"zarr cannot read it: {e}", where=self.path, remedy=_VERIFY) from e
 
-    def write_range(self, values: np.ndarray, *lead: int, first: int) -> list[Path]:
-        """Write `values` at [*lead, first:first+len] in place; the last axis may have several chunks.
+    def write_rows(self, values: np.ndarray, *lead: int, first: int) -> list[Path]:
+        """Write rows [first, first + len(values)) of the axis behind the leading indices, in place.
 
-        Returns the files and folders to be synced before anything may rely on the range. Writers of different units
-        write disjoint ranges, and nothing reads a range before its commit.
+        Writers of different work items write disjoint ranges, and nothing reads a range before its commit.
+
+        Returns:
+            The files and folders to be synced before anything may rely on the rows.
         """
         values = np.ascontiguousarray(values, dtype=self.dtype)
-        length, item = self.chunks[-1], self.dtype.itemsize
+        axis, trailing = len(lead), self.shape[len(lead) + 1 :]
+        length, row_bytes = self.chunks[axis], self.dtype.itemsize * math.prod(trailing)
         done, written = 0, []
         while done < len(values):
-            index, inside = divmod(first + done, length)
+            number, inside = divmod(first + done, length)
             part = values[done : done + length - inside]
-            path = self.file(*lead, index)
+            path = self.file(*lead, number, *(0 for _ in trailing))
             if not path.exists():
                 written += [p for p in path.parents if p.is_relative_to(self.path)]
             with explain_full_disk(path):
-                fd = open_sized(path, length * item)
+                fd = open_sized(path, length * row_bytes)
                 try:
-                    pwrite_all(fd, memoryview(part.data).cast("B"), inside * item)
+                    pwrite_all(fd, memoryview(part.data).cast("B"), inside * row_bytes)
                 finally:
                     os.close(fd)
             written.append(path)
@@ -203,17 +209,57 @@ class RawArray:
         return written
 
 
-def create_array(path: Path, meta: dict[str, Any], values: np.ndarray | None = None) -> None:
-    """Write `zarr.json` and, where `values` are given, every chunk of them."""
-    if values is not None:
-        array_shape, chunks = tuple(meta["shape"]), tuple(meta["chunk_grid"]["configuration"]["chunk_shape"])
-        dtype = np.dtype(_NUMPY[meta["data_type"]])
-        if values.shape != array_shape:
-            raise ValueError(f"values of shape {values.shape} for an array of {array_shape}")
-        for index in itertools.product(*(range(-(-n // c)) for n, c in zip(array_shape, chunks))):
-            block = np.full(chunks, 0, dtype=dtype)
-            part = values[tuple(slice(i * c, (i + 1) * c) for i, c in zip(index, chunks))]
-            block[tuple(slice(0, n) for n in part.shape)] = part
-            write_bytes(path.joinpath("c", *map(str, index)), block.tobytes())
-        record_sums(path, np.asarray(values, dtype))
-    write_json(path / "zarr.json", meta)
+class ArrayWriter:
+    """Writes the arrays of a plan, and keeps the checksums of all rows that it wrote.
+
+    Arguments:
+        paths: the store's paths.
+        batch: syncs the files of new arrays together at its end; None: each is synced at once.
+    """
+
+    def __init__(self, paths: Paths, batch: WriteBatch | None = None) -> None:
+        self.paths, self._write = paths, write_bytes if batch is None else batch.write
+        self.sums: dict[str, list[RowSums]] = {}  # by array, as "minilm/token_id"
+
+    def write_json(self, path: Path, value: dict[str, Any]) -> None:
+        """Write a JSON file with its checksum."""
+        self._write(path, with_checksum(value, path.name))
+
+    def create(self, name: tuple[str, ...], meta: dict[str, Any], values: np.ndarray | None = None) -> None:
+        """Write an array's `zarr.json` and, where `values` are given, every chunk of them."""
+        path = self.paths.data.joinpath(*name)
+        if values is not None:
+            shape, chunks = tuple(meta["shape"]), tuple(meta["chunk_grid"]["configuration"]["chunk_shape"])
+            values = np.asarray(values, _NUMPY[meta["data_type"]])
+            if values.shape != shape:
+                raise ValueError(f"values of shape {values.shape} for an array of {shape}")
+            for index in itertools.product(*(range(-(-n // c)) for n, c in zip(shape, chunks))):
+                block = np.full(chunks, 0, dtype=values.dtype)
+                part = values[tuple(slice(i * c, (i + 1) * c) for i, c in zip(index, chunks))]
+                block[tuple(slice(0, n) for n in part.shape)] = part
+                self._write(path.joinpath("c", *map(str, index)), block.tobytes())
+            self.sums["/".join(name)] = sum_rows(values, 0)
+        self.write_json(path / "zarr.json", meta)
+
+    def grow(self, name: tuple[str, ...], shape: dict[int, int], exactly: bool = False) -> None:
+        """Give an array's axes (number → length) at least these lengths. Chunks without a file read as the fill."""
+        path = self.paths.data.joinpath(*name, "zarr.json")
+        meta = self.paths.files.read_json(path)
+        longer = [shape.get(axis, n) if exactly else max(n, shape.get(axis, 0)) for axis, n in enumerate(meta["shape"])]
+        if longer != meta["shape"]:
+            meta["shape"] = longer
+            self.write_json(path, meta)
+
+    def append(self, name: tuple[str, ...], values: np.ndarray, first: int, last: bool = False) -> None:
+        """Write rows [first, first + len(values)) of an array whose chunks hold whole rows, and sync them.
+
+        Arguments:
+            last: the array ends there, whatever a planner that died has put behind.
+        """
+        if not len(values):
+            return
+        self.grow(name, {0: first + len(values)}, exactly=last)
+        array = RawArray(self.paths, *name)
+        fsync_all(array.write_rows(values, first=first))
+        before = self.sums.get("/".join(name), []) if first else []
+        self.sums["/".join(name)] = [*before, *sum_rows(np.asarray(values, array.dtype), first)]

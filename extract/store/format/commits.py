@@ -1,7 +1,8 @@
 """Commit records: the only proof that something in a store exists.
 
-Invariant: a record appears by link(2) after everything that it speaks of is on disk, so it is whole or absent, and
-the first writer wins. The highest generation of a layer counts. Run: `pytest tests/extract/pipeline/test_crash.py`.
+Guarantees: a record appears by link(2) after everything that it speaks of is on disk, so it is whole or absent. The
+first writer of a record wins. Of a layer's records, the highest generation counts.
+Try: `pytest tests/extract/pipeline/test_crash.py`.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ from typing import Any
 
 from ....data.errors import StoreError
 from ..disk.checksums import with_checksum, without_checksum
-from ..disk.durable import crash_point, explain_full_disk, fsync_folder, read_json
+from ..disk.durable import crash_point, explain_full_disk, fsync_folder
 from ..disk.json_records import as_record
-from ..disk.layout import Paths
-from ..remote.paths import mirror_of
+from ..disk.paths import Paths
 from .arrays import RawArray
 
 _NAME = re.compile(r"(norms|\d+)\.(\d+)\.json")
@@ -25,14 +25,15 @@ _NAME = re.compile(r"(norms|\d+)\.(\d+)\.json")
 
 @dataclass(frozen=True)
 class Commit:
-    """One unit of work, done. `files` gives each layer's bytes; `checksums` the crc32c of its row of `crc32c`, and of
-    the unit's part of `input_hash`, `context_left` and `context_right`; of norms, those of "norm_mean.LAYER" and
-    "norm_std.LAYER".
+    """One work item that is done, or the norms of a context's layers.
+
+    `files` gives each layer's bytes. `checksums` gives the crc32c of each layer's row of `crc32c`, and of the item's
+    part of `input_hash`, `context_left` and `context_right`; for norms, of "norm_mean.LAYER" and "norm_std.LAYER".
     """
 
     teacher: str
     context: str
-    shard: int | str  # "norms": norm_mean and norm_std of these layers are on disk, the view is complete
+    shard: int | str  # "norms": norm_mean and norm_std of these layers are on disk.
     generation: int
     layers: list[int]
     utterances: list[int]  # [first, last)
@@ -41,11 +42,11 @@ class Commit:
     checksums: dict[str, int] = field(default_factory=dict)
     writer: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
-    losses: dict[str, list[float]] = field(default_factory=dict)  # of int8, by layer: sums of `Quantised.loss`
+    losses: dict[str, list[float]] = field(default_factory=dict)  # int8 only, by layer: sums of `Quantised.loss`
 
 
 def link_commit(paths: Paths, scratch: Path, commit: Commit) -> bool:
-    """Make a record exist. False where another writer has made it before."""
+    """Make a record exist and return True, or False where another writer has made it before."""
     target = paths.commit(commit.teacher, commit.context, commit.shard, commit.generation)
     target.parent.mkdir(parents=True, exist_ok=True)
     tmp = scratch / target.name
@@ -66,67 +67,72 @@ def link_commit(paths: Paths, scratch: Path, commit: Commit) -> bool:
 
 
 def publish(paths: Paths, record: Path, commit: Commit) -> bool:
-    """Put a commit of a remote store, and before it what it speaks of, into the object store. False where another
-    writer's record was there. Does nothing for a store on disk.
+    """Put a commit, and before it what it speaks of, into the object store of a store that is in one.
+
+    Returns:
+        False where another writer's record was there.
     """
-    mirror = mirror_of(record)
-    if mirror is None:
-        return True
-    about = read_json(paths.data / commit.teacher / "zarr.json")["attributes"]["stillhouse"]
-    group, c = paths.data / commit.teacher, about["contexts"].index(commit.context)
+    about = paths.files.read_json(paths.data / commit.teacher / "zarr.json")["attributes"]["stillhouse"]
+    c = about["contexts"].index(commit.context)
     axes = {layer: about["layers"].index(layer) for layer in commit.layers}
+
+    def array(name: str) -> RawArray:
+        return RawArray(paths, commit.teacher, name)
+
     if commit.shard == "norms":
-        data = [RawArray(group / name).file(c, k, 0) for name in ("norm_mean", "norm_std") for k in axes.values()]
-        return mirror.publish(record, data, None, overwrite=True)
+        norms = [array(name).file(c, k, 0) for name in ("norm_mean", "norm_std") for k in axes.values()]
+        return paths.files.publish_commit(record, norms, None, overwrite=True)
     shard, (first, last) = int(commit.shard), commit.utterances
     data = [where(commit.teacher, c, k, shard) for k in axes.values() for where in (paths.hidden, paths.scale)]
     values: dict[str, Any] = {"first": first}
     for name in ("input_hash", "context_left", "context_right"):
-        values[name] = RawArray(group / name).read(c)[first:last]
+        values[name] = array(name).read(c)[first:last]
     for layer, k in axes.items():
-        values[f"crc32c.{layer}"] = RawArray(group / "crc32c").read(c, k)[first:last]
+        values[f"crc32c.{layer}"] = array("crc32c").read(c, k)[first:last]
     before = Commits(paths, commit.teacher, commit.context, below=commit.generation)
     overwrite = any((commit.shard, layer) in before.of for layer in commit.layers)
-    return mirror.publish(record, [p for p in data if p.exists()], values, overwrite)
+    return paths.files.publish_commit(record, [p for p in data if p.exists()], values, overwrite)
 
 
-def _read(path: Path, shard: str, generation: int) -> Commit:
-    """Errors: StoreError where a record is damaged, or another's."""
+def _read(paths: Paths, path: Path, shard: str, generation: int) -> Commit:
+    """Read a record. Raises StoreError where it is damaged, or another's."""
     try:
-        found = as_record(Commit, without_checksum(read_json(path), path.name), path)
+        commit = as_record(Commit, without_checksum(paths.files.read_json(path), path.name), path)
     except FileNotFoundError as e:
-        raise StoreError("a commit record leads nowhere, or was cleared away just now", where=path) from e
-    told = {str(layer) for layer in found.layers}
-    pairs = [] if shard == "norms" else [found.utterances, found.rows]
-    sums = shard == "norms" or (told <= found.files.keys() and told <= found.checksums.keys())
-    if (str(found.shard), found.generation) != (shard, generation) or not sums or not all(len(p) == 2 for p in pairs):
+        raise StoreError("a commit record leads nowhere, or was deleted just now", where=path) from e
+    layers = {str(layer) for layer in commit.layers}
+    pairs = [] if shard == "norms" else [commit.utterances, commit.rows]
+    sums = shard == "norms" or (layers <= commit.files.keys() and layers <= commit.checksums.keys())
+    if (str(commit.shard), commit.generation) != (shard, generation) or not sums or not all(len(p) == 2 for p in pairs):
         raise StoreError("a damaged commit record", where=path, remedy="stillhouse inspect verify STORE")
-    if not all(len(loss) == 4 for loss in found.losses.values()):
+    if not all(len(loss) == 4 for loss in commit.losses.values()):
         raise StoreError("a damaged commit record: losses", where=path)
-    return found
+    return commit
 
 
 class Commits:
-    """All records of a (teacher, context): which layers of which shards exist, and of which generation."""
+    """All records of a (teacher, context): which layers of which shards exist, and of which generation.
+
+    Arguments:
+        below: count only generations below this one.
+    """
 
     def __init__(self, paths: Paths, teacher: str, context: str, below: int | None = None) -> None:
         self.folder = paths.commits(teacher, context)
         self.of: dict[tuple[int | str, int], Commit] = {}
-        mirror = mirror_of(self.folder)
-        if mirror is not None:
-            mirror.sync(self.folder)
+        paths.files.fetch_records(self.folder)
         names = sorted(os.listdir(self.folder)) if self.folder.is_dir() else []
         for name in names:
             match = _NAME.fullmatch(name)
             if match is None or (below is not None and int(match[2]) >= below):
                 continue
-            commit = _read(self.folder / name, match[1], int(match[2]))
+            commit = _read(paths, self.folder / name, match[1], int(match[2]))
             for layer in commit.layers:
                 before = self.of.get((commit.shard, layer))
                 if before is None or before.generation < commit.generation:
                     self.of[commit.shard, layer] = commit
 
     def has(self, shard: int | str, layers: tuple[int, ...] | list[int], generation: int = 0) -> bool:
-        """Whether every one of `layers` is committed, by this generation or a later one."""
-        found = (self.of.get((shard, layer)) for layer in layers)
-        return all(c is not None and c.generation >= generation for c in found)
+        """Return whether all of `layers` are committed, by this generation or a later one."""
+        commits = (self.of.get((shard, layer)) for layer in layers)
+        return all(c is not None and c.generation >= generation for c in commits)

@@ -1,7 +1,7 @@
 """From utterance ids to rows of a store: sorted 64-bit hashes, memory-mapped, shared by all processes.
 
-Invariant: a hash that matches proves nothing; the id's bytes are compared after it.
-Run: `pytest tests/extract/store/test_reader.py`.
+Guarantees: after a hash matches, the bytes of the id are compared.
+Try: `pytest tests/extract/store/test_reader.py`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from ....data.errors import StoreError
-from ..disk.durable import read_json, write_json
-from ..disk.layout import Paths, array_json, group_json, hash64, hash_id
-from .arrays import RawArray, create_array
-from .growing import append
+from ..disk.layout import array_json, group_json, hash64, hash_id
+from ..disk.paths import Paths
+from .arrays import ArrayWriter, RawArray
 
 
-def write_index(paths: Paths, ids: Sequence[str], text_hashes: np.ndarray, sessions: np.ndarray) -> None:
+def write_index(writer: ArrayWriter, ids: Sequence[str], text_hashes: np.ndarray, sessions: np.ndarray) -> None:
     """Write the group `utterances` for ids in the order of the store."""
-    folder = paths.data / "utterances"
     encoded = [i.encode() for i in ids]
     offsets = np.zeros(len(ids) + 1, dtype=np.int64)
     np.cumsum([len(b) for b in encoded], out=offsets[1:])
@@ -38,12 +36,13 @@ def write_index(paths: Paths, ids: Sequence[str], text_hashes: np.ndarray, sessi
         "session": (sessions, "i4", ("utterance",)),
     }
     for name, (values, dtype, dimensions) in columns.items():
-        create_array(folder / name, array_json(values.shape, dtype, values.shape, dimensions), values)
-    write_json(folder / "zarr.json", group_json({"order": "of the plan: sessions permuted, utterances in order"}))
+        writer.create(("utterances", name), array_json(values.shape, dtype, values.shape, dimensions), values)
+    order_of_rows = group_json({"order": "of the plan: sessions permuted, utterances in order"})
+    writer.write_json(writer.paths.data / "utterances" / "zarr.json", order_of_rows)
 
 
 def write_edition(
-    paths: Paths,
+    writer: ArrayWriter,
     number: int,
     first: int,
     ids: Sequence[str],
@@ -53,36 +52,45 @@ def write_edition(
     served: np.ndarray,
     source: np.ndarray,
 ) -> None:
-    """Append rows [first, first + len(ids)): new utterances, later texts of known ones; and the table of the corpus.
+    """Append rows for new utterances and later texts of known ones, and write the table of the corpus.
 
-    order int32 [n] are the corpus's rows in its order, session int32 [n] their sessions, served bool [n] which of them
-    can be asked for (the others are context alone); source int32 [len(ids)] the row that each new one replaces, or -1.
     Nothing of it counts before a generation names the edition.
+
+    Arguments:
+        number: the edition's.
+        first: the first new row; the new rows are [first, first + len(ids)).
+        text_hashes: uint64 [len(ids)].
+        order: int32 [n], the corpus's rows in its order.
+        session: int32 [n], their sessions.
+        served: bool [n], which of them can be asked for; the others are context only.
+        source: int32 [len(ids)], the row that each new one replaces, or -1.
     """
-    folder = paths.data / "utterances"
+    paths = writer.paths
     encoded = [i.encode() for i in ids]
-    begin = int(RawArray(folder / "id_offset").read()[first])
+    begin = int(RawArray(paths, "utterances", "id_offset").read()[first])
     offsets = begin + np.cumsum([len(b) for b in encoded], dtype=np.int64)
-    append(folder / "id_offset", offsets, first + 1)
-    append(folder / "id_bytes", np.frombuffer(b"".join(encoded), dtype=np.uint8), begin)
-    append(folder / "text_hash", text_hashes, first)
-    known, offset = RawArray(folder / "id_bytes").read(), RawArray(folder / "id_offset").read()
+    writer.append(("utterances", "id_offset"), offsets, first + 1)
+    writer.append(("utterances", "id_bytes"), np.frombuffer(b"".join(encoded), dtype=np.uint8), begin)
+    writer.append(("utterances", "text_hash"), text_hashes, first)
+    known, offset = (RawArray(paths, "utterances", name).read() for name in ("id_bytes", "id_offset"))
     rows = order[served]
     hashes = np.array([hash64(known[offset[r] : offset[r + 1]].tobytes()) for r in rows.tolist()], dtype=np.uint64)
     by_hash = np.argsort(hashes, kind="stable")
-    table = folder / "editions" / str(number)
+    table = ("utterances", "editions", str(number))
     columns = {"id_hash": (hashes[by_hash], "u8"), "id_row": (rows[by_hash].astype(np.int32), "i4")}
     columns |= {"order": (order.astype(np.int32), "i4"), "session": (session.astype(np.int32), "i4")}
     columns |= {"source": (source.astype(np.int32), "i4")}
     for name, (values, dtype) in columns.items():
-        create_array(table / name, array_json(values.shape, dtype, (max(1, len(values)),), ("utterance",)), values)
-    write_json(table / "zarr.json", group_json({"first": first, "rows": first + len(ids)}))
-    write_json(folder / "editions" / "zarr.json", group_json({}))
+        meta = array_json(values.shape, dtype, (max(1, len(values)),), ("utterance",))
+        writer.create((*table, name), meta, values)
+    bounds = group_json({"first": first, "rows": first + len(ids)})
+    writer.write_json(paths.data.joinpath(*table, "zarr.json"), bounds)
+    writer.write_json(paths.data / "utterances" / "editions" / "zarr.json", group_json({}))
 
 
-def _bounds(table: Path) -> tuple[int, int]:
-    """(first, rows) of an edition. Errors: StoreError where they are not there."""
-    facts = read_json(table / "zarr.json")
+def _bounds(paths: Paths, table: Path) -> tuple[int, int]:
+    """Return (first, rows) of an edition. Raises StoreError where they are damaged."""
+    facts = paths.files.read_json(table / "zarr.json")
     facts = facts.get("attributes") if isinstance(facts, dict) else None
     first, rows = (facts.get(key) if isinstance(facts, dict) else None for key in ("first", "rows"))
     if not isinstance(first, int) or not isinstance(rows, int) or not 0 <= first <= rows < 1 << 53:
@@ -94,35 +102,36 @@ def _damaged(table: Path) -> StoreError:
     return StoreError("the index of utterances is damaged", where=table, remedy="stillhouse inspect verify STORE")
 
 
-KNOWN = 1 << 16  # ids that a process remembers
+REMEMBERED = 1 << 16  # ids that a process remembers
 
 
 class Index:
-    """Looks ids up. `rows(ids)` gives int64 [B], -1 where an id is unknown.
+    """Looks ids up: `rows(ids)` gives int64 [B], -1 where an id is unknown.
 
-    A row is an utterance with one text, for ever. An edition says which rows are the corpus, in which order and
-    sessions: `order` int64 [n], `session_of` int32 [n]. Its length is that of all rows, dead ones included.
+    A row is an utterance with one text, and never changes. An edition says which rows are the corpus, in which order
+    and sessions: `order` int64 [n], `session_of` int32 [n]. The length counts all rows, dead ones included.
     """
 
-    def __init__(self, folder: Path, edition: int = 0) -> None:
+    def __init__(self, paths: Paths, edition: int = 0) -> None:
         self.edition = edition
-        self._known: dict[str, int] = {}  # a batch is looked up several times, and again in the next epoch
-        table = self._table = folder / "editions" / str(edition) if edition else folder
-        self.hash = RawArray(table / "id_hash").read()
-        self.row = RawArray(table / "id_row").read()
-        self.session_of = RawArray(table / "session").read()
-        # Rows from `first` on came with this edition
-        self.first, count = _bounds(table) if edition else (len(self.row), len(self.row))
+        self._known: dict[str, int] = {}  # A batch is looked up several times, and again in the next epoch.
+        group = ("utterances", "editions", str(edition)) if edition else ("utterances",)
+        table = self._table = paths.data.joinpath(*group)
+        self.hash, self.row, self.session_of = (
+            RawArray(paths, *group, name).read() for name in ("id_hash", "id_row", "session")
+        )
+        # Rows from `first` on came with this edition.
+        self.first, count = _bounds(paths, table) if edition else (len(self.row), len(self.row))
         self._count = count
-        self._order = RawArray(table / "order").read() if edition else None
-        self.source = RawArray(table / "source").read() if edition else np.zeros(0, np.int32)
-        # Rows that a later edition added, or would have if its planner had not died, are not ours
-        self.bytes = RawArray(folder / "id_bytes").read()
-        self.offset = RawArray(folder / "id_offset").read()[: count + 1]
-        self.text_hash = RawArray(folder / "text_hash").read()[:count]
+        self._order = RawArray(paths, *group, "order").read() if edition else None
+        self.source = RawArray(paths, *group, "source").read() if edition else np.zeros(0, np.int32)
+        # Rows that a later edition added, or would have added if its planner had not died, do not count here.
+        self.bytes = RawArray(paths, "utterances", "id_bytes").read()
+        self.offset = RawArray(paths, "utterances", "id_offset").read()[: count + 1]
+        self.text_hash = RawArray(paths, "utterances", "text_hash").read()[:count]
         whole = len(self.offset) == count + 1 and len(self.text_hash) == count and len(self.hash) == len(self.row)
         whole &= len(self.session_of) == len(self.row if self._order is None else self._order)
-        whole &= bool((np.diff(self.offset) > 0).all())  # no id is empty; chunks that are missing read as zeros
+        whole &= bool((np.diff(self.offset) > 0).all())  # No id is empty. Missing chunks read as zeros.
         if not whole or (edition and len(self.source) > count - self.first) or int(self.offset[-1]) > len(self.bytes):
             raise _damaged(table)
 
@@ -131,6 +140,7 @@ class Index:
 
     @cached_property
     def order(self) -> np.ndarray:
+        """int64 [n]: the corpus's rows in its order."""
         return np.arange(len(self)) if self._order is None else self._order.astype(np.int64)
 
     @cached_property
@@ -141,21 +151,21 @@ class Index:
         return found
 
     def _sound(self, rows: np.ndarray) -> np.ndarray:
-        """Errors: StoreError where they are not rows of this index."""
+        """Return `rows`. Raises StoreError where they are not rows of this index."""
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < self._count:
             raise _damaged(self._table)
         return rows
 
     @cached_property
     def position(self) -> np.ndarray:
-        """int64 [U]: where a row is in `order`, -1 where it is dead."""
+        """int64 [U]: the position of each row in `order`, -1 for a dead row."""
         found = np.full(len(self), -1, dtype=np.int64)
         found[self._sound(self.order)] = np.arange(len(self.order))
         return found
 
     @cached_property
     def session(self) -> np.ndarray:
-        """int32 [U]: by row, -1 where it is dead."""
+        """int32 [U]: the session of each row, -1 for a dead row."""
         if not self.edition:
             return self.session_of
         found = np.full(len(self), -1, dtype=np.int32)
@@ -163,10 +173,11 @@ class Index:
         return found
 
     def source_of(self, row: int) -> int:
-        """The row that this one took the place of when its edition came, -1 where there is none."""
+        """Return the row that this one replaced when its edition came, -1 where there is none."""
         return int(self.source[row - self.first]) if self.first <= row < self.first + len(self.source) else -1
 
     def id(self, row: int) -> str:
+        """Return the utterance id of a row."""
         return self._decoded([self.bytes[self.offset[row] : self.offset[row + 1]].tobytes()])[0]
 
     def _decoded(self, ids: list[bytes]) -> list[str]:
@@ -176,7 +187,7 @@ class Index:
             raise _damaged(self._table) from None
 
     def ids(self) -> list[str]:
-        """Of all that can be asked for, in the order of the corpus."""
+        """Return the ids of all utterances that can be asked for, in the order of the corpus."""
         whole, offset = self.bytes.tobytes(), self.offset.tolist()
         if not self.edition:
             return self._decoded([whole[a:b] for a, b in itertools.pairwise(offset)])
@@ -184,15 +195,15 @@ class Index:
         return self._decoded([whole[offset[r] : offset[r + 1]] for r in order[self.live[order]].tolist()])
 
     def rows(self, ids: Sequence[str]) -> np.ndarray:
-        """int64 [B], -1 where an id is unknown."""
+        """Return the rows of ids, int64 [B], -1 where an id is unknown."""
         known = self._known
         try:
             return np.array([known[i] for i in ids], dtype=np.int64)
         except KeyError:
             pass
         rows = self._rows(ids)
-        if len(ids) <= KNOWN // 8:  # a batch, and no listing of the whole corpus
-            if len(known) > KNOWN:
+        if len(ids) <= REMEMBERED // 8:  # a batch, and no listing of the whole corpus
+            if len(known) > REMEMBERED:
                 known.clear()
             known.update(zip(ids, rows.tolist()))
         return rows
@@ -217,7 +228,7 @@ class Index:
         return candidate
 
     def _search(self, encoded: bytes, hashed: int, at: int) -> int:
-        """Ids may share a hash: all that do are compared."""
+        """Compare all ids that share a hash."""
         while at < len(self.hash) and self.hash[at] == hashed:
             row = int(self._sound(self.row[at : at + 1])[0])
             if self.bytes[self.offset[row] : self.offset[row + 1]].tobytes() == encoded:

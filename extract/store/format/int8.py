@@ -1,12 +1,14 @@
 """int8 states: the standardised state over one float16 scale a token.
 
-Invariant: state ≈ values · scale · std + mean, with the norms that were fixed before the first unit was written, so
-whoever writes a row writes the same bytes. Run: `pytest tests/extract/store/test_int8.py`.
+Guarantees: state ≈ values · scale · std + mean. The norms are fixed before the first work item is written, so every
+writer writes the same bytes.
+Try: `pytest tests/extract/store/test_int8.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +20,9 @@ LARGEST = 127
 
 @dataclass(frozen=True)
 class Quantised:
-    """values int8 [..., D], scale float16 [...] and what was lost, float32 [..., 4]: the squared lengths of error and
-    state, as they are and standardised.
+    """Quantised states: values int8 [..., D], scale float16 [...], and loss float32 [..., 4].
+
+    The loss holds the squared lengths of error and state, first as they are and then standardised.
     """
 
     values: np.ndarray
@@ -27,7 +30,7 @@ class Quantised:
     loss: np.ndarray
 
     def __getitem__(self, which: Any) -> Quantised:
-        """Of tokens; all of their dimensions."""
+        """Select tokens, with all of their dimensions."""
         return Quantised(self.values[which], self.scale[which], self.loss[which])
 
     def __len__(self) -> int:
@@ -35,7 +38,7 @@ class Quantised:
 
 
 def quantise(states: np.ndarray, mean: np.ndarray, std: np.ndarray) -> Quantised:
-    """States float32 [..., D] with the norms [D] of their view. A state that is not finite has such a scale."""
+    """Quantise states float32 [..., D] by the norms [D] of their view. A state that is not finite has such a scale."""
     with np.errstate(over="ignore", invalid="ignore"):
         z = (states - mean) / std
         scale = (np.abs(z).max(-1) / np.float32(LARGEST)).astype(np.float16)
@@ -47,19 +50,37 @@ def quantise(states: np.ndarray, mean: np.ndarray, std: np.ndarray) -> Quantised
 
 
 def dequantise(values: np.ndarray, scale: np.ndarray, mean: np.ndarray, std: np.ndarray, out: np.ndarray) -> None:
-    """int8 [N, D] and float16 [N] → `out` float32 or float16 [N, D], C-contiguous."""
-    from .kernels import dequantise as kernel
-
+    """Fill `out`, float32 or float16 [N, D] and C-contiguous, from values int8 [N, D] and scales float16 [N]."""
     whole = out if out.dtype == np.float32 else np.empty(out.shape, np.float32)
-    kernel(values, scale.astype(np.float32), np.array(mean, np.float32), np.array(std, np.float32), whole)
+    _compiled()(values, scale.astype(np.float32), np.array(mean, np.float32), np.array(std, np.float32), whole)
     if whole is not out:
         out[...] = whole
 
 
+def _dequantise(values: np.ndarray, scale: np.ndarray, mean: np.ndarray, std: np.ndarray, out: np.ndarray) -> None:
+    for n in range(values.shape[0]):
+        s = scale[n]
+        for d in range(values.shape[1]):
+            out[n, d] = np.float32(values[n, d]) * s * std[d] + mean[d]
+
+
+@functools.cache
+def _compiled() -> Callable[..., None]:
+    """Compile the kernel. Only readers of int8 states call it, since importing numba takes its time."""
+    import numba
+
+    signature = "void(i1[:,::1],f4[::1],f4[::1],f4[::1],f4[:,::1])"
+    try:
+        return numba.njit(signature, nogil=True, cache=True)(_dequantise)
+    except RuntimeError:  # There is no folder to keep what is compiled.
+        return numba.njit(signature, nogil=True)(_dequantise)
+
+
 @dataclass(frozen=True)
 class Int8Error:
-    """How far int8 states are from the model's, as a ratio of root mean squares over all tokens: of the states as
-    they are, and of the standardised ones that training sees.
+    """How far int8 states are from the model's: a ratio of root mean squares over all tokens.
+
+    `relative` is for the states as they are, `standardised` for the standardised ones that training sees.
     """
 
     relative: float
@@ -67,7 +88,7 @@ class Int8Error:
 
 
 def sum_up(losses: Iterable[list[float]]) -> Int8Error | None:
-    """From sums as `Quantised.loss` counts them; None where there are none."""
+    """Return the error from sums as `Quantised.loss` counts them; None where there are none."""
     total = np.sum([np.asarray(x, np.float64) for x in losses] or np.zeros((1, 4)), axis=0)
     if not total[1] or not total[3]:
         return None

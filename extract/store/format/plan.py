@@ -1,7 +1,7 @@
-"""What a store is meant to hold: teachers, generations, shards and units of work, read from its JSON files.
+"""What a store is meant to hold: teachers, generations, shards and work items, read from its JSON files.
 
-Invariant: a generation's plan.json is written once and never changed; what exists is told by commits alone.
-Run: `stillhouse extract --status CORPUS STORE`.
+Guarantees: a generation's plan.json is written once and never changed. What exists is known from commits only.
+Try: `stillhouse extract --status CORPUS STORE`.
 """
 
 from __future__ import annotations
@@ -13,22 +13,24 @@ from typing import Any
 
 from ....data.errors import NoStoreError, StoreError, UsageError
 from ..disk.checksums import without_checksum
-from ..disk.durable import read_json, write_json
+from ..disk.durable import write_json
+from ..disk.files import StoreFiles
 from ..disk.json_records import MOST, as_record, matches_type
-from ..disk.layout import DTYPES, FORMAT, INNER_ROWS, VERSION, Paths, check_teacher_name
-from ..remote.paths import local_copy, mirror_of
-from .block_sums import RowSums, inherited_sums, write_sums
+from ..disk.layout import DTYPES, FORMAT, INNER_ROWS, VERSION, check_teacher_name
+from ..disk.paths import Paths
+from .block_sums import Sums, inherited_sums, write_sums
 
 
 @dataclass(frozen=True)
 class TeacherRecord:
-    """A language model as one store uses it: all that decides what its states are. `contexts` and `layers` are
-    the axes C and L of its arrays, in order of arrival.
+    """A language model as one store uses it: all that decides what its states are.
+
+    `contexts` and `layers` are the axes C and L of its arrays, in the order in which they were added.
     """
 
     name: str
     kind: str  # "encoder" or "decoder"
-    model: str  # the name or path that was given
+    model: str  # the name or path that the user gave
     architecture: str
     revision: str | None
     weights_hash: str
@@ -47,7 +49,21 @@ class TeacherRecord:
     contexts: list[str] = field(default_factory=list)
     layers: list[int] = field(default_factory=list)
     fingerprints: dict[str, str] = field(default_factory=dict)  # "CONTEXT/LAYER" -> hash of the view's settings
-    about: str = ""  # what the model's folder says of itself, as "instruct-tuned, 4-bit quantised"
+    about: str = ""  # what the model's folder says about it, as "instruct-tuned, 4-bit quantised"
+
+
+@dataclass(frozen=True)
+class TeacherInfo:
+    """A teacher's settings (the fields of TeacherRecord) and how many tokens of the corpus it has."""
+
+    settings: TeacherRecord
+    tokens: int
+    shard_rows: int
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "settings":
+            raise AttributeError(name)
+        return getattr(self.settings, name)
 
 
 @dataclass(frozen=True)
@@ -62,7 +78,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class PlannedWork:
-    """One context's layers, to be made for every shard of the generation's list."""
+    """One context's layers, to be extracted for every shard of the list."""
 
     context: str
     layers: list[int]
@@ -71,7 +87,7 @@ class PlannedWork:
 
 @dataclass(frozen=True)
 class Generation:
-    """One immutable plan: the teacher's whole list of shards after it, what work it adds, and what it takes back."""
+    """One immutable plan: the teacher's whole list of shards after it, the work that it adds, and what it drops."""
 
     number: int
     teacher: str
@@ -83,15 +99,17 @@ class Generation:
     core_tokens: int
     seed: int
     created: str
-    edition: int = 0  # which table of utterances (store/index.py) is the corpus as this teacher has it
-    vocabulary: int = 0  # how many rows of `embedding` count; 0: all
-    dropped_shards: list[int] = field(default_factory=list)  # that earlier generations asked for and none serves
-    dropped_views: list[str] = field(default_factory=list)  # "CONTEXT/LAYER", the same
+    edition: int = 0  # the table of utterances (see index.py) that is the corpus as this teacher has it
+    vocabulary: int = 0  # rows of `embedding` that count; 0: all
+    dropped_shards: list[int] = field(
+        default_factory=list
+    )  # shards that earlier generations asked for and that serve nothing now
+    dropped_views: list[str] = field(default_factory=list)  # "CONTEXT/LAYER", likewise
 
 
 @dataclass(frozen=True)
 class WorkItem:
-    """The unit of work and of commit: (teacher, context, shard), with the layers that a generation asks for."""
+    """What is extracted and committed as one: (teacher, context, shard), with the layers that a generation asks for."""
 
     generation: Generation
     context: str
@@ -118,8 +136,8 @@ class Plan:
     generations: list[Generation]
 
     def work_items(self, teacher: str | None = None) -> list[WorkItem]:
-        """All units of work in the order in which writers take them, without what a later generation took back."""
-        found: list[WorkItem] = []
+        """Return all work items in the order in which writers take them, without what a later generation dropped."""
+        items: list[WorkItem] = []
         for n, g in enumerate(self.generations):
             if teacher is not None and g.teacher != teacher:
                 continue
@@ -129,35 +147,40 @@ class Plan:
             for work in g.work:
                 layers = tuple(k for k in work.layers if f"{work.context}/{k}" not in views)
                 if layers:
-                    found += [WorkItem(g, work.context, layers, g.shards[s]) for s in work.shards if s not in shards]
-        return found
+                    items += [WorkItem(g, work.context, layers, g.shards[s]) for s in work.shards if s not in shards]
+        return items
 
     def views(self, teacher: str) -> dict[str, list[int]]:
-        """{context: layers} that generations ask for, in the order of the teacher's axes."""
+        """Return {context: layers} that generations ask for, in the order of the teacher's axes."""
         asked = {(u.context, k) for u in self.work_items(teacher) for k in u.layers}
         t = self.teachers[teacher]
         found = {c: [k for k in t.layers if (c, k) in asked] for c in t.contexts}
         return {c: layers for c, layers in found.items() if layers}
 
     def shards(self, teacher: str) -> list[Shard]:
-        """The shards of a teacher that hold something."""
+        """Return the shards of a teacher that hold something."""
         dropped = {s for g in self.generations if g.teacher == teacher for s in g.dropped_shards}
         return [s for s in self.latest(teacher).shards if s.number not in dropped]
 
     def edition(self, teacher: str | None = None) -> int:
-        """The table of utterances that a teacher is at; without one, the newest of all."""
+        """Return the table of utterances that a teacher is at, or the newest of all teachers."""
         return max(self.latest(t).edition for t in (self.teachers if teacher is None else [teacher]))
 
     def latest(self, teacher: str) -> Generation:
-        """The newest generation of a teacher: its list of shards is the whole list."""
+        """Return the newest generation of a teacher. Its list of shards is the whole list."""
         return [g for g in self.generations if g.teacher == teacher][-1]
 
 
-def read_plan(root: Path) -> Plan:
-    """Read a store's plan. Errors: NoStoreError where there is none, StoreError where it is of another version."""
-    paths = Paths(local_copy(root))
+def read_plan(files: StoreFiles) -> Plan:
+    """Read a store's plan.
+
+    Raises:
+        NoStoreError: there is no store.
+        StoreError: the store is of another version, or its plan is damaged.
+    """
+    paths, root = Paths(files), files.address
     try:
-        head = read_json(paths.store_json)
+        head = files.read_json(paths.store_json)
     except FileNotFoundError as e:
         raise NoStoreError("there is no store", where=root, remedy="stillhouse extract CORPUS STORE …") from e
     if not isinstance(head, dict) or head.get("format") != FORMAT:
@@ -170,7 +193,7 @@ def read_plan(root: Path) -> Plan:
     teachers = {name: as_record(TeacherRecord, t, paths.store_json) for name, t in head["teachers"].items()}
     for name, teacher in teachers.items():
         _check_teacher(name, teacher, paths.store_json)
-    generations = [_generation(paths.plan(n), n, teachers) for n in head["generations"]]
+    generations = [_generation(paths, n, teachers) for n in head["generations"]]
     idle = teachers.keys() - {g.teacher for g in generations}
     if idle or not teachers or len({g.number for g in generations}) < len(generations):
         raise StoreError("the plan is damaged: teachers and generations do not belong together", where=paths.store_json)
@@ -187,7 +210,7 @@ _HEAD = {
 
 
 def _check_teacher(name: str, t: TeacherRecord, where: Path) -> None:
-    """Errors: StoreError where a teacher's record cannot be, or would lead out of the store."""
+    """Raise StoreError where a teacher's record is impossible, or would lead out of the store."""
     try:
         check_teacher_name(name)
     except UsageError as e:
@@ -198,9 +221,10 @@ def _check_teacher(name: str, t: TeacherRecord, where: Path) -> None:
         raise StoreError(f"the plan is damaged: the record of the teacher {name}", where=where)
 
 
-def _generation(path: Path, number: int, teachers: dict[str, TeacherRecord]) -> Generation:
+def _generation(paths: Paths, number: int, teachers: dict[str, TeacherRecord]) -> Generation:
+    path = paths.plan(number)
     try:
-        value = without_checksum(read_json(path), path.name)
+        value = without_checksum(paths.files.read_json(path), path.name)
     except FileNotFoundError as e:
         raise StoreError("the plan is damaged: a generation is missing", where=path) from e
     shape = {"work": list[dict[str, Any]], "shards": list[list[int]]}
@@ -217,31 +241,31 @@ def _generation(path: Path, number: int, teachers: dict[str, TeacherRecord]) -> 
     if teacher is None or not sound:
         raise StoreError("the plan is damaged: teacher, number or shard_rows", where=path)
     if not all(0 <= s.first <= s.last and 0 <= s.rows <= g.shard_rows for s in shards):
-        raise StoreError("the plan is damaged: a shard that cannot be", where=path)
+        raise StoreError("the plan is damaged: an impossible shard", where=path)
     for w in work:
         known = w.context in teacher.contexts and set(w.layers) <= set(teacher.layers)
         if not known or not all(0 <= s < len(shards) for s in w.shards):
-            raise StoreError("the plan is damaged: work that cannot be", where=path)
+            raise StoreError("the plan is damaged: impossible work", where=path)
     return g
 
 
-_TAKES_BACK = ("dropped_shards", "dropped_views")
+_DROPPED = ("dropped_shards", "dropped_views")
 
 
-def write_generation(plan: Plan, generation: Generation, made: dict[Path, list[RowSums]]) -> None:
-    """Write a generation of a plan beside those before it; `made`: sums of what was written for it (see sums.py)."""
+def write_generation(plan: Plan, generation: Generation, written: Sums) -> None:
+    """Write a generation of a plan beside those before it, with the sums of what was written for it."""
     before = [(g.number, g.teacher) for g in plan.generations if g.number < generation.number]
-    sums = inherited_sums(plan.paths, before, generation.teacher, generation.edition, made)
+    sums = inherited_sums(plan.paths, before, generation.teacher, generation.edition, written)
     write_sums(plan.paths, generation.number, sums)
     value = dataclasses.asdict(generation)
     value["shards"] = [[s.first, s.last, s.rows] for s in generation.shards]
-    # What a store never needed is not written, so that who does not know it can read the store
-    value = {k: v for k, v in value.items() if v or k not in ("edition", "vocabulary", *_TAKES_BACK)}
+    # Fields that a store never needed are left out, so that older versions can read the store.
+    value = {k: v for k, v in value.items() if v or k not in ("edition", "vocabulary", *_DROPPED)}
     write_json(plan.paths.plan(generation.number), value)
 
 
 def write_head(plan: Plan, publish: bool = True) -> None:
-    """Write store.json: the moment at which its generations come into force; in an object store, if `publish`."""
+    """Write store.json, by which the plan's generations count. With `publish`, also in an object store."""
     write_json(
         plan.paths.store_json,
         {
@@ -254,6 +278,5 @@ def write_head(plan: Plan, publish: bool = True) -> None:
             "versions": plan.versions,
         },
     )
-    mirror = mirror_of(plan.paths.store_json)
-    if mirror is not None and publish:
-        mirror.publish_plan(plan.paths.store_json)
+    if publish:
+        plan.paths.files.publish_plan()

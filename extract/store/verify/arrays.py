@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ....data.errors import StillhouseError, StoreError
-from ..disk.durable import read_json
+from ..disk.paths import Paths
 from ..format.arrays import RawArray
 
 # Written whole when a plan is made; of the others, chunks come with the commits
@@ -20,15 +20,18 @@ PLANNED = ("start", "length", "token_id", "span", "vocab_id", "embedding", "voca
 BY_CONTEXT = ("input_hash", "context_left", "context_right")
 
 
-def array_damage(group: Path, contexts: set[int], rows: np.ndarray, shards: set[int]) -> Iterator[tuple[str, Path]]:
+def array_damage(
+    paths: Paths, teacher: str, contexts: set[int], rows: np.ndarray, shards: set[int]
+) -> Iterator[tuple[str, Path]]:
     """(what, where) of all that is wrong with a teacher's arrays; `contexts`: positions of those that are complete.
 
     rows int64: of the utterances that are served; shards: those that serve them. Other rows may be gone.
     """
+    group = paths.data / teacher
     for name in sorted({p.name for p in group.iterdir() if p.is_dir()} | {"hidden", *PLANNED, *BY_CONTEXT}):
         path = group / name
         try:
-            array = _opened(path)
+            array = _opened(paths, teacher, name)
         except StoreError as e:
             yield e.what, path / "zarr.json"
             continue
@@ -50,19 +53,19 @@ def array_damage(group: Path, contexts: set[int], rows: np.ndarray, shards: set[
             yield from _chunk_damage(array, file, needed)
 
 
-def table_chunk_damage(folder: Path, editions: set[int], utterances: int) -> Iterator[tuple[str, Path]]:
+def table_chunk_damage(paths: Paths, editions: set[int], utterances: int) -> Iterator[tuple[str, Path]]:
     """The same of the group `utterances` in `folder`: its first tables, and those of `editions`.
 
     utterances: how many rows count; a planner that died may have left others, or half of them, behind those.
     Errors: StoreError, OSError, ValueError, IndexError where a table cannot be read at all.
     """
-    tables = [folder, *(folder / "editions" / str(e) for e in sorted(editions - {0}))]
-    arrays = {path: _opened(path) for t in tables for path in (t / name for name in _TABLES[t != folder])}
+    groups = [(), *(("editions", str(e)) for e in sorted(editions - {0}))]
+    arrays = [_opened(paths, "utterances", *group, name) for group in groups for name in _TABLES[bool(group)]]
     rows = {"text_hash": utterances, "id_offset": utterances + 1}
-    rows["id_bytes"] = int(arrays[folder / "id_offset"].read()[utterances])
-    for path, array in arrays.items():
+    rows["id_bytes"] = int(arrays[0].read()[utterances])
+    for array in arrays:
         if array.plain:
-            for n in range(-(-rows.get(path.name, array.shape[0]) // array.chunks[0])):
+            for n in range(-(-rows.get(array.path.name, array.shape[0]) // array.chunks[0])):
                 yield from _chunk_damage(array, array.file(n), True)
 
 
@@ -72,15 +75,15 @@ _TABLES = (
 )
 
 
-def _opened(path: Path) -> RawArray:
+def _opened(paths: Paths, *name: str) -> RawArray:
     """Errors: StoreError where its metadata cannot be read, or is not an array's."""
     try:
-        array = RawArray(path)
-        nodes = [read_json(path / "zarr.json").get(key) for key in ("zarr_format", "node_type")]
+        array = RawArray(paths, *name)
+        nodes = [array.meta.get(key) for key in ("zarr_format", "node_type")]
     except (StillhouseError, OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-        raise StoreError(f"its metadata cannot be read: {e}", where=path) from e
+        raise StoreError(f"its metadata cannot be read: {e}", where=paths.data.joinpath(*name)) from e
     if nodes != [3, "array"]:
-        raise StoreError("its metadata is not an array's", where=path)
+        raise StoreError("its metadata is not an array's", where=array.path)
     return array
 
 

@@ -37,7 +37,7 @@ def _of_teacher(
     store: Store, teacher: str, contexts: list[str], sessions: Sequence[Session], found: dict[str, list[str]]
 ) -> None:
     index, record = store.index_of(teacher), store.plan.teachers[teacher]
-    length = np.asarray(RawArray(store.paths.data / teacher / "length").read())
+    length = np.asarray(RawArray(store.paths, teacher, "length").read())
     seen = {c: _seen(store, teacher, record.contexts.index(c)) for c in contexts}
     asked = {c: parse_context(c) for c in contexts}
     # Whoever says nothing is nobody's context.
@@ -72,8 +72,8 @@ def _of_teacher(
 
 
 def _seen(store: Store, teacher: str, context: int) -> tuple[np.ndarray, np.ndarray]:
-    group = store.paths.data / teacher
-    return RawArray(group / "context_left").read(context), RawArray(group / "context_right").read(context)
+    left, right = (RawArray(store.paths, teacher, name).read(context) for name in ("context_left", "context_right"))
+    return left, right
 
 
 def _begins(groups: np.ndarray) -> np.ndarray:

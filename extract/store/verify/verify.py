@@ -1,7 +1,8 @@
-"""Verifying a store: does it hold what its commits say, bit for bit?
+"""Verify a store: does it hold what its commits say, bit for bit?
 
-Invariant: read only; every finding names a place (view, shard, utterance) and what mends it. An intact store, also
-one whose extraction is not finished, has no findings. Run: `stillhouse inspect verify STORE`.
+Guarantees: nothing is written. Every finding names a place (view, shard, utterance) and what to do about it. An intact
+store has no findings, also while its extraction is not finished.
+Try: `stillhouse inspect verify STORE`.
 """
 
 from __future__ import annotations
@@ -14,15 +15,14 @@ from pathlib import Path
 import numpy as np
 
 from ....data.errors import StillhouseError, StoreError
-from ..disk.durable import Lock
-from ..disk.layout import INNER_ROWS, Paths, crc32c, dtype_of, footer_bytes, identity_rows
+from ..disk.layout import INNER_ROWS, crc32c, dtype_of, footer_bytes, identity_rows
+from ..disk.locks import Lock
+from ..disk.paths import Paths
 from ..format.arrays import RawArray
 from ..format.commits import Commit
 from ..format.int8 import SCALE_BYTES
 from ..format.plan import WorkItem
 from ..reader import Store
-from ..remote.block_cache import descriptor
-from ..remote.paths import mirror_of
 from ..views import View
 from .arrays import array_damage, table_chunk_damage
 from .sums import Arrays, Damage, item_damage, norm_damage, record_damage, table_damage, token_damage
@@ -30,7 +30,7 @@ from .sums import Arrays, Damage, item_damage, norm_damage, record_damage, table
 
 @dataclass(frozen=True)
 class StoreFinding:
-    """Something wrong: what, where ("VIEW shard S utterance U" or a path), and what to do about it."""
+    """Something that is wrong: what, where ("VIEW shard S utterance U" or a path), and what to do about it."""
 
     what: str
     where: str
@@ -38,48 +38,52 @@ class StoreFinding:
 
 
 _REPAIR = "stillhouse inspect verify STORE --data --repair extracts just this again"
-_RECORD = "stillhouse inspect verify STORE --repair, which can put one wrong bit right; else a backup's file"
-_PLACES = ("start", "length", "token_id", "span")  # while these are damaged nobody knows which bytes are whose
+_RECORD = "restore this file from a backup, or extract into a new store"
+_ROW_ARRAYS = ("start", "length", "token_id", "span")  # While these are damaged, rows lead to no utterance.
 
 
-def _finding(rot: Damage, remedy: str | None = None) -> StoreFinding:
-    return StoreFinding("stored bytes differ from their checksum", rot.where, remedy or rot.remedy)
+def _finding(damage: Damage, remedy: str | None = None) -> StoreFinding:
+    return StoreFinding("stored bytes differ from their checksum", damage.where, remedy or damage.remedy)
 
 
 def verify(store: Store, data: float = True) -> list[StoreFinding]:
-    """All findings. With `data`, every stored byte is read and compared with its checksum; without, all but the
-    states; with a share, as 0.05, that share of each shard's utterances, the same at every call.
+    """Return all findings.
+
+    Arguments:
+        data: compare every stored byte with its checksum (1.0), all but the states (0.0), or a share of each shard's
+            utterances (0.05), which is the same at every call.
     """
     return list(findings(store, data))
 
 
 def findings(
-    store: Store, data: float = True, report: Callable[[WorkItem], None] | None = None
+    store: Store, data: float = True, on_progress: Callable[[WorkItem], None] | None = None
 ) -> Iterator[StoreFinding]:
-    """The same as they are found. `report` is called with each unit before it is looked at."""
+    """Yield findings as `verify` returns them; `on_progress` is called with each work item before it is checked."""
     arrays: Arrays = {}
     yield from damaged_records(store.paths)
-    rotten = [_finding(r) for r in table_damage(store)]
-    yield from rotten or _check_index(store)
+    tables = [_finding(d) for d in table_damage(store)]
+    yield from tables or _check_index(store)
     for name in store.plan.teachers:
-        rot = list(token_damage(store, name))
-        yield from (_finding(r) for r in rot)
-        damage = [_finding(r) for r in rot if r.array.name in _PLACES]
-        if not damage:
-            yield from (damage := list(_check_tokens(store, name)))
+        damage = list(token_damage(store, name))
+        yield from (_finding(d) for d in damage)
+        unusable: list[StoreFinding] = [_finding(d) for d in damage if d.array in _ROW_ARRAYS]
+        if not unusable:
+            unusable = list(_check_tokens(store, name))
+            yield from unusable
         yield from _check_arrays(store, name)
-        if not damage:  # else nobody knows which bytes are whose
-            yield from _check_items(store, name, data, report, arrays)
+        if not unusable:
+            yield from _check_items(store, name, data, on_progress, arrays)
     yield from _check_leftovers(store)
 
 
 def damaged_records(paths: Paths) -> list[StoreFinding]:
-    """JSON files that are not what was written; the store need not open."""
+    """Return findings for JSON files that are not what was written. The store need not open."""
     return [StoreFinding(what, str(path), _RECORD) for what, path in record_damage(paths)]
 
 
 def damaged_items(store: Store, data: float = True) -> list[tuple[WorkItem, list[StoreFinding]]]:
-    """Committed units with something wrong in their files: what a repair makes anew."""
+    """Return committed work items with damaged files, which a repair extracts again, and their findings."""
     out: list[tuple[WorkItem, list[StoreFinding]]] = []
     arrays: Arrays = {}
     for name in store.plan.teachers:
@@ -104,7 +108,7 @@ def _check_index(store: Store) -> Iterator[StoreFinding]:
             return
     editions = {store.plan.edition(teacher) for teacher in store.plan.teachers}
     try:
-        for what, file in table_chunk_damage(store.paths.data / "utterances", editions, len(store.index)):
+        for what, file in table_chunk_damage(store.paths, editions, len(store.index)):
             yield StoreFinding(what, str(file), "extract into a new store")
     except (StillhouseError, OSError, ValueError, IndexError) as e:
         yield StoreFinding(f"the index of utterances cannot be read: {e}", where, "extract into a new store")
@@ -113,8 +117,8 @@ def _check_index(store: Store) -> Iterator[StoreFinding]:
 def _check_tokens(store: Store, name: str) -> Iterator[StoreFinding]:
     group = store.paths.data / name
     try:
-        length, start = RawArray(group / "length").read(), RawArray(group / "start").read()
-        token_id, latest = RawArray(group / "token_id").read(), store.plan.latest(name)
+        length, start = RawArray(store.paths, name, "length").read(), RawArray(store.paths, name, "start").read()
+        token_id, latest = RawArray(store.paths, name, "token_id").read(), store.plan.latest(name)
         live = np.flatnonzero(store.lengths(name) > 0)
     except (StillhouseError, OSError, ValueError) as e:
         yield StoreFinding(f"the tokens cannot be read: {e}", str(group), "extract into a new store")
@@ -132,48 +136,48 @@ def _check_tokens(store: Store, name: str) -> Iterator[StoreFinding]:
 
 def _check_arrays(store: Store, name: str) -> Iterator[StoreFinding]:
     group = store.paths.data / name
-    if mirror_of(group) is not None:
-        return  # object stores give a file whole or not at all
+    if not store.paths.files.can_be_torn:
+        return
     whole = {v.context for v in store.views if v.teacher == name}
     try:
         contexts = {store.plan.teachers[name].contexts.index(c) for c in whole}
         rows, shards = np.asarray(store.index_of(name).row), {s.number for s in store.plan.shards(name)}
-        for what, where in array_damage(group, contexts, rows, shards):
+        for what, where in array_damage(store.paths, name, contexts, rows, shards):
             yield StoreFinding(what, str(where), "extract into a new store")
     except StoreError:
-        return  # its index of utterances cannot be read, which has been said
+        return  # The index of utterances cannot be read, which is a finding already.
     except OSError as e:
         yield StoreFinding(f"cannot be read: {e.strerror}", str(group), "extract into a new store")
 
 
 def _check_items(
-    store: Store, name: str, data: float, report: Callable[[WorkItem], None] | None, arrays: Arrays
+    store: Store, name: str, data: float, on_progress: Callable[[WorkItem], None] | None, arrays: Arrays
 ) -> Iterator[StoreFinding]:
     for item in store.plan.work_items(name):
-        if report is not None:
-            report(item)
+        if on_progress is not None:
+            on_progress(item)
         yield from _check_item(store, item, data, arrays)
     for view in store.views:
         if view.teacher == name:
             mean, std = store.norm(view)
             if not (np.isfinite(mean).all() and (std > 0).all()):
                 yield StoreFinding("norm_mean or norm_std is not finite", view.address, "extract into a new store")
-            yield from (_finding(r) for r in norm_damage(store, view))
+            yield from (_finding(d) for d in norm_damage(store, view))
 
 
 def _check_item(store: Store, item: WorkItem, data: float, arrays: Arrays) -> Iterator[StoreFinding]:
     commits = store.commits(item.teacher, item.context)
-    yield from (_finding(r, _REPAIR) for r in item_damage(store, item, arrays))
+    yield from (_finding(d, _REPAIR) for d in item_damage(store, item, arrays))
     for layer in item.layers:
         commit = commits.of.get((item.shard.number, layer))
         if commit is None or commit.generation < item.generation.number:
-            continue  # not extracted yet: no finding
+            continue  # not extracted yet
         view = View(item.teacher, item.context, layer)
         place = f"{view.address} shard {item.shard.number}"
-        c, axis = store._axes(view)
+        c, axis = store.axes(view)
         path = store.paths.hidden(item.teacher, c, axis, item.shard.number)
         try:
-            fd = descriptor(path, whole=bool(data))
+            fd = store.paths.files.descriptor(path, whole=bool(data))
         except OSError as e:
             yield StoreFinding(f"its file cannot be opened: {e.strerror}", f"{place}: {path}", _REPAIR)
             continue
@@ -198,14 +202,14 @@ def _check_file(
         yield StoreFinding("the index at the end of its file is damaged", place, _REPAIR)
         return
     if held is None:
-        return  # a copy in another layout: zarr reads it, and its own checksums, if any, are zarr's business
+        return  # A copy in another layout, whose own checksums zarr checks.
     if size != commit.files[str(view.layer)]:
         yield StoreFinding(f"its file has {size:,} bytes, committed {commit.files[str(view.layer)]:,}", place, _REPAIR)
         return
-    c, axis = store._axes(view)
-    stored = np.asarray(RawArray(store.paths.data / view.teacher / "crc32c").read(c, axis))[shard.first : shard.last]
+    c, axis = store.axes(view)
+    stored = np.asarray(RawArray(store.paths, view.teacher, "crc32c").read(c, axis))[shard.first : shard.last]
     if crc32c(stored.astype("<u4").tobytes()) != commit.checksums[str(view.layer)]:
-        return  # the checksums of its utterances are damaged themselves, which has been said
+        return  # The checksums of its utterances are damaged, which is a finding already.
     scale = None
     if dtype.scaled:
         try:
@@ -215,17 +219,18 @@ def _check_file(
             return
     if not data:
         return
-    group = store.paths.data / view.teacher
-    start = np.asarray(RawArray(group / "start").read())[shard.first : shard.last] - shard.number * rows
-    length = np.asarray(RawArray(group / "length").read())[shard.first : shard.last]
+    start = (
+        np.asarray(RawArray(store.paths, view.teacher, "start").read())[shard.first : shard.last] - shard.number * rows
+    )
+    length = np.asarray(RawArray(store.paths, view.teacher, "length").read())[shard.first : shard.last]
     drawn = np.random.default_rng([shard.number, c, axis]).random(len(start)) < data
-    for u, (at, n, want, read) in enumerate(zip(start.tolist(), length.tolist(), stored.tolist(), drawn.tolist())):
+    for u, (at, n, expected, read) in enumerate(zip(start.tolist(), length.tolist(), stored.tolist(), drawn.tolist())):
         if not (n and read):
             continue
-        got = crc32c(os.pread(fd, n * row_bytes, at * row_bytes))
+        actual = crc32c(os.pread(fd, n * row_bytes, at * row_bytes))
         if scale is not None:
-            got = crc32c(scale[at : at + n], got)
-        if got != want:
+            actual = crc32c(scale[at : at + n], actual)
+        if actual != expected:
             name = store.index.id(shard.first + u)
             yield StoreFinding("stored bytes differ from their checksum", f"{place} utterance {name}", _REPAIR)
     padding = np.frombuffer(os.pread(fd, (held - shard.rows) * row_bytes, shard.rows * row_bytes), dtype=dtype.stored)
@@ -234,13 +239,13 @@ def _check_file(
 
 
 def _scales(store: Store, view: View, item: WorkItem, data: bool) -> np.ndarray | None:
-    """float16 of every row that a shard file of `scale` holds; without `data` only its size and index are looked at.
+    """Return the float16 scales of a shard, or None without `data`, where only the file's size and index are checked.
 
-    Errors: StoreError, OSError, ValueError for damage.
+    Raises StoreError, OSError or ValueError for damage.
     """
-    path, rows = store.paths.scale(view.teacher, *store._axes(view), item.shard.number), item.generation.shard_rows
+    path, rows = store.paths.scale(view.teacher, *store.axes(view), item.shard.number), item.generation.shard_rows
     tail = footer_bytes(rows)
-    with open(descriptor(path, whole=data), "rb") as f:
+    with open(store.paths.files.descriptor(path, whole=data), "rb") as f:
         size = os.fstat(f.fileno()).st_size
         held = identity_rows(os.pread(f.fileno(), tail, max(0, size - tail)), rows, SCALE_BYTES)
         used = item.shard.rows + -item.shard.rows % INNER_ROWS

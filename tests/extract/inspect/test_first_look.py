@@ -145,7 +145,7 @@ def copy(store, tmp_path):
 def test_verify_finds_a_flipped_bit_only_in_the_data(copy, stillhouse):
     path, shard = copy
     row = Store.open(path).rows(["s01-0003"])[0]
-    start = np.asarray(Store.open(path)._rows_of("known").start)[row]
+    start = np.asarray(Store.open(path)._teacher_rows("known").start)[row]
     data = bytearray(shard.read_bytes())
     data[start * 24 + 5] ^= 1
     shard.write_bytes(data)

@@ -20,7 +20,7 @@ from stillhouse.extract.pipeline.progress import status
 from stillhouse.extract.pipeline.request import Request
 from stillhouse.extract.store import Store
 from stillhouse.extract.store.disk import layout
-from stillhouse.extract.store.disk.layout import Paths
+from stillhouse.extract.store.disk.paths import Paths
 from stillhouse.extract.store.verify.verify import verify
 
 from ..conftest import loaded, make_corpus, sentences

@@ -23,8 +23,8 @@ from stillhouse.extract.pipeline.progress import status
 from stillhouse.extract.pipeline.request import Request
 from stillhouse.extract.store import Store, View
 from stillhouse.extract.store.disk import layout
-from stillhouse.extract.store.disk.durable import Scratch
-from stillhouse.extract.store.disk.layout import Paths
+from stillhouse.extract.store.disk.locks import Scratch
+from stillhouse.extract.store.disk.paths import Paths
 from stillhouse.extract.store.verify.stale import stale
 from stillhouse.extract.store.verify.verify import verify
 

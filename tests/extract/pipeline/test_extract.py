@@ -23,7 +23,7 @@ from stillhouse.extract.pipeline.norms import sample_rows
 from stillhouse.extract.pipeline.progress import status
 from stillhouse.extract.pipeline.request import Request
 from stillhouse.extract.store import Store
-from stillhouse.extract.store.disk.layout import Paths
+from stillhouse.extract.store.disk.paths import Paths
 from stillhouse.extract.store.verify.verify import verify
 from stillhouse.extract.teacher.model import Teacher, load_teacher
 
@@ -140,7 +140,7 @@ def test_a_disk_that_is_too_small(bert: Path, tmp_path: Path, monkeypatch: pytes
 
 
 def test_status_and_parts_of_an_array(bert: Path, tmp_path: Path) -> None:
-    from stillhouse.extract.store.disk.durable import Lock
+    from stillhouse.extract.store.disk.locks import Lock
 
     corpus, root = long_corpus(), tmp_path / "s"
     total = extract(root, corpus, loaded(bert), REQUEST, part=(0, 3))

@@ -15,7 +15,7 @@ from stillhouse.extract.pipeline import runner
 from stillhouse.extract.pipeline.extract import extract
 from stillhouse.extract.pipeline.request import Request
 from stillhouse.extract.store import Store
-from stillhouse.extract.store.disk.durable import Lock
+from stillhouse.extract.store.disk.locks import Lock
 from stillhouse.extract.store.verify.verify import verify
 from stillhouse.extract.store.writer import ItemWriter
 

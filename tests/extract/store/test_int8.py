@@ -22,7 +22,9 @@ from stillhouse.extract.maintain.repair import repair
 from stillhouse.extract.pipeline.extract import extract
 from stillhouse.extract.pipeline.request import Request
 from stillhouse.extract.store import Store, View
-from stillhouse.extract.store.disk.layout import Paths, dtype_of, to_float32
+from stillhouse.extract.store.disk.files import StoreFiles
+from stillhouse.extract.store.disk.layout import dtype_of, to_float32
+from stillhouse.extract.store.disk.paths import Paths
 from stillhouse.extract.store.format.int8 import dequantise, quantise
 from stillhouse.extract.store.verify.verify import verify
 from stillhouse.extract.teacher.forward import encode_tensor, tensors
@@ -156,8 +158,10 @@ def test_size(tmp_path: Path, bert: Path) -> None:
     done = extract(tmp_path / "s", corpus, loaded(bert), request)
     group = tmp_path / "s" / "data.zarr" / "t"
     metadata = sum((group / n / "zarr.json").stat().st_size for n in ("hidden", "scale"))
-    assert folder_bytes(group / "hidden") + folder_bytes(group / "scale") - metadata == plan.bytes_per_view["t/alone/1"]
-    assert done.hidden_bytes == folder_bytes(group / "hidden") + folder_bytes(group / "scale")
+    files = StoreFiles(tmp_path / "s")
+    total = folder_bytes(files, group / "hidden") + folder_bytes(files, group / "scale")
+    assert total - metadata == plan.bytes_per_view["t/alone/1"]
+    assert done.hidden_bytes == total
     assert plan.bytes_per_view["t/alone/1"] < done.tokens * (16 + 2) * 1.1
 
 

@@ -30,8 +30,8 @@ from stillhouse.extract.store.disk.layout import (
     shard_rows,
     to_float32,
 )
-from stillhouse.extract.store.format.arrays import RawArray, create_array
-from stillhouse.extract.store.format.growing import append
+from stillhouse.extract.store.disk.paths import Paths
+from stillhouse.extract.store.format.arrays import ArrayWriter, RawArray
 from stillhouse.extract.store.writer import encode, is_finite
 
 
@@ -82,7 +82,7 @@ def test_zarr_reads_every_array_the_same(small_store: Path) -> None:
     assert {"bert/hidden", "bert/token_id", "bert/crc32c", "utterances/id_hash"} <= set(names)
     for name in names:
         if not name.endswith("hidden"):
-            raw = RawArray(small_store / "data.zarr" / name)
+            raw = RawArray(Paths(small_store), *name.split("/"))
             lead = [()] if raw.chunks[0] != 1 or raw.shape == raw.chunks else [(i,) for i in range(raw.shape[0])]
             for index in lead:
                 if len(index) == 1 and len(raw.chunks) == 3:
@@ -95,20 +95,21 @@ def test_zarr_reads_every_array_the_same(small_store: Path) -> None:
 @pytest.mark.parametrize("how", ["range", "grown"])
 def test_a_file_that_is_being_made_is_never_found_short(how: str, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     """At every call that a writer makes of the system, another reads the array: nothing, or what is written."""
-    path, values = tmp_path / "length", np.arange(1, 41, dtype=np.int32)
+    paths, values = Paths(tmp_path), np.arange(1, 41, dtype=np.int32)
+    path, writer = paths.data / "length", ArrayWriter(paths)
     codecs = [{"name": "bytes", "configuration": {"endian": "little"}}]
     grid = {"name": "regular", "configuration": {"chunk_shape": [16]}}
     meta = {"shape": [40], "chunk_grid": grid, "data_type": "int32", "codecs": codecs, "fill_value": 0}
-    create_array(path, meta)
+    writer.create(("length",), meta)
     seen: list[list[int]] = []
 
     def watched(name: str) -> None:
         true = getattr(os, name)
 
         def call(*arguments: Any, **named: Any) -> Any:
-            before = RawArray(path).read().tolist()
+            before = RawArray(paths, "length").read().tolist()
             done = true(*arguments, **named)
-            seen.extend([before, RawArray(path).read().tolist()])
+            seen.extend([before, RawArray(paths, "length").read().tolist()])
             return done
 
         monkeypatch.setattr(files.os, name, call)
@@ -119,12 +120,12 @@ def test_a_file_that_is_being_made_is_never_found_short(how: str, tmp_path: Path
         patch.setattr(np, "memmap", lambda p, dtype, mode, shape: np.frombuffer(p.read_bytes(), dtype).reshape(shape))
         for first in (0, 10, 20, 30):
             if how == "range":
-                RawArray(path).write_range(values[first : first + 10], first=first)
+                RawArray(paths, "length").write_rows(values[first : first + 10], first=first)
             else:
-                append(path, values[first : first + 10], first)
+                writer.append(("length",), values[first : first + 10], first)
     monkeypatch.undo()
     assert len(seen) > 20 and all(not found or found == n for line in seen for n, found in enumerate(line, 1))
-    assert np.array_equal(RawArray(path).read(), values)
+    assert np.array_equal(RawArray(paths, "length").read(), values)
     assert sorted(p.name for p in (path / "c").iterdir()) == ["0", "1", "2"]
 
 
@@ -152,7 +153,7 @@ def test_rows_between_utterances_read_as_nan(small_store: Path) -> None:
     store = Store.open(small_store)
     array = zarr.open_array(small_store / "data.zarr" / "bert" / "hidden", mode="r")
     filled = np.zeros(array.shape[2], dtype=bool)
-    rows = store._rows_of("bert")
+    rows = store._teacher_rows("bert")
     for start, n in zip(rows.start, rows.length):
         filled[start : start + n] = True
     everything = array[:]

@@ -19,7 +19,7 @@ from stillhouse.data.errors import NoStoreError, StaleError, StoreError, UsageEr
 from stillhouse.extract.pipeline.extract import extract
 from stillhouse.extract.pipeline.request import Request
 from stillhouse.extract.store import Store, View, hash_text
-from stillhouse.extract.store.disk.layout import Paths
+from stillhouse.extract.store.disk.paths import Paths
 
 from ..conftest import TEXTS, loaded, make_corpus
 
@@ -112,7 +112,7 @@ def test_a_fork_after_reading_uses_its_own_handles(small_store: Path) -> None:
     store = Store.open(small_store)
     ids = store.utterance_ids[:5]
     want = _read(store, ids)
-    parents = [h.fd for h in store._handles._open.values()]
+    parents = [h.fd for h in store._states.handles._open.values()]
     child = os.fork()
     if child == 0:
         for fd in parents:
@@ -125,13 +125,13 @@ def test_a_fork_after_reading_uses_its_own_handles(small_store: Path) -> None:
 def test_more_files_than_handles(small_store: Path) -> None:
     """Six files a batch and room for two handles: what is in use stays open, and nothing piles up."""
     store = Store.open(small_store, checksums=True)
-    store._handles._most = 2
+    store._states.handles._most = 2
     before = 0
     for i in range(5):
         store.gather(store.utterance_ids, VIEWS)
         if i == 0:
             before = len(os.listdir("/proc/self/fd"))
-    assert len(store._handles._open) == 2 and len(os.listdir("/proc/self/fd")) <= before
+    assert len(store._states.handles._open) == 2 and len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_unknown_ids_and_views_are_named(small_store: Path) -> None:
@@ -161,7 +161,7 @@ def test_damage_is_named(small_store: Path, tmp_path: Path) -> None:
 
     root = shutil.copytree(small_store, tmp_path / "s")
     store = Store.open(root, checksums=True)
-    row = int(store._rows_of("bert").start[store.rows(["u7"])[0]])
+    row = int(store._teacher_rows("bert").start[store.rows(["u7"])[0]])
     path = Paths(root).hidden("bert", 1, 2, 0)
     with open(path, "r+b") as f:
         f.seek(row * 16 * 2 + 5)
@@ -249,7 +249,7 @@ def test_what_comes_out(small_store: Path) -> None:
 def test_ids_are_remembered_and_forgotten(small_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from stillhouse.extract.store.format import index
 
-    monkeypatch.setattr(index, "KNOWN", 40)
+    monkeypatch.setattr(index, "REMEMBERED", 40)
     store = Store.open(small_store)
     want = {i: int(r) for i, r in zip(store.utterance_ids, store.rows(store.utterance_ids))}
     for first in range(0, 60, 3):

@@ -22,10 +22,11 @@ from stillhouse.extract.commands.inspect import inspect
 from stillhouse.extract.pipeline.extract import extract
 from stillhouse.extract.pipeline.request import Request
 from stillhouse.extract.store import Store, View
-from stillhouse.extract.store.disk.durable import Lock
+from stillhouse.extract.store.disk.locks import exclusive_access
 from stillhouse.extract.store.remote import block_cache as blocks_module
+from stillhouse.extract.store.remote import cache as cache_module
 from stillhouse.extract.store.remote import client as objects_module
-from stillhouse.extract.store.remote.helper import evict
+from stillhouse.extract.store.remote.cache import evict
 from stillhouse.extract.store.verify.verify import verify
 from stillhouse.train.commands.train import train
 
@@ -142,22 +143,46 @@ class Read(torch.utils.data.Dataset):
         return self.store.gather([self.ids[i]], VIEWS[1:2]).states[VIEWS[1]].tobytes()
 
 
-@pytest.mark.parametrize("how", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
-def test_workers_of_a_dataloader_read_after_their_parent(proxy: s3.Proxy, uploaded: str, how: str) -> None:
+@pytest.mark.slow
+def test_workers_of_a_dataloader_that_start_afresh_read(proxy: s3.Proxy, uploaded: str) -> None:
     store = Store.open(uploaded)
     ids = store.utterance_ids[:6]
-    want = [Read(store, ids)[i] for i in range(6)]  # the parent has a helper and open shards by now
+    want = [Read(store, ids)[i] for i in range(6)]
     loader = torch.utils.data.DataLoader(
-        Read(store, ids), batch_size=None, num_workers=2, multiprocessing_context=how, timeout=120
+        Read(store, ids), batch_size=None, num_workers=2, multiprocessing_context="spawn", timeout=120
     )
     assert list(loader) == want
     assert pickle.loads(pickle.dumps(store)).path == store.path
 
 
+def test_a_process_that_was_forked_is_refused_by_name(proxy: s3.Proxy, uploaded: str) -> None:
+    """The threads of the client do not survive a fork, so a read there would wait for ever."""
+    store = Store.open(uploaded)
+    (expected,) = store.gather(["u1"], VIEWS[:1]).states.values()
+    end, other_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            Store.open(uploaded)
+            said = "it was read"
+        except StoreError as e:
+            said = str(e)
+        os.write(other_end, said.encode())
+        os._exit(0)
+    os.close(other_end)
+    assert os.waitpid(child, 0)[1] == 0
+    said = os.read(end, 10_000).decode()
+    os.close(end)
+    assert (
+        said.startswith("s3://bucket/up/small: this process was forked") and 'multiprocessing_context="spawn"' in said
+    )
+    assert np.array_equal(store.gather(["u1"], VIEWS[:1]).states[VIEWS[0]], expected)  # The parent reads on.
+
+
 def test_a_damaged_block_is_fetched_again(proxy: s3.Proxy, uploaded: str, small_store: Path) -> None:
     store = Store.open(uploaded)
     store.gather(store.utterance_ids, VIEWS)
-    blocks = [p for p in (objects_module.cache_folder() / "blocks").rglob("*") if p.is_file()]
+    blocks = [p for p in (cache_module.cache_folder() / "blocks").rglob("*") if p.is_file()]
     assert len(blocks) == 6 and not any(p.name.endswith(".tmp") for p in blocks)
     for path in blocks:
         data = bytearray(path.read_bytes())
@@ -172,7 +197,8 @@ def test_a_shard_that_was_replaced_is_told(proxy: s3.Proxy, server: int, small_s
         if path.is_file():
             s3.put(server, f"re/{path.relative_to(small_store)}", path.read_bytes())
     store = Store.open("s3://bucket/re")
-    blocks = blocks_module.Blocks(blocks_module.mirror_of(store.paths.root), store.paths.hidden("bert", 0, 0, 0))  # type: ignore[arg-type]
+    blocks = store.paths.files.blocks(store.paths.hidden("bert", 0, 0, 0))
+    assert blocks is not None
     data = s3.get(server, key)
     s3.put(server, key, data[:100] + bytes(len(data) - 100))
     with pytest.raises(StoreError, match="replaced while it was read; open the store again"):
@@ -189,10 +215,10 @@ def test_the_cache_is_bounded(tmp_path: Path) -> None:
     own = tmp_path / "writers" / "w" / "file"
     own.parent.mkdir(parents=True)
     own.write_bytes(bytes(9000))
-    evict(str(tmp_path), 10_000)
+    evict(tmp_path, 10_000)
     left = sorted(int(p.name) for p in (tmp_path / "blocks").rglob("*") if p.is_file())
     assert left == list(range(11, 20)) and own.exists()
-    evict(str(tmp_path), 10_000)
+    evict(tmp_path, 10_000)
     assert len(list((tmp_path / "blocks").rglob("*"))) == 3 + 9
 
 
@@ -204,14 +230,15 @@ def test_reading_goes_on_while_the_cache_is_too_small(
     monkeypatch.setattr(objects_module, "cache_limit_bytes", lambda: 30_000)
     for _ in range(3):
         same(uploaded, small_store)
-    total = sum(p.stat().st_size for p in (objects_module.cache_folder() / "blocks").rglob("*") if p.is_file())
+    total = sum(p.stat().st_size for p in (cache_module.cache_folder() / "blocks").rglob("*") if p.is_file())
     assert total <= 31_000
 
 
 def test_what_changes_a_store_on_a_disk_is_refused(proxy: s3.Proxy, uploaded: str) -> None:
     store = Store.open(uploaded)
-    with pytest.raises(StoreError, match="s3://bucket/up/small: this changes stores on a disk alone; aws s3 sync"):
-        Lock(store.paths.lock("plan"), wait=True).acquire()
+    words = "s3://bucket/up/small: this command changes only stores on a disk; stillhouse store cp"
+    with pytest.raises(StoreError, match=words), exclusive_access(store.paths):
+        pass
 
 
 @pytest.mark.parametrize(

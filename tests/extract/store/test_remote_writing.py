@@ -22,7 +22,7 @@ from stillhouse.extract.pipeline.extract import extract
 from stillhouse.extract.pipeline.request import Request
 from stillhouse.extract.pipeline.workers import start_workers
 from stillhouse.extract.store import Store
-from stillhouse.extract.store.remote import client as objects_module
+from stillhouse.extract.store.remote.cache import cache_folder
 from stillhouse.extract.store.verify.verify import verify
 
 from ..conftest import loaded, make_corpus
@@ -42,7 +42,7 @@ def test_extraction_into_a_bucket(proxy: s3.Proxy, server: int, bert: Path, smal
         assert s3.get(server, f"made/data.zarr/{name}") == want[name], name
     again = extract("s3://bucket/made", make_corpus(), loaded(bert), REQUEST)  # type: ignore[arg-type]
     assert (again.units_done_now, again.units) == (0, summary.units)
-    assert not list((objects_module.cache_folder() / "writers").iterdir())
+    assert not list((cache_folder() / "writers").iterdir())
 
 
 def test_failing_writes_are_tried_again(proxy: s3.Proxy, server: int, bert: Path, small_store: Path) -> None:

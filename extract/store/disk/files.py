@@ -1,0 +1,141 @@
+"""The files of one store: how they come to this disk before they are read, and where they go after they are written.
+
+`StoreFiles` is the interface, and its form for a store in a folder. `remote/files.py` has the form for object stores.
+
+Guarantees: whether a store is remote is asked in `store/storage.py` alone. Everybody else calls these methods.
+Try: `pytest tests/extract/store/test_remote.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from ....data.files.atomic import plain_descriptor
+from .durable import read_json
+
+T = TypeVar("T")
+
+
+class BlockReader(Protocol):
+    """A file that is read in blocks instead of through a memory map."""
+
+    size: int
+
+    def ask(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Begin to fetch ranges (offset, bytes)."""
+
+    def read(self, into: memoryview, offset: int) -> int:
+        """Fill `into` from `offset` on and return the bytes read, fewer at the end of the file."""
+
+
+class StoreFiles:
+    """The files of a store in the folder `root` on a disk."""
+
+    has_locks = True  # Writers of the store see each other's file locks.
+    can_be_torn = True  # A file may be there in part.
+    writable = True
+    fills_disk = True  # The store grows on the disk where `root` is.
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @property
+    def address(self) -> str:
+        """The path or URL of the store, as one would type it."""
+        return str(self.root)
+
+    def place(self, path: Path) -> str:
+        """The path or URL of one file, for messages."""
+        return str(path)
+
+    # --- reading ---
+
+    def local(self, path: Path) -> Path:
+        """Bring a file to this disk and return where it is. It may not exist."""
+        return path
+
+    def read_json(self, path: Path) -> Any:
+        """Return what a JSON file holds. Raises as `durable.read_json`."""
+        return read_json(self.local(path))
+
+    def fetch_records(self, folder: Path) -> None:
+        """Bring the commit records of a folder that are not on this disk yet."""
+
+    def sizes(self, folder: Path) -> Iterator[tuple[Path, int]]:
+        """Yield every file under a folder with its bytes, without those that a writer removes meanwhile."""
+        pending = [str(folder)]
+        while pending:
+            try:
+                entries = list(os.scandir(pending.pop()))
+            except FileNotFoundError:
+                continue
+            for entry in entries:
+                try:
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(entry.path)
+                    else:
+                        yield Path(entry.path), entry.stat(follow_symlinks=False).st_size
+                except FileNotFoundError:
+                    continue
+
+    def empty_folders(self) -> list[Path]:
+        """Return the folders directly below the store that hold nothing."""
+        return [p for p in self.root.iterdir() if p.is_dir() and not any(p.iterdir())]
+
+    def count_files(self, folder: Path) -> int | None:
+        """Return how many files are under a folder; None where counting costs a request."""
+        return sum(1 for p in folder.rglob("*") if p.is_file())
+
+    def blocks(self, path: Path) -> BlockReader | None:
+        """Return a reader of a shard file that is not on this disk, or None to open it as a file.
+
+        Raises FileNotFoundError where there is no such file.
+        """
+        return None
+
+    def descriptor(self, path: Path, whole: bool) -> int:
+        """Open a shard file and return its descriptor; without `whole`, only the end must be readable.
+
+        Raises OSError as os.open does, and for what is not a regular file.
+        """
+        return plain_descriptor(path)
+
+    # --- writing ---
+
+    def free_bytes(self) -> int:
+        """Return the free bytes of the disk where `root` is or will be."""
+        folder = self.root.absolute()
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
+
+    def require_writable(self) -> None:
+        """Raise StoreError where nothing can be changed through this object."""
+
+    def require_growable(self) -> None:
+        """Raise UsageError where rows cannot be added to arrays that exist."""
+
+    def retry_plan(self, make_plan: Callable[[], T]) -> T:
+        """Return what `make_plan` returns. In an object store it runs again where another writer planned first."""
+        return make_plan()
+
+    def publish_plan(self, by: str = "") -> None:
+        """Make the plan that has been written here the store's; `by` names an undertaking of several commands."""
+
+    def publish_commit(self, record: Path, data: list[Path], values: dict[str, Any] | None, overwrite: bool) -> bool:
+        """Make a commit record, and what it speaks of, part of the store. False: another writer was first.
+
+        Arguments:
+            record: the record's file.
+            data: files that the record speaks of.
+            values: the item's parts of shared arrays, by name; None for norms.
+            overwrite: replace files that an earlier generation has put there.
+        """
+        return True
+
+    def publish_arrays(self, paths: Iterable[Path]) -> None:
+        """Make shared arrays whole for readers that know Zarr alone."""

@@ -1,0 +1,104 @@
+"""Open the files of a store by its path or URL. This is the one place that asks which of the two it is.
+
+Guarantees: a new store is whole or not there. On a disk it is built beside its name and renamed at the end. In an
+object store its store.json is put last, and the same command continues what was begun under the URL.
+Try: `stillhouse store cp STORE s3://BUCKET/PREFIX`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+from ...data.errors import UsageError
+from .disk.durable import fsync_all, fsync_folder
+from .disk.files import StoreFiles
+from .disk.locks import Lock
+from .remote.client import is_url, split_url
+from .remote.files import reading_files, writing_files
+
+
+def open_files(store: str | Path | StoreFiles) -> StoreFiles:
+    """Return the files of a store to be read.
+
+    Raises:
+        NoStoreError: there is no store at the URL. (A folder without a store is found out when its plan is read.)
+        StoreError: the object store does not answer.
+    """
+    if isinstance(store, StoreFiles):
+        return store
+    return reading_files(store) if is_url(store) else StoreFiles(Path(store))
+
+
+def writable_files(store: str | Path) -> AbstractContextManager[StoreFiles]:
+    """Return a context of the files of a store to be written. What is reported committed is in the store by then."""
+    return writing_files(store) if is_url(store) else nullcontext(StoreFiles(Path(store)))
+
+
+def address_of(store: str | Path) -> str:
+    """Return a store's path or URL as one would type it: a Path has removed a slash from s3://."""
+    return "s3://{}/{}".format(*split_url(store)) if is_url(store) else str(store)
+
+
+def has_locks(store: str | Path) -> bool:
+    """Return whether the writers of a store see each other's file locks."""
+    return not is_url(store)
+
+
+def on_disk(store: str | Path) -> Path:
+    """Return the folder of a store. Raises UsageError where it is in an object store."""
+    if is_url(store):
+        raise UsageError(
+            "nothing in an object store can be deleted or moved",
+            where=address_of(store),
+            expected="a store on a disk",
+            remedy="copy what you keep to another name (stillhouse store cp, subset and merge read and write URLs)",
+        )
+    return Path(store)
+
+
+@contextmanager
+def new_files(out: str | Path, undertaking: str) -> Iterator[StoreFiles]:
+    """Yield the files of a store that becomes `out` at the end.
+
+    Arguments:
+        undertaking: a hash of everything that the new store is made of. In an object store, a command with the same
+            hash continues what another one began.
+
+    Raises:
+        UsageError: something is there already.
+    """
+    if not is_url(out):
+        with _staging(Path(out)) as root:
+            yield StoreFiles(root)
+        return
+    with writing_files(out) as files:
+        files.begin_new_store(undertaking)
+        yield files
+
+
+@contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """Yield a folder that becomes `out` when all of it is on disk. Folders that killed commands left are removed."""
+    if out.exists():
+        raise UsageError("is there already", where=out, remedy="give another name, or remove it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for old in out.parent.glob(f".{out.name}.*.partial"):
+        lock = Lock(old / "builder.lock")
+        if lock.acquire():
+            shutil.rmtree(old, ignore_errors=True)
+            lock.release()
+    root = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    with Lock(root / "builder.lock", wait=True):
+        try:
+            yield root
+            fsync_all([p for p in root.rglob("*") if p.is_dir()])
+            (root / "builder.lock").unlink()
+            os.rename(root, out)
+            fsync_folder(out.parent)
+        except BaseException:
+            shutil.rmtree(root, ignore_errors=True)
+            raise
