@@ -151,7 +151,8 @@ def test_verify_sees_every_chunk_of_the_index(known, tmp_path):
     """Of the first tables and of those that a changed corpus brought; not what a planner that died left behind them."""
     from stillhouse.extract.pipeline.extract import extract
     from stillhouse.extract.pipeline.request import Request
-    from stillhouse.extract.store.format.growing import grow
+    from stillhouse.extract.store.disk.paths import Paths
+    from stillhouse.extract.store.format.arrays import ArrayWriter
     from stillhouse.extract.store.verify.verify import verify
 
     root, wanted = known.build(tmp_path).path, Request("known", (0, 2, 4), ("alone", "both:8"), transform="lower")
@@ -160,7 +161,7 @@ def test_verify_sees_every_chunk_of_the_index(known, tmp_path):
     folder = root / "data.zarr" / "utterances"
     rows = len(Store.open(root).index)
     for name, n in (("text_hash", rows), ("id_offset", rows + 1), ("id_bytes", 10 * rows)):
-        grow(folder / name, {0: 5 * n})
+        ArrayWriter(Paths(root)).grow(("utterances", name), {0: 5 * n})
     assert verify(Store.open(root)) == []
     chunks = sorted(p for p in folder.rglob("*") if p.parent.name == "c")
     assert len([p for p in chunks if "editions" in p.parts]) == 5 and len(chunks) == 5 + 3 + 3 * 2
