@@ -134,7 +134,7 @@ def test_a_block_of_wide_states_is_no_larger_and_nothing_stays_mapped(many, monk
     sizes = []
     for part in reading.blocks(many, "known", rows):
         sizes.append(len(reading.read_states(many, view, reading.ids_of(many, part)).states[view]))
-        assert not many._handles._open
+        assert not many._states.handles._open
     assert sum(sizes) == many.lengths("known").sum() and max(sizes) < 40 + 12
 
 

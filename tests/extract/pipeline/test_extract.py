@@ -15,7 +15,6 @@ from stillhouse.data.manifest import write_manifest
 from stillhouse.extract.commands.extract import default_name, parse_layers
 from stillhouse.extract.commands.extract import extract as command
 from stillhouse.extract.maintain.repair import repair
-from stillhouse.extract.pipeline import estimate
 from stillhouse.extract.pipeline.estimate import check_disk_space, size_up
 from stillhouse.extract.pipeline.extract import extract
 from stillhouse.extract.pipeline.layout import cut_shards, order_sessions
@@ -23,6 +22,7 @@ from stillhouse.extract.pipeline.norms import sample_rows
 from stillhouse.extract.pipeline.progress import status
 from stillhouse.extract.pipeline.request import Request
 from stillhouse.extract.store import Store
+from stillhouse.extract.store.disk.files import StoreFiles
 from stillhouse.extract.store.disk.paths import Paths
 from stillhouse.extract.store.verify.verify import verify
 from stillhouse.extract.teacher.model import Teacher, load_teacher
@@ -133,6 +133,10 @@ def test_an_estimate_is_what_it_takes(bert: Path, tmp_path: Path) -> None:
 
 def test_a_disk_that_is_too_small(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate, "free_bytes", lambda root: 1000)
+
+
+def test_no_room_no_start(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StoreFiles, "free_bytes", lambda self: 1000)
     with pytest.raises(StoreError, match="are free"):
         extract(tmp_path / "s", make_corpus(), loaded(bert), REQUEST, check=check_disk_space)
     assert not (tmp_path / "s" / "store.json").exists()
