@@ -132,10 +132,6 @@ def test_an_estimate_is_what_it_takes(bert: Path, tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_too_small(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "free_bytes", lambda root: 1000)
-
-
-def test_no_room_no_start(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StoreFiles, "free_bytes", lambda self: 1000)
     with pytest.raises(StoreError, match="are free"):
         extract(tmp_path / "s", make_corpus(), loaded(bert), REQUEST, check=check_disk_space)
