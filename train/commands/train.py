@@ -95,19 +95,21 @@ def study(
     """
     from dataclasses import asdict
 
-    from ..study.definition import chosen, load_study
-    from ..study.report import limit, markdown, write_reports
+    from ..study.definition import choose_runs, load_study
+    from ..study.report import limit_text, markdown, write_reports
     from ..study.runs import StudyError, run_study
-    from ..study.table import curves, limits, tabulate
+    from ..study.table import detectable_differences, mean_curves, tabulate
 
     loaded = load_study(study, out or Path("runs") / study.stem)
-    runs = chosen(loaded, only, seeds)
-    failures = (
-        [] if table_only else run_study(loaded, runs, jobs=jobs, say=say, limits=lambda: map(limit, limits(loaded)))
-    )
+    runs = choose_runs(loaded, only, seeds)
+    failures: list[str] = []
+    if not table_only:
+        failures = run_study(
+            loaded, runs, jobs=jobs, on_progress=say, limits=lambda: map(limit_text, detectable_differences(loaded))
+        )
     table = tabulate(loaded)
     loaded.out.mkdir(parents=True, exist_ok=True)
-    write_reports(table, loaded.out, curves(loaded))
+    write_reports(table, loaded.out, mean_curves(loaded))
     click.echo(json.dumps(asdict(table), ensure_ascii=False) if as_json else markdown(table), nl=as_json)
     say(f"report: {loaded.out / 'study.html'}")
     if failures:

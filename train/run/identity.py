@@ -69,7 +69,7 @@ def read(out: Path) -> dict[str, Any] | None:
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """Return the differences of two identities in words, such as "budget.steps: 400 and 800"."""
-    left, right = _flat(a), _flat(b)
+    left, right = flatten(a), flatten(b)
     return [f"{k}: {left.get(k)} and {right.get(k)}" for k in left | right if left.get(k) != right.get(k)]
 
 
@@ -101,10 +101,11 @@ def refuse_other_data(old: dict[str, Any], new: dict[str, Any], where: Path) -> 
         )
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as {"outer.inner": value}."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
 
 

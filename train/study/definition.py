@@ -1,23 +1,23 @@
-"""A study: arms × seeds of one recipe, each an ordinary run, read from one TOML file.
+"""A study: arms x seeds of one recipe, each an ordinary run, defined in one TOML file.
 
-Invariant: whatever an arm does not say itself, all arms share: data, budget, seed and first weights; a study whose arms
-cannot be compared is refused before anything runs, as far as settings tell.
-Exercised by: `stillhouse study STUDY`; pytest tests/train/study/test_study.py.
+Guarantees: all arms share what an arm does not set itself: data, budget, seed and first weights. A study whose arms
+cannot be compared is refused before anything runs, as far as the settings show it.
+Try: `stillhouse study STUDY`.
 
-    base = "demo.toml"                    # a recipe, from this file's folder; or none, and all of it in [settings]
+    base = "demo.toml"                    # a recipe, relative to this file; without one, [settings] has everything
     seeds = [1, 2, 3]
-    test = ["test-new"]                   # splits that are decoded and scored; the first decides
-    [settings]                            # laid over the recipe, for all arms
+    test = ["test-new"]                   # splits to decode and score; the first one decides
+    [settings]                            # replaces settings of the recipe, for all arms
     transfer.stores = ["minilm.zarr", "smollm.zarr"]
     [arms.none]
-    [arms.single]                         # laid over that
+    [arms.single]                         # replaces settings of all arms
     transfer.views = "minilm/alone/6"
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,24 +26,27 @@ from pydantic import Field
 
 from ...data.errors import ConfigError, UsageError
 from ..config import Config, ConfigSection, read_toml, validated
+from ..run.identity import flatten
 
-USUAL = ("none", "single")  # the arms that others are compared with, where a study has them
+USUAL = ("none", "single")  # Arms are compared with these, if the study has them.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
-# What decides the data, its order, the budget or the first weights; the runs' identities tell the rest.
+# These decide the data, its order, the budget or the first weights. The runs' identities show the rest.
 _SHARED = ("data", "model", "optim.steps", "loss.kind", "run.precision")
 
 
 class Definition(ConfigSection):
-    """STUDY.toml."""
+    """The content of STUDY.toml."""
 
-    base: Path | None = Field(None, description="recipe, from the study's folder")
-    settings: dict[str, Any] = Field({}, description="laid over the recipe for every arm")
-    arms: dict[str, dict[str, Any]] = Field(min_length=1, description="what each arm changes; may be nothing")
+    base: Path | None = Field(None, description="Recipe, relative to the study's folder.")
+    settings: dict[str, Any] = Field({}, description="Settings that replace those of the recipe, for every arm.")
+    arms: dict[str, dict[str, Any]] = Field(min_length=1, description="What each arm changes. It may be nothing.")
     seeds: list[int] = Field([1, 2, 3], min_length=1)
-    test: list[str] = Field(min_length=1, description="splits to decode and score; the first decides")
-    checkpoint: Literal["last", "best"] = Field("last", description="of each run; best: on data.dev")
-    metric: Literal["wer", "cer"] = Field("wer", description="whose differences are shown")
-    against: list[str] | None = Field(None, description="arms to compare with; none: `none` and `single`, or the first")
+    test: list[str] = Field(min_length=1, description="Splits to decode and score. The first one decides.")
+    checkpoint: Literal["last", "best"] = Field("last", description="Weights of each run. best: by data.dev.")
+    metric: Literal["wer", "cer"] = Field("wer", description="Error rate to compare.")
+    against: list[str] | None = Field(
+        None, description="Arms to compare with. By default `none` and `single`, or else the first."
+    )
 
 
 @dataclass(frozen=True)
@@ -61,30 +64,36 @@ class StudyRun:
 
 @dataclass(frozen=True)
 class Study:
+    """A study and its runs in the order of training: the reference arm first, then seed by seed."""
+
     name: str
     path: Path
     out: Path
     definition: Definition
-    runs: tuple[StudyRun, ...]  # in the order in which they are to be run: the reference first, then seed by seed
+    runs: tuple[StudyRun, ...]
 
     @property
     def against(self) -> list[str]:
         return _against(self.definition)
 
     def of(self, arm: str) -> list[StudyRun]:
+        """Return the runs of an arm, by seed."""
         return sorted((run for run in self.runs if run.arm == arm), key=lambda run: run.seed)
 
 
 def load_study(path: Path, out: Path) -> Study:
-    """Raises ConfigError naming the file, the arm and the setting."""
+    """Read STUDY.toml; the runs are to be written to `out`.
+
+    Raises:
+        ConfigError: names the file, the arm and the setting.
+    """
     definition = validated(Definition, [(path, read_toml(path))])
     for arm in definition.arms:
         if not _NAME.fullmatch(arm):
             raise ConfigError(f"{arm!r} cannot be the name of an arm", where=path, expected="letters, digits, . _ + -")
     if len(set(definition.seeds)) < len(definition.seeds):
         raise ConfigError("a seed is named twice", where=path)
-    unknown = set(definition.against or []) - definition.arms.keys()
-    if unknown:
+    if unknown := set(definition.against or []) - definition.arms.keys():
         raise ConfigError(f"against names {', '.join(sorted(unknown))}", where=path, expected="arms of the study")
     base = [path.parent / definition.base] if definition.base else []
     shared = [*((recipe, read_toml(recipe)) for recipe in base), (path, definition.settings)]
@@ -95,22 +104,34 @@ def load_study(path: Path, out: Path) -> Study:
             runs[arm, seed] = StudyRun(arm, seed, config, out / arm / f"seed-{seed}")
     reference = _against(definition)[0]
     for arm in definition.arms:
-        _refuse_other_terms(runs[reference, definition.seeds[0]], runs[arm, definition.seeds[0]], path)
-    rest = [(arm, seed) for seed in definition.seeds for arm in definition.arms if arm != reference]
-    order = [(reference, seed) for seed in definition.seeds] + rest
+        _check_comparable(runs[reference, definition.seeds[0]], runs[arm, definition.seeds[0]], path)
+    order = [(reference, seed) for seed in definition.seeds]
+    order += [(arm, seed) for seed in definition.seeds for arm in definition.arms if arm != reference]
     return Study(path.stem, path, out, definition, tuple(runs[key] for key in order))
 
 
-def chosen(study: Study, arms: str | None, seeds: str | None) -> list[StudyRun]:
-    """The runs of some arms and seeds, named with commas; None: all. Raises UsageError for what there is not."""
-    wanted = arms.split(",") if arms else list(study.definition.arms)
-    numbers = seeds.split(",") if seeds else [str(seed) for seed in study.definition.seeds]
-    unknown = [arm for arm in wanted if arm not in study.definition.arms]
-    unknown += [f"seed {n}" for n in numbers if n not in map(str, study.definition.seeds)]
+def choose_runs(study: Study, arms: str | None, seeds: str | None) -> list[StudyRun]:
+    """Return the runs of some arms and seeds, each given as names with commas between them. None means all.
+
+    Raises:
+        UsageError: the study does not have such an arm or seed.
+    """
+    names, numbers = list(study.definition.arms), [str(seed) for seed in study.definition.seeds]
+    chosen_arms, chosen_seeds = arms.split(",") if arms else names, seeds.split(",") if seeds else numbers
+    unknown = [arm for arm in chosen_arms if arm not in names]
+    unknown += [f"seed {n}" for n in chosen_seeds if n not in numbers]
     if unknown:
-        has = f"{', '.join(study.definition.arms)}; seeds {', '.join(map(str, study.definition.seeds))}"
-        raise UsageError(f"the study has no {', '.join(unknown)}", where=study.path, expected=has)
-    return [run for run in study.runs if run.arm in wanted and str(run.seed) in numbers]
+        expected = f"{', '.join(names)}; seeds {', '.join(numbers)}"
+        raise UsageError(f"the study has no {', '.join(unknown)}", where=study.path, expected=expected)
+    return [run for run in study.runs if run.arm in chosen_arms and str(run.seed) in chosen_seeds]
+
+
+def changes_of_arms(study: Study) -> dict[str, str]:
+    """Return what each arm changes, as one line of TOML."""
+    return {
+        arm: ", ".join(f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in flatten(changes).items()) or "nothing"
+        for arm, changes in study.definition.arms.items()
+    }
 
 
 def _against(definition: Definition) -> list[str]:
@@ -118,36 +139,17 @@ def _against(definition: Definition) -> list[str]:
     return definition.against or usual or [next(iter(definition.arms))]
 
 
-def _refuse_other_terms(a: StudyRun, b: StudyRun, path: Path) -> None:
-    left, right = (_terms(run.config) for run in (a, b))
-    differ = [f"{k} is {left[k]} and {right[k]}" for k in left if left[k] != right[k]]
-    if differ:
+def _check_comparable(a: StudyRun, b: StudyRun, path: Path) -> None:
+    left, right = (_shared_settings(run.config) for run in (a, b))
+    if differ := [f"{k} is {left[k]} and {right[k]}" for k in left if left[k] != right[k]]:
         raise ConfigError(
             f"the arms {a.arm} and {b.arm} cannot be compared: {'; '.join(differ)}",
             where=path,
-            remedy="move it to [settings], for all arms, or make it a study of its own",
+            remedy="move the setting to [settings], for all arms, or make another study",
         )
 
 
-def _terms(config: Config) -> dict[str, Any]:
-    flat = config.flat()
-    flat["loss.ctc_weight above 0"] = config.loss.ctc_weight > 0  # whether there is a CTC head
-    shared = (*_SHARED, "loss.ctc_weight above 0")
-    return {k: v for k, v in flat.items() if k.startswith(shared) and k != "model.dropout"}
-
-
-def differing(study: Study) -> dict[str, str]:
-    """What each arm changes, as one line of TOML, for people."""
-    return {arm: ", ".join(_lines(changes)) or "nothing" for arm, changes in study.definition.arms.items()}
-
-
-def _lines(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
-    import json
-
-    found = []
-    for key, value in tree.items():
-        below = isinstance(value, Mapping)
-        found += (
-            _lines(value, f"{prefix}{key}.") if below else [f"{prefix}{key} = {json.dumps(value, ensure_ascii=False)}"]
-        )
-    return found
+def _shared_settings(config: Config) -> dict[str, Any]:
+    ctc = "loss.ctc_weight above 0"  # It decides whether the model has a CTC head.
+    settings = config.flat() | {ctc: config.loss.ctc_weight > 0}
+    return {k: v for k, v in settings.items() if k.startswith((*_SHARED, ctc)) and k != "model.dropout"}

@@ -1,8 +1,8 @@
-"""The runs of a study, several at a time, each in a process of its own; stopped, the study goes on where it was.
+"""Run a study, several runs at a time, each in a process of its own. A stopped study resumes.
 
-Invariant: a run that is done (trained to its last step, every test split decoded) is never begun again, and no run
-goes on after the process that began it is gone. Runs that cannot be compared stop the study.
-Exercised by: `stillhouse study STUDY --jobs 2`, killed and started again.
+Guarantees: a done run (trained to its last step, every test split decoded) never starts again, and no run outlives the
+process that started it. Runs that cannot be compared stop the study.
+Try: `stillhouse study STUDY --jobs 2`, killed and started again.
 """
 
 from __future__ import annotations
@@ -24,98 +24,106 @@ from ..config import Config, load_config
 from ..run import identity
 from .definition import Study, StudyRun
 
-Say = Callable[[str], None]
-
 
 class StudyError(StillhouseError):
     """Some runs of a study failed; the others are done."""
 
 
-def hypotheses(run: StudyRun, split: str) -> Path:
+def hypotheses_path(run: StudyRun, split: str) -> Path:
     return run.folder / f"hyp-{split}.jsonl"
 
 
 def done(run: StudyRun, study: Study) -> bool:
-    """Whether a run is trained and decoded as the study wants it."""
+    """Return whether a run is trained and decoded as the study needs it."""
     try:
         result = json.loads(read_plain(run.folder / "result.json"))
         return result["checkpoint"] == study.definition.checkpoint and set(study.definition.test) <= set(result["test"])
-    except (OSError, ValueError, LookupError, TypeError):  # a file that is not ours
+    except (OSError, ValueError, LookupError, TypeError):  # The file is missing, or no study wrote it.
         return False
 
 
 def check(study: Study) -> None:
-    """Raises StaleError where a folder holds another run than the study's, or runs cannot be compared."""
-    refuse_other_settings(study.runs)
-    refuse_unlike(study.runs)
+    """Check that the folders hold the study's runs and that these can be compared.
 
-
-def refuse_other_settings(runs: Iterable[StudyRun]) -> None:
-    """Raises StaleError for a folder that holds a run with other settings than the study's."""
-    from ..run.identity import refuse_other_settings as refuse
-
-    for run in runs:
+    Raises:
+        StaleError: a folder holds a run with other settings, or two runs cannot be compared.
+    """
+    for run in study.runs:
         settings = run.folder / "config.toml"
         if settings.exists():
-            refuse(load_config(settings, saved=True), run.config, settings)
+            identity.refuse_other_settings(load_config(settings, saved=True), run.config, settings)
+    check_identities(study.runs)
 
 
-def refuse_unlike(runs: Iterable[StudyRun]) -> None:
-    """Raises StaleError where runs that have begun differ in data, budget or first weights, naming what differs.
+def check_identities(runs: Iterable[StudyRun]) -> None:
+    """Check that runs can be compared: equal identities for one seed, and equal budgets between seeds.
 
-    Of one seed everything must be equal; between seeds, the budget.
+    Raises:
+        StaleError: they cannot be compared; names what differs.
     """
-    first: dict[int, tuple[StudyRun, dict]] = {}
+    by_seed: dict[int, tuple[StudyRun, dict]] = {}
     for run in runs:
-        found = identity.read(run.folder)
-        if found is None:
-            if done_training(run):
+        own = identity.read(run.folder)
+        if own is None:
+            if (run.folder / "checkpoints" / f"step-{run.config.optim.steps:08d}").is_dir():
                 raise StaleError(
-                    "a run that says nothing of its data and first weights",
+                    "the run has no identity.json with its data and first weights",
                     where=run.folder,
-                    remedy="delete it; the study makes it again",
+                    remedy="delete the run, and the study trains it again",
                 )
             continue
-        other, theirs = first.setdefault(run.seed, (run, found))
-        differ = identity.differences(theirs, found)
-        if not differ and first:
-            other, theirs = next(iter(first.values()))
-            differ = identity.differences({"budget": theirs["budget"]}, {"budget": found["budget"]})
+        other, theirs = by_seed.setdefault(run.seed, (run, own))
+        differ = identity.differences(theirs, own)
+        if not differ:
+            other, theirs = next(iter(by_seed.values()))
+            differ = identity.differences({"budget": theirs["budget"]}, {"budget": own["budget"]})
         if differ:
             raise StaleError(
                 f"{other} and {run} cannot be compared: {'; '.join(differ)}",
                 where=run.folder,
                 expected="the same data in the same order, the same budget and the same first weights",
-                remedy="delete the run that is not meant, or give --out another folder",
+                remedy="delete the wrong run, or choose another --out",
             )
 
 
-def done_training(run: StudyRun) -> bool:
-    return (run.folder / "checkpoints" / f"step-{run.config.optim.steps:08d}").is_dir()
-
-
 def run_study(
-    study: Study, runs: Sequence[StudyRun], *, jobs: int, say: Say, limits: Callable[[], Iterable[str]]
+    study: Study,
+    runs: Sequence[StudyRun],
+    *,
+    jobs: int,
+    on_progress: Callable[[str], None],
+    limits: Callable[[], Iterable[str]],
 ) -> list[str]:
-    """Make those of `runs` that are not done, `jobs` at a time. Returns what went wrong, a line a failed run.
+    """Train and decode those of `runs` that are not done.
 
-    limits   lines on what the test sets can show, said as soon as the arm that tells it, the first, is done
-    Errors: StaleError as soon as two runs cannot be compared.
+    Arguments:
+        study: the study.
+        runs: some of its runs, or all.
+        jobs: how many to run at a time.
+        on_progress: takes lines of text.
+        limits: returns lines on what the test sets can show. They go to `on_progress` as soon as the reference arm,
+            from which they follow, is done.
+
+    Returns:
+        A line on each failed run.
+
+    Raises:
+        StaleError: two runs cannot be compared.
     """
     check(study)
     waiting = deque(run for run in runs if not done(run, study))
-    say(f"{len(runs)} runs, {len(runs) - len(waiting)} of them done; {jobs} at a time")
-    unsaid = list(study.of(study.against[0])) if waiting else []
+    on_progress(f"{len(runs)} runs, {len(runs) - len(waiting)} of them done; {jobs} at a time")
+    reference = list(study.of(study.against[0])) if waiting else []  # emptied when the limits are known
     working: dict[Connection, tuple[Any, StudyRun]] = {}
 
-    def foretell() -> None:
+    def announce_limits() -> None:
         busy = [run for _, run in working.values()]
-        if unsaid and all(done(run, study) and run not in busy for run in unsaid):
-            unsaid.clear()
+        if reference and all(done(run, study) and run not in busy for run in reference):
+            reference.clear()
             for line in limits():
-                say(line)
+                on_progress(line)
 
-    foretell()
+    announce_limits()
     threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else 0
     failures: list[str] = []
     context = multiprocessing.get_context("spawn")
@@ -126,7 +134,7 @@ def run_study(
                 ours, theirs = context.Pipe(duplex=False)
                 config = run.config.model_dump_json()
                 arguments = (theirs, config, run.folder, study.definition.test, study.definition.checkpoint, threads)
-                process = context.Process(target=_work, args=arguments, name=str(run))
+                process = context.Process(target=_train_and_decode, args=arguments, name=str(run))
                 process.start()
                 theirs.close()
                 working[ours] = (process, run)
@@ -136,20 +144,21 @@ def run_study(
                 try:
                     message = json.loads(ready.recv_bytes())
                 except EOFError:
-                    message = {"end": f"its process ended with exit code {_ended(process)}"}
+                    process.join()
+                    message = {"end": f"its process ended with exit code {process.exitcode}"}
                 if "line" in message:
-                    say(f"[{run}] {message['line']}")
+                    on_progress(f"[{run}] {message['line']}")
                 if "begun" in message:
-                    refuse_unlike(study.runs)
+                    check_identities(study.runs)
                 if "end" in message:
                     process.join()
                     ready.close()
                     del working[ready]
                     if message["end"] is None:
-                        foretell()
+                        announce_limits()
                     else:
                         failures.append(f"{run}: {message['end']}")
-                        say(f"[{run}] failed: {message['end']}")
+                        on_progress(f"[{run}] failed: {message['end']}")
     finally:
         for process, _ in working.values():
             process.terminate()
@@ -158,16 +167,13 @@ def run_study(
     return failures
 
 
-def _ended(process: Any) -> int | None:
-    process.join()
-    return process.exitcode
+def _train_and_decode(
+    out: Connection, config: str, folder: Path, test: list[str], checkpoint: str, threads: int
+) -> None:
+    """Train a run and decode the test splits, in the process of the run."""
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
-
-def _work(out: Connection, config: str, folder: Path, test: list[str], checkpoint: str, threads: int) -> None:
-    """In the process of a run: train it, decode the test splits."""
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-
-    def tell(**message: Any) -> None:
+    def send(**message: Any) -> None:
         out.send_bytes(json.dumps(message).encode())
 
     try:
@@ -176,21 +182,21 @@ def _work(out: Connection, config: str, folder: Path, test: list[str], checkpoin
             settings.run.threads = threads
         from ..loop.trainer import Trainer
 
-        trainer = Trainer(settings, folder, lambda line: tell(line=line))
-        tell(begun=True)
+        trainer = Trainer(settings, folder, lambda line: send(line=line))
+        send(begun=True)
         trainer.run()
         del trainer
         for split in test:
-            tell(line=f"decoding {split}")
+            send(line=f"decoding {split}")
             _decode(settings, folder, split, checkpoint)
         write_atomic(folder / "result.json", json.dumps({"checkpoint": checkpoint, "test": test}) + "\n")
-        tell(end=None)
+        send(end=None)
     except StillhouseError as e:
-        tell(end=str(e))
+        send(end=str(e))
     except KeyboardInterrupt:
-        os._exit(130)  # the study says so
+        os._exit(130)  # The study reports it.
     except Exception:
-        tell(end=traceback.format_exc())
+        send(end=traceback.format_exc())
 
 
 def _decode(config: Config, folder: Path, split: str, checkpoint: str) -> None:
@@ -207,8 +213,8 @@ def _decode(config: Config, folder: Path, split: str, checkpoint: str) -> None:
     write_hypotheses(folder / f"hyp-{split}.jsonl", triples)
 
 
-def _leave_with_parent() -> None:
-    """A study that is killed must not leave runs behind, which the next one would meet in their folders."""
+def _exit_with_parent() -> None:
+    """End this process with the study's, because the next study would find a running run in its folder."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])

@@ -1,7 +1,8 @@
 """What the runs of a study show: error rates, paired differences, and how small a difference could be seen.
 
-Invariant: two arms are compared over the seeds that both have and the same utterances, resampled together; figures
-follow from the hypotheses and metrics of the run folders alone. Exercised by: `stillhouse study STUDY --table`.
+Guarantees: two arms are compared over the seeds that both have and the same utterances, resampled together. All figures
+follow from the hypotheses and metrics of the run folders.
+Try: `stillhouse study STUDY --table`.
 """
 
 from __future__ import annotations
@@ -12,20 +13,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...data.errors import CorpusError
-from ..report.html import read_metrics
+from ..report.html import Points, read_metrics, series
 from ..score.hypotheses import read_hypotheses
 from ..score.wer import bootstrap_sums, error_counts
-from .definition import Study, StudyRun, differing
-from .runs import check, done, hypotheses
+from .definition import Study, StudyRun, changes_of_arms
+from .runs import check, done, hypotheses_path
 
-Curve = list[tuple[float, float]]  # (step, value)
 RESAMPLES = 2_000
-FOUND = 1.96 + 0.84  # standard errors of a difference that a two-sided test at 5 % finds four times in five
+# A two-sided test at 5 % finds a difference of so many standard errors with a probability of 4 in 5.
+FOUND = 1.96 + 0.84
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A rate, or a difference of rates; `low` and `high` bound its 95 % bootstrap interval over utterances."""
+    """A rate, or a difference of rates. `low` and `high` bound its 95 % bootstrap interval over utterances."""
 
     value: float
     low: float
@@ -34,22 +35,29 @@ class Estimate:
 
 @dataclass(frozen=True)
 class ErrorDifference:
-    """This arm less `to`, over the seeds that both have; `by_seed` in the order of the seeds.
+    """The error rate of an arm minus that of the arm `to`, over the seeds that both have.
 
-    verdict: "lower" or "higher" where the difference is more than 1.96 times its standard error, taken from the spread
-    over utterances and the spread between seeds together; else "not shown"; "one seed" where that spread is unknown.
+    relative: the difference over the other arm's rate.
+    by_seed: the difference of each seed, in the order of the seeds.
+    verdict: "lower" or "higher" if the difference is above 1.96 standard errors, which include the spread over
+        utterances and between seeds; otherwise "not shown". "one seed" if the spread between seeds is unknown.
     """
 
     to: str
     estimate: Estimate
-    relative: float  # of the other's rate
+    relative: float
     by_seed: tuple[float, ...]
     verdict: str
 
 
 @dataclass(frozen=True)
 class ArmRow:
-    """One arm on one split, averaged over its seeds."""
+    """One arm on one split, averaged over its seeds.
+
+    seconds: training time of a run.
+    transfer: transfer loss over the last tenth of training. None without transfer.
+    dev_loss: RNN-T loss per unit of data.dev at the end. None if a run has none.
+    """
 
     arm: str
     split: str
@@ -58,14 +66,14 @@ class ArmRow:
     cer: Estimate
     differences: tuple[ErrorDifference, ...]
     steps: int
-    seconds: float  # of training a run, the mean
-    transfer: float | None  # the transfer loss over the last tenth of training, the mean
-    dev_loss: float | None  # the RNN-T loss a unit of data.dev at the end, the mean
+    seconds: float
+    transfer: float | None
+    dev_loss: float | None
 
 
 @dataclass(frozen=True)
 class Detectable:
-    """The smallest true difference of two arms with `seeds` seeds each that would most likely (4 in 5) be found."""
+    """The smallest true difference of two arms with `seeds` seeds each that is found with a probability of 4 in 5."""
 
     split: str
     value: float
@@ -76,61 +84,85 @@ class Detectable:
 
 @dataclass(frozen=True)
 class Table:
+    """All results of a study.
+
+    missing: runs that are not done.
+    changes: what each arm changes, as TOML.
+    commands: the command that runs each arm.
+    """
+
     study: str
     metric: str
     against: tuple[str, ...]
     rows: tuple[ArmRow, ...]
     detectable: tuple[Detectable, ...]
-    missing: tuple[str, ...]  # runs that are not done
-    changes: dict[str, str]  # what each arm changes
-    commands: dict[str, str]  # arm -> the command that makes it
+    missing: tuple[str, ...]
+    changes: dict[str, str]
+    commands: dict[str, str]
+
+    @property
+    def splits(self) -> list[str]:
+        return list(dict.fromkeys(row.split for row in self.rows))
 
     def of(self, split: str) -> list[ArmRow]:
         return [row for row in self.rows if row.split == split]
 
 
 @dataclass(frozen=True)
-class _Errors:
-    """Errors int [S, U] by metric and reference lengths int [U] of one arm's runs on one split."""
+class ArmErrors:
+    """Errors int [S, U] and reference lengths int [U] of one arm's S runs on one split, both by metric."""
 
     seeds: list[int]
     ids: list[str]
     errors: dict[str, np.ndarray]
     reference: dict[str, np.ndarray]
 
+    def rates(self, metric: str) -> np.ndarray:
+        """Return the error rate of each run, float64 [S]."""
+        return self.errors[metric].sum(1) / max(1, self.reference[metric].sum())
+
+    def resampled_rates(self, metric: str) -> np.ndarray:
+        """Return error rates of bootstrap samples, float64 [resamples, S]."""
+        columns = np.concatenate([self.errors[metric], self.reference[metric][None]])
+        sums = bootstrap_sums(columns.T, resamples=RESAMPLES)
+        return sums[:, :-1] / np.maximum(1, sums[:, -1:])
+
 
 def tabulate(study: Study) -> Table:
-    """Of the runs that are done.
+    """Return the results of the runs that are done.
 
-    Errors: StaleError where they cannot be compared, CorpusError where two were not decoded over the same transcripts.
+    Raises:
+        StaleError: runs cannot be compared.
+        CorpusError: two runs were decoded with different transcripts.
     """
     check(study)
     definition = study.definition
     finished = {arm: [run for run in study.of(arm) if done(run, study)] for arm in definition.arms}
     rows: list[ArmRow] = []
     for split in definition.test:
-        found = {arm: _read(runs, split) for arm, runs in finished.items() if runs}
-        _refuse_other_transcripts(found, split)
-        for arm, errors in found.items():
+        arms = {arm: _read(runs, split) for arm, runs in finished.items() if runs}
+        first = next(iter(arms), "")
+        for arm, errors in arms.items():
+            same = all(np.array_equal(errors.reference[m], arms[first].reference[m]) for m in errors.reference)
+            if errors.ids != arms[first].ids or not same:
+                raise _other_transcripts(f"{arm}, {split}", f"{first}, {split}")
             before = study.against[: study.against.index(arm)] if arm in study.against else study.against
-            others = {to: found[to] for to in before if to in found}
+            others = {to: arms[to] for to in before if to in arms}
             rows.append(_row(arm, split, finished[arm], errors, others, definition.metric))
-    missing = tuple(str(run) for run in study.runs if not done(run, study))
-    commands = {arm: f"stillhouse study {study.path} --only {arm} --out {study.out}" for arm in definition.arms}
     return Table(
         study.name,
         definition.metric,
         tuple(study.against),
         tuple(rows),
-        tuple(limits(study)),
-        missing,
-        differing(study),
-        commands,
+        tuple(detectable_differences(study)),
+        tuple(str(run) for run in study.runs if not done(run, study)),
+        changes_of_arms(study),
+        {arm: f"stillhouse study {study.path} --only {arm} --out {study.out}" for arm in definition.arms},
     )
 
 
-def limits(study: Study) -> list[Detectable]:
-    """What each test split can show, as far as the arm that others are compared with is done."""
+def detectable_differences(study: Study) -> list[Detectable]:
+    """Return what each test split can show, from the runs of the reference arm that are done."""
     arm, definition = study.against[0], study.definition
     runs = [run for run in study.of(arm) if done(run, study)]
     return [
@@ -140,28 +172,43 @@ def limits(study: Study) -> list[Detectable]:
     ]
 
 
-def curves(study: Study) -> dict[str, dict[str, Curve]]:
-    """{caption: {arm: its curve, the mean over the seeds that have begun}}."""
-    kinds = {
+def mean_curves(study: Study) -> dict[str, dict[str, Points]]:
+    """Return {caption: {arm: curve}}, means over the seeds that have begun."""
+    plots = {
         "Error rate on dev": ("dev", study.definition.metric, 100.0),
         "Transducer loss": ("train", "rnnt", 1.0),
         "Transducer loss on dev": ("dev", "rnnt", 1.0),
         "Transfer loss": ("train", "transfer", 1.0),
     }
     metrics = {arm: [_metrics(run) for run in study.of(arm)] for arm in study.definition.arms}
-    return {
-        caption: {arm: _mean_curve(runs, kind, key, scale) for arm, runs in metrics.items()}
-        for caption, (kind, key, scale) in kinds.items()
-    }
+    curves: dict[str, dict[str, Points]] = {}
+    for caption, (kind, key, scale) in plots.items():
+        curves[caption] = {}
+        for arm, runs in metrics.items():
+            values: dict[float, list[float]] = {}
+            for step, value in (point for records in runs for point in series(records, key, kind, scale)):
+                values.setdefault(step, []).append(value)
+            curves[caption][arm] = [(step, float(np.mean(values[step]))) for step in sorted(values)]
+    return curves
 
 
-def _mean_curve(runs: Sequence[list[dict]], kind: str, key: str, scale: float) -> Curve:
-    found: dict[int, list[float]] = {}
-    for lines in runs:
-        for m in lines:
-            if m["kind"] == kind and m.get(key) is not None:
-                found.setdefault(m["step"], []).append(scale * m[key])
-    return [(step, float(np.mean(values))) for step, values in sorted(found.items())]
+def detectable(errors: ArmErrors, split: str, metric: str, arm: str, seeds: int) -> Detectable:
+    """Return how small a difference can be found, from how much the runs of one arm differ by the seed alone.
+
+    For each pair of seeds, take the larger of the squared difference and its bootstrap variance over utterances, and
+    average. Two runs may be close by chance, and a small test set may hide their difference. With one seed, take twice
+    the bootstrap variance of its rate, as if two runs had nothing in common. That is an upper bound for the part of
+    the test set, and has no part for the seeds.
+    """
+    drawn, point = errors.resampled_rates(metric), errors.rates(metric)
+    if len(errors.seeds) > 1:
+        pairs = [(i, j) for i in range(len(point)) for j in range(i)]
+        squared = float(np.mean([(point[i] - point[j]) ** 2 for i, j in pairs]))
+        resampled = float(np.mean([np.var(drawn[:, i] - drawn[:, j]) for i, j in pairs]))
+        variance, how = max(squared, resampled), f"from the {len(point)} runs of {arm}, which differ in the seed alone"
+    else:
+        variance, how = 2 * float(np.var(drawn[:, 0])), f"from one run of {arm}; more seeds give a better estimate"
+    return Detectable(split, FOUND * (variance / seeds) ** 0.5, seeds, len(errors.ids), how)
 
 
 def _metrics(run: StudyRun) -> list[dict]:
@@ -169,66 +216,28 @@ def _metrics(run: StudyRun) -> list[dict]:
     return read_metrics(path) if path.exists() else []
 
 
-def detectable(errors: _Errors, split: str, metric: str, arm: str, seeds: int) -> Detectable:
-    """From the reference arm alone: how far apart two of its runs are, which differ in nothing but the seed.
-
-    Per pair of seeds, the larger of the squared difference and its bootstrap variance over utterances, averaged: runs
-    may by chance land near each other, and a small test set may hide how far they are apart. With one seed, twice the
-    bootstrap variance of its rate, as if two runs had nothing in common: an upper bound for the test set's part, and
-    nothing for the seeds'.
-    """
-    rates = _rates(errors, metric)
-    point = errors.errors[metric].sum(1) / max(1, errors.reference[metric].sum())
-    if len(errors.seeds) > 1:
-        pairs = [(i, j) for i in range(len(point)) for j in range(i)]
-        seen = float(np.mean([(point[i] - point[j]) ** 2 for i, j in pairs]))
-        drawn = float(np.mean([np.var(rates[:, i] - rates[:, j]) for i, j in pairs]))
-        variance, how = max(seen, drawn), f"from the {len(point)} runs of {arm}, which differ in the seed alone"
-    else:
-        variance, how = 2 * float(np.var(rates[:, 0])), f"from the utterances of one run of {arm}: more seeds tell more"
-    return Detectable(split, FOUND * (variance / seeds) ** 0.5, seeds, len(errors.ids), how)
-
-
-def _read(runs: Sequence[StudyRun], split: str) -> _Errors:
-    ids: list[str] = []
-    texts: list[str] = []
+def _read(runs: Sequence[StudyRun], split: str) -> ArmErrors:
+    texts: tuple[list[str], list[str]] | None = None  # ids, references
     errors: dict[str, list[np.ndarray]] = {"wer": [], "cer": []}
     reference: dict[str, np.ndarray] = {}
     for run in runs:
-        path = hypotheses(run, split)
-        triples = read_hypotheses(path)
-        if ids and (ids, texts) != ([t[0] for t in triples], [t[1] for t in triples]):
-            raise _other(path, hypotheses(runs[0], split))
-        ids, texts = [t[0] for t in triples], [t[1] for t in triples]
+        path = hypotheses_path(run, split)
+        ids, refs, hyps = (list(column) for column in zip(*read_hypotheses(path)))
+        if (ids, refs) != (texts := texts or (ids, refs)):
+            raise _other_transcripts(path, hypotheses_path(runs[0], split))
         for metric, rows in errors.items():
-            table = error_counts(texts, [t[2] for t in triples], characters=metric == "cer")
+            table = error_counts(refs, hyps, characters=metric == "cer")
             rows.append(table[:, :3].sum(1))
             reference[metric] = table[:, 3]
-    return _Errors([run.seed for run in runs], ids, {m: np.stack(rows) for m, rows in errors.items()}, reference)
+    return ArmErrors([run.seed for run in runs], ids, {m: np.stack(rows) for m, rows in errors.items()}, reference)
 
 
-def _refuse_other_transcripts(found: dict[str, _Errors], split: str) -> None:
-    first = next(iter(found.items()), None)
-    for arm, errors in found.items():
-        assert first is not None
-        same = all(np.array_equal(errors.reference[m], first[1].reference[m]) for m in errors.reference)
-        if errors.ids != first[1].ids or not same:
-            raise _other(f"{arm}, {split}", f"{first[0]}, {split}")
-
-
-def _other(where: object, other: object) -> CorpusError:
+def _other_transcripts(where: object, other: object) -> CorpusError:
     return CorpusError(
-        "decoded over other transcripts than " + str(other),
+        f"the transcripts differ from those of {other}",
         where=where,
         remedy="delete the result.json of the older runs, and the study decodes them again",
     )
-
-
-def _rates(errors: _Errors, metric: str) -> np.ndarray:
-    """Error rates of bootstrap samples: [resamples, S]."""
-    columns = np.concatenate([errors.errors[metric], errors.reference[metric][None]])
-    sums = bootstrap_sums(columns.T, resamples=RESAMPLES)
-    return sums[:, :-1] / np.maximum(1, sums[:, -1:])
 
 
 def _estimate(value: float, drawn: np.ndarray) -> Estimate:
@@ -236,52 +245,46 @@ def _estimate(value: float, drawn: np.ndarray) -> Estimate:
     return Estimate(float(value), float(low), float(high))
 
 
-def _mean(errors: _Errors, metric: str) -> Estimate:
-    value = errors.errors[metric].sum(1).mean() / max(1, errors.reference[metric].sum())
-    return _estimate(value, _rates(errors, metric).mean(1))
-
-
 def _row(
-    arm: str, split: str, runs: Sequence[StudyRun], errors: _Errors, others: dict[str, _Errors], metric: str
+    arm: str, split: str, runs: Sequence[StudyRun], errors: ArmErrors, others: dict[str, ArmErrors], metric: str
 ) -> ArmRow:
+    steps = runs[0].config.optim.steps
     metrics = [_metrics(run) for run in runs]
-    trained = [[m for m in lines if m["kind"] == "train"] for lines in metrics]
-    evaluated = [m["rnnt"] for lines in metrics for m in lines if "rnnt" in m and _is_last(m, runs[0])]
-    seconds = [sum(m["seconds"] for m in lines) for lines in trained]
-    ends = [m["transfer"] for lines in trained for m in lines[-max(1, len(lines) // 10) :] if "transfer" in m]
-    differences = tuple(_difference(errors, other, to, metric) for to, other in others.items())
+    trained = [[m for m in records if m["kind"] == "train"] for records in metrics]
+    ends = [m["transfer"] for records in trained for m in records[-max(1, len(records) // 10) :] if "transfer" in m]
+    dev = [value for records in metrics for step, value in series(records, "rnnt", "dev") if step == steps]
+    wer, cer = (
+        _estimate(errors.errors[m].sum(1).mean() / max(1, errors.reference[m].sum()), errors.resampled_rates(m).mean(1))
+        for m in ("wer", "cer")
+    )
+    differences = (_difference(errors, other, to, metric) for to, other in others.items())
     return ArmRow(
         arm,
         split,
         tuple(errors.seeds),
-        _mean(errors, "wer"),
-        _mean(errors, "cer"),
+        wer,
+        cer,
         tuple(d for d in differences if d is not None),
-        runs[0].config.optim.steps,
-        float(np.mean(seconds)),
+        steps,
+        float(np.mean([sum(m["seconds"] for m in records) for records in trained])),
         float(np.mean(ends)) if ends else None,
-        float(np.mean(evaluated)) if len(evaluated) == len(runs) else None,
+        float(np.mean(dev)) if len(dev) == len(runs) else None,
     )
 
 
-def _is_last(line: dict, run: StudyRun) -> bool:
-    return line["kind"] == "dev" and line["step"] == run.config.optim.steps
-
-
-def _difference(mine: _Errors, theirs: _Errors, to: str, metric: str) -> ErrorDifference | None:
-    common = sorted(set(mine.seeds) & set(theirs.seeds))
+def _difference(own: ArmErrors, other: ArmErrors, to: str, metric: str) -> ErrorDifference | None:
+    common = sorted(set(own.seeds) & set(other.seeds))
     if not common:
         return None
-    at = [[errors.seeds.index(seed) for seed in common] for errors in (mine, theirs)]
-    drawn = (_rates(mine, metric)[:, at[0]] - _rates(theirs, metric)[:, at[1]]).mean(1)
-    words = max(1, mine.reference[metric].sum())
-    a, b = (e.errors[metric].sum(1)[i] / words for e, i in zip((mine, theirs), at, strict=True))
-    by_seed = a - b
+    i, j = ([errors.seeds.index(seed) for seed in common] for errors in (own, other))
+    drawn = (own.resampled_rates(metric)[:, i] - other.resampled_rates(metric)[:, j]).mean(1)
+    rates, others = own.rates(metric)[i], other.rates(metric)[j]
+    by_seed = rates - others
     between = by_seed.var(ddof=1) / len(common) if len(common) > 1 else 0.0
     error = float(np.sqrt(drawn.var() + between))
     value = float(by_seed.mean())
     verdict = "not shown" if abs(value) <= 1.96 * error else ("lower" if value < 0 else "higher")
     if len(common) == 1:
         verdict = "one seed"
-    relative = value / float(b.mean()) if b.mean() else 0.0
+    relative = value / float(others.mean()) if others.mean() else 0.0
     return ErrorDifference(to, _estimate(value, drawn), relative, tuple(float(x) for x in by_seed), verdict)

@@ -20,10 +20,10 @@ from stillhouse.train.loop.trainer import Trainer
 from stillhouse.train.model.build import build_model
 from stillhouse.train.run import identity
 from stillhouse.train.run.load import load_run
-from stillhouse.train.study.definition import chosen, load_study
+from stillhouse.train.study.definition import choose_runs, load_study
 from stillhouse.train.study.report import markdown
-from stillhouse.train.study.runs import done, refuse_unlike, run_study
-from stillhouse.train.study.table import FOUND, detectable, limits, tabulate
+from stillhouse.train.study.runs import check_identities, done, run_study
+from stillhouse.train.study.table import FOUND, ArmErrors, detectable, detectable_differences, tabulate
 
 STUDY = """
 base = "run.toml"
@@ -81,7 +81,7 @@ def test_a_done_study_runs_nothing_and_its_reports_agree(finished: tuple[Path, P
     path, out, said = finished
     study, again = load_study(path, out), []
     before = {p: p.stat().st_mtime_ns for p in out.glob("*/*/**/*")}
-    assert run_study(study, study.runs, jobs=2, say=again.append, limits=list) == []
+    assert run_study(study, study.runs, jobs=2, on_progress=again.append, limits=list) == []
     assert again == ["4 runs, 4 of them done; 2 at a time"]
     assert before == {p: p.stat().st_mtime_ns for p in out.glob("*/*/**/*")}
     table = tabulate(study)
@@ -120,7 +120,7 @@ def test_runs_that_differ_in_data_budget_or_weights_are_refused(
 ) -> None:
     path, out, _ = finished
     study = load_study(path, out)
-    refuse_unlike(study.runs)
+    check_identities(study.runs)
     mine = study.of("slow")[1].folder / "identity.json"
     kept = mine.read_text()
     try:
@@ -129,15 +129,15 @@ def test_runs_that_differ_in_data_budget_or_weights_are_refused(
             other[part][key] = "another"
             mine.write_text(json.dumps(other))
             with pytest.raises(StaleError, match=rf"none/2 and slow/2 cannot be compared: {part}\.{key}: .* another"):
-                refuse_unlike(study.runs)
+                check_identities(study.runs)
         mine.write_text(json.dumps(json.loads(kept) | {"initialisation": "f00"}))
         with pytest.raises(StaleError, match=r"initialisation: .* and f00"):
-            run_study(study, study.runs, jobs=1, say=lambda _: None, limits=list)
+            run_study(study, study.runs, jobs=1, on_progress=lambda _: None, limits=list)
         with pytest.raises(StaleError, match=r"initialisation: .* and f00"):
             tabulate(study)
         mine.unlink()
-        with pytest.raises(StaleError, match="says nothing of its data"):
-            refuse_unlike(study.runs)
+        with pytest.raises(StaleError, match=r"has no identity\.json with its data"):
+            check_identities(study.runs)
     finally:
         mine.write_text(kept)
 
@@ -146,7 +146,7 @@ def test_other_settings_than_the_runs_have_are_refused(finished: tuple[Path, Pat
     _, out, _ = finished
     study = load_study(write(tones, "other", STUDY.replace("1e-5", "1e-4")), out)
     with pytest.raises(StaleError, match=r"slow/seed-1/config\.toml: .* optim\.lr: 1e-05 in the run, 0\.0001 in"):
-        run_study(study, study.runs, jobs=1, say=lambda _: None, limits=list)
+        run_study(study, study.runs, jobs=1, on_progress=lambda _: None, limits=list)
 
 
 @pytest.mark.parametrize(
@@ -173,9 +173,9 @@ def test_dropout_is_an_arm_of_its_own_right_and_arms_are_chosen_by_name(tones: P
     weights = [build_model(run.config, 9).state_dict() for run in (study.of("none")[0], study.of("slow")[0])]
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
     assert [str(run) for run in study.runs] == ["none/1", "none/2", "slow/1", "slow/2"]
-    assert [str(run) for run in chosen(study, "slow", "2")] == ["slow/2"]
+    assert [str(run) for run in choose_runs(study, "slow", "2")] == ["slow/2"]
     with pytest.raises(UsageError, match="no fast, seed 3"):
-        chosen(study, "fast,slow", "3")
+        choose_runs(study, "fast,slow", "3")
 
 
 def pretend(tones: Path, out: Path, hypotheses: dict[tuple[str, int], list[str]], references: list[str]):
@@ -251,12 +251,10 @@ def test_the_detectable_difference_is_what_a_test_finds_four_times_in_five(tones
         rates = (rate + scatter * rng.standard_normal(seeds)).clip(0, 1)
         return rng.binomial(words, rates[:, None], size=(seeds, utterances))
 
-    from stillhouse.train.study import table as study_table
-
     reference = np.full(utterances, words)
 
     def of(errors: np.ndarray):
-        found = study_table._Errors(list(range(len(errors))), ["u"] * utterances, {"wer": errors}, {"wer": reference})
+        found = ArmErrors(list(range(len(errors))), ["u"] * utterances, {"wer": errors}, {"wer": reference})
         return detectable(found, "dev", "wer", "none", seeds)
 
     value = float(np.mean([of(runs(0.3)).value ** 2 for _ in range(12)]) ** 0.5)
@@ -273,14 +271,14 @@ def test_other_transcripts_are_refused(tones: Path, tmp_path: Path) -> None:
     study = pretend(tones, tmp_path, {("none", 1): ["a"], ("all", 1): ["a"]}, ["a"])
     line = json.dumps({"id": "u0", "ref": "a b", "hyp": "a"}) + "\n"
     (study.of("all")[0].folder / "hyp-dev.jsonl").write_text(line)
-    with pytest.raises(CorpusError, match="all, dev: decoded over other transcripts than none, dev"):
+    with pytest.raises(CorpusError, match="all, dev: the transcripts differ from those of none, dev"):
         tabulate(study)
-    assert len(limits(study)) == 1
+    assert len(detectable_differences(study)) == 1
 
 
 def test_a_run_that_fails_is_named(tones: Path, tmp_path: Path) -> None:
     text = STUDY.replace("optim.lr = 1e-5", 'transfer.stores = "gone.zarr"\ntransfer.views = ["x/alone/1"]')
     study = load_study(write(tones, "failing", text), tmp_path / "out")
-    failures = run_study(study, chosen(study, "slow", "1"), jobs=1, say=lambda _: None, limits=list)
+    failures = run_study(study, choose_runs(study, "slow", "1"), jobs=1, on_progress=lambda _: None, limits=list)
     assert len(failures) == 1 and failures[0].startswith("slow/1: gone.zarr: there is no store")
     assert "none/1" in tabulate(study).missing
