@@ -1,1 +1,1 @@
-"""TODO: what this folder is for."""
+"""The commands `stillhouse corpus` and `stillhouse doctor`. They import everything of data/."""

@@ -1,6 +1,7 @@
-"""The `stillhouse corpus` commands: thin over the functions of this package.
+"""`stillhouse corpus`: import, check, split and describe a corpus, compute features, learn ASR units.
 
-Invariant: everything heavier than click is imported inside a command. Run: `stillhouse corpus --help`.
+Guarantees: a command imports everything heavier than click inside its function.
+Try: `stillhouse corpus --help`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def corpus() -> None:
-    """Import, check and split a corpus; features; ASR units."""
+    """Import, check and split a corpus, compute features, and learn ASR units."""
 
 
 corpus.add_command(import_)
@@ -62,14 +63,14 @@ class _Progress:
 @corpus.command()
 @click.argument("manifest", type=EXISTING)
 @click.argument("features_file", metavar="FEATURES", type=PATH)
-@click.option("--speeds", default="1.0", show_default=True, help="Factors, joined by commas: 0.9,1.0,1.1.")
-@click.option("--split", help="Only these splits, joined by commas.")
-@click.option("--rate", "rate_hz", default=16000, show_default=True, help="Rate in Hz that audio is resampled to.")
-@click.option("--bins", default=80, show_default=True, help="Mel bins.")
-@click.option("--workers", type=int, help="Processes; 0: none but this one. Default: the cores, if it is worth it.")
-@click.option("--redo-changed", is_flag=True, help="Compute anew what has another audio than it had.")
+@click.option("--speeds", default="1.0", show_default=True, help="Speed factors with commas between: 0.9,1.0,1.1.")
+@click.option("--split", help="Compute only these splits, with commas between.")
+@click.option("--rate", "rate_hz", default=16000, show_default=True, help="Resample audio to this rate in Hz.")
+@click.option("--bins", default=80, show_default=True, help="Number of mel bins.")
+@click.option("--workers", type=int, help="Worker processes. By default the cores, if that pays.")
+@click.option("--redo-changed", is_flag=True, help="Compute again utterances whose audio changed.")
 @root_option
-@click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print facts as JSON.")
 def features(
     manifest: Path,
     features_file: Path,
@@ -82,7 +83,9 @@ def features(
     root: Path | None,
     as_json: bool,
 ) -> None:
-    """Compute Kaldi fbank features into an HDF5 file; goes on where it stopped, adds what is new.
+    """Compute Kaldi fbank features into an HDF5 file.
+
+    The same command again resumes a run that was stopped, and adds new utterances and speeds.
 
     Example: stillhouse corpus features corpus.jsonl features.h5 --speeds 0.9,1.0,1.1
     """
@@ -93,7 +96,7 @@ def features(
     try:
         factors = tuple(float(s) for s in speeds.split(","))
     except ValueError as e:
-        raise UsageError(f"speeds {speeds!r}", expected="numbers joined by commas") from e
+        raise UsageError(f"the speeds are {speeds!r}", expected="numbers with commas between") from e
     chosen = read_manifest(manifest, root).select(split)
     started = time.monotonic()
     progress = _Progress(str(features_file))
@@ -117,7 +120,7 @@ def features(
     else:
         say(
             f"{features_file}: {report.rows_computed} rows of {report.audio_s / 3600:.2f} h in {took:.1f} s "
-            f"({report.audio_s / took:.0f}× real time), {report.frames} frames in all"
+            f"({report.audio_s / took:.0f}× real time), {report.frames} frames in the file"
         )
 
 
@@ -129,13 +132,18 @@ def features(
     type=click.Choice(["characters", "sentencepiece"]),
     default="sentencepiece",
     show_default=True,
-    help="One unit a character, or pieces that occur often.",
+    help="Each unit is one character, or a piece that occurs often.",
 )
-@click.option("--size", default=500, show_default=True, help="Most units, blank and unknown included.")
-@click.option("--transform", default="lower+no_punct+squeeze", show_default=True, help="Of the text, joined by +.")
-@click.option("--coverage", default=1.0, show_default=True, help="Share of the characters that get units.")
-@click.option("--split", help="Learn from these splits only, joined by commas.")
-@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+@click.option("--size", default=500, show_default=True, help="Most units, with blank and unknown.")
+@click.option("--transform", default="lower+no_punct+squeeze", show_default=True, help="Text transforms, + between.")
+@click.option(
+    "--coverage",
+    default=1.0,
+    show_default=True,
+    help="Share of the text whose characters get units.",
+)
+@click.option("--split", help="Learn from these splits only, with commas between.")
+@click.option("--json", "as_json", is_flag=True, help="Print facts as JSON.")
 def tokenizer(
     manifest: Path,
     folder: Path,
@@ -146,7 +154,7 @@ def tokenizer(
     split: str | None,
     as_json: bool,
 ) -> None:
-    """Learn the recogniser's units from the transcripts into the folder UNITS.
+    """Learn the ASR units of the transcripts, and write them to the folder UNITS.
 
     Example: stillhouse corpus tokenizer corpus.jsonl units --size 500 --split train
     """
@@ -160,25 +168,27 @@ def tokenizer(
     if as_json:
         click.echo(json.dumps(facts, ensure_ascii=False))
     else:
-        few = f" ({size} asked for; the corpus has no more)" if units.size < size and kind == "sentencepiece" else ""
+        few = f" of {size}; the corpus has no more" if units.size < size and kind == "sentencepiece" else ""
         say(f"{folder}: {units.size} units{few}, fingerprint {units.fingerprint}")
 
 
 @corpus.command()
 @click.argument("manifest", type=EXISTING)
 @click.argument("out", type=PATH, required=False)
-@click.option("--by", default="speaker", show_default=True, help="speaker, session, id, text, or a column of meta.")
-@click.option("--dev", default="5%", show_default=True, help="Share of the groups.")
-@click.option("--test", default="10%", show_default=True, help="Share of the groups.")
-@click.option("--seed", default=0, show_default=True, help="Another seed, another split.")
-@click.option("--only", help="Split up these splits alone, joined by commas; the others stay.")
-@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+@click.option(
+    "--by", default="speaker", show_default=True, help="Group: speaker, session, id, text or a column of meta."
+)
+@click.option("--dev", default="5%", show_default=True, help="Share of the groups in dev.")
+@click.option("--test", default="10%", show_default=True, help="Share of the groups in test.")
+@click.option("--seed", default=0, show_default=True, help="Random seed. Each seed gives another split.")
+@click.option("--only", help="Change only utterances of these splits, with commas between.")
+@click.option("--json", "as_json", is_flag=True, help="Print facts as JSON.")
 def split(
     manifest: Path, out: Path | None, by: str, dev: str, test: str, seed: int, only: str | None, as_json: bool
 ) -> None:
-    """Set the split of every utterance, so that no group is on two sides; in place, or into OUT.
+    """Set the split of every utterance, in place or into OUT. No group is in two splits.
 
-    A group's side stays when the corpus grows.
+    The split of a group stays the same when the corpus grows.
 
     Example: stillhouse corpus split corpus.jsonl --by speaker --dev 5% --test 10%
     """
@@ -200,11 +210,11 @@ def split(
 
 @corpus.command()
 @click.argument("manifest", type=EXISTING)
-@click.option("--rate", "rate_hz", type=int, help="Rate in Hz that all audio should have; default: what most has.")
-@click.option("--full", is_flag=True, help="Decode all audio, not only headers and ends.")
-@click.option("--audio/--no-audio", default=True, help="Whether to look at audio files at all.")
+@click.option("--rate", "rate_hz", type=int, help="Expected rate in Hz. By default the rate of most files.")
+@click.option("--full", is_flag=True, help="Decode all audio, not only headers and the ends of segments.")
+@click.option("--audio/--no-audio", default=True, help="Whether to read audio files at all.")
 @root_option
-@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print facts as JSON.")
 @click.pass_context
 def check(
     ctx: click.Context,
@@ -215,7 +225,7 @@ def check(
     root: Path | None,
     as_json: bool,
 ) -> None:
-    """Look for what is wrong with a corpus, or with a feature file (.h5); exit code 1 if something is.
+    """Check a corpus, or a feature file (.h5). The exit code is 1 if there are findings.
 
     Example: stillhouse corpus check corpus.jsonl --full
     """
@@ -238,9 +248,9 @@ def check(
 
 @corpus.command()
 @click.argument("path", metavar="CORPUS|FEATURES", type=EXISTING)
-@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print facts as JSON.")
 def info(path: Path, as_json: bool) -> None:
-    """What a manifest (CORPUS) or a feature file (FEATURES) holds.
+    """Show what a manifest (CORPUS) or a feature file (FEATURES) holds.
 
     Example: stillhouse corpus info corpus.jsonl
     """
@@ -264,7 +274,7 @@ def _show(facts: CorpusFacts, as_json: bool) -> None:
         numbers = f"{part.utterances:10} {part.sessions:8} {part.speakers:8} {part.hours:8.2f} {part.words:9}"
         click.echo(f"{name or '(none)':16} {numbers}  {' '.join(f'{q:g}' for q in part.seconds_quantiles)}".rstrip())
     if facts.total.with_audio < facts.total.utterances:
-        click.echo(f"{facts.total.utterances - facts.total.with_audio} utterances are text alone")
+        click.echo(f"{facts.total.utterances - facts.total.with_audio} utterances have no audio")
     if facts.meta:
         click.echo("meta: " + ", ".join(f"{name} ({n} values)" for name, n in facts.meta.items()))
     click.echo(f"{len(facts.alphabet)} characters: " + " ".join(facts.alphabet[:80]).replace("\n", "\\n"))

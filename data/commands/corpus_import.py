@@ -151,10 +151,11 @@ def import_text(manifest: Path, files: tuple[Path, ...], **options: Any) -> Impo
 
 @_importer("kaldi", _folders, _audio_root, _pipes, _pattern)
 def import_kaldi(manifest: Path, sources: tuple[str, ...], **options: Any) -> Imported:
-    """Import Kaldi data directories with wav.scp and text, or a folder of such directories.
+    """Import each FOLDER, a Kaldi data directory with wav.scp and text, or a folder of such directories.
 
-    The split is the folder's name, or SPLIT. With `segments`, recordings are sessions in the order of time. A pipe that
-    only decodes one file (flac -c -d, sox, sph2pipe, ffmpeg, cat) is read without a shell. Others need --allow-pipes.
+    The split is SPLIT, or else the folder's name. With `segments`, recordings are sessions in the order of time. A pipe
+    that only decodes one file (flac -c -d, sox, sph2pipe, ffmpeg, cat) is read without a shell. Others need
+    --allow-pipes.
 
     Example: stillhouse corpus import kaldi data/train_clean_100 dev=data/dev_clean corpus.jsonl
     """
@@ -174,9 +175,9 @@ def import_kaldi(manifest: Path, sources: tuple[str, ...], **options: Any) -> Im
     _pattern,
 )
 def import_espnet(manifest: Path, sources: tuple[str, ...], **options: Any) -> Imported:
-    """Import ESPnet's dumps, such as dump/raw/train.
+    """Import each FOLDER, a dump of ESPnet such as dump/raw/train, with the split SPLIT.
 
-    They have the layout of Kaldi data directories. Audio in archives is written to files beside the manifest.
+    Dumps have the layout of Kaldi data directories. Audio in archives is written to files beside the manifest.
 
     Example: stillhouse corpus import espnet train=dump/raw/train_clean_100 dev=dump/raw/dev corpus.jsonl
     """
@@ -194,7 +195,9 @@ def import_espnet(manifest: Path, sources: tuple[str, ...], **options: Any) -> I
     _pattern,
 )
 def import_nemo(manifest: Path, sources: tuple[str, ...], **options: Any) -> Imported:
-    """Import NeMo manifests: JSON lines with audio_filepath, text, duration and perhaps offset.
+    """Import each FILE, a NeMo manifest, with the split SPLIT.
+
+    A manifest has JSON lines with audio_filepath, text, duration and perhaps offset.
 
     Example: stillhouse corpus import nemo train=train_manifest.json dev=dev_manifest.json corpus.jsonl
     """
@@ -206,7 +209,9 @@ def import_nemo(manifest: Path, sources: tuple[str, ...], **options: Any) -> Imp
 
 @_importer("lhotse", _files, _audio_root, _pipes, _pattern)
 def import_lhotse(manifest: Path, sources: tuple[str, ...], **options: Any) -> Imported:
-    """Import Lhotse's JSON lines: cuts, or recordings and supervisions. Files may be gzip.
+    """Import each FILE of Lhotse's JSON lines, with the split SPLIT.
+
+    Files hold cuts, or recordings and supervisions. They may be gzip.
 
     Example: stillhouse corpus import lhotse train=cuts_train.jsonl.gz dev=cuts_dev.jsonl.gz corpus.jsonl
     """
@@ -218,10 +223,11 @@ def import_lhotse(manifest: Path, sources: tuple[str, ...], **options: Any) -> I
 
 @_importer("huggingface", _folders, _columns, _pattern)
 def import_huggingface(manifest: Path, sources: tuple[str, ...], columns: dict[str, str], **options: Any) -> Imported:
-    """Import Hugging Face datasets on disk: folders of save_to_disk, or of parquet files.
+    """Import each FOLDER, a Hugging Face dataset on disk, with the split SPLIT.
 
-    Embedded audio is written to files beside the manifest, byte for byte. Columns are found by their usual names, and
-    other texts and numbers are kept in `meta`. This needs pyarrow: pip install 'stillhouse[huggingface]'.
+    A folder is one of save_to_disk, or of parquet files. Embedded audio is written to files beside the manifest, byte
+    for byte. Columns are found by their usual names, and other texts and numbers are kept in `meta`. This needs
+    pyarrow: pip install 'stillhouse[huggingface]'.
 
     Example: stillhouse corpus import huggingface my_dataset corpus.jsonl --text-column sentence
     """
