@@ -1,1 +1,1 @@
-"""The corpus: manifests in; validation, ASR units, acoustic features, batching; the demo corpus."""
+"""Corpora, audio, features, ASR units and batches. It imports nothing else of the package."""

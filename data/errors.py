@@ -1,7 +1,7 @@
-"""The one hierarchy of errors; the CLI alone turns them into messages and exit codes.
+"""The errors of the package. The command line turns them into messages and exit codes.
 
-Invariant: every error says what is wrong, where (utterance id, path, line), what was expected and what to do next.
-Exercised by every command; see `stillhouse --help` for the exit codes.
+Guarantees: an error names what is wrong, where, what was expected and what to do.
+Try: `stillhouse corpus info gone.jsonl`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ from collections.abc import Sequence
 
 
 class StillhouseError(Exception):
-    """Base of all errors that a user can meet.
+    """Base of all errors of the package.
 
-    `what` is a sentence without the full stop; `where` a path, `path:line` or an utterance id; `expected` what
-    would have been right; `remedy` what to do, a command where there is one.
+    Arguments:
+        what: what is wrong, a sentence without the full stop.
+        where: a path, `path:line` or an utterance id.
+        expected: what would have been right.
+        remedy: what to do, with a command if there is one.
     """
 
     exit_code = 1
@@ -33,12 +36,12 @@ class StillhouseError(Exception):
         return text
 
     def __reduce__(self) -> tuple:
-        # Exceptions pickle by positional arguments alone; ours cross process boundaries with their fields.
+        # By default exceptions pickle their positional arguments only. These cross processes with all fields.
         return (_rebuild, (type(self), self.what, self.where, self.expected, self.remedy))
 
 
 def first_few(names: Sequence[str], most: int = 5) -> str:
-    """The first few of many names, for an error."""
+    """Return the first few of many names, for an error."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -47,62 +50,62 @@ def _rebuild(cls: type, what: str, where: object, expected: str | None, remedy: 
 
 
 class UsageError(StillhouseError):
-    """A setting or an argument that cannot be meant."""
+    """A setting or an argument is wrong."""
 
     exit_code = 2
 
 
 class ConfigError(UsageError):
-    """A TOML file or a --set that does not validate."""
+    """A TOML file or a --set is wrong."""
 
 
 class CorpusError(StillhouseError):
-    """A manifest, transcript or audio file that is not what it should be."""
+    """A manifest, a transcript or an audio file is wrong."""
 
 
 class AudioError(CorpusError):
-    """Audio that is missing, unreadable or not where the manifest says."""
+    """Audio is missing or cannot be read, or it does not match the manifest."""
 
 
 class FeatureError(StillhouseError):
-    """A feature file that is missing, damaged or made with other settings."""
+    """A feature file is missing, damaged or made with other settings."""
 
 
 class PartialError(StillhouseError):
-    """Some utterances failed; the others are done."""
+    """Some utterances failed. The others are done."""
 
     exit_code = 3
 
 
 class StoreError(StillhouseError):
-    """A store that is damaged or cannot be written."""
+    """A store is damaged or cannot be written."""
 
 
 class NoStoreError(StoreError):
-    """There is no store, view or utterance at that address."""
+    """A store, view or utterance does not exist."""
 
     exit_code = 10
 
 
 class LockedError(StoreError):
-    """Someone else is writing."""
+    """Another process is writing."""
 
     exit_code = 11
 
 
 class StaleError(StoreError):
-    """What is stored was made with other settings, or from another text."""
+    """The stored data was made with other settings, or from another text."""
 
     exit_code = 12
 
 
 class TeacherError(StillhouseError):
-    """A language model that cannot be loaded or does not fit the request."""
+    """A language model cannot be loaded, or does not fit the request."""
 
 
 class CheckpointError(StillhouseError):
-    """A checkpoint that is missing, damaged or foreign."""
+    """A checkpoint is missing, damaged or from another run."""
 
 
 class ExportError(StillhouseError):
-    """A model that cannot be written in a format, or does not say there what it says here."""
+    """A model cannot be written in a format, or the written model has other outputs."""

@@ -1,8 +1,8 @@
 """The manifest, corpus.jsonl: one utterance a line, in order.
 
-Invariant: what read_manifest returns is valid and its ids are unique; whatever is not is a CorpusError that names
-file and line. Audio paths are relative to the manifest's folder, so that a corpus can move. Written atomically.
-Exercised by `stillhouse corpus info CORPUS`.
+Guarantees: the utterances of read_manifest are valid and their ids are unique. Any other line is a CorpusError that
+names file and line. Audio paths are relative to the manifest's folder, so that you can move a corpus.
+Try: `stillhouse corpus info corpus.jsonl`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,23 @@ from .files.atomic import draft_of
 from .files.lines import parse_object, scan_bytes
 from .files.paths import confined
 
-# 30 years: more seconds than that times a rate would leave the integers that libraries count samples with.
+# 30 years. With more seconds, samples would not fit into the integers of audio libraries.
 Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 Duration = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 
 
 class Utterance(BaseModel):
-    """One transcribed stretch of speech, or a text alone (audio None)."""
+    """One transcribed segment of speech, or a text without audio.
+
+    Fields:
+        id: unique in the corpus, without control characters.
+        text: the raw transcript.
+        audio: a path relative to the manifest's folder, or None.
+        start_s, duration_s: the segment of the file in seconds. A duration of None reaches to the end.
+        channel: from 0. None: the mean of all channels.
+        session: utterances of one session are context of each other, in file order. None: no session.
+        meta: other columns, as texts.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -38,14 +48,14 @@ class Utterance(BaseModel):
     audio: str | None = None
     start_s: Seconds = 0.0
     duration_s: Duration | None = None
-    channel: Annotated[int, Field(ge=0)] | None = None  # None: the mean of all channels
+    channel: Annotated[int, Field(ge=0)] | None = None
     session: str | None = None
     speaker: str | None = None
     split: str | None = None
     meta: dict[str, str] = {}
 
     def model_post_init(self, context: object, /) -> None:
-        # One set of "fields that were given" for all: their own sets would be half of a large corpus's memory.
+        # All utterances share one set of given fields. Separate sets would be half of the memory of a large corpus.
         object.__setattr__(self, "__pydantic_fields_set__", _GIVEN)
 
     @field_validator("id")
@@ -61,7 +71,7 @@ class Utterance(BaseModel):
     @classmethod
     def _audio(cls, value: str | None) -> str | None:
         if value is not None and (not value or "\0" in value):
-            raise ValueError("audio must be a path, or absent for an utterance of text alone")
+            raise ValueError("audio must be a path, or absent for a text without audio")
         return value
 
 
@@ -69,8 +79,13 @@ _GIVEN = set(Utterance.model_fields)
 
 
 class Corpus:
-    """The utterances of one manifest, in file order. root: the folder that no audio path may leave, if any;
-    split: those that were selected, if not all.
+    """The utterances of one manifest, in file order.
+
+    Arguments:
+        path: the manifest.
+        utterances: its utterances.
+        root: the folder that no audio path may leave, or None.
+        split: the splits that were selected, or None for all.
     """
 
     def __init__(
@@ -82,13 +97,14 @@ class Corpus:
 
     @cached_property
     def by_id(self) -> dict[str, Utterance]:
+        """The utterances by their ids."""
         return {u.id: u for u in self.utterances}
 
     def __len__(self) -> int:
         return len(self.utterances)
 
     def sessions(self) -> list[list[int]]:
-        """Indices of the utterances of each session, in file order; one without session is its own."""
+        """Return the indices of the utterances of each session, in file order. Without a session, each is alone."""
         groups: dict[tuple[bool, str], list[int]] = {}
         for k, u in enumerate(self.utterances):
             key = (True, u.session) if u.session is not None else (False, u.id)
@@ -96,41 +112,47 @@ class Corpus:
         return list(groups.values())
 
     def audio_path(self, utterance: Utterance) -> Path:
+        """Return the path of an utterance's audio.
+
+        Raises:
+            CorpusError: the utterance has no audio.
+            AudioError: the path leaves the root.
+        """
         if utterance.audio is None:
-            raise CorpusError("the utterance is text alone, it has no audio", where=utterance.id)
+            raise CorpusError("the utterance has no audio", where=utterance.id)
         return confined(self.path.parent / utterance.audio, self.root)
 
     def splits(self) -> dict[str | None, int]:
-        """How many utterances each split has."""
+        """Return how many utterances each split has."""
         return dict(Counter(u.split for u in self.utterances))
 
     def select(self, split: str | None) -> Corpus:
-        """The utterances of a split; "a,b" takes both, None takes all. Raises CorpusError where none match."""
+        """Return the corpus of a split. "a,b" selects both, None all. Raises CorpusError for an unknown split."""
         if split is None:
             return self
-        wanted = {name.strip() for name in split.split(",")}
+        names = {name.strip() for name in split.split(",")}
         known = {name for name in self.splits() if name is not None}
-        if missing := sorted(wanted - known):
+        if missing := sorted(names - known):
             raise CorpusError(
                 f"no utterance has split {', '.join(missing)}",
                 where=self.path,
                 expected=("one of " + ", ".join(sorted(known))) if known else "a corpus with splits",
                 remedy=None if known else f"make them with `stillhouse corpus split {self.path}`",
             )
-        return Corpus(self.path, [u for u in self.utterances if u.split in wanted], self.root, split)
+        return Corpus(self.path, [u for u in self.utterances if u.split in names], self.root, split)
 
 
 def scan_manifest(path: Path | str) -> Iterator[tuple[int, Utterance | CorpusError]]:
-    """Every line that is not blank, as (line number, utterance or what is wrong with it)."""
+    """Yield (line number, utterance or its error) of every line that is not blank."""
     path = Path(path)
     if not os.path.exists(path):
-        raise CorpusError("cannot read the manifest: there is none", where=path, remedy="`stillhouse corpus import`")
+        raise CorpusError("there is no such manifest", where=path, remedy="make one with `stillhouse corpus import`")
     for number, line in scan_bytes(path):
         yield number, line if isinstance(line, CorpusError) else _parse(line, f"{path}:{number}")
 
 
 class BadLine(CorpusError):
-    """A line that is no utterance. id: what it says its id is, as far as that can be read."""
+    """A line is not an utterance. `id` is its id, if that can be read."""
 
     id: str | None = None
 
@@ -140,9 +162,8 @@ def _parse(line: bytes, where: str) -> Utterance | CorpusError:
         line.decode("utf-8")
         return Utterance.model_validate_json(line)
     except UnicodeDecodeError as e:
-        error = BadLine(
-            f"bytes {e.start}–{e.end} of the line are not UTF-8", where=where, remedy="save the manifest as UTF-8"
-        )
+        what = f"bytes {e.start}–{e.end} of the line are not UTF-8"
+        error = BadLine(what, where=where, remedy="save the manifest as UTF-8")
     except ValidationError as e:
         error = BadLine(describe_validation(e), where=where, expected="one JSON object a line, as `Utterance`")
     fields = parse_object(line.decode("utf-8", "replace"), where)
@@ -152,7 +173,7 @@ def _parse(line: bytes, where: str) -> Utterance | CorpusError:
 
 
 def describe_validation(error: ValidationError) -> str:
-    """pydantic's findings in one line: field, what is wrong, what was there."""
+    """Return the errors of pydantic in one line: field, what is wrong, the given value."""
     parts = []
     for item in error.errors(include_url=False, include_context=False):
         field = ".".join(str(p) for p in item["loc"])
@@ -164,36 +185,41 @@ def describe_validation(error: ValidationError) -> str:
 
 
 def read_manifest(path: Path | str, root: Path | None = None) -> Corpus:
-    """Read corpus.jsonl. Raises CorpusError at the first line that is not an utterance, or that repeats an id.
+    """Read corpus.jsonl.
 
-    root: the folder that no audio path may leave, by "..", as an absolute path or over a link; the first that does is
-    an AudioError.
+    Arguments:
+        path: the manifest, or its folder.
+        root: the folder that no audio path may leave, by "..", as an absolute path or over a link.
+
+    Raises:
+        CorpusError: a line is not an utterance or repeats an id, or there is no line.
+        AudioError: a path leaves the root.
     """
     path = Path(path)
     if path.is_dir():
         path = path / "corpus.jsonl"
     utterances: list[Utterance] = []
     seen: dict[str, int] = {}
-    for number, found in scan_manifest(path):
-        if isinstance(found, CorpusError):
-            raise found
-        first = seen.setdefault(found.id, number)
+    for number, line in scan_manifest(path):
+        if isinstance(line, CorpusError):
+            raise line
+        first = seen.setdefault(line.id, number)
         if first != number:
             raise CorpusError(
-                f"id {found.id} was used before, on line {first}",
+                f"id {line.id} was used before, on line {first}",
                 where=f"{path}:{number}",
                 remedy=f"see all of them with `stillhouse corpus check {path}`",
             )
-        if root is not None and found.audio is not None:
-            confined(path.parent / found.audio, root, f"{path}:{number}: {found.id}")
-        utterances.append(found)
+        if root is not None and line.audio is not None:
+            confined(path.parent / line.audio, root, f"{path}:{number}: {line.id}")
+        utterances.append(line)
     if not utterances:
         raise CorpusError("the manifest is empty", where=path, remedy="make one with `stillhouse corpus import`")
     return Corpus(path, utterances, root)
 
 
 def write_manifest(path: Path | str, utterances: Iterable[Utterance]) -> None:
-    """Write corpus.jsonl whole or not at all. Raises CorpusError when an id is used twice."""
+    """Write corpus.jsonl, whole or not at all. Raises CorpusError if an id is used twice."""
     path = Path(path)
     seen: set[str] = set()
     for u in (utterances := list(utterances)):
@@ -206,7 +232,7 @@ def write_manifest(path: Path | str, utterances: Iterable[Utterance]) -> None:
 
 
 def to_line(utterance: Utterance) -> str:
-    """The utterance as one line of JSON, without the fields that say nothing."""
+    """Return the utterance as one line of JSON, without fields that have their default."""
     fields = utterance.model_dump()
     default = {"start_s": 0.0, "meta": {}}
     kept = {k: v for k, v in fields.items() if v is not None and (k not in default or v != default[k])}

@@ -1,7 +1,8 @@
-"""Text transforms that keep, for every character, the place in the raw text that it came from.
+"""Text transforms that keep, for every character, its place in the raw text.
 
-Invariant: `source` never runs backwards and never leaves the raw text, so any span of a transformed text is a span of
-the transcript, in Unicode code points. Exercised by tests/data/test_text.py and by `stillhouse corpus tokenizer`.
+Guarantees: `source` never runs backwards and never leaves the raw text. A span of a transformed text is therefore a
+span of the transcript, in Unicode code points.
+Try: `pytest tests/data/test_text.py`.
 """
 
 from __future__ import annotations
@@ -17,19 +18,20 @@ import numpy as np
 
 from .errors import ConfigError
 
-# A step turns a text into another one. Its map has one row a character of the new text: the range of the old text
-# that the character came from. None says that both texts have the same length and the map is the identity.
+# A step returns a new text and a map. The map has one row for each character of the new text: the range of the old text
+# that it came from. None means that both texts have the same length and the map is the identity.
 Step = Callable[[str], tuple[str, np.ndarray | None]]
 
 APOSTROPHES = "'\u2019\u02bc\uff07"
-SPACE_MARK = "\u2581"  # sentencepiece's mark for a space; in a transcript it can only mean one
+SPACE_MARK = "\u2581"  # the mark of sentencepiece for a space, so that in a transcript it also counts as a space
 
 
 @dataclass(frozen=True, eq=False)
 class MappedText:
-    """A transformed text and where each of its characters came from.
+    """A transformed text, and where each of its characters came from.
 
-    source: int32 [len(text), 2]; row k is the half-open range of code points of `raw` behind `text[k]`.
+    Fields:
+        source: int32 [len(text), 2]. Row k is the half-open range of code points of `raw` that became `text[k]`.
     """
 
     text: str
@@ -37,7 +39,7 @@ class MappedText:
     raw: str
 
     def span(self, begin: int, end: int) -> tuple[int, int]:
-        """The range of the raw text behind text[begin:end]; an empty range stays empty, at the nearest place."""
+        """Return the range of the raw text that became text[begin:end]. An empty range stays empty."""
         if not 0 <= begin <= end <= len(self.text):
             raise ValueError(f"span {begin}:{end} of a text of {len(self.text)} characters")
         if begin < end:
@@ -46,7 +48,7 @@ class MappedText:
         return at, at
 
     def spans(self, ranges: np.ndarray) -> np.ndarray:
-        """`span` of many ranges that are not empty: int [K, 2] -> int32 [K, 2]."""
+        """Return `span` of many ranges that are not empty: int [K, 2] -> int32 [K, 2]."""
         ranges = np.asarray(ranges, dtype=np.int64).reshape(-1, 2)
         out = np.empty(ranges.shape, np.int32)
         out[:, 0] = self.source[ranges[:, 0], 0]
@@ -55,9 +57,10 @@ class MappedText:
 
 
 def transform(raw: str, name: str) -> MappedText:
-    """Apply the transforms named in `name`, joined by "+", from left to right.
+    """Apply the transforms in `name`, with "+" between, from left to right. `NAMES` lists them.
 
-    Raises ConfigError for an unknown name; `NAMES` lists them.
+    Raises:
+        ConfigError: a name is unknown.
     """
     steps = _steps(name)
     text = raw
@@ -72,7 +75,7 @@ def transform(raw: str, name: str) -> MappedText:
 
 
 def check_transform(name: str) -> str:
-    """The same name, or ConfigError; for settings that are read long before a text is."""
+    """Return the same name. Raises ConfigError if it is unknown, so that settings can be checked early."""
     _steps(name)
     return name
 
@@ -86,7 +89,7 @@ def _ranges(n: int) -> np.ndarray:
     return np.stack([at, at + 1], axis=1)
 
 
-_SHORT = _ranges(4096)  # shared by all texts that are no longer
+_SHORT = _ranges(4096)  # All texts of at most this length share it.
 _SHORT.flags.writeable = False
 
 
@@ -98,7 +101,7 @@ def _steps(name: str) -> tuple[Step, ...]:
             raise ConfigError(
                 f"unknown text transform {part!r}",
                 where=f"transform {name!r}",
-                expected="names joined by + out of " + ", ".join(NAMES),
+                expected="names with + between, out of " + ", ".join(NAMES),
             )
     return tuple(_STEPS[part] for part in names if part != "none")
 
@@ -112,9 +115,9 @@ def _per_character(whole: Callable[[str], str]) -> Step:
 
     def step(text: str) -> tuple[str, np.ndarray | None]:
         new = whole(text)
-        if len(new) == len(text):  # no character becomes nothing, so each became one
+        if len(new) == len(text):  # No character is lost, so each became one.
             return new, None
-        # lower() looks at neighbours (the final sigma), but they change no length.
+        # lower() depends on neighbours (the final sigma), but they do not change a length.
         counts = np.array([len(whole(c)) for c in text], dtype=np.int64)
         return new, _identity(len(text))[np.repeat(np.arange(len(text)), counts)]
 
@@ -122,7 +125,7 @@ def _per_character(whole: Callable[[str], str]) -> Step:
 
 
 class _Punctuation(dict[int, str]):
-    """str.translate's table: punctuation and symbols become a space, everything else stays."""
+    """A table for str.translate: punctuation and symbols become a space, and everything else stays."""
 
     def __missing__(self, code: int) -> str:
         char = chr(code)
@@ -139,7 +142,7 @@ def _wordlike(char: str) -> bool:
 
 
 def _no_punct(text: str) -> tuple[str, None]:
-    """Punctuation and symbols to spaces, save an apostrophe inside a word (written ' whatever it was)."""
+    """Punctuation and symbols become spaces. An apostrophe inside a word becomes '."""
     new = text.translate(_PUNCTUATION)
     for match in _APOSTROPHE.finditer(text):
         k = match.start()
@@ -152,7 +155,7 @@ _SPACE = re.compile(f"[\\s{SPACE_MARK}]+")
 
 
 def _squeeze(text: str) -> tuple[str, np.ndarray | None]:
-    """Runs of white space to one space, none at the ends."""
+    """Runs of white space become one space, and none stays at the ends."""
     runs = [m.span() for m in _SPACE.finditer(text)]
     if all(b > 0 and e < len(text) and e - b == 1 and text[b] == " " for b, e in runs):
         return text, None
@@ -170,13 +173,13 @@ def _squeeze(text: str) -> tuple[str, np.ndarray | None]:
 
 _LONE_I = re.compile(rf"(?<![\w{APOSTROPHES}-])i(?=$|[^\w{APOSTROPHES}-]|[{APOSTROPHES}](?:m|ll|ve|d|s)\b)")
 
-_FIRST = re.compile(r"(?:^|[.!?])[^A-Za-z]*[A-Za-z]")  # up to a sentence's first letter, in ASCII
+_FIRST = re.compile(r"(?:^|[.!?])[^A-Za-z]*[A-Za-z]")  # up to the first letter of a sentence, in ASCII
 
 
 def _sentence_case(text: str) -> tuple[str, np.ndarray | None]:
-    """An all-upper-case transcript as a sentence: first letters and "I" are upper case, the rest lower.
+    """An all-upper-case transcript becomes a sentence: first letters and "I" are upper case, the rest lower case.
 
-    A text with any lower-case letter knows its own case and is left alone.
+    A text with any lower-case letter stays as it is.
     """
     plain = text.isascii()
     if text != text.upper() if plain else any(c.islower() for c in text):
@@ -184,7 +187,7 @@ def _sentence_case(text: str) -> tuple[str, np.ndarray | None]:
     new, local = _lower(text)
     new = _LONE_I.sub("I", new)
     if plain:
-        return _FIRST.sub(lambda found: found[0].upper(), new), local
+        return _FIRST.sub(lambda match: match[0].upper(), new), local
     out, start = [], True
     for char in new:
         upper = char.upper()
@@ -198,7 +201,7 @@ def _sentence_case(text: str) -> tuple[str, np.ndarray | None]:
 
 
 def _normal_form(form: Literal["NFC", "NFD", "NFKC", "NFKD"]) -> Step:
-    """A Unicode normal form; characters that compose or decompose together share their range."""
+    """A Unicode normal form. Characters that compose or decompose together share their range."""
 
     def step(text: str) -> tuple[str, np.ndarray | None]:
         if unicodedata.is_normalized(form, text):
@@ -213,13 +216,13 @@ def _normal_form(form: Literal["NFC", "NFD", "NFKC", "NFKD"]) -> Step:
         begin = 0
         for k, cut in enumerate([*cuts[1:], len(text)], start=1):
             following = text[cut : cuts[k + 1] if k + 1 < len(cuts) else len(text)]
-            mine = text[begin:cut]
-            if following and normal(mine + following) != normal(mine) + normal(following):
-                continue  # a starter that composes with what is before it (Hangul, some Indic vowels)
-            new = normal(mine)
+            old = text[begin:cut]
+            if following and normal(old + following) != normal(old) + normal(following):
+                continue  # This starter composes with the one before (Hangul, some Indic vowels).
+            new = normal(old)
             pieces.append(new)
-            if new == mine:
-                maps += [[begin + j, begin + j + 1] for j in range(len(mine))]
+            if new == old:
+                maps += [[begin + j, begin + j + 1] for j in range(len(old))]
             else:
                 maps += [[begin, cut]] * len(new)
             begin = cut

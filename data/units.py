@@ -1,8 +1,8 @@
 """ASR units: the output symbols of a recogniser, as characters or sentencepiece pieces.
 
-Invariant: unit 0 is the blank, which no text encodes to; every unit of an encoded text has its span in the RAW
-text, and decode(encode(text)) is the transformed text unless it holds a symbol that training never saw (unit 1).
-Exercised by `stillhouse corpus tokenizer CORPUS UNITS`.
+Guarantees: no text encodes to unit 0, the blank. Every unit of a text has its span in the raw text.
+decode(encode(text)) is the transformed text, unless it holds a symbol that is not in the units (unit 1).
+Try: `stillhouse corpus tokenizer corpus.jsonl units`.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ KINDS = ("characters", "sentencepiece")
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """ids int32 [U]; spans int32 [U, 2], half-open ranges of code points of the raw text."""
+    """The units of a text, and their half-open ranges of code points in the raw text."""
 
-    ids: np.ndarray
-    spans: np.ndarray
+    ids: np.ndarray  # int32 [U]
+    spans: np.ndarray  # int32 [U, 2]
 
 
 class Units:
     """A vocabulary of units. `pieces[k]` is the text of unit k, with ▁ for a space.
 
-    White space is squeezed at the end whatever the transform, since ▁ must mean one space.
+    Every transform ends with `squeeze`, because ▁ must mean one space. `model` is that of sentencepiece.
     """
 
     def __init__(self, kind: str, transform: str, pieces: Sequence[str], model: bytes | None = None) -> None:
@@ -53,14 +53,14 @@ class Units:
 
     @property
     def size(self) -> int:
-        """V, the blank included."""
+        """The number of units V, with the blank."""
         return len(self.pieces)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of everything that decides which units a text becomes."""
-        said = json.dumps([self.kind, self.transform, self.pieces], ensure_ascii=False).encode()
-        return blake2b(said + b"\0" + (self._model or b""), digest_size=8).hexdigest()
+        """A hash of everything that decides which units a text becomes."""
+        head = json.dumps([self.kind, self.transform, self.pieces], ensure_ascii=False).encode()
+        return blake2b(head + b"\0" + (self._model or b""), digest_size=8).hexdigest()
 
     def __repr__(self) -> str:
         return f"Units({self.kind}, size={self.size}, transform={self.transform!r})"
@@ -69,11 +69,11 @@ class Units:
         return {k: v for k, v in self.__dict__.items() if k != "_processor"}
 
     def normalise(self, text: str) -> MappedText:
-        """The text as the units spell it, with its map to the raw text."""
+        """Return the text as the units spell it, with its map to the raw text."""
         return transform(text, self._steps)
 
     def encode(self, text: str) -> Encoded:
-        """Units of a raw transcript. A symbol that training never saw is unit 1, `UNKNOWN`."""
+        """Return the units of a raw transcript. A symbol that is not in the units becomes unit 1, `UNKNOWN`."""
         mapped = self.normalise(text)
         if self.kind == "characters":
             ids = np.array([self._id.get(SPACE_MARK if c == " " else c, UNKNOWN) for c in mapped.text], np.int32)
@@ -83,28 +83,27 @@ class Units:
         return Encoded(np.where(ids == BLANK, UNKNOWN, ids).astype(np.int32), self._spans(names, mapped))
 
     def _spans(self, names: list[str], mapped: MappedText) -> np.ndarray:
-        """Spans by adding up the pieces: they spell the text with ▁ for each space and one more in front."""
+        """Spans from the lengths of the pieces, which spell the text with ▁ for each space and one more in front."""
         spelled = SPACE_MARK + mapped.text.replace(" ", SPACE_MARK) if mapped.text else ""
         if "".join(names) != spelled:
-            raise CorpusError(
-                "sentencepiece changed the text", where=mapped.raw[:60], expected="pieces that spell the text"
-            )
+            expected = "pieces that spell the text"
+            raise CorpusError("sentencepiece changed the text", where=mapped.raw[:60], expected=expected)
         ranges = np.empty((len(names), 2), np.int64)
-        at = -1  # the mark in front stands for nothing
+        at = -1  # The mark in front stands for no character.
         for k, name in enumerate(names):
             begin, end = max(at, 0), at + len(name)
             at = end
-            # The space belongs to the gap between words, unless it is all that the piece has.
+            # The space belongs to the gap between words, unless the piece is only a space.
             if name[0] == SPACE_MARK and len(name) > 1 and begin < end and mapped.text[begin] == " ":
                 begin += 1
             ranges[k] = begin, end
-        empty = ranges[:, 0] >= ranges[:, 1]  # only a piece that is the mark in front
+        empty = ranges[:, 0] >= ranges[:, 1]  # a piece that is only the mark in front
         out = mapped.spans(np.where(empty[:, None], [[0, 1]], ranges)) if mapped.text else np.empty((0, 2), np.int32)
         out[empty, 1] = out[empty, 0]
         return out
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of some units; blanks say nothing, unknown symbols are ⁇."""
+        """Return the text of units. Blanks are left out, and unknown symbols become ⁇."""
         parts = []
         for k in ids:
             if not 0 <= k < self.size:
@@ -121,9 +120,12 @@ class Units:
         return sentencepiece.SentencePieceProcessor(model_proto=self._model)
 
     def save(self, folder: Path | str) -> None:
-        """Write the folder: units.json and, for sentencepiece, spm.model.
+        """Write a folder with units.json and, for sentencepiece, spm.model.
 
-        A kill between the two leaves a folder that `load_units` refuses, by its fingerprint.
+        A kill between the two leaves a folder that `load_units` refuses by its fingerprint.
+
+        Raises:
+            CorpusError: the folder cannot be written.
         """
         folder = Path(folder)
         head = {
@@ -147,7 +149,7 @@ class Units:
 
 
 def load_units(folder: Path | str) -> Units:
-    """Read a folder that `Units.save` wrote; CorpusError for one that is missing, damaged or of another version."""
+    """Read a folder that `Units.save` wrote. Raises CorpusError if it is missing, damaged or of another version."""
     folder = Path(folder)
     path = folder / "units.json"
     remedy = "make it again with `stillhouse corpus tokenizer CORPUS UNITS`"
@@ -164,15 +166,14 @@ def load_units(folder: Path | str) -> Units:
             raise ValueError("pieces is not a list of texts")
         model = read_plain(folder / "spm.model") if kind == "sentencepiece" else None
         units = Units(kind, name, pieces, model)
-        same = units.fingerprint == head.get("fingerprint")
+        if units.fingerprint != head.get("fingerprint"):
+            raise ValueError("they do not match their fingerprint")
+        return units
     except FileNotFoundError as e:
-        raise CorpusError("no units there", where=e.filename, remedy=remedy) from e
+        raise CorpusError("there are no units", where=e.filename, remedy=remedy) from e
     except (OSError, ValueError, KeyError, TypeError, RecursionError, ConfigError) as e:
         why = f"{e} is missing" if isinstance(e, KeyError) else str(e)
         raise CorpusError(f"the units are damaged: {why}", where=path, remedy=remedy) from e
-    if not same:
-        raise CorpusError("the units are damaged: they do not have their fingerprint", where=path, remedy=remedy)
-    return units
 
 
 def train_units(
@@ -184,9 +185,16 @@ def train_units(
 ) -> Units:
     """Learn units from raw transcripts.
 
-    size: V, the most units, blank and unknown included; a corpus too small for it gets fewer (`Units.size` says
-    how many). coverage: share of the characters of the corpus that get units of their own; less than 1 for Chinese
-    or for transcripts with stray symbols. Raises ConfigError where size cannot even hold the characters.
+    Arguments:
+        kind: "characters" or "sentencepiece".
+        size: the most units, with blank and unknown. A small corpus gets fewer, see `Units.size`.
+        transform: the text transforms, see `text.transform`.
+        coverage: the share of the text whose characters get units of their own. Use less than 1 for Chinese, or for
+            transcripts with stray symbols.
+
+    Raises:
+        ConfigError: `size` cannot hold the characters.
+        CorpusError: all transcripts are empty.
     """
     if not 0.9 <= coverage <= 1.0:
         raise ConfigError(f"a coverage of {coverage}", expected="0.9 to 1")
@@ -197,19 +205,16 @@ def train_units(
     characters = _covered(Counter(c for line in lines for c in line), coverage)
     needed = 2 + len(characters)
     if kind == "sentencepiece":
-        needed += " " not in characters  # every word begins with one
+        needed += " " not in characters  # Every word begins with one.
     if size < needed:
         raise ConfigError(
             f"{size} units cannot hold the {len(characters)} characters of the transcripts",
             expected=f"--size {needed} or more",
-            remedy="or a --coverage below 1, or a transform that leaves fewer (casefold, no_punct, nfkc)",
+            remedy="or use a --coverage below 1, or a transform that leaves fewer (casefold, no_punct, nfkc)",
         )
     if kind == "characters":
-        return Units(
-            kind,
-            transform,
-            [BLANK_PIECE, UNKNOWN_PIECE, *(SPACE_MARK if c == " " else c for c in characters)],
-        )
+        pieces = [SPACE_MARK if c == " " else c for c in characters]
+        return Units(kind, transform, [BLANK_PIECE, UNKNOWN_PIECE, *pieces])
     return _train_sentencepiece(lines, size, transform, coverage)
 
 
@@ -237,7 +242,7 @@ def _train_sentencepiece(lines: list[str], size: int, transform: str, coverage: 
             vocab_size=size,
             hard_vocab_limit=False,
             character_coverage=coverage,
-            # The transform has normalised the text; more here would break the spans.
+            # The transform has normalised the text. Another normalisation would break the spans.
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             max_sentence_length=1 << 24,

@@ -1,1 +1,1 @@
-"""TODO: what this folder is for."""
+"""Audio in and features out: files, pipes, resampling and fbank. It imports data/errors.py and files."""

@@ -1,8 +1,8 @@
 """Samples from a pipe: a WAV stream, or raw 16-bit PCM.
 
-Invariant: samples come out as soon as they came in, as the numbers that a file of them would give; what is not mono at
-the rate that is asked for is refused, since resampling piece by piece is another program's work.
-Exercised by `sox talk.flac -t wav -r 16000 -c 1 - | stillhouse decode RUN -`.
+Guarantees: samples come out as soon as they come in, with the values that a file of them would give. Anything but mono
+at the expected rate is refused.
+Try: `sox talk.flac -t wav -r 16000 -c 1 - | stillhouse decode RUN -`.
 """
 
 from __future__ import annotations
@@ -16,29 +16,35 @@ import numpy as np
 from ..errors import AudioError
 
 READ_BYTES = 1 << 16
-UNTOLD_BYTES = 0x7FFFF000  # data that says to be so long was written into a pipe: it ends where the stream ends
+UNKNOWN_BYTES = 0x7FFFF000  # A header with this length or more comes from a pipe, and the stream ends the data.
 LARGEST_CHUNK = 1 << 26
 PCM, FLOAT, EXTENSIBLE = 1, 3, 0xFFFE
-# (format, bits) -> what a sample is; 24 bits are handled apart
+# {(format, bits): the dtype of a sample}. Samples of 24 bits have none.
 KINDS = {(PCM, 8): "u1", (PCM, 16): "<i2", (PCM, 24): "", (PCM, 32): "<i4", (FLOAT, 32): "<f4", (FLOAT, 64): "<f8"}
 
 
 class PcmStream:
-    """Mono float32 samples in [-1, 1] of a buffered binary stream; `raw`: 16-bit little-endian PCM without a header.
+    """Mono float32 samples in [-1, 1] of a buffered binary stream.
 
-    Raises AudioError for what is no such stream, at once, and for samples that are not numbers.
+    Arguments:
+        rate_hz: the expected rate.
+        raw: the stream is 16-bit little-endian PCM without a header.
+        where: the name of the stream, for errors.
+
+    Raises:
+        AudioError: the header is wrong, or samples are not numbers.
     """
 
     def __init__(self, source: Any, rate_hz: int, *, raw: bool = False, where: str = "stdin") -> None:
         self.source, self.rate_hz, self.where = source, rate_hz, where
         self.format, self.bits = PCM, 16
-        self.left: int | None = None  # bytes; None: until the stream ends
+        self.left: int | None = None  # bytes; None if the stream ends the data
         self.cut_short = False
         if not raw:
             self._header()
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Samples as they arrive. A sample that the end cuts in two is left out."""
+        """Yield samples as they arrive. A sample that is cut off at the end is left out."""
         size, rest = self.bits // 8, b""
         while self.left is None or self.left > 0:
             data = self.source.read1(READ_BYTES if self.left is None else min(READ_BYTES, self.left))
@@ -58,20 +64,20 @@ class PcmStream:
             padded = np.zeros((len(data) // 3, 4), np.uint8)
             padded[:, 1:] = np.frombuffer(data, np.uint8).reshape(-1, 3)
             return (padded.view("<i4")[:, 0] / 2.0**31).astype(np.float32)
-        found = np.frombuffer(data, KINDS[self.format, self.bits])
+        values = np.frombuffer(data, KINDS[self.format, self.bits])
         if self.format == FLOAT:
-            if not np.isfinite(found).all():
+            if not np.isfinite(values).all():
                 raise AudioError("the audio holds samples that are not numbers", where=self.where)
-            return found.astype(np.float32)
+            return values.astype(np.float32)
         if self.bits == 8:
-            return (found.astype(np.float32) - 128) / 128
-        return (found / 2.0 ** (self.bits - 1)).astype(np.float32)
+            return (values.astype(np.float32) - 128) / 128
+        return (values / 2.0 ** (self.bits - 1)).astype(np.float32)
 
     def _header(self) -> None:
         remedy = f"sox FILE -t wav -r {self.rate_hz} -c 1 - | stillhouse decode RUN -"
         head = self._read(12)
         if not head:
-            raise AudioError("no audio came", where=self.where, remedy=remedy)
+            raise AudioError("the stream is empty", where=self.where, remedy=remedy)
         if head[:4] not in (b"RIFF", b"RF64") or head[8:] != b"WAVE":
             raise AudioError(
                 f"not a WAV stream: it begins with {head[:12]!r}",
@@ -79,7 +85,7 @@ class PcmStream:
                 expected="WAV, or --raw for 16-bit PCM without a header",
                 remedy=remedy,
             )
-        told = None
+        fmt = b""
         while True:
             chunk = self._read(8)
             if len(chunk) < 8:
@@ -91,12 +97,12 @@ class PcmStream:
             if len(body) < size:
                 raise AudioError(f"the WAV header's chunk {name!r} is cut off", where=self.where, remedy=remedy)
             if name == b"fmt ":
-                told = body
-        if told is None or len(told) < 16:
-            raise AudioError("the WAV header does not say the format", where=self.where, remedy=remedy)
-        self.format, channels, rate, _, _, self.bits = struct.unpack("<HHIIHH", told[:16])
-        if self.format == EXTENSIBLE and len(told) >= 26:
-            self.format = struct.unpack("<H", told[24:26])[0]
+                fmt = body
+        if len(fmt) < 16:
+            raise AudioError("the WAV header does not name the format", where=self.where, remedy=remedy)
+        self.format, channels, rate, _, _, self.bits = struct.unpack("<HHIIHH", fmt[:16])
+        if self.format == EXTENSIBLE and len(fmt) >= 26:
+            self.format = struct.unpack("<H", fmt[24:26])[0]
         wrong = [f"{rate} Hz"] if rate != self.rate_hz else []
         wrong += [f"{channels} channels"] if channels != 1 else []
         wrong += [f"format {self.format} of {self.bits} bits"] if (self.format, self.bits) not in KINDS else []
@@ -107,10 +113,10 @@ class PcmStream:
                 expected=f"{self.rate_hz} Hz, 1 channel, PCM or float",
                 remedy=remedy,
             )
-        self.left = size if 0 < size < UNTOLD_BYTES else None
+        self.left = size if 0 < size < UNKNOWN_BYTES else None
 
     def _read(self, size: int) -> bytes:
-        """`size` bytes, fewer where the stream ends."""
+        """`size` bytes, or fewer at the end of the stream."""
         data = b""
         while len(data) < size and (more := self.source.read1(min(READ_BYTES, size - len(data)))):
             data += more

@@ -1,7 +1,8 @@
-"""Audio files in: any format that libsndfile reads, any rate, any number of channels, out as mono float32.
+"""Audio files as mono float32: any format that libsndfile reads, any rate, any number of channels.
 
-Invariant: a segment has round(duration · rate) samples at its own rate and ceil of that times the ratio after
-resampling, or it is an AudioError that says what the file holds. Exercised by `stillhouse corpus features`.
+Guarantees: a segment has round(duration · rate) samples at its own rate, and ceil of that times the ratio after
+resampling. Otherwise it is an AudioError.
+Try: `stillhouse corpus features corpus.jsonl features.h5`.
 """
 
 from __future__ import annotations
@@ -16,30 +17,26 @@ import soundfile
 
 from ..errors import AudioError
 
-# A manifest's times are often rounded to hundredths; half a frame past the end of the file is no reason to fail.
+# Times of a manifest are often rounded to hundredths, so a segment may end so much after its file.
 SLACK_S = 0.02
 
 
 def open_audio(path: Path) -> soundfile.SoundFile:
-    """Open an audio file; AudioError says whether it is missing, no file (a pipe would be waited for) or damaged."""
+    """Open an audio file. Raises AudioError if it is missing, damaged or not a regular file, such as a pipe."""
     try:
         if not os.path.isfile(path) and os.path.exists(path):
             raise OSError("not a regular file")
         return soundfile.SoundFile(path)
     except (soundfile.SoundFileError, OSError, RuntimeError, TypeError, ValueError) as e:
         if not os.path.exists(path):
-            raise AudioError(
-                "no such audio file", where=path, remedy="restore it, or run `stillhouse corpus check`"
-            ) from e
-        raise AudioError(
-            f"not readable as audio: {getattr(e, 'error_string', e)}",
-            where=path,
-            expected="wav, flac, ogg, mp3, …",
-        ) from e
+            remedy = "restore it, or run `stillhouse corpus check`"
+            raise AudioError("no such audio file", where=path, remedy=remedy) from e
+        what = f"not readable as audio: {getattr(e, 'error_string', e)}"
+        raise AudioError(what, where=path, expected="wav, flac, ogg, mp3, …") from e
 
 
 def audio_length(path: Path | str) -> float:
-    """Seconds of audio in a file, by its header."""
+    """Return the seconds of audio in a file, by its header."""
     with open_audio(Path(path)) as file:
         return file.frames / file.samplerate
 
@@ -51,9 +48,15 @@ def read_audio(
     rate_hz: int = 16000,
     channel: int | None = None,
 ) -> np.ndarray:
-    """A segment of a file as float32 [S] in [-1, 1], resampled to rate_hz: one channel, from 0, or the mean of all.
+    """Return a segment of a file as float32 [S] in [-1, 1], resampled.
 
-    Raises AudioError for a missing or damaged file and for a segment that the file does not have.
+    Arguments:
+        start_s, duration_s: the segment in seconds. A duration of None reaches to the end.
+        rate_hz: the rate of the result.
+        channel: from 0. None: the mean of all channels.
+
+    Raises:
+        AudioError: the file is missing or damaged, or does not hold the segment.
     """
     samples, own_hz = read_segment(path, start_s, duration_s, channel)
     return resample(samples, own_hz, rate_hz)
@@ -62,7 +65,7 @@ def read_audio(
 def read_segment(
     path: Path | str, start_s: float = 0.0, duration_s: float | None = None, channel: int | None = None
 ) -> tuple[np.ndarray, int]:
-    """As read_audio, at the rate of the file: (float32 [S], its rate in Hz)."""
+    """Return (float32 [S], rate in Hz) of a segment at the rate of the file. See `read_audio`."""
     path = Path(path)
     with open_audio(path) as file:
         own_hz, total = file.samplerate, file.frames
@@ -77,11 +80,11 @@ def read_segment(
                     f"the segment from {start_s:.3f} s to {end} leaves the audio",
                     where=path,
                     expected=f"at most {total / own_hz:.3f} s",
-                    remedy="mend start_s and duration_s in the manifest",
+                    remedy="correct start_s and duration_s in the manifest",
                 )
             count = total - begin
         if count <= 0:
-            raise AudioError("the audio is empty", where=path, remedy="take the utterance out of the manifest")
+            raise AudioError("the audio is empty", where=path, remedy="delete the utterance from the manifest")
         try:
             file.seek(begin)
             samples = file.read(count, dtype="float32", always_2d=True)
@@ -90,11 +93,8 @@ def read_segment(
         except MemoryError as e:
             raise AudioError(f"its header claims {total} samples, too many to hold", where=path) from e
     if len(samples) != count:
-        raise AudioError(
-            f"the audio ends early: {len(samples)} of {count} samples",
-            where=path,
-            remedy="fetch the file again",
-        )
+        what = f"the audio ends early: {len(samples)} of {count} samples"
+        raise AudioError(what, where=path, remedy="restore the file")
     if channel is None and samples.shape[1] > 1:
         mono = samples.mean(axis=1, dtype=np.float32)
     else:
@@ -105,27 +105,30 @@ def read_segment(
 
 
 def no_such_channel(channel: int, channels: int, where: object) -> AudioError:
+    """Return the error of a channel that a file does not have."""
     return AudioError(
         f"no channel {channel}: the audio has {channels}",
         where=where,
         expected="a channel counted from 0",
-        remedy="mend the channel in the manifest",
+        remedy="correct the channel in the manifest",
     )
 
 
 def resample(samples: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
-    """float32 [S] -> float32 [ceil(S · to_hz / from_hz)], by torchaudio's windowed sinc.
+    """Return samples at another rate: float32 [S] -> float32 [ceil(S · to_hz / from_hz)].
 
-    Width 6 and a cut-off at 0.99 of the lower Nyquist frequency: torchaudio's defaults, and what sherpa-onnx uses.
+    The filter is torchaudio's windowed sinc with its defaults, which sherpa-onnx uses too: width 6, and a cut-off at
+    0.99 of the lower Nyquist frequency.
     """
     return _filtered(samples, Fraction(from_hz, to_hz))
 
 
 def change_speed(samples: np.ndarray, speed: float) -> np.ndarray:
-    """float32 [S] -> float32 [ceil(S / speed)]: played `speed` times as fast, pitch and all, at the same rate.
+    """Return samples played `speed` times as fast, with another pitch: float32 [S] -> float32 [ceil(S / speed)].
 
-    The same filter, with speed as the exact fraction that its decimals say: 0.9 has ten phases. Apart from `resample`,
-    which is then done once for all speeds: in one step, 22,050 Hz at 0.95 would need 6,400 phases of 8,391 taps.
+    The filter is that of `resample`, with the speed as an exact fraction of its decimals: 0.9 has ten phases. Both are
+    separate steps, because one step for 22,050 Hz at 0.95 would need 6,400 phases of 8,391 taps. `resample` is also
+    done once for all speeds.
     """
     return _filtered(samples, Fraction(str(speed)))
 

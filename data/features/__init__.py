@@ -1,1 +1,1 @@
-"""TODO: what this folder is for."""
+"""features.h5: computed from audio in parts, written and read. It imports audio, files and the modules of data/."""

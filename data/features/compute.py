@@ -1,8 +1,8 @@
 """Acoustic features: Kaldi fbank, computed by worker processes into parts and merged into one features.h5.
 
-Invariant: a part appears under its name only when it is whole, and parts go only after the file that holds their rows
-is in place. So what was reported done is never lost nor computed again, whenever the process is killed.
-Exercised by `stillhouse corpus features CORPUS features.h5 --speeds 0.9,1.0,1.1`.
+Guarantees: a part gets its name when it is whole, and it is deleted after the file that holds its rows is in place. A
+kill at any moment therefore neither loses rows that were reported nor computes them again.
+Try: `stillhouse corpus features corpus.jsonl features.h5 --speeds 0.9,1.0,1.1`.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from ..files.atomic import sweep_drafts
 from ..files.lock import FileLock
 from ..manifest import Corpus
 from .file import FeatureFile, FeatureSettings
-from .parts import FeatureJob, PartDone, identity, run
+from .parts import FeatureJob, PartDone, compute_parts, identity
 from .writer import merge
 
 __all__ = ["FeatureFile", "FeatureReport", "FeatureSettings", "PartDone", "compute_features", "fbank"]
 
-ASSUMED_S = 10.0  # an utterance whose manifest does not say how long it is
+ASSUMED_S = 10.0  # the length of an utterance whose manifest does not give it
 
 
 @dataclass(frozen=True)
 class FeatureReport:
-    """What a run of compute_features did. Rows count (utterance, speed) pairs."""
+    """What a run of compute_features did. Rows count (utterance, speed) pairs, and failures are {id: reason}."""
 
     rows_before: int
     rows_computed: int
@@ -54,91 +54,76 @@ def compute_features(
     on_start: Callable[[int, int], None] | None = None,
     on_part: Callable[[PartDone], None] | None = None,
 ) -> FeatureReport:
-    """Bring features.h5 to hold every utterance of the corpus at every speed; compute only what is not there yet.
+    """Compute the rows that features.h5 lacks: every utterance of the corpus at every speed.
 
-    workers: processes; 0 computes in this one; None takes the cores. part_s: seconds of features in a part, the
-    most that a kill can cost each worker. on_start(rows already there, rows to do); on_part(part) is
-    called when its rows are safe on disk.
-    Raises StaleError where the file has other settings or an utterance's sound has changed (redo_changed computes
-    those anew), LockedError where another process writes, PartialError after the rest is done where utterances failed.
+    Arguments:
+        workers: processes. 0 computes in this one, None uses the cores.
+        part_s: seconds of features in a part, which is the most that a kill costs each worker.
+        redo_changed: compute utterances again whose audio changed.
+        on_start: called with (rows in the file, rows to compute).
+        on_part: called with each part when its rows are on disk.
+
+    Raises:
+        StaleError: the file has other settings, or the audio of an utterance changed.
+        LockedError: another process writes the file.
+        PartialError: some utterances failed. The others are done.
     """
     path, settings = Path(path), settings or FeatureSettings()
     speeds = _checked_speeds(speeds)
-    jobs_audio = [u for u in corpus.utterances if u.audio is not None]
-    if not jobs_audio:
+    with_audio = sum(u.audio is not None for u in corpus.utterances)
+    if not with_audio:
         raise FeatureError("no utterance of the corpus has audio", where=corpus.path)
     parts = path.with_name(path.name + ".parts")
+    done: list[PartDone] = []
     with FileLock(parts / "lock", f"features {path}"):
         try:
-            before, made = _bring(
-                corpus, path, speeds, settings, parts, workers, part_s, redo_changed, on_start, on_part
-            )
+            sweep_drafts(parts)
+            left = [part for part in _part_paths(parts) if _is_whole(part)]
+            sources = _files(path, left)
+            before = _refuse_other_settings(settings, sources, parts)
+            jobs = list(_missing(corpus, speeds, sources, redo_changed))
+            if on_start is not None:
+                on_start(before, sum(len(j.speeds) for j in jobs))
+            workers = _worker_count(workers, jobs)
+            first = 1 + max((int(p.stem.removeprefix("part-")) for p in left), default=-1)
+            tasks = enumerate(_tasks(jobs, part_s, workers), start=first)
+            named = [(parts / f"part-{number:08d}.h5", task) for number, task in tasks]
+            for part in compute_parts(named, settings, workers):
+                done.append(part)
+                if on_part is not None and part.ids:
+                    on_part(part)
+            if new := _part_paths(parts):
+                merge(path, settings, _files(path, new), parts)
+                for file in new:
+                    file.unlink()
         finally:
             if not _part_paths(parts):
                 shutil.rmtree(parts)
-    with FeatureFile(path) if path.exists() else nullcontext() as file:
-        frames = int(file.offsets[-1]) if file is not None else 0
-    rows, audio_s = sum(d.rows for d in made), sum(d.audio_s for d in made)
-    failures = {id: why for d in made for id, why in d.failures.items()}
-    report = FeatureReport(before, rows, audio_s, len(corpus) - len(jobs_audio), frames, failures)
+    with FeatureFile(path) if path.exists() else nullcontext() as merged:
+        frames = int(merged.offsets[-1]) if merged is not None else 0
+    rows, audio_s = sum(d.rows for d in done), sum(d.audio_s for d in done)
+    failures = {id: why for d in done for id, why in d.failures.items()}
     if failures:
-        raise partial(failures, path)
-    return report
+        raise _partial(failures, path)
+    return FeatureReport(before, rows, audio_s, len(corpus) - with_audio, frames, failures)
 
 
-def _bring(
-    corpus: Corpus,
-    path: Path,
-    speeds: tuple[float, ...],
-    settings: FeatureSettings,
-    parts: Path,
-    workers: int | None,
-    part_s: float,
-    redo_changed: bool,
-    on_start: Callable[[int, int], None] | None,
-    on_part: Callable[[PartDone], None] | None,
-) -> tuple[int, list[PartDone]]:
-    """Compute what is missing into parts, merge them into the file, remove them; the lock is held."""
-    sweep_drafts(parts)
-    left = [part for part in _part_paths(parts) if _whole(part)]
-    sources = [FeatureFile(p) for p in ([path] if path.exists() else []) + left]
-    before = _refuse_other_settings(settings, sources, parts)
-    jobs = list(_missing(corpus, speeds, sources, redo_changed))
-    if on_start is not None:
-        on_start(before, sum(len(j.speeds) for j in jobs))
-    workers = _worker_count(workers, jobs)
-    first = 1 + max((int(p.stem.removeprefix("part-")) for p in left), default=-1)
-    named = [(parts / f"part-{first + k:08d}.h5", task) for k, task in enumerate(_tasks(jobs, part_s, workers))]
-    made: list[PartDone] = []
-    for done in run(named, settings, workers):
-        made.append(done)
-        if on_part is not None and done.ids:
-            on_part(done)
-    if new := _part_paths(parts):
-        whole = [FeatureFile(p) for p in ([path] if path.exists() else []) + new]
-        merge(path, settings, whole, parts)
-        for part in new:
-            part.unlink()
-    return before, made
-
-
-def partial(failures: dict[str, str], path: Path) -> PartialError:
+def _partial(failures: dict[str, str], path: Path) -> PartialError:
     shown = "\n".join(f"  {id}: {why}" for id, why in list(failures.items())[:20])
     more = f"\n  … and {len(failures) - 20} more" if len(failures) > 20 else ""
     n = len(failures)
     return PartialError(
         f"{n} utterance{'s' * (n > 1)} failed, the others are done:\n{shown}{more}\n",
         where=path,
-        remedy="mend the audio or take them out of the manifest, and run the same command again",
+        remedy="repair the audio or delete the utterances from the manifest, and run the same command again",
     )
 
 
 def _checked_speeds(speeds: Sequence[float]) -> tuple[float, ...]:
     out = tuple(dict.fromkeys(float(s) for s in speeds))
     if not out or any(not 0.5 <= s <= 2.0 for s in out) or any(round(s, 3) != s for s in out):
-        raise ConfigError(
-            f"speeds {', '.join(map(str, out))}", expected="factors from 0.5 to 2 with at most three decimals"
-        )
+        expected = "factors from 0.5 to 2 with at most three decimals"
+        raise ConfigError(f"speeds {', '.join(map(str, out))}", expected=expected)
     return out
 
 
@@ -146,8 +131,12 @@ def _part_paths(parts: Path) -> list[Path]:
     return sorted(parts.glob("part-*.h5"))
 
 
-def _whole(part: Path) -> bool:
-    """Whether a part can be read; one that a failing disk has damaged goes, and is computed again."""
+def _files(path: Path, parts: Sequence[Path]) -> list[FeatureFile]:
+    return [FeatureFile(p) for p in [*([path] if path.exists() else []), *parts]]
+
+
+def _is_whole(part: Path) -> bool:
+    """Whether a part can be read. A damaged one is deleted, and its rows are computed again."""
     try:
         FeatureFile(part).open().close()
     except FeatureError:
@@ -157,7 +146,7 @@ def _whole(part: Path) -> bool:
 
 
 def _refuse_other_settings(settings: FeatureSettings, sources: Sequence[FeatureFile], parts: Path) -> int:
-    """StaleError where a file has other settings; else how many rows there are."""
+    """Return how many rows there are. Raises StaleError if a file has other settings."""
     keys: set[tuple[str, float]] = set()
     for source in sources:
         with source:
@@ -170,7 +159,7 @@ def _refuse_other_settings(settings: FeatureSettings, sources: Sequence[FeatureF
                 f"{'the unfinished features were' if unfinished else 'the file was'} made with other settings: "
                 + "; ".join(differ),
                 where=place,
-                remedy=f"ask for the same settings, write to another file, or delete {place}",
+                remedy=f"use the same settings, write to another file, or delete {place}",
             )
     return len(keys)
 
@@ -178,6 +167,7 @@ def _refuse_other_settings(settings: FeatureSettings, sources: Sequence[FeatureF
 def _missing(
     corpus: Corpus, speeds: tuple[float, ...], sources: Sequence[FeatureFile], redo_changed: bool
 ) -> Iterator[FeatureJob]:
+    """Yield the rows to compute. Raises StaleError at the end if audio changed, unless `redo_changed` is set."""
     have: dict[str, dict[float, int]] = {}
     for source in sources:
         with source:
@@ -195,7 +185,7 @@ def _missing(
             try:
                 now = identity(path, u.start_s, u.duration_s, u.channel, contents)
             except OSError:
-                now = None  # sound that is gone cannot be said to have changed
+                now = None  # Audio that is missing cannot be compared.
             if stale := [s for s, then in stored.items() if now not in (None, then)]:
                 changed.append(u.id)
                 todo += stale
@@ -205,7 +195,7 @@ def _missing(
         raise StaleError(
             f"the audio, start or duration of {first_few(changed)} has changed since the features were made",
             where=sources[0].path,
-            remedy="compute these anew with --redo-changed, or restore them",
+            remedy="compute them again with --redo-changed, or restore the audio",
         )
 
 
@@ -218,14 +208,14 @@ def _worker_count(workers: int | None, jobs: list[FeatureJob]) -> int:
         raise ConfigError(f"{workers} workers", expected="0 or more")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if workers is None:
-        # Starting a process costs about as much as 15 minutes of audio.
+        # Starting a process takes about as long as 15 minutes of audio.
         workers = min(cores, int(sum(map(_seconds, jobs)) / 900))
         workers = 0 if workers == 1 else workers
     return min(workers, len(jobs))
 
 
 def _tasks(jobs: list[FeatureJob], part_s: float, workers: int) -> list[list[FeatureJob]]:
-    """Runs of utterances, in order, of about part_s seconds each; smaller where workers would go without."""
+    """Runs of utterances, in order, of about part_s seconds each, or less if there are too few for all workers."""
     part_s = min(part_s, sum(map(_seconds, jobs)) / max(4 * workers, 1))
     tasks: list[list[FeatureJob]] = []
     filled = np.inf

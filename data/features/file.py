@@ -1,4 +1,4 @@
-"""features.h5 and the parts that it is made of: the layout, and the fast reader (`feature_writer.py` writes them).
+"""features.h5 and the parts that it is made of: the layout, and the fast reader. `writer.py` writes them.
 
     features    float16 [frames, bins]   contiguous: rows of one utterance are one run of bytes
     offsets     int64 [rows + 1]         first frame of each row; a row is one (utterance, speed)
@@ -6,15 +6,14 @@
     speeds      float64 [rows]           audio  uint64 [rows], identity of the sound     crc32c  uint32 [rows]
     attributes: format, version, settings (JSON), fingerprint (of the settings), tables_crc32c (of all but features)
 
-Invariant: a reader holds one inode from the first look to the last read.
-Exercised by `stillhouse corpus info features.h5` and tests/bench/bench_features.py.
+Guarantees: a reader holds one inode from the first look to the last read.
+Try: `stillhouse corpus info features.h5`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
@@ -25,7 +24,8 @@ import google_crc32c
 import h5py
 import numpy as np
 
-from ..errors import FeatureError, first_few
+from ..errors import ConfigError, FeatureError, first_few
+from ..files.atomic import plain_descriptor
 
 HDF5 = b"\x89HDF\r\n\x1a\n"
 FORMAT, VERSION = "stillhouse-features", 1
@@ -37,13 +37,14 @@ TABLES = {
     "audio": np.uint64,
     "crc32c": np.uint32,
 }
+MAKE = "`stillhouse corpus features CORPUS FEATURES`"
 
 
 @dataclass(frozen=True)
 class FeatureSettings:
-    """What decides the numbers in a feature file; the words of StaleError are these names.
+    """The settings that decide the numbers in a feature file. StaleError uses their names.
 
-    The rest of fbank's settings is fixed (see `features.fbank`) and stands behind `method`, which changes with them.
+    The other settings of fbank are fixed (see `audio.fbank`). `method` changes with them.
     """
 
     method: str = "kaldi fbank 1"
@@ -51,8 +52,6 @@ class FeatureSettings:
     bins: int = 80
 
     def __post_init__(self) -> None:
-        from ..errors import ConfigError
-
         if not 1000 <= self.rate_hz <= 192000:
             raise ConfigError(f"a rate of {self.rate_hz} Hz", expected="1000 to 192000 Hz")
         if not 4 <= self.bins <= 256:
@@ -60,47 +59,50 @@ class FeatureSettings:
 
     @property
     def fingerprint(self) -> str:
+        """A hash of the settings."""
         return blake2b(json.dumps(asdict(self), sort_keys=True).encode(), digest_size=8).hexdigest()
 
     def differences(self, stored: dict) -> list[str]:
-        """In words, what differs from the settings that a file holds."""
-        mine = asdict(self)
-        names = [*mine, *(k for k in stored if k not in mine)]
+        """Return, as texts, what differs from the settings of a file."""
+        own = asdict(self)
+        names = [*own, *(k for k in stored if k not in own)]
         return [
-            f"{name} is {stored.get(name)!r} there and {mine.get(name)!r} here"
+            f"{name} is {stored.get(name)!r} there and {own.get(name)!r} here"
             for name in names
-            if stored.get(name) != mine.get(name)
+            if stored.get(name) != own.get(name)
         ]
 
 
 def sum_of_tables(tables: Mapping[str, np.ndarray]) -> int:
-    """crc32c over all tables, in the order of TABLES."""
+    """Return the crc32c over all tables, in the order of TABLES."""
     total = 0
     for name in TABLES:
         total = google_crc32c.extend(total, np.ascontiguousarray(tables[name]).tobytes())
     return total
 
 
-def _said(value: object) -> str:
-    """An attribute as text; files written before it was of a fixed length have it as a str."""
-    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
-
-
 def checksum(frames: np.ndarray) -> int:
+    """Return the crc32c of a row's frames."""
     return google_crc32c.value(np.ascontiguousarray(frames).tobytes())
 
 
+def _text(value: object) -> str:
+    """An attribute as text. Older files have it as a str and not as bytes of fixed length."""
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+
+
 def _table(data: h5py.Dataset, kind: type, most: int) -> np.ndarray:
-    """One of TABLES as it lies in the file; ValueError where it is no list of such numbers."""
+    """One of TABLES. ValueError if it is not a list of such numbers."""
     if data.ndim != 1 or data.dtype != kind or data.nbytes > most:
         raise ValueError(f"{data.name} is {data.dtype} {data.shape}")
     return data[:]
 
 
 class FeatureFile:
-    """Random access to a feature file. Opens when first used, anew in each process; pickles as its path.
+    """Random access to a feature file. It opens at the first use, again in each process, and pickles as its path.
 
-    Raises FeatureError for a file that is missing, damaged or of another format.
+    Raises:
+        FeatureError: the file is missing, damaged or of another format.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -126,36 +128,31 @@ class FeatureFile:
         self.close()
 
     def close(self) -> None:
-        """Close the file; its tables stay, and the next read opens it again."""
+        """Close the file. Its tables stay, and the next read opens it again."""
         if getattr(self, "_pid", None) == os.getpid():
             os.close(self._fd)
         self._pid = None
 
     def open(self) -> FeatureFile:
+        """Open the file, unless it is open in this process, and return the reader itself."""
         if self._pid == os.getpid():
             return self
         try:
-            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe without a writer
+            fd = plain_descriptor(self.path)
         except OSError as e:
-            raise FeatureError(
-                f"cannot open the features: {e.strerror}",
-                where=self.path,
-                remedy="make them with `stillhouse corpus features CORPUS FEATURES`",
-            ) from e
+            what = f"cannot open the features: {e.strerror}"
+            raise FeatureError(what, where=self.path, remedy=f"make them with {MAKE}") from e
         try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise FeatureError(
-                    "a folder, or no plain file",
-                    where=self.path,
-                    expected="a feature file, as `stillhouse corpus features CORPUS FEATURES` makes it",
-                )
             if os.pread(fd, 8, 0) != HDF5:
-                raise FeatureError(
-                    "not a feature file, or one without its beginning",
-                    where=self.path,
-                    expected="a feature file, as `stillhouse corpus features CORPUS FEATURES` makes it",
-                )
-            self._load(fd)
+                what = "not a feature file, or one without its beginning"
+                raise FeatureError(what, where=self.path, expected=f"a feature file, as {MAKE} makes it")
+            try:
+                self._load(fd)
+            # What h5py raises for damage depends on where it is. `_load` can raise these for no other reason.
+            except (OSError, LookupError, ValueError, TypeError, ArithmeticError, AttributeError, RuntimeError) as e:
+                raise self._damaged(str(e)) from e
+            except MemoryError as e:
+                raise self._damaged("its tables claim to be larger than the memory") from e
             end = self._offset + int(self.offsets[-1]) * self.width * 2
             if (size := os.fstat(fd).st_size) < end:
                 raise self._damaged(f"{size} bytes of {end}")
@@ -166,78 +163,61 @@ class FeatureFile:
         return self
 
     def _damaged(self, what: str) -> FeatureError:
-        return FeatureError(
-            f"the feature file is damaged: {what}",
-            where=self.path,
-            remedy="delete it and make it again with `stillhouse corpus features CORPUS FEATURES`",
-        )
+        remedy = f"delete it and make it again with {MAKE}"
+        return FeatureError(f"the feature file is damaged: {what}", where=self.path, remedy=remedy)
 
     def _load(self, fd: int) -> None:
         """Read the tables through the descriptor that later reads use, so that both see one file."""
-        try:
-            with os.fdopen(fd, "rb", closefd=False) as stream, h5py.File(stream, "r") as file:
-                if _said(file.attrs.get("format")) != FORMAT:
-                    raise FeatureError(
-                        "not a feature file of Stillhouse",
-                        where=self.path,
-                        expected=f"attribute format = {FORMAT}",
-                    )
-                if file.attrs["version"] != VERSION:
-                    raise FeatureError(
-                        f"version {file.attrs['version']} of the format",
-                        where=self.path,
-                        expected=f"version {VERSION}",
-                    )
-                self._settings = json.loads(_said(file.attrs["settings"]))
-                if not isinstance(self._settings, dict):
-                    raise self._damaged("its settings are none")
-                self._fingerprint = _said(file.attrs["fingerprint"])
-                size = os.fstat(fd).st_size
-                tables = {name: _table(file[name], kind, size) for name, kind in TABLES.items()}
-                if (stored := file.attrs.get("tables_crc32c")) is not None and stored != sum_of_tables(tables):
-                    raise self._damaged("its tables are not those that were written")
-                self.offsets: np.ndarray = tables["offsets"]
-                blob, cuts = tables["ids"].tobytes(), tables["id_offsets"].tolist()
-                self.row_ids = [blob[a:b].decode("utf-8") for a, b in pairwise(cuts)]
-                self.row_speeds: np.ndarray = tables["speeds"]
-                self.audio: np.ndarray = tables["audio"]
-                self.crc32c: np.ndarray = tables["crc32c"]
-                data = file["features"]
-                if data.dtype != np.float16 or data.chunks is not None or data.ndim != 2 or data.shape[1] < 1:
-                    raise self._damaged(f"features are {data.dtype} {data.shape}, chunks {data.chunks}")
-                if not len(self.offsets) or len(data) != self.offsets[-1]:
-                    raise self._damaged(f"{len(data)} frames of {int(self.offsets[-1]) if len(self.offsets) else 0}")
-                self.width = int(data.shape[1])
-                self._offset = data.id.get_offset() or 0  # None where there are no frames at all
-        except FeatureError:
-            raise
-        # What h5py raises for damage depends on where it is; nothing else happens in the block above.
-        except (OSError, LookupError, ValueError, TypeError, ArithmeticError, AttributeError, RuntimeError) as e:
-            raise self._damaged(str(e)) from e
-        except MemoryError as e:
-            raise self._damaged("its tables claim to be larger than the memory") from e
+        with os.fdopen(fd, "rb", closefd=False) as stream, h5py.File(stream, "r") as file:
+            if _text(file.attrs.get("format")) != FORMAT:
+                expected = f"attribute format = {FORMAT}"
+                raise FeatureError("not a feature file of Stillhouse", where=self.path, expected=expected)
+            if (version := file.attrs["version"]) != VERSION:
+                what = f"version {version} of the format"
+                raise FeatureError(what, where=self.path, expected=f"version {VERSION}")
+            self._settings = json.loads(_text(file.attrs["settings"]))
+            if not isinstance(self._settings, dict):
+                raise ValueError("its settings are not an object")
+            self._fingerprint = _text(file.attrs["fingerprint"])
+            size = os.fstat(fd).st_size
+            tables = {name: _table(file[name], kind, size) for name, kind in TABLES.items()}
+            if (stored := file.attrs.get("tables_crc32c")) is not None and stored != sum_of_tables(tables):
+                raise ValueError("its tables do not match their checksum")
+            self.offsets: np.ndarray = tables["offsets"]
+            blob, cuts = tables["ids"].tobytes(), tables["id_offsets"].tolist()
+            self.row_ids = [blob[a:b].decode("utf-8") for a, b in pairwise(cuts)]
+            self.row_speeds: np.ndarray = tables["speeds"]
+            self.audio: np.ndarray = tables["audio"]
+            self.crc32c: np.ndarray = tables["crc32c"]
+            data = file["features"]
+            if data.dtype != np.float16 or data.chunks is not None or data.ndim != 2 or data.shape[1] < 1:
+                raise ValueError(f"features are {data.dtype} {data.shape}, chunks {data.chunks}")
+            if not len(self.offsets) or len(data) != self.offsets[-1]:
+                raise ValueError(f"{len(data)} frames of {int(self.offsets[-1]) if len(self.offsets) else 0}")
+            self.width = int(data.shape[1])
+            self._offset = data.id.get_offset() or 0  # It is None if there are no frames at all.
         n = len(self.row_ids)
         if not n + 1 == len(self.offsets) or {len(self.row_speeds), len(self.audio), len(self.crc32c)} != {n}:
-            raise self._damaged("its tables disagree on the number of rows")
+            raise ValueError("its tables disagree on the number of rows")
         self.lengths = np.diff(self.offsets)
         if n and (self.offsets[0] != 0 or self.lengths.min() < 0):
-            raise self._damaged("offsets run backwards")
+            raise ValueError("offsets run backwards")
         self._row: dict[float, dict[str, int]] = {}
         for r, (id, speed) in enumerate(self.keys()):
             self._row.setdefault(speed, {})[id] = r
 
     def keys(self) -> Iterator[tuple[str, float]]:
-        """(id, speed) of every row, in file order."""
+        """Return (id, speed) of every row, in file order."""
         return zip(self.row_ids, self.row_speeds.tolist(), strict=True)
 
     @property
     def settings(self) -> dict:
-        """What the numbers were made with, as `FeatureSettings` names it."""
+        """The settings of the file, named as in `FeatureSettings`."""
         return self.open()._settings
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the settings. Each row's sound has its own identity (`audio`), so adding rows changes neither."""
+        """The hash of the settings. New rows do not change it, because each row has its own identity (`audio`)."""
         return self.open()._fingerprint
 
     @property
@@ -247,32 +227,20 @@ class FeatureFile:
 
     @property
     def speeds(self) -> list[float]:
-        """The speeds that some utterance has, ascending."""
+        """The speeds that any utterance has, ascending."""
         return sorted(set(self.open().row_speeds.tolist()))
 
-    def has(self, ids: Sequence[str], speeds: Sequence[float] | float = 1.0) -> np.ndarray:
-        """bool [B]"""
-        self.open()
-        return np.array([self._has(i, s) for i, s in self._pairs(ids, speeds)], bool)
-
     def frames(self, ids: Sequence[str], speeds: Sequence[float] | float = 1.0) -> np.ndarray:
-        """Lengths in frames, int64 [B]. Raises FeatureError naming what is not there."""
+        """Return lengths in frames, int64 [B]. Raises FeatureError, which names the rows that are missing."""
         return self.open().lengths[self._find(ids, speeds)]
 
     def gather(self, ids: Sequence[str], speeds: Sequence[float] | float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-        """(float16 [ΣT, bins] one utterance after the other, int64 lengths [B])."""
-        found = self.open()._find(ids, speeds)
-        return self.rows(found), self.lengths[found]
-
-    def _has(self, id: str, speed: float) -> bool:
-        return id in self._row.get(speed, ())
-
-    def _pairs(self, ids: Sequence[str], speeds: Sequence[float] | float) -> Iterable[tuple[str, float]]:
-        if isinstance(speeds, (int, float)):
-            return ((i, float(speeds)) for i in ids)
-        return zip(ids, map(float, speeds), strict=True)
+        """Return (float16 [ΣT, bins], one utterance after the other, and int64 lengths [B])."""
+        numbers = self.open()._find(ids, speeds)
+        return self.rows(numbers), self.lengths[numbers]
 
     def _find(self, ids: Sequence[str], speeds: Sequence[float] | float) -> np.ndarray:
+        """The numbers of rows, int64 [B]."""
         rows = self._row
         try:
             if isinstance(speeds, (int, float)):
@@ -280,7 +248,9 @@ class FeatureFile:
                 return np.array([row[i] for i in ids], np.int64)
             return np.array([rows[s][i] for i, s in zip(ids, speeds, strict=True)], np.int64)
         except KeyError:
-            missing = [f"{i} at speed {s:g}" for i, s in self._pairs(ids, speeds) if not self._has(i, s)]
+            pairs: Iterable[tuple[str, float]]
+            pairs = ((i, speeds) for i in ids) if isinstance(speeds, (int, float)) else zip(ids, speeds, strict=True)
+            missing = [f"{i} at speed {s:g}" for i, s in pairs if i not in rows.get(s, ())]
             raise FeatureError(
                 f"no features of {first_few(missing)}",
                 where=self.path,
@@ -288,14 +258,14 @@ class FeatureFile:
                 remedy="add them with `stillhouse corpus features CORPUS FEATURES --speeds …`",
             ) from None
 
-    def rows(self, found: np.ndarray) -> np.ndarray:
-        """Frames of rows by number: int64 [B] -> float16 [ΣT, bins]."""
+    def rows(self, numbers: np.ndarray) -> np.ndarray:
+        """Return the frames of rows by number: int64 [B] -> float16 [ΣT, bins]."""
         self.open()
         frame = self.width * 2
-        sizes = self.lengths[found] * frame
+        sizes = self.lengths[numbers] * frame
         out = np.empty((int(sizes.sum()) // frame, self.width), np.float16)
         target, at, fd, read = out.view(np.uint8).reshape(-1).data, 0, self._fd, os.preadv
-        starts = self.offsets[found] * frame + self._offset
+        starts = self.offsets[numbers] * frame + self._offset
         for start, size in zip(starts.tolist(), sizes.tolist(), strict=True):
             end = at + size
             # One call reads at most 2 GiB, and may read less.
@@ -307,10 +277,6 @@ class FeatureFile:
         return out
 
     def damaged_rows(self) -> list[tuple[str, float]]:
-        """(id, speed) of the rows whose bytes are not those that were written."""
+        """Return (id, speed) of the rows whose bytes do not match their checksum."""
         self.open()
         return [key for r, key in enumerate(self.keys()) if checksum(self.rows(np.array([r]))) != self.crc32c[r]]
-
-    def verify(self) -> list[str]:
-        """The damaged rows, as "ID at speed S"."""
-        return [f"{i} at speed {s:g}" for i, s in self.damaged_rows()]

@@ -1,7 +1,7 @@
-"""Computing parts of a feature file: the work itself, and the processes that share it.
+"""Parts of a feature file, and the worker processes that compute them.
 
-Invariant: a part is at its name only when it is whole, and a worker that is alone in the world leaves. Exercised by
-`stillhouse corpus features --workers 2` and by a test that kills it.
+Guarantees: a part gets its name when it is whole. A worker ends when its parent does.
+Try: `stillhouse corpus features corpus.jsonl features.h5 --workers 2`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from typing import Any, cast
 from ..audio.fbank import fbank
 from ..audio.read import change_speed, read_segment, resample
 from ..errors import AudioError, FeatureError, StillhouseError
+from ..files.atomic import plain_descriptor
 from .file import FeatureSettings
 from .writer import Rows, write_rows
 
 
 @dataclass(frozen=True)
 class FeatureJob:
-    """One utterance's rows that are to be computed."""
+    """The rows of one utterance to compute."""
 
     id: str
     path: Path
@@ -37,7 +38,7 @@ class FeatureJob:
 
 @dataclass(frozen=True)
 class PartDone:
-    """A part that is in place: the utterances in it, and those that failed (id -> why)."""
+    """A part that is in place: the utterances in it, and those that failed, {id: reason}."""
 
     ids: list[str]
     rows: int
@@ -52,13 +53,14 @@ def identity(
     channel: int | None = None,
     cache: dict[Path, bytes] | None = None,
 ) -> int:
-    """A 64-bit name of a stretch of sound: size and five samples of the file's bytes, start, duration and channel.
+    """Return a 64-bit name of an audio segment: size and five blocks of the file's bytes, start, duration and channel.
 
-    Neither path nor time of change count: a corpus that was moved or copied is still the same.
+    Path and modification time do not count, so a corpus stays the same when it is moved or copied. `cache` keeps what
+    was read of each file.
     """
     content = cache.get(path) if cache is not None else None
     if content is None:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe in a file's place must not be waited for
+        fd = plain_descriptor(path)
         try:
             size, block = os.fstat(fd).st_size, 4096
             places = range(0, max(size, 1), block) if size <= 8 * block else [k * (size - block) // 4 for k in range(5)]
@@ -74,7 +76,7 @@ def identity(
 
 
 def compute_part(target: Path, jobs: list[FeatureJob], settings: FeatureSettings) -> PartDone:
-    """Compute one part and put it in place."""
+    """Compute one part and write it to `target`."""
     rows = Rows()
     ids: list[str] = []
     failures: dict[str, str] = {}
@@ -84,15 +86,12 @@ def compute_part(target: Path, jobs: list[FeatureJob], settings: FeatureSettings
             samples, own_hz = read_segment(job.path, job.start_s, job.duration_s, job.channel)
             name = identity(job.path, job.start_s, job.duration_s, job.channel)
             samples, seconds = resample(samples, own_hz, settings.rate_hz), len(samples) / own_hz
-            made = []
-            for speed in job.speeds:
-                mel = fbank(change_speed(samples, speed), settings.rate_hz, settings.bins)
-                made.append((job.id, speed, name, mel))
+            mels = [fbank(change_speed(samples, s), settings.rate_hz, settings.bins) for s in job.speeds]
         except (AudioError, OSError) as e:
             failures[job.id] = str(e)
             continue
-        for row in made:
-            rows.add(*row)
+        for speed, mel in zip(job.speeds, mels):
+            rows.add(job.id, speed, name, mel)
         ids.append(job.id)
         audio_s += sum(seconds / s for s in job.speeds)
     if ids:
@@ -100,15 +99,18 @@ def compute_part(target: Path, jobs: list[FeatureJob], settings: FeatureSettings
     return PartDone(ids, len(rows.ids), audio_s, failures)
 
 
-def run(named: list[tuple[Path, list[FeatureJob]]], settings: FeatureSettings, workers: int) -> Iterator[PartDone]:
-    """Compute parts (where to put each, its jobs) in some order; yields each as soon as it is in place.
+def compute_parts(
+    named: list[tuple[Path, list[FeatureJob]]], settings: FeatureSettings, workers: int
+) -> Iterator[PartDone]:
+    """Compute parts, given as (path, jobs), and yield each when it is in place, in any order.
 
-    Raises FeatureError where a worker dies; what the others have finished stays.
+    Raises:
+        FeatureError: a worker died. The parts that the others finished stay.
     """
     if workers == 0:
         import torch
 
-        # Frames are too small to share among threads, and waiting threads slow everyone on a busy machine.
+        # Frames are too small to share among threads, and waiting threads slow down a busy machine.
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
@@ -117,8 +119,8 @@ def run(named: list[tuple[Path, list[FeatureJob]]], settings: FeatureSettings, w
         finally:
             torch.set_num_threads(threads)
         return
-    # Spawned, not forked: torch's threads do not survive a fork. One pipe a worker, closed everywhere else, so that
-    # a worker sees the end of this process at once, even after kill -9, and leaves.
+    # Workers are spawned, because torch's threads do not survive a fork. No other process has a worker's pipe open, so
+    # that it sees the end of this process at once, even after kill -9.
     context = multiprocessing.get_context("spawn")
     busy: dict[Any, Any] = {}
     queue = iter(named)
@@ -139,8 +141,7 @@ def run(named: list[tuple[Path, list[FeatureJob]]], settings: FeatureSettings, w
                     busy[here].join()
                     raise FeatureError(
                         f"a worker process died (exit code {busy[here].exitcode})",
-                        remedy="run the same command again: it goes on where it stopped; "
-                        "with fewer --workers if memory ran out",
+                        remedy="run the same command again, which resumes, with fewer --workers if memory ran out",
                     ) from None
                 if isinstance(answer, BaseException):
                     raise answer
@@ -159,7 +160,7 @@ def run(named: list[tuple[Path, list[FeatureJob]]], settings: FeatureSettings, w
 
 
 def _work(pipe: Connection, settings: FeatureSettings) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent ends its workers.
     import torch
 
     torch.set_num_threads(1)

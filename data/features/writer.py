@@ -1,7 +1,7 @@
-"""Writing features.h5 and the parts that it is made of, in the layout that `feature_file.py` draws.
+"""Write features.h5 and the parts that it is made of, in the layout of `file.py`.
 
-Invariant: a file at its final name is whole: written aside, fsynced, renamed.
-Exercised by `stillhouse corpus features CORPUS features.h5` and tests/bench/bench_features.py.
+Guarantees: a file gets its name when it is whole and on disk.
+Try: `stillhouse corpus features corpus.jsonl features.h5`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from ..errors import FeatureError
 from ..files.atomic import draft_of
 from .file import FORMAT, VERSION, FeatureFile, FeatureSettings, checksum, sum_of_tables
 
-# Frames a write: whole pages, whatever the number of bins, and 20 MB of them. From large aligned writes Linux makes
-# large folios of page cache, which reads copy twice as fast as those that a write an utterance leaves.
+# A write has so many frames: 20 MB of whole pages for any number of bins. Linux makes large folios of page cache from
+# large aligned writes. Reads copy them twice as fast as those from one write for each utterance.
 WRITE_FRAMES = 1 << 17
 
 
 @dataclass
 class Rows:
-    """Rows to be written: any number of (utterance, speed) with their frames."""
+    """Rows to write: any number of (utterance, speed) with their frames."""
 
     ids: list[str] = field(default_factory=list)
     speeds: list[float] = field(default_factory=list)
@@ -34,6 +34,7 @@ class Rows:
     frames: list[np.ndarray] = field(default_factory=list)
 
     def add(self, id: str, speed: float, audio: int, frames: np.ndarray) -> None:
+        """Add a row. `audio` is the identity of its sound, `frames` are [T, bins]."""
         self.ids.append(id)
         self.speeds.append(speed)
         self.audio.append(audio)
@@ -41,17 +42,20 @@ class Rows:
 
 
 def write_rows(path: Path, settings: FeatureSettings, rows: Rows) -> None:
-    """Write a part: whole at `path`, or not there."""
+    """Write a part, whole or not at all."""
     lengths = np.array([len(f) for f in rows.frames], np.int64)
     crc = np.array([checksum(f) for f in rows.frames], np.uint32)
     _write(path, settings, rows.ids, rows.speeds, rows.audio, crc, lengths, iter(rows.frames))
 
 
 def merge(path: Path, settings: FeatureSettings, sources: Sequence[FeatureFile], drafts: Path) -> int:
-    """Write all rows of `sources` to `path`; of a row that several hold, the last one counts. Returns the rows."""
+    """Write all rows of `sources` to `path`, and return how many. If several sources have a row, the last one counts.
+
+    The draft lies in the folder `drafts`.
+    """
     last: dict[tuple[str, float], tuple[int, int]] = {}
     for s, source in enumerate(sources):
-        with source:  # one file open at a time: a large corpus has more parts than a process may open
+        with source:  # Only one file is open, because a large corpus has more parts than a process may open.
             for r, key in enumerate(source.keys()):
                 last[key] = (s, r)
     picked = sorted(last.values())
@@ -66,7 +70,7 @@ def merge(path: Path, settings: FeatureSettings, sources: Sequence[FeatureFile],
 
 
 def _blocks(sources: Sequence[FeatureFile], picked: list[tuple[int, int]]) -> Iterator[np.ndarray]:
-    """The frames of the picked rows, neighbours read together."""
+    """Yield the frames of the picked rows. Neighbours are read together."""
     k = 0
     while k < len(picked):
         s, first = picked[k]
@@ -96,8 +100,8 @@ def _write(
     encoded = [i.encode("utf-8") for i in ids]
     try:
         aligned = {"alignment_threshold": 1 << 16, "alignment_interval": 4096}
-        # HDF5 checks its own structures by checksums only since version 1.10, and crashes on some damaged older ones;
-        # texts of fixed length lie among what is checked, others do not.
+        # Since version 1.10 HDF5 has checksums of its structures, and it crashes on some damaged older ones. They cover
+        # texts of fixed length, but not other texts.
         with (
             draft_of(path, folder=drafts) as draft,
             h5py.File(draft, "w", locking=False, libver="v110", **aligned) as file,
@@ -123,13 +127,13 @@ def _write(
                 data[at : at + len(block)] = block
                 at += len(block)
             assert at == offsets[-1], (at, offsets[-1])
-    except (OSError, RuntimeError) as e:  # h5py has both
+    except (OSError, RuntimeError) as e:  # h5py raises both.
         why = os.strerror(e.errno) if isinstance(e, OSError) and e.errno else str(e)
-        raise FeatureError(f"cannot write: {why}", where=path, remedy="make room and run the same command again") from e
+        raise FeatureError(f"cannot write: {why}", where=path, remedy="free disk space and repeat the command") from e
 
 
 def _large(blocks: Iterator[np.ndarray], bins: int) -> Iterator[np.ndarray]:
-    """The same frames in runs of WRITE_FRAMES; each is valid until the next is asked for."""
+    """Yield the same frames in runs of WRITE_FRAMES. Each is valid until the next."""
     buffer, filled = np.empty((WRITE_FRAMES, bins), np.float16), 0
     for block in blocks:
         done = 0

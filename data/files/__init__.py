@@ -1,1 +1,1 @@
-"""TODO: what this folder is for."""
+"""Files of any kind: atomic writes, locks, lines of text and paths. It imports data/errors.py."""

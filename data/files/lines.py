@@ -1,7 +1,7 @@
-"""Text files in: UTF-8 with or without BOM, any line ends, gzip where a list may be long.
+"""Text files: UTF-8 with or without BOM, any line ends, and gzip for lists.
 
-Invariant: text that is not UTF-8 is a CorpusError that names file and line; nothing is replaced silently.
-Exercised by every `stillhouse corpus import`.
+Guarantees: text that is not UTF-8 is a CorpusError that names file and line. No character is replaced.
+Try: `stillhouse corpus import text stories.txt corpus.jsonl`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 
 from ..errors import CorpusError
 
-LONGEST_LINE = 1 << 26  # bytes; no transcript is that long, and a file without line ends must not fill the memory
+LONGEST_LINE = 1 << 26  # bytes. No transcript is that long, and a file without line ends must not fill the memory.
 
 
 def read_text(path: Path) -> str:
-    """The whole file as text with "\\n" line ends."""
+    """Return the whole file as text with "\\n" line ends. Raises CorpusError if it cannot be read."""
     try:
         data = path.read_bytes()
     except OSError as e:
@@ -30,23 +30,20 @@ def read_text(path: Path) -> str:
         text = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
     except UnicodeDecodeError as e:
         line = 1 + data.count(b"\n", 0, e.start)
-        raise CorpusError(
-            f"byte 0x{data[e.start]:02x} is not UTF-8",
-            where=f"{path}:{line}",
-            remedy="save the file as UTF-8",
-        ) from e
+        what = f"byte 0x{data[e.start]:02x} is not UTF-8"
+        raise CorpusError(what, where=f"{path}:{line}", remedy="save the file as UTF-8") from e
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
-    """(line number from 1, line) of the file; blank lines too. Only "\\n" and "\\r" end a line."""
+    """Return (line number from 1, line) of all lines, blank ones too. Only "\\n" and "\\r" end a line."""
     return list(enumerate(read_text(path).removesuffix("\n").split("\n"), start=1))
 
 
 def scan_lines(path: Path) -> Iterator[tuple[int, str | CorpusError]]:
-    """(line number, line without its end, or why it is none) of every line that is not blank, one at a time.
+    """Yield (line number, line without its end, or its error) of every line that is not blank.
 
-    Reads gzip too, by its first bytes. Raises CorpusError for a file that cannot be read on.
+    Gzip is recognised by its first bytes. Raises CorpusError if the file cannot be read to its end.
     """
     for number, line in scan_bytes(path):
         if isinstance(line, CorpusError):
@@ -55,20 +52,14 @@ def scan_lines(path: Path) -> Iterator[tuple[int, str | CorpusError]]:
         try:
             text = line.decode("utf-8")
         except UnicodeDecodeError as e:
-            yield (
-                number,
-                CorpusError(
-                    f"bytes {e.start}–{e.end} of the line are not UTF-8",
-                    where=f"{path}:{number}",
-                    remedy="save the file as UTF-8",
-                ),
-            )
+            what = f"bytes {e.start}–{e.end} of the line are not UTF-8"
+            yield number, CorpusError(what, where=f"{path}:{number}", remedy="save the file as UTF-8")
         else:
             yield number, text.rstrip("\r\n")
 
 
 def scan_bytes(path: Path) -> Iterator[tuple[int, bytes | CorpusError]]:
-    """As scan_lines, before decoding and with the line ends."""
+    """Yield what `scan_lines` does, before decoding and with the line ends."""
     number = 0
     try:
         with path.open("rb") as plain:
@@ -81,36 +72,34 @@ def scan_bytes(path: Path) -> Iterator[tuple[int, bytes | CorpusError]]:
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if len(line) > LONGEST_LINE:
-                    raise CorpusError(
-                        "the line has no end",
-                        where=f"{path}:{number}",
-                        expected=f"lines of at most {LONGEST_LINE >> 20} MB",
-                    )
+                    expected = f"lines of at most {LONGEST_LINE >> 20} MB"
+                    raise CorpusError("the line has no end", where=f"{path}:{number}", expected=expected)
                 if line.strip():
                     yield number, line
     except (OSError, EOFError, zlib.error, ValueError) as e:
         why = getattr(e, "strerror", None) or e
         where = f"{path}:{number + 1}" if number else path
-        raise CorpusError(f"cannot read: {why}", where=where, remedy="fetch or make the file again") from e
+        raise CorpusError(f"cannot read: {why}", where=where, remedy="restore the file") from e
 
 
 def parse_object(line: str | bytes, where: str) -> dict[str, Any] | CorpusError:
-    """The JSON object of a line, or why it is none."""
+    """Return the JSON object of a line, or its error."""
+    expected = "one JSON object a line"
     try:
-        found = json.loads(line)
+        value = json.loads(line)
         if (b"\\ud" if isinstance(line, bytes) else "\\ud") in line.lower():  # type: ignore[operator]
-            json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair is no character
+            json.dumps(value, ensure_ascii=False).encode()  # Half of a surrogate pair is no character.
     except RecursionError:
-        return CorpusError("JSON nested too deeply", where=where, expected="one JSON object a line")
+        return CorpusError("JSON nested too deeply", where=where, expected=expected)
     except ValueError as e:
-        return CorpusError(f"not JSON: {e}", where=where, expected="one JSON object a line")
-    if not isinstance(found, dict):
-        return CorpusError(f"JSON, but a {type(found).__name__}", where=where, expected="one JSON object a line")
-    return found
+        return CorpusError(f"not JSON: {e}", where=where, expected=expected)
+    if not isinstance(value, dict):
+        return CorpusError(f"JSON, but a {type(value).__name__}", where=where, expected=expected)
+    return value
 
 
 def scan_objects(path: Path) -> Iterator[tuple[int, dict[str, Any] | CorpusError]]:
-    """(line number, JSON object or why it is none) of every line that is not blank."""
+    """Yield (line number, JSON object or its error) of every line that is not blank."""
     for number, line in scan_lines(path):
         yield number, line if isinstance(line, CorpusError) else parse_object(line, f"{path}:{number}")
 

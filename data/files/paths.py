@@ -1,7 +1,7 @@
-"""Paths in manifests: relative to the manifest's folder, and inside a folder that they must not leave, if one is set.
+"""Audio paths: relative to the folder of the manifest, and below a root if one is set.
 
-Invariant: a path that `confined` returns for a root is, with all links followed, below that root.
-Exercised by `stillhouse corpus features CORPUS FEATURES --root DIR`.
+Guarantees: a path that `confined` returns for a root is below it, with all links followed.
+Try: `stillhouse corpus features corpus.jsonl features.h5 --root .`.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from ..errors import AudioError
 
 
 def relative_audio(audio: Path, manifest: Path) -> str:
-    """The path of an audio file as the manifest holds it: relative to the manifest's folder."""
+    """Return the path of an audio file relative to the folder of the manifest."""
     return os.path.relpath(audio, os.path.dirname(os.path.abspath(manifest))).replace(os.sep, "/")
 
 
 def below(folder: Path, suffix: str) -> list[Path]:
-    """The files below a folder whose names end so, sorted; links to folders are followed, each folder once."""
-    found, seen = [], set()
+    """Return the files below a folder whose names end with `suffix`, sorted. Links to folders are followed once."""
+    paths, seen = [], set()
     for place, folders, files in os.walk(folder, followlinks=True):
         status = os.stat(place)
         if (status.st_dev, status.st_ino) in seen:
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        folders.sort()  # of two ways to a folder, always the same counts
-        found += [Path(place, name) for name in files if name.endswith(suffix)]
-    return sorted(found)
+        folders.sort()  # If two paths lead to a folder, the same one counts each time.
+        paths += [Path(place, name) for name in files if name.endswith(suffix)]
+    return sorted(paths)
 
 
 def confined(path: Path, root: Path | None, where: object = None) -> Path:
-    """The same path, or AudioError where it is not below root; without a root any path will do."""
+    """Return the same path. Raises AudioError if there is a root and the path is not below it."""
     if root is None:
         return path
     try:
@@ -41,9 +41,9 @@ def confined(path: Path, root: Path | None, where: object = None) -> Path:
         raise AudioError(f"not a path: {e}", where=where or repr(str(path))) from e
     if not Path(real).is_relative_to(os.path.realpath(root)):
         raise AudioError(
-            f"{path} leads out of the root, to {real}" if where else f"the path leads out of the root, to {real}",
+            f"{path if where else 'the path'} leads out of the root, to {real}",
             where=where or path,
             expected=f"a file below {root}",
-            remedy="copy the file there, or give a --root that holds it",
+            remedy="copy the file there, or give another --root",
         )
     return path

@@ -1,7 +1,7 @@
 """Audio inside Kaldi archives, FILE.ark:OFFSET: WAV as `wav-copy` writes it, any format as kaldiio's `soundfile` does.
 
-Invariant: what is at the offset is copied byte for byte, or it is an AudioError that says what is there instead.
-Exercised by `stillhouse corpus import espnet dump/raw/train corpus.jsonl`.
+Guarantees: an audio file at the offset is copied byte for byte. Anything else is an AudioError that names it.
+Try: `stillhouse corpus import espnet dump/raw/train corpus.jsonl`.
 """
 
 from __future__ import annotations
@@ -12,58 +12,58 @@ from pathlib import Path
 
 from ..errors import AudioError
 
-UNKNOWN_SIZES = (0, 0x7FFFFFFF, 0xFFFFFFFF)  # what programs that write into a pipe leave in a WAV header
+UNKNOWN_SIZES = (0, 0x7FFFFFFF, 0xFFFFFFFF)  # Programs that write to a pipe leave these in a WAV header.
 SUFFIXES = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg"}
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Where in the archive a whole audio file lies, in bytes, and how such files are called."""
+class ArchivedFile:
+    """Where in the archive an audio file lies, in bytes, and the suffix of such files."""
 
     begin: int
     length: int
     suffix: str
 
 
-def audio_in_archive(archive: Path, offset: int) -> Stretch:
-    """The audio file at `offset`; AudioError where there is none, or where it does not say how long it is."""
+def audio_in_archive(archive: Path, offset: int) -> ArchivedFile:
+    """Return the audio file at `offset`. Raises AudioError if there is none, or if its length is unknown."""
     where = f"{archive}:{offset}"
     size = archive.stat().st_size
     with archive.open("rb") as source:
         source.seek(min(offset, size))
         head = source.read(16)
-        if head[:5] == b"AUDIO":  # then the number of bytes of the length, the length, the file
+        if head[:5] == b"AUDIO":  # The size of the length, the length and the file follow.
             width = head[5] if len(head) > 5 else 0
             begin = offset + 6 + width
             length = int.from_bytes(head[6 : 6 + width], "little")
             source.seek(min(begin, size))
             suffix = SUFFIXES.get(source.read(4), ".audio")
             if not 0 < width <= 8 or length == 0:
-                raise AudioError("audio in an archive, of no length", where=where)
+                raise AudioError("audio in an archive, with a length of 0", where=where)
         elif head[:4] == b"RIFF" and head[8:12] == b"WAVE":
             (length,) = struct.unpack("<I", head[4:8])
             if length in UNKNOWN_SIZES:
-                raise AudioError("the WAV in the archive does not say how long it is", where=where)
+                raise AudioError("the length of the WAV in the archive is unknown", where=where)
             begin, length, suffix = offset, 8 + length, ".wav"
         elif head[:2] == b"\0B":
-            raise AudioError("a Kaldi matrix, features and no audio", where=where, expected="the archive of the audio")
+            raise AudioError("a Kaldi matrix and no audio", where=where, expected="the archive of the audio")
         else:
             raise AudioError(
                 "no audio at that place of the archive",
                 where=where,
                 expected="WAV, or what kaldiio writes",
-                remedy="take the wav.scp that the archive was made from",
+                remedy="import the wav.scp that the archive was made from",
             )
     if begin + length > size:
-        raise AudioError("the archive ends before the audio does", where=where, remedy="fetch or make it again")
-    return Stretch(begin, length, suffix)
+        raise AudioError("the archive ends before the audio does", where=where, remedy="restore the archive")
+    return ArchivedFile(begin, length, suffix)
 
 
-def copy_stretch(archive: Path, stretch: Stretch, target: Path) -> None:
-    """Write the bytes of a stretch to `target`."""
-    left = stretch.length
+def copy_file(archive: Path, audio: ArchivedFile, target: Path) -> None:
+    """Copy the bytes of an audio file to `target`."""
+    left = audio.length
     with archive.open("rb") as source, target.open("wb") as sink:
-        source.seek(stretch.begin)
+        source.seek(audio.begin)
         while left:
             block = source.read(min(left, 1 << 20))
             if not block:

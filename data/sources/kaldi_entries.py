@@ -13,7 +13,7 @@ from ..errors import AudioError
 from ..files.paths import confined
 from .audio_files import AudioFiles
 from .common import Imported
-from .kaldi_archives import audio_in_archive, copy_stretch
+from .kaldi_archives import audio_in_archive, copy_file
 from .kaldi_pipes import decoded_file, run_command
 
 ARCHIVE = re.compile(r"(?P<path>.*\S):(?P<offset>\d{1,20})")
@@ -39,11 +39,11 @@ class WavEntries:
             return self.files.find(entry), None
         archive = self.files.find(match["path"])
         status = archive.stat()
-        stretch = audio_in_archive(archive, int(match["offset"]))
+        audio = audio_in_archive(archive, int(match["offset"]))
         # Another archive of the same name has other audio at the same place, so its size and time are part of the name.
         source = f"{entry} {status.st_size} {status.st_mtime_ns}"
-        target = self.result.unpacked.path(recording, source, stretch.suffix)
-        self.result.unpacked.write(target, lambda draft: copy_stretch(archive, stretch, draft))
+        target = self.result.unpacked.path(recording, source, audio.suffix)
+        self.result.unpacked.write(target, lambda draft: copy_file(archive, audio, draft))
         return confined(target, self.result.root), None
 
     def pipe(self, recording: str, command: str) -> tuple[Path, int | None]:

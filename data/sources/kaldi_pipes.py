@@ -76,7 +76,11 @@ def _hertz(rate: str) -> int:
 
 
 def run_command(command: str, target: Path, timeout_s: float = SECONDS_A_COMMAND) -> None:
-    """Run a command by the shell and write the audio of its output to `target`, as WAV. Raises AudioError."""
+    """Run a command in the shell and write the audio of its output to `target`, as WAV.
+
+    Raises:
+        AudioError: the command fails, takes longer than `timeout_s`, or writes no audio.
+    """
     raw = target.with_name(target.name + ".piped")
     try:
         with raw.open("wb") as out:
@@ -88,7 +92,7 @@ def run_command(command: str, target: Path, timeout_s: float = SECONDS_A_COMMAND
                 start_new_session=True,
             )
             try:
-                said = process.communicate(timeout=timeout_s)[1]
+                errors = process.communicate(timeout=timeout_s)[1]
             except BaseException as e:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.communicate()
@@ -96,15 +100,15 @@ def run_command(command: str, target: Path, timeout_s: float = SECONDS_A_COMMAND
                     raise AudioError(f"the command took more than {timeout_s:g} s: {command}") from None
                 raise
         if process.returncode:
-            last = said.decode("utf-8", "replace").strip().splitlines()[-1:]
+            last = errors.decode("utf-8", "replace").strip().splitlines()[-1:]
             raise AudioError(f"the command failed with code {process.returncode}: {command} {' '.join(last)}".strip())
-        # Programs that write to a pipe cannot fill in the length in a WAV header.
+        # Programs that write to a pipe cannot write the length into a WAV header, so the file is written again.
         with open_audio(raw) as source:
             if not source.frames:
                 raise AudioError(f"the command wrote no audio: {command}")
             subtype = source.subtype if source.subtype in soundfile.available_subtypes("WAV") else "PCM_16"
             with soundfile.SoundFile(target, "w", source.samplerate, source.channels, subtype, format="WAV") as sink:
-                # As integers where it is integers: floats would be scaled by 2^15 one way and by 2^15 - 1 the other.
+                # Integers stay integers, because floats would be scaled by 2^15 on the way in and by 2^15 - 1 out.
                 exact = source.subtype == subtype and subtype.startswith("PCM")
                 for block in source.blocks(1 << 20, dtype="int32" if exact else "float64"):
                     sink.write(block)

@@ -240,9 +240,9 @@ for k in range(int(sys.argv[2])):
     path.write_bytes(data)
     try:
         with FeatureFile(path) as file:
-            damaged = file.verify()
+            damaged = file.damaged_rows()
             same = (file.gather(["u1"])[0] == frames).all()
-            assert same or "u1 at speed 1" in damaged, k
+            assert same or ("u1", 1.0) in damaged, k
             seen += bool(damaged)
     except FeatureError as e:
         refused += 1

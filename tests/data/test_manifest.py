@@ -26,7 +26,7 @@ def test_written_and_read_again_it_is_the_same(tmp_path: Path) -> None:
     assert corpus.by_id["b"] is corpus.utterances[1]
     assert corpus.audio_path(A) == path.parent / "x y" / "ä.wav"
     assert to_line(B) == '{"id": "b", "text": "", "meta": {"prompt": "p1"}}'
-    with pytest.raises(CorpusError, match="text alone"):
+    with pytest.raises(CorpusError, match="the utterance has no audio"):
         corpus.audio_path(B)
 
 

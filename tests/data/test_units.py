@@ -128,7 +128,7 @@ def test_training_again_gives_the_same_units(units: Units) -> None:
 
 
 def test_damaged_folders_are_refused(units: Units, tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match="no units there"):
+    with pytest.raises(CorpusError, match="there are no units"):
         load_units(tmp_path)
     units.save(tmp_path)
     path = tmp_path / "units.json"
@@ -157,7 +157,7 @@ def test_damaged_folders_are_refused(units: Units, tmp_path: Path) -> None:
         with pytest.raises(CorpusError, match="fingerprint"):
             load_units(tmp_path)
         model.unlink()
-        with pytest.raises(CorpusError, match="no units there"):
+        with pytest.raises(CorpusError, match="there are no units"):
             load_units(tmp_path)
 
 

@@ -72,12 +72,12 @@ def test_raw_samples() -> None:
 
 
 REFUSED = {
-    "nothing": (b"", "no audio came"),
+    "nothing": (b"", "the stream is empty"),
     "flac": (b"fLaC" + bytes(40), "not a WAV stream"),
     "cut off": (header()[:20], "cut off"),
     "cut off later": (header()[:-2], "cut off"),
-    "data first": (b"RIFF\0\0\0\0WAVEdata\0\0\0\0", "does not say the format"),
-    "short format": (b"RIFF\0\0\0\0WAVEfmt \x02\0\0\0\x01\0data\0\0\0\0", "does not say the format"),
+    "data first": (b"RIFF\0\0\0\0WAVEdata\0\0\0\0", "does not name the format"),
+    "short format": (b"RIFF\0\0\0\0WAVEfmt \x02\0\0\0\x01\0data\0\0\0\0", "does not name the format"),
     "44.1 kHz": (header(rate=44_100), "44100 Hz"),
     "stereo": (header(channels=2), "2 channels"),
     "mu-law": (header(kind=7, bits=8), "format 7 of 8 bits"),

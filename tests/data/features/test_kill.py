@@ -54,7 +54,7 @@ def test_kills_lose_nothing_and_repeat_nothing(
     whole, killed = FeatureFile(tmp_path / "whole.h5"), FeatureFile(path)
     assert set(killed.open().keys()) == set(whole.open().keys())
     assert len(killed.row_ids) == 48
-    assert killed.verify() == []
+    assert killed.damaged_rows() == []
     for speed in (1.0, 1.1):
         np.testing.assert_allclose(
             killed.gather(whole.ids, speed)[0], whole.gather(whole.ids, speed)[0], rtol=2e-3, atol=2e-3
@@ -90,7 +90,7 @@ def test_workers_leave_when_their_parent_is_killed(make_corpus: Callable[..., Co
     report = compute_features(corpus, path, (0.9, 1.0, 1.1), workers=0)
     assert report.rows_before >= 3
     assert report.rows_before + report.rows_computed == 120
-    assert FeatureFile(path).verify() == []
+    assert FeatureFile(path).damaged_rows() == []
 
 
 def _alive(pid: str) -> bool:
