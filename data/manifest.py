@@ -205,11 +205,8 @@ def read_manifest(path: Path | str, root: Path | None = None) -> Corpus:
             raise line
         first = seen.setdefault(line.id, number)
         if first != number:
-            raise CorpusError(
-                f"id {line.id} was used before, on line {first}",
-                where=f"{path}:{number}",
-                remedy=f"see all of them with `stillhouse corpus check {path}`",
-            )
+            remedy = f"see all of them with `stillhouse corpus check {path}`"
+            raise CorpusError(f"id {line.id} was used before, on line {first}", where=f"{path}:{number}", remedy=remedy)
         if root is not None and line.audio is not None:
             confined(path.parent / line.audio, root, f"{path}:{number}: {line.id}")
         utterances.append(line)

@@ -38,17 +38,8 @@ class MappedText:
     source: np.ndarray
     raw: str
 
-    def span(self, begin: int, end: int) -> tuple[int, int]:
-        """Return the range of the raw text that became text[begin:end]. An empty range stays empty."""
-        if not 0 <= begin <= end <= len(self.text):
-            raise ValueError(f"span {begin}:{end} of a text of {len(self.text)} characters")
-        if begin < end:
-            return int(self.source[begin, 0]), int(self.source[end - 1, 1])
-        at = int(self.source[begin, 0]) if begin < len(self.text) else len(self.raw)
-        return at, at
-
     def spans(self, ranges: np.ndarray) -> np.ndarray:
-        """Return `span` of many ranges that are not empty: int [K, 2] -> int32 [K, 2]."""
+        """Return the raw ranges that became ranges of `text`, none of them empty: int [K, 2] -> int32 [K, 2]."""
         ranges = np.asarray(ranges, dtype=np.int64).reshape(-1, 2)
         out = np.empty(ranges.shape, np.int32)
         out[:, 0] = self.source[ranges[:, 0], 0]
@@ -98,11 +89,8 @@ def _steps(name: str) -> tuple[Step, ...]:
     names = [part.strip() for part in name.split("+")]
     for part in names:
         if part not in _STEPS:
-            raise ConfigError(
-                f"unknown text transform {part!r}",
-                where=f"transform {name!r}",
-                expected="names with + between, out of " + ", ".join(NAMES),
-            )
+            expected = "names with + between, out of " + ", ".join(NAMES)
+            raise ConfigError(f"unknown text transform {part!r}", where=f"transform {name!r}", expected=expected)
     return tuple(_STEPS[part] for part in names if part != "none")
 
 

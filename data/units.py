@@ -207,11 +207,9 @@ def train_units(
     if kind == "sentencepiece":
         needed += " " not in characters  # Every word begins with one.
     if size < needed:
-        raise ConfigError(
-            f"{size} units cannot hold the {len(characters)} characters of the transcripts",
-            expected=f"--size {needed} or more",
-            remedy="or use a --coverage below 1, or a transform that leaves fewer (casefold, no_punct, nfkc)",
-        )
+        what = f"{size} units cannot hold the {len(characters)} characters of the transcripts"
+        remedy = "or use a --coverage below 1, or a transform that leaves fewer (casefold, no_punct, nfkc)"
+        raise ConfigError(what, expected=f"--size {needed} or more", remedy=remedy)
     if kind == "characters":
         pieces = [SPACE_MARK if c == " " else c for c in characters]
         return Units(kind, transform, [BLANK_PIECE, UNKNOWN_PIECE, *pieces])

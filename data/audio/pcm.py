@@ -79,12 +79,8 @@ class PcmStream:
         if not head:
             raise AudioError("the stream is empty", where=self.where, remedy=remedy)
         if head[:4] not in (b"RIFF", b"RF64") or head[8:] != b"WAVE":
-            raise AudioError(
-                f"not a WAV stream: it begins with {head[:12]!r}",
-                where=self.where,
-                expected="WAV, or --raw for 16-bit PCM without a header",
-                remedy=remedy,
-            )
+            what, where = f"not a WAV stream: it begins with {head[:12]!r}", self.where
+            raise AudioError(what, where=where, expected="WAV, or --raw for 16-bit PCM without a header", remedy=remedy)
         fmt = b""
         while True:
             chunk = self._read(8)
@@ -107,12 +103,8 @@ class PcmStream:
         wrong += [f"{channels} channels"] if channels != 1 else []
         wrong += [f"format {self.format} of {self.bits} bits"] if (self.format, self.bits) not in KINDS else []
         if wrong:
-            raise AudioError(
-                f"the audio has {', '.join(wrong)}",
-                where=self.where,
-                expected=f"{self.rate_hz} Hz, 1 channel, PCM or float",
-                remedy=remedy,
-            )
+            expected = f"{self.rate_hz} Hz, 1 channel, PCM or float"
+            raise AudioError(f"the audio has {', '.join(wrong)}", where=self.where, expected=expected, remedy=remedy)
         self.left = size if 0 < size < UNKNOWN_BYTES else None
 
     def _read(self, size: int) -> bytes:

@@ -76,12 +76,9 @@ def read_segment(
         if begin + count > total or begin >= total > 0:
             if begin + count - total > SLACK_S * own_hz or begin >= total:
                 end = "end" if duration_s is None else f"{start_s + duration_s:.3f} s"
-                raise AudioError(
-                    f"the segment from {start_s:.3f} s to {end} leaves the audio",
-                    where=path,
-                    expected=f"at most {total / own_hz:.3f} s",
-                    remedy="correct start_s and duration_s in the manifest",
-                )
+                what = f"the segment from {start_s:.3f} s to {end} leaves the audio"
+                remedy = "correct start_s and duration_s in the manifest"
+                raise AudioError(what, where=path, expected=f"at most {total / own_hz:.3f} s", remedy=remedy)
             count = total - begin
         if count <= 0:
             raise AudioError("the audio is empty", where=path, remedy="delete the utterance from the manifest")
@@ -106,12 +103,8 @@ def read_segment(
 
 def no_such_channel(channel: int, channels: int, where: object) -> AudioError:
     """Return the error of a channel that a file does not have."""
-    return AudioError(
-        f"no channel {channel}: the audio has {channels}",
-        where=where,
-        expected="a channel counted from 0",
-        remedy="correct the channel in the manifest",
-    )
+    what, expected = f"no channel {channel}: the audio has {channels}", "a channel counted from 0"
+    return AudioError(what, where=where, expected=expected, remedy="correct the channel in the manifest")
 
 
 def resample(samples: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:

@@ -91,15 +91,10 @@ class BatchLoader:
         empty = np.array([len(e.ids) == 0 and not untranscribed for e in encoded], dtype=bool)
         long = (frames.max(axis=1) > max_frames) if max_frames and len(ids) else np.zeros(len(ids), bool)
         keep = np.flatnonzero(~(empty | long))
-        self.left_out = {
-            "empty text": int(empty.sum()),
-            f"longer than {max_frames} frames": int((long & ~empty).sum()),
-        }
+        self.left_out = {"empty text": int(empty.sum()), f"longer than {max_frames} frames": int((long & ~empty).sum())}
         if not len(keep):
             raise CorpusError(
-                "no utterance to use",
-                where=corpus.path,
-                expected="one with text and fewer frames than data.max_frames",
+                "no utterance to use", where=corpus.path, expected="one with text and fewer frames than data.max_frames"
             )
         self.utterances: list[Utterance] = [corpus.utterances[i] for i in keep]
         self.encoded = [encoded[i] for i in keep]

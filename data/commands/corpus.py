@@ -71,18 +71,7 @@ class _Progress:
 @click.option("--redo-changed", is_flag=True, help="Compute again utterances whose audio changed.")
 @root_option
 @click.option("--json", "as_json", is_flag=True, help="Print facts as JSON.")
-def features(
-    manifest: Path,
-    features_file: Path,
-    speeds: str,
-    split: str | None,
-    rate_hz: int,
-    bins: int,
-    workers: int | None,
-    redo_changed: bool,
-    root: Path | None,
-    as_json: bool,
-) -> None:
+def features(manifest: Path, features_file: Path, speeds: str, as_json: bool, **options: Any) -> None:
     """Compute Kaldi fbank features into an HDF5 file.
 
     The same command again resumes a run that was stopped, and adds new utterances and speeds.
@@ -97,20 +86,13 @@ def features(
         factors = tuple(float(s) for s in speeds.split(","))
     except ValueError as e:
         raise UsageError(f"the speeds are {speeds!r}", expected="numbers with commas between") from e
-    chosen = read_manifest(manifest, root).select(split)
+    chosen = read_manifest(manifest, options.pop("root")).select(options.pop("split"))
+    settings = FeatureSettings(rate_hz=options.pop("rate_hz"), bins=options.pop("bins"))
     started = time.monotonic()
     progress = _Progress(str(features_file))
+    hooks: dict[str, Any] = {"on_start": progress.start, "on_part": progress.part}
     try:
-        report = compute_features(
-            chosen,
-            features_file,
-            factors,
-            settings=FeatureSettings(rate_hz=rate_hz, bins=bins),
-            workers=workers,
-            redo_changed=redo_changed,
-            on_start=progress.start,
-            on_part=progress.part,
-        )
+        report = compute_features(chosen, features_file, factors, settings=settings, **options, **hooks)
     finally:
         progress.stop()
     took = time.monotonic() - started
@@ -136,24 +118,10 @@ def features(
 )
 @click.option("--size", default=500, show_default=True, help="Most units, with blank and unknown.")
 @click.option("--transform", default="lower+no_punct+squeeze", show_default=True, help="Text transforms, + between.")
-@click.option(
-    "--coverage",
-    default=1.0,
-    show_default=True,
-    help="Share of the text whose characters get units.",
-)
+@click.option("--coverage", default=1.0, show_default=True, help="Share of the text whose characters get units.")
 @click.option("--split", help="Learn from these splits only, with commas between.")
 @click.option("--json", "as_json", is_flag=True, help="Print facts as JSON.")
-def tokenizer(
-    manifest: Path,
-    folder: Path,
-    kind: str,
-    size: int,
-    transform: str,
-    coverage: float,
-    split: str | None,
-    as_json: bool,
-) -> None:
+def tokenizer(manifest: Path, folder: Path, split: str | None, as_json: bool, size: int, **options: Any) -> None:
     """Learn the ASR units of the transcripts, and write them to the folder UNITS.
 
     Example: stillhouse corpus tokenizer corpus.jsonl units --size 500 --split train
@@ -162,13 +130,13 @@ def tokenizer(
     from ..units import train_units
 
     texts = [u.text for u in read_manifest(manifest).select(split).utterances]
-    units = train_units(texts, kind, size=size, transform=transform, coverage=coverage)
+    units = train_units(texts, size=size, **options)
     units.save(folder)
-    facts = {"kind": kind, "size": units.size, "transform": transform, "fingerprint": units.fingerprint}
+    facts = {"kind": units.kind, "size": units.size, "transform": units.transform, "fingerprint": units.fingerprint}
     if as_json:
         click.echo(json.dumps(facts, ensure_ascii=False))
     else:
-        few = f" of {size}; the corpus has no more" if units.size < size and kind == "sentencepiece" else ""
+        few = f" of {size}; the corpus has no more" if units.size < size and units.kind == "sentencepiece" else ""
         say(f"{folder}: {units.size} units{few}, fingerprint {units.fingerprint}")
 
 
@@ -217,13 +185,7 @@ def split(
 @click.option("--json", "as_json", is_flag=True, help="Print facts as JSON.")
 @click.pass_context
 def check(
-    ctx: click.Context,
-    manifest: Path,
-    rate_hz: int | None,
-    full: bool,
-    audio: bool,
-    root: Path | None,
-    as_json: bool,
+    ctx: click.Context, manifest: Path, rate_hz: int | None, full: bool, audio: bool, root: Path | None, as_json: bool
 ) -> None:
     """Check a corpus, or a feature file (.h5). The exit code is 1 if there are findings.
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 EXISTING = click.Path(exists=True, path_type=Path)
 PATH = click.Path(path_type=Path)
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+Sources = list[tuple[str | None, Path]]
 COLUMNS = ("id", "text", "audio", "session", "order", "speaker", "split", "start", "duration")
 
 
@@ -66,6 +67,10 @@ def _importer(name: str, sources: Callable, *options: Callable, root: bool = Tru
     def decorate(read: Callable[..., Imported]) -> Callable:
         @functools.wraps(read)
         def command(manifest: Path, force: bool, as_json: bool, **given: Any) -> None:
+            if "sources" in given:
+                from ..sources.common import named_sources
+
+                given["sources"] = named_sources(given["sources"])
             columns = {c: v for c in COLUMNS if (v := given.pop(f"{c}_column", None)) is not None}
             result = read(manifest, **given, **({"columns": columns} if _columns in options else {}))
             _finish(result, manifest, force, as_json)
@@ -129,9 +134,7 @@ def import_librispeech(manifest: Path, folder: Path, root: Path | None) -> Impor
     "text",
     click.argument("files", type=EXISTING, nargs=-1, required=True),
     click.option(
-        "--ids/--no-ids",
-        default=None,
-        help="Whether lines are UTT<TAB>TEXT. By default yes, if all have a tab.",
+        "--ids/--no-ids", default=None, help="Whether lines are UTT<TAB>TEXT. By default yes, if all have a tab."
     ),
     _pattern,
     click.option("--split", help="Split of all utterances."),
@@ -150,7 +153,7 @@ def import_text(manifest: Path, files: tuple[Path, ...], **options: Any) -> Impo
 
 
 @_importer("kaldi", _folders, _audio_root, _pipes, _pattern)
-def import_kaldi(manifest: Path, sources: tuple[str, ...], **options: Any) -> Imported:
+def import_kaldi(manifest: Path, sources: Sources, **options: Any) -> Imported:
     """Import each FOLDER, a Kaldi data directory with wav.scp and text, or a folder of such directories.
 
     The split is SPLIT, or else the folder's name. With `segments`, recordings are sessions in the order of time. A pipe
@@ -159,10 +162,9 @@ def import_kaldi(manifest: Path, sources: tuple[str, ...], **options: Any) -> Im
 
     Example: stillhouse corpus import kaldi data/train_clean_100 dev=data/dev_clean corpus.jsonl
     """
-    from ..sources.common import named_sources
     from ..sources.kaldi import import_kaldi as read
 
-    return read(named_sources(sources), manifest, **options)
+    return read(sources, manifest, **options)
 
 
 @_importer(
@@ -174,17 +176,16 @@ def import_kaldi(manifest: Path, sources: tuple[str, ...], **options: Any) -> Im
     _pipes,
     _pattern,
 )
-def import_espnet(manifest: Path, sources: tuple[str, ...], **options: Any) -> Imported:
+def import_espnet(manifest: Path, sources: Sources, **options: Any) -> Imported:
     """Import each FOLDER, a dump of ESPnet such as dump/raw/train, with the split SPLIT.
 
     Dumps have the layout of Kaldi data directories. Audio in archives is written to files beside the manifest.
 
     Example: stillhouse corpus import espnet train=dump/raw/train_clean_100 dev=dump/raw/dev corpus.jsonl
     """
-    from ..sources.common import named_sources
     from ..sources.kaldi import import_kaldi as read
 
-    return read(named_sources(sources), manifest, **options)
+    return read(sources, manifest, **options)
 
 
 @_importer(
@@ -194,35 +195,33 @@ def import_espnet(manifest: Path, sources: tuple[str, ...], **options: Any) -> I
     _audio_root,
     _pattern,
 )
-def import_nemo(manifest: Path, sources: tuple[str, ...], **options: Any) -> Imported:
+def import_nemo(manifest: Path, sources: Sources, **options: Any) -> Imported:
     """Import each FILE, a NeMo manifest, with the split SPLIT.
 
     A manifest has JSON lines with audio_filepath, text, duration and perhaps offset.
 
     Example: stillhouse corpus import nemo train=train_manifest.json dev=dev_manifest.json corpus.jsonl
     """
-    from ..sources.common import named_sources
     from ..sources.nemo import import_nemo as read
 
-    return read(named_sources(sources), manifest, **options)
+    return read(sources, manifest, **options)
 
 
 @_importer("lhotse", _files, _audio_root, _pipes, _pattern)
-def import_lhotse(manifest: Path, sources: tuple[str, ...], **options: Any) -> Imported:
+def import_lhotse(manifest: Path, sources: Sources, **options: Any) -> Imported:
     """Import each FILE of Lhotse's JSON lines, with the split SPLIT.
 
     Files hold cuts, or recordings and supervisions. They may be gzip.
 
     Example: stillhouse corpus import lhotse train=cuts_train.jsonl.gz dev=cuts_dev.jsonl.gz corpus.jsonl
     """
-    from ..sources.common import named_sources
     from ..sources.lhotse import import_lhotse as read
 
-    return read(named_sources(sources), manifest, **options)
+    return read(sources, manifest, **options)
 
 
 @_importer("huggingface", _folders, _columns, _pattern)
-def import_huggingface(manifest: Path, sources: tuple[str, ...], columns: dict[str, str], **options: Any) -> Imported:
+def import_huggingface(manifest: Path, sources: Sources, columns: dict[str, str], **options: Any) -> Imported:
     """Import each FOLDER, a Hugging Face dataset on disk, with the split SPLIT.
 
     A folder is one of save_to_disk, or of parquet files. Embedded audio is written to files beside the manifest, byte
@@ -231,10 +230,9 @@ def import_huggingface(manifest: Path, sources: tuple[str, ...], columns: dict[s
 
     Example: stillhouse corpus import huggingface my_dataset corpus.jsonl --text-column sentence
     """
-    from ..sources.common import named_sources
     from ..sources.huggingface import import_huggingface as read
 
-    return read(named_sources(sources), manifest, columns, **options)
+    return read(sources, manifest, columns, **options)
 
 
 def _finish(result: Imported, manifest: Path, force: bool, as_json: bool) -> None:

@@ -63,11 +63,8 @@ def split_corpus(
     without = [u.id for u in chosen if not group_of(u, by)]
     if without:
         columns = sorted({name for u in chosen for name in u.meta})
-        raise CorpusError(
-            f"{len(without)} utterances have no {by}, for example {without[0]}",
-            where=corpus.path,
-            expected="one of " + ", ".join([*FIELDS, *columns]),
-        )
+        what = f"{len(without)} utterances have no {by}, for example {without[0]}"
+        raise CorpusError(what, where=corpus.path, expected="one of " + ", ".join([*FIELDS, *columns]))
     splits: dict[str, str] = {}
     for u in chosen:
         group = group_of(u, by) or ""
@@ -75,11 +72,8 @@ def split_corpus(
         splits[group] = names[2] if at < test else names[1] if at < test + dev else names[0]
     for name, share in zip(names, (1 - dev - test, dev, test), strict=True):
         if share > 0 and name not in splits.values():
-            raise CorpusError(
-                f"no {by} is in {name}: there are {len(splits)} in all",
-                where=corpus.path,
-                remedy="ask for a larger share, or try another --seed",
-            )
+            what = f"no {by} is in {name}: there are {len(splits)} in all"
+            raise CorpusError(what, where=corpus.path, remedy="ask for a larger share, or try another --seed")
     ids = {u.id for u in chosen}
     return [
         u.model_copy(update={"split": splits[group_of(u, by) or ""]}) if u.id in ids else u for u in corpus.utterances

@@ -21,6 +21,7 @@ from .probes import NUMBA_CUDA, TRIES, Answer, ask
 from .requirements import Need, install, installed, needs, satisfies
 
 State = Literal["ok", "low", "absent", "broken"]
+NOT_INSTALLED = "not installed"
 OPEN_FILES = 1024  # enough for a gather over several views of many shards
 FREE_BYTES, MEMORY_BYTES = 20 << 30, 4 << 30
 DRIVER = Path("/proc/driver/nvidia/gpus")  # The driver of NVIDIA makes a folder here for each GPU.
@@ -64,7 +65,7 @@ def examine(path: Path) -> list[Check]:
     return [
         *_python(required),
         *(_library(n, answers.get(n.name)) for n in required if n.extra is None),
-        *_gpu(answers.get("torch", Answer(error="not installed")), numba_cuda.result()),
+        *_gpu(answers.get("torch", Answer(error=NOT_INSTALLED)), numba_cuda.result()),
         *_extras([n for n in required if n.extra], answers),
         *machine(path),
     ]
@@ -84,7 +85,7 @@ def _python(required: list[Need]) -> Iterator[Check]:
 def _library(need: Need, answer: Answer | None) -> Check:
     version = installed(need.name)
     if version is None or answer is None:
-        return Check("library", need.name, "broken", "not installed", need.remedy)
+        return Check("library", need.name, "broken", NOT_INSTALLED, need.remedy)
     reinstall = f"pip install --force-reinstall '{need.name}{need.versions}'"
     if answer.error is not None:
         if need.name == "torchaudio":
@@ -125,21 +126,15 @@ def _gpu(torch: Answer, numba: Answer) -> Iterator[Check]:
 def _extras(required: list[Need], answers: dict[str, Answer]) -> Iterator[Check]:
     """One line for each extra. It is broken if a part of it is installed and does not work."""
     for extra in dict.fromkeys(str(n.extra) for n in required):
-        parts = [n for n in required if n.extra == extra]
-        versions = {n.name: installed(n.name) for n in parts}
-        broken = [f"{n.name} does not work: {e}" for n in parts if n.name in answers and (e := answers[n.name].error)]
-        broken += [
-            f"{n.name} {v}, expected {n.versions}"
-            for n in parts
-            if (v := versions[n.name]) and not satisfies(v, n.versions)
-        ]
-        missing = [name for name, version in versions.items() if version is None]
+        parts = [_library(n, answers.get(n.name)) for n in required if n.extra == extra]
+        missing = [c.name for c in parts if c.what == NOT_INSTALLED]
+        broken = [f"{c.name} {c.what}" for c in parts if c.state == "broken" and c.what != NOT_INSTALLED]
         if broken:
             yield Check("extra", extra, "broken", "; ".join(broken), install(extra))
         elif missing:
             yield Check("extra", extra, "absent", f"without {', '.join(missing)}", install(extra))
         else:
-            yield Check("extra", extra, "ok", ", ".join(f"{name} {version}" for name, version in versions.items()))
+            yield Check("extra", extra, "ok", ", ".join(f"{c.name} {c.what}" for c in parts))
 
 
 def machine(path: Path) -> Iterator[Check]:

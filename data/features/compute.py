@@ -112,11 +112,9 @@ def _partial(failures: dict[str, str], path: Path) -> PartialError:
     shown = "\n".join(f"  {id}: {why}" for id, why in list(failures.items())[:20])
     more = f"\n  … and {len(failures) - 20} more" if len(failures) > 20 else ""
     n = len(failures)
-    return PartialError(
-        f"{n} utterance{'s' * (n > 1)} failed, the others are done:\n{shown}{more}\n",
-        where=path,
-        remedy="repair the audio or delete the utterances from the manifest, and run the same command again",
-    )
+    what = f"{n} utterance{'s' * (n > 1)} failed, the others are done:\n{shown}{more}\n"
+    remedy = "repair the audio or delete the utterances from the manifest, and run the same command again"
+    return PartialError(what, where=path, remedy=remedy)
 
 
 def _checked_speeds(speeds: Sequence[float]) -> tuple[float, ...]:
@@ -192,11 +190,9 @@ def _missing(
         if todo:
             yield FeatureJob(u.id, path, u.start_s, u.duration_s, tuple(todo), u.channel)
     if changed and not redo_changed:
-        raise StaleError(
-            f"the audio, start or duration of {first_few(changed)} has changed since the features were made",
-            where=sources[0].path,
-            remedy="compute them again with --redo-changed, or restore the audio",
-        )
+        what = f"the audio, start or duration of {first_few(changed)} has changed since the features were made"
+        where = sources[0].path
+        raise StaleError(what, where=where, remedy="compute them again with --redo-changed, or restore the audio")
 
 
 def _seconds(job: FeatureJob) -> float:

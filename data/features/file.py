@@ -109,11 +109,8 @@ class FeatureFile:
         self.path = Path(path)
         self._pid: int | None = None
 
-    def __getstate__(self) -> dict:
-        return {"path": self.path}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__init__(state["path"])  # type: ignore[misc]
+    def __reduce__(self) -> tuple:
+        return FeatureFile, (self.path,)
 
     def __repr__(self) -> str:
         return f"FeatureFile({str(self.path)!r})"

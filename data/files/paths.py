@@ -40,10 +40,7 @@ def confined(path: Path, root: Path | None, where: object = None) -> Path:
     except (OSError, ValueError) as e:
         raise AudioError(f"not a path: {e}", where=where or repr(str(path))) from e
     if not Path(real).is_relative_to(os.path.realpath(root)):
-        raise AudioError(
-            f"{path if where else 'the path'} leads out of the root, to {real}",
-            where=where or path,
-            expected=f"a file below {root}",
-            remedy="copy the file there, or give another --root",
-        )
+        what = f"{path if where else 'the path'} leads out of the root, to {real}"
+        remedy = "copy the file there, or give another --root"
+        raise AudioError(what, where=where or path, expected=f"a file below {root}", remedy=remedy)
     return path

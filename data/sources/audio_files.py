@@ -47,12 +47,9 @@ class AudioFiles:
         except ValueError as e:  # The text holds a NUL or half of a surrogate pair.
             raise AudioError(f"not a path: {e}", where=repr(text[:80])) from e
         confined(self._folders[0] / text, self._root)
-        raise AudioError(
-            "no such audio file",
-            where=text[:1000],
-            expected=None if os.path.isabs(text) else f"a path relative to {self._folders[0]}",
-            remedy="restore it, or name its folder with --audio-root",
-        )
+        expected = None if os.path.isabs(text) else f"a path relative to {self._folders[0]}"
+        remedy = "restore it, or name its folder with --audio-root"
+        raise AudioError("no such audio file", where=text[:1000], expected=expected, remedy=remedy)
 
     def length(self, path: Path) -> tuple[float, int]:
         """Return (seconds, channels) of a file by its header, which is read once for many lines."""

@@ -64,11 +64,8 @@ class Imported:
             what = f"the pattern is not a regular expression: {e}"
             raise ConfigError(what, where=self.session_pattern) from e
         if self._pattern is not None and "session" not in self._pattern.groupindex:
-            raise ConfigError(
-                "the pattern has no group `session`",
-                where=self.session_pattern,
-                expected=r"something like (?P<session>\d+-\d+)-(?P<order>\d+)",
-            )
+            expected = r"something like (?P<session>\d+-\d+)-(?P<order>\d+)"
+            raise ConfigError("the pattern has no group `session`", where=self.session_pattern, expected=expected)
 
     def add(self, where: str, order: str = "", *, audio: Path | None = None, **fields: Any) -> None:
         """Add an utterance of these fields, or the finding that says why they are not one."""

@@ -87,11 +87,8 @@ def _files(source: Path, split: str | None) -> list[tuple[Path, str | None]]:
         return [(source / str(f), split) for f in files]
     parquet = below(source, ".parquet")
     if not parquet:
-        raise CorpusError(
-            "no dataset in it",
-            where=source,
-            expected="a folder that save_to_disk wrote (state.json or dataset_dict.json), or parquet files",
-        )
+        expected = "a folder that save_to_disk wrote (state.json or dataset_dict.json), or parquet files"
+        raise CorpusError("no dataset in it", where=source, expected=expected)
     return [(path, split or _parquet_split(path)) for path in parquet]
 
 
@@ -138,12 +135,7 @@ class _DatasetReader:
     """The rows of one file."""
 
     def __init__(
-        self,
-        path: Path,
-        split: str | None,
-        given: Mapping[str, str],
-        result: Imported,
-        files: AudioFiles,
+        self, path: Path, split: str | None, given: Mapping[str, str], result: Imported, files: AudioFiles
     ) -> None:
         self.path, self.split, self.given, self.result, self.files = path, split, given, result, files
 
@@ -178,12 +170,8 @@ class _DatasetReader:
             typed = [n for n, f in features.items() if isinstance(f, dict) and f.get("_type") == "Audio" and n in names]
             typed += [n for n in names if _is_audio(schema.field(n).type)]
             if not typed:
-                raise CorpusError(
-                    "no column of audio",
-                    where=self.path,
-                    expected=", ".join(names),
-                    remedy="cast_column('audio', Audio()) before saving, or give --audio-column",
-                )
+                remedy = "cast_column('audio', Audio()) before saving, or give --audio-column"
+                raise CorpusError("no column of audio", where=self.path, expected=", ".join(names), remedy=remedy)
             columns["audio"] = typed[0]
         for field in FIELDS:
             used = set(columns.values())
@@ -191,12 +179,8 @@ class _DatasetReader:
             if field not in columns and (own := next(usual, None)) is not None:
                 columns[field] = own
         if "text" not in columns:
-            raise CorpusError(
-                "no column holds the transcript",
-                where=self.path,
-                expected=f"one of {', '.join(names)}",
-                remedy="--text-column NAME",
-            )
+            what = "no column holds the transcript"
+            raise CorpusError(what, where=self.path, expected=f"one of {', '.join(names)}", remedy="--text-column NAME")
         return columns
 
     def _row(self, row: dict[str, Any], columns: dict[str, str], number: int) -> None:

@@ -48,12 +48,8 @@ def audio_in_archive(archive: Path, offset: int) -> ArchivedFile:
         elif head[:2] == b"\0B":
             raise AudioError("a Kaldi matrix and no audio", where=where, expected="the archive of the audio")
         else:
-            raise AudioError(
-                "no audio at that place of the archive",
-                where=where,
-                expected="WAV, or what kaldiio writes",
-                remedy="import the wav.scp that the archive was made from",
-            )
+            what, remedy = "no audio at that place of the archive", "import the wav.scp that the archive was made from"
+            raise AudioError(what, where=where, expected="WAV, or what kaldiio writes", remedy=remedy)
     if begin + length > size:
         raise AudioError("the archive ends before the audio does", where=where, remedy="restore the archive")
     return ArchivedFile(begin, length, suffix)

@@ -64,11 +64,8 @@ class WavEntries:
                     )
                 return path, decoded.channel
         elif not self.result.allow_pipes:
-            raise AudioError(
-                f"a shell command, which did not run: {command[:200]}",
-                expected="a file, or a pipe that only decodes one",
-                remedy=ALLOW,
-            )
+            what = f"a shell command, which did not run: {command[:200]}"
+            raise AudioError(what, expected="a file, or a pipe that only decodes one", remedy=ALLOW)
         target = self.result.unpacked.path(recording, command, ".wav")
         self.result.unpacked.write(target, lambda draft: run_command(command, draft))
         return confined(target, self.result.root), None

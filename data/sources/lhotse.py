@@ -74,11 +74,8 @@ def _kind(source: Path) -> str:
             return "recordings"
         if "recording_id" in entry:
             return "supervisions"
-        raise CorpusError(
-            "neither a cut nor a recording nor a supervision",
-            where=f"{source}:{number}",
-            expected="JSON lines of Lhotse, as .to_file('….jsonl.gz') writes them",
-        )
+        what, where = "neither a cut nor a recording nor a supervision", f"{source}:{number}"
+        raise CorpusError(what, where=where, expected="JSON lines of Lhotse, as .to_file('….jsonl.gz') writes them")
     raise CorpusError("the file holds no line that Lhotse writes", where=source)
 
 

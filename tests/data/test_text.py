@@ -57,7 +57,7 @@ def test_a_stretch_of_the_source_transforms_to_what_it_stands_for(raw: str, name
     """Cut at places where no character is shared: both sides, transformed alone, give the text again."""
     mapped = transform(raw, name)
     for k in range(1, len(mapped.text)):
-        left, right = mapped.span(0, k), mapped.span(k, len(mapped.text))
+        left, right = mapped.spans(np.array([[0, k], [k, len(mapped.text)]]))
         if left[1] == right[0]:
             alone = transform(raw[: left[1]], name).text + transform(raw[right[0] :], name).text
             assert alone.replace("ς", "σ") == mapped.text.replace("ς", "σ")
@@ -73,7 +73,7 @@ def test_the_span_of_a_word_is_the_word(words: list[str], gap: str) -> None:
     mapped = transform(raw, "lower+no_punct+squeeze")
     at, found = 0, []
     for word in mapped.text.split(" "):
-        begin, end = mapped.span(at, at + len(word))
+        ((begin, end),) = mapped.spans(np.array([[at, at + len(word)]]))
         found.append(raw[begin:end])
         at += len(word) + 1
     assert found == words
@@ -86,11 +86,7 @@ def test_maps_worked_by_hand() -> None:
     assert mapped.source.tolist() == [
         [2, 3], [3, 4], [4, 5], [5, 6], [6, 7], [6, 7], [7, 8], [8, 13], [13, 14], [13, 14], [14, 15],
     ]  # fmt: skip
-    assert mapped.span(4, 6) == (6, 7)
-    assert mapped.span(0, 11) == (2, 15)
-    assert mapped.span(3, 3) == (5, 5)
-    assert mapped.span(11, 11) == (15, 15)
-    assert mapped.spans(np.array([[4, 6], [7, 8]])).tolist() == [[6, 7], [8, 13]]
+    assert mapped.spans(np.array([[4, 6], [7, 8], [0, 11]])).tolist() == [[6, 7], [8, 13], [2, 15]]
 
 
 def test_characters_that_compose_share_their_range() -> None:
@@ -140,8 +136,6 @@ def test_sentence_case(raw: str, sentence: str) -> None:
 def test_an_unknown_name_lists_the_names() -> None:
     with pytest.raises(ConfigError, match=r"'lowwer'.*sentence_case, no_punct, squeeze"):
         transform("x", "squeeze+lowwer")
-    with pytest.raises(ValueError, match="span"):
-        transform("abc", "none").span(2, 4)
 
 
 @given(st.text(alphabet="AI.!? '-M\t2", max_size=30) | st.text(alphabet=st.characters(max_codepoint=127), max_size=20))

@@ -96,7 +96,7 @@ def test_damage_in_the_middle_is_found_by_decoding_all(make_corpus: Make, tone: 
 def test_nothing_to_check(tmp_path: Path) -> None:
     (tmp_path / "corpus.jsonl").write_text("\n")
     assert [f.kind for f in check_corpus(tmp_path).findings] == ["empty"]
-    with pytest.raises(CorpusError, match="cannot read"):
+    with pytest.raises(CorpusError, match="no such manifest"):
         check_corpus(tmp_path / "none.jsonl")
 
 
