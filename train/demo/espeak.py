@@ -1,10 +1,10 @@
-"""espeak-ng's voices, through ctypes; the one module that imports `espeakng_loader` (the extra `demo`).
+"""The voices of espeak-ng, through ctypes. This module alone imports `espeakng_loader`, the extra `demo`.
 
-espeak-ng is under the GPL, version 3; nothing of it is in this repository, and nothing but the demo calls it.
+espeak-ng has the GPL, version 3. This repository contains nothing of it, and only the demo uses it.
 
-Invariant: `speak` gives the same samples whenever a fresh process makes the same calls in the same order.
-Later calls in one process differ (it keeps state): corpus.speak_fresh gives each voice a process of its own.
-Run: `stillhouse demo`.
+Guarantees: a new process that makes the same calls in the same order gets the same samples. Later calls in one process
+differ, because the library keeps state. `corpus.speak_in_new_processes` therefore gives each voice a process.
+Try: `stillhouse demo`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from ...data.errors import AudioError
 
-SYNCHRONOUS = 2  # espeak_AUDIO_OUTPUT: samples go to the callback, espeak_Synth returns when it is done
+SYNCHRONOUS = 2  # espeak_AUDIO_OUTPUT: the callback gets the samples, and espeak_Synth returns at the end
 BUFFER_MS = 200
 CHARS_UTF8 = 1
 SEED = 1  # of the breath and flutter of a voice, which the library seeds with the time of day
@@ -27,8 +27,12 @@ RATE, PITCH, RANGE, WORDGAP = 1, 3, 4, 7  # espeak_PARAMETER
 
 @dataclass(frozen=True)
 class EspeakVoice:
-    """`voice`: a language and a variant, "en-us+f2". Rate in words a minute; pitch and its range 0 to 99; the
-    gap between words in units of 10 ms."""
+    """A voice: a language and a variant, such as "en-us+f2".
+
+    rate: words a minute.
+    pitch, pitch_range: 0 to 99.
+    gap: pause between words, in units of 10 ms.
+    """
 
     name: str
     voice: str
@@ -41,11 +45,15 @@ class EspeakVoice:
 
 
 def speak(voice: EspeakVoice, texts: Sequence[str]) -> tuple[int, list[np.ndarray]]:
-    """Speak every text with one voice: (sample rate in Hz, one int16 array [S] a text).
+    """Speak some texts with one voice.
 
-    Raises AudioError where the library, its data or the voice is missing.
+    Returns:
+        The sample rate in Hz, and an int16 array [S] for each text.
+
+    Raises:
+        AudioError: the library, its data or the voice is missing.
     """
-    library = _load()
+    library, data_path = _load()
     chunks: list[np.ndarray] = []
 
     @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
@@ -54,19 +62,15 @@ def speak(voice: EspeakVoice, texts: Sequence[str]) -> tuple[int, list[np.ndarra
             chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
         return 0
 
-    rate_hz = library.espeak_Initialize(SYNCHRONOUS, BUFFER_MS, _data_path(), 0)
+    rate_hz = library.espeak_Initialize(SYNCHRONOUS, BUFFER_MS, data_path, 0)
     if rate_hz <= 0:
-        raise AudioError("espeak-ng does not start", where=_data_path().decode())
+        raise AudioError("espeak-ng does not start", where=data_path.decode())
     library.espeak_ng_SetRandSeed(SEED)
     library.espeak_SetSynthCallback(collect)
     if library.espeak_SetVoiceByName(voice.voice.encode()) != 0:
         raise AudioError(f"espeak-ng has no voice {voice.voice!r}", where=voice.name)
-    for parameter, value in (
-        (RATE, voice.rate),
-        (PITCH, voice.pitch),
-        (RANGE, voice.pitch_range),
-        (WORDGAP, voice.gap),
-    ):
+    settings = {RATE: voice.rate, PITCH: voice.pitch, RANGE: voice.pitch_range, WORDGAP: voice.gap}
+    for parameter, value in settings.items():
         library.espeak_SetParameter(parameter, value, 0)
     spoken = []
     for text in texts:
@@ -79,13 +83,8 @@ def speak(voice: EspeakVoice, texts: Sequence[str]) -> tuple[int, list[np.ndarra
     return rate_hz, spoken
 
 
-def _data_path() -> bytes:
-    import espeakng_loader
-
-    return str(espeakng_loader.get_data_path()).encode()
-
-
-def _load() -> ctypes.CDLL:
+def _load() -> tuple[ctypes.CDLL, bytes]:
+    """Return the library and the path of its data."""
     try:
         import espeakng_loader
     except ImportError as e:
@@ -93,19 +92,14 @@ def _load() -> ctypes.CDLL:
             "the demo speaks with espeak-ng (GPL-3), which is not installed",
             remedy=f"{sys.executable} -m pip install espeakng-loader",
         ) from e
+    number, text, unsigned, pointer = ctypes.c_int, ctypes.c_char_p, ctypes.c_uint, ctypes.c_void_p
     library = ctypes.CDLL(str(espeakng_loader.get_library_path()))
-    library.espeak_Initialize.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_int]
-    library.espeak_SetVoiceByName.argtypes = [ctypes.c_char_p]
-    library.espeak_SetParameter.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int]
+    library.espeak_Initialize.argtypes = [number, number, text, number]
+    library.espeak_SetVoiceByName.argtypes = [text]
+    library.espeak_SetParameter.argtypes = [number, number, number]
     library.espeak_ng_SetRandSeed.argtypes = [ctypes.c_long]
     library.espeak_Synth.argtypes = [
-        ctypes.c_char_p,
-        ctypes.c_size_t,
-        ctypes.c_uint,
-        ctypes.c_int,
-        ctypes.c_uint,
-        ctypes.c_uint,
-        ctypes.POINTER(ctypes.c_uint),
-        ctypes.c_void_p,
+        *(text, ctypes.c_size_t, unsigned, number, unsigned, unsigned),
+        *(ctypes.POINTER(unsigned), pointer),
     ]
-    return library
+    return library, str(espeakng_loader.get_data_path()).encode()

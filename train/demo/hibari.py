@@ -1,10 +1,10 @@
 """The neural voice of `hibari-tts` (Apache-2.0), the demo's other voice: DEMO_VOICE=hibari.
 
-The package carries one voice; the others would be fetched. So the demo's voices are that one at other speeds,
-played `warp` times as fast, which moves pitch and formants together: a taller or a shorter speaker.
+The package has one voice and would download others. So the demo's voices are that one at different speeds, played
+`warp` times as fast. This moves pitch and formants together, as with a taller or a shorter speaker.
 
-Invariant: the same samples for the same calls (the noise component is seeded).
-Run: `DEMO_VOICE=hibari stillhouse demo`.
+Guarantees: the same calls give the same samples, because the noise is seeded.
+Try: `DEMO_VOICE=hibari stillhouse demo`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ...data.errors import AudioError
 
 @dataclass(frozen=True)
 class HibariVoice:
-    """`speed` 0.5 to 2; `warp` above 1 is a shorter speaker."""
+    """A voice: `speed` is 0.5 to 2; `warp` above 1 sounds like a shorter speaker."""
 
     name: str
     speed: float
@@ -34,7 +34,14 @@ class HibariVoice:
 
 
 def speak(voice: HibariVoice, texts: Sequence[str]) -> tuple[int, list[np.ndarray]]:
-    """Speak every text: (sample rate in Hz, one int16 array [S] a text). AudioError without the package."""
+    """Speak some texts with one voice.
+
+    Returns:
+        The sample rate in Hz, and an int16 array [S] for each text.
+
+    Raises:
+        AudioError: the package is not installed.
+    """
     try:
         from hibari import Hibari
     except ImportError as e:
@@ -44,7 +51,7 @@ def speak(voice: HibariVoice, texts: Sequence[str]) -> tuple[int, list[np.ndarra
             remedy=f"{sys.executable} -m pip install hibari-tts",
         ) from e
     engine = Hibari()
-    # Playing at rate x warp shortens as well; the speed undoes that part of it.
+    # A higher playing rate also shortens the audio; the speed corrects that.
     spoken = [engine(text, speed=voice.speed / voice.warp, seed=0) for text in texts]
     return round(engine.sample_rate * voice.warp), [
         (np.clip(samples, -1, 1) * 32767).astype(np.int16) for samples in spoken

@@ -1,13 +1,13 @@
-"""Who reads which story in the demo, and what for.
+"""Which voice of the demo reads which story, and for which split.
 
-Invariant: no voice of the tests or of dev, and no story of stories-dev.txt or stories-test.txt, is in train.
-Run: `stillhouse demo`.
+Guarantees: no voice of the test sets or of dev, and no story of stories-dev.txt or stories-test.txt, is in train.
+Try: `stillhouse demo`.
 
     split        stories                      voices
-    train        of the training              heard, who take turns: each story has one reader, some have two
-    dev          one of training, one new     one that is nowhere else; the new one by some heard voices too
-    test-known   of the training              never heard in training
-    test-new     new                          never heard in training, and some heard (the report parts them)
+    train        training stories             training voices in turn: each story has one reader, some have two
+    dev          one training, one new story  the dev voice; for the new story also two training voices
+    test-known   training stories             test voices
+    test-new     new stories                  test voices, and some training voices (the report separates them)
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ Voice = EspeakVoice | HibariVoice
 
 
 @dataclass(frozen=True)
-class Cast:
-    """The voices of one engine. The tests' voices are variants of their own, in accents of the training."""
+class VoiceSet:
+    """The voices of one engine. Test voices are variants of their own, in accents that training has, too."""
 
-    heard: tuple[Voice, ...]
+    training: tuple[Voice, ...]
     dev: Voice
-    unheard: tuple[Voice, ...]
+    test: tuple[Voice, ...]
 
 
-ESPEAK = Cast(
-    heard=(
+ESPEAK = VoiceSet(
+    training=(
         EspeakVoice("ben", "en-us", rate=210, pitch=45),
         EspeakVoice("amy", "en-us+f2", rate=205, pitch=50),
         EspeakVoice("eli", "en+m1", rate=215, pitch=50),
@@ -46,15 +46,15 @@ ESPEAK = Cast(
         EspeakVoice("jon", "en-gb-x-gbclan+m7", rate=210, pitch=50),
     ),
     dev=EspeakVoice("nan", "en-us+f5", rate=210, pitch=40),
-    unheard=(
+    test=(
         EspeakVoice("kit", "en-us+f4", rate=205, pitch=50),
         EspeakVoice("lou", "en-gb-x-rp+m2", rate=210, pitch=45),
         EspeakVoice("max", "en-us+m6", rate=215, pitch=50),
     ),
 )
 
-HIBARI = Cast(
-    heard=tuple(
+HIBARI = VoiceSet(
+    training=tuple(
         HibariVoice(name, speed, warp)
         for name, speed, warp in (
             ("ben", 1.25, 0.84),
@@ -70,26 +70,34 @@ HIBARI = Cast(
         )
     ),
     dev=HibariVoice("nan", 1.30, 1.06),
-    unheard=(HibariVoice("kit", 1.25, 1.10), HibariVoice("lou", 1.30, 0.94), HibariVoice("max", 1.35, 0.86)),
+    test=(HibariVoice("kit", 1.25, 1.10), HibariVoice("lou", 1.30, 0.94), HibariVoice("max", 1.35, 0.86)),
 )
 
-CASTS = {"espeak": ESPEAK, "hibari": HIBARI}
+VOICE_SETS = {"espeak": ESPEAK, "hibari": HIBARI}
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much of it is read: full, or the few minutes of --quick."""
+    """How much is read.
 
-    heard: int = 10  # voices
-    readers: float = 1.3  # of them, for a story, on average: new sentences teach more than a sentence once more
-    stories: int | None = None  # of the training; None: all
-    unheard: int = 3
-    known: int = 5  # stories of the training that each unheard voice reads
-    heard_on_new: int = 2  # heard voices that read the new stories too
+    training: training voices.
+    readers: how many of them read a training story, on average. New sentences teach more than the same one again.
+    stories: training stories. None: all.
+    test: test voices.
+    known: training stories that each test voice reads.
+    training_on_new: training voices that also read the new stories.
+    """
+
+    training: int = 10
+    readers: float = 1.3
+    stories: int | None = None
+    test: int = 3
+    known: int = 5
+    training_on_new: int = 2
 
 
 FULL = Size()
-QUICK = Size(heard=3, readers=1, stories=30, unheard=2, known=2, heard_on_new=0)
+QUICK = Size(training=3, readers=1, stories=30, test=2, known=2, training_on_new=0)
 
 
 @dataclass(frozen=True)
@@ -101,32 +109,30 @@ class Reading:
     split: str
 
 
-def cast(name: str) -> Cast:
-    if name not in CASTS:
-        raise ConfigError(f"no demo voice {name!r}", where="DEMO_VOICE", expected=" or ".join(CASTS))
-    return CASTS[name]
+def voice_set(name: str) -> VoiceSet:
+    """Return the voices of an engine. Raises ConfigError if there is no such engine."""
+    if name not in VOICE_SETS:
+        raise ConfigError(f"the demo has no voices {name!r}", where="DEMO_VOICE", expected=" or ".join(VOICE_SETS))
+    return VOICE_SETS[name]
 
 
-def plan(stories: Sequence[Story], cast: Cast, size: Size = FULL) -> list[Reading]:
-    """All readings; those of one voice in the order of the stories."""
+def plan(stories: Sequence[Story], voices: VoiceSet, size: Size = FULL) -> list[Reading]:
+    """Return all readings. Those of one voice are in the order of the stories."""
     by_split = {split: [s for s in stories if s.split == split] for split in ("train", "dev", "test")}
-    by_split["train"] = by_split["train"][: size.stories]
-    heard = cast.heard[: size.heard]
-    # Whose turn it is when a story begins; a voice twice in a turn would be one reader, not two
-    turn = [int(j * min(size.readers, len(heard))) for j in range(len(by_split["train"]) + 1)]
+    known, new = by_split["train"][: size.stories], by_split["test"]
+    training = voices.training[: size.training]
+    # turn[j] is the number of readings before story j. A voice that reads a story twice would be one reader, not two.
+    turn = [int(j * min(size.readers, len(training))) for j in range(len(known) + 1)]
     readings = [
         Reading(voice, story, "train")
-        for i, voice in enumerate(heard)
-        for j, story in enumerate(by_split["train"])
-        if (i - turn[j]) % len(heard) < turn[j + 1] - turn[j]
+        for i, voice in enumerate(training)
+        for j, story in enumerate(known)
+        if (i - turn[j]) % len(training) < turn[j + 1] - turn[j]
     ]
-    readings += [Reading(cast.dev, story, "dev") for story in by_split["train"][:1] + by_split["dev"]]
-    readings += [Reading(voice, story, "dev") for voice in heard[-2:] for story in by_split["dev"]]
-    for i, voice in enumerate(cast.unheard[: size.unheard]):
-        mine = by_split["train"][i :: size.unheard][: size.known]
-        readings += [Reading(voice, story, "test-known") for story in mine]
-        readings += [Reading(voice, story, "test-new") for story in by_split["test"]]
-    readings += [
-        Reading(voice, story, "test-new") for voice in heard[: size.heard_on_new] for story in by_split["test"]
-    ]
+    readings += [Reading(voices.dev, story, "dev") for story in known[:1] + by_split["dev"]]
+    readings += [Reading(voice, story, "dev") for voice in training[-2:] for story in by_split["dev"]]
+    for i, voice in enumerate(voices.test[: size.test]):
+        readings += [Reading(voice, story, "test-known") for story in known[i :: size.test][: size.known]]
+        readings += [Reading(voice, story, "test-new") for story in new]
+    readings += [Reading(voice, story, "test-new") for voice in training[: size.training_on_new] for story in new]
     return readings

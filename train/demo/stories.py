@@ -1,8 +1,8 @@
-"""The demo's stories: written for this project, in order, one sentence a line under a `# Title` line.
+"""The demo's stories, written for this project: one sentence a line under a `# Title` line.
 
-Invariant: no sentence of stories-dev.txt or stories-test.txt is in stories-train.txt; all their words are,
-several times each (a test holds it), so that a small recogniser can be asked for sentences that are new.
-Run: `stillhouse demo`.
+Guarantees: no sentence of stories-dev.txt or stories-test.txt is in stories-train.txt. All their words are, several
+times each, so that a small recogniser can recognise sentences that are new.
+Try: `stillhouse demo`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ SPLITS = ("train", "dev", "test")
 
 @dataclass(frozen=True)
 class Story:
-    number: int  # from 1, over all splits
-    split: str  # one of SPLITS: who may hear it
+    """A story, numbered from 1 over all splits."""
+
+    number: int
+    split: str
     title: str
     sentences: tuple[str, ...]
 
 
 def read_stories() -> list[Story]:
-    """All stories, those of the training first, numbered through."""
+    """Return all stories, those of the training first."""
     stories: list[Story] = []
     for split in SPLITS:
         name = f"stories-{split}.txt"
@@ -34,20 +36,20 @@ def read_stories() -> list[Story]:
 
 
 def parse_stories(text: str, split: str, first: int = 1, where: str = "stories") -> list[Story]:
-    """Stories of one file; raises CorpusError for a sentence before the first title."""
-    found: list[tuple[str, list[str]]] = []
+    """Return the stories of one file. Raises CorpusError for a sentence before the first title."""
+    stories: list[tuple[str, list[str]]] = []
     for number, line in enumerate(text.splitlines(), 1):
         line = line.strip()
         if line.startswith("#"):
-            found.append((line.lstrip("# "), []))
-        elif line and not found:
+            stories.append((line.lstrip("# "), []))
+        elif line and not stories:
             raise CorpusError("a sentence before the first title", where=f"{where}:{number}", expected="# Title")
         elif line:
-            found[-1][1].append(line)
-    return [Story(first + k, split, title, tuple(lines)) for k, (title, lines) in enumerate(found)]
+            stories[-1][1].append(line)
+    return [Story(first + k, split, title, tuple(lines)) for k, (title, lines) in enumerate(stories)]
 
 
 def homophones() -> list[tuple[str, ...]]:
-    """Groups of words of the stories that sound alike: where only the context decides."""
+    """Return groups of words of the stories that sound alike: only the context tells them apart."""
     text = (files(__package__) / "homophones.txt").read_text(encoding="ascii")
     return [tuple(line.split()) for line in text.splitlines() if line]

@@ -13,16 +13,16 @@ from stillhouse.data.errors import AudioError, ConfigError, CorpusError
 from stillhouse.data.manifest import read_manifest
 from stillhouse.train.demo import corpus as demo
 from stillhouse.train.demo.espeak import EspeakVoice
-from stillhouse.train.demo.plan import CASTS, ESPEAK, FULL, QUICK, Size, cast, plan
+from stillhouse.train.demo.plan import ESPEAK, FULL, QUICK, VOICE_SETS, Size, plan, voice_set
 from stillhouse.train.demo.stories import read_stories
 
-TINY = Size(heard=2, readers=1, unheard=1, known=1, heard_on_new=0)
+TINY = Size(training=2, readers=1, test=1, known=1, training_on_new=0)
 
 
-@pytest.mark.parametrize("engine", sorted(CASTS))
+@pytest.mark.parametrize("engine", sorted(VOICE_SETS))
 @pytest.mark.parametrize("size", [FULL, QUICK], ids=["full", "quick"])
 def test_no_voice_and_no_story_of_the_tests_is_trained_on(engine: str, size: Size) -> None:
-    readings = plan(read_stories(), cast(engine), size)
+    readings = plan(read_stories(), voice_set(engine), size)
     assert len({(r.voice.name, r.story.number) for r in readings}) == len(readings)
     heard = {r.voice.name for r in readings if r.split == "train"}
     told = {r.story.number for r in readings if r.split == "train"}
@@ -44,11 +44,11 @@ def test_each_story_has_its_readers() -> None:
     assert {count[s.number] for s in stories} == {1, 2} and len(count) == len(stories)
     assert count.total() == int(FULL.readers * len(stories))
     of_voice = Counter(r.voice.name for r in readings)
-    assert len(of_voice) == FULL.heard and max(of_voice.values()) - min(of_voice.values()) <= 1
+    assert len(of_voice) == FULL.training and max(of_voice.values()) - min(of_voice.values()) <= 1
 
 
 def test_more_readers_than_voices_are_all_voices() -> None:
-    readings = plan(read_stories(), ESPEAK, replace(FULL, heard=3, readers=5, stories=4))
+    readings = plan(read_stories(), ESPEAK, replace(FULL, training=3, readers=5, stories=4))
     train = [(r.voice.name, r.story.number) for r in readings if r.split == "train"]
     assert len(set(train)) == len(train) == 3 * 4
 
@@ -60,24 +60,24 @@ def test_test_voices_are_variants_of_their_own() -> None:
     def accent(v: EspeakVoice) -> str:
         return v.voice.partition("+")[0]
 
-    for voice in ESPEAK.unheard:
+    for voice in ESPEAK.test:
         assert isinstance(voice, EspeakVoice)
-        assert variant(voice) not in {variant(v) for v in ESPEAK.heard if isinstance(v, EspeakVoice)}
-        assert accent(voice) in {accent(v) for v in ESPEAK.heard if isinstance(v, EspeakVoice)}
+        assert variant(voice) not in {variant(v) for v in ESPEAK.training if isinstance(v, EspeakVoice)}
+        assert accent(voice) in {accent(v) for v in ESPEAK.training if isinstance(v, EspeakVoice)}
 
 
 def test_no_such_voice() -> None:
     with pytest.raises(ConfigError, match="espeak or hibari"):
-        cast("parrot")
+        voice_set("parrot")
 
 
 def test_two_fresh_processes_say_the_same() -> None:
     pytest.importorskip("espeakng_loader")
     texts = ["The knight rode by the sea.", "One cold night, no one knew.", "The knight rode by the sea."]
-    assert ESPEAK.heard[1].voice == "en-us+f2"  # a voice with breath, which is noise
+    assert ESPEAK.training[1].voice == "en-us+f2"  # a voice with breath, which is noise
     # One worker, and a long text between: the two are more than a second apart, and the library knows the time.
-    voices = [ESPEAK.heard[1], ESPEAK.heard[0], ESPEAK.heard[1]]
-    (rate_hz, first), (_, other), (_, second) = demo.speak_fresh(
+    voices = [ESPEAK.training[1], ESPEAK.training[0], ESPEAK.training[1]]
+    (rate_hz, first), (_, other), (_, second) = demo.speak_in_new_processes(
         voices, [texts, texts + texts[:1] * 400, texts], workers=1
     )
     assert rate_hz == 22050
@@ -90,7 +90,7 @@ def test_two_fresh_processes_say_the_same() -> None:
 def test_espeak_has_no_such_voice() -> None:
     pytest.importorskip("espeakng_loader")
     with pytest.raises(AudioError, match="espeak-ng has no voice 'xx-nowhere'"):
-        list(demo.speak_fresh([EspeakVoice("zoe", "xx-nowhere")], [["Hello."]]))
+        list(demo.speak_in_new_processes([EspeakVoice("zoe", "xx-nowhere")], [["Hello."]]))
 
 
 def test_corpus_on_disk_and_again(tmp_path, monkeypatch) -> None:
@@ -98,7 +98,7 @@ def test_corpus_on_disk_and_again(tmp_path, monkeypatch) -> None:
     few = [s for s in read_stories() if s.number <= 4 or s.split == "dev" or s.number == len(read_stories())]
     monkeypatch.setattr(demo, "read_stories", lambda: few)
     built = demo.build_demo_corpus(tmp_path, size=TINY)
-    assert built.fresh
+    assert built.built
     corpus = read_manifest(built.path)
     assert len(corpus) == sum(built.utterances.values()) == len(corpus.by_id)
     assert set(built.utterances) == {"train", "dev", "test-known", "test-new"}
@@ -116,10 +116,10 @@ def test_corpus_on_disk_and_again(tmp_path, monkeypatch) -> None:
     u = corpus.utterances[3]
     audio = corpus.audio_path(u).read_bytes()
     again = demo.build_demo_corpus(tmp_path, size=TINY)
-    assert not again.fresh and again.seconds == built.seconds
+    assert not again.built and again.seconds == built.seconds
     with pytest.raises(CorpusError, match="other stories, voices or size"):
         demo.build_demo_corpus(tmp_path, size=FULL)  # features made of the first would be taken for the second's
     (tmp_path / demo.STAMP).unlink()  # as if a run had been killed before its end
     corpus.audio_path(u).write_bytes(b"torn")
-    assert demo.build_demo_corpus(tmp_path, size=TINY).fresh
+    assert demo.build_demo_corpus(tmp_path, size=TINY).built
     assert corpus.audio_path(u).read_bytes() == audio

@@ -19,7 +19,7 @@ from stillhouse.train.report.demo import ErrorRow
 from stillhouse.train.score.hypotheses import read_hypotheses
 from stillhouse.train.score.wer import Score, rate, score
 
-TINY = Size(heard=2, readers=1, stories=29, unheard=1, known=1, heard_on_new=1)
+TINY = Size(training=2, readers=1, stories=29, test=1, known=1, training_on_new=1)
 RECIPE = """
 [data]
 corpus = "corpus.jsonl"
@@ -77,7 +77,7 @@ def test_whether_the_loss_fell(losses: list[float], fell: bool) -> None:
 def test_the_table() -> None:
     found = scores(17, 51)
     rows = (ErrorRow("test-known", "", found["test-known"], 0.3), ErrorRow("test-new", "", found["test-new"]))
-    lines = demo.Result(rows, Path("r.html"), (), "").table().splitlines()
+    lines = demo.DemoResult(rows, Path("r.html"), (), "").table().splitlines()
     assert " ".join(lines[1].split()) == "test-known 1 17.0 % 17.0 to 17.0 17.0 % at most 30 %"
     assert " ".join(lines[2].split()) == "test-new 1 51.0 % 51.0 to 51.0 51.0 %"
 
@@ -126,7 +126,7 @@ def test_the_advice_on_librispeech_is_what_the_commands_take(tmp_path, monkeypat
 def test_a_command_that_fails_is_named_and_timed(tmp_path) -> None:
     said: list[str] = []
     under_way = demo.Demo(tmp_path, said.append)
-    with pytest.raises(demo.DemoError, match=r"'stillhouse score nowhere.jsonl' ended with exit code 1; .*goes on"):
+    with pytest.raises(demo.DemoError, match=r"'stillhouse score nowhere.jsonl' ended with exit code 1; .*resumes"):
         under_way.command("score", "score", "nowhere.jsonl")
     assert said == ["\n[score]\n$ stillhouse score nowhere.jsonl"]
     first = under_way.stages[0].seconds
@@ -144,7 +144,7 @@ def test_the_whole_demo_and_again(tmp_path, minilm) -> None:
     (tmp_path / "tiny.toml").write_text(RECIPE)
     said: list[str] = []
     out = tmp_path / "out"
-    result = demo.run_demo(out, quick=True, say=said.append, recipe=tmp_path / "tiny.toml", size=TINY)
+    result = demo.run_demo(out, quick=True, on_progress=said.append, recipe=tmp_path / "tiny.toml", size=TINY)
     assert result.failures == ()
     page = result.page.read_text()
     for words in ("minilm/both:32/6", "stillhouse train ../tiny.toml --out run", "kit-01-01", "test-new, voices known"):
@@ -159,9 +159,9 @@ def test_the_whole_demo_and_again(tmp_path, minilm) -> None:
 
     kept = {p: p.stat().st_mtime_ns for p in (out / "teacher.zarr").rglob("*") if p.is_file()}
     kept |= {p: p.stat().st_mtime_ns for p in (out / "run" / "checkpoints").rglob("*.safetensors")}
-    again = demo.run_demo(out, quick=True, say=said.append, recipe=tmp_path / "tiny.toml", size=TINY)
+    again = demo.run_demo(out, quick=True, on_progress=said.append, recipe=tmp_path / "tiny.toml", size=TINY)
     assert [r.score for r in again.rows] == [r.score for r in result.rows]
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
 
-    judged = demo.run_demo(out, quick=False, say=said.append, recipe=tmp_path / "tiny.toml", size=TINY)
+    judged = demo.run_demo(out, quick=False, on_progress=said.append, recipe=tmp_path / "tiny.toml", size=TINY)
     assert len(judged.failures) == 2  # 16 steps make no recogniser, and the demo says so
