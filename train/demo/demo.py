@@ -113,7 +113,7 @@ class Demo:
     def prepare_data(self, voices: str, size: Size, speeds: Sequence[float]) -> DemoCorpus:
         """Make the corpus, its features and its units."""
         about = {
-            "espeak": ".\nTheir voice is espeak-ng (GPL-3), which is in the package espeakng-loader, not in Stillhouse.",
+            "espeak": ".\nTheir voice is espeak-ng (GPL-3), from the package espeakng-loader, not from Stillhouse.",
             "hibari": " (hibari-tts, Apache-2.0, one voice at several speeds and pitches).",
         }
         self.on_progress(f"The demo works in {self.out}; its commands run there.")
