@@ -74,9 +74,7 @@ def parse_layers(ctx: click.Context, param: click.Parameter, value: str) -> list
 )
 @click.option("--revision", help="Revision of a model on the hub.")
 @click.option(
-    "--trust-remote-code",
-    metavar="MODEL",
-    help="Allow this model to run its own Python code. Repeat the model's name.",
+    "--trust-remote-code", metavar="MODEL", help="Allow this model to run its own Python code. Repeat the model's name."
 )
 @click.option("--seed", default=0, show_default=True, help="Seed of the order of sessions.")
 @click.option(

@@ -65,10 +65,7 @@ def similarity(store: Path, views: tuple[str, ...], tokens: int | None, seed: in
 @click.argument("store", type=STORE)
 @click.argument("word", metavar="UTT:WORD", shell_complete=complete_utterance)
 @click.option(
-    "--view",
-    metavar="VIEW",
-    help="A view, or a pattern for several. Default: all.",
-    shell_complete=complete_view,
+    "--view", metavar="VIEW", help="A view, or a pattern for several. Default: all.", shell_complete=complete_view
 )
 @click.option("--count", default=10, show_default=True, type=click.IntRange(min=1), help="Number of tokens to show.")
 @click.option("--standardise", is_flag=True, help="Standardise states first, so that outlier dimensions weigh less.")

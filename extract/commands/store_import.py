@@ -38,10 +38,7 @@ def store() -> None:
 @click.option("--file", help="File of an utterance in the folder, as in {split}/{id}.npz. Default: {id}.npy.")
 @click.option("--key", help="Array in the file, as in layer_{layer}. Default: the only one, or {id} in a single file.")
 @click.option(
-    "--map",
-    "names",
-    type=click.Path(exists=True, path_type=Path),
-    help="TSV of utterance ids and their {id}.",
+    "--map", "names", type=click.Path(exists=True, path_type=Path), help="TSV of utterance ids and their {id}."
 )
 @click.option("--layers", required=True, callback=parse_layers, help="Layers of the files in their order, as in 0,3,6.")
 @click.option(

@@ -162,8 +162,8 @@ def test_changes_that_are_refused_there(
         with pytest.raises(SystemExit) as e:
             main(["store", *words])
         told = capsys.readouterr().err
-        assert e.value.code == 2 and f"{url}: what is in an object store is neither moved nor deleted" in told
-        assert "stillhouse store cp, subset or merge" in told
+        assert e.value.code == 2 and f"{url}: nothing in an object store can be deleted or moved" in told
+        assert "stillhouse store cp, subset and merge" in told
     with pytest.raises(StaleError, match="u9"):
         extract(url, now, loaded(bert), REQUEST)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=rf"{url}: the corpus has changed.*stillhouse store cp {url} FOLDER"):
