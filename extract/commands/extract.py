@@ -13,10 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import dtype_option, name_option, outcome_option, progress, split_option, transform_option
+from . import options as opt
 
 if TYPE_CHECKING:
     from ..pipeline.progress import ExtractionProgress, Summary
+
+
+_LAYERS = "Layers to store, as in 0,3,6 or 0-6. The last layer is last or -1."
+_CONTEXT = (
+    "Text that the model sees beside the utterance: alone, past:N, past:N+block, future:N or both:N tokens. You can "
+    "repeat it."
+)
+_TRUST = "Allow this model to run its own Python code. Repeat the model's name."
 
 
 def parse_layers(ctx: click.Context, param: click.Parameter, value: str) -> list[int]:
@@ -36,68 +44,32 @@ def parse_layers(ctx: click.Context, param: click.Parameter, value: str) -> list
 
 
 @click.command()
-@click.argument("corpus", type=click.Path(exists=True, path_type=Path))
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("corpus", type=opt.EXISTING)
+@click.argument("store", type=opt.PATH)
 @click.option("--teacher", help="The model: a folder, or a name on the Hugging Face hub.")
-@name_option
-@click.option(
-    "--layers",
-    default="-1",
-    show_default=True,
-    callback=parse_layers,
-    help="Layers to store, as in 0,3,6 or 0-6. The last layer is last or -1.",
-)
-@click.option(
-    "--context",
-    "contexts",
-    multiple=True,
-    default=["alone"],
-    show_default=True,
-    help="Text that the model sees beside the utterance: alone, past:N, past:N+block, future:N or both:N tokens. "
-    "You can repeat it.",
-)
-@split_option
-@transform_option
+@opt.name_option
+@click.option("--layers", default="-1", show_default=True, callback=parse_layers, help=_LAYERS)
+@click.option("--context", "contexts", multiple=True, default=["alone"], show_default=True, help=_CONTEXT)
+@opt.split_option
+@opt.transform_option
 @click.option("--join", default="", help="Text between two utterances of one window. Default: nothing.")
-@dtype_option
-@click.option(
-    "--model-dtype",
-    default="float32",
-    show_default=True,
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Dtype that the model runs in.",
-)
+@opt.dtype_option
+@opt.choice("--model-dtype", ["float32", "bfloat16", "float16"], "Dtype that the model runs in.")
 @click.option("--device", default="auto", show_default=True, help="Device of the model: cpu, cuda, cuda:1 or auto.")
 @click.option("--window", type=int, help="Most tokens of a pass. Default: what the model allows, up to 4096.")
-@click.option(
-    "--batch-tokens", type=click.IntRange(min=1), help="Tokens of a batch. The default depends on the device."
-)
+@click.option("--batch-tokens", type=click.IntRange(min=1), help="Tokens of a batch. Default: chosen by device.")
 @click.option("--revision", help="Revision of a model on the hub.")
-@click.option(
-    "--trust-remote-code", metavar="MODEL", help="Allow this model to run its own Python code. Repeat the model's name."
-)
-@click.option("--seed", default=0, show_default=True, help="Seed of the order of sessions.")
-@click.option(
-    "--workers",
-    default=1,
-    show_default=True,
-    type=click.IntRange(min=1),
-    help="Number of processes on this machine, or of tasks on a cluster.",
-)
-@click.option(
-    "--engine",
-    default="local",
-    show_default=True,
-    type=click.Choice(["local", "ray"]),
-    help="Run the workers as processes on this machine, or as tasks of a Ray cluster.",
-)
+@click.option("--trust-remote-code", metavar="MODEL", help=_TRUST)
+@opt.number("--seed", 0, "Seed of the order of sessions.")
+@opt.number("--workers", 1, "Number of processes on this machine, or of tasks on a cluster.", least=1)
+@opt.choice("--engine", ["local", "ray"], "Run the workers as processes on this machine, or as tasks of a Ray cluster.")
 @click.option("--ray-address", help="Address of the cluster: auto, or any that Ray knows. Default: start one here.")
 @click.option("--shard", metavar="I/N", help="Extract only part I of N, counted from 0, for job arrays.")
-@click.option("--status", is_flag=True, help="Only show how much of STORE is done, running and missing.")
-@click.option("--dry-run", is_flag=True, help="Only show the cost in tokens, bytes and time.")
-@click.option("--force", is_flag=True, help="Start although the disk is too small.")
-@click.option("--refresh", is_flag=True, help="Extract changed utterances again and hide those no longer in CORPUS.")
-@outcome_option
+@opt.flag("--status", "Only show how much of STORE is done, running and missing.")
+@opt.flag("--dry-run", "Only show the cost in tokens, bytes and time.")
+@opt.flag("--force", "Start although the disk is too small.")
+@opt.flag("--refresh", "Extract changed utterances again and hide those no longer in CORPUS.")
+@opt.outcome_option
 def extract(**options: Any) -> None:
     """Run a language model over CORPUS and save its hidden states in STORE.
 
@@ -147,7 +119,7 @@ def _run(options: dict[str, Any]) -> tuple[Any, str]:
         # An object store has no locks, so each worker gets a part of its own.
         own_part = part if has_locks(store) else (part[0], part[1] * workers)
     check = None if options["force"] else check_disk_space
-    on_progress = progress(progress_line)
+    on_progress = opt.progress(progress_line)
     summary = run(store, corpus, teacher, request, on_progress, own_part, start, check, options["refresh"])
     return summary.as_json(), render(summary)
 
@@ -205,10 +177,10 @@ def teacher() -> None:
 
 
 @teacher.command(epilog="Example: stillhouse teacher convert SmolLM2-135M-Instruct.Q4_1.gguf teachers/smollm2")
-@click.argument("source", type=click.Path(exists=True, path_type=Path))
+@click.argument("source", type=opt.EXISTING)
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--note", default="", help="Words about the model to keep beside the facts in its file.")
-@click.option("--json", "as_json", is_flag=True, help="Print the teacher.json of the new folder.")
+@opt.flag("--json", "Print the teacher.json of the new folder.")
 def convert(source: Path, out: Path, note: str, as_json: bool) -> None:
     """Convert SOURCE, a GGUF file or a model's folder, to the folder OUT, which --teacher loads at once.
 

@@ -11,22 +11,8 @@ from typing import Any
 
 import click
 
-from .inspect_numbers import compare, neighbours, plot, report, similarity, stats
-from .options import (
-    NEW_FILE,
-    STORE,
-    Share,
-    chosen_views,
-    complete_utterance,
-    force_option,
-    full_option,
-    json_option,
-    print_fact,
-    print_facts,
-    progress,
-    sample_options,
-    views_option,
-)
+from . import inspect_numbers as numbers
+from . import options as opt
 
 
 @click.group(epilog="STORE is the folder that stillhouse extract wrote. Exit codes: 1 findings, 10 no store.")
@@ -34,28 +20,28 @@ def inspect() -> None:
     """Look into a store. These commands load no language model and read only what they show."""
 
 
-for command in (stats, similarity, neighbours, compare, plot, report):
+for command in (numbers.stats, numbers.similarity, numbers.neighbours, numbers.compare, numbers.plot, numbers.report):
     inspect.add_command(command)
 
 
 @inspect.command(epilog="Example: stillhouse inspect info corpus.zarr")
-@click.argument("store", type=STORE)
-@json_option
+@click.argument("store", type=opt.PATH)
+@opt.json_option
 def info(store: Path, as_json: bool) -> None:
     """Show the teachers, contexts, layers and sizes of STORE, and whether it is complete."""
     from ..inspect.facts.store import store_facts
     from ..inspect.show import facts as show_facts
     from ..store import Store
 
-    print_fact(store_facts(Store.open(store)), "info", as_json, show_facts.store)
+    opt.print_fact(store_facts(Store.open(store)), "info", as_json, show_facts.store)
 
 
 @inspect.command(epilog="Example: stillhouse inspect ls corpus.zarr --utterances '84-*'")
-@click.argument("store", type=STORE)
+@click.argument("store", type=opt.PATH)
 @click.argument("patterns", nargs=-1)
-@click.option("--utterances", is_flag=True, help="List utterances. PATTERNS are then globs on their ids.")
-@json_option
-@click.option("--jsonl", is_flag=True, help="Print one JSON object on each line.")
+@opt.flag("--utterances", "List utterances. PATTERNS are then globs on their ids.")
+@opt.json_option
+@opt.flag("--jsonl", "Print one JSON object on each line.")
 def ls(store: Path, patterns: tuple[str, ...], utterances: bool, as_json: bool, jsonl: bool) -> None:
     """List the views of STORE that match PATTERNS, or its utterances."""
     import json
@@ -77,47 +63,38 @@ def ls(store: Path, patterns: tuple[str, ...], utterances: bool, as_json: bool, 
         for fact in listed:
             click.echo(json.dumps(facts.as_json(fact, kind), ensure_ascii=False))
     else:
-        print_facts(listed, "ls", f"{kind}s", kind, as_json, render)
+        opt.print_fact(listed, kind, as_json, render, ("ls", f"{kind}s"))
 
 
 @inspect.command(epilog="Example: stillhouse inspect show corpus.zarr 84-121123-0001 --view 'minilm/*/6'")
-@click.argument("store", type=STORE)
-@click.argument("utterance", shell_complete=complete_utterance)
-@views_option("--view")
-@click.option("--values", is_flag=True, help="Print the states themselves, too.")
-@click.option("--corpus", type=click.Path(path_type=Path), help="The manifest, to show the transcript itself.")
-@json_option
+@click.argument("store", type=opt.PATH)
+@click.argument("utterance", shell_complete=opt.complete_utterance)
+@opt.views_option("--view")
+@opt.flag("--values", "Print the states themselves, too.")
+@click.option("--corpus", type=opt.PATH, help="The manifest, to show the transcript itself.")
+@opt.json_option
 def show(store: Path, utterance: str, views: tuple[str, ...], values: bool, corpus: Path | None, as_json: bool) -> None:
     """Show the tokens of UTTERANCE, the context that each teacher saw, and the norm of each state."""
     from ..inspect.facts import utterance as facts
     from ..inspect.show import facts as show_facts
-    from ..store import Store
 
-    opened = Store.open(store)
-    shown = facts.show(opened, utterance, chosen_views(opened, views, planned=True), values=values, corpus=corpus)
-    print_fact(shown, "show", as_json, show_facts.shown)
+    opened, chosen = opt.open_views(store, views, planned=True)
+    shown = facts.show(opened, utterance, chosen, values=values, corpus=corpus)
+    opt.print_fact(shown, "show", as_json, show_facts.shown)
 
 
 @inspect.command(epilog="Example: stillhouse inspect verify corpus.zarr --sample 5%")
-@click.argument("store", type=STORE)
-@click.option("--data", is_flag=True, help="Read all states and compare their checksums.")
-@click.option("--sample", type=Share(), help="Do so for this share of the utterances, as in 5%.")
-@click.option("--repair", is_flag=True, help="Extract damaged states again, with the teachers that STORE names.")
+@click.argument("store", type=opt.PATH)
+@opt.flag("--data", "Read all states and compare their checksums.")
+@click.option("--sample", type=opt.Share(), help="Do so for this share of the utterances, as in 5%.")
+@opt.flag("--repair", "Extract damaged states again, with the teachers that STORE names.")
 @click.option(
     "--model", "models", multiple=True, metavar="TEACHER=FOLDER", help="With --repair: the folder of a moved teacher."
 )
 @click.option("--device", default="auto", show_default=True, help="With --repair: cpu, cuda, cuda:1 or auto.")
-@json_option
-@click.pass_context
+@opt.json_option
 def verify(
-    ctx: click.Context,
-    store: Path,
-    data: bool,
-    sample: float | None,
-    repair: bool,
-    models: tuple[str, ...],
-    device: str,
-    as_json: bool,
+    store: Path, data: bool, sample: float | None, repair: bool, models: tuple[str, ...], device: str, as_json: bool
 ) -> None:
     """Check that STORE is undamaged. Its states are checked with --data or --sample only. Exit code 1: findings.
 
@@ -133,7 +110,7 @@ def verify(
 
     share = 1.0 if data else sample or 0.0
     try:
-        verified = facts.verified(Store.open(store), share, progress())
+        verified = facts.verified(Store.open(store), share, opt.progress())
     except StoreError as e:
         verified = facts.unopened(store, e)
     if repair and verified.findings:
@@ -143,15 +120,15 @@ def verify(
         if len(folders) < len(models):
             raise click.BadParameter("give TEACHER=FOLDER", param_hint="--model")
         repaired = repair_all(store, folders, device, data=share)
-        verified = replace(facts.verified(Store.open(store), share, progress()), mended=repaired)
-    print_fact(verified, "verify", as_json, show_facts.verified)
+        verified = replace(facts.verified(Store.open(store), share, opt.progress()), mended=repaired)
+    opt.print_fact(verified, "verify", as_json, show_facts.verified)
     if verified.findings:
-        ctx.exit(1)
+        raise click.exceptions.Exit(1)
 
 
 @inspect.command(epilog="Example: stillhouse inspect tree corpus.zarr")
-@click.argument("store", type=STORE)
-@json_option
+@click.argument("store", type=opt.PATH)
+@opt.json_option
 def tree(store: Path, as_json: bool) -> None:
     """Show the files, folders and arrays of STORE."""
     from ..inspect.facts import tree as facts
@@ -159,17 +136,17 @@ def tree(store: Path, as_json: bool) -> None:
     from ..store import Store
 
     nodes = facts.tree(Store.open(store))
-    print_facts(nodes, "tree", "nodes", "node", as_json, lambda shown: show_facts.tree(str(store), shown))
+    opt.print_fact(nodes, "node", as_json, lambda shown: show_facts.tree(str(store), shown), ("tree", "nodes"))
 
 
 @inspect.command(epilog="Example: stillhouse inspect export corpus.zarr states.npz --view minilm/alone/6 '84-*'")
-@click.argument("store", type=STORE)
-@click.argument("out", type=NEW_FILE)
+@click.argument("store", type=opt.PATH)
+@click.argument("out", type=opt.NEW_FILE)
 @click.argument("patterns", nargs=-1)
-@views_option("--view")
-@click.option("--float32", is_flag=True, help="Write float32, whatever dtype is stored.")
-@force_option
-@json_option
+@opt.views_option("--view")
+@opt.flag("--float32", "Write float32, whatever dtype is stored.")
+@opt.force_option
+@opt.json_option
 def export(
     store: Path, out: Path, patterns: tuple[str, ...], views: tuple[str, ...], float32: bool, force: bool, as_json: bool
 ) -> None:
@@ -179,28 +156,26 @@ def export(
     from ..inspect.facts import export as facts
     from ..inspect.facts.store import utterance_facts
     from ..inspect.show import facts as show_facts
-    from ..store import Store
 
-    opened = Store.open(store)
+    opened, chosen = opt.open_views(store, views)
     rows = np.array([u.row for u in utterance_facts(opened, patterns)]) if patterns else None
-    exported = facts.export(opened, chosen_views(opened, views), out, rows=rows, float32=float32, force=force)
-    print_fact(exported, "export", as_json, show_facts.exported)
+    exported = facts.export(opened, chosen, out, rows=rows, float32=float32, force=force)
+    opt.print_fact(exported, "export", as_json, show_facts.exported)
 
 
 @inspect.command(epilog="Example: stillhouse inspect diff old.zarr new.zarr")
-@click.argument("a", type=STORE)
-@click.argument("b", type=STORE)
-@sample_options("20,000")
-@full_option
-@json_option
-@click.pass_context
-def diff(ctx: click.Context, a: Path, b: Path, tokens: int | None, seed: int, full: bool, as_json: bool) -> None:
+@click.argument("a", type=opt.PATH)
+@click.argument("b", type=opt.PATH)
+@opt.sample_options("20,000")
+@opt.full_option
+@opt.json_option
+def diff(a: Path, b: Path, tokens: int | None, seed: int, full: bool, as_json: bool) -> None:
     """Show how the stores A and B differ in settings, utterances and states. Exit code 1: they differ."""
     from ..inspect.facts import diff as facts
     from ..inspect.show import numbers as show_numbers
     from ..store import Store
 
-    difference = facts.diff(Store.open(a), Store.open(b), tokens, seed, progress(), full=full)
-    print_fact(difference, "diff", as_json, show_numbers.difference)
+    difference = facts.diff(Store.open(a), Store.open(b), tokens, seed, opt.progress(), full=full)
+    opt.print_fact(difference, "diff", as_json, show_numbers.difference)
     if not difference.same:
-        ctx.exit(1)
+        raise click.exceptions.Exit(1)

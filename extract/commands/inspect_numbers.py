@@ -10,67 +10,52 @@ from pathlib import Path
 
 import click
 
-from .options import (
-    NEW_FILE,
-    STORE,
-    chosen_views,
-    complete_utterance,
-    complete_view,
-    force_option,
-    full_option,
-    json_option,
-    open_undamaged,
-    print_fact,
-    print_facts,
-    progress,
-    sample_options,
-    seed_option,
-    split_option,
-    views_option,
-)
+from . import options as opt
+
+KINDS = ("similarity", "norms", "word")
 
 
 @click.command(epilog="Example: stillhouse inspect stats corpus.zarr --view 'minilm/*/*'")
-@click.argument("store", type=STORE)
-@views_option("--view")
-@sample_options("20,000")
-@full_option
-@json_option
+@click.argument("store", type=opt.PATH)
+@opt.views_option("--view")
+@opt.sample_options("20,000")
+@opt.full_option
+@opt.json_option
 def stats(store: Path, views: tuple[str, ...], tokens: int | None, seed: int, full: bool, as_json: bool) -> None:
     """Show the norms, dead and outlier dimensions, anisotropy and effective rank of each view."""
     from ..inspect.numbers.statistics import statistics
     from ..inspect.show import numbers as show_numbers
 
-    measured = statistics(*open_undamaged(store, views), tokens, seed, progress(), full=full)
-    print_facts(measured, "stats", "views", "statistics", as_json, show_numbers.statistics)
+    measured = statistics(*opt.open_undamaged(store, views), tokens, seed, opt.progress(), full=full)
+    opt.print_fact(measured, "statistics", as_json, show_numbers.statistics, ("stats", "views"))
 
 
 @click.command(epilog="Example: stillhouse inspect similarity corpus.zarr --view '*/alone/*'")
-@click.argument("store", type=STORE)
-@views_option("--view")
-@sample_options("2,000")
-@json_option
+@click.argument("store", type=opt.PATH)
+@opt.views_option("--view")
+@opt.sample_options("2,000")
+@opt.json_option
 def similarity(store: Path, views: tuple[str, ...], tokens: int | None, seed: int, as_json: bool) -> None:
     """Show which views are redundant, by linear CKA between each two."""
     from ..inspect.numbers.similarity import similarity as compute
     from ..inspect.show import numbers as show_numbers
 
-    computed = compute(*open_undamaged(store, views), tokens, seed, progress())
-    print_fact(computed, "similarity", as_json, show_numbers.similarity)
+    computed = compute(*opt.open_undamaged(store, views), tokens, seed, opt.progress())
+    opt.print_fact(computed, "similarity", as_json, show_numbers.similarity)
 
 
 @click.command(
     epilog="Example: stillhouse inspect neighbours corpus.zarr 84-121123-0001:staircase --view minilm/both:64/6"
 )
-@click.argument("store", type=STORE)
-@click.argument("word", metavar="UTT:WORD", shell_complete=complete_utterance)
+@click.argument("store", type=opt.PATH)
+@click.argument("word", metavar="UTT:WORD", shell_complete=opt.complete_utterance)
 @click.option(
-    "--view", metavar="VIEW", help="A view, or a pattern for several. Default: all.", shell_complete=complete_view
+    "--view", metavar="VIEW", help="A view, or a pattern for several. Default: all.", shell_complete=opt.complete_view
 )
-@click.option("--count", default=10, show_default=True, type=click.IntRange(min=1), help="Number of tokens to show.")
-@click.option("--standardise", is_flag=True, help="Standardise states first, so that outlier dimensions weigh less.")
-@click.option("--same-utterance", is_flag=True, help="Search the utterance itself, too.")
-@json_option
+@opt.number("--count", 10, "Number of tokens to show.", least=1)
+@opt.flag("--standardise", "Standardise states first, so that outlier dimensions weigh less.")
+@opt.flag("--same-utterance", "Search the utterance itself, too.")
+@opt.json_option
 def neighbours(
     store: Path, word: str, view: str | None, count: int, standardise: bool, same_utterance: bool, as_json: bool
 ) -> None:
@@ -85,35 +70,34 @@ def neighbours(
     utterance, colon, name = word.rpartition(":")
     if not colon:
         raise click.BadParameter(f"{word!r} is not UTT:WORD", param_hint="UTT:WORD")
-    opened, views = open_undamaged(store, [view] if view else [])
+    opened, views = opt.open_undamaged(store, [view] if view else [])
     options = {"standardise": standardise, "same_utterance": same_utterance}
-    nearby = [nearest(opened, v, utterance, name, count, on_progress=progress(), **options) for v in views]
-    print_facts(
-        nearby, "neighbours", "views", "neighbours", as_json, lambda f: "\n\n".join(map(show_numbers.neighbours, f))
-    )
+    nearby = [nearest(opened, v, utterance, name, count, on_progress=opt.progress(), **options) for v in views]
+    render = show_numbers.neighbours
+    opt.print_fact(nearby, "neighbours", as_json, lambda n: "\n\n".join(map(render, n)), ("neighbours", "views"))
 
 
 @click.command(
     epilog="Example: stillhouse inspect compare corpus.zarr 84-121123-0001 --views minilm/alone/6,minilm/both:64/6"
 )
-@click.argument("store", type=STORE)
-@click.argument("utterance", shell_complete=complete_utterance)
+@click.argument("store", type=opt.PATH)
+@click.argument("utterance", shell_complete=opt.complete_utterance)
 @click.option(
     "--views",
     metavar="A,B",
     help="Addresses of views joined by commas, or a pattern. Default: all.",
-    shell_complete=complete_view,
+    shell_complete=opt.complete_view,
 )
-@json_option
+@opt.json_option
 def compare(store: Path, utterance: str, views: str | None, as_json: bool) -> None:
     """Show how far each token's state in UTTERANCE moves from the first view to the others."""
     from ..inspect.numbers.neighbours import compare as compute
     from ..inspect.show import numbers as show_numbers
-    from ..store import Store
 
-    opened = Store.open(store)
-    comparisons = compute(opened, utterance, chosen_views(opened, split_views(views) if views else ()))
-    print_facts(comparisons, "compare", "views", "comparison", as_json, show_numbers.compared)
+    opened, chosen = opt.open_views(store, split_views(views) if views else ())
+    opt.print_fact(
+        compute(opened, utterance, chosen), "comparison", as_json, show_numbers.compared, ("compare", "views")
+    )
 
 
 def split_views(views: str) -> list[str]:
@@ -128,19 +112,13 @@ def split_views(views: str) -> list[str]:
 
 
 @click.command(epilog="Example: stillhouse inspect plot corpus.zarr bank.png --kind word --word bank --view '*/*/6'")
-@click.argument("store", type=STORE)
-@click.argument("out", type=NEW_FILE)
-@click.option(
-    "--kind",
-    type=click.Choice(["similarity", "norms", "word"]),
-    default="similarity",
-    show_default=True,
-    help="Draw a heat map of CKA, the norms by layer, or all occurrences of a word on a plane.",
-)
+@click.argument("store", type=opt.PATH)
+@click.argument("out", type=opt.NEW_FILE)
+@opt.choice("--kind", KINDS, "Draw a heat map of CKA, the norms by layer, or all occurrences of a word on a plane.")
 @click.option("--word", help="The word of --kind word.")
-@views_option("--view")
-@seed_option
-@force_option
+@opt.views_option("--view")
+@opt.seed_option
+@opt.force_option
 def plot(store: Path, out: Path, kind: str, word: str | None, views: tuple[str, ...], seed: int, force: bool) -> None:
     """Draw a picture of STORE into OUT: .png, .svg or .pdf."""
     from ..inspect.output import check_output
@@ -149,15 +127,15 @@ def plot(store: Path, out: Path, kind: str, word: str | None, views: tuple[str, 
     check_output(out, plots.SUFFIXES, force)
     if kind == "word" and word is None:
         raise click.UsageError("--kind word needs --word")
-    opened, chosen = open_undamaged(store, views)
+    opened, chosen = opt.open_undamaged(store, views)
     if kind == "similarity":
         from ..inspect.numbers.similarity import similarity as compute
 
-        figure = plots.similarity(compute(opened, chosen, seed=seed, on_progress=progress()))
+        figure = plots.similarity(compute(opened, chosen, seed=seed, on_progress=opt.progress()))
     elif kind == "norms":
         from ..inspect.numbers.statistics import statistics
 
-        figure = plots.norms(statistics(opened, chosen, seed=seed, on_progress=progress(), rank=False))
+        figure = plots.norms(statistics(opened, chosen, seed=seed, on_progress=opt.progress(), rank=False))
     else:
         from ..inspect.numbers.word_map import word_map
 
@@ -167,12 +145,12 @@ def plot(store: Path, out: Path, kind: str, word: str | None, views: tuple[str, 
 
 
 @click.command(epilog="Example: stillhouse inspect report corpus.zarr store.html --word bank --word light")
-@click.argument("store", type=STORE)
-@click.argument("out", type=NEW_FILE)
+@click.argument("store", type=opt.PATH)
+@click.argument("out", type=opt.NEW_FILE)
 @click.option("--word", "words", multiple=True, help="A word to look at. You can repeat it. Default: frequent words.")
-@sample_options("2,000")
-@click.option("--full", is_flag=True, help="Read every view and all tokens instead of samples.")
-@force_option
+@opt.sample_options("2,000")
+@opt.flag("--full", "Read every view and all tokens instead of samples.")
+@opt.force_option
 def report(
     store: Path, out: Path, words: tuple[str, ...], tokens: int | None, seed: int, full: bool, force: bool
 ) -> None:
@@ -183,35 +161,31 @@ def report(
 
     check_output(out, (".html",), force)
     opened = Store.open(store)
-    collected = page.collect(opened, words=words, tokens=tokens, seed=seed, full=full, on_progress=progress())
+    collected = page.collect(opened, words=words, tokens=tokens, seed=seed, full=full, on_progress=opt.progress())
     page.write(collected, out)
     click.echo(str(out))
 
 
 @click.command("views", epilog="Example: stillhouse views corpus.zarr --corpus corpus.jsonl --units units")
-@click.argument("store", type=STORE)
-@click.option("--corpus", required=True, type=click.Path(path_type=Path), help="The manifest, for its transcripts.")
-@click.option("--units", required=True, type=click.Path(path_type=Path), help="The folder of ASR units.")
-@split_option
-@views_option("--view")
-@click.option("--pick", default=3, show_default=True, type=click.IntRange(min=1), help="Number of views to suggest.")
-@click.option(
-    "--places", default=6_000, show_default=True, type=click.IntRange(min=50), help="Number of units in the sample."
-)
-@click.option("--seed", default=0, show_default=True, help="Seed of the sample and of the folds.")
-@click.option("--plot", type=NEW_FILE, help="Draw a heat map of CKA into this file: .png, .svg or .pdf.")
-@json_option
+@click.argument("store", type=opt.PATH)
+@click.option("--corpus", required=True, type=opt.PATH, help="The manifest, for its transcripts.")
+@click.option("--units", required=True, type=opt.PATH, help="The folder of ASR units.")
+@opt.split_option
+@opt.views_option("--view")
+@opt.number("--pick", 3, "Number of views to suggest.", least=1)
+@opt.number("--places", 6_000, "Number of units in the sample.", least=50)
+@opt.number("--seed", 0, "Seed of the sample and of the folds.")
+@click.option("--plot", type=opt.NEW_FILE, help="Draw a heat map of CKA into this file: .png, .svg or .pdf.")
+@opt.json_option
 def choose_views(
     store: Path,
     corpus: Path,
     units: Path,
     split: str | None,
     views: tuple[str, ...],
-    pick: int,
-    places: int,
-    seed: int,
     plot: Path | None,
     as_json: bool,
+    **sample: int,
 ) -> None:
     """Help to choose views of STORE: how well each predicts the ASR units, and which are redundant.
 
@@ -228,9 +202,9 @@ def choose_views(
 
     if plot is not None:
         check_output(plot, plots.SUFFIXES, False)
-    opened, chosen = open_undamaged(store, views)
+    opened, chosen = opt.open_undamaged(store, views)
     texts, symbols = read_manifest(corpus).select(split), load_units(units)
-    choice = choose(opened, chosen, texts, symbols, pick=pick, places=places, seed=seed, on_progress=progress())
+    choice = choose(opened, chosen, texts, symbols, **sample, on_progress=opt.progress())
     if plot is not None:
         plots.save(plots.similarity(heat_map(choice)), plot)
-    print_fact(choice, "choice", as_json, show_numbers.choice)
+    opt.print_fact(choice, "choice", as_json, show_numbers.choice)

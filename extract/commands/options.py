@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from ..store import Store, View
 
 F = TypeVar("F", bound=Callable[..., Any])
-STORE = click.Path(path_type=Path)
+PATH = click.Path(path_type=Path)
+EXISTING = click.Path(exists=True, path_type=Path)
 NEW_FILE = click.Path(path_type=Path, dir_okay=False)
 PROGRESS_EVERY_S = 5.0
 
@@ -35,8 +36,7 @@ def complete_view(ctx: click.Context, param: click.Parameter, incomplete: str) -
 def complete_utterance(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     """Complete the id of an utterance. At most a hundred ids are offered."""
     store = _completing(ctx)
-    ids = [] if store is None else store.utterance_ids
-    return [i for i in ids if i.startswith(incomplete)][:100]
+    return [i for i in ([] if store is None else store.utterance_ids) if i.startswith(incomplete)][:100]
 
 
 def _completing(ctx: click.Context) -> Store | None:
@@ -51,44 +51,49 @@ def _completing(ctx: click.Context) -> Store | None:
         return None
 
 
-json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Print the facts as JSON. docs/reference/inspect.md has the schemas."
-)
-outcome_option = click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
-force_option = click.option("--force", is_flag=True, help="Replace OUT if it exists.")
-full_option = click.option("--full", is_flag=True, help="Read all tokens instead of a sample.")
-seed_option = click.option("--seed", default=0, show_default=True, help="Seed of the sample.")
+def flag(name: str, text: str) -> Callable[[F], F]:
+    """An option without a value; `--json` becomes the argument as_json."""
+    names = (name, "as_json") if name == "--json" else (name,)
+    return click.option(*names, is_flag=True, help=text)
+
+
+def choice(name: str, values: Sequence[str], text: str) -> Callable[[F], F]:
+    """An option with one of some values; the first is the default."""
+    return click.option(name, default=values[0], show_default=True, type=click.Choice(values), help=text)
+
+
+def number(name: str, default: int, text: str, least: int | None = None) -> Callable[[F], F]:
+    """An option with a whole number, perhaps of at least `least`."""
+    kind = click.INT if least is None else click.IntRange(min=least)
+    return click.option(name, default=default, show_default=True, type=kind, help=text)
+
+
+json_option = flag("--json", "Print the facts as JSON. docs/reference/inspect.md has the schemas.")
+outcome_option = flag("--json", "Print the outcome as JSON.")
+force_option = flag("--force", "Replace OUT if it exists.")
+full_option = flag("--full", "Read all tokens instead of a sample.")
+seed_option = number("--seed", 0, "Seed of the sample.")
 split_option = click.option("--split", help="Use only these splits of the corpus, as in train,dev.")
-transform_option = click.option(
-    "--transform",
-    default="none",
-    show_default=True,
-    help="Text transforms before tokenisation, joined by +, as in sentence_case or lower+no_punct.",
-)
-dtype_option = click.option(
+dtype_option = choice(
     "--dtype",
-    default="float16",
-    show_default=True,
-    type=click.Choice(["float16", "bfloat16", "float32", "int8"]),
-    help="Dtype of the stored states. int8 takes half the space of float16, with an error of 1 % or less.",
+    ["float16", "bfloat16", "float32", "int8"],
+    "Dtype of the stored states. int8 takes half the space of float16, with an error of 1 % or less.",
 )
+_TRANSFORM = "Text transforms before tokenisation, joined by +, as in sentence_case or lower+no_punct."
+transform_option = click.option("--transform", default="none", show_default=True, help=_TRANSFORM)
 name_option = click.option("--name", help="Name of the teacher in the store. Default: last part of the model's name.")
 
 
-def views_option(flag: str) -> Callable[[F], F]:
+def views_option(name: str) -> Callable[[F], F]:
     """The option that chooses views, by patterns."""
-    help_text = "Views as in minilm/alone/6, minilm/*/3,6 or */*/last. You can repeat it. Default: all."
-    return click.option(flag, "views", multiple=True, metavar="VIEW", shell_complete=complete_view, help=help_text)
+    text = "Views as in minilm/alone/6, minilm/*/3,6 or */*/last. You can repeat it. Default: all."
+    return click.option(name, "views", multiple=True, metavar="VIEW", shell_complete=complete_view, help=text)
 
 
 def sample_options(tokens: str) -> Callable[[F], F]:
     """--tokens and --seed of a command that reads a sample. `tokens` is the default, as text."""
-    option = click.option(
-        "--tokens",
-        show_default=f"{tokens}, fewer if the views are wide or many",
-        type=click.IntRange(min=4),
-        help="Number of tokens in the sample of each view.",
-    )
+    default, text = f"{tokens}, fewer if the views are wide or many", "Number of tokens in the sample of each view."
+    option = click.option("--tokens", show_default=default, type=click.IntRange(min=4), help=text)
     return lambda command: option(seed_option(command))
 
 
@@ -109,43 +114,43 @@ class Share(click.ParamType):
         return number
 
 
-def chosen_views(store: Store, patterns: Sequence[str], planned: bool = False) -> list[View]:
-    """Return the views that patterns name, or all views.
+def open_views(path: Path, patterns: Sequence[str], planned: bool = False) -> tuple[Store, list[View]]:
+    """Open a store, and choose the views that patterns name, or all views.
 
     Views without any states are left out unless `planned` is set. A line on stderr names views that are not complete.
 
     Raises:
-        NoStoreError: no view matches, or nothing is extracted yet.
+        NoStoreError: there is no store, no view matches, or nothing is extracted yet.
     """
     from ...data.errors import NoStoreError, first_few
+    from ..store import Store
 
+    store = Store.open(path)
     among = store.planned_views
     if not planned:
         among = [v for v in among if store.available(v).any()]
         if not among:
-            raise NoStoreError(
-                "nothing is extracted yet", where=store.address, remedy="stillhouse extract CORPUS STORE …"
-            )
+            remedy = "stillhouse extract CORPUS STORE …"
+            raise NoStoreError("nothing is extracted yet", where=store.address, remedy=remedy)
     chosen = store.resolve(tuple(patterns) or ("*/*/*",), among)
     complete = set(store.views)
     partial = [v.address for v in chosen if v not in complete]
     if partial and not planned:
         click.echo(f"these views are not complete yet: {first_few(partial)}", file=sys.stderr)
-    return chosen
+    return store, chosen
 
 
 def open_undamaged(path: Path, patterns: Sequence[str]) -> tuple[Store, list[View]]:
-    """Open a store; return it with the chosen views that are not damaged. Lines on stderr name the damaged ones.
+    """Open a store as `open_views`, and leave out damaged views. Lines on stderr name them.
 
     Raises:
         StoreError: all of the views are damaged.
     """
     from ...data.errors import StoreError
     from ..inspect.sample import undamaged
-    from ..store import Store
 
-    store = Store.open(path)
-    views, damage = undamaged(store, chosen_views(store, patterns))
+    store, chosen = open_views(path, patterns)
+    views, damage = undamaged(store, chosen)
     for text in damage:
         click.echo(f"left out: {text}", file=sys.stderr)
     if not views:
@@ -154,28 +159,21 @@ def open_undamaged(path: Path, patterns: Sequence[str]) -> tuple[Store, list[Vie
     return store, views
 
 
-def print_fact(fact: Any, kind: str, as_json: bool, render: Callable[[Any], str]) -> None:
-    """Print one fact as JSON or as text."""
-    from ..inspect.facts.store import as_json as to_json
-
-    click.echo(_dumps(to_json(fact, kind)) if as_json else render(fact))
-
-
-def print_facts(
-    facts: Sequence[Any], schema: str, key: str, kind: str, as_json: bool, render: Callable[[Any], str]
+def print_fact(
+    fact: Any, kind: str, as_json: bool, render: Callable[[Any], str], listed: tuple[str, str] | None = None
 ) -> None:
-    """Print several facts as one JSON object, with the facts under `key`, or as text."""
+    """Print a fact as text or JSON. A list of facts is a JSON object of the schema and with the key of `listed`."""
     from ..inspect.facts.store import as_json as to_json
 
-    if as_json:
-        entries = [to_json(f, kind) for f in facts]
-        click.echo(_dumps({"schema": f"stillhouse.inspect.{schema}/1", key: entries}))
-    else:
-        click.echo(render(facts))
-
-
-def _dumps(value: Any) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False)
+    if not as_json:
+        click.echo(render(fact))
+        return
+    value = (
+        to_json(fact, kind)
+        if listed is None
+        else {"schema": f"stillhouse.inspect.{listed[0]}/1", listed[1]: [to_json(f, kind) for f in fact]}
+    )
+    click.echo(json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def progress(line: Callable[[Any], str] = "looking at {}".format) -> Callable[[Any], None]:

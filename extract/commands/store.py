@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import STORE, outcome_option, views_option
+from . import options as opt
 from .store_import import store
 
 if TYPE_CHECKING:
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from ..maintain.exclusive import Removed
 
 IDS_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-dry_run_option = click.option("--dry-run", is_flag=True, help="Only show what would be done.")
+dry_run_option = opt.flag("--dry-run", "Only show what would be done.")
 utterances_option = click.option("--utterances", type=IDS_FILE, help="A file with an utterance id on each line.")
 
 
 @store.command("rm", epilog="Example: stillhouse store rm corpus.zarr 'minilm/both:64/*'")
-@click.argument("store", type=STORE)
+@click.argument("store", type=opt.PATH)
 @click.argument("views", nargs=-1)
 @utterances_option
 @dry_run_option
-@outcome_option
+@opt.outcome_option
 def remove(store: Path, views: tuple[str, ...], utterances: Path | None, dry_run: bool, as_json: bool) -> None:
     """Delete VIEWS of STORE, or hide utterances.
 
@@ -49,9 +49,9 @@ def remove(store: Path, views: tuple[str, ...], utterances: Path | None, dry_run
 
 
 @store.command("gc", epilog="Example: stillhouse store gc corpus.zarr --dry-run")
-@click.argument("store", type=STORE)
+@click.argument("store", type=opt.PATH)
 @dry_run_option
-@outcome_option
+@opt.outcome_option
 def collect(store: Path, dry_run: bool, as_json: bool) -> None:
     """Free the disk space of deleted views, hidden utterances and superseded records.
 
@@ -64,13 +64,13 @@ def collect(store: Path, dry_run: bool, as_json: bool) -> None:
 
 
 @store.command("subset", epilog="Example: stillhouse store subset corpus.zarr part.zarr --utterances ids.txt")
-@click.argument("store", type=STORE)
-@click.argument("out", type=STORE)
+@click.argument("store", type=opt.PATH)
+@click.argument("out", type=opt.PATH)
 @utterances_option
 @click.option("--split", help="Use the utterances of these splits of --corpus, as in train,dev.")
-@click.option("--corpus", type=click.Path(exists=True, path_type=Path), help="The manifest, for --split.")
-@views_option("--views")
-@outcome_option
+@click.option("--corpus", type=opt.EXISTING, help="The manifest, for --split.")
+@opt.views_option("--views")
+@opt.outcome_option
 def subset(
     store: Path,
     out: Path,
@@ -95,10 +95,10 @@ def subset(
 
 
 @store.command("cp", epilog="Example: stillhouse store cp corpus.zarr small.zarr --views 'minilm/*/3,6'")
-@click.argument("store", type=STORE)
-@click.argument("out", type=STORE)
-@views_option("--views")
-@outcome_option
+@click.argument("store", type=opt.PATH)
+@click.argument("out", type=opt.PATH)
+@opt.views_option("--views")
+@opt.outcome_option
 def copy(store: Path, out: Path, views: tuple[str, ...], as_json: bool) -> None:
     """Copy views of STORE to a new store OUT, which has no deleted views or hidden utterances.
 
@@ -110,11 +110,11 @@ def copy(store: Path, out: Path, views: tuple[str, ...], as_json: bool) -> None:
 
 
 @store.command("merge", epilog="Example: stillhouse store merge clean.zarr other.zarr both.zarr")
-@click.argument("a", type=STORE)
-@click.argument("b", type=STORE)
-@click.argument("out", type=STORE)
-@views_option("--views")
-@outcome_option
+@click.argument("a", type=opt.PATH)
+@click.argument("b", type=opt.PATH)
+@click.argument("out", type=opt.PATH)
+@opt.views_option("--views")
+@opt.outcome_option
 def merge(a: Path, b: Path, out: Path, views: tuple[str, ...], as_json: bool) -> None:
     """Copy the utterances of the stores A and B to a new store OUT.
 

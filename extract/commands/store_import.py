@@ -7,13 +7,15 @@ Try: `stillhouse store import --help`.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import click
 
+from . import options as opt
 from .extract import default_name, parse_layers, progress_line, render
-from .options import dtype_option, name_option, outcome_option, progress, split_option, transform_option
+
+_FROM = "A folder with one file per utterance, or one .h5, .npz or .safetensors file."
+_DEPTH = "Number of the model's last layer, if there is no --teacher. Default: the last of --layers."
 
 
 @click.group(epilog="STORE is a folder that stillhouse extract wrote. Exit codes: 10 no store, 11 locked, 12 stale.")
@@ -26,47 +28,27 @@ def store() -> None:
     epilog="Example: stillhouse store import corpus.jsonl corpus.zarr --from dump --file '{id}.npy' "
     "--teacher all-MiniLM-L6-v2 --layers 6 --drop 1,1",
 )
-@click.argument("corpus", type=click.Path(exists=True, path_type=Path))
-@click.argument("store", type=click.Path(path_type=Path))
-@click.option(
-    "--from",
-    "source",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="A folder with one file per utterance, or one .h5, .npz or .safetensors file.",
-)
+@click.argument("corpus", type=opt.EXISTING)
+@click.argument("store", type=opt.PATH)
+@click.option("--from", "source", required=True, type=opt.PATH, help=_FROM)
 @click.option("--file", help="File of an utterance in the folder, as in {split}/{id}.npz. Default: {id}.npy.")
 @click.option("--key", help="Array in the file, as in layer_{layer}. Default: the only one, or {id} in a single file.")
-@click.option(
-    "--map", "names", type=click.Path(exists=True, path_type=Path), help="TSV of utterance ids and their {id}."
-)
+@click.option("--map", "names", type=opt.EXISTING, help="TSV of utterance ids and their {id}.")
 @click.option("--layers", required=True, callback=parse_layers, help="Layers of the files in their order, as in 0,3,6.")
-@click.option(
-    "--layer-axis", type=int, help="Axis of the layers in an array of all layers. Default: an array per layer."
-)
+@click.option("--layer-axis", type=int, help="Axis of layers in an array of all layers. Default: an array per layer.")
 @click.option("--drop", default="0,0", show_default=True, help="Special tokens at begin and end of an array to drop.")
 @click.option("--context", default="alone", show_default=True, help="Context of the states, as in stillhouse extract.")
 @click.option("--teacher", help="Model that made the states: a folder, or a name on the Hugging Face hub.")
 @click.option("--tokenizer", help="Its tokenizer, if the model is lost. Input embeddings are then NaN.")
 @click.option("--token-ids", help="Array of an utterance's token ids, if the tokenizer is lost too. Needs --spans.")
 @click.option("--spans", help="Array [tokens, 2] of code points in the transcript.")
-@click.option(
-    "--kind",
-    default="encoder",
-    show_default=True,
-    type=click.Choice(["encoder", "decoder"]),
-    help="Kind of the model, if there is no --teacher.",
-)
-@click.option(
-    "--depth",
-    type=click.IntRange(min=0),
-    help="Number of the model's last layer, if there is no --teacher. Default: the last of --layers.",
-)
-@name_option
-@transform_option
-@dtype_option
-@split_option
-@outcome_option
+@opt.choice("--kind", ["encoder", "decoder"], "Kind of the model, if there is no --teacher.")
+@click.option("--depth", type=click.IntRange(min=0), help=_DEPTH)
+@opt.name_option
+@opt.transform_option
+@opt.dtype_option
+@opt.split_option
+@opt.outcome_option
 def import_(**options: Any) -> None:
     """Import states that another program has saved into STORE.
 
@@ -102,7 +84,7 @@ def import_(**options: Any) -> None:
         teacher = _unknown_teacher(options, cache, corpus, source)
     name, contexts = options["name"] or default_name(source), [options["context"]]
     request = Request(name, cache.layers, contexts, options["transform"], dtype=options["dtype"])
-    summary = import_states(options["store"], corpus, cache, teacher, request, progress(progress_line))
+    summary = import_states(options["store"], corpus, cache, teacher, request, opt.progress(progress_line))
     click.echo(json.dumps(summary.as_json(), indent=1) if options["as_json"] else render(summary))
 
 
