@@ -30,16 +30,12 @@ def check_context(context: Context, kind: str, text_limit: int) -> None:
         UsageError: it cannot; the error names what it can give.
     """
     if kind == "decoder" and context.right:
-        raise UsageError(
-            f"a causal decoder cannot see what follows: {context.name}", expected="alone or past:N for a decoder"
-        )
+        raise UsageError(f"a causal decoder cannot see what follows: {context.name}", expected="alone or past:N")
     if kind == "decoder" and context.block:
         raise UsageError("a causal decoder needs no +block", expected=context.name.removesuffix("+block"))
     if context.size > text_limit // 2:
-        most = text_limit // 4 if context.left and context.right else text_limit // 2
-        raise UsageError(
-            f"{context.name} leaves too little of a window of {text_limit} tokens", expected=f"N up to {most}"
-        )
+        most = f"N up to {text_limit // (4 if context.left and context.right else 2)}"
+        raise UsageError(f"{context.name} leaves too little of a window of {text_limit} tokens", expected=most)
 
 
 @dataclass(frozen=True)
@@ -114,23 +110,17 @@ class SessionTokens:
     """The utterances of a session as one run of ids with joins between. Positions are indices into `ids`."""
 
     def __init__(self, texts: Sequence[np.ndarray], join: Sequence[int]) -> None:
-        parts: list[np.ndarray] = []
-        text: list[np.ndarray] = []
-        self.begin, self.end = np.zeros(len(texts), dtype=int), np.zeros(len(texts), dtype=int)
-        at = 0
-        join_ids = np.array(join, dtype=np.int32)
-        for u, ids in enumerate(texts):
-            if at and len(join_ids) and len(ids):
-                parts.append(join_ids)
-                text.append(np.zeros(len(join_ids), dtype=np.int64))
-                at += len(join_ids)
-            self.begin[u], self.end[u] = at, at + len(ids)
-            parts.append(np.asarray(ids, dtype=np.int32))
-            text.append(np.ones(len(ids), dtype=np.int64))
-            at += len(ids)
-        self.ids = np.concatenate(parts) if parts else np.zeros(0, np.int32)
-        # seen[p]: tokens of text (not of joins) before position p
-        self.seen = np.concatenate([[0], np.cumsum(np.concatenate(text))]) if parts else np.zeros(1, np.int64)
+        length = np.array([len(ids) for ids in texts], dtype=np.int64)
+        after_text = np.cumsum(length) > length  # whether text precedes the utterance
+        joined = (length > 0) & after_text
+        self.end = np.cumsum(length + joined * len(join))
+        self.begin = self.end - length
+        parts = [part for ids, j in zip(texts, joined) for part in ((join, ids) if j else (ids,))]
+        self.ids = np.concatenate([np.zeros(0, np.int32), *parts]).astype(np.int32)
+        is_text = np.ones(len(self.ids), dtype=np.int64)
+        for begin in self.begin[joined]:
+            is_text[begin - len(join) : begin] = 0
+        self.seen = np.append(0, np.cumsum(is_text))  # seen[p]: tokens of text, not of joins, before position p
 
     def left(self, position: int, n: int) -> int:
         """Return the latest position with n tokens of text between it and `position`, or the session's start."""
@@ -156,15 +146,11 @@ def _session_windows(
     """
     windows: list[tuple[Window, int]] = []
     for first, last in _window_groups(context, form, session):
-        if chosen.isdisjoint(range(first, last)):
-            continue
-        begin = session.left(int(session.begin[first]), context.left)
-        end = session.right(int(session.end[last - 1]), context.right)
-        for window, a in _cut_windows(context, form, session, first, last, begin, end):
-            window.kept = [k for k in window.kept if k.utterance in chosen]
-            if window.kept:
-                windows.append((window, a))
-    return windows
+        if not chosen.isdisjoint(range(first, last)):
+            windows += _cut_windows(context, form, session, first, last)
+    for window, _ in windows:
+        window.kept = [k for k in window.kept if k.utterance in chosen]
+    return [(window, a) for window, a in windows if window.kept]
 
 
 def _window_groups(context: Context, form: WindowFormat, session: SessionTokens) -> list[tuple[int, int]]:
@@ -179,17 +165,17 @@ def _window_groups(context: Context, form: WindowFormat, session: SessionTokens)
     most = max(1, min(form.core, form.text_limit - context.size))
     groups: list[tuple[int, int]] = []
     for u in full:
-        if groups and session.end[u] - session.begin[groups[-1][0]] <= most:
-            groups[-1] = (groups[-1][0], u + 1)
-        else:
-            groups.append((u, u + 1))
+        together = bool(groups) and session.end[u] - session.begin[groups[-1][0]] <= most
+        groups.append((groups.pop()[0] if together else u, u + 1))
     return groups
 
 
 def _cut_windows(
-    context: Context, form: WindowFormat, session: SessionTokens, first: int, last: int, begin: int, end: int
+    context: Context, form: WindowFormat, session: SessionTokens, first: int, last: int
 ) -> list[tuple[Window, int]]:
-    """Windows over session positions [begin, end): one, or several overlapping ones where that is too long."""
+    """Windows over the utterances [first, last) and their context: one, or several overlapping ones."""
+    begin = session.left(int(session.begin[first]), context.left)
+    end = session.right(int(session.end[last - 1]), context.right)
     suffix = () if context.block else form.suffix  # a suffix would tell a block how much comes after it
     limit = form.window - len(form.prefix) - len(suffix)
     total = end - begin
@@ -214,8 +200,7 @@ def _cut_windows(
         blocks = None
         if context.block:
             # Block 0 is the prefix and the left context. Each utterance is a block with the join before it.
-            edges = np.array([session.end[u] for u in range(first, last)])
-            inner = 1 + np.searchsorted(edges, np.arange(a, b), side="right")
+            inner = 1 + np.searchsorted(session.end[first:last], np.arange(a, b), side="right")
             inner[np.arange(a, b) < session.begin[first]] = 0
             blocks = np.concatenate([np.zeros(len(form.prefix)), inner]).astype(np.int32)
         windows.append((Window(ids, blocks, kept), a))

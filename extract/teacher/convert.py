@@ -32,21 +32,15 @@ _LIBRARIES = ("torch", "transformers", "tokenizers", "gguf", "accelerate")
 
 @dataclass(frozen=True)
 class ConvertedTeacher:
-    """The facts in teacher.json of a converted folder.
+    """The facts in teacher.json of a converted folder."""
 
-    about         one line for people
-    files         SHA-256 of the source's files that were read, by name
-    format        "gguf" or "safetensors"
-    tensor_types  number of the source's tensors of each type
-    """
-
-    about: str
+    about: str  # one line for people
     name: str
     source: str
-    files: dict[str, str]
+    files: dict[str, str]  # SHA-256 of each file of the source
     source_bytes: int
-    format: str
-    tensor_types: dict[str, int]
+    format: str  # "gguf" or "safetensors"
+    tensor_types: dict[str, int]  # number of the source's tensors of each type
     quantised_bits: int | None
     instruct_tuned: bool
     architecture: str
@@ -136,23 +130,17 @@ def _find(source: Path) -> _Source:
         return _Source(source, names[0])
     if names:
         raise TeacherError(f"several models are here: {', '.join(names[:5])}", where=source, remedy="name the file")
-    raise TeacherError(
-        "there is no model here that can be read",
-        where=source,
-        expected="*.gguf, or config.json and *.safetensors",
-        remedy=PICKLED if any(source.glob("*.bin")) else None,
-    )
+    remedy, expected = PICKLED if any(source.glob("*.bin")) else None, "*.gguf, or config.json and *.safetensors"
+    raise TeacherError("there is no model here that can be read", where=source, expected=expected, remedy=remedy)
 
 
 def _write(source: _Source, folder: Path, note: str) -> ConvertedTeacher:
     from transformers import AutoModel
 
     model, tokenizer = _load(source)
-    config = type(model.config).from_dict(
-        {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
-    )
+    config = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
     # transformers refuses to save a model that it took from a quantised file, but saves one made of its numbers.
-    plain = AutoModel.from_config(config, dtype=model.dtype)
+    plain = AutoModel.from_config(type(model.config).from_dict(config), dtype=model.dtype)
     plain.load_state_dict(model.state_dict(), strict=True)
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -176,13 +164,9 @@ def _write(source: _Source, folder: Path, note: str) -> ConvertedTeacher:
     bits = int(quantised[1]) if quantised else None
     instruct = re.search(r"(?i)instruct|chat|[-_ ]it\b", f"{name} {source.name}") is not None
     instruct = instruct or tokenizer.chat_template is not None
-    notes = [
-        "instruct-tuned" if instruct else "",
-        "" if bits is None else f"{bits}-bit quantised, here as {dtype}",
-        note,
-    ]
+    quantisation = "" if bits is None else f"{bits}-bit quantised, here as {dtype}"
     facts = ConvertedTeacher(
-        about=", ".join(filter(None, [name, *notes])),
+        about=", ".join(filter(None, [name, "instruct-tuned" if instruct else "", quantisation, note])),
         name=name,
         source=source.name,
         files={p.name: sha256_plain(p) for p in source.files},
@@ -208,22 +192,16 @@ def _write(source: _Source, folder: Path, note: str) -> ConvertedTeacher:
 
 def _load(source: _Source) -> tuple[Any, Any]:
     """Model and tokenizer as transformers reads them."""
+    if source.gguf is not None and (find_spec("gguf") is None or find_spec("accelerate") is None):
+        remedy = "pip install 'stillhouse[gguf]'"
+        raise TeacherError("a GGUF file needs packages that are not installed", where=source.gguf, remedy=remedy)
+    options: dict[str, Any] = {"dtype": torch.float32, "gguf_file": source.gguf}
     if source.gguf is None:
-        model, tokenizer = read_pretrained(str(source.folder), dtype="auto", use_safetensors=True)
-    elif find_spec("gguf") is None or find_spec("accelerate") is None:
-        raise TeacherError(
-            "a GGUF file needs packages that are not installed",
-            where=source.gguf,
-            remedy="pip install 'stillhouse[gguf]'",
-        )
-    else:
-        model, tokenizer = read_pretrained(str(source.folder), dtype=torch.float32, gguf_file=source.gguf)
+        options = {"dtype": "auto", "use_safetensors": True}
+    model, tokenizer = read_pretrained(str(source.folder), **options)
     if not getattr(tokenizer, "is_fast", False):
-        raise TeacherError(
-            "its tokenizer does not tell which characters a token came from",
-            where=source.folder,
-            expected="a tokenizer that transformers can turn into a fast one (tokenizer.json)",
-        )
+        what, expected = "its tokenizer does not tell which characters a token came from", "a fast tokenizer"
+        raise TeacherError(what, where=source.folder, expected=f"{expected} (tokenizer.json)")
     return model, tokenizer
 
 
@@ -260,10 +238,11 @@ def render(facts: ConvertedTeacher) -> str:
 
 
 def _readme(facts: ConvertedTeacher) -> str:
-    hashes = "\n".join(f"- `{name}`: SHA-256 `{value}`" for name, value in facts.files.items())
     licence = f" Licence, as the source states it: {facts.licence}." if facts.licence else ""
-    return (
-        f"# {facts.name}\n\n{facts.about}.\n\nMade by `stillhouse teacher convert` from {facts.source}: the backbone "
-        f"and the tokenizer, without a language-modelling head.{licence} Hidden states and tokenizer equal, bit by "
-        f"bit, what transformers reads from the source. All facts: teacher.json.\n\n{hashes}\n"
-    )
+    lines = [f"# {facts.name}", "", f"{facts.about}.", ""]
+    lines += [
+        f"`stillhouse teacher convert` made this folder from {facts.source}. It has the backbone and the tokenizer,"
+    ]
+    lines += ["but no language-modelling head. Hidden states and tokenizer equal, bit by bit, those of the source."]
+    lines += [f"teacher.json has all facts.{licence}", ""]
+    return "\n".join([*lines, *(f"- `{name}`: SHA-256 `{value}`" for name, value in facts.files.items()), ""])

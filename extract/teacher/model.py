@@ -126,21 +126,15 @@ class Teacher:
         positions = getattr(config, "max_position_embeddings", None)
         if isinstance(positions, int) and positions > 0:
             # RoBERTa counts positions from padding_idx + 1, so its table is longer than its window.
-            table = [
-                m
-                for name, m in self.model.named_modules()
-                if isinstance(m, torch.nn.Embedding) and name.rsplit(".", 1)[-1] == "position_embeddings"
-            ]
-            offset = table[0].padding_idx + 1 if table and table[0].padding_idx is not None else 0
-            limits.append(positions - offset)
+            tables = [m for name, m in self.model.named_modules() if f".{name}".endswith(".position_embeddings")]
+            padding = getattr(tables[0], "padding_idx", None) if tables else None
+            limits.append(positions if padding is None else positions - padding - 1)
         if 0 < tokenizer.model_max_length < 1_000_000:
             limits.append(tokenizer.model_max_length)
         most = min(limits)
-        if asked is None:
-            return most
-        if not 8 <= asked <= most:
+        if asked is not None and not 8 <= asked <= most:
             raise UsageError(f"a window of {asked} tokens", where=self.source, expected=f"8 to {most}")
-        return asked
+        return most if asked is None else asked
 
     # --- running it ---
 
@@ -153,38 +147,29 @@ class Teacher:
 
     def states(self, windows: Sequence[Window], layers: Sequence[int]) -> dict[int, torch.Tensor]:
         """Return the hidden states of B windows: {layer: [B, T, D] on the device}. Rows are padded at their ends."""
-        longest = max(len(w.ids) for w in windows)
-        ids = torch.full((len(windows), longest), self._pad, dtype=torch.long)
-        mask = torch.zeros((len(windows), longest), dtype=torch.long)
-        for row, w in enumerate(windows):
-            ids[row, : len(w.ids)] = torch.from_numpy(w.ids.astype(np.int64))
-            mask[row, : len(w.ids)] = 1
-        if windows[0].blocks is not None:
-            mask = self._block_mask(windows, longest)
+        ids = _padded([w.ids for w in windows], self._pad)
+        if windows[0].blocks is None:
+            mask = _padded([np.ones(len(w.ids)) for w in windows], 0)
+        else:
+            mask = self._block_mask(_padded([w.blocks for w in windows if w.blocks is not None], 2**30))
         return self._hooked(ids, mask, layers)
 
-    def _block_mask(self, windows: Sequence[Window], longest: int) -> torch.Tensor:
+    def _block_mask(self, block: torch.Tensor) -> torch.Tensor:
         """Additive mask [B, 1, T, T]: a token sees its own block and earlier ones. Padding is the last block."""
-        block = torch.full((len(windows), longest), 2**30, dtype=torch.long)
-        for row, w in enumerate(windows):
-            block[row, : len(w.ids)] = torch.from_numpy(np.asarray(w.blocks, dtype=np.int64))
         sees = block[:, None, :, None] >= block[:, None, None, :]
         dtype = DTYPES[self.dtype]
         return torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
 
     def check_blocks(self) -> None:
         """Check that `+block` shows a token nothing later. Raises TeacherError if the model ignores such a mask."""
-        blocks = np.array([0, 0, 1, 2, 2], dtype=np.int32)
-        ids = _PROBE[0].numpy().astype(np.int32)
-        other = np.where(blocks == 2, 9, ids).astype(np.int32)
-        both = []
-        for row in (ids, other):
-            try:
-                both.append(self.states([Window(row, blocks, [])], [self.depth])[self.depth][0])
-            except (ValueError, RuntimeError, IndexError) as e:
-                raise TeacherError(f"it accepts no mask of blocks: {e}", where=self.source, remedy=_NO_BLOCK) from e
-        change = (both[0] - both[1]).abs().amax(dim=-1)
-        if float(change[:3].max()) > 1e-5 * float(both[0].abs().max()) or float(change[3:].min()) == 0:
+        blocks, ids = np.array([0, 0, 1, 2, 2], dtype=np.int32), _PROBE[0].numpy().astype(np.int32)
+        rows = (ids, np.where(blocks == 2, 9, ids).astype(np.int32))
+        try:
+            one, other = (self.states([Window(row, blocks, [])], [self.depth])[self.depth][0] for row in rows)
+        except (ValueError, RuntimeError, IndexError) as e:
+            raise TeacherError(f"it accepts no mask of blocks: {e}", where=self.source, remedy=_NO_BLOCK) from e
+        change = (one - other).abs().amax(dim=-1)
+        if float(change[:3].max()) > 1e-5 * float(one.abs().max()) or float(change[3:].min()) == 0:
             raise TeacherError("it ignores a mask of blocks", where=self.source, remedy=_NO_BLOCK)
 
     def _hooked(self, ids: torch.Tensor, mask: torch.Tensor, layers: Sequence[int]) -> dict[int, torch.Tensor]:
@@ -231,9 +216,8 @@ class Teacher:
         """Return layers as ascending numbers; negative ones count from the end. Raises UsageError out of range."""
         for k in asked:
             if not -self.depth - 1 <= k <= self.depth:
-                raise UsageError(
-                    f"no layer {k}", where=self.source, expected=f"0 to {self.depth}, or -{self.depth + 1} to -1"
-                )
+                expected = f"0 to {self.depth}, or -{self.depth + 1} to -1"
+                raise UsageError(f"no layer {k}", where=self.source, expected=expected)
         return sorted({k if k >= 0 else self.depth + 1 + k for k in asked})
 
     def weights_hash(self) -> str:
@@ -241,9 +225,13 @@ class Teacher:
         digest = hashlib.blake2b(digest_size=16)
         for name, value in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-            flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(flat.numpy().data)
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+
+def _padded(rows: Sequence[np.ndarray], value: int) -> torch.Tensor:
+    """int64 [B, T]: rows padded at their ends."""
+    return torch.nn.utils.rnn.pad_sequence([torch.from_numpy(r.astype(np.int64)) for r in rows], True, value)
 
 
 def _about(source: str) -> str:
@@ -296,9 +284,7 @@ def load_teacher(
         options.pop("revision")
         if not any(folder.glob("*.safetensors")):
             remedy = _CONVERT if any(folder.glob("*.gguf")) else PICKLED
-            raise TeacherError(
-                "there are no safetensors weights here", where=source, expected="*.safetensors", remedy=remedy
-            )
+            raise TeacherError("this folder has no weights", where=source, expected="*.safetensors", remedy=remedy)
     device = pick_device(device)
     # On a CPU bfloat16 rounds matrix products only, see Teacher.
     loaded = torch.float32 if device == "cpu" and dtype == "bfloat16" else DTYPES[dtype]

@@ -44,11 +44,9 @@ class Tokeniser:
 
     def __init__(self, tokenizer: Any, kind: str) -> None:
         if not getattr(tokenizer, "is_fast", False):
-            raise TeacherError(
-                f"{type(tokenizer).__name__} cannot say which characters a token came from",
-                expected="a fast tokenizer (tokenizer.json)",
-                remedy="convert it with transformers and save it beside the model",
-            )
+            what = f"{type(tokenizer).__name__} does not tell which characters a token came from"
+            remedy = "convert it with transformers and save it beside the model"
+            raise TeacherError(what, expected="a fast tokenizer (tokenizer.json)", remedy=remedy)
         self._hf = tokenizer
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
@@ -63,14 +61,11 @@ class Tokeniser:
     def _wants_space(self) -> bool:
         """Whether the first word needs a space before it to get the same ids as in the middle of a text."""
 
-        def same(text: str) -> bool:
+        def repeated(text: str) -> bool:
             ids = self._ids(text)
-            half = len(ids) // 2
-            return len(ids) % 2 == 0 and ids[:half] == ids[half:]
+            return ids == 2 * ids[: len(ids) // 2]
 
-        bare = sum(same(f"{w} {w}") for w in _PROBES)
-        spaced = sum(same(f" {w} {w}") for w in _PROBES)
-        return spaced > bare
+        return sum(repeated(f" {w} {w}") for w in _PROBES) > sum(repeated(f"{w} {w}") for w in _PROBES)
 
     def _around(self, kind: str) -> tuple[list[int], list[int]]:
         text = " the" if self.leading_space else "the"
@@ -110,11 +105,9 @@ class Tokeniser:
             numbers = chain.from_iterable(chain.from_iterable(e.offsets for e in encodings))
             offsets = np.fromiter(numbers, dtype=np.int64).reshape(-1, 2)
             spans.append(raw_spans(offsets, count, mapped, len(space)))
-        return Tokens(
-            np.concatenate(ids) if ids else np.zeros(0, np.int32),
-            lengths,
-            np.concatenate(spans) if spans else np.zeros((0, 2), np.int32),
-        )
+        if not texts:
+            return Tokens(np.zeros(0, np.int32), lengths, np.zeros((0, 2), np.int32))
+        return Tokens(np.concatenate(ids), lengths, np.concatenate(spans))
 
     def settings(self) -> dict[str, Any]:
         """Return the content of tokenizer.json."""
