@@ -7,7 +7,7 @@ Try: `stillhouse inspect stats STORE`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -19,6 +19,11 @@ BLOCK_TOKENS = 16_384
 BLOCK_NUMBERS = 1 << 23  # most numbers of a block
 SAMPLE_NUMBERS = 1 << 28  # numbers of all views together, which are read in seconds
 LEAST_TOKENS = 1000  # of a view, however many views there are
+OnProgress = Callable[[View], None]
+
+
+def ignore(_: object) -> None:
+    """The callback of a caller that wants no progress."""
 
 
 def undamaged(store: Store, views: Sequence[View]) -> tuple[list[View], list[str]]:
@@ -59,12 +64,9 @@ def sample_rows(store: Store, views: Sequence[View], tokens: int | None, seed: i
     """
     rows = available_rows(store, views)
     if not len(rows):
-        several = len(views) > 1
-        raise NoStoreError(
-            f"no utterance has states in {'all of ' if several else ''}{first_few([v.address for v in views])}",
-            where=store.address,
-            remedy=("name fewer views with --view, or " if several else "") + "finish the extraction",
-        )
+        in_all, remedy = ("all of ", "name fewer views with --view, or ") if len(views) > 1 else ("", "")
+        what = f"no utterance has states in {in_all}{first_few([v.address for v in views])}"
+        raise NoStoreError(what, where=store.address, remedy=f"{remedy}finish the extraction")
     return rows if tokens is None else draw(store, views[0].teacher, rows, tokens, seed)
 
 
@@ -114,3 +116,10 @@ def read_states(store: Store, view: View, ids: Sequence[str]) -> Gathered:
     gathered = store.gather(ids, [view])
     store.unmap()
     return gathered
+
+
+def locate(rows: np.ndarray, lengths: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the row and the token number of places `at` in packed tokens of utterances with these rows and lengths."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    of = np.searchsorted(ends, at, side="right")
+    return rows[of], at - (ends - lengths)[of]

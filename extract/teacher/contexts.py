@@ -20,11 +20,7 @@ from ..store.views import Context
 
 
 def check_context(context: Context, kind: str, text_limit: int) -> None:
-    """Check that a teacher can give a context.
-
-    Arguments:
-        kind: "encoder" or "decoder".
-        text_limit: text tokens that fit into one window of the teacher.
+    """Check that an "encoder" or "decoder" can give a context in windows of `text_limit` text tokens.
 
     Raises:
         UsageError: it cannot; the error names what it can give.
@@ -50,15 +46,10 @@ class KeptTokens:
 
 @dataclass
 class Window:
-    """One row of a batch.
+    """One row of a batch."""
 
-    ids     int32 [n], special tokens included
-    blocks  int32 [n]: a token sees only its own block and earlier ones; None: it sees what the model allows
-    kept    the tokens whose states are kept
-    """
-
-    ids: np.ndarray
-    blocks: np.ndarray | None
+    ids: np.ndarray  # int32 [n], special tokens included
+    blocks: np.ndarray | None  # int32 [n]: a token sees its own block and earlier ones; None: what the model allows
     kept: list[KeptTokens]
 
 
@@ -78,21 +69,14 @@ class ItemWindows:
 
 @dataclass(frozen=True)
 class WindowFormat:
-    """What a teacher puts around the text.
+    """What a teacher puts around the text, and how long its windows are."""
 
-    prefix, suffix  special token ids
-    join            ids between two utterances
-    window          most tokens of a window
-    core            text tokens that the utterances of a shared window should have together
-    causal          whether no token sees a later one
-    """
-
-    prefix: Sequence[int]
+    prefix: Sequence[int]  # special token ids before the text
     suffix: Sequence[int]
-    join: Sequence[int]
-    window: int
-    core: int
-    causal: bool
+    join: Sequence[int]  # ids between two utterances
+    window: int  # most tokens of a window
+    core: int  # text tokens that the utterances of a shared window should have together
+    causal: bool  # no token sees a later one
 
     @property
     def text_limit(self) -> int:

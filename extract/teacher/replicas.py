@@ -26,20 +26,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Task:
-    """One batch of windows, perhaps empty, for one of the threads.
-
-    keep   turns the states {layer: [B, T, D]} of the batch into the result
-    where  names the batch in an error
-    owner  for the caller: what the batch belongs to
-    last   for the caller: whether it is the owner's last batch
-    """
+    """One batch of windows, perhaps empty, for one of the threads. `owner` and `last` are for the caller."""
 
     batch: list[Window]
     layers: Sequence[int]
-    keep: Callable[[dict[int, torch.Tensor]], Any]
-    where: object
-    owner: Any = None
-    last: bool = False
+    keep: Callable[[dict[int, torch.Tensor]], Any]  # turns states {layer: [B, T, D]} into the result
+    where: object  # names the batch in an error
+    owner: Any = None  # what the batch belongs to
+    last: bool = False  # it is the owner's last batch
 
 
 class TeacherPool:
@@ -78,10 +72,7 @@ class TeacherPool:
     ) -> Iterator[tuple[list[Window], T]]:
         """Yield (batch, result of `keep`) in the order of `batches`; of its halves if a GPU's memory is full.
 
-        At most one batch more than there are threads is held.
-
-        Raises:
-            StoreError: see `forward`.
+        At most one batch more than there are threads is held. Raises StoreError as `forward`.
         """
         for _, parts in self.run_all(Task(batch, layers, keep, where) for batch in batches):
             yield from parts

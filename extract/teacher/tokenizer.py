@@ -33,13 +33,9 @@ class Tokens:
 
 
 class Tokeniser:
-    """A Hugging Face fast tokenizer with the settings that a store records.
+    """A Hugging Face fast tokenizer with the settings that a store records. Raises TeacherError for a slow one.
 
-    Arguments:
-        kind: "encoder" or "decoder". A decoder gets BOS before the text, or EOS if it has no BOS.
-
-    Raises:
-        TeacherError: the tokenizer is not a fast one.
+    `kind` is "encoder" or "decoder". A decoder gets BOS before the text, or EOS if it has no BOS.
     """
 
     def __init__(self, tokenizer: Any, kind: str) -> None:

@@ -6,13 +6,12 @@ Try: `stillhouse inspect diff A B`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
 from ...store import Store, View, to_float32
-from ..sample import available_rows, blocks, draw, ids_of, read_states, sample_size
+from ..sample import OnProgress, available_rows, blocks, draw, ids_of, ignore, read_states, sample_size
 
 NAMED = 20  # utterances of each kind that are listed
 SAMPLE_TOKENS = 20_000
@@ -30,17 +29,13 @@ class SettingDiffers:
 
 @dataclass(frozen=True)
 class UtterancesDiffer:
-    """Counts, and the first twenty ids of each kind.
-
-    changed    utterances with another text
-    tokenised  utterances with the same text and other tokens
-    """
+    """Counts, and the first twenty ids of each kind."""
 
     both: int
     only_a: int
     only_b: int
-    changed: int
-    tokenised: int
+    changed: int  # with another text
+    tokenised: int  # with the same text and other tokens
     only_a_ids: list[str]
     only_b_ids: list[str]
     changed_ids: list[str]
@@ -88,19 +83,11 @@ _NOT_SETTINGS = {"name", "contexts", "layers", "fingerprints"}
 
 
 def diff(
-    a: Store,
-    b: Store,
-    tokens: int | None = None,
-    seed: int = 0,
-    on_progress: Callable[[View], None] = lambda _: None,
-    full: bool = False,
+    a: Store, b: Store, tokens: int | None = None, seed: int = 0, on_progress: OnProgress = ignore, full: bool = False
 ) -> StoreDifference:
-    """Compare the settings, the utterances and the states of two stores.
+    """Compare the settings, the utterances and `tokens` states of each view of two stores, or with `full` all states.
 
-    Arguments:
-        tokens: tokens of each view to compare. None: 20,000, or fewer if the views are wide or many.
-        seed: of the sample.
-        full: compare all tokens.
+    None means 20,000 tokens, or fewer if the views are wide or many.
     """
     teachers_a, teachers_b = a.plan.teachers, b.plan.teachers
     teachers = [name for name in teachers_a if name in teachers_b]

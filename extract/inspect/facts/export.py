@@ -25,13 +25,13 @@ MOST_BYTES = 4 << 30
 
 @dataclass(frozen=True)
 class ExportedStates:
-    """What was written. `left_out` counts utterances that some view lacks."""
+    """What was written."""
 
     path: str
     format: str
     views: list[str]
     utterances: int
-    left_out: int
+    left_out: int  # utterances that some view lacks
     tokens: dict[str, int]
     bytes: int
 
@@ -65,28 +65,21 @@ def export(
     chosen = available if rows is None else rows[np.isin(rows, available)]
     asked = len(store.utterance_ids) if rows is None else len(rows)
     if not len(chosen):
-        raise NoStoreError(
-            f"none of {asked:,} utterances has states in {first_few([v.address for v in views])}",
-            where=store.address,
-            remedy="name fewer views, or finish the extraction",
-        )
+        what = f"none of {asked:,} utterances has states in {first_few([v.address for v in views])}"
+        raise NoStoreError(what, where=store.address, remedy="name fewer views, or finish the extraction")
     ids = ids_of(store, chosen)
     arrays: dict[str, np.ndarray] = {}
     tokens: dict[str, int] = {}
     for teacher in dict.fromkeys(v.teacher for v in views):
         lengths, token_id, span = store.tokens(ids, teacher)
         tokens[teacher] = len(token_id)
-        pieces = np.array(pieces_of(store, teacher, token_id), dtype=np.str_)
         arrays |= {f"{teacher}/length": lengths, f"{teacher}/token_id": token_id, f"{teacher}/span": span}
-        arrays[f"{teacher}/piece"] = pieces
+        arrays[f"{teacher}/piece"] = np.array(pieces_of(store, teacher, token_id), dtype=np.str_)
     size = sum(tokens[v.teacher] * store.teacher(v.teacher).width * 4 for v in views)
     if size > MOST_BYTES:
-        raise UsageError(
-            f"one file would have {size / 1e9:,.1f} GB",
-            where=path,
-            expected=f"at most {MOST_BYTES / 1e9:,.1f} GB",
-            remedy="name fewer views or utterances, or open data.zarr itself with zarr, xarray or tensorstore",
-        )
+        what, expected = f"one file would have {size / 1e9:,.1f} GB", f"at most {MOST_BYTES / 1e9:,.1f} GB"
+        remedy = "name fewer views or utterances, or open data.zarr itself with zarr, xarray or tensorstore"
+        raise UsageError(what, where=path, expected=expected, remedy=remedy)
     for view in views:
         stored = store.teacher(view.teacher).dtype
         dtype = "float32" if float32 or stored == "bfloat16" else "float16" if stored == "int8" else None
@@ -107,10 +100,10 @@ def _hdf5(path: Path, ids: list[str], arrays: dict[str, np.ndarray]) -> None:
     with h5py.File(path, "w") as f:
         f.create_dataset("utterance", data=np.array(ids, object), dtype=text, shape=(len(ids),))
         for name, values in arrays.items():
-            if values.dtype.kind == "U":
-                f.create_dataset(name, data=values.astype(object), dtype=text)
-            else:
-                f.create_dataset(name, data=values)
+            options: dict = (
+                {"data": values} if values.dtype.kind != "U" else {"data": values.astype(object), "dtype": text}
+            )
+            f.create_dataset(name, **options)
             if name.endswith("/length"):
                 ends = np.cumsum(values, dtype=np.int64)
                 f.create_dataset(name.removesuffix("length") + "offset", data=ends - values)

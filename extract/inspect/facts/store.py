@@ -7,7 +7,7 @@ Try: `stillhouse inspect info STORE`.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ...store import Store, View
 from ...store.disk.layout import VERSION
 from ...store.disk.paths import Paths
 from ...store.format.arrays import RawArray
-from ...store.format.plan import WorkItem
+from ...store.format.plan import Shard, WorkItem
 from ...store.storage import open_files
 from ...store.verify.sums import unchecked
 from ...store.verify.verify import StoreFinding, damaged_records, findings
@@ -212,18 +212,20 @@ def _view_facts(store: Store, view: View, complete: bool) -> ViewFacts:
     records = [commits.of[s.number, view.layer] for s in done]
     live, lengths = store.index_of(view.teacher).live, store.lengths(view.teacher)
     loss = store.loss(view)
+
+    def total(counts: np.ndarray, of: Iterable[Shard]) -> int:
+        return sum(int(counts[s.first : s.last].sum()) for s in of)
+
     return ViewFacts(
         view=view.address,
-        teacher=view.teacher,
-        context=view.context,
-        layer=view.layer,
+        **asdict(view),
         complete=complete,
         units=len(done),
         units_planned=len(shards),
-        utterances=sum(int(live[s.first : s.last].sum()) for s in done),
-        utterances_planned=sum(int(live[s.first : s.last].sum()) for s in shards.values()),
-        tokens=sum(int(lengths[s.first : s.last].sum()) for s in done),
-        tokens_planned=sum(int(lengths[s.first : s.last].sum()) for s in shards.values()),
+        utterances=total(live, done),
+        utterances_planned=total(live, shards.values()),
+        tokens=total(lengths, done),
+        tokens_planned=total(lengths, shards.values()),
         bytes=sum(r.files.get(str(view.layer), 0) for r in records),
         fingerprint=teacher.fingerprints.get(f"{view.context}/{view.layer}"),
         int8_error=loss.relative if loss else None,
@@ -240,11 +242,8 @@ def utterance_facts(store: Store, patterns: Sequence[str] = ()) -> Iterator[Utte
     ids, views = store.utterance_ids, store.planned_views
     chosen = [i for i in ids if not patterns or any(fnmatch.fnmatchcase(i, p) for p in patterns)]
     if patterns and not chosen:
-        raise NoStoreError(
-            f"no utterance matches {' or '.join(patterns)}",
-            where=store.address,
-            remedy="stillhouse inspect ls --utterances",
-        )
+        what = f"no utterance matches {' or '.join(patterns)}"
+        raise NoStoreError(what, where=store.address, remedy="stillhouse inspect ls --utterances")
     rows = store.rows(chosen).tolist()
     lengths = {name: store.lengths(name) for name in store.plan.teachers}
     committed = np.zeros(len(rows), np.int64)

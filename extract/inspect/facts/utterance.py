@@ -73,29 +73,21 @@ class Shown:
 def show(
     store: Store, utterance: str, views: Sequence[View], *, values: bool = False, corpus: Path | None = None
 ) -> Shown:
-    """Return the tokens, contexts and norms of one utterance.
-
-    Arguments:
-        views: the views to read.
-        values: return the states themselves, too.
-        corpus: a manifest with the transcript.
+    """Return the tokens, contexts and norms of one utterance, with `values` also its states.
 
     Raises:
         NoStoreError: the utterance is unknown.
-        StaleError: the text in the manifest has changed.
+        StaleError: its text in the manifest `corpus` has changed.
     """
     row = int(store.rows([utterance])[0])
     session, order = store.index.session, store.index.order
     session_rows = order[session[order] == session[row]].tolist()
     text = None if corpus is None else transcript(corpus, utterance)
     if text is not None and hash_text(text) != int(store.text_hash([utterance])[0]):
-        raise StaleError(
-            f"the transcript of {utterance} has changed since it was extracted", where=corpus, remedy="extract it again"
-        )
-    teachers = [
-        _teacher(store, utterance, name, [v for v in views if v.teacher == name], values, text)
-        for name in dict.fromkeys(v.teacher for v in views)
-    ]
+        what = f"the transcript of {utterance} has changed since it was extracted"
+        raise StaleError(what, where=corpus, remedy="extract it again")
+    names = dict.fromkeys(v.teacher for v in views)
+    teachers = [_teacher(store, utterance, t, [v for v in views if v.teacher == t], values, text) for t in names]
     return Shown(
         utterance=utterance,
         row=row,
@@ -173,9 +165,7 @@ def plain(piece: str) -> str:
 def transcript(manifest: Path, utterance: str) -> str:
     """Read the raw text of one utterance. The rest of the manifest is not checked, which would take seconds.
 
-    Raises:
-        CorpusError: the file cannot be read.
-        NoStoreError: the utterance is not in it.
+    Raises CorpusError if the file cannot be read, and NoStoreError if the utterance is not in it.
     """
     spellings = json.dumps(utterance), json.dumps(utterance, ensure_ascii=False)
     number = 0

@@ -7,7 +7,7 @@ Try: `stillhouse views STORE --corpus CORPUS --units UNITS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,11 +16,12 @@ from ....data.errors import NoStoreError, StaleError
 from ....data.manifest import Corpus
 from ....data.units import Units
 from ...store import Store, View, hash_text
-from ..sample import available_rows
+from ..sample import OnProgress, available_rows, ignore
 from .probe import Probe, fold_numbers, ridge, tied
-from .similarity import Similarity, similarity, states_at, tokens_over
+from .similarity import Similarity, packed_places, similarity, states_at, tokens_over
 
 CLASSES = 100  # most frequent units; all others are one more class
+CKA_TOKENS = 2000
 FOLDS = 5
 END = -1  # class of what follows the last unit
 LEAST_SHARE = 0.1
@@ -34,10 +35,9 @@ RULE = (
 
 @dataclass(frozen=True)
 class Probed:
-    """The probe of one view, or of a teacher's input embeddings (TEACHER/static).
+    """The probe of one view, or of a teacher's input embeddings (TEACHER/static), for the unit at a place and the next.
 
-    `here` is the unit that begins at a place, `next` the one after it. R² is over all units' indicators; accuracy is
-    the share of places whose highest indicator is correct.
+    R² is over all units' indicators. Accuracy is the share of places whose highest indicator is correct.
     """
 
     view: str
@@ -79,17 +79,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class _Places:
-    """Where views are read.
-
-    tokens            {teacher: token indices of each utterance}
-    here, next, fold  [places]: the unit, the one after it, and the fold
-    """
+    """Where views are read."""
 
     ids: list[str]
-    tokens: dict[str, list[np.ndarray]]
-    here: np.ndarray
-    next: np.ndarray
-    fold: np.ndarray
+    tokens: dict[str, list[np.ndarray]]  # {teacher: token indices of each utterance}
+    here: np.ndarray  # [places]: the unit
+    next: np.ndarray  # [places]: the unit after it
+    fold: np.ndarray  # [places]
     folds_by: str
 
 
@@ -101,25 +97,17 @@ def choose(
     *,
     pick: int = 3,
     places: int = 6000,
-    cka_tokens: int = 2000,
     seed: int = 0,
-    on_progress: Callable[[object], None] = lambda _: None,
+    on_progress: OnProgress = ignore,
 ) -> Choice:
-    """Probe every view, and suggest some of them.
-
-    Arguments:
-        corpus, units: the transcripts and their ASR units.
-        pick: number of views to suggest.
-        places: number of unit beginnings to probe at.
-        cka_tokens: number of tokens for CKA.
-        seed: of the sample and of the folds.
+    """Probe every view at `places` unit beginnings, and suggest `pick` of them.
 
     Raises:
         NoStoreError: the corpus and the store have too little in common.
         StaleError: a transcript has changed.
     """
     at = _places(store, views, corpus, units, places, seed)
-    alike = similarity(store, views, cka_tokens, seed, on_progress)
+    alike = similarity(store, views, CKA_TOKENS, seed, on_progress)
     probe = Probe(_classes(at.here), _classes(at.next), at.fold)
 
     def read(view: View) -> np.ndarray:
@@ -178,9 +166,8 @@ def _embeddings(store: Store, teacher: str, at: _Places) -> np.ndarray:
     """float32 [places, D]: the input embedding of the token at each place."""
     table = np.asarray(store.embedding(teacher)[1])
     lengths, token_id, _ = store.tokens(at.ids, teacher)
-    start = np.cumsum(lengths, dtype=np.int64) - lengths
-    rows = np.concatenate([t + s for t, s in zip(at.tokens[teacher], start.tolist())])
-    return table[store.vocabulary_rows(teacher, token_id[rows])].astype(np.float32)
+    rows = store.vocabulary_rows(teacher, token_id[packed_places(lengths, at.tokens[teacher])])
+    return table[rows].astype(np.float32)
 
 
 def _places(store: Store, views: Sequence[View], corpus: Corpus, units: Units, count: int, seed: int) -> _Places:
@@ -213,11 +200,9 @@ def _places(store: Store, views: Sequence[View], corpus: Corpus, units: Units, c
     after = [s[1 : len(b) + 1][g] for s, b, g in zip(symbols, begins, good)]
     counts = [int(g.sum()) for g in good]
     if sum(counts) < 10 * FOLDS or len(ids) < FOLDS:
-        raise NoStoreError(
-            f"the corpus and the store share {sum(counts)} units of {len(ids)} utterances",
-            where=store.address,
-            expected=f"at least {10 * FOLDS} units of {FOLDS} utterances in all of the views",
-        )
+        what = f"the corpus and the store share {sum(counts)} units of {len(ids)} utterances"
+        expected = f"at least {10 * FOLDS} units of {FOLDS} utterances in all of the views"
+        raise NoStoreError(what, where=store.address, expected=expected)
     # A text is in one fold only, even if several speakers read it. So is a session, if there are enough sessions.
     texts = np.asarray(store.index.text_hash)[rows]
     groups = tied(np.asarray(store.index.session)[rows], texts)
@@ -225,11 +210,9 @@ def _places(store: Store, views: Sequence[View], corpus: Corpus, units: Units, c
     if not by_session:
         groups = np.unique(texts, return_inverse=True)[1]
     if len(np.unique(groups)) < FOLDS:
-        raise NoStoreError(
-            f"the corpus and the store share {len(np.unique(groups))} different texts",
-            where=store.address,
-            expected=f"at least {FOLDS}, because the probe is tested on other texts than it is fitted to",
-        )
+        what = f"the corpus and the store share {len(np.unique(groups))} different texts"
+        expected = f"at least {FOLDS}, because the probe is tested on other texts than it is fitted to"
+        raise NoStoreError(what, where=store.address, expected=expected)
     folds = fold_numbers(np.repeat(groups, counts), FOLDS, seed)
     folds_by = "session" if by_session else "utterance"
     return _Places(ids, tokens, np.concatenate(here), np.concatenate(after), folds, folds_by)

@@ -17,7 +17,7 @@ import numpy as np
 from ....data.errors import NoStoreError, UsageError
 from ...store import Gathered, Store, View, to_float32
 from ..facts.utterance import TokenFacts, plain, spelt, tokens_of
-from ..sample import blocks, ids_of, read_states, sample_rows
+from ..sample import OnProgress, blocks, ids_of, ignore, locate, read_states, sample_rows
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,7 @@ def words(tokens: Sequence[TokenFacts]) -> list[list[int]]:
 def find_word(tokens: Sequence[TokenFacts], word: str, utterance: str) -> list[int]:
     """Return the tokens of a word: "bank", "bank#2" for the second one, or "7" for the token of that number.
 
-    Raises:
-        NoStoreError: there is no such word; lists the words that there are.
+    Raises NoStoreError, with a list of the words, if there is no such word.
     """
     if word.isdigit() and int(word) < len(tokens):
         return [int(word)]
@@ -87,19 +86,17 @@ def nearest(
     standardise: bool = False,
     same_utterance: bool = False,
     tokens: int | None = None,
-    on_progress: Callable[[View], None] = lambda _: None,
+    on_progress: OnProgress = ignore,
 ) -> Neighbours:
-    """Find the tokens whose states have the largest cosine with a word's mean state.
+    """Find the `count` tokens whose states have the largest cosine with a word's mean state.
 
     Arguments:
         word: see `find_word`.
-        count: number of tokens to return.
         standardise: standardise states by the view's norms first, so that outlier dimensions do not decide alone.
         same_utterance: search the utterance itself, too.
         tokens: search only a sample of about so many tokens.
 
-    Raises:
-        NoStoreError: the utterance is unknown or not extracted yet, or has no such word.
+    Raises NoStoreError if the utterance is unknown or not extracted yet, or has no such word.
     """
     if not store.has([utterance], view)[0]:
         store.rows([utterance])
@@ -124,10 +121,7 @@ def nearest(
         norm = np.sqrt(np.einsum("nd,nd->n", compared, compared))
         cosine = (states @ scaled - offset) / np.maximum(norm, 1e-30)
         best = np.argpartition(-cosine, min(count, len(cosine) - 1))[:count]
-        lengths = gathered.lengths[view.teacher].astype(np.int64)
-        ends = np.cumsum(lengths)
-        of = np.searchsorted(ends, best, side="right")
-        return cosine[best], block_rows[of], best - (ends - lengths)[of]
+        return cosine[best], *locate(block_rows, gathered.lengths[view.teacher], best)
 
     best: list[tuple[float, int, int]] = []
     read = ((part, read_states(store, view, ids_of(store, part))) for part in blocks(store, view.teacher, rows))
@@ -206,19 +200,16 @@ def compare(store: Store, utterance: str, views: Sequence[View]) -> list[Neighbo
     """
     if len(views) < 2:
         raise UsageError(f"{len(views)} views to compare", expected="two at least, as in --views minilm/*/6")
-    teachers = {v.teacher for v in views}
-    if len(teachers) > 1:
-        raise UsageError(
-            f"views of several teachers have different axes: {', '.join(sorted(teachers))}",
-            remedy="stillhouse inspect similarity compares teachers",
-        )
-    teacher = views[0].teacher
+    teacher, *others = dict.fromkeys(v.teacher for v in views)
+    if others:
+        what = f"views of several teachers have different axes: {', '.join([teacher, *others])}"
+        raise UsageError(what, remedy="stillhouse inspect similarity compares teachers")
     gathered, dtype = store.gather([utterance], views), store.teacher(teacher).dtype
-    first, *others = (to_float32(gathered.states[v], dtype) for v in views)
+    first, *rest = (to_float32(gathered.states[v], dtype) for v in views)
     pieces = [t.piece for t in tokens_of(store, utterance, teacher)]
     norm = np.linalg.norm(first, axis=1)
     comparisons = []
-    for view, other in zip(views[1:], others):
+    for view, other in zip(views[1:], rest):
         cosine = (first * other).sum(1) / np.maximum(norm * np.linalg.norm(other, axis=1), 1e-30)
         distance = np.linalg.norm(first - other, axis=1) / np.maximum(norm, 1e-30)
         moved = [Moved(i, *m) for i, m in enumerate(zip(pieces, cosine.tolist(), distance.tolist()))]

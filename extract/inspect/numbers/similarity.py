@@ -7,14 +7,14 @@ Try: `stillhouse inspect similarity STORE`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ....data.errors import NoStoreError
 from ...store import Store, View, to_float32
-from ..sample import ids_of, read_states, sample_rows, sample_size
+from ..sample import OnProgress, ids_of, ignore, read_states, sample_rows, sample_size
 
 PLACES = 2000
 GRAM_NUMBERS = 1 << 27  # of all views' Gram matrices
@@ -30,20 +30,12 @@ class Similarity:
 
 
 def similarity(
-    store: Store,
-    views: Sequence[View],
-    tokens: int | None = None,
-    seed: int = 0,
-    on_progress: Callable[[View], None] = lambda _: None,
+    store: Store, views: Sequence[View], tokens: int | None = None, seed: int = 0, on_progress: OnProgress = ignore
 ) -> Similarity:
-    """Compute linear CKA of every pair of views. Memory: [tokens, tokens] floats for each view.
+    """Compute linear CKA of every pair of views at `tokens` places, with [tokens, tokens] floats for each view.
 
-    Arguments:
-        tokens: number of places. None: 2,000, or fewer if the views are wide or many.
-        seed: of the sample.
-
-    Raises:
-        NoStoreError: fewer than four places have a token of every teacher.
+    None means 2,000 places, or fewer if the views are wide or many. Raises NoStoreError if fewer than four places have
+    a token of every teacher.
     """
     if tokens is None:
         tokens = min(sample_size(store, views, PLACES), int((GRAM_NUMBERS / max(1, len(views))) ** 0.5))
@@ -90,14 +82,10 @@ def places(
 def tokens_over(
     store: Store, ids: Sequence[str], teachers: Sequence[str], begins: Sequence[np.ndarray]
 ) -> tuple[list[np.ndarray], dict[str, list[np.ndarray]]]:
-    """Find the tokens of several teachers over some characters of each utterance.
+    """Find the tokens of several teachers over some characters `begins` (code points) of each utterance.
 
-    Arguments:
-        begins: for each utterance the characters, as code points of the raw text.
-
-    Returns:
-        For each utterance a bool per character: whether every teacher has a token there. For each teacher and
-        utterance the indices of those tokens.
+    Returns for each utterance a bool per character, whether every teacher has a token there. For each teacher and
+    utterance it returns the indices of those tokens.
     """
     good = [np.ones(len(begin), bool) for begin in begins]
     at: dict[str, list[np.ndarray]] = {}
@@ -114,10 +102,14 @@ def tokens_over(
 def states_at(store: Store, view: View, ids: list[str], tokens: list[np.ndarray]) -> np.ndarray:
     """Read a view at some tokens of each utterance: float32 [places, D]."""
     gathered = read_states(store, view, ids)
-    lengths = gathered.lengths[view.teacher].astype(np.int64)
-    start = np.cumsum(lengths) - lengths
-    rows = np.concatenate([t + s for t, s in zip(tokens, start.tolist())])
+    rows = packed_places(gathered.lengths[view.teacher], tokens)
     return to_float32(gathered.states[view][rows], store.teacher(view.teacher).dtype)
+
+
+def packed_places(lengths: np.ndarray, tokens: list[np.ndarray]) -> np.ndarray:
+    """Return the places of some tokens of each utterance among the packed tokens of all."""
+    start = np.cumsum(lengths, dtype=np.int64) - lengths
+    return np.concatenate([t + s for t, s in zip(tokens, start.tolist())])
 
 
 def centred_gram(states: np.ndarray) -> np.ndarray:

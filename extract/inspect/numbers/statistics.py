@@ -7,13 +7,13 @@ Try: `stillhouse inspect stats STORE --view 'minilm/*/*'`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ...store import Store, View, to_float32
-from ..sample import blocks, ids_of, read_states, sample_rows, sample_size
+from ..sample import OnProgress, blocks, ids_of, ignore, read_states, sample_rows, sample_size
 
 SAMPLE_TOKENS = 20_000  # of each view, if the views are neither wide nor many
 RANK_SIDE = 1024  # most tokens for the rank of wider states, because it takes width³ operations otherwise
@@ -65,20 +65,15 @@ def statistics(
     views: Sequence[View],
     tokens: int | None = None,
     seed: int = 0,
-    on_progress: Callable[[View], None] = lambda _: None,
+    on_progress: OnProgress = ignore,
+    *,
     rank: bool = True,
     full: bool = False,
 ) -> list[Statistics]:
-    """Compute the statistics of each view.
+    """Compute the statistics of each view, from a sample of `tokens` tokens or with `full` from all.
 
-    Arguments:
-        tokens: tokens of each view to read. None: 20,000, or fewer if the views are wide or many.
-        seed: of the sample.
-        rank: compute the effective rank, which takes operations that grow with the square of the width. False: NaN.
-        full: read all tokens.
-
-    Raises:
-        NoStoreError: a view has no states.
+    None means 20,000 tokens, or fewer if the views are wide or many. Without `rank` the effective rank is NaN, which
+    saves operations that grow with the square of the width. Raises NoStoreError if a view has no states.
     """
     measured = []
     most = None if full else tokens or sample_size(store, views, SAMPLE_TOKENS)

@@ -14,7 +14,7 @@ import numpy as np
 from ....data.errors import NoStoreError, UsageError
 from ...store import Store, View, to_float32
 from ..facts.utterance import plain, tokens_of
-from ..sample import available_rows, blocks, ids_of
+from ..sample import available_rows, blocks, ids_of, locate
 from .neighbours import marked
 
 READ_TOKENS = 1 << 20  # token ids that are read at once
@@ -52,10 +52,8 @@ def occurrences(store: Store, teacher: str, word: str, rows: np.ndarray) -> list
     places: list[tuple[int, int]] = []
     for part in blocks(store, teacher, rows, READ_TOKENS):
         lengths, token_id, _ = store.tokens(ids_of(store, part), teacher)
-        at = np.flatnonzero(np.isin(token_id, ids))
-        ends = np.cumsum(lengths.astype(np.int64))
-        of = np.searchsorted(ends, at, side="right")
-        places += zip(part[of].tolist(), (at - (ends - lengths)[of]).tolist())
+        of, token = locate(part, lengths, np.flatnonzero(np.isin(token_id, ids)))
+        places += zip(of.tolist(), token.tolist())
     return places
 
 
@@ -67,30 +65,23 @@ def word_map(
     seed: int = 0,
     places: list[tuple[int, int]] | None = None,
 ) -> WordMap:
-    """Project a word's states in several views to their first two principal components.
+    """Project the states of at most `most` occurrences to their first two principal components.
 
     Arguments:
         views: views of one teacher and layer in different contexts.
-        most: most occurrences to show, drawn by `seed`.
         places: the occurrences, if they are known already, or some of them.
 
-    Raises:
-        NoStoreError: the word occurs fewer than two times.
-        UsageError: the views belong to several teachers.
+    Raises NoStoreError if the word occurs fewer than two times, and UsageError for views of several teachers.
     """
-    teachers = {v.teacher for v in views}
-    if len(teachers) != 1:
-        raise UsageError(
-            f"views of several teachers on one plane: {', '.join(sorted(teachers))}", remedy="name one with --view"
-        )
-    teacher, dtype = views[0].teacher, store.teacher(views[0].teacher).dtype
+    teacher, *others = dict.fromkeys(v.teacher for v in views)
+    if others:
+        names = ", ".join([teacher, *others])
+        raise UsageError(f"views of several teachers on one plane: {names}", remedy="name one with --view")
+    dtype = store.teacher(teacher).dtype
     places = occurrences(store, teacher, word, available_rows(store, views)) if places is None else places
     if len(places) < 2:
-        raise NoStoreError(
-            f"{word!r} occurs {len(places)} times as a single token of {teacher}",
-            where=store.address,
-            expected="at least two times",
-        )
+        what = f"{word!r} occurs {len(places)} times as a single token of {teacher}"
+        raise NoStoreError(what, where=store.address, expected="at least two times")
     chosen = places
     if len(places) > most:
         index = np.sort(np.random.default_rng(seed).choice(len(places), most, replace=False))

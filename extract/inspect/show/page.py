@@ -6,7 +6,7 @@ Try: `stillhouse inspect report STORE store.html`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ..numbers.similarity import Similarity, similarity
 from ..numbers.statistics import Statistics, statistics
 from ..numbers.word_map import Point, WordMap, occurrences, word_map
 from ..output import output_draft
-from ..sample import available_rows, ids_of, representative, sample_rows, sample_size, undamaged
+from ..sample import OnProgress, available_rows, ids_of, ignore, representative, sample_rows, sample_size, undamaged
 from .terminal import share, size
 
 COLOURS = 6  # that the page's style defines, and views in a word's map
@@ -56,15 +56,11 @@ def collect(
     tokens: int | None = None,
     seed: int = 0,
     full: bool = False,
-    on_progress: Callable[[View], None] = lambda _: None,
+    on_progress: OnProgress = ignore,
 ) -> StorePage:
-    """Collect the facts of a page, from samples that are read in seconds, whatever the store's size.
+    """Collect the facts of a page from samples that are read in seconds. Words that do not occur are left out.
 
-    Arguments:
-        words: words to look at; those that do not occur are left out. Default: frequent words.
-        tokens: tokens of each sample. None: by the number of views and their width.
-        seed: of the samples.
-        full: read every view and all tokens, except for CKA.
+    Without `words`, frequent words are chosen. `full` reads every view and all tokens, except for CKA.
     """
     planned = store.planned_views
     listed = view_facts(store, planned)
