@@ -47,7 +47,14 @@ LAYERS = {
         "commands",
     ],
     "extract": ["store", "adapters teacher", "pipeline", "maintain", "inspect", "commands"],
-    "extract.store": ["remote", "disk", "format", "read", "base views display gather reader batches writer", "verify"],
+    "extract.store": [
+        "disk",
+        "remote",
+        "format",
+        "read storage",
+        "views display gather reader batches writer",
+        "verify",
+    ],
     "train": ["config rnnt score", "model", "run decode", "loop export report", "study", "demo", "commands"],
 }
 MOST_ENTRIES, MOST_LINES, MOST_EQUAL_LINES = 12, 400, 12

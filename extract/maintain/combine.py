@@ -23,7 +23,6 @@ from ..pipeline.layout import Layout, cut_shards
 from ..pipeline.new_store import write_groups, write_new_rows, write_teacher
 from ..pipeline.norms import commit_norms, write_norms
 from ..pipeline.progress import folder_bytes, split_committed
-from ..store.disk.durable import crash_point
 from ..store.disk.layout import dtype_of, shard_rows
 from ..store.disk.locks import Scratch
 from ..store.disk.paths import Paths
@@ -138,14 +137,12 @@ def combine(
                 for item in split_committed(plan, plan.work_items(name))[1]:
                     first, last = item.shard.first, item.shard.last
                     copy_item(plan, scratch.folder, item, sources[name][first:last], [m.id for m in rows[first:last]])
-                    crash_point("item_copied")
             for name in names:
                 for context in plan.views(name):
                     if len(stores) == 1 or dtype_of(plan.teachers[name].dtype).scaled:
                         _copy_norms(plan, stores[0], name, context, scratch.folder)
                     else:
                         write_norms(plan, name, context, scratch.folder)
-        crash_point("built")
         for name in names:
             share_arrays(plan, name)
         files.publish_plan(by=fingerprint)

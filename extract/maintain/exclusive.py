@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..store.disk.durable import crash_point
-from ..store.disk.locks import Lock, exclusive_access
+from ...data.files.lock import FileLock
+from ..store.disk.locks import exclusive_access
 from ..store.format import plan as plans
 from ..store.format.block_sums import Sums
 from ..store.format.plan import Plan
@@ -47,9 +47,9 @@ def exclusive_plan(root: Path) -> Iterator[tuple[Plan, Path]]:
     files = open_files(root)
     files.require_writable()
     paths = plans.read_plan(files).paths
-    with Lock(paths.lock("plan"), wait=True), exclusive_access(paths):
+    with FileLock(paths.lock("plan"), wait=True), exclusive_access(paths):
         scratch = paths.tmp / f"maintain-{os.getpid()}"
-        with Lock(scratch / "lock", wait=True):
+        with FileLock(scratch / "lock", wait=True):
             try:
                 yield plans.read_plan(files), scratch
             finally:
@@ -62,7 +62,5 @@ def replace_plan(before: Plan, after: Plan, sums: Sums | None = None) -> None:
     for generation in after.generations:
         if generation.number not in numbers:
             plans.write_generation(replace(after, generations=before.generations), generation, sums or {})
-    crash_point("written")
     if after != before:
         plans.write_head(after)
-    crash_point("switched")

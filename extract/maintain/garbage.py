@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ...data.files.atomic import sync
 from ..pipeline.progress import folder_bytes
-from ..store.disk.durable import crash_point, fsync_folder
 from ..store.disk.files import StoreFiles
 from ..store.format.arrays import RawArray
 from ..store.format.commits import Commits
@@ -54,10 +54,9 @@ def delete_files(paths: list[Path]) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-        crash_point("deleted")
     for folder in {p.parent for p in paths}:
         if folder.is_dir():
-            fsync_folder(folder)
+            sync(folder)
 
 
 def _entries(path: Path) -> list[Path]:

@@ -18,7 +18,6 @@ from ..pipeline.estimate import view_bytes
 from ..pipeline.generation import NewRows, later_generation, next_generation, rows_after
 from ..pipeline.layout import compact
 from ..pipeline.new_store import grow_teacher, write_new_rows, write_tokens
-from ..store.disk.durable import crash_point
 from ..store.format.arrays import ArrayWriter
 from ..store.format.index import Index
 from ..store.format.plan import Generation, Plan, PlannedWork, Shard
@@ -155,13 +154,11 @@ def _write_move(writer: ArrayWriter, plan: Plan, name: str, moved: NewRows, stor
     own = replace(until, generations=[g for g in until.generations if g.teacher == name])
     grow_teacher(writer, own, moved)
     write_tokens(writer, own, moved, None)
-    crash_point("grown")
     for item in own.work_items(name):
         if item.generation.number == moved.number:
             inside = slice(item.shard.first - moved.first, item.shard.last - moved.first)
             sources = [(store, row) for row in moved.source[inside].tolist()]
             copy_item(until, scratch, item, sources, moved.ids[inside])
-            crash_point("item_copied")
 
 
 def _needed_generations(plan: Plan) -> list[Generation]:

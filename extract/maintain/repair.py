@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...data.errors import StaleError, StoreError, first_few
-from ..store.disk.locks import Lock, Scratch
+from ...data.files.lock import FileLock
+from ..store.disk.locks import Scratch
 from ..store.disk.paths import Paths
 from ..store.format.plan import WorkItem, read_plan
 from ..store.read.rows import TeacherRows
@@ -119,6 +120,6 @@ def repair(
         generation, rows, progress = next_generation(plan), TeacherRows(plan, name), ExtractionProgress()
         with ItemRunner(plan, teacher, rows, scratch.folder, progress, on_progress) as runner:
             for item, _ in damaged:
-                with Lock(plan.paths.lock(name, item.context, item.shard.number), wait=True):
+                with FileLock(plan.paths.lock(name, item.context, item.shard.number), wait=True):
                     runner.run_items([LockedItem(item, None, generation)])
     return damaged

@@ -13,9 +13,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Protocol
 
+from ...data.files.lock import FileLock
 from ...data.manifest import Corpus
 from ..store.disk.files import StoreFiles
-from ..store.disk.locks import Lock, Scratch, exclusive_access
+from ..store.disk.locks import Scratch, exclusive_access
 from ..store.disk.paths import Paths
 from ..store.format.arrays import RawArray
 from ..store.format.plan import Plan, WorkItem, read_plan
@@ -104,7 +105,7 @@ def make_plan(
     """
     record = teacher_record(teacher, request)
     files = open_files(store)
-    with Lock(Paths(files).lock("plan"), wait=True):
+    with FileLock(Paths(files).lock("plan"), wait=True):
         draft = draft_plan(files, corpus, teacher, record, request, refresh)
         if draft.new_rows is not None:
             files.require_growable()
@@ -140,7 +141,7 @@ def run_work_items(
 
     def lock_items(items: Sequence[WorkItem], wait: bool) -> Iterator[LockedItem]:
         for item in items:
-            lock = Lock(plan.paths.lock(item.teacher, item.context, item.shard.number))
+            lock = FileLock(plan.paths.lock(item.teacher, item.context, item.shard.number))
             if not lock.acquire(wait=wait):
                 busy.append(item)
                 continue

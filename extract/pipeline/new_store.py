@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..store.disk.durable import WriteBatch, crash_point
+from ..store.disk.durable import WriteBatch
 from ..store.disk.layout import array_json, dtype_of, group_json, hidden_json, scale_json
 from ..store.format import plan as plans
 from ..store.format.arrays import ArrayWriter, RawArray
@@ -28,7 +28,7 @@ from .generation import NewRows, PlanDraft
 from .layout import Layout
 
 
-class Vocabulary(Protocol):
+class VocabularySource(Protocol):
     """What the store keeps of a teacher's vocabulary: a `Teacher`, or what another store has of one."""
 
     @property
@@ -39,7 +39,7 @@ class Vocabulary(Protocol):
         """Return the input embeddings of token ids, float32 [n, E]."""
 
 
-def write_plan(draft: PlanDraft, teacher: Vocabulary) -> None:
+def write_plan(draft: PlanDraft, teacher: VocabularySource) -> None:
     """Write the last generation of a draft and bring it into force. The caller holds the lock `plan`."""
     plan, layout, new_rows = draft.plan, draft.layout, draft.new_rows
     paths, generation = plan.paths, plan.generations[-1]
@@ -53,7 +53,6 @@ def write_plan(draft: PlanDraft, teacher: Vocabulary) -> None:
         write_index(writer, layout.ids, layout.text_hash, layout.session)
     if new_rows is not None:
         write_new_rows(writer, new_rows)
-        crash_point("grown")
     if layout is not None:
         shutil.rmtree(paths.data / record.name, ignore_errors=True)  # a killed planner may have written it
         write_teacher(writer, record, teacher, layout)
@@ -65,7 +64,6 @@ def write_plan(draft: PlanDraft, teacher: Vocabulary) -> None:
     plans.write_generation(plan, generation, writer.sums)
     if batch is not None:
         batch.sync()
-    crash_point("planned")
     plans.write_head(plan)
 
 
@@ -76,7 +74,7 @@ def write_groups(writer: ArrayWriter, plan: Plan) -> None:
         writer.write_json(plan.paths.data / name / "zarr.json", group_json({"stillhouse": asdict(record)}))
 
 
-def write_teacher(writer: ArrayWriter, record: TeacherRecord, teacher: Vocabulary, layout: Layout) -> None:
+def write_teacher(writer: ArrayWriter, record: TeacherRecord, teacher: VocabularySource, layout: Layout) -> None:
     """Write the arrays of a teacher: tokens and vocabulary, and the metadata of those that work items fill."""
     u, s = len(layout.ids), layout.shard_rows
     n, c, k, d = len(layout.shards) * s, len(record.contexts), len(record.layers), record.width
@@ -135,7 +133,7 @@ def grow_teacher(writer: ArrayWriter, plan: Plan, new_rows: NewRows | None) -> N
         writer.grow((record.name, name), {0: c, 1: u})
 
 
-def write_tokens(writer: ArrayWriter, plan: Plan, new_rows: NewRows, teacher: Vocabulary | None) -> None:
+def write_tokens(writer: ArrayWriter, plan: Plan, new_rows: NewRows, teacher: VocabularySource | None) -> None:
     """Write the tokens of new rows, and what they add to the vocabulary. Without additions no teacher is needed."""
     generation = plan.generations[-1]
     name, rows = generation.teacher, generation.shard_rows
@@ -165,11 +163,11 @@ def _token_axis(tokens: Tokens, start: np.ndarray, rows: int) -> tuple[np.ndarra
     return token_id, span
 
 
-def _embedding(teacher: Vocabulary, ids: np.ndarray) -> np.ndarray:
+def _embedding(teacher: VocabularySource, ids: np.ndarray) -> np.ndarray:
     return encode(teacher.embedding(ids), dtype_of("float16"))
 
 
-def _pieces(teacher: Vocabulary, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+def _pieces(teacher: VocabularySource, ids: Sequence[int] | np.ndarray) -> np.ndarray:
     """uint8: the spellings of token ids, one a line."""
     spellings = teacher.tokeniser.pieces(np.asarray(ids).tolist())
     return np.frombuffer("\n".join(p.replace("\n", "⏎") for p in spellings).encode(), dtype=np.uint8)

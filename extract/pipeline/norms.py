@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from ...data.errors import StoreError
-from ..store.disk.durable import fsync_all
+from ...data.files.atomic import sync
+from ...data.files.lock import FileLock
 from ..store.disk.layout import crc32c, dtype_of, to_float32
-from ..store.disk.locks import Lock
 from ..store.disk.paths import Paths
 from ..store.format.arrays import RawArray
 from ..store.format.commits import Commit, Commits, link_commit
@@ -45,7 +45,7 @@ def sample_rows(lengths: np.ndarray, most: int = SAMPLE) -> np.ndarray:
 
 def write_norms(plan: Plan, teacher: str, context: str, scratch: Path) -> None:
     """Compute and commit the norms of a context's layers whose work items are all committed and that have none yet."""
-    with Lock(plan.paths.lock(teacher, context, "norms"), wait=True):
+    with FileLock(plan.paths.lock(teacher, context, "norms"), wait=True):
         commits = Commits(plan.paths, teacher, context)
         items = [item for item in plan.work_items(teacher) if item.context == context]
         pairs = [(item, k) for item in items for k in item.layers if not commits.has("norms", [k])]
@@ -70,7 +70,7 @@ def restore_norms(store: Store, view: View) -> bool:
     recorded = commits.of["norms", view.layer].checksums
     if any(recorded.get(name) != crc for name, crc in _checksums(norms).items()):
         return False
-    fsync_all(_write(store.paths, record, view.context, norms))
+    sync(*_write(store.paths, record, view.context, norms))
     return True
 
 
@@ -82,7 +82,7 @@ def norms_before_states(plan: Plan, item: WorkItem, sample: Sample, scratch: Pat
     """
     name, context = item.teacher, item.context
     record = plan.teachers[name]
-    with Lock(plan.paths.lock(name, context, "norms"), wait=True):
+    with FileLock(plan.paths.lock(name, context, "norms"), wait=True):
         commits = Commits(plan.paths, name, context)
         missing = [k for k in item.layers if not commits.has("norms", [k])]
         if missing:
@@ -106,7 +106,7 @@ def norms_before_states(plan: Plan, item: WorkItem, sample: Sample, scratch: Pat
 
 def commit_norms(plan: Plan, teacher: str, context: str, generation: int, norms: Norms, scratch: Path) -> None:
     """Write and commit norms. No other process may write norms of this context meanwhile."""
-    fsync_all(_write(plan.paths, plan.teachers[teacher], context, norms))
+    sync(*_write(plan.paths, plan.teachers[teacher], context, norms))
     sums = _checksums(norms)
     commit = Commit(teacher, context, "norms", generation, sorted(norms), [], [], checksums=sums, versions=versions())
     link_commit(plan.paths, scratch, commit)

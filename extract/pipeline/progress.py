@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...data.files.lock import FileLock
 from ..store.disk.files import StoreFiles
-from ..store.disk.locks import Lock
 from ..store.format.commits import Commits
 from ..store.format.plan import Plan, WorkItem, read_plan
 from ..store.reader import Store
@@ -189,7 +189,7 @@ def status(root: Path) -> Status:
 def _is_locked(path: Path) -> bool:
     if not path.exists():
         return False
-    lock = Lock(path)
+    lock = FileLock(path)
     free = lock.acquire()
     lock.release()
     return not free

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..store.disk.locks import Lock
+from ...data.files.lock import FileLock
 from ..store.format.index import Index
 from ..store.format.int8 import Quantised
 from ..store.format.plan import Plan, WorkItem
@@ -42,7 +42,7 @@ class LockedItem:
     """A work item to run."""
 
     item: WorkItem
-    lock: Lock | None = None  # is released when the item is committed; None: the caller keeps the lock
+    lock: FileLock | None = None  # is released when the item is committed; None: the caller keeps the lock
     generation: int | None = None  # of the commit record; None: the item's own
 
 

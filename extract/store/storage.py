@@ -14,9 +14,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from ...data.errors import UsageError
-from .disk.durable import fsync_all, fsync_folder
+from ...data.files.atomic import sync
+from ...data.files.lock import FileLock
 from .disk.files import StoreFiles
-from .disk.locks import Lock
 from .remote.client import is_url, split_url
 from .remote.files import reading_files, writing_files
 
@@ -87,18 +87,18 @@ def _staging(out: Path) -> Iterator[Path]:
         raise UsageError("is there already", where=out, remedy="give another name, or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
     for old in out.parent.glob(f".{out.name}.*.partial"):
-        lock = Lock(old / "builder.lock")
+        lock = FileLock(old / "builder.lock")
         if lock.acquire():
             shutil.rmtree(old, ignore_errors=True)
             lock.release()
     root = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    with Lock(root / "builder.lock", wait=True):
+    with FileLock(root / "builder.lock", wait=True):
         try:
             yield root
-            fsync_all([p for p in root.rglob("*") if p.is_dir()])
+            sync(*(p for p in root.rglob("*") if p.is_dir()))
             (root / "builder.lock").unlink()
             os.rename(root, out)
-            fsync_folder(out.parent)
+            sync(out.parent)
         except BaseException:
             shutil.rmtree(root, ignore_errors=True)
             raise

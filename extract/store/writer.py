@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from ...data.errors import StoreError
-from .disk.durable import allocate, crash_point, explain_full_disk, fsync_all, pwrite_all
+from ...data.files.atomic import sync
+from .disk.durable import allocate, explain_full_disk, pwrite_all
 from .disk.layout import INNER_ROWS, Dtype, crc32c, dtype_of, footer, shard_bytes
 from .disk.paths import Paths
 from .format.arrays import RawArray
@@ -94,7 +95,6 @@ class ItemWriter:
         except BaseException:
             self.close()
             raise
-        crash_point("allocated")
 
     def write(self, layer: int, utterance: int, first_token: int, block: np.ndarray | Quantised) -> None:
         """Store [n, D], encoded as `encode` or `quantise` do, as tokens [first_token, first_token + n) of the unit's
@@ -128,7 +128,6 @@ class ItemWriter:
             self.crc[layer][utterance] = self._crc(layer, utterance, block)
         else:
             self._split.add((layer, utterance))
-        crash_point("mid_write")
 
     def leave_out(self, utterances: np.ndarray) -> None:
         """Fill the rows of utterances that nobody can ask for any more; their scales stay NaN."""
@@ -160,8 +159,7 @@ class ItemWriter:
             self._finish_file(layer, shard.rows, rows)
             if self.dtype.scaled:
                 self._write_scale(layer, rows)
-        fsync_all([*self.files.values(), *self.scale_files.values()])
-        crash_point("before_rename")
+        sync(*self.files.values(), *self.scale_files.values())
         changed: list[Path] = []
         c = teacher.contexts.index(item.context)
         for layer in item.layers:
@@ -173,7 +171,6 @@ class ItemWriter:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(source, target)
                 changed += target.parents[:folders]  # of (shard,) layer and context, and c/
-            crash_point("mid_rename")
         sums = {str(k): crc32c(v.astype("<u4").tobytes()) for k, v in self.crc.items()}
         for name, values in (
             ("input_hash", input_hash),
@@ -186,8 +183,7 @@ class ItemWriter:
         crc = RawArray(self.paths, teacher.name, "crc32c")
         for layer in item.layers:
             changed += crc.write_rows(self.crc[layer], c, teacher.layers.index(layer), first=shard.first)
-        fsync_all(changed)
-        crash_point("renamed")
+        sync(*changed)
         record = Commit(
             teacher=teacher.name,
             context=item.context,

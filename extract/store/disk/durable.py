@@ -11,63 +11,21 @@ import errno
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ....data.errors import StoreError
-from ....data.files.atomic import open_plain
+from ....data.files.atomic import open_plain, sync, write_atomic
 from .checksums import with_checksum
 
 
-def crash_point(name: str) -> None:
-    """Do nothing. Crash tests replace this by a SIGKILL."""
-
-
-def fsync_folder(path: Path) -> None:
-    """Sync one folder."""
-    fsync_all([path])
-
-
-def fsync_all(paths: Iterable[Path]) -> None:
-    """Sync files and folders, several at a time, since a journal commits them together.
-
-    Raises the first OSError of any of them.
-    """
-
-    def sync(path: Path) -> None:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-    unique = list(dict.fromkeys(paths))
-    if len(unique) == 1:
-        sync(unique[0])
-        return
-    with ThreadPoolExecutor(min(16, max(1, len(unique)))) as threads:
-        list(threads.map(sync, unique))
-
-
-def write_bytes(path: Path, data: bytes | memoryview, sync: bool = True) -> None:
-    """Write, sync and rename a file: afterwards `path` has all of `data`, or what it had before."""
+def write_bytes(path: Path, data: bytes | memoryview, durable: bool = True) -> None:
+    """Replace a file, whose folder is made if it is missing: afterwards `path` has all of `data`, or what it had."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with explain_full_disk(path), open(tmp, "wb") as f:
-            f.write(data)
-            f.flush()
-            if sync:
-                os.fsync(f.fileno())
-        os.replace(tmp, path)
-    except BaseException:
-        tmp.unlink(missing_ok=True)
-        raise
-    if sync:
-        fsync_folder(path.parent)
+    with explain_full_disk(path):
+        write_atomic(path, data, durable=durable)
 
 
 class WriteBatch:
@@ -78,12 +36,12 @@ class WriteBatch:
 
     def write(self, path: Path, data: bytes | memoryview) -> None:
         """Write a file, as `write_bytes` does, whose content is on disk only after `sync`."""
-        write_bytes(path, data, sync=False)
+        write_bytes(path, data, durable=False)
         self._paths += path, path.parent
 
     def sync(self) -> None:
         """Return when all that was written is on disk."""
-        fsync_all(self._paths)
+        sync(*self._paths)
         self._paths = []
 
 

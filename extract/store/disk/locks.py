@@ -9,7 +9,6 @@ Try: `pytest tests/extract/pipeline/test_crash.py`.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import socket
@@ -19,46 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ....data.errors import LockedError
+from ....data.files.lock import FileLock
 from .paths import Paths
-
-
-class Lock:
-    """An exclusive flock on a file. The kernel releases it when its holder dies."""
-
-    def __init__(self, path: Path, wait: bool = False) -> None:
-        self.path, self._wait = path, wait
-        self._fd: int | None = None
-
-    def acquire(self, wait: bool = False) -> bool:
-        """Return True where this object holds the lock now, False where another does and `wait` is not set."""
-        if self._fd is not None:
-            raise RuntimeError(f"{self.path} is held already")  # A second flock would wait for the first for ever.
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            os.close(fd)
-            return False
-        except BaseException:
-            os.close(fd)
-            raise
-        self._fd = fd
-        return True
-
-    def release(self) -> None:
-        """Give the lock back, if it is held."""
-        if self._fd is not None:
-            os.close(self._fd)  # This closes the only descriptor, which releases the flock.
-            self._fd = None
-
-    def __enter__(self) -> Lock:
-        if self._fd is None and not self.acquire(self._wait):
-            raise LockedError("another process is writing here", where=self.path)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.release()
 
 
 class Scratch:
@@ -68,13 +29,13 @@ class Scratch:
     """
 
     def __init__(self, paths: Paths) -> None:
-        self._gate = Lock(paths.lock("tmp"))
+        self._gate = FileLock(paths.lock("tmp"))
         self.folder = paths.tmp / f"{socket.gethostname()}-{os.getpid()}-{time.time_ns():x}"
         self._gate.acquire(wait=True)
         try:
             self.swept = _sweep(paths.tmp)
             self.folder.mkdir(parents=True)
-            self._own = Lock(self.folder / "lock")
+            self._own = FileLock(self.folder / "lock")
             self._own.acquire(wait=True)
         finally:
             self._gate.release()
@@ -103,7 +64,7 @@ def _sweep(tmp: Path) -> int:
     for folder in tmp.iterdir():
         if not folder.is_dir():
             continue
-        lock = Lock(folder / "lock")
+        lock = FileLock(folder / "lock")
         if lock.acquire():
             shutil.rmtree(folder, ignore_errors=True)
             lock.release()
@@ -120,7 +81,7 @@ def exclusive_access(paths: Paths) -> Iterator[None]:
         StoreError: the store cannot be changed in place.
     """
     paths.files.require_writable()
-    with Lock(paths.lock("tmp"), wait=True):
+    with FileLock(paths.lock("tmp"), wait=True):
         _sweep(paths.tmp)
         living = [f for f in paths.tmp.iterdir() if (f / "lock").exists()] if paths.tmp.is_dir() else []
         if living:

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from ....data.errors import StoreError
+from ....data.files.atomic import sync
 from ..disk.checksums import with_checksum
-from ..disk.durable import WriteBatch, explain_full_disk, fsync_all, open_sized, pwrite_all, write_bytes
+from ..disk.durable import WriteBatch, explain_full_disk, open_sized, pwrite_all, write_bytes
 from ..disk.layout import ZARR_DTYPES
 from ..disk.paths import Paths
 from .block_sums import RowSums, sum_rows
@@ -260,6 +261,6 @@ class ArrayWriter:
             return
         self.grow(name, {0: first + len(values)}, exactly=last)
         array = RawArray(self.paths, *name)
-        fsync_all(array.write_rows(values, first=first))
+        sync(*array.write_rows(values, first=first))
         before = self.sums.get("/".join(name), []) if first else []
         self.sums["/".join(name)] = [*before, *sum_rows(np.asarray(values, array.dtype), first)]

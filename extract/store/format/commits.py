@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ....data.errors import StoreError
+from ....data.files.atomic import sync
 from ..disk.checksums import with_checksum, without_checksum
-from ..disk.durable import crash_point, explain_full_disk, fsync_folder
+from ..disk.durable import explain_full_disk
 from ..disk.json_records import as_record
 from ..disk.paths import Paths
 from .arrays import RawArray
@@ -50,19 +51,16 @@ def link_commit(paths: Paths, scratch: Path, commit: Commit) -> bool:
     target = paths.commit(commit.teacher, commit.context, commit.shard, commit.generation)
     target.parent.mkdir(parents=True, exist_ok=True)
     tmp = scratch / target.name
-    with explain_full_disk(target), open(tmp, "wb") as f:
-        f.write(with_checksum(asdict(commit), target.name))
-        f.flush()
-        os.fsync(f.fileno())
-    crash_point("before_link")
+    with explain_full_disk(target):
+        tmp.write_bytes(with_checksum(asdict(commit), target.name))
+        sync(tmp)
     try:
         os.link(tmp, target)
     except FileExistsError:
         return False
     finally:
         tmp.unlink()
-    fsync_folder(target.parent)
-    crash_point("after_link")
+    sync(target.parent)
     return publish(paths, target, commit)
 
 

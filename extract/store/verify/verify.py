@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from ....data.errors import StillhouseError, StoreError
+from ....data.files.lock import FileLock
 from ..disk.layout import INNER_ROWS, crc32c, dtype_of, footer_bytes, identity_rows
-from ..disk.locks import Lock
 from ..disk.paths import Paths
 from ..format.arrays import RawArray
 from ..format.commits import Commit
@@ -271,7 +271,7 @@ def _check_leftovers(store: Store) -> Iterator[StoreFinding]:
 def _is_dead(folder: Path) -> bool:
     if not (folder / "lock").exists():
         return True
-    lock = Lock(folder / "lock")
+    lock = FileLock(folder / "lock")
     free = lock.acquire()
     lock.release()
     return free

@@ -16,18 +16,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from crashes import signal_at
 
 from stillhouse.data.manifest import read_manifest
-from stillhouse.extract.maintain import combine, exclusive, garbage, gc, remove
-from stillhouse.extract.pipeline import generation, new_store
+from stillhouse.extract.maintain import combine, gc, remove
 from stillhouse.extract.pipeline.extract import extract
 from stillhouse.extract.pipeline.request import Request
-from stillhouse.extract.store import Store, writer
-from stillhouse.extract.store.format import commits
+from stillhouse.extract.store import Store
 from stillhouse.extract.teacher.model import load_teacher
 
 LAYERS, CONTEXTS = [0, 2], ["alone", "both:4"]
-CRASHING = (generation, new_store, combine, exclusive, garbage, gc, writer, commits)
 
 
 def seen(root: Path) -> dict:
@@ -46,9 +44,6 @@ def seen(root: Path) -> dict:
 
 
 def main() -> None:
-    sys.path.insert(0, str(Path(__file__).parents[1] / "pipeline"))
-    from crash_child import kill_at  # beside this file when it is run; the test imports it as part of a package
-
     action, root, source, corpus, out, *phases = sys.argv[1:]
     torch.set_num_threads(1)
     teacher = load_teacher(source, device="cpu") if action == "refresh" else None
@@ -68,7 +63,7 @@ def main() -> None:
         child = os.fork()
         if child == 0:
             if where:
-                kill_at(where, CRASHING)
+                signal_at(where)
             try:
                 run()
             except BaseException as e:

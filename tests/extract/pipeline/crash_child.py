@@ -9,38 +9,19 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
+
+from crashes import signal_at
 
 from stillhouse.data.errors import NoStoreError
 from stillhouse.data.manifest import read_manifest
-from stillhouse.extract.pipeline import generation, new_store
 from stillhouse.extract.pipeline.extract import extract
 from stillhouse.extract.pipeline.request import Request
-from stillhouse.extract.store import Store, writer
-from stillhouse.extract.store.format import commits
+from stillhouse.extract.store import Store
 from stillhouse.extract.teacher.model import load_teacher
 
 LAYERS = [0, 2]
-
-
-def kill_at(where: str, modules: Sequence[ModuleType] = (new_store, generation, writer, commits)) -> None:
-    """Send SIGKILL at the n-th call of a named crash point of these modules."""
-    name, _, count = where.partition(":")
-    left = int(count or 1)
-
-    def crash_point(reached: str) -> None:
-        nonlocal left
-        if reached == name:
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    for module in modules:
-        module.crash_point = crash_point  # type: ignore[attr-defined]
 
 
 def seen(root: Path) -> dict:
@@ -70,7 +51,7 @@ def main() -> None:
         child = os.fork()
         if child == 0:
             if where:
-                kill_at(where)
+                signal_at(where)
             try:
                 extract(Path(root), corpus, teacher, request)
             except BaseException as e:

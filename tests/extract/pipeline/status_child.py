@@ -15,12 +15,12 @@ import sys
 from pathlib import Path
 
 import torch
+from crashes import signal_at
 
 from stillhouse.data.manifest import read_manifest
 from stillhouse.extract.pipeline.extract import extract
 from stillhouse.extract.pipeline.progress import status
 from stillhouse.extract.pipeline.request import Request
-from stillhouse.extract.store import writer
 from stillhouse.extract.teacher.model import load_teacher
 
 LAYERS = [0, 2]
@@ -37,7 +37,7 @@ def main() -> None:
         if child:
             alive.add(child)
             continue
-        writer.crash_point = lambda name: os.kill(os.getpid(), signal.SIGSTOP) if name == "allocated" else None
+        signal_at("allocated", signal.SIGSTOP)
         try:
             extract(Path(root), corpus, teacher, request)
         except BaseException as e:

@@ -21,7 +21,12 @@ from ..conftest import loaded, make_corpus, sentences
 
 CONTEXTS = ["alone", "both:4"]
 DRIVER = Path(__file__).with_name("crash_child.py")
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+LIB = str(Path(__file__).parents[2] / "lib")
+ENV = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONPATH": os.pathsep.join(filter(None, [LIB, os.environ.get("PYTHONPATH")])),
+}
 
 
 def tree(root: Path) -> dict[str, bytes]:

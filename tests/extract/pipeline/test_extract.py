@@ -140,7 +140,7 @@ def test_a_disk_that_is_too_small(bert: Path, tmp_path: Path, monkeypatch: pytes
 
 
 def test_status_and_parts_of_an_array(bert: Path, tmp_path: Path) -> None:
-    from stillhouse.extract.store.disk.locks import Lock
+    from stillhouse.data.files.lock import FileLock
 
     corpus, root = long_corpus(), tmp_path / "s"
     total = extract(root, corpus, loaded(bert), REQUEST, part=(0, 3))
@@ -148,7 +148,7 @@ def test_status_and_parts_of_an_array(bert: Path, tmp_path: Path) -> None:
     assert not s.complete and total.views == [] and Store.open(root).views == []
     assert sum(c.done for c in s.contexts) == total.units_done_now
     assert sum(c.done + c.missing for c in s.contexts) == sum(c.units for c in s.contexts) > total.units_done_now
-    with Lock(Paths(root).lock("t", "alone", 1)):
+    with FileLock(Paths(root).lock("t", "alone", 1)):
         assert [c.running for c in status(root).contexts] == [1, 0]
     extract(root, corpus, loaded(bert), REQUEST, part=(2, 3))
     extract(root, corpus, loaded(bert), REQUEST, part=(1, 3))

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from stillhouse.data.errors import StoreError
+from stillhouse.data.files.lock import FileLock
 from stillhouse.extract.pipeline import runner
 from stillhouse.extract.pipeline.extract import extract
 from stillhouse.extract.pipeline.request import Request
 from stillhouse.extract.store import Store
-from stillhouse.extract.store.disk.locks import Lock
 from stillhouse.extract.store.verify.verify import verify
 from stillhouse.extract.store.writer import ItemWriter
 
@@ -99,7 +99,7 @@ def test_an_error_leaves_what_was_committed_and_no_lock(
     assert store.commits("t", "alone").has(0, [0, 2])
     assert not store.commits("t", "alone").has(bad.shard.number, [0, 2])
     for item in plan.work_items("t"):
-        with Lock(store.paths.lock("t", item.context, item.shard.number)):
+        with FileLock(store.paths.lock("t", item.context, item.shard.number)):
             pass  # LockedError where one is still held
     assert verify(store) == []  # and no files are left over
     assert extract(root, corpus(), teacher, REQUEST).units_done_now >= len(plan.work_items("t")) - 3

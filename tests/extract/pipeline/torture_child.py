@@ -21,7 +21,8 @@ from stillhouse.extract.pipeline.request import Request
 from stillhouse.extract.teacher.model import load_teacher
 
 sys.path.insert(0, str(Path(__file__).parent))
-from crash_child import LAYERS, kill_at, seen
+from crash_child import LAYERS, seen
+from crashes import signal_at
 
 # Crash points, and the latest call at which a writer is killed. It is in the first work item, so that work is left.
 MOMENTS = {
@@ -50,7 +51,7 @@ def main() -> None:
             return
         try:
             if where:
-                kill_at(where)
+                signal_at(where)
             extract(Path(root), corpus, teacher, request)
         except BaseException as e:
             print(repr(e), file=sys.stderr, flush=True)

@@ -1,0 +1,95 @@
+"""Moments at which a writer of a store is killed, told by the calls that it makes of the system.
+
+The product knows nothing of them: the functions of `os` and `shutil` are wrapped in the process that is to die.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+LAST_LAYER = 2  # of those that the tests' child processes extract
+
+
+class Moment(NamedTuple):
+    """Before or after a call whose file `matches`: the last argument that is a path, or the descriptor's file."""
+
+    functions: tuple[str, ...]
+    after: bool
+    matches: Callable[[str], bool]
+
+
+def _in_scratch(path: str) -> bool:
+    return "/tmp/" in path and path.rsplit(".", 2)[-2:-1] == [str(LAST_LAYER)]
+
+
+def _is_head(path: str) -> bool:
+    return path.endswith("/store.json")
+
+
+def _is_states(path: str) -> bool:
+    return "/hidden/c/" in path
+
+
+def _is_commit(path: str) -> bool:
+    return "/commits/" in path
+
+
+MOMENTS = {
+    "grown": Moment(("os.replace",), False, lambda path: path.endswith("/hidden/zarr.json")),
+    "planned": Moment(("os.replace",), False, _is_head),
+    "written": Moment(("os.replace",), False, _is_head),
+    "switched": Moment(("os.replace",), True, _is_head),
+    "allocated": Moment(("os.posix_fallocate",), True, _in_scratch),
+    "mid_write": Moment(("os.pwrite",), True, lambda path: "/tmp/" in path),
+    "before_rename": Moment(("os.replace",), False, _is_states),
+    "mid_rename": Moment(("os.replace",), True, _is_states),
+    "renamed": Moment(("os.pwrite",), True, lambda path: "/crc32c/c/" in path),
+    "before_link": Moment(("os.link",), False, _is_commit),
+    "after_link": Moment(("os.link",), True, _is_commit),
+    "item_copied": Moment(("os.link",), True, _is_commit),
+    "built": Moment(("os.rename",), False, lambda path: path.endswith("/out")),
+    "deleted": Moment(
+        ("os.unlink", "shutil.rmtree"),
+        True,
+        lambda path: any(f"/{name}/" in path for name in ("data.zarr", "commits", "plan")) and ".tmp" not in path,
+    ),
+}
+
+
+def _file(arguments: tuple[Any, ...]) -> str:
+    if isinstance(arguments[0], int):
+        return os.readlink(f"/proc/self/fd/{arguments[0]}")
+    paths = [str(a) for a in arguments if isinstance(a, str | Path)]
+    return paths[-1] if paths else ""
+
+
+def signal_at(where: str, number: int = signal.SIGKILL) -> None:
+    """Send this process a signal at the n-th passing of a moment, "NAME:N"; without N at every one."""
+    name, _, count = where.partition(":")
+    moment, left = MOMENTS[name], int(count or 0)
+
+    def passing(arguments: tuple[Any, ...]) -> None:
+        nonlocal left
+        if moment.matches(_file(arguments)):
+            left -= 1
+            if left == 0 or not count:
+                os.kill(os.getpid(), number)
+
+    for function in moment.functions:
+        module, attribute = {"os": os, "shutil": shutil}[function.split(".")[0]], function.split(".")[1]
+        true = getattr(module, attribute)
+
+        def call(*arguments: Any, true: Any = true, **named: Any) -> Any:
+            if not moment.after:
+                passing(arguments)
+            done = true(*arguments, **named)
+            if moment.after:
+                passing(arguments)
+            return done
+
+        setattr(module, attribute, call)
