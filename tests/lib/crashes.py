@@ -6,6 +6,7 @@ The product knows nothing of them: the functions of `os` and `shutil` are wrappe
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -24,7 +25,12 @@ class Moment(NamedTuple):
 
 
 def _in_scratch(path: str) -> bool:
-    return "/tmp/" in path and path.rsplit(".", 2)[-2:-1] == [str(LAST_LAYER)]
+    """Whether a file is a draft in a writer's folder, STORE/tmp/HOST-PID-TIME."""
+    return re.search(r"/tmp/[^/]+-\d+-[0-9a-f]+/[^/]+$", path) is not None
+
+
+def _is_last_draft(path: str) -> bool:
+    return _in_scratch(path) and path.rsplit(".", 2)[-2:-1] == [str(LAST_LAYER)]
 
 
 def _is_head(path: str) -> bool:
@@ -44,8 +50,8 @@ MOMENTS = {
     "planned": Moment(("os.replace",), False, _is_head),
     "written": Moment(("os.replace",), False, _is_head),
     "switched": Moment(("os.replace",), True, _is_head),
-    "allocated": Moment(("os.posix_fallocate",), True, _in_scratch),
-    "mid_write": Moment(("os.pwrite",), True, lambda path: "/tmp/" in path),
+    "allocated": Moment(("os.posix_fallocate",), True, _is_last_draft),
+    "mid_write": Moment(("os.pwrite",), True, _in_scratch),
     "before_rename": Moment(("os.replace",), False, _is_states),
     "mid_rename": Moment(("os.replace",), True, _is_states),
     "renamed": Moment(("os.pwrite",), True, lambda path: "/crc32c/c/" in path),
