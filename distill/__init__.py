@@ -1,4 +1,7 @@
-"""The objective: targets, aligners, heads, distances, mixing of views, the transfer loss."""
+"""The transfer: states that a store holds of language models become a training loss of the transducer.
+
+May import data and extract.store. It never loads a language model.
+"""
 
 from .batch import TransferBatch
 from .targets import TargetReader, ViewSpec

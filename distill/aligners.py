@@ -1,9 +1,11 @@
-"""From encoder frames to one student state a transfer position.
+"""Aligners: from the student's frames or units to one state for each transfer position.
 
-Invariant: what a position gets is a mixture of the *values of encoder frames* of its own utterance. The text
-chooses where to look (through queries that know no context) and never enters the state, or a head could tell
-the target from the transcript without hearing anything. Padding of frames and positions changes nothing.
-Exercised by: pytest tests/distill/test_aligners.py.
+An aligner prepares a batch once (`frames`) and is then called for the positions of each teacher. It returns states
+[M', width] and which of the M kept positions they belong to, int64 [M'], or None if to all.
+Guarantees: attention, occupancy and cif mix *values of encoder frames* of the position's own utterance. The text
+chooses frames (through queries without context) and never enters the state, or a head could predict the target from
+the transcript without the audio. Padding of frames and positions changes nothing.
+Try: `pytest tests/distill/test_aligners.py`.
 """
 
 from __future__ import annotations
@@ -21,22 +23,28 @@ from .batch import Positions
 ALIGNERS = ("attention", "occupancy", "cif", "predictor")
 _OCTAVES = 6
 
+Aligned = tuple[Tensor, Tensor | None]  # states [M', width], and their kept positions int64 [M']; None: all
+
 
 class Attention(nn.Module):
-    """Cross-attention; queries are the positions' stored input embeddings, keys and values the encoder
-    frames.
+    """Cross-attention from the positions' stored input embeddings (queries) to encoder frames (keys and values).
 
-    `embeddings` holds one float table [K, D] a teacher, frozen and not saved with the model. Keys and values
-    are shared by all teachers, so a teacher more costs its queries and one attention. The same word twice has
-    the same embedding, so queries and keys also carry where they are: the fraction of the transcript, of the
-    frames. After Sunder et al. 2022, "Tokenwise contrastive pretraining".
+    All teachers share keys and values, so one more teacher costs its queries and one attention. Two equal words have
+    equal embeddings, so queries and keys also carry their place, as a fraction of the transcript or of the frames.
+    After Sunder et al. 2022, "Tokenwise contrastive pretraining".
+
+    Arguments:
+        encoder_dim: H, the width of the encoder frames.
+        embeddings: a float table [K, D] for each teacher. The tables are not trained and not saved with the model.
+        dim: A, the width of the states, a multiple of `heads`; None: encoder_dim.
     """
 
     def __init__(
         self, encoder_dim: int, embeddings: Mapping[str, Tensor], *, dim: int | None = None, heads: int = 4
     ) -> None:
         super().__init__()
-        self.dim, self.heads = dim or encoder_dim, heads
+        self.dim = self.width = dim or encoder_dim
+        self.heads = heads
         if self.dim % heads:
             raise ConfigError(f"the aligner's width {self.dim} is not a multiple of its {heads} heads")
         self.teachers = list(embeddings)
@@ -45,18 +53,15 @@ class Attention(nn.Module):
         widths = [table.shape[1] for table in embeddings.values()]
         self.query = nn.ModuleList(nn.Linear(width, self.dim) for width in widths)
         self.key, self.value = nn.Linear(encoder_dim, self.dim), nn.Linear(encoder_dim, self.dim)
-        # One projection for both sides, of such a scale that at the start the scores are the waves' own kernel
-        # Σ cos(π 2^k (p - t)): attention leans to the diagonal, as speech does, and is free to leave it.
+        # Both sides share one projection. With this scale the scores begin as the waves' own kernel,
+        # Σ cos(π 2^k (p - t)): attention prefers the diagonal, as speech does, and can leave it.
         self.place = nn.Linear(2 * _OCTAVES, self.dim, bias=False)
         nn.init.normal_(self.place.weight, std=(self.dim / heads) ** -0.25)
 
-    @property
-    def width(self) -> int:
-        return self.dim
-
     def frames(self, encoder: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """encoder [B, T, H] with zeros in the padding -> keys and values [B, heads, T, A / heads], mask [B,
-        1, 1, T].
+        """Return keys and values [B, heads, T, A / heads] and a mask [B, 1, 1, T] of the encoder [B, T, H].
+
+        The encoder must be 0 in the padding.
         """
         batch, frames, _ = encoder.shape
         frame = torch.arange(frames, device=encoder.device)
@@ -67,22 +72,14 @@ class Attention(nn.Module):
         key, value = key.view(split).transpose(1, 2), self.value(encoder).view(split).transpose(1, 2)
         return key, value, mask[:, None, None]
 
-    def forward(self, frames: tuple[Tensor, Tensor, Tensor], positions: Positions, teacher: str) -> Tensor:
-        """What `frames` returned -> states [M, A]."""
+    def forward(self, frames: tuple[Tensor, Tensor, Tensor], positions: Positions, teacher: str) -> Aligned:
+        """Return states [M, A]. `frames` is what the method `frames` returned."""
         key, value, mask = frames
         query = self._query(positions, teacher).to(key.dtype)  # (M, A)
         grid = query.new_zeros(len(key) * positions.grid, self.dim).index_copy(0, positions.row, query)
         grid = grid.view(len(key), positions.grid, self.heads, -1).transpose(1, 2)  # (B, heads, P, A / heads)
         state = F.scaled_dot_product_attention(grid, key, value, attn_mask=mask)
-        return state.transpose(1, 2).reshape(-1, self.dim)[positions.row]
-
-    def weights(self, encoder: Tensor, lengths: Tensor, positions: Positions, teacher: str) -> Tensor:
-        """Where each position looks, averaged over heads: [M, T]; for plots and tests, not for training."""
-        key, _, mask = self.frames(encoder, lengths)
-        query = self._query(positions, teacher).view(-1, self.heads, 1, self.dim // self.heads)
-        of = positions.row // positions.grid
-        scores = (query * key[of]).sum(-1) / math.sqrt(query.shape[-1])  # (M, heads, T)
-        return scores.masked_fill(~mask[of, :, 0], float("-inf")).softmax(-1).mean(1)
+        return state.transpose(1, 2).reshape(-1, self.dim)[positions.row], None
 
     def _query(self, positions: Positions, teacher: str) -> Tensor:
         number = self.teachers.index(teacher)
@@ -97,16 +94,34 @@ class Attention(nn.Module):
                 mode="sum",
                 per_sample_weights=positions.query_weight.to(table.dtype),
             )
-        # Tables of different teachers differ tenfold in scale; one learning rate serves all.
+        # Tables of different teachers differ tenfold in scale, but all have one learning rate.
         embedding = F.layer_norm(embedding.float(), embedding.shape[-1:])
         return self.query[number](embedding) + self.place(_waves(positions.place))
 
 
-class Occupancy(nn.Module):
-    """Frames averaged with the transducer's posterior of emitting, there, the units that the position spans.
+class UnitAligner(nn.Module):
+    """The aligners that have one vector [B, U, W] for each ASR unit; a position takes the mean of its units."""
 
-    No parameters. Gradients reach the frames and stop at the weights: the loss that made the weights is the
-    one to say where a unit is. Source: occupancies γ(b, u, t) of our own RNN-T loss, `return_occupancy=True`.
+    width: int
+
+    def forward(self, units: Tensor, positions: Positions, teacher: str = "") -> Aligned:
+        """Return states [M', W] of the positions that have units. `units` is what `frames` returned."""
+        if positions.unit_weight is None or positions.unit_rows is None:
+            raise ValueError("this aligner needs unit_spans: give them to TargetReader.read")
+        spanned = positions.unit_weight.shape[2]
+        if units.shape[1] < spanned:
+            raise ValueError(f"there are {spanned} units in the spans, {units.shape[1]} in the model's output")
+        weight = positions.unit_weight.to(units.dtype)
+        # Rows of `units` in the padding may hold anything.
+        units = units[:, :spanned].masked_fill(weight.sum(1)[..., None] == 0, 0)
+        return (weight @ units).flatten(0, 1)[positions.row[positions.unit_rows]], positions.unit_rows
+
+
+class Occupancy(UnitAligner):
+    """Means of encoder frames, weighted with the transducer's posterior of emitting a position's units there.
+
+    It has no parameters. Gradients reach the frames and stop at the weights, because the transducer's own loss alone
+    decides where a unit is. The weights are the occupancies of our RNN-T loss (`return_occupancy=True`).
     """
 
     def __init__(self, encoder_dim: int) -> None:
@@ -114,27 +129,24 @@ class Occupancy(nn.Module):
         self.width = encoder_dim
 
     def frames(self, encoder: Tensor, occupancy: Tensor) -> Tensor:
-        """encoder [B, T, H], occupancy [B, U, T] with zeros in the padding -> the mean frame of each unit
-        [B, U, H].
+        """Return the mean frame of each unit [B, U, H] of the encoder [B, T, H].
+
+        Both the encoder and the occupancy [B, U, T] must be 0 in the padding.
         """
         if occupancy.shape[-1] != encoder.shape[1]:
             raise ValueError(f"an occupancy of {occupancy.shape[-1]} frames for an encoder's {encoder.shape[1]}")
         weight = occupancy.detach().to(encoder.dtype)
-        # Rows sum to 1 up to rounding; rows of padded units sum to 0 and must stay 0
+        # Rows sum to 1 up to rounding. Rows of padded units sum to 0 and must stay 0.
         weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-6)
         return weight @ encoder
 
-    def forward(self, units: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
-        """What `frames` returned -> states [M', H] and which M' of the M kept positions have units, int64 [M']."""
-        return of_units(units, positions)
-
 
 class Cif(nn.Module):
-    """Continuous integrate-and-fire: each frame has a weight, positions take the frames in which the sum passes them.
+    """Continuous integrate-and-fire: each frame has a weight, and the running sum of weights defines the positions.
 
-    The weights of an utterance are scaled so that they sum to its number of positions: position p is the mean of the
-    frames over which the running sum goes from p to p + 1. Monotonic by construction; the weights are learned from
-    the transfer loss. After Dong and Xu 2020, "CIF", as used for transfer by Han et al. 2023 and Deng et al. 2022.
+    The weights of an utterance are scaled to sum to its number of positions. Position p is the mean of the frames over
+    which the running sum goes from p to p + 1. The alignment is monotonic, and the transfer loss trains the weights.
+    After Dong and Xu 2020, "CIF", as used for transfer by Han et al. 2023 and Deng et al. 2022.
     """
 
     def __init__(self, encoder_dim: int, kernel: int = 3) -> None:
@@ -143,32 +155,32 @@ class Cif(nn.Module):
         self.weigh = nn.Conv1d(encoder_dim, 1, kernel, padding=kernel // 2)
 
     def frames(self, encoder: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """encoder [B, T, H] with zeros in the padding -> itself and the running share [B, T] of the weights, to 1."""
+        """Return the encoder [B, T, H], which must be 0 in the padding, and the running share [B, T] of its weights."""
         mask = torch.arange(encoder.shape[1], device=encoder.device) < lengths[:, None]
         weight = torch.sigmoid(self.weigh(encoder.transpose(1, 2))[:, 0].float()) * mask
-        # Sums of many small shares: float32 whatever autocast does, or late positions miss their frames
+        # Many small shares are summed in float32 whatever autocast does, or late positions would miss their frames.
         running = weight.cumsum(1)
         return encoder, running / running[:, -1:].clamp_min(1e-6)
 
     def weights(self, share: Tensor, positions: Positions) -> Tensor:
-        """[B, P, T]: how much of position p lies in frame t; rows of positions that exist sum to 1."""
+        """Return how much of position p is in frame t, [B, P, T]. Rows of positions that exist sum to 1."""
         end = share * positions.lengths[:, None]
         begin = F.pad(end[:, :-1], (1, 0))
         place = torch.arange(positions.grid, device=share.device)[None, :, None]
         return (torch.minimum(end[:, None], place + 1) - torch.maximum(begin[:, None], place)).clamp_min(0)
 
-    def forward(self, frames: tuple[Tensor, Tensor], positions: Positions) -> Tensor:
-        """What `frames` returned -> states [M, H]."""
+    def forward(self, frames: tuple[Tensor, Tensor], positions: Positions, teacher: str = "") -> Aligned:
+        """Return states [M, H]. `frames` is what the method `frames` returned."""
         encoder, share = frames
-        return (self.weights(share, positions).to(encoder.dtype) @ encoder).flatten(0, 1)[positions.row]
+        return (self.weights(share, positions).to(encoder.dtype) @ encoder).flatten(0, 1)[positions.row], None
 
 
-class Predictor(nn.Module):
-    """The prediction network's states instead of the encoder's: it, too, may learn what a language model knows.
+class Predictor(UnitAligner):
+    """The prediction network's states instead of the encoder's, so that it can learn what a language model knows.
 
-    `after`: the state that has read the unit, else the one that expects it (and cannot copy it). A position takes the
-    mean over the units that it spans. After Kubo et al. 2022, "Knowledge transfer from large-scale pretrained language
-    models to end-to-end speech recognizers".
+    With `after`, a unit has the state that has read it, otherwise the state that predicts it and cannot copy it.
+    After Kubo et al. 2022, "Knowledge transfer from large-scale pretrained language models to end-to-end speech
+    recognizers".
     """
 
     def __init__(self, predictor_dim: int, after: bool = True) -> None:
@@ -176,28 +188,11 @@ class Predictor(nn.Module):
         self.width, self.after = predictor_dim, after
 
     def frames(self, predictor: Tensor) -> Tensor:
-        """predictor [B, U + 1, W]: state u has read u units -> [B, U, W]: one a unit."""
+        """Return one state for each unit, [B, U, W], of states [B, U + 1, W], where state u has read u units."""
         return predictor[:, 1:] if self.after else predictor[:, :-1]
-
-    def forward(self, units: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
-        """What `frames` returned -> states [M', W] and which of the M kept positions have units, int64 [M']."""
-        return of_units(units, positions)
-
-
-def of_units(units: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
-    """Means of unit vectors [B, U, W] over the units of each position -> [M', W], and which positions, int64 [M']."""
-    if positions.unit_weight is None or positions.unit_rows is None:
-        raise ValueError("this aligner needs unit_spans: give them to TargetReader.read")
-    padded = units.shape[1] - positions.unit_weight.shape[2]
-    if padded < 0:
-        raise ValueError(f"{positions.unit_weight.shape[2]} units in the spans, {units.shape[1]} in the model's output")
-    # Rows of `units` in the padding may hold anything
-    weight = positions.unit_weight.to(units.dtype)
-    units = units[:, : weight.shape[2]].masked_fill(weight.sum(1)[..., None] == 0, 0)
-    return (weight @ units).flatten(0, 1)[positions.row[positions.unit_rows]], positions.unit_rows
 
 
 def _waves(place: Tensor) -> Tensor:
-    """Fractions in [0, 1], any shape -> sines and cosines of 1, 2, 4, … half turns, [..., 12]."""
+    """Return sines and cosines of 1, 2, 4, … half turns, [..., 12], of fractions in [0, 1], of any shape."""
     angle = place[..., None] * (math.pi * 2.0 ** torch.arange(_OCTAVES, device=place.device))
     return torch.cat([angle.sin(), angle.cos()], -1)

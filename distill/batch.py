@@ -1,9 +1,8 @@
-"""What a step of training gets of its teachers: positions, targets and the maps between them, as torch
-tensors.
+"""The transfer's part of a training batch: positions, targets and the maps between them, as torch tensors.
 
-Invariant: everything that varies in length is packed (ΣM rows, no padding); which rows of the padded [B, P]
-grid they are is known on the CPU, so that the forward never waits for the device. Exercised by: pytest
-tests/distill.
+Guarantees: all that varies in length is packed, ΣM rows without padding. The CPU knows which rows of the padded grid
+[B, P] they are, so the forward pass never waits for the device.
+Try: `pytest tests/distill/test_targets.py`.
 """
 
 from __future__ import annotations
@@ -18,30 +17,29 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Positions:
-    """The transfer positions of one teacher in one batch; M of them are kept, the others are masked."""
+    """The transfer positions of one teacher in one batch. M of them are kept, the others are masked."""
 
     lengths: Tensor  # int64 [B]: positions of each utterance, masked ones included
-    grid: int  # P ≥ 1: the longest utterance's positions
+    grid: int  # P ≥ 1: the positions of the longest utterance
     row: Tensor  # int64 [M]: b * P + p of each kept position
     key: Tensor  # int64 [M]: equal numbers are occurrences of the same token, word or unit
-    place: Tensor  # float32 [M]: the middle of the position's span over the transcript's length, in [0, 1]
+    place: Tensor  # float32 [M]: the middle of the position's span, as a fraction of the transcript's length
     query_row: Tensor  # int64 [E]: rows of the teacher's embedding table
-    query_start: Tensor | None  # int64 [M]: where each position's entries begin; None: one entry a position
+    query_start: Tensor | None  # int64 [M]: where the entries of each position begin; None: one entry each
     query_weight: Tensor | None  # float32 [E]
     unit_weight: Tensor | None  # float32 [B, P, U]: row-stochastic map from ASR units to positions
-    unit_rows: Tensor | None  # int64 [M']: which of the M kept positions some ASR unit overlaps
+    unit_rows: Tensor | None  # int64 [M']: those of the M kept positions that an ASR unit overlaps
     masked: int  # positions that no teacher token overlaps
 
     @property
     def kept(self) -> int:
+        """M, the number of kept positions."""
         return len(self.row)
 
 
 @dataclass(frozen=True)
 class TransferBatch:
-    """Targets float32 [M, D] by view address, standardised, and the positions that they belong to by
-    teacher.
-    """
+    """Standardised targets float32 [M, D] by view address, and their positions by teacher."""
 
     utterances: int
     positions: dict[str, Positions]
@@ -49,9 +47,11 @@ class TransferBatch:
     skipped: int  # utterances that at least one teacher lacks (on_missing="skip")
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TransferBatch:
+        """Return the batch on a device."""
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> TransferBatch:
+        """Return the batch in pinned memory, from which a CUDA device copies without waiting."""
         return self._map(lambda t: t.pin_memory())
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> TransferBatch:

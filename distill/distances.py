@@ -1,7 +1,8 @@
-"""Distances between what a head predicts and what the teacher holds, one number a position.
+"""Distances between a head's prediction and the teacher's target, one number for each position.
 
-Invariant: a distance is a mean over dimensions (never a sum), so views of different widths weigh the same,
-and it is computed in float32 whatever autocast does. Exercised by: pytest tests/distill/test_distances.py.
+Guarantees: a distance is a mean over dimensions, never a sum, so views of different widths have equal weight. It is
+computed in float32 whatever autocast does.
+Try: `pytest tests/distill/test_distances.py`.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from torch import Tensor
 
 from ..data.errors import ConfigError
 
-# (prediction [M, D], target [≥ M, D], key int64 [≥ M]) -> [M]; targets after the M-th are others' that contrast
+# (prediction [M, D], target [≥ M, D], key int64 [≥ M]) -> [M]. Targets after the M-th are contrasts of other ranks.
 Distance = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def cosine(prediction: Tensor, target: Tensor, key: Tensor) -> Tensor:
-    """1 - cosine similarity, in [0, 2]."""
+    """Return 1 - cosine similarity, in [0, 2]."""
     return 1 - F.cosine_similarity(prediction, target, dim=-1)
 
 
@@ -28,7 +29,7 @@ def l1(prediction: Tensor, target: Tensor, key: Tensor) -> Tensor:
 
 
 def smooth_l1(prediction: Tensor, target: Tensor, key: Tensor) -> Tensor:
-    """Huber's: quadratic within 1 of the target (targets have deviation 1), linear outside."""
+    """Return Huber's distance: quadratic within 1 of the target, linear outside. Targets have deviation 1."""
     return F.smooth_l1_loss(prediction, target, reduction="none").mean(-1)
 
 
@@ -37,10 +38,10 @@ def mse(prediction: Tensor, target: Tensor, key: Tensor) -> Tensor:
 
 
 def contrastive(temperature: float) -> Distance:
-    """InfoNCE: which of the batch's targets is mine, by cosine over `temperature`.
+    """Return InfoNCE: choose the position's own target among those of the batch, by cosine over `temperature`.
 
-    Other occurrences of the same token (equal keys) are neither positives nor negatives: they are left out.
-    Costs a matrix [M, M] a view. After Sunder et al. 2022, "Tokenwise contrastive pretraining".
+    Other occurrences of the same token (equal keys) are neither positives nor negatives, they are left out. It needs a
+    matrix [M, M] for each view. After Sunder et al. 2022, "Tokenwise contrastive pretraining".
     """
 
     def distance(prediction: Tensor, target: Tensor, key: Tensor) -> Tensor:
@@ -54,12 +55,12 @@ def contrastive(temperature: float) -> Distance:
 
 
 def distance_named(name: str, *, temperature: float = 0.1) -> Distance:
-    """The distance of that name; `temperature` concerns `contrastive` alone. Unknown name: ConfigError."""
+    """Return the distance of that name; `temperature` > 0 is for `contrastive` alone. Raises ConfigError."""
     if temperature <= 0:
         raise ConfigError("the temperature must be positive", where=temperature)
     named: dict[str, Distance] = {"cosine": cosine, "l1": l1, "smooth_l1": smooth_l1, "mse": mse}
     if name == "contrastive":
         named[name] = contrastive(temperature)
     if name not in named:
-        raise ConfigError(f"no distance {name!r}", expected="cosine, l1, smooth_l1, mse or contrastive")
+        raise ConfigError(f"there is no distance {name!r}", expected="cosine, l1, smooth_l1, mse or contrastive")
     return named[name]

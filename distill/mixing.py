@@ -1,10 +1,10 @@
-"""From one loss a view to one loss: `mean`, `learned`, `sample`.
+"""From one loss per view to one loss: `mean`, `learned`, `sample`.
 
-Invariant: the weights of the views in a batch are positive and sum to 1. `sample` draws `count` views a step,
-each equally often, so the expectation of its mean is the mean over all views, and what it draws depends on
-seed and step alone: a resumed run draws the same. `learned` follows the gradient, so it leans to the views
-that are easiest to match, not to those that help most: look at the logged weights. Exercised by: pytest
-tests/distill/test_mixing.py.
+`sample` draws `count` views for each step, each view equally often. So the expectation of its mean is the mean over all
+views. The draw depends on seed and step alone, and a resumed run draws the same. `learned` follows the gradient, so it
+prefers the views that are easiest to match, not those that help most. Look at the logged weights.
+Guarantees: the weights of the views in a batch are positive and sum to 1.
+Try: `pytest tests/distill/test_mixing.py`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ MIXINGS = ("mean", "learned", "sample")
 
 
 class Mixing(nn.Module):
-    """Weighs the views of a batch. `sample` weighs as `mean` does: the reader has drawn before."""
+    """The weights of the views in a batch. `sample` has those of `mean`, because the reader draws the views."""
 
     def __init__(self, name: str, views: int) -> None:
         super().__init__()
         if name not in MIXINGS:
-            raise ConfigError(f"no mixing {name!r}", expected=", ".join(MIXINGS))
+            raise ConfigError(f"there is no mixing {name!r}", expected=", ".join(MIXINGS))
         self.logits = nn.Parameter(torch.zeros(views)) if name == "learned" else None
 
     def forward(self, losses: list[Tensor], index: list[int]) -> Tensor:
-        """The weighted sum of scalar losses, at least one; index int [len(losses)] says of which views."""
+        """Return the weighted sum of one or more scalar losses; `index` names the view of each."""
         stacked = torch.stack(losses)
         if self.logits is None:
             return stacked.mean()
@@ -36,18 +36,18 @@ class Mixing(nn.Module):
         return (torch.softmax(logits.float(), 0) * stacked).sum()
 
     def idle(self) -> Tensor | float:
-        """Zero, with a gradient of zero for what `learned` learns: for a batch without any target."""
+        """Return zero, with a gradient of zero for learned weights, for a batch without any target."""
         return 0.0 if self.logits is None else self.logits.sum() * 0
 
     def logged(self, addresses: list[str]) -> dict[str, Tensor]:
-        """The learned weight of every view, detached; empty for the other mixings."""
+        """Return the learned weight of each view, detached; empty for the other mixings."""
         if self.logits is None:
             return {}
         return dict(zip(addresses, torch.softmax(self.logits.detach(), 0), strict=True))
 
 
 def draw(views: int, count: int, seed: int, step: int) -> list[int]:
-    """`count` of `views` views for a step, without repetition, ascending."""
+    """Return `count` of `views` view numbers for a step, without repetition, ascending."""
     if not 0 < count <= views:
         raise ConfigError(f"cannot sample {count} of {views} views", remedy="set the sample to fewer views")
     return sorted(np.random.default_rng([seed, step]).permutation(views)[:count].tolist())

@@ -1,9 +1,8 @@
-"""What a store holds of one teacher, as the transfer wants it: which utterances, their tokens, and their states, or
-what a control puts in their place.
+"""The transfer's access to one teacher of a store: present utterances, tokens, and states or a control's targets.
 
-Invariant: utterances that a store lacks, or holds from another text or beside other neighbours, are named or left
-out, never read. Nothing changes after construction, and it pickles without the corpus.
-Exercised by: pytest tests/distill/test_targets.py tests/distill/test_controls.py; `stillhouse train CONFIG`.
+Guarantees: an utterance that the store lacks, or holds from another text or beside other neighbours, is named or left
+out, never read. Nothing changes after construction, and the object pickles without the corpus.
+Try: `pytest tests/distill/test_targets.py tests/distill/test_controls.py`.
 """
 
 from __future__ import annotations
@@ -20,64 +19,59 @@ from ..extract.store.verify.stale import stale
 from .controls import punctuation_ids, shuffled_partners, table_norm, vocabulary, word_codes, word_numbers
 from .spans import expand
 
-_REFRESH = "extract what has changed: stillhouse extract CORPUS STORE … --refresh"
+_REFRESH = "extract changed utterances again: stillhouse extract CORPUS STORE … --refresh"
 
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """One view as the transfer sees it; mean and std float32 [D] are what standardised its targets."""
+    """One view of a TargetReader, with the numbers that standardise its targets."""
 
-    address: str
+    address: str  # such as "minilm/alone/6"
     teacher: str
-    width: int
-    mean: np.ndarray
-    std: np.ndarray
+    width: int  # D
+    mean: np.ndarray  # float32 [D]
+    std: np.ndarray  # float32 [D]
 
 
 @dataclass(frozen=True)
 class TeacherBatch:
-    """Packed tokens of B utterances, N of all of them together."""
+    """Packed tokens of B utterances, N in all."""
 
     lengths: np.ndarray  # int [B]
     token_id: np.ndarray  # int [N]
     span: np.ndarray  # int [N, 2]
-    table_row: np.ndarray  # int64 [N], of the teacher's input embeddings
-    states: list[np.ndarray]  # float32 [N, D] for each view asked for
+    table_row: np.ndarray  # int64 [N]: rows of the teacher's input embeddings
+    states: list[np.ndarray]  # float32 [N, D] for each chosen view
 
 
 class TeacherStates:
-    """One teacher of a store, with the views asked for.
+    """One teacher of a store, with some of its views. `specs` describes them, or a control's targets in their place.
 
-    name     what the teacher is called here: another name where two stores share it
-    views    of this teacher
-    control  as TargetReader's; `specs` are then what takes the views' place
-    corpus   the whole manifest, or None: who the utterances' neighbours are now, and what is punctuation
+    Arguments:
+        name: the teacher's name in a batch, which differs from `teacher` if two stores have a teacher of that name.
+        views: views of this teacher.
+        control, seed: those of TargetReader.
+        corpus: the whole manifest, which tells the utterances' present neighbours and the punctuation; or None.
     """
 
     def __init__(
-        self,
-        store: Store,
-        teacher: str,
-        name: str,
-        views: Sequence[View],
-        control: str | None = None,
-        seed: int = 0,
+        self, store: Store, teacher: str, name: str, views: Sequence[View], control: str | None = None, seed: int = 0,
         corpus: Corpus | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.store, self.teacher, self.name, self.views = store, teacher, name, list(views)
         self._control, self._dtype = control, store.teacher(teacher).dtype
         # A copy, because the store's array may be a memory map, which a later process could not share through a pickle.
         self.table = np.array(store.embedding(teacher)[1])  # float16 [K, D], by ascending token id
         self._codes = control in ("words", "words-shuffled")
         if self._codes:
-            self._silent = _silent(store, teacher, corpus)
+            self._punctuation = _punctuation(store, teacher, corpus)
             lengths, token_id, span = store.tokens_of_rows(np.flatnonzero(store.lengths(teacher)), teacher)
-            self._words = vocabulary(word_numbers(token_id, span, lengths, self._silent))
+            self._words = vocabulary(word_numbers(token_id, span, lengths, self._punctuation))
         self.specs = self._specs()
-        # int64 [U]: whose states each row of the store gets, if shuffled
         shuffled = control in ("shuffled", "words-shuffled")
-        self._donor = shuffled_partners(store.lengths(teacher), seed, store.index.text_hash) if shuffled else None
-        # Utterances with other neighbours than their contexts saw; controls that read no states have none
+        # int64 [U]: the row whose states each row of the store gets, if shuffled
+        self._partner = shuffled_partners(store.lengths(teacher), seed, store.index.text_hash) if shuffled else None
+        # Utterances with other neighbours than their contexts saw. Controls are not checked.
         self._stale = frozenset(() if corpus is None or control is not None else _stale(store, self.views, corpus))
 
     def _specs(self) -> list[ViewSpec]:
@@ -94,9 +88,11 @@ class TeacherStates:
         return specs
 
     def present(self, ids: Sequence[str], texts: Sequence[str], skip: bool = False) -> np.ndarray:
-        """bool [B]: utterances that the store holds, in every view asked for, from these very transcripts.
+        """Return which utterances the store holds in all views and from these transcripts, bool [B].
 
-        Errors, unless `skip`: NoStoreError and StaleError for those that it does not.
+        Raises:
+            NoStoreError: utterances are missing, unless `skip`.
+            StaleError: transcripts or neighbours have changed, unless `skip`.
         """
 
         def refuse(error: type[StoreError], what: str, wrong: np.ndarray, remedy: str) -> None:
@@ -113,30 +109,30 @@ class TeacherStates:
         stored = np.asarray(self.store.text_hash([ids[i] for i in index], self.teacher))
         fresh[index] = [int(old) == hash_text(texts[i]) for old, i in zip(stored, index, strict=True)]
         refuse(StaleError, "changed transcripts of", held & ~fresh, _REFRESH)
-        moved = np.array([i in self._stale for i in ids], bool) if self._stale else np.zeros(len(ids), bool)
-        refuse(StaleError, "other neighbours than their contexts saw have", fresh & moved, _REFRESH)
-        fresh &= ~moved
-        if self._donor is not None:  # the longest utterance has nobody to take from
+        stale_context = np.array([i in self._stale for i in ids], bool)
+        refuse(StaleError, "other neighbours than their contexts saw have", fresh & stale_context, _REFRESH)
+        fresh &= ~stale_context
+        if self._partner is not None:  # The longest utterances may have no partner.
             index = np.flatnonzero(fresh).tolist()
-            fresh[index] = self._donor[self.store.rows([ids[i] for i in index])] >= 0
+            fresh[index] = self._partner[self.store.rows([ids[i] for i in index])] >= 0
         return fresh
 
     def gather(self, ids: Sequence[str], chosen: Sequence[int]) -> TeacherBatch:
-        """Tokens of utterances that are present, and the states of the `chosen` of `specs`, by number."""
-        giver = ids
-        if self._donor is not None:
-            giver = [self.store.index.id(int(r)) for r in self._donor[self.store.rows(ids)]]
+        """Return tokens of present utterances, and the states of the `chosen` numbers of `specs`."""
+        source_ids = ids
+        if self._partner is not None:
+            source_ids = [self.store.index.id(int(r)) for r in self._partner[self.store.rows(ids)]]
         states: list[np.ndarray] = []
         if self._control == "static" or self._codes or not chosen:
-            lengths, token_id, span = self.store.tokens(giver, self.teacher)
+            lengths, token_id, span = self.store.tokens(source_ids, self.teacher)
             if self._codes and chosen:
-                states = [word_codes(word_numbers(token_id, span, lengths, self._silent), self._words)]
+                states = [word_codes(word_numbers(token_id, span, lengths, self._punctuation), self._words)]
         else:
             views = [self.views[n] for n in chosen]
-            found = self.store.gather(giver, views)
-            lengths, token_id, span = (f[self.teacher] for f in (found.lengths, found.token_id, found.span))
-            states = [to_float32(found.states[view], self._dtype) for view in views]
-        if self._donor is not None:
+            gathered = self.store.gather(source_ids, views)
+            lengths, token_id, span = (g[self.teacher] for g in (gathered.lengths, gathered.token_id, gathered.span))
+            states = [to_float32(gathered.states[view], self._dtype) for view in views]
+        if self._partner is not None:
             begin = np.cumsum(lengths, dtype=np.int64) - lengths
             lengths, token_id, span = self.store.tokens(ids, self.teacher)
             rows = expand(begin, lengths.astype(np.int64))
@@ -147,8 +143,8 @@ class TeacherStates:
         return TeacherBatch(lengths, token_id, span, table_row, states)
 
 
-def _silent(store: Store, teacher: str, corpus: Corpus | None) -> np.ndarray:
-    """Token ids of punctuation, as the texts of the corpus show it; none where there is no corpus."""
+def _punctuation(store: Store, teacher: str, corpus: Corpus | None) -> np.ndarray:
+    """Return the token ids of punctuation, which the texts of the corpus show; none without a corpus."""
     texts = {} if corpus is None else {u.id: u.text for u in corpus.utterances}
     rows = np.flatnonzero(store.lengths(teacher))
     ids = [i for i in map(store.index.id, rows.tolist()) if i in texts]
@@ -161,7 +157,7 @@ def _silent(store: Store, teacher: str, corpus: Corpus | None) -> np.ndarray:
 
 
 def _stale(store: Store, views: Sequence[View], corpus: Corpus) -> list[str]:
-    """Utterances whose contexts saw what the corpus no longer says."""
+    """Return the utterances whose contexts saw other texts than the corpus has."""
     own = corpus.select(store.plan.corpus.get("split"))
-    said = [[(u.id, u.text) for u in (own.utterances[i] for i in s)] for s in own.sessions()]
-    return list(stale(store, views, said))
+    sessions = [[(u.id, u.text) for u in (own.utterances[i] for i in s)] for s in own.sessions()]
+    return list(stale(store, views, sessions))

@@ -1,7 +1,7 @@
-"""Which views of which stores a run reads: view patterns, each taken over all of its stores.
+"""The views that a run reads: view patterns, each applied to all of its stores.
 
-Invariant: what a pattern means does not depend on the order of the stores, and an address means one view.
-Exercised by: pytest tests/distill/test_sources.py; `stillhouse train CONFIG --set 'transfer.stores=["a", "b"]'`.
+Guarantees: the meaning of a pattern does not depend on the order of the stores. An address means one view.
+Try: `pytest tests/distill/test_sources.py`, or `stillhouse train CONFIG --set 'transfer.stores=["a", "b"]'`.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from ..extract.store import Store, View
 
 
 def resolve_views(stores: Sequence[Store], patterns: Sequence[str]) -> list[tuple[Store, list[View]]]:
-    """Each store with those of its views that some pattern matches, in the patterns' order; TargetReader's `sources`.
+    """Return the `sources` of a TargetReader: each store with its views that match a pattern, in the patterns' order.
 
-    Errors: NoStoreError for a pattern that matches in none of the stores, listing what there is; ConfigError for an
-    address that two stores hold.
+    Raises:
+        NoStoreError: a pattern matches in none of the stores. The text lists the views that exist.
+        ConfigError: two stores hold views of one address.
     """
-    found: list[list[View]] = [[] for _ in stores]
+    matches: list[list[View]] = [[] for _ in stores]
     for pattern in patterns:
         failures = []
-        for views, store in zip(found, stores, strict=True):
+        for views, store in zip(matches, stores, strict=True):
             try:
                 views += store.resolve(pattern)
             except NoStoreError as e:
@@ -34,14 +35,14 @@ def resolve_views(stores: Sequence[Store], patterns: Sequence[str]) -> list[tupl
                 for store in stores
             )
             raise NoStoreError(f"no view matches {pattern!r}; there are: {listed}")
-    held: dict[str, Store] = {}
-    for store, views in zip(stores, found, strict=True):
+    holders: dict[str, Store] = {}
+    for store, views in zip(stores, matches, strict=True):
         for address in dict.fromkeys(view.address for view in views):
-            if address in held:
+            if address in holders:
                 raise ConfigError(
-                    f"{held[address].address} and {store.address} both hold {address}",
-                    expected="one view an address",
+                    f"{holders[address].address} and {store.address} both hold {address}",
+                    expected="one view for each address",
                     remedy="leave one of the stores out, or extract one of the teachers under another --name",
                 )
-            held[address] = store
-    return [(store, list(dict.fromkeys(views))) for store, views in zip(stores, found, strict=True) if views]
+            holders[address] = store
+    return [(store, list(dict.fromkeys(views))) for store, views in zip(stores, matches, strict=True) if views]

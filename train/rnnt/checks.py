@@ -97,26 +97,13 @@ def _integers(name: str, tensor: Tensor, dim: int) -> np.ndarray:
 
 
 def check_batch(
-    targets: Tensor,
-    logit_lengths: Tensor,
-    target_lengths: Tensor,
-    blank: int,
-    vocabulary: int,
-    max_frames: int | None = None,
-    max_units: int | None = None,
-) -> LossBatch:
-    """Return the batch's integers, checked.
+    targets: Tensor, logit_lengths: Tensor, target_lengths: Tensor, blank: int, vocabulary: int,
+    max_frames: int | None = None, max_units: int | None = None,
+) -> LossBatch:  # fmt: skip
+    """Return the batch's integers, checked. max_frames and max_units are what the logits have; None: packed.
 
-    Arguments:
-        targets: int32 or int64 [B, Umax].
-        logit_lengths, target_lengths: int32 or int64 [B].
-        blank: -vocabulary ≤ blank < vocabulary.
-        vocabulary: V, the size of the logits' last dimension.
-        max_frames, max_units: the frames and units that the logits have. None: as many as the lengths say.
-
-    Raises:
-        TypeError: a tensor is of another type.
-        ValueError: a length, a target or the blank is out of range. The text names the row and its lengths.
+    Raises TypeError for a tensor of another type, and ValueError for a length, a target or a blank out of range. The
+    text names the row and its lengths.
     """
     from .cpu.plan import sound
 

@@ -47,10 +47,7 @@ class TileBuffers:
 class CpuJointLoss:
     """The loss from encoder and predictor on. `kept` holds lse and the two occupancies of each cell between the passes.
 
-    Arguments:
-        padded: Tmax and Umax + 1, the states of encoder and predictor.
-        band: int64 [B, Tmax], the first unit of each frame's band; None: all units are computed.
-        width: units of a band.
+    `padded` is (Tmax, Umax + 1), and `band` int64 [B, Tmax] the first of `width` units of each frame; None: all units.
     """
 
     inplace = False
@@ -161,11 +158,9 @@ class CpuJointLoss:
 
 
 def frame_runs(batch: LossBatch, counts: np.ndarray, count: int) -> list[list[tuple[int, int, int]]]:
-    """Return each thread's runs of frames (utterance, from, to), about the same number of active cells for each.
+    """Return the runs of frames (utterance, from, to) of each of `count` threads.
 
-    Arguments:
-        counts: int64 [sum of T], active cells of each frame.
-        count: the number of threads.
+    All threads get about the same number of active cells, of which `counts` int64 [sum of T] has those of each frame.
     """
     cumulative = np.cumsum(counts)
     total = int(cumulative[-1]) if counts.size else 0

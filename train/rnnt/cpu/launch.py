@@ -53,9 +53,7 @@ def results(
 class CpuLoss:
     """The loss of given logits. `kept` holds lse and the two occupancies of each cell between the passes.
 
-    Arguments:
-        padded: (Tmax, rows of a frame) of the logits; None: they are packed.
-        band: int64 [B, Tmax], the first unit of each frame that has a row; None: unit 0.
+    `padded` and `band` are those of `make_plan`.
     """
 
     def __init__(

@@ -34,12 +34,7 @@ TILE_ELEMENTS = 1 << 24  # logits of a tile: large enough to fill a GPU, small b
 
 
 class CudaJointLoss:
-    """The loss from encoder and predictor on.
-
-    Arguments:
-        encoder, weight: tensors like the inputs, for their sizes and their device.
-        batch, blank, padded, band: those of `device_batch`.
-    """
+    """The loss from encoder and predictor on. Only sizes and device of encoder and weight matter here."""
 
     inplace = False
 
@@ -68,7 +63,7 @@ class CudaJointLoss:
         grad_e, grad_p, grad_w, grad_c = (torch.zeros_like(v, dtype=wide) for v in (e, p, w, c))
         with torch.autocast(e.device.type, enabled=False):
             for tile in self._tiles(w.shape[0]):
-                b, t0, t1 = tile.b, tile.t0, tile.t1
+                b, t0, t1 = tile
                 hidden, states, units = self._hidden(e, p, tile)
                 logits = torch.addmm(c, hidden, w.t())
                 stage_gradient(launch, logits, logits, d, o, self.kept, scale, tile)
@@ -104,7 +99,7 @@ class CudaJointLoss:
 
     def _hidden(self, e: Tensor, p: Tensor, tile: RowTile) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return hidden rows [R, H], predictor states and, of a band, the units [frames, width] of the tile's rows."""
-        b, t0, t1 = tile.b, tile.t0, tile.t1
+        b, t0, t1 = tile
         states, units = p[b], None
         if self.pruned:
             units = self.d.band[b, t0:t1, None] + torch.arange(self.d.width, device=p.device)

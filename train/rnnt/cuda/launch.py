@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,10 +47,8 @@ def device_batch(
 ) -> DeviceBatch:  # fmt: skip
     """Return the batch on the device. Indices are clamped, so no kernel leaves an array, whatever they hold.
 
-    Arguments:
-        rows: rows of packed logits, whose offsets are sums that the device takes.
-        padded: (Tmax, rows of a frame) of the logits; None: they are packed.
-        band: int [B, Tmax], the first unit of each frame that has a row; None: unit 0.
+    `padded` is (Tmax, rows of a frame) of the logits. If it is None, they are packed in `rows` rows, and the device
+    sums up their offsets. `band` int [B, Tmax] is the first unit of each frame that has a row; None: unit 0.
     """
     y, T, U = (torch.from_numpy(v) for v in (batch.y, batch.T, batch.U)) if isinstance(batch, LossBatch) else batch
     B, Umax = y.shape
@@ -124,8 +122,7 @@ class Launcher:
                 getattr(self.kernels, name)[grid, block, self.stream](*values)
 
 
-@dataclass(frozen=True)
-class RowTile:
+class RowTile(NamedTuple):
     """The rows of frames t0..t1 of utterance b, which are all that a matrix of logits holds."""
 
     b: int
@@ -143,8 +140,7 @@ def _row_grid(launch: Launcher, d: DeviceBatch, tile: RowTile | None) -> tuple[t
 def _where(d: DeviceBatch, tile: RowTile | None, last: int) -> tuple:
     """Return the arguments of a kernel over rows that tell where these are. Frames end at `last` without a tile."""
     first = torch.full_like(d.first, -tile.t0 * d.width) if tile else d.first
-    run = (tile.b, tile.t0, tile.t1) if tile else (0, 0, last)
-    return d.y, d.T, d.U, first, d.per_frame, d.band, d.cells, *run
+    return d.y, d.T, d.U, first, d.per_frame, d.band, d.cells, *(tile or (0, 0, last))
 
 
 def stage_rows(launch: Launcher, x, d: DeviceBatch, o: Options, kept, tile: RowTile | None = None) -> None:
@@ -189,12 +185,7 @@ def kept_arrays(d: DeviceBatch, dtype: torch.dtype) -> list[Tensor]:
 
 
 class CudaLoss:
-    """The loss of given logits.
-
-    Arguments:
-        logits: a tensor like the logits, for its size, type and device.
-        batch, blank, padded, band: those of `device_batch`.
-    """
+    """The loss of given logits, of which only size, type and device matter here. See `device_batch`."""
 
     def __init__(
         self, logits: Tensor, batch: Integers, blank: int, padded: tuple[int, int] | None,
