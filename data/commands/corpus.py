@@ -136,8 +136,9 @@ def tokenizer(manifest: Path, folder: Path, split: str | None, as_json: bool, si
     if as_json:
         click.echo(json.dumps(facts, ensure_ascii=False))
     else:
-        few = f" of {size}; the corpus has no more" if units.size < size and units.kind == "sentencepiece" else ""
-        say(f"{folder}: {units.size} units{few}, fingerprint {units.fingerprint}")
+        few = units.size < size and units.kind == "sentencepiece"
+        count = f"{units.size} units" + (f" of {size}, because the corpus has no more" if few else "")
+        say(f"{folder}: {count}, fingerprint {units.fingerprint}")
 
 
 @corpus.command()

@@ -248,9 +248,9 @@ def _finish(result: Imported, manifest: Path, force: bool, as_json: bool) -> Non
     sessions = len({u.session for u in utterances if u.session is not None})
     without = sum(u.session is None for u in utterances)
     if utterances and without == len(utterances):
-        result.note("sessions are unknown, so no utterance has context; --session-pattern reads them from ids")
+        result.note("sessions are unknown, so no utterance has context. --session-pattern can read them from ids")
     elif without:
-        result.note(f"{sessions} sessions; {without} utterances have none")
+        result.note(f"{sessions} sessions, and {without} utterances without one")
     for note in result.notes:
         say(note)
     if utterances and manifest.exists() and not force:

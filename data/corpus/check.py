@@ -206,5 +206,5 @@ def _rates(rates: dict[str, tuple[int, str, str]], expected: int | None) -> Iter
     for file, (hz, where, id) in rates.items():
         if expected is not None and hz != expected:
             others = f"{counts[expected]} others have" if expected in counts else "expected"
-            remedy = "`corpus features` resamples it; check that it belongs here, or give --rate"
+            remedy = "`corpus features` resamples it. Check that it belongs here, or give --rate"
             yield Finding("rate", where, id, f"{file} has {hz} Hz, {others} {expected}", remedy)

@@ -44,12 +44,12 @@ def needs() -> list[Need]:
         lines = metadata.requires("stillhouse") or []
     except metadata.PackageNotFoundError:
         return []
-    found = []
+    requirements = []
     for line in lines:
         if match := _REQUIREMENT.match(line):
             extra = _EXTRA.search(line)
-            found.append(Need(match[1], match[2].replace(" ", ""), extra[1] if extra else None))
-    return sorted(found, key=lambda n: (n.extra is not None, n.extra or "", n.name))
+            requirements.append(Need(match[1], match[2].replace(" ", ""), extra[1] if extra else None))
+    return sorted(requirements, key=lambda n: (n.extra is not None, n.extra or "", n.name))
 
 
 def installed(name: str) -> str | None:

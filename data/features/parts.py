@@ -126,35 +126,35 @@ def compute_parts(
     queue = iter(named)
     try:
         for _ in range(min(workers, len(named))):
-            here, there = context.Pipe()
-            process = context.Process(target=_work, args=(there, settings), daemon=True)
+            pipe, other = context.Pipe()
+            process = context.Process(target=_work, args=(other, settings), daemon=True)
             process.start()
-            there.close()
-            busy[here] = process
-            here.send(next(queue))
+            other.close()
+            busy[pipe] = process
+            pipe.send(next(queue))
         while busy:
             for ready in wait(list(busy)):
-                here = cast("Connection[Any, Any]", ready)
+                pipe = cast("Connection[Any, Any]", ready)
                 try:
-                    answer = here.recv()
+                    answer = pipe.recv()
                 except (EOFError, ConnectionError):
-                    busy[here].join()
+                    busy[pipe].join()
                     raise FeatureError(
-                        f"a worker process died (exit code {busy[here].exitcode})",
+                        f"a worker process died (exit code {busy[pipe].exitcode})",
                         remedy="run the same command again, which resumes, with fewer --workers if memory ran out",
                     ) from None
                 if isinstance(answer, BaseException):
                     raise answer
                 task = next(queue, None)
                 if task is None:
-                    here.close()
-                    busy.pop(here).join()
+                    pipe.close()
+                    busy.pop(pipe).join()
                 else:
-                    here.send(task)
+                    pipe.send(task)
                 yield answer
     finally:
-        for here, process in busy.items():
-            here.close()
+        for pipe, process in busy.items():
+            pipe.close()
             process.terminate()
             process.join()
 

@@ -17,7 +17,7 @@ from .kaldi_archives import audio_in_archive, copy_file
 from .kaldi_pipes import decoded_file, run_command
 
 ARCHIVE = re.compile(r"(?P<path>.*\S):(?P<offset>\d{1,20})")
-ALLOW = "--allow-pipes runs such commands; use it only if you trust the list"
+ALLOW = "use --allow-pipes if you trust the commands of the list"
 
 
 class WavEntries:
@@ -59,8 +59,7 @@ class WavEntries:
             else:
                 if decoded.rate_hz is not None:
                     self.result.note(
-                        f"pipes resample to {decoded.rate_hz} Hz; the import keeps the files' own rate, "
-                        "and `corpus features` resamples"
+                        f"the import ignores that pipes resample to {decoded.rate_hz} Hz. `corpus features` resamples"
                     )
                 return path, decoded.channel
         elif not self.result.allow_pipes:

@@ -1,4 +1,4 @@
-"""Input that nobody meant well: literal files in malformed/, and fuzzed ones.
+"""Hostile input: literal files in malformed/, and fuzzed ones.
 
 Whatever comes in, the answer is data, findings or an error of ours: no traceback, no hang, nothing half written.
 """

@@ -53,7 +53,7 @@ def test_the_text_is_that_of_the_plain_function(name: str, whole, raw: str) -> N
 
 
 @given(raw=TEXT, name=st.sampled_from(["lower", "upper", "casefold", "nfc", "nfkc", "nfd"]))
-def test_a_stretch_of_the_source_transforms_to_what_it_stands_for(raw: str, name: str) -> None:
+def test_a_part_of_the_source_transforms_to_its_part_of_the_text(raw: str, name: str) -> None:
     """Cut at places where no character is shared: both sides, transformed alone, give the text again."""
     mapped = transform(raw, name)
     for k in range(1, len(mapped.text)):

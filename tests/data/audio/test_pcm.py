@@ -1,4 +1,4 @@
-"""Samples of a pipe are those of a file."""
+"""The samples of a pipe are those of a file."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def test_a_wav_stream_has_the_samples_of_the_file(tmp_path: Path, subtype: str, 
 
 def header(data: int = 0, *, kind: int = 1, channels: int = 1, rate: int = 16_000, bits: int = 16) -> bytes:
     block = channels * bits // 8
-    told = struct.pack("<HHIIHH", kind, channels, rate, rate * block, block, bits)
-    return b"RIFF\0\0\0\0WAVEfmt " + struct.pack("<I", 16) + told + b"LIST\x03\0\0\0abc\0data" + struct.pack("<I", data)
+    fmt = struct.pack("<HHIIHH", kind, channels, rate, rate * block, block, bits)
+    return b"RIFF\0\0\0\0WAVEfmt " + struct.pack("<I", 16) + fmt + b"LIST\x03\0\0\0abc\0data" + struct.pack("<I", data)
 
 
-@pytest.mark.parametrize("told", [0, 0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000])
-def test_a_header_that_a_pipe_got_does_not_know_the_length(told: int) -> None:
+@pytest.mark.parametrize("length", [0, 0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000])
+def test_a_header_from_a_pipe_has_no_length(length: int) -> None:
     samples = np.arange(-5, 6, dtype="<i2")
-    stream = PcmStream(io.BytesIO(header(told) + samples.tobytes() + b"\x01"), 16_000)
+    stream = PcmStream(io.BytesIO(header(length) + samples.tobytes() + b"\x01"), 16_000)
     assert np.concatenate(list(stream)).tolist() == [k / 32768 for k in range(-5, 6)]
     assert stream.cut_short  # half a sample
 

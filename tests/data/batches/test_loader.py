@@ -1,4 +1,4 @@
-"""What the ranks of a distributed run read: together the batches of one process, from any position on."""
+"""The ranks of a distributed run read together the batches of one process, from any position on."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def batches(loader: BatchLoader, rank: int, world: int, epoch: int, position: in
 
 
 def test_ranks_read_the_batches_of_one_process(loader: BatchLoader) -> None:
-    """A run of one rank goes on as one of three in the middle of an epoch, and over its end."""
+    """A run of one rank resumes as one of three in the middle of an epoch, and over its end."""
     steps = len(BatchSampler(loader.frames, max_frames=1200, seed=4).epoch(0)) + 3
     one = batches(loader, 0, 1, 0, 0, steps)
     ranks = [batches(loader, r, 3, 0, 5, steps - 5) for r in range(3)]

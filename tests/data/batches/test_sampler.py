@@ -1,4 +1,4 @@
-"""Batches: every utterance once an epoch, within the budget, from (seed, epoch) alone, whoever shares them."""
+"""Every utterance is in one batch of an epoch, within the budget. Seed and epoch decide, for any number of ranks."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_parts_of_a_batch_have_like_lengths() -> None:
 
 
 def test_few_shards_at_a_time() -> None:
-    """Any stretch of an epoch reads few shards, another choice of them each epoch, and the lengths still fit."""
+    """Any part of an epoch reads few shards, each epoch others, and the lengths still fit."""
     shards = np.arange(4_000) // 100
     frames = np.random.default_rng(1).integers(50, 1500, size=(4_000, 1))
     sampler = BatchSampler(frames, max_frames=12_000, seed=1, shards=shards, mix=5)

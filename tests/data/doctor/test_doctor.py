@@ -1,4 +1,4 @@
-"""doctor: libraries that are absent, broken, crash, hang or chatter; the machine; the command line."""
+"""`stillhouse doctor`: libraries that are absent, broken, crash, hang or print, the machine, and the command."""
 
 from __future__ import annotations
 
@@ -52,26 +52,26 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_each_kind_of_trouble_is_named(broken: Path) -> None:
     found = {(c.group, c.name): c for c in checks.examine(broken)}
 
-    def told(group: str, name: str) -> tuple[str, str]:
+    def state_of(group: str, name: str) -> tuple[str, str]:
         return found[group, name].state, found[group, name].what
 
-    assert told("library", "click")[0] == "ok"
-    assert told("library", "no-such-thing") == ("broken", "not installed")
+    assert state_of("library", "click")[0] == "ok"
+    assert state_of("library", "no-such-thing") == ("broken", "not installed")
     assert found["library", "no-such-thing"].remedy == "pip install 'no-such-thing>=2'"
-    state, what = told("library", "h5py")
+    state, what = state_of("library", "h5py")
     assert state == "broken" and "OSError: libhdf5.so.310: cannot open" in what
-    state, what = told("library", "sentencepiece")
+    state, what = state_of("library", "sentencepiece")
     assert state == "broken" and "SIGSEGV" in what
-    state, what = told("library", "soundfile")
+    state, what = state_of("library", "soundfile")
     assert state == "broken" and what.endswith(", expected <0.13,>=0.12")
-    state, what = told("gpu", "numba on CUDA")
+    state, what = state_of("gpu", "numba on CUDA")
     assert state == "broken" and "cuda.bindings" in what
     assert found["gpu", "numba on CUDA"].remedy == "pip install 'stillhouse[gpu]'"
-    assert told("extra", "audio")[0] == "ok"
-    assert told("extra", "far") == ("absent", "without also-not-there")
+    assert state_of("extra", "audio")[0] == "ok"
+    assert state_of("extra", "far") == ("absent", "without also-not-there")
     assert found["extra", "far"].remedy == "pip install 'stillhouse[far]'"
     assert ("extra", "dev") not in found
-    assert told("machine", "file system")[0] == "ok"
+    assert state_of("machine", "file system")[0] == "ok"
     assert sorted(p.name for p in broken.iterdir()) == ["modules"]
 
 
@@ -131,8 +131,8 @@ def test_no_gpu_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_few_open_files_and_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     program = "import resource; from stillhouse.data.doctor.checks import _open_files as f; h = 4096\n"
-    program += "resource.setrlimit(resource.RLIMIT_NOFILE, (256, h)); c = f(); facts['told'] = [c.state, c.remedy]"
-    assert ask(program).get("told") == ["low", "ulimit -n 4096"]
+    program += "resource.setrlimit(resource.RLIMIT_NOFILE, (256, h)); c = f(); facts['limits'] = [c.state, c.remedy]"
+    assert ask(program).get("limits") == ["low", "ulimit -n 4096"]
     found = {c.name: c for c in checks.machine(tmp_path / "gone" / "deep")}
     assert found["file system"].state == "broken" and "No such file" in found["file system"].what
     assert found["disk"].state in ("ok", "low")
@@ -148,8 +148,8 @@ def test_the_needs_are_those_of_the_installation() -> None:
 def test_the_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "stillhouse.cli", "doctor", "--path", str(tmp_path)]
     done = subprocess.run([*command, "--json"], capture_output=True, text=True)
-    told = json.loads(done.stdout)
-    assert told["schema"] == "stillhouse.doctor/1" and told["ok"] is (done.returncode == 0)
+    answer = json.loads(done.stdout)
+    assert answer["schema"] == "stillhouse.doctor/1" and answer["ok"] is (done.returncode == 0)
     assert done.returncode == 0, done.stdout
     module(tmp_path, "torchaudio", "raise OSError('undefined symbol: aoti_torch')")
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "COLUMNS": "80"}

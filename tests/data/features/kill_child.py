@@ -1,6 +1,6 @@
-"""Run by test_features_kill.py: computes features in forked children and kills them at random moments.
+"""Compute features in forked children and kill them at random moments, for test_kill.py.
 
-Prints one JSON line: what each child said was done, how often it was killed, and where the kills fell.
+Prints one JSON line: what each child reported, how often it was killed, and the files after each kill.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def child(pipe: int, manifest: str, features: str) -> None:
 def main(manifest: str, features: str, kills: int, seed: int) -> None:
     torch.set_num_threads(1)
     rng = random.Random(seed)
-    said: list[list[dict]] = []
+    reports: list[list[dict]] = []
     files: list[list[str]] = []
     killed = 0
     while True:
@@ -75,7 +75,7 @@ def main(manifest: str, features: str, kills: int, seed: int) -> None:
         status = os.waitpid(pid, 0)[1]
         stream.close()
         # A kill may cut the last line short.
-        said.append([json.loads(line) for line in lines if line.endswith(b"\n")])
+        reports.append([json.loads(line) for line in lines if line.endswith(b"\n")])
         folder = Path(features + ".parts")
         files.append(sorted(p.name for p in folder.iterdir()) if folder.is_dir() else [])
         if not os.WIFSIGNALED(status):
@@ -83,10 +83,10 @@ def main(manifest: str, features: str, kills: int, seed: int) -> None:
                 break
             # It was faster than the kill: do it all again.
             os.unlink(features)
-            said.append([{"restart": True}])
+            reports.append([{"restart": True}])
         else:
             killed += 1
-    print(json.dumps({"said": said, "killed": killed, "files": files}))
+    print(json.dumps({"reports": reports, "killed": killed, "files": files}))
 
 
 if __name__ == "__main__":

@@ -102,10 +102,10 @@ def test_a_reader_crosses_into_another_process(make_corpus: Make, tmp_path: Path
     corpus = make_corpus(2)
     compute_features(corpus, tmp_path / "f.h5", workers=0)
     file = FeatureFile(tmp_path / "f.h5").open()
-    here, there = get_context(method).Pipe()
-    process = get_context(method).Process(target=_child, args=(file, there))
+    own, other = get_context(method).Pipe()
+    process = get_context(method).Process(target=_child, args=(file, other))
     process.start()
-    packed, _ = here.recv()
+    packed, _ = own.recv()
     process.join()
     np.testing.assert_array_equal(packed, file.gather(["u001", "u000"])[0])
     assert len(pickle.dumps(file)) < 500
@@ -224,7 +224,7 @@ def test_one_writer_at_a_time(make_corpus: Make, tmp_path: Path) -> None:
 
 
 def test_what_is_no_plain_file_is_refused_at_once(make_corpus: Make, tmp_path: Path) -> None:
-    """And nobody is told to delete a folder."""
+    """The error does not tell the user to delete a folder."""
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     corpus = make_corpus(1)
@@ -237,7 +237,7 @@ def test_what_is_no_plain_file_is_refused_at_once(make_corpus: Make, tmp_path: P
 
 
 def test_another_file_is_not_called_damaged(make_corpus: Make) -> None:
-    """Who mixed up the arguments must not be told to delete the corpus."""
+    """If the arguments were swapped, the error must not tell the user to delete the corpus."""
     corpus = make_corpus(1)
     for refused in (FeatureFile(corpus.path).open, lambda: compute_features(corpus, corpus.path, workers=0)):
         with pytest.raises(FeatureError, match="not a feature file") as found:

@@ -1,4 +1,4 @@
-"""kill -9 at random moments: what was reported done is neither lost nor computed again."""
+"""Kills at random moments: rows that were reported are neither lost nor computed again."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def test_kills_lose_nothing_and_repeat_nothing(
     command = [sys.executable, str(script), str(corpus.path), str(path), str(kills), str(seed)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    told = json.loads(run.stdout)
-    assert told["killed"] == kills
+    result = json.loads(run.stdout)
+    assert result["killed"] == kills
     done: set[str] = set()
     reports, rows = 0, 0
-    for lines in told["said"]:
+    for lines in result["reports"]:
         for line in lines:
             assert "error" not in line
             if "restart" in line:
@@ -48,7 +48,7 @@ def test_kills_lose_nothing_and_repeat_nothing(
                 done.add(id)
                 reports += 1
     assert reports >= 24  # each once at least
-    assert any(f.endswith(".tmp") for files in told["files"] for f in files), "no kill fell into a write"
+    assert any(f.endswith(".tmp") for files in result["files"] for f in files), "no kill fell into a write"
 
     compute_features(corpus, tmp_path / "whole.h5", (1.0, 1.1), workers=0)
     whole, killed = FeatureFile(tmp_path / "whole.h5"), FeatureFile(path)

@@ -1,4 +1,4 @@
-"""Files are replaced whole or not at all; a pipe in the place of a file is an error at once."""
+"""Files are replaced whole or not at all. A pipe in the place of a file is an error at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One holder at a time, on the file that is there now, gone with its process."""
+"""A lock has one holder at a time, on the current file, and ends with its process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes what lies in this folder: small files of Lhotse and of Hugging Face's datasets, by these libraries.
+"""Write the small files of this folder with Lhotse and with datasets of Hugging Face.
 
 Run: pip install 'stillhouse[demo,peers]' and python tests/data/peers/make.py. The voices are espeak-ng's; the texts
 are ours. Committed, so that the readers are tested on real files where the libraries are not installed.
@@ -102,8 +102,8 @@ def huggingface() -> None:
     )
     splits.save_to_disk("huggingface/dict")
     splits["test"].to_parquet("huggingface/test-00000-of-00001.parquet")
-    for litter in Path("huggingface").rglob("cache-*"):
-        litter.unlink()
+    for cache in Path("huggingface").rglob("cache-*"):
+        cache.unlink()
 
 
 if __name__ == "__main__":

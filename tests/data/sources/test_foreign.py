@@ -151,7 +151,7 @@ def test_lhotse_however_it_is_written(peers: Path, files: list[str]) -> None:
     assert [u.meta for u in result.utterances] == [
         {"language": "en", "gender": "F"}, {"language": "en"}, {"language": "en", "topic": "weather"},
     ]  # fmt: skip
-    # Each speaker is alone on a channel and in time: what was said is what is read.
+    # Each speaker is alone on a channel and in time: the texts that were spoken are those that are read.
     talk, _ = soundfile.read(peers / "audio" / "talk.flac", dtype="float32")
     corpus = Corpus(manifest, result.utterances)
     for u, (begin, end, channel) in zip(
@@ -166,39 +166,43 @@ def test_lhotse_however_it_is_written(peers: Path, files: list[str]) -> None:
 def test_lhotse_that_changes_the_sound_is_refused_by_name(peers: Path) -> None:
     result = import_lhotse([(None, peers / "lhotse" / "changed.jsonl")], peers / "c.jsonl")
     assert [u.id for u in result.utterances] == ["one-1"]  # resampled alone
-    said = "\n".join(map(str, result.findings))
+    shown = "\n".join(map(str, result.findings))
     for words in ("transformed by Speed", "transformed by Volume", "a MixedCut mixes several cuts"):
-        assert words in said
+        assert words in shown
 
 
 def test_lhotse_lines_that_cannot_be(tmp_path: Path, tone: Tone) -> None:
     path = tone(tmp_path / "a.wav", 2.0, channels=2)
     file = {"type": "file", "channels": [0, 1], "source": str(path)}
     recording = {"id": "r", "sources": [file], "sampling_rate": 16000, "num_samples": 32000, "duration": 2.0}
-    said = {"id": "s", "recording_id": "r", "start": 0.5, "duration": 1.0, "channel": 0, "text": "x"}
+    spoken = {"id": "s", "recording_id": "r", "start": 0.5, "duration": 1.0, "channel": 0, "text": "x"}
     cut = {"id": "c", "type": "MonoCut", "start": 0.25, "duration": 1.5, "channel": 0, "recording": recording}
 
     def with_source(id: str, **source: object) -> dict:
-        return {**cut, "recording": {**recording, "id": id, "sources": [source]}, "supervisions": [{**said, "id": id}]}
+        return {
+            **cut,
+            "recording": {**recording, "id": id, "sources": [source]},
+            "supervisions": [{**spoken, "id": id}],
+        }
 
     source = jsonl(
         tmp_path / "cuts.jsonl",
-        {**cut, "supervisions": [said]},
+        {**cut, "supervisions": [spoken]},
         {**cut, "supervisions": []},
-        {"id": "f", "type": "MonoCut", "start": 0, "duration": 1, "features": {}, "supervisions": [said]},
+        {"id": "f", "type": "MonoCut", "start": 0, "duration": 1, "features": {}, "supervisions": [spoken]},
         {"id": "p", "type": "PaddingCut", "duration": 3},
-        {**cut, "supervisions": [{**said, "id": "late", "start": 1.5, "duration": 9}]},
-        {**cut, "supervisions": [{**said, "id": "ch", "channel": 5}]},
-        {**cut, "supervisions": [{**said, "id": "chs", "channel": [0, {}]}, 7]},
-        {**cut, "supervisions": [{**said, "id": "mute", "text": None}]},
-        {**cut, "start": "soon", "supervisions": [said]},
+        {**cut, "supervisions": [{**spoken, "id": "late", "start": 1.5, "duration": 9}]},
+        {**cut, "supervisions": [{**spoken, "id": "ch", "channel": 5}]},
+        {**cut, "supervisions": [{**spoken, "id": "chs", "channel": [0, {}]}, 7]},
+        {**cut, "supervisions": [{**spoken, "id": "mute", "text": None}]},
+        {**cut, "start": "soon", "supervisions": [spoken]},
         with_source("url", type="url", source="https://example.org/a.wav"),
         with_source("memory", type="memory", source="UklGRg=="),
         with_source("run", type="command", source=f"touch {tmp_path}/ran"),
         with_source("none", type="file", source=str(tmp_path / "none.wav")),
         with_source("wide", type="file", source=str(path), channels=[0, 1, 2]),
-        {**cut, "recording": {"id": "r2", "sources": []}, "supervisions": [{**said, "id": "bare"}]},
-        {**cut, "supervisions": [{**said, "id": "both", "channel": [0, 1]}]},
+        {**cut, "recording": {"id": "r2", "sources": []}, "supervisions": [{**spoken, "id": "bare"}]},
+        {**cut, "supervisions": [{**spoken, "id": "both", "channel": [0, 1]}]},
         "nonsense",
     )
     result = import_lhotse([(None, source)], tmp_path / "c.jsonl")

@@ -1,4 +1,4 @@
-"""Kaldi data directories: with and without segments, pipes, archives, what is wrong with them."""
+"""Kaldi data directories: with and without segments, pipes, archives and errors."""
 
 from __future__ import annotations
 
