@@ -1,4 +1,4 @@
-"""A store in other people's terms: utterance ids of other toolkits, Lhotse's cuts, xarray, torch datasets."""
+"""Stores for other toolkits: utterance ids, Lhotse cuts, xarray, torch datasets. May import `extract.store` and `data`."""
 
 from .cuts import attach, cut_ids
 from .ids import original, store_ids

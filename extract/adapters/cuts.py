@@ -1,9 +1,8 @@
-"""Lhotse's cuts: which utterance of a store each supervision of a batch is.
+"""Lhotse cuts: find the utterance of a store for each supervision of a batch.
 
-Invariant: a supervision is looked up by the field that `attach` wrote, which every copy of it keeps, or by that of a
-cut that holds nothing else, or else by its id; all ways lead a copy with another speed to the utterance it was made of.
-Lhotse itself is not imported: cuts are taken for what they say they are. Exercised by: pytest
-tests/extract/adapters/test_adapters.py.
+Guarantees: a copy with another speed leads to the utterance that it was made of. The id comes from the field that
+`attach` wrote, or from that field of a cut with one supervision, or from the supervision's id. Lhotse is not imported.
+Try: `pytest tests/extract/adapters/test_adapters.py`.
 """
 
 from __future__ import annotations
@@ -20,17 +19,20 @@ FIELD = "stillhouse_id"
 
 
 def attach(cuts: Any, store: Store, field: str = FIELD) -> Any:
-    """The same CutSet, the store's id of each supervision in its custom field `field`.
+    """Return the CutSet with the store's id of each supervision in the custom field `field`.
 
-    Before any augmentation: copies (`perturb_speed`, `mix`, `pad`, …) keep custom fields, however they are renamed.
-    Works on lazy CutSets, and in worker processes. Errors, when cuts are read: NoStoreError for one that is not there.
+    Call it before any augmentation, because copies (`perturb_speed`, `mix`, `pad`, …) keep custom fields. It works on
+    lazy CutSets and in worker processes.
+
+    Raises:
+        NoStoreError: when cuts are read, for a supervision that is not in the store.
     """
     return cuts.map(_Attach(store, field))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Attach:
-    """Of one cut; pickles, as lambdas do not."""
+    """Handle one cut. Unlike a lambda, it can be pickled."""
 
     store: Store
     field: str
@@ -40,30 +42,32 @@ class _Attach:
 
     def _supervision(self, supervision: Any) -> Any:
         custom = supervision.custom or {}
-        found = custom.get(self.field) or store_ids(self.store, [supervision.id])[0]
-        return dataclasses.replace(supervision, custom={**custom, self.field: found})
+        utterance = custom.get(self.field) or store_ids(self.store, [supervision.id])[0]
+        return dataclasses.replace(supervision, custom={**custom, self.field: utterance})
 
 
 def cut_ids(
     store: Store, cuts: Iterable[Any], field: str = FIELD, on_missing: str = "error"
 ) -> tuple[list[str], list[str]]:
-    """(store ids, texts) of all supervisions of these cuts, in order, as Lhotse's batches have them.
+    """Return the store ids and the texts of all supervisions of cuts, in the order of Lhotse's batches.
 
-    cuts: what a batch has in batch["supervisions"]["cut"] (return_cuts=True), or any CutSet.
+    Arguments:
+        cuts: batch["supervisions"]["cut"] of a batch (with return_cuts=True), or any CutSet.
+        on_missing: see `store_ids`.
     """
-    found = [(s, cut) for cut in _listed(cuts) for s in cut.supervisions]
-    ids = [(s.custom or {}).get(field) or _alone(cut, field) or s.id for s, cut in found]
-    return store_ids(store, ids, on_missing), [s.text or "" for s, _ in found]
+    pairs = [(s, cut) for cut in _distinct(cuts) for s in cut.supervisions]
+    ids = [(s.custom or {}).get(field) or _field_of_cut(cut, field) or s.id for s, cut in pairs]
+    return store_ids(store, ids, on_missing), [s.text or "" for s, _ in pairs]
 
 
-def _alone(cut: Any, field: str) -> Any:
-    """The cut's own field, where it has but one supervision: NeMo's loader keeps a manifest's keys there."""
+def _field_of_cut(cut: Any, field: str) -> Any:
+    """The cut's own field if it has one supervision, because NeMo's loader keeps a manifest's keys there."""
     custom = getattr(cut, "custom", None) if len(cut.supervisions) == 1 else None
     return (custom or {}).get(field)
 
 
-def _listed(cuts: Iterable[Any]) -> Iterator[Any]:
-    """In a batch's list a cut of n supervisions stands n times, one behind the other; in a CutSet once."""
+def _distinct(cuts: Iterable[Any]) -> Iterator[Any]:
+    """Each cut once. A batch's list repeats a cut of n supervisions n times in a row, but a CutSet does not."""
     for _, group in groupby(cuts, key=id):
         same = list(group)
         times, left = divmod(len(same), max(1, len(same[0].supervisions)))

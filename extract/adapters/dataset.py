@@ -1,7 +1,7 @@
 """A store as a map-style `torch.utils.data.Dataset`. This module imports torch; the store does not.
 
-Invariant: item i is utterance ids[i], whatever asks for it and in whichever process; a batch is one gather.
-Exercised by: pytest tests/extract/adapters/test_adapters.py.
+Guarantees: item i is utterance ids[i] in every process. A batch is one call of `Store.gather`.
+Try: `pytest tests/extract/adapters/test_adapters.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ from ..store.batches import available_ids
 class States(Dataset):
     """Items {"id", "states": {address: float32 [N, D]}, "token_id": {teacher: [N]}, "span": {teacher: [N, 2]}}.
 
-    ids: None: all that have states in every view. Use `collate` as the DataLoader's collate_fn.
+    Use `collate` as the collate_fn of a DataLoader.
+
+    Arguments:
+        views: the views to read.
+        ids: the utterances. None: all that have states in every view.
     """
 
     def __init__(self, store: Store, views: Sequence[View], ids: Sequence[str] | None = None) -> None:
@@ -34,7 +38,7 @@ class States(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """What DataLoader asks for when it can: a batch at once."""
+        """Return a batch with one read. A DataLoader calls this method if there is one."""
         ids = [self.ids[i] for i in indices]
         batch = self.store.gather(ids, self.views, dtype="float32")
         ends = {teacher: np.cumsum(length).tolist() for teacher, length in batch.lengths.items()}
@@ -53,7 +57,12 @@ class States(Dataset):
 
     @staticmethod
     def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Padded with zeros (spans with -1): states {address: [B, N, D]}, lengths {teacher: int64 [B]}, and so on."""
+        """Return a batch, padded with zeros (spans with -1).
+
+        Returns:
+            {"id": ids, "lengths": {teacher: int64 [B]}, "states": {address: float32 [B, N, D]},
+            "token_id": {teacher: [B, N]}, "span": {teacher: [B, N, 2]}}.
+        """
 
         def padded(key: str, name: str, value: float) -> torch.Tensor:
             return torch.nn.utils.rnn.pad_sequence([i[key][name] for i in items], True, value)

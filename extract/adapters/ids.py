@@ -1,7 +1,7 @@
-"""Ids of other toolkits to ids of a store: copies that augmentation renamed are the utterance that they were made of.
+"""Map ids of other toolkits to ids of a store. An augmented copy leads to the utterance that it was made of.
 
-Invariant: an id that the store knows is itself, whatever it looks like; nothing is guessed beyond the affixes below.
-Exercised by: pytest tests/extract/adapters/test_adapters.py.
+Guarantees: an id that the store knows stays as it is. Only the affixes below are removed from other ids.
+Try: `pytest tests/extract/adapters/test_adapters.py`.
 """
 
 from __future__ import annotations
@@ -14,23 +14,27 @@ import numpy as np
 from ...data.errors import NoStoreError, UsageError, first_few
 from ..store import Store
 
-# utt_sp0.9 (Lhotse: also tempo, volume, reverberation, loudness), utt-sp0.9, and Kaldi's and ESPnet's sp0.9-utt
-_BEHIND = re.compile(r"(.+?)(?:[_-](?:(?:sp|tp|vp|ln)-?\d+(?:\.\d+)?|rvb))+")
-_BEFORE = re.compile(r"(?:sp|pv)\d+(?:\.\d+)?[_-](.+)")
+# Suffixes are Lhotse's (speed, tempo, volume, reverberation, loudness); the prefix is Kaldi's and ESPnet's.
+_SUFFIX = re.compile(r"(.+?)(?:[_-](?:(?:sp|tp|vp|ln)-?\d+(?:\.\d+)?|rvb))+")
+_PREFIX = re.compile(r"(?:sp|pv)\d+(?:\.\d+)?[_-](.+)")
 
 
 def original(utterance: str) -> str:
-    """The id without the affixes of augmentation: "84-1_sp0.9_vp1.2" and "sp0.9-84-1" as "84-1"."""
-    behind = _BEHIND.fullmatch(utterance)
-    utterance = behind[1] if behind else utterance
-    before = _BEFORE.fullmatch(utterance)
-    return before[1] if before else utterance
+    """Return an id without the affixes of augmentation: "84-1" for "84-1_sp0.9_vp1.2" and "sp0.9-84-1"."""
+    for affix in (_SUFFIX, _PREFIX):
+        match = affix.fullmatch(utterance)
+        utterance = match[1] if match else utterance
+    return utterance
 
 
 def store_ids(store: Store, ids: Sequence[str], on_missing: str = "error") -> list[str]:
-    """The store's id of each utterance; with on_missing="keep", unknown ids as they are.
+    """Return the store's id of each utterance.
 
-    Errors: NoStoreError naming those that the store knows neither as they are nor without their affixes.
+    Arguments:
+        on_missing: "error", or "keep" to return unknown ids as they are.
+
+    Raises:
+        NoStoreError: names the ids that the store knows neither with nor without their affixes.
     """
     if on_missing not in ("error", "keep"):
         raise UsageError(f"on_missing cannot be {on_missing!r}", expected="error or keep")
@@ -43,7 +47,7 @@ def store_ids(store: Store, ids: Sequence[str], on_missing: str = "error") -> li
         raise NoStoreError(
             f"not in this store: {first_few(missing)}",
             where=store.address,
-            remedy="extract this corpus into it, or give on_missing",
+            remedy='extract this corpus into it, or give on_missing="keep"',
         )
     for i in unknown:
         if ids[i] in missing:

@@ -1,8 +1,8 @@
 """Utterances as an xarray Dataset with named dimensions.
 
-Invariant: float32 of what `Store.gather` returns, nothing else. The whole store opens without this too, lazily:
+Guarantees: the states are those of `Store.gather`, as float32. To open a whole store lazily, use xarray itself:
 `xarray.open_zarr("corpus.zarr/data.zarr", group="minilm", consolidated=False)`.
-Exercised by: pytest tests/extract/adapters/test_adapters.py.
+Try: `pytest tests/extract/adapters/test_adapters.py`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,17 @@ from ..store import Store, View
 
 
 def to_xarray(store: Store, ids: Sequence[str], views: Sequence[View]) -> Any:
-    """States of utterances: `hidden` [view, token, dimension], with coordinates.
+    """Return the states of utterances: `hidden` [view, token, dimension], float32, with coordinates.
 
-    view: its address, context and layer; token: its utterance, position in it, token_id, and begin and end of its
-    span. One teacher at a time, since each has tokens of its own. Errors: as Store.gather; UsageError for views of
-    several teachers; ImportError without xarray.
+    A view has its address, context and layer. A token has its utterance, position, token_id, begin and end.
+
+    Arguments:
+        views: views of one teacher, because teachers have different tokens.
+
+    Raises:
+        ImportError: xarray is not installed.
+        NoStoreError, StoreError: as `Store.gather`.
+        UsageError: the views belong to several teachers.
     """
     try:
         import xarray
