@@ -1,4 +1,4 @@
-"""Stores for other toolkits: utterance ids, Lhotse cuts, xarray, torch datasets. May import `extract.store` and `data`."""
+"""Stores for other toolkits: utterance ids, Lhotse cuts, xarray, torch datasets. May import `extract.store`, `data`."""
 
 from .cuts import attach, cut_ids
 from .ids import original, store_ids
