@@ -59,7 +59,7 @@ class WordTokeniser:
                 begin = mapped.text.index(word, at)
                 at = begin + len(word)
                 ids.append(self.id_of(word))
-                spans.append(mapped.span(begin, at))
+                spans.append(tuple(mapped.spans(np.array([[begin, at]]))[0].tolist()))
             lengths.append(len(words))
         return Tokens(np.array(ids, np.int32), np.array(lengths, np.int32), np.array(spans, np.int32).reshape(-1, 2))
 
