@@ -1,7 +1,8 @@
-"""A store from one end to the other in batches of bounded size.
+"""Read a whole store in batches of bounded size.
 
-Invariant: every utterance that all the views hold comes once, in the order of the store, in which reading is
-sequential; one batch is in memory. Exercised by: pytest tests/extract/adapters/test_adapters.py.
+Guarantees: every utterance that all views hold comes once, in the order of the store, in which reading is sequential.
+One batch is in memory.
+Try: `pytest tests/extract/adapters/test_adapters.py`.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ def batches(
     tokens: int = 16_384,
     dtype: str | None = None,
 ) -> Iterator[tuple[list[str], Gathered]]:
-    """(ids, batch) of about `tokens` tokens of the first view's teacher each, one utterance at least.
+    """Yield (ids, batch), each of about `tokens` tokens of the first view's teacher, and at least one utterance.
 
-    ids     these utterances, in this order; None: all that have states in every view
-    dtype   as in Store.gather
-    Errors: as Store.gather.
+    Arguments:
+        ids: these utterances, in this order; None: all that have states in every view.
+        dtype: as in `Store.gather`, whose errors may be raised.
     """
     ids = available_ids(store, views) if ids is None else ids
     lengths = store.tokens(ids, views[0].teacher)[0] if len(ids) else np.zeros(0, np.int32)
@@ -40,7 +41,6 @@ def batches(
 
 
 def available_ids(store: Store, views: Sequence[View]) -> list[str]:
-    """Utterances that have states in every view, in the order of the store."""
+    """Return the utterances that have states in every view, in the order of the store."""
     ids = store.utterance_ids
-    held = np.logical_and.reduce([store.has(ids, view) for view in views])
-    return [ids[i] for i in np.flatnonzero(held)]
+    return [ids[i] for i in np.flatnonzero(np.logical_and.reduce([store.has(ids, view) for view in views]))]

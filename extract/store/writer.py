@@ -1,8 +1,8 @@
-"""Writing one unit of work: shard files, their checksums, then the commit.
+"""Write one work item: shard files, their checksums, then the commit.
 
-Invariant: nothing of a unit can be seen before all of it is on disk: files are filled under tmp/, synced, renamed to
-their keys, folders synced, and only then the commit record is linked. Memory: one block of states.
-Run: `pytest tests/extract/pipeline/test_crash.py`.
+Guarantees: no reader sees a part of an item. Files are filled under tmp/, synced and renamed to their keys, folders are
+synced, and only then the commit record is linked. Memory holds one block of states.
+Try: `pytest tests/extract/pipeline/test_crash.py`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from .format.plan import TeacherRecord, WorkItem
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Library versions recorded beside what they made (they are no part of a fingerprint)."""
+    """Return the library versions that are recorded beside states. They are not part of a fingerprint."""
     return {name: version(name) for name in ("stillhouse", "torch", "transformers", "tokenizers", "numpy")}
 
 
 def encode(states: np.ndarray, dtype: Dtype) -> np.ndarray:
-    """float32 [N, D] → as stored (int8: `quantise`). bfloat16 rounds to nearest even, as torch does."""
+    """Return float32 [N, D] as it is stored (int8: see `quantise`). bfloat16 rounds to nearest even, as torch does."""
     if dtype.logical == "bfloat16":
         bits = np.ascontiguousarray(states, dtype=np.float32).view(np.uint32)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
@@ -44,7 +44,7 @@ def encode(states: np.ndarray, dtype: Dtype) -> np.ndarray:
 
 
 def is_finite(encoded: np.ndarray, dtype: Dtype) -> bool:
-    """Whether no value has all bits of its exponent set (numpy's isfinite is ten times as slow on float16)."""
+    """Return whether all values are finite: numpy's isfinite is ten times as slow on float16."""
     if dtype.bytes == 2:
         exponent = 0x7F80 if dtype.logical == "bfloat16" else 0x7C00
         return (encoded.view(np.uint16) & exponent).max(initial=0) != exponent
@@ -52,9 +52,9 @@ def is_finite(encoded: np.ndarray, dtype: Dtype) -> bool:
 
 
 class ItemWriter:
-    """Fills the shard files of a unit. Use: `write` for every utterance and layer, then `commit`.
+    """Fills the shard files of a work item: `write` for every utterance and layer, then `commit`.
 
-    `first_row` and `lengths` are the store's start and length of the unit's utterances.
+    `starts`, `lengths` and `ids` are the store's start, length and ids of the item's utterances.
     """
 
     def __init__(
@@ -97,10 +97,13 @@ class ItemWriter:
             raise
 
     def write(self, layer: int, utterance: int, first_token: int, block: np.ndarray | Quantised) -> None:
-        """Store [n, D], encoded as `encode` or `quantise` do, as tokens [first_token, first_token + n) of the unit's
-        `utterance`-th utterance.
+        """Write [n, D], from `encode` or `quantise`, as tokens [first_token, first_token + n) of an utterance.
 
-        Errors: StoreError naming view and utterance where a value is not finite.
+        Arguments:
+            utterance: its position in the work item.
+
+        Raises:
+            StoreError: a value is not finite; names view and utterance.
         """
         quantised = block if isinstance(block, Quantised) else None
         if isinstance(block, Quantised):
@@ -130,7 +133,7 @@ class ItemWriter:
             self._split.add((layer, utterance))
 
     def leave_out(self, utterances: np.ndarray) -> None:
-        """Fill the rows of utterances that nobody can ask for any more; their scales stay NaN."""
+        """Fill the rows of utterances that cannot be read any more. Their scales stay NaN."""
         for utterance in utterances.tolist():
             row, count = int(self.starts[utterance]), int(self.lengths[utterance])
             block = self.dtype.fill_rows(count, self.teacher.width)
@@ -140,7 +143,7 @@ class ItemWriter:
                 self.crc[layer][utterance] = self._crc(layer, utterance, block)
 
     def _crc(self, layer: int, utterance: int, data: np.ndarray | bytes) -> int:
-        """Of an utterance's rows, and of their scales behind them."""
+        """Return the crc32c of an utterance's rows, followed by their int8 scales."""
         if not self.dtype.scaled:
             return crc32c(data)
         at = int(self.starts[utterance])
@@ -149,7 +152,7 @@ class ItemWriter:
     def commit(
         self, input_hash: np.ndarray, context_left: np.ndarray, context_right: np.ndarray, generation: int
     ) -> bool:
-        """Make the unit exist. False where another writer's commit came first (its bytes stay)."""
+        """Make the item exist and return True, or False where another writer's commit came first."""
         teacher, item = self.teacher, self.item
         shard, rows = item.shard, item.generation.shard_rows
         for layer in item.layers:
@@ -170,7 +173,7 @@ class ItemWriter:
             for source, target, folders in moves:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(source, target)
-                changed += target.parents[:folders]  # of (shard,) layer and context, and c/
+                changed += target.parents[:folders]  # the folders of (shard,) layer and context, and c/
         sums = {str(k): crc32c(v.astype("<u4").tobytes()) for k, v in self.crc.items()}
         for name, values in (
             ("input_hash", input_hash),
@@ -201,7 +204,7 @@ class ItemWriter:
         return link_commit(self.paths, self.scratch, record)
 
     def _finish_file(self, layer: int, used: int, rows: int) -> None:
-        """NaN after the last utterance up to the chunk's end, then the index."""
+        """Write the fill value up to the chunk's end, then the shard's index."""
         fd = self._fds[layer]
         for utterance in sorted(u for k, u in self._split if k == layer):
             size, at = int(self.lengths[utterance]) * self.row_bytes, int(self.starts[utterance]) * self.row_bytes
@@ -216,7 +219,7 @@ class ItemWriter:
         os.close(self._fds.pop(layer))
 
     def _write_scale(self, layer: int, rows: int) -> None:
-        """The layer's scales as the shard file that they become; NaN behind the last utterance, then the index."""
+        """Write a layer's scales as the shard file that they become."""
         hidden = self.files[layer]
         path = self.scale_files[layer] = hidden.with_name(f"{hidden.name}.scale")
         with explain_full_disk(path), open(path, "wb") as f:
@@ -224,7 +227,7 @@ class ItemWriter:
             f.write(footer(self.item.shard.rows, rows, SCALE_BYTES))
 
     def close(self) -> None:
-        """Drop what has not been committed."""
+        """Delete what has not been committed."""
         for fd in self._fds.values():
             os.close(fd)
         self._fds.clear()

@@ -1,1 +1,1 @@
-"""TODO: what this folder is for."""
+"""Files of a store on a disk: names, checksums, atomic writes, locks. May import data/."""

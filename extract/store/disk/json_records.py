@@ -1,7 +1,7 @@
-"""Records out of JSON: a dataclass whose fields have the types that they say, or an error that names the field.
+"""Read records from JSON: a dataclass whose fields have their types, or an error that names the field.
 
-Invariant: what `as_record` returns may be used without another look; what a damaged or foreign file says ends here.
-Run: `pytest tests/extract/inspect/test_hostile_stores.py`.
+Guarantees: what `as_record` returns needs no further check, whatever a damaged or foreign file holds.
+Try: `pytest tests/extract/inspect/test_hostile_stores.py`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any, TypeVar
 from ....data.errors import StoreError
 
 Kind = TypeVar("Kind")
-MOST = 1 << 53  # no number in a store's files is larger, but hashes, which are text or arrays
+MOST = 1 << 53  # larger than every number in a store's JSON
 
 
 def as_record(kind: type[Kind], value: object, where: Path, **known: object) -> Kind:
-    """`kind` out of a JSON object; `known` are fields that are not in it.
+    """Return a `kind` from a JSON object; `known` are fields that are not in it.
 
-    Errors: StoreError naming file and field, for what is missing, unknown or of another type.
+    Raises StoreError, with file and field, for a field that is missing, unknown or of another type.
     """
     if not isinstance(value, Mapping):
         raise StoreError("damaged", where=where, expected=f"a JSON object for {kind.__name__}")
@@ -41,8 +41,9 @@ def as_record(kind: type[Kind], value: object, where: Path, **known: object) -> 
 
 
 def matches_type(value: object, wanted: Any) -> bool:
-    """Whether a JSON value is of a type such as `dict[str, list[int]]` or `str | None`. Integers are finite and below
-    2^53; text has no half surrogates and no NUL.
+    """Return whether a JSON value is of a type such as `dict[str, list[int]]` or `str | None`.
+
+    Integers are below 2^53; text has no half surrogates and no NUL.
     """
     origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
     if wanted is Any:

@@ -1,9 +1,9 @@
-"""Where everything in a store lies, and the Zarr v3 metadata of each array.
+"""Dtypes, hashes, shards and the Zarr v3 metadata of a store's arrays.
 
-Invariant: every array is uncompressed (the bytes codec alone), so a chunk file is a raw little-endian matrix that
-`pread` can read, while zarr-python, tensorstore and xarray open the same files. Shards of `hidden` end in the index
-that the sharding codec asks for: one (offset, length) a chunk, then a crc32c. This module imports neither zarr nor
-torch. Run: `pytest tests/extract/store/test_layout.py`.
+Guarantees: every array is uncompressed (only the bytes codec), so a chunk file is a raw little-endian matrix for
+`pread`, and zarr-python, tensorstore and xarray open the same files. Shards of `hidden` end in the index of the sharding codec:
+one (offset, length) for each chunk, then a crc32c. This module imports neither zarr nor torch.
+Try: `pytest tests/extract/store/test_layout.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MISSING = 2**64 - 1  # offset and length of a chunk that a shard does not hold
 
 @dataclass(frozen=True)
 class Dtype:
-    """How the numbers of a view are stored: `logical` is what they mean, `stored` what numpy and Zarr see."""
+    """How the numbers of a view are stored: `logical` is what they mean, `stored` is what numpy and Zarr see."""
 
     logical: str
     stored: str
@@ -42,7 +42,7 @@ class Dtype:
 
     @property
     def scaled(self) -> bool:
-        """Whether a row means nothing without its scale and the view's norms (see store/format/int8.py)."""
+        """Whether rows need their scales and the view's norms (see format/int8.py)."""
         return self.logical == "int8"
 
     def fill_rows(self, rows: int, width: int) -> np.ndarray:
@@ -66,7 +66,7 @@ def dtype_of(name: str) -> Dtype:
 
 
 def to_float32(states: np.ndarray, logical: str) -> np.ndarray:
-    """Stored states (as `gather` returns them) as float32; bfloat16 arrives as uint16 bits, int8 as float32."""
+    """Return stored states, as `gather` returns them, as float32. bfloat16 comes as uint16 bits, int8 as float32."""
     if logical == "bfloat16":
         return (states.astype(np.uint32) << 16).view(np.float32)
     if logical == "float16":
@@ -75,8 +75,9 @@ def to_float32(states: np.ndarray, logical: str) -> np.ndarray:
 
 
 def _widen(half: np.ndarray) -> np.ndarray:
-    """float16 → float32 through integers, five times as fast as numpy's own: exponent and fraction move into place,
-    and a multiplication mends the exponent's bias (exact, also for subnormal halves).
+    """Convert float16 to float32 through integers, five times as fast as numpy.
+
+    Exponent and fraction are shifted into place, and a multiplication corrects the bias, exactly for subnormals, too.
     """
     half = np.ascontiguousarray(half)
     out = np.empty(half.shape, np.float32)
@@ -101,7 +102,7 @@ _WIDENED = 1 << 17  # numbers at a time: 512 KiB of float32 stay in the processo
 
 
 def hash64(data: bytes) -> int:
-    """The first 64 bits of BLAKE2b, little endian: the hash of ids, texts and inputs."""
+    """Return the first 64 bits of BLAKE2b, little endian: the hash of ids, texts and inputs."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
@@ -110,14 +111,12 @@ def hash_id(utterance_id: str) -> int:
 
 
 def hash_text(text: str) -> int:
-    """What `Store.text_hash` compares with: the hash of a manifest's raw text."""
+    """Return the hash of a manifest's raw text, which `Store.text_hash` has."""
     return hash64(b"text\0" + text.encode())
 
 
 def crc32c(data: np.ndarray | bytes, before: int | None = None) -> int:
-    """Of bytes, or of a contiguous array's memory (a memoryview is refused by the library); `before`: of what comes
-    before it.
-    """
+    """Return the crc32c of bytes or of a contiguous array; `before`: the crc32c of the bytes before them."""
     return google_crc32c.value(data) if before is None else google_crc32c.extend(before, data)
 
 
@@ -166,7 +165,7 @@ def array_json(
     inner: tuple[int, ...] | None = None,
     attributes: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The `zarr.json` of an uncompressed array; with `inner`, chunk files are shards of inner chunks.
+    """Return the `zarr.json` of an uncompressed array. With `inner`, chunk files are shards of inner chunks.
 
     `dtype` is numpy's short name without the byte order, as in "f2".
     """
@@ -193,7 +192,7 @@ def array_json(
 
 
 def hidden_json(contexts: int, layers: int, rows: int, width: int, shard_rows: int, dtype: Dtype) -> dict[str, Any]:
-    """`hidden` [C, L, N, D]: shards of (1, 1, S, D), chunks of (1, 1, 64, D), fill NaN."""
+    """Return the metadata of `hidden` [C, L, N, D]: shards of (1, 1, S, D), chunks of (1, 1, 64, D), fill NaN."""
     return array_json(
         (contexts, layers, rows, width),
         np.dtype(dtype.stored).str[1:],
@@ -206,7 +205,7 @@ def hidden_json(contexts: int, layers: int, rows: int, width: int, shard_rows: i
 
 
 def scale_json(contexts: int, layers: int, rows: int, shard_rows: int) -> dict[str, Any]:
-    """`scale` [C, L, N] of int8 stores: sharded as `hidden` is, fill NaN."""
+    """Return the metadata of `scale` [C, L, N] of int8 stores, sharded as `hidden` is, fill NaN."""
     shape, dimensions = (contexts, layers, rows), ("context", "layer", "token")
     return array_json(shape, "f2", (1, 1, shard_rows), dimensions, fill="NaN", inner=(1, 1, INNER_ROWS))
 
@@ -215,7 +214,7 @@ def scale_json(contexts: int, layers: int, rows: int, shard_rows: int) -> dict[s
 
 
 def shard_rows(total_rows: int, longest: int, width: int, dtype: Dtype) -> int:
-    """S: about a sixteenth of the rows, at least 2,048 and the longest utterance, at most 128 MiB a shard."""
+    """Return S: about a sixteenth of the rows, at least 2,048 and the longest utterance, at most 128 MiB."""
 
     def up(n: int) -> int:
         return max(1, math.ceil(n / INNER_ROWS)) * INNER_ROWS
@@ -230,7 +229,7 @@ def shard_rows(total_rows: int, longest: int, width: int, dtype: Dtype) -> int:
 
 
 def footer(used_rows: int, total_rows: int, row_bytes: int) -> bytes:
-    """The index at a shard's end: chunk i at i · 64 rows, chunks beyond `used_rows` missing; then crc32c."""
+    """Return the index at a shard's end: chunk i at i · 64 rows, chunks beyond `used_rows` missing; then a crc32c."""
     used, total = math.ceil(used_rows / INNER_ROWS), total_rows // INNER_ROWS
     index = np.full((total, 2), MISSING, dtype="<u8")
     index[:used, 0] = np.arange(used, dtype=np.uint64) * (INNER_ROWS * row_bytes)
@@ -244,17 +243,17 @@ def footer_bytes(total_rows: int) -> int:
 
 
 def shard_bytes(used_rows: int, total_rows: int, row_bytes: int) -> int:
-    """Size of a shard file as this package writes it."""
+    """Return the size of a shard file as this package writes it."""
     return math.ceil(used_rows / INNER_ROWS) * INNER_ROWS * row_bytes + footer_bytes(total_rows)
 
 
 def identity_rows(data: bytes, total_rows: int, row_bytes: int) -> int | None:
-    """Rows that a shard with this footer holds in place; None where the layout is not the identity.
+    """Return the rows of a shard with this footer, or None where its chunks are not in order.
 
-    Errors: StoreError where the footer's checksum is wrong.
+    Raises StoreError where the footer's checksum is wrong.
     """
     body = data[:-4]
-    # Of no bytes at all the checksum would be right
+    # The checksum of no bytes at all would be right.
     if len(data) != footer_bytes(total_rows) or crc32c(body) != int.from_bytes(data[-4:], "little"):
         raise StoreError("the index at the end of a shard is damaged", remedy="stillhouse inspect verify STORE")
     index = np.frombuffer(body, dtype="<u8").reshape(-1, 2)

@@ -1,1 +1,1 @@
-"""TODO: what this folder is for."""
+"""Rows, shard files and memory for the reader. May import format/ and what is below it."""

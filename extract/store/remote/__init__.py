@@ -1,1 +1,1 @@
-"""TODO: what this folder is for."""
+"""Stores in an object store: requests, cache, files. May import disk/ and data/."""

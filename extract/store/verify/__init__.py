@@ -1,1 +1,1 @@
-"""TODO: what this folder is for."""
+"""Find what is damaged or stale. May import everything else in store/."""

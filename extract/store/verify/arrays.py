@@ -1,7 +1,7 @@
-"""Verifying the small arrays as files: that their metadata reads, and every chunk is there and whole.
+"""Verify the small arrays as files: their metadata can be read, and every chunk is there and whole.
 
-Invariant: read only; tells what a reader of plain Zarr would stumble over, or take for the fill value.
-Run: `stillhouse inspect verify STORE`.
+Guarantees: nothing is written. What a reader of plain Zarr could not read, or would take for the fill value, is found.
+Try: `stillhouse inspect verify STORE`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ....data.errors import StillhouseError, StoreError
 from ..disk.paths import Paths
 from ..format.arrays import RawArray
 
-# Written whole when a plan is made; of the others, chunks come with the commits
+# Arrays that are whole when a plan is written. Chunks of the others come with the commits.
 PLANNED = ("start", "length", "token_id", "span", "vocab_id", "embedding", "vocab_piece")
 BY_CONTEXT = ("input_hash", "context_left", "context_right")
 
@@ -23,9 +23,12 @@ BY_CONTEXT = ("input_hash", "context_left", "context_right")
 def array_damage(
     paths: Paths, teacher: str, contexts: set[int], rows: np.ndarray, shards: set[int]
 ) -> Iterator[tuple[str, Path]]:
-    """(what, where) of all that is wrong with a teacher's arrays; `contexts`: positions of those that are complete.
+    """Yield (what, where) of all that is wrong with a teacher's arrays.
 
-    rows int64: of the utterances that are served; shards: those that serve them. Other rows may be gone.
+    Arguments:
+        contexts: positions of the contexts that are complete.
+        rows: int64, rows of the utterances that can be read; others may be gone.
+        shards: the shards that hold them.
     """
     group = paths.data / teacher
     for name in sorted({p.name for p in group.iterdir() if p.is_dir()} | {"hidden", *PLANNED, *BY_CONTEXT}):
@@ -36,7 +39,7 @@ def array_damage(
             yield e.what, path / "zarr.json"
             continue
         if not array.plain:
-            continue  # `hidden` and `scale`, whose units are checked, or someone's compressed copy
+            continue  # `hidden` and `scale` are checked by work item; others are compressed copies.
         served = set((rows.astype(np.int64) // max(1, array.chunks[-1])).tolist())
         try:
             indices = array.indices()
@@ -54,10 +57,12 @@ def array_damage(
 
 
 def table_chunk_damage(paths: Paths, editions: set[int], utterances: int) -> Iterator[tuple[str, Path]]:
-    """The same of the group `utterances` in `folder`: its first tables, and those of `editions`.
+    """Yield (what, where) of all that is wrong with the first tables of utterances and those of `editions`.
 
-    utterances: how many rows count; a planner that died may have left others, or half of them, behind those.
-    Errors: StoreError, OSError, ValueError, IndexError where a table cannot be read at all.
+    Arguments:
+        utterances: how many rows count. A planner that died may have left others behind them.
+
+    Raises StoreError, OSError, ValueError or IndexError where a table cannot be read at all.
     """
     groups = [(), *(("editions", str(e)) for e in sorted(editions - {0}))]
     arrays = [_opened(paths, "utterances", *group, name) for group in groups for name in _TABLES[bool(group)]]
@@ -76,7 +81,7 @@ _TABLES = (
 
 
 def _opened(paths: Paths, *name: str) -> RawArray:
-    """Errors: StoreError where its metadata cannot be read, or is not an array's."""
+    """Open an array. Raises StoreError where its metadata cannot be read, or is not an array's."""
     try:
         array = RawArray(paths, *name)
         nodes = [array.meta.get(key) for key in ("zarr_format", "node_type")]

@@ -1,9 +1,9 @@
-"""Whether a store's contexts are still those of a corpus, told without a teacher: who stands where, and what they say.
+"""Find contexts that no longer fit a corpus, from the order and the texts of its utterances. No teacher is needed.
 
-Invariant: an utterance whose window saw another text than stands there now, or an end of the session that is none any
-more, is named. Windows are known by `context_left` and `context_right`; a neighbour that a window saw a part of counts
-whole, and windows that only were cut otherwise are as good as before (`extract --refresh` compares what is fed,
-exactly). Run: `pytest tests/extract/pipeline/test_refresh.py -k freshness`.
+Guarantees: an utterance is named if its window saw another text than stands there now, or an end of the session that is
+no end now. `context_left` and `context_right` say how far a window reached. A neighbour that it saw in part counts
+whole, and windows that only were cut elsewhere still fit. (`extract --refresh` compares inputs exactly.)
+Try: `pytest tests/extract/pipeline/test_refresh.py -k freshness`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ Session = Sequence[tuple[str, str]]  # (id, raw text) of its utterances, in orde
 
 
 def stale(store: Store, views: Sequence[View], sessions: Sequence[Session]) -> dict[str, list[str]]:
-    """{utterance: contexts} that saw other neighbours than `sessions` say. A changed text of its own is not looked at.
+    """Return {utterance: contexts} that saw other neighbours than `sessions` has. Its own text is not compared.
 
-    Sessions are those of the whole corpus that the store was made from, as they are now.
+    Arguments:
+        sessions: those of the whole corpus that the store was made from, as they are now.
     """
     found: dict[str, list[str]] = {}
     for teacher in dict.fromkeys(v.teacher for v in views):
@@ -40,7 +41,7 @@ def _of_teacher(
     length = np.asarray(RawArray(store.paths, teacher, "length").read())
     seen = {c: _seen(store, teacher, record.contexts.index(c)) for c in contexts}
     asked = {c: parse_context(c) for c in contexts}
-    # Whoever says nothing is nobody's context.
+    # Utterances without tokens are never part of a context.
     said = index.order[length[index.order] > 0]
     position = np.full(len(index), -1)
     position[said] = np.arange(len(said))
@@ -54,7 +55,7 @@ def _of_teacher(
         now = np.array([h for _, h in spoken], dtype=np.uint64)
         here = position[np.maximum(rows, 0)] if len(rows) else rows
         mine = np.flatnonzero((rows >= 0) & (here >= 0))
-        mine = mine[texts[here[mine]] == now[mine]]  # its own text is as it was
+        mine = mine[texts[here[mine]] == now[mine]]  # Its own text has not changed.
         if len(mine) and len(mine) == len(spoken):
             first = int(here[0])
             whole = first == begins[first] and first + len(spoken) - 1 == ends[first]
@@ -77,7 +78,7 @@ def _seen(store: Store, teacher: str, context: int) -> tuple[np.ndarray, np.ndar
 
 
 def _begins(groups: np.ndarray) -> np.ndarray:
-    """For each place in runs of equal numbers, where its run begins."""
+    """Return, for each place in runs of equal numbers, where its run begins."""
     start = np.flatnonzero(np.diff(groups, prepend=groups[0] - 1)) if len(groups) else np.zeros(0, int)
     return np.repeat(start, np.diff(np.append(start, len(groups))))
 
@@ -85,7 +86,7 @@ def _begins(groups: np.ndarray) -> np.ndarray:
 def _as_it_was(
     at: int, u: int, step: int, seen: int, asked: int, texts: np.ndarray, now: np.ndarray, length: np.ndarray, end: int
 ) -> bool:
-    """Whether the neighbours of `at` (of `u` in the session as it is now) are as a window of `seen` tokens saw them."""
+    """Whether the neighbours of `at` (`u` in the session as it is now) are those that a window of `seen` tokens saw."""
     if asked == 0:
         return True
     rest = int(seen)
@@ -94,5 +95,5 @@ def _as_it_was(
         if not 0 <= u < len(now) or texts[at] != now[u]:
             return False
         rest -= int(length[at])
-    # It wanted more and the session ended; so it must now.
+    # If the window wanted more tokens than it saw, the session must still end there.
     return not (at == end and seen < asked) or not 0 <= u + step < len(now)
