@@ -1,8 +1,8 @@
 """Dtypes, hashes, shards and the Zarr v3 metadata of a store's arrays.
 
 Guarantees: every array is uncompressed (only the bytes codec), so a chunk file is a raw little-endian matrix for
-`pread`, and zarr-python, tensorstore and xarray open the same files. Shards of `hidden` end in the index of the sharding codec:
-one (offset, length) for each chunk, then a crc32c. This module imports neither zarr nor torch.
+`pread`, and zarr-python, tensorstore and xarray open the same files. Shards of `hidden` end in the index of the
+sharding codec: one (offset, length) for each chunk, then a crc32c. This module imports neither zarr nor torch.
 Try: `pytest tests/extract/store/test_layout.py`.
 """
 
