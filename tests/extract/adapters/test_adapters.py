@@ -1,4 +1,4 @@
-"""The store in other libraries' terms: ids, Lhotse's cuts, xarray, torch datasets, batches from end to end."""
+"""Stores for other libraries: ids, Lhotse cuts, xarray, torch datasets, and whole batches."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_the_field_outlives_a_new_name(store, cuts):
 
 
 def test_a_field_of_the_cut_serves_a_supervision_that_is_alone(store, cuts):
-    """As NeMo's Lhotse loader lays out a manifest: ids are paths, other keys of a line are the cut's."""
+    """NeMo's Lhotse loader uses paths as ids, and puts other keys of a line into the cut."""
     from dataclasses import replace
 
     one, two = cuts.map_supervisions(renamed)
@@ -138,7 +138,7 @@ def test_attaching_is_lazy_and_pickles(store, cuts, tmp_path):
 
 
 def test_a_transfer_from_cuts(store, cuts):
-    """What an icefall recipe does with a batch."""
+    """Use a batch as an icefall recipe does."""
     from stillhouse.distill import TargetReader
 
     reader = TargetReader([(store, store.resolve("known/*/4"))], position="word")

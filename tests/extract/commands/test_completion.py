@@ -60,7 +60,7 @@ def test_each_shells_protocol(store, shell, expected):
 
 
 class Terminal:
-    """A shell at a terminal of its own, typed into as a person does."""
+    """Run a shell in a terminal and type into it."""
 
     def __init__(self, *command: str, cwd: Path) -> None:
         self.pid, self.fd = pty.fork()
@@ -90,7 +90,7 @@ class Terminal:
 
 
 def of_docs(language: str) -> str:
-    """The lines that docs/reference/inspect.md tells to put into the shell's settings."""
+    """Return the lines for the shell's settings from docs/reference/inspect.md."""
     text = (Path(__file__).parents[3] / "docs" / "reference" / "inspect.md").read_text(encoding="utf-8")
     return "; ".join(text.split(f"```{language} quick\n")[1].split("```")[0].strip().splitlines())
 
@@ -117,7 +117,7 @@ def test_in_a_real_shell(store, tmp_path, shell, options):
 
 
 def test_in_a_real_fish(store, tmp_path):
-    """fish tells by itself what it would complete."""
+    """fish can print its completions itself."""
     if shutil.which("fish") is None:
         pytest.skip("no fish here")
     (tmp_path / "s.zarr").symlink_to(store.path)

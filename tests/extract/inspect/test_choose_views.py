@@ -1,4 +1,4 @@
-"""`stillhouse views` on stores where it is known what each view tells."""
+"""`stillhouse views` on stores whose views predict known things."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HERE, TURNED, NOISE, NEXT = 1, 2, 3, 4
 
 
 class Letters:
-    """Letters are tokens: ids 3 and on; 1 and 2 stand around a text."""
+    """Letters are tokens with ids from 3. Tokens 1 and 2 surround a text."""
 
     prefix, suffix, leading_space, hash = [1], [2], False, "letters"
 
@@ -94,7 +94,7 @@ def test_the_numbers_are_the_planted_ones(planted: SimpleNamespace) -> None:
 
 
 def test_what_is_suggested(planted: SimpleNamespace) -> None:
-    """One that tells the letter, one the next; neither the letter twice nor the noise, though three may be."""
+    """A view of the letter and one of the next letter are suggested, but neither a redundant view nor noise."""
     c = choose(planted.store, planted.store.views, planted.corpus, planted.units, places=1500, pick=3)
     layers = [int(s.view[-1]) for s in c.suggested]
     assert len(layers) == 2 and NEXT in layers and len({HERE, TURNED} & set(layers)) == 1
@@ -167,7 +167,7 @@ def test_sessions_that_share_a_text_are_one_group() -> None:
 
 
 @pytest.mark.parametrize("readings", [1, 4])
-def test_what_is_said_again_is_not_judged_by_itself(
+def test_a_text_is_in_one_fold_only(
     known: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, readings: int
 ) -> None:
     """Eight chapters of five sentences, each in words of its own, read once and by four speakers: a chapter, whose
@@ -187,7 +187,7 @@ def test_what_is_said_again_is_not_judged_by_itself(
 def test_two_teachers_of_other_tokens_one_of_them_a_decoder_in_int8(
     planted: SimpleNamespace, known: SimpleNamespace, tmp_path: Path
 ) -> None:
-    """A decoder to which an utterance is one word tells no letter of it; what tells them is chosen before it."""
+    """A view with one token for each utterance predicts no letter, so a view that does is chosen before it."""
     from stillhouse.extract.pipeline.extract import extract
     from stillhouse.extract.pipeline.request import Request
 
@@ -211,7 +211,7 @@ def test_one_text_cannot_be_judged(known: SimpleNamespace, tmp_path: Path) -> No
         choose(store, store.views, known.corpus_of(tmp_path, texts, 1), train_units(texts, "characters"))
 
 
-def test_a_wide_view_is_projected_and_still_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wide_view_is_projected_and_keeps_its_score(monkeypatch: pytest.MonkeyPatch) -> None:
     from stillhouse.extract.inspect.numbers import probe
 
     monkeypatch.setattr(probe, "WIDEST", 32)
@@ -245,7 +245,7 @@ def test_what_it_refuses(planted: SimpleNamespace) -> None:
 
 
 def test_few_sessions_are_folded_by_utterance_and_a_space_is_no_place(known: SimpleNamespace, tmp_path: Path) -> None:
-    """Words in two contexts; a unit that lies under no token (the space) is no place."""
+    """A unit without a token, such as a space, is not probed."""
     texts = [f"w{a:02} w{b:02} w{a + b:02}" for a in range(6) for b in range(6)]
     store: Store = known.build(tmp_path, texts, per_session=12, layers=(0, 4))
     units: Units = train_units(texts, "characters")

@@ -1,4 +1,4 @@
-"""diff: what was made to differ is found, and nothing else."""
+"""diff finds every planted difference between two stores, and no other."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from stillhouse.extract.store import Store
 
 @pytest.fixture(scope="module")
 def other(known, tmp_path_factory) -> Store:
-    """One text changed, one utterance more, another seed of the sessions' order, one layer less, float32."""
+    """A store with one changed text, one more utterance, another order of sessions, one layer less, and float32."""
     texts = [*known.TEXTS, "ONE MORE"]
     texts[1] = "HE SAT BY THE BANK"
     folder = tmp_path_factory.mktemp("other")
     return known.build(folder, texts, layers=(0, 4), dtype="float32", seed=1)
 
 
-def test_a_store_is_the_same_as_itself_and_as_its_twin(store, known, tmp_path, stillhouse):
+def test_equal_stores_do_not_differ(store, known, tmp_path, stillhouse):
     twin = known.build(tmp_path)
     found = differing.diff(store, twin, full=True)
     assert found.same and found.utterances.both == 6
@@ -31,7 +31,7 @@ def test_a_store_is_the_same_as_itself_and_as_its_twin(store, known, tmp_path, s
     assert done.code == 0 and done.out.endswith("the stores are equal\n")
 
 
-def test_what_differs_is_told(store, other, stillhouse):
+def test_differences_are_listed(store, other, stillhouse):
     found = differing.diff(store, other, full=True)
     assert not found.same
     assert [(s.setting, s.a, s.b) for s in found.settings] == [("dtype", "float16", "float32")]

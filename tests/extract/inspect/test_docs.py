@@ -1,4 +1,4 @@
-"""docs/reference/inspect.md says what every command prints: its schemas are these dataclasses.
+"""docs/reference/inspect.md describes every command, and its schemas are these dataclasses.
 
 Its examples run in tests/docs/test_blocks.py. Write the schemas anew after a field has been added: make docs
 """
@@ -70,7 +70,7 @@ def test_the_schemas_are_the_dataclasses():
     assert written == schemas(), "stale: make docs"
 
 
-def test_every_command_and_option_is_told():
+def test_every_command_and_option_is_documented():
     text = DOCS.read_text(encoding="utf-8")
     for name, command in group.commands.items():
         assert f"stillhouse inspect {name} " in text, name

@@ -1,4 +1,4 @@
-"""What inspect writes: exports that others read, pictures that are pictures."""
+"""Files that inspect writes: exports that other libraries read, and pictures that open."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_hdf5(store, tmp_path):
 
 @pytest.mark.parametrize("suffix", [".h5", ".npz", ".safetensors"])
 def test_int8_is_exported_as_floats(int8_store, tmp_path, suffix):
-    """As float16, or as float32 when asked; info and stats tell what int8 has cost."""
+    """int8 states are exported as float16, or as float32 with the option. info and stats show the error of int8."""
     view = int8_store.views[-1]
     expected = int8_store.gather(int8_store.utterance_ids, [view]).states[view]
     assert expected.dtype == np.float32
@@ -99,7 +99,7 @@ def load(path, name):
     return np.load(path, allow_pickle=False)[name]
 
 
-def test_the_error_of_int8_is_told(int8_store, store, stillhouse):
+def test_the_error_of_int8_is_shown(int8_store, store, stillhouse):
     facts = json.loads(stillhouse("inspect", "info", int8_store.path, "--json").out)
     stats = json.loads(stillhouse("inspect", "stats", int8_store.path, "--json").out)
     errors = [v["int8_error"] for v in stats["views"]]
@@ -123,7 +123,7 @@ def test_csv_is_a_line_a_token_and_view(store, tmp_path, stillhouse):
     np.testing.assert_allclose([float(line[f"d{i}"]) for i in range(12)], state, rtol=1e-5)
 
 
-def test_what_is_there_stays_unless_forced(store, tmp_path, stillhouse):
+def test_an_existing_file_stays_without_force(store, tmp_path, stillhouse):
     path = tmp_path / "a.npz"
     path.write_text("mine")
     refused = stillhouse("inspect", "export", store.path, path)

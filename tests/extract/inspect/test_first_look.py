@@ -17,7 +17,7 @@ from stillhouse.extract.inspect.show.terminal import pairs, share, size, table, 
 from stillhouse.extract.store import Store, View
 
 
-def test_info_of_a_whole_store(store):
+def test_info_of_a_complete_store(store):
     found = facts.store_facts(store)
     assert (found.utterances, found.sessions, found.complete) == (6, 2, True)
     [teacher] = found.teachers
@@ -30,7 +30,7 @@ def test_info_of_a_whole_store(store):
     assert (teacher.units, teacher.units_planned, teacher.views) == (6, 6, 6)
 
 
-def test_info_and_ls_of_a_store_in_the_making(partial, stillhouse):
+def test_info_and_ls_of_an_unfinished_store(partial, stillhouse):
     views = facts.view_facts(partial, partial.planned_views)
     alone, both = views[0], views[-1]
     assert (alone.view, alone.tokens, alone.utterances, alone.units) == ("known/alone/0", 9000, 450, 5)
@@ -53,8 +53,8 @@ def test_info_and_ls_of_a_store_in_the_making(partial, stillhouse):
     assert stillhouse("inspect", "verify", partial.path, "--data").code == 0
 
 
-def test_numbers_of_views_in_the_making(partial, store, stillhouse, tmp_path):
-    """None of the six is complete: every command takes them as far as they go, and says so."""
+def test_numbers_of_unfinished_views(partial, store, stillhouse, tmp_path):
+    """No view is complete. Every command uses the extracted part, and prints a line about it."""
     both, held = "known/both:8/0", partial.available(partial.planned_views[-1])
     utterance = partial.index.id(int(np.flatnonzero(held)[0]))
     missing = partial.index.id(int(np.flatnonzero(~held)[0]))
@@ -72,7 +72,7 @@ def test_numbers_of_views_in_the_making(partial, store, stillhouse, tmp_path):
     assert "not complete" not in stillhouse("inspect", "stats", store.path).err
 
 
-def test_what_is_hardly_begun_is_told(known, tmp_path, stillhouse):
+def test_a_store_without_states_is_an_error(known, tmp_path, stillhouse):
     begun = known.build(tmp_path, ["A BANK", "BANK"], stop_after=0)
     for command in (["stats"], ["similarity"], ["export", tmp_path / "x.npz"]):
         done = stillhouse("inspect", command[0], begun.path, *command[1:])
@@ -80,7 +80,7 @@ def test_what_is_hardly_begun_is_told(known, tmp_path, stillhouse):
     assert not (tmp_path / "x.npz").exists()
 
 
-def test_show_says_what_the_teacher_saw(store, known):
+def test_show_counts_the_context_that_the_teacher_saw(store, known):
     utterance = "s00-0001"  # HE SAT ON THE BANK, second of three
     view = View("known", "both:8", 2)
     found = showing.show(store, utterance, [View("known", "alone", 2), view], values=True)
@@ -136,7 +136,7 @@ def test_ls_utterances(store, stillhouse):
 
 @pytest.fixture
 def copy(store, tmp_path):
-    """A copy that may be damaged, and the file of known/both:8/2."""
+    """Return a copy that tests may damage, and its file of known/both:8/2."""
     path = tmp_path / "copy.zarr"
     shutil.copytree(store.path, path)
     return path, path / "data.zarr" / "known" / "hidden" / "c" / "1" / "1" / "0" / "0"
@@ -290,7 +290,7 @@ def wide(known, tmp_path_factory):
 
 @pytest.mark.parametrize("columns", [None, 80, 140, 64])
 def test_lines_for_people_fit_the_columns(wide, stillhouse, monkeypatch, columns):
-    """What paths and names do not make longer; ids and messages of findings stay on one line, for grep."""
+    """Lines fit unless paths or names are longer. Ids and findings stay on one line, for grep."""
     if columns is not None:
         monkeypatch.setenv("COLUMNS", str(columns))
     utterance = "s00-0000"

@@ -1,4 +1,4 @@
-"""Stores that nobody wrote: metadata that says something else, bytes turned over, pipes and loops in place of files.
+"""Stores with hostile contents: changed metadata, flipped bytes, and pipes or loops in place of files.
 
 Every command that reads a store ends with data or an error of ours, soon and in little memory; what writes leaves
 nothing half written. test_odd_stores.py has the stores that are strange but sound, and files damaged one by one.
@@ -54,7 +54,7 @@ def root(known, tmp_path_factory, request) -> Path:
 
 
 def files(root: Path) -> list[Path]:
-    """One of each kind: paths that differ in numbers alone are of one kind."""
+    """Return one file of each kind. Paths that differ only in numbers are of one kind."""
     found: dict[tuple, Path] = {}
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
         parts = path.relative_to(root).parts
@@ -65,7 +65,7 @@ def files(root: Path) -> list[Path]:
 
 @contextmanager
 def instead(path: Path, how: object) -> Iterator[None]:
-    """Something else at `path`: bytes, or what is no file."""
+    """Replace `path` by other bytes, or by something that is not a file."""
     aside = path.with_name(f"{path.name}.aside")
     path.rename(aside)
     links = {"loop": path.name, "nowhere": "nowhere", "endless": "/dev/zero", "nothing": "/dev/null"}
@@ -88,7 +88,7 @@ def instead(path: Path, how: object) -> Iterator[None]:
 
 
 def tried(root: Path, out: Path, number: int, count: int) -> None:
-    """`count` of the commands, others for each number; whatever fails leaves nothing in `out`."""
+    """Run `count` of the commands, chosen by number. A command that fails leaves nothing in `out`."""
     every = commands(root, out)
     for k in range(count):
         result = run(*every[(number + k * 7) % len(every)])
@@ -99,7 +99,7 @@ def tried(root: Path, out: Path, number: int, count: int) -> None:
 
 
 def changes(root: Path, seed: int) -> Iterator[tuple[Path, bytes]]:
-    """Every part of every kind of JSON file of a store replaced by everything, or gone, in the order of a seed."""
+    """Yield JSON files in which one part is replaced or removed, in an order that depends on a seed."""
     cases = []
     for path in files(root):
         if path.suffix == ".json":
@@ -113,7 +113,7 @@ def changes(root: Path, seed: int) -> Iterator[tuple[Path, bytes]]:
 
 
 @pytest.mark.parametrize("cases", [120, pytest.param(4_000, marks=slow)])
-def test_metadata_that_say_something_else(root: Path, tmp_path: Path, cases: int) -> None:
+def test_metadata_with_other_values(root: Path, tmp_path: Path, cases: int) -> None:
     for number, (path, data) in enumerate(islice(changes(root, seed=cases), cases)):
         with instead(path, data):
             tried(root, tmp_path, number, 1)
@@ -154,7 +154,7 @@ def test_folders_that_lead_back_or_are_none(root: Path, tmp_path: Path) -> None:
 
 
 def test_a_plan_that_leads_out_of_the_store(root: Path, tmp_path: Path) -> None:
-    """Names out of a foreign plan are never parts of a path that leads elsewhere."""
+    """A name in a plan never leads to a path outside of the store."""
     head = json.loads((root / "store.json").read_bytes())
     away = json.loads(json.dumps(head).replace('"alone"', '"../../../etc"').replace('"known"', '"../known"'))
     with instead(root / "store.json", dumped(away)):
@@ -164,7 +164,7 @@ def test_a_plan_that_leads_out_of_the_store(root: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["utterances/text_hash", "known/crc32c", "known/token_id"])
 def test_declared_sizes_are_not_believed(store: Store, name: str) -> None:
-    """In real processes that may have 6 GiB: 10^13 numbers are refused in words, at once."""
+    """A process with 6 GiB stops at once, with an error message, if an array declares 10^13 numbers."""
     code = "import resource; resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))\n"
     code += "from stillhouse.cli import main; main()"
     path = store.path / "data.zarr" / name / "zarr.json"
@@ -179,6 +179,6 @@ def test_declared_sizes_are_not_believed(store: Store, name: str) -> None:
 
 
 def test_the_store_is_as_it_was(root: Path) -> None:
-    """The last of these tests: everything was put back, or nothing above has tested what it says."""
+    """This test runs last. If a file was not restored, the tests above did not test what they describe."""
     assert Store.open(root, checksums=True).gather(["s00-0001"], Store.open(root).views)
     assert run("inspect", "verify", root, "--data").exit_code == 0

@@ -1,4 +1,4 @@
-"""Every command of `stillhouse inspect` says of a store in a bucket what it says of the same store in a folder."""
+"""Every command of `stillhouse inspect` prints the same for a store in a bucket and in a folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FILES = {"export": "out.npz", "plot": "out.svg", "report": "out.html"}
 
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """A server whose address is in the environment."""
+    """Start a server and put its address into the environment."""
     with s3.moto() as port, pytest.MonkeyPatch.context() as patch:
         for name, value in s3.settings(f"http://127.0.0.1:{port}", tmp_path_factory.mktemp("cache")).items():
             patch.setenv(name, value)
@@ -46,7 +46,7 @@ def url(bucket: int, store: Store) -> str:
 
 
 def facts(found: SimpleNamespace, place: str) -> Any:
-    """What a command printed as JSON, without the place it was asked about."""
+    """Return the JSON of a command without the path of the store."""
     assert found.code == 0, found.err
     return json.loads(found.out.replace(json.dumps(place)[1:-1], "STORE"))
 
@@ -89,6 +89,6 @@ def test_a_partial_store(stillhouse: Callable[..., SimpleNamespace], bucket: int
         assert here == there
 
 
-def test_nothing_there(stillhouse: Callable[..., SimpleNamespace], bucket: int) -> None:
+def test_a_missing_store(stillhouse: Callable[..., SimpleNamespace], bucket: int) -> None:
     found = stillhouse("inspect", "info", "s3://bucket/nothing")
     assert found.code == 10 and "s3://bucket/nothing" in found.err and not found.out

@@ -1,4 +1,4 @@
-"""repr and _repr_html_: of whole, partial, damaged and vanished stores, views and batches."""
+"""repr and _repr_html_ of complete, partial, damaged and deleted stores, of views and of batches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stillhouse.extract.store import Gathered, Store, View
 
 
 class Strict(HTMLParser):
-    """Fails on tags that are not closed, and gathers the text."""
+    """A parser that fails on unclosed tags and collects the text."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ def test_a_store(store):
     assert not re.search(r"https?:|<script|#[0-9a-f]{3}|rgb", store._repr_html_())
 
 
-def test_a_store_in_the_making(partial):
+def test_an_unfinished_store(partial):
     assert f"450 utterances, {len(partial.views)} of 6 views complete" in repr(partial)
 
 
@@ -52,7 +52,7 @@ def test_names_are_escaped(store, tmp_path):
 
 
 def test_showing_never_fails(store, tmp_path):
-    """Whatever has become of the files since the store was opened."""
+    """repr works even if the files have changed since the store was opened."""
     shutil.copytree(store.path, tmp_path / "s")
     damaged = Store.open(tmp_path / "s")
     for record in (tmp_path / "s" / "commits").rglob("*.json"):

@@ -149,7 +149,7 @@ def test_views_evenly_apart():
     assert len(some) == 24 and some[0] == contexts[0] and some[-1] == contexts[-1]
 
 
-def test_a_partial_store_is_sampled_where_it_is_there(partial):
+def test_a_partial_store_is_sampled_where_it_is_extracted(partial):
     both = View("known", "both:8", 0)
     rows = reading.available_rows(partial, [both])
     assert len(rows) in (204, 306)  # two shards of five, or three

@@ -1,4 +1,4 @@
-"""Every command on stores that nobody foresaw: of decoders, of several teachers, int8, hardly begun, and damaged in
+"""Every command on unusual stores: of decoders, of several teachers, int8, without states, and damaged in
 every file in every way. Each ends with an exit code of the table and a sentence, never a traceback; `verify` sees it.
 """
 
@@ -21,7 +21,7 @@ UNCHECKED = ("context_left", "context_right", "input_hash", "embedding", "vocab_
 
 
 def run(*arguments: object) -> tuple[int, str]:
-    """(exit code, stdout) of main(), in this process."""
+    """Run main() in this process and return (exit code, stdout)."""
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as left:
         main([str(a) for a in arguments])
@@ -94,7 +94,7 @@ def test_every_command_on_odd_stores(odd, kind, tmp_path):
 
 
 def places(root: Path) -> list[Path]:
-    """One file of each array, record and kind."""
+    """Return one file of each array, record and kind."""
     seen, out = set(), []
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
         parts = path.relative_to(root).parts
@@ -148,7 +148,7 @@ def test_every_file_damaged(store, tmp_path, how):
 
 
 def test_verify_sees_every_chunk_of_the_index(known, tmp_path):
-    """Of the first tables and of those that a changed corpus brought; not what a planner that died left behind them."""
+    """Damage in the first tables and in those of a changed corpus is found, but not in what a killed planner left."""
     from stillhouse.extract.pipeline.extract import extract
     from stillhouse.extract.pipeline.request import Request
     from stillhouse.extract.store.disk.paths import Paths

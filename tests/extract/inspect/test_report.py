@@ -1,4 +1,4 @@
-"""The page: self-contained, true to the facts, safe, and as wide as a phone in a real browser where there is one."""
+"""The report page: it loads nothing, shows the facts, escapes text, and fits a phone in a real browser."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def page(known, tmp_path_factory) -> str:
     return report.render(report.collect(store, tokens=30))
 
 
-def test_the_page_needs_nothing_else(page):
+def test_the_page_loads_nothing_else(page):
     assert page.startswith("<!doctype html>")
     assert not re.search(r"https?://|<script|<link|src=|@import|url\(", page)
     assert "&lt;script&gt;x&lt;/script&gt;" in page
@@ -47,7 +47,7 @@ def test_words_can_be_asked_for(store, tmp_path, stillhouse):
     assert stillhouse("inspect", "report", store.path, tmp_path / "store.pdf").code == 2
 
 
-def test_a_store_in_the_making_has_a_page(partial, tmp_path):
+def test_an_unfinished_store_has_a_page(partial, tmp_path):
     text = report.render(report.collect(partial, tokens=100))
     share = 100 * facts.view_facts(partial, partial.planned_views)[-1].tokens / 9000
     assert "extraction not finished" in text and 0 < share < 100 and f"{share:.1f} %" in text
@@ -69,7 +69,7 @@ def test_a_page_of_a_large_store_is_made_from_samples(known, tmp_path, monkeypat
     assert full.neighbours[0].searched > 40 and "not measured" not in report.render(full)
 
 
-def test_a_store_of_which_nothing_is_there_has_a_page(known, tmp_path):
+def test_a_store_without_states_has_a_page(known, tmp_path):
     store = known.build(tmp_path, ["A BANK"], stop_after=0)
     text = report.render(report.collect(store))
     assert "nothing yet" in text and "0 %" in text
@@ -77,7 +77,7 @@ def test_a_store_of_which_nothing_is_there_has_a_page(known, tmp_path):
 
 @pytest.fixture(scope="module")
 def broad(known, tmp_path_factory) -> str:
-    """Of many views, and of transcripts with words that no window has room for."""
+    """The page of a store with many views and with words that are wider than a window."""
     texts = [f"RIVERSIDE {'X' * 250}", "RIVERSIDE BANK"] * 3
     contexts = ("alone", "both:8", "past:8", "future:8")
     store = known.build(tmp_path_factory.mktemp("broad"), texts, layers=(0, 1, 2, 3, 4), contexts=contexts)

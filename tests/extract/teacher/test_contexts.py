@@ -1,4 +1,4 @@
-"""Every context against plain transformers on the same ids, and against leaks from the other side of time."""
+"""Every context equals plain transformers on the same ids, and no later token leaks into a past context."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def close(a: np.ndarray, b: np.ndarray, bound: float = 1e-4) -> bool:
 
 
 @pytest.mark.parametrize("which,context", [c for c in CASES if "block" not in c[1]])
-def test_each_utterance_saw_what_the_store_says(
+def test_each_utterance_saw_the_recorded_context(
     which: str, context: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """The recorded numbers of tokens left and right, written out as one plain pass, give the stored states."""
@@ -94,7 +94,7 @@ def test_each_utterance_saw_what_the_store_says(
 
 
 def test_both_in_a_shared_window(minilm: Path, tmp_path: Path) -> None:
-    """What is recorded as seen IS the window, for every utterance of a shared core, too."""
+    """The recorded context is the window's, also for every utterance of a shared window."""
     teacher = loaded(minilm)
     store = stored(tmp_path / "s", TEXTS, teacher, ["both:6"], [6])
     ids, t = tokens(store, len(TEXTS)), teacher.tokeniser

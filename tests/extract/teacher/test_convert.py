@@ -1,4 +1,4 @@
-"""Models out of GGUF files and folders: what is written gives the states that transformers gives for the source."""
+"""Converted GGUF files and folders give the states that transformers gives for the source."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_gguf_file_gives_the_same_states(gguf_file: Path, converted: Path) -> 
     same_states(gguf_file, converted)
 
 
-def test_the_folder_says_what_it_is(gguf_file: Path, converted: Path, tmp_path: Path) -> None:
+def test_the_folder_has_the_facts(gguf_file: Path, converted: Path, tmp_path: Path) -> None:
     import hashlib
 
     card = json.loads((converted / "teacher.json").read_text())
@@ -159,7 +159,7 @@ def test_the_command(gguf_file: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_is_there_stays(gguf_file: Path, tmp_path: Path) -> None:
+def test_an_existing_folder_stays(gguf_file: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     with pytest.raises(UsageError, match="exists already"):
@@ -184,7 +184,7 @@ def test_left_overs_of_a_killed_conversion_go_and_one_at_a_time_works(gguf_file:
 
 
 def test_other_states_are_refused(gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loader that gives the written weights back otherwise (here: one number off) leaves nothing behind."""
+    """If the written model loads with one other number, the conversion leaves nothing behind."""
     from stillhouse.extract.teacher import convert as module
 
     def off(*args: object, **options: object) -> object:

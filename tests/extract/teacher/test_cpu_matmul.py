@@ -1,4 +1,4 @@
-"""The faster matrix products give what the plain ones give, for models of each kind, and leave other things alone."""
+"""The faster matrix products equal the plain ones for models of each kind, and change nothing else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ IDS = torch.tensor([[5, 7, 6, 8, 5, 11, 9], [9, 9, 5, 6, 7, 8, 30]])
 
 @pytest.fixture
 def amd(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if on the processor for which float32 takes the other way, wherever oneDNN is."""
+    """Pretend to be the processor on which float32 uses oneDNN."""
     if not products._has_onednn():
         pytest.skip("this torch has no oneDNN")
     monkeypatch.setattr(products, "_vendor", lambda: "AuthenticAMD")

@@ -1,4 +1,4 @@
-"""Several batches at a time: each in one thread, in order, halved where memory is short; bytes as by one thread."""
+"""Several batches at a time: each runs in one thread, results are in order, and bytes equal those of one thread."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REQUEST = Request("t", [0, 2], ["alone", "both:4"], batch_tokens=128)
 
 
 class Watched(Teacher):
-    """Notes who calls it, with how many of torch's threads, and for how large batches."""
+    """A teacher that records the thread of each call, torch's number of threads, and the batch size."""
 
     calls: list[tuple[int, int, int]]
     most = 1_000
@@ -62,7 +62,7 @@ def test_two_threads_make_the_bytes_of_one(watched: Watched, bert: Path, two_thr
     assert tree(tmp_path / "two") == tree(tmp_path / "one")
 
 
-def test_a_twin_shares_weights_and_nothing_else(bert: Path) -> None:
+def test_a_clone_shares_weights_and_nothing_else(bert: Path) -> None:
     teacher = loaded(bert)
     twin = teacher.clone_model()
     for a, b in zip(teacher.model.parameters(), twin.model.parameters(), strict=True):
@@ -91,7 +91,7 @@ def test_results_come_in_order_and_errors_where_they_happened(watched: Watched, 
 
 
 def test_batches_are_halved_until_they_fit(watched: Watched, bert: Path, tmp_path: Path) -> None:
-    """The states are those of any batch to rounding, the store is whole, and nothing larger is ever kept."""
+    """The states equal those of other batches up to rounding, and the store has no damage."""
     watched.most = 3
     extract(tmp_path / "halves", make_corpus(), watched, REQUEST)
     sizes = [n for _, _, n in watched.calls]

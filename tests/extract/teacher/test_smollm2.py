@@ -1,4 +1,4 @@
-"""A real causal decoder as teacher: its states against plain transformers, and that context is of use to it."""
+"""A real causal decoder as teacher: its states equal plain transformers', and context helps it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def chapter(corpora: Path) -> Corpus:
 
 
 def ids_of(teacher: Teacher, corpus: Corpus) -> list[list[int]]:
-    """As a tokenizer of running text gives them: a space before the first word."""
+    """Return ids as in running text, with a space before the first word."""
     return [
         teacher.tokeniser._hf(" " + transform(u.text, "sentence_case").text, add_special_tokens=False).input_ids
         for u in corpus.utterances
