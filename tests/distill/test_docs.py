@@ -1,4 +1,4 @@
-"""docs/guide/transfer.md: its code runs, and every choice of the code is told."""
+"""docs/guide/transfer.md: its code runs, and it names every choice that the code has."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def test_the_example_runs(tmp_path, monkeypatch):
     torch.manual_seed(0)
     names = {"transcripts": transcripts}
     exec(compile(code.replace("minilm", "known"), str(DOCS), "exec"), names)
-    assert set(names["found"].per_view) == {"known/alone/4", "known/both:8/4", "known/alone/3"}
+    assert set(names["result"].per_view) == {"known/alone/4", "known/both:8/4", "known/alone/3"}
 
 
-def test_every_choice_is_told():
+def test_the_page_names_every_choice():
     text = DOCS.read_text(encoding="utf-8")
     for choice in (*ALIGNERS, *CONTROLS, *MIXINGS, *POSITIONS, "cosine", "l1", "smooth_l1", "mse", "contrastive"):
         assert f"`{choice}`" in text, choice
