@@ -23,6 +23,7 @@ from ..pipeline.layout import Layout, cut_shards
 from ..pipeline.new_store import write_groups, write_new_rows, write_teacher
 from ..pipeline.norms import commit_norms, write_norms
 from ..pipeline.progress import folder_bytes, split_committed
+from ..pipeline.reuse import copy_item
 from ..store.disk.layout import dtype_of, shard_rows
 from ..store.disk.locks import Scratch
 from ..store.disk.paths import Paths
@@ -36,7 +37,6 @@ from ..store.verify.sums import check_sound
 from ..store.views import View
 from ..store.writer import versions
 from ..teacher.tokenizer import Tokens
-from .copy_item import copy_item
 from .members import Included, check_compatible, choose_utterances, complete_views, only_in_second
 
 Sources = list[tuple[Store, int]]  # (store, its row) of each row of the new store
@@ -87,18 +87,9 @@ def merge(a: Path | str, b: Path | str, out: Path | str, patterns: Sequence[str]
 def combine(
     out: Path | str, stores: list[Store], included: list[Included], views: list[View], corpus: dict[str, Any]
 ) -> Combined:
-    """Write the new store.
+    """Write the new store, with the `included` utterances in their order. `corpus` is recorded in its store.json.
 
-    Arguments:
-        out: a folder or URL where there is nothing yet.
-        stores: the sources, opened with checksums.
-        included: utterances in the order of the new store.
-        views: views of the new store.
-        corpus: what store.json records of the corpus.
-
-    Raises:
-        UsageError: something is at `out` already.
-        StoreError: a source is damaged.
+    Raises UsageError if something is at `out` already, and StoreError if a source is damaged.
     """
     for store in stores:
         check_sound(store)
@@ -137,7 +128,6 @@ def combine(
                 for item in split_committed(plan, plan.work_items(name))[1]:
                     first, last = item.shard.first, item.shard.last
                     copy_item(plan, scratch.folder, item, sources[name][first:last], [m.id for m in rows[first:last]])
-            for name in names:
                 for context in plan.views(name):
                     if len(stores) == 1 or dtype_of(plan.teachers[name].dtype).scaled:
                         _copy_norms(plan, stores[0], name, context, scratch.folder)

@@ -40,9 +40,7 @@ class Removed:
 def exclusive_plan(root: Path) -> Iterator[tuple[Plan, Path]]:
     """Yield a store's plan and a scratch folder on its disk, while no other process plans or writes.
 
-    Raises:
-        NoStoreError: there is no store at `root`.
-        LockedError: another process writes to the store.
+    Raises NoStoreError if there is no store at `root`, and LockedError if another process writes to it.
     """
     files = open_files(root)
     files.require_writable()

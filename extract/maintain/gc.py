@@ -18,6 +18,7 @@ from ..pipeline.estimate import view_bytes
 from ..pipeline.generation import NewRows, later_generation, next_generation, rows_after
 from ..pipeline.layout import compact
 from ..pipeline.new_store import grow_teacher, write_new_rows, write_tokens
+from ..pipeline.reuse import copy_item
 from ..store.format.arrays import ArrayWriter
 from ..store.format.index import Index
 from ..store.format.plan import Generation, Plan, PlannedWork, Shard
@@ -25,7 +26,6 @@ from ..store.read.rows import TeacherRows
 from ..store.reader import Store
 from ..store.verify.sums import check_sound
 from ..teacher.tokenizer import Tokens
-from .copy_item import copy_item
 from .exclusive import Removed, exclusive_plan, replace_plan
 from .garbage import delete_files, size_of, unreferenced_files
 
@@ -33,10 +33,8 @@ from .garbage import delete_files, size_of, unreferenced_files
 def collect_garbage(root: Path, dry_run: bool = False) -> Removed:
     """Move readable utterances out of shards that hold deleted ones, then delete all files that the plan does not need.
 
-    Raises:
-        NoStoreError: the extraction is not finished.
-        StoreError: an utterance that would be moved is damaged.
-        LockedError: another process writes to the store.
+    Raises NoStoreError if the extraction is not finished, StoreError if the store is damaged, and LockedError if
+    another process writes to it.
     """
     with exclusive_plan(root) as (plan, scratch):
         store = Store.open(root, checksums=True)
@@ -52,11 +50,8 @@ def collect_garbage(root: Path, dry_run: bool = False) -> Removed:
                 continue
             unfinished = [v.address for v in store.planned_views if v.teacher == name and v not in store.views]
             if unfinished:
-                raise NoStoreError(
-                    f"these views are not complete: {', '.join(unfinished)}",
-                    where=root,
-                    remedy="finish them with stillhouse extract",
-                )
+                what = f"these views are not complete: {', '.join(unfinished)}"
+                raise NoStoreError(what, where=root, remedy="finish them with stillhouse extract")
             moved_tokens += tokens
             after, moved = _plan_move(after, name, index, teacher_rows, packed, emptied)
             moves.append((name, moved))
@@ -99,12 +94,7 @@ def _concatenate(packed: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _plan_move(
-    plan: Plan,
-    name: str,
-    index: Index,
-    teacher_rows: TeacherRows,
-    packed: Sequence[np.ndarray],
-    emptied: Sequence[Shard],
+    plan: Plan, name: str, index: Index, teacher_rows: TeacherRows, packed: list[np.ndarray], emptied: list[Shard]
 ) -> tuple[Plan, NewRows]:
     """A plan whose last generation has the `packed` rows in shards at the end, and drops the `emptied` shards."""
     number, latest, rows = next_generation(plan), plan.latest(name), _concatenate(packed)

@@ -35,11 +35,8 @@ def complete_views(store: Store, patterns: Sequence[str]) -> list[View]:
     views = store.resolve(patterns, store.planned_views) if patterns else store.planned_views
     missing = [v.address for v in views if v not in store.views]
     if missing:
-        raise NoStoreError(
-            f"not complete: {', '.join(missing)}",
-            where=store.address,
-            remedy="finish their extraction, or name others with --views",
-        )
+        remedy = "finish their extraction, or name others with --views"
+        raise NoStoreError(f"not complete: {', '.join(missing)}", where=store.address, remedy=remedy)
     return views
 
 
@@ -50,11 +47,8 @@ def choose_utterances(store: Store, chosen: Callable[[str], bool]) -> list[Inclu
     """
     tables = [_table(store, name) for name in store.plan.teachers]
     if any(t != tables[0] for t in tables[1:]):
-        raise StaleError(
-            f"its teachers {', '.join(store.plan.teachers)} are at different states of the corpus",
-            where=store.address,
-            remedy="extract the others with --refresh first",
-        )
+        what = f"its teachers {', '.join(store.plan.teachers)} are at different states of the corpus"
+        raise StaleError(what, where=store.address, remedy="extract the others with --refresh first")
     included: list[Included] = []
     number = 0
     for _, session in groupby(tables[0], key=lambda row: row[2]):

@@ -30,10 +30,8 @@ from .garbage import delete_files, size_of, unreferenced_files
 def remove_views(root: Path, patterns: Sequence[str], dry_run: bool = False) -> Removed:
     """Delete views and their files.
 
-    Raises:
-        NoStoreError: a pattern matches no view.
-        UsageError: no view would be left.
-        LockedError: another process writes to the store.
+    Raises NoStoreError if a pattern matches no view, UsageError if no view would be left, and LockedError if another
+    process writes to the store.
     """
     with exclusive_plan(root) as (plan, scratch):
         store = Store.open(root)
@@ -57,13 +55,8 @@ def remove_views(root: Path, patterns: Sequence[str], dry_run: bool = False) -> 
 def remove_utterances(root: Path, ids: Sequence[str], dry_run: bool = False) -> Removed:
     """Hide utterances: they cannot be read any more, but their text stays part of their neighbours' context.
 
-    `collect_garbage` frees their disk space.
-
-    Raises:
-        NoStoreError: names ids that the store does not have.
-        UsageError: no utterance would be left.
-        StoreError: stored bytes are damaged.
-        LockedError: another process writes to the store.
+    `collect_garbage` frees their disk space. Raises NoStoreError for ids that the store does not have, UsageError if no
+    utterance would be left, StoreError if the store is damaged, and LockedError if another process writes to it.
     """
     with exclusive_plan(root) as (plan, _):
         store = Store.open(root)

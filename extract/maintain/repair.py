@@ -50,10 +50,7 @@ def repair_all(
     Work items of a teacher with damaged tokens stay as they are. `verify` names everything that is left.
 
     Arguments:
-        root: the store, a folder or a URL.
         models: {teacher: folder of its model}, for models that are not where the store says.
-        device: where the models run.
-        on_progress: is called after every batch.
         data: share of the utterances whose states are read to find damage.
 
     Raises:
@@ -95,12 +92,9 @@ def repair_all(
 def repair(
     root: Path, teacher: Teacher, name: str, on_progress: OnProgress | None = None, damaged: DamagedItems | None = None
 ) -> DamagedItems:
-    """Extract the damaged work items of a teacher again, and return them with what was wrong.
+    """Extract the damaged work items of a teacher again, and return them with what was wrong. None: look for them.
 
-    `damaged` None looks for them in the whole store.
-
-    Raises:
-        StaleError: `teacher` is not the one that the store was made with.
+    Raises StaleError if `teacher` is not the one that the store was made with.
     """
     from ..pipeline.generation import next_generation
     from ..pipeline.progress import ExtractionProgress

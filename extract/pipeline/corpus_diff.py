@@ -176,12 +176,7 @@ class CorpusTexts:
 
 
 def windows_of(
-    record: TeacherRecord,
-    context: str,
-    core_tokens: int,
-    texts: TokenLists,
-    session: np.ndarray,
-    positions: Sequence[int] | np.ndarray,
+    record: TeacherRecord, context: str, core_tokens: int, texts: TokenLists, session: np.ndarray, positions: np.ndarray
 ) -> ItemWindows:
     """Return the windows of a teacher for utterances that are given by their positions in the corpus."""
     causal = record.kind == "decoder"

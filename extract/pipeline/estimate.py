@@ -37,10 +37,7 @@ PROBED_BATCHES = 6
 
 @dataclass(frozen=True)
 class Sizing:
-    """What an extraction will take. Bytes are those still to be written, and units are work items.
-
-    `fed_tokens_per_s` and `seconds` are None where nothing was measured.
-    """
+    """What an extraction will take. Bytes are those still to be written, and units are work items."""
 
     store: str
     teacher: str
@@ -54,7 +51,7 @@ class Sizing:
     bytes: int
     free_bytes: int
     fed_tokens: int
-    fed_tokens_per_s: float | None
+    fed_tokens_per_s: float | None  # None: nothing was measured
     seconds: float | None
 
     @property

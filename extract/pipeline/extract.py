@@ -79,9 +79,8 @@ def extract(
                 if part is None:
                     progress.items_total = len(plan.work_items(request.name))
                 else:
-                    run_work_items(
-                        plan, request.name, teacher, scratch.folder, progress, on_progress, part, make_runner
-                    )
+                    folder = scratch.folder
+                    run_work_items(plan, request.name, teacher, folder, progress, on_progress, part, make_runner)
             finally:
                 if workers is not None:
                     progress.add(workers.finish())

@@ -66,9 +66,7 @@ def draft_plan(
 ) -> PlanDraft:
     """Draft the plan that holds all that is asked for. With `refresh`, rows that differ from the corpus are dropped.
 
-    Raises:
-        StaleError: the store was made with other settings or, without `refresh`, from other texts.
-        StoreError: an utterance is longer than a shard.
+    Raises StaleError if the store was made with other settings or, without `refresh`, from other texts.
     """
     if not Paths(files).store_json.exists():
         return plan_new_store(files, corpus, teacher, record, request)
@@ -102,7 +100,7 @@ def plan_new_teacher(
     teacher: Teacher,
     record: TeacherRecord,
     request: Request,
-    corpus_diff: CorpusDiff | None = None,
+    corpus_diff: CorpusDiff | None,
 ) -> PlanDraft:
     """Draft a plan with another teacher: the same utterances in the same rows, with its own tokens and shards."""
     index, first = Index(plan.paths, plan.edition()), plan.generations[0]
@@ -251,7 +249,7 @@ def _changed_table(corpus_diff: CorpusDiff, new: np.ndarray, number: int, first:
 def _new_rows(
     plan: Plan, teacher: Teacher, record: TeacherRecord, corpus_diff: CorpusDiff, number: int
 ) -> tuple[NewRows, list[Shard]]:
-    """Rows, tokens and shards for all utterances whose rows cannot stay."""
+    """Rows, tokens and shards for all utterances whose rows cannot stay. Raises StoreError if one exceeds a shard."""
     latest = plan.latest(record.name)
     first = rows_after(plan)
     new = np.flatnonzero(~corpus_diff.keep)

@@ -87,8 +87,8 @@ class Summary:
 
 def summarise(plan: Plan, name: str, progress: ExtractionProgress) -> Summary:
     """Return the summary of a run of the teacher `name`."""
-    store = Store.open(plan.paths.files)
-    wall = progress.wall_s
+    files, data, wall = plan.paths.files, plan.paths.data / name, progress.wall_s
+    store = Store.open(files)
     return Summary(
         store=store.address,
         teacher=name,
@@ -104,10 +104,8 @@ def summarise(plan: Plan, name: str, progress: ExtractionProgress) -> Summary:
         padding_share=progress.padding_share,
         model_share=progress.model_s / wall,
         wall_s=wall,
-        store_bytes=folder_bytes(plan.paths.files, plan.paths.root),
-        hidden_bytes=sum(
-            folder_bytes(plan.paths.files, plan.paths.data / name / array) for array in ("hidden", "scale")
-        ),
+        store_bytes=folder_bytes(files, files.root),
+        hidden_bytes=sum(folder_bytes(files, data / array) for array in ("hidden", "scale")),
     )
 
 

@@ -16,6 +16,7 @@ from queue import Empty
 from typing import Any
 
 from ...data.errors import StillhouseError, StoreError, UsageError
+from ..store.disk.locks import Scratch
 from ..store.disk.paths import Paths
 from ..store.format.plan import Plan, read_plan
 from ..store.storage import writable_files
@@ -90,9 +91,7 @@ def start_workers(
     name: str, load: dict[str, Any], count: int, part: tuple[int, int]
 ) -> Callable[[Plan], WorkerProcesses] | None:
     """Return what starts `count - 1` processes, for `extract`; None for one. `load` are `load_teacher`'s arguments."""
-    if count <= 1:
-        return None
-    return lambda plan: WorkerProcesses(plan, name, load, count, part)
+    return (lambda plan: WorkerProcesses(plan, name, load, count, part)) if count > 1 else None
 
 
 def pick_device(device: str) -> str:
@@ -123,7 +122,6 @@ def run_worker(
     """Run work items of a planned store until all of them are committed."""
     import torch
 
-    from ..store.disk.locks import Scratch
     from ..teacher.model import load_teacher
     from .extract import run_work_items
 
