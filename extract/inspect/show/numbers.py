@@ -83,16 +83,14 @@ def choice(c: Choice) -> str:
     chosen = ", ".join(
         s.view + (f" (CKA {s.most_alike:.2f} with those before)" if n else "") for n, s in enumerate(c.suggested)
     )
-    return "\n".join(
-        [
-            table(rows, header=header, right="lrrrrrr"),
-            f"at {c.places:,} units of {c.utterances:,} utterances, {c.folds} folds by {c.folds_by}; TEACHER/static: "
-            "the teacher's input embeddings",
-            "",
-            wrap(f"suggested  {chosen}", indent=11),
-            wrap(f"rule       {c.rule}", indent=11),
-        ]
-    )
+    sample = f"at {c.places:,} units of {c.utterances:,} utterances, {c.folds} folds by {c.folds_by}"
+    lines = [
+        table(rows, header=header, right="lrrrrrr"),
+        f"{sample}; TEACHER/static: the teacher's input embeddings",
+        "",
+    ]
+    lines += [wrap(f"suggested  {chosen}", indent=11), wrap(f"rule       {c.rule}", indent=11)]
+    return "\n".join(lines)
 
 
 def neighbours(n: Neighbours) -> str:

@@ -132,12 +132,9 @@ def render(page: StorePage) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
+    environment.trim_blocks = environment.lstrip_blocks = True
     environment.filters |= {"size": size}
     environment.globals |= {"share": share, "plane": plane, "COLOURS": COLOURS}
     return environment.get_template("page.html.j2").render(r=page)
