@@ -125,7 +125,7 @@ def decode(
     where = resolve_device(device)
     model, units, _, step = load_run(run, checkpoint)
     model = model.to(where)
-    search, nbest = _search(model, units, kind=kind, **settings)
+    search, nbest = _search(model, units, kind, **settings)
     if features is not None:
         live = {"--raw": raw, "--id": name, "--chunk": chunk, "--segment": segment, "--endpoint": endpoint}
         for option, value in {**live, "--no-partial": no_partial}.items():
@@ -158,19 +158,7 @@ def decode(
 
 
 def _search(
-    model: Any,
-    units: Any,
-    *,
-    kind: str,
-    beam: int,
-    nbest: int,
-    lm: Path | None,
-    lm_weight: float,
-    lm_unit: str,
-    lm_unknown: float,
-    max_symbols: int,
-    blank_penalty: float,
-    ilm_weight: float,
+    model: Any, units: Any, kind: str, beam: int, nbest: int, lm: Path | None, max_symbols: int, **terms: Any
 ) -> tuple[Callable, int]:
     """Return what makes the search of a batch, and how many hypotheses to keep."""
     from ...data.errors import UsageError
@@ -179,6 +167,7 @@ def _search(
     from ..decode.greedy import greedy_search
     from ..decode.ngram import read_arpa
 
+    blank_penalty, ilm_weight = terms["blank_penalty"], terms["ilm_weight"]
     if nbest > beam:
         raise UsageError(f"--nbest {nbest} is more than --beam {beam}", expected=f"--beam {nbest} or more")
     if nbest > 1 and kind != "jsonl":
@@ -193,10 +182,10 @@ def _search(
     if ilm_weight and model.joint.combine != "add":
         raise UsageError("a multiplicative joint has no internal language model", expected="--ilm-weight 0")
     fusion: Fusion | None = None
-    if lm is not None and lm_unit == "word":
-        fusion = WordFusion(read_arpa(lm), units, lm_weight, lm, unknown=lm_unknown)
+    if lm is not None and terms["lm_unit"] == "word":
+        fusion = WordFusion(read_arpa(lm), units, terms["lm_weight"], lm, unknown=terms["lm_unknown"])
     elif lm is not None:
-        fusion = UnitFusion(read_arpa(lm), units, lm_weight, lm)
+        fusion = UnitFusion(read_arpa(lm), units, terms["lm_weight"], lm)
     search = partial(Beam, width=beam, max_symbols=max_symbols, fusion=fusion)
     return partial(search, blank_penalty=blank_penalty, ilm_weight=ilm_weight), nbest
 

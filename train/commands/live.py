@@ -130,4 +130,4 @@ def decode_live(
     if blocks.interrupted:
         raise KeyboardInterrupt
     if not count:
-        raise AudioError("no audio came", where=name)
+        raise AudioError("the audio is empty", where=name)

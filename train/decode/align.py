@@ -52,13 +52,9 @@ def best_frames(occupancy: np.ndarray) -> np.ndarray:
 def align(
     model: Transducer, loader: BatchLoader, *, device: torch.device, batch_frames: int = 16_000
 ) -> Iterator[Alignment]:
-    """Yield an alignment of each utterance of `loader`, longest first.
+    """Yield an alignment of each utterance of `loader`, which has transcripts, longest first.
 
-    Arguments:
-        model: a trained model on `device`; its mode becomes eval.
-        loader: utterances with transcripts.
-        device: where the model computes.
-        batch_frames: feature frames in a batch, padding included.
+    The model is on `device`. A batch has batch_frames feature frames, padding included.
     """
     frame_s = FRAME_S * model.encoder.subsampling
     for plan, batch, states, lengths in encoded_batches(model, loader, device, batch_frames):

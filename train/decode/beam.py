@@ -61,32 +61,25 @@ class Beams(NamedTuple):
 
 
 class Backpointers:
-    """All emissions as a forest: parent, unit, frame and confidence, in arrays that grow by doubling."""
+    """All emissions as a forest of (parent, unit, frame, confidence)."""
 
     def __init__(self) -> None:
-        self.size = 0
-        self.links = np.empty((1024, 3), np.int64)
-        self.confidence = np.empty(1024, np.float32)
+        self.links: list[tuple[int, int, int, float]] = []
 
-    def add(self, parents: np.ndarray, units: np.ndarray, frames: np.ndarray, confidence: np.ndarray) -> np.ndarray:
-        """Return the numbers of the new emissions."""
-        first, self.size = self.size, self.size + len(parents)
-        if self.size > len(self.links):
-            self.links = np.concatenate([self.links, np.empty((max(len(self.links), self.size), 3), np.int64)])
-            extra = np.empty(len(self.links) - len(self.confidence), np.float32)
-            self.confidence = np.concatenate([self.confidence, extra])
-        self.links[first : self.size] = np.stack([parents, units, frames], axis=1)
-        self.confidence[first : self.size] = confidence
-        return np.arange(first, self.size)
+    def add(self, *columns: Tensor) -> Tensor:
+        """Add emissions, given as parents, units, frames and confidences; return their numbers."""
+        first = len(self.links)
+        self.links += zip(*(column.tolist() for column in columns))
+        return torch.arange(first, len(self.links))
 
     def path(self, node: int) -> tuple[list[int], list[int], list[float]]:
         """Return units, frames and confidences from the start to `node`."""
         chain = []
         while node >= 0:
-            chain.append(node)
-            node = int(self.links[node, 0])
+            chain.append(self.links[node])
+            node = self.links[node][0]
         chain.reverse()
-        return self.links[chain, 1].tolist(), self.links[chain, 2].tolist(), self.confidence[chain].tolist()
+        return [link[1] for link in chain], [link[2] for link in chain], [link[3] for link in chain]
 
 
 class Beam:
@@ -227,8 +220,7 @@ class Beam:
         confidence = unit_confidence(unit_logp, logp[..., BLANK].gather(1, parent))
         where, units, node = alive.cpu(), unit.cpu(), parents.node.cpu()
         frames = (self.frames[:, None] + t).expand(B, K)
-        columns = (x.cpu()[where].numpy() for x in (node, units, frames, confidence))
-        node[where] = torch.from_numpy(self.pointers.add(*columns))
+        node[where] = self.pointers.add(*(x.cpu()[where] for x in (node, units, frames, confidence)))
         fusion = parents.fusion
         if self.fusion is not None:
             fusion = fusion.clone()

@@ -86,15 +86,10 @@ def transcribe(
     search: Callable[[Transducer, int], Search] = greedy_search,
     nbest: int = 1,
 ) -> Iterator[Hypothesis]:
-    """Yield a hypothesis of each utterance of `loader` at speed 1, longest first.
+    """Yield a hypothesis of each utterance of `loader` at speed 1, longest first, with its `nbest` best texts.
 
-    Arguments:
-        model: a trained model on `device`. It is put into eval mode.
-        loader: the utterances.
-        device: where the model computes.
-        batch_frames: feature frames in a batch, padding included.
-        search: makes the search of a batch from the model and the number of utterances.
-        nbest: texts to keep of each utterance.
+    The model is on `device`. A batch has batch_frames feature frames, padding included. `search` makes the search of a
+    batch from the model and the number of utterances.
     """
     frame_s = FRAME_S * model.encoder.subsampling
     for plan, batch, states, lengths in encoded_batches(model, loader, device, batch_frames):

@@ -86,18 +86,9 @@ def words_of(
 ) -> list[Word]:
     """Return the words of a text with times, from the first unit's frame to the end of the last unit's.
 
-    Arguments:
-        text: the transcript or hypothesis.
-        spans: int [U, 2], the characters of each unit in `text`. White space alone belongs to no word.
-        frames: int [U], the encoder frame of each unit.
-        confidence: float [U].
-        frame_s: duration of an encoder frame.
-        duration_s: duration of the audio, which bounds the times.
-        combine: makes a word's confidence from those of its units.
-
-    Returns:
-        The words in order, without overlap. A word without units (the units' transform dropped all its characters)
-        has no time and is left out.
+    Unit u has the characters spans [U, 2] of `text`, the encoder frame frames [U], each frame_s seconds long, and
+    confidence [U], of which `combine` makes a word's. Times end at duration_s. Words are in order and do not overlap.
+    A word without units, because their transform drops its characters, has no time and is left out.
     """
     visible = []  # (first character that is not white space, unit)
     for unit, (begin, end) in enumerate(spans.tolist()):

@@ -56,14 +56,7 @@ class NumberedStates:
 class UnitFusion(NumberedStates):
     """A Fusion whose n-grams are of the recogniser's units. A lone ▁ may be written <space>. States: contexts.
 
-    Arguments:
-        lm: the n-gram model.
-        units: the recogniser's units.
-        weight: factor of all scores.
-        where: file of the model, for errors.
-
-    Raises:
-        UsageError: the model has none of the units.
+    `weight` multiplies all scores. Raises UsageError, which names the model's file `where`, if it has none of the units.
     """
 
     def __init__(self, lm: NGram, units: Units, weight: float, where: Path | str = "") -> None:
@@ -97,16 +90,9 @@ class UnitFusion(NumberedStates):
 class WordFusion(NumberedStates):
     """A Fusion whose n-grams are of words. States: (context, partial word). The units' transform spells the words.
 
-    Arguments:
-        lm: the n-gram model.
-        units: the recogniser's units.
-        weight: factor of all scores.
-        where: file of the model, for errors.
-        unknown: cost of a word that the model does not know, beside the model's <unk> or its rarest word. That is the
-            probability of all such words together, and this word is one of them.
-
-    Raises:
-        UsageError: no word of the model can be spelled with the units.
+    `weight` multiplies all scores. An unknown word costs `unknown` beside the model's <unk>, or beside its rarest word.
+    That is the probability of all such words together, of which this is one. Raises UsageError, which names the
+    model's file `where`, if no word of the model can be spelled with the units.
     """
 
     def __init__(

@@ -22,10 +22,9 @@ from ...data.files.lines import scan_lines
 LN10 = math.log(10)
 NEVER = -99 * LN10  # ARPA files write a probability of 0 so.
 UNKNOWN = ("<unk>", "<UNK>", "<Unk>")
-KENLM_BINARY = b"mmap lm http://kheafield.com/code"
+KENLM_BINARY = "mmap lm http://kheafield.com/code"
 _COUNT = re.compile(r"ngram[ \t]+(\d+)[ \t]*=[ \t]*(\d+)[ \t]*$")
 _SECTION = re.compile(r"\\(\d+)-grams:[ \t]*$")
-REMEDY = "make the file again, as with `lmplz -o 3 < text > lm.arpa`"
 
 
 class NGram:
@@ -119,72 +118,22 @@ class _Section:
 
 
 def read_arpa(path: Path | str) -> NGram:
-    """Read an ARPA file.
-
-    Raises:
-        CorpusError: the file cannot be read or is damaged; names the file and the line.
-    """
+    """Read an ARPA file. Raises CorpusError, which names the file and the line, if it is damaged."""
     path = Path(path)
-    try:
-        with path.open("rb") as f:
-            if f.read(len(KENLM_BINARY)) == KENLM_BINARY:
-                raise CorpusError(
-                    "the file is a KenLM binary",
-                    where=path,
-                    expected="an ARPA file",
-                    remedy="give the ARPA file that it was built from",
-                )
-    except OSError as e:
-        raise CorpusError(f"the file cannot be read: {e.strerror}", where=path) from e
     words: dict[str, int] = {}
-    sections = _sections(path, words)
+    sections = _read_sections(path, words)
     grams = [np.array(s.grams, np.int64).reshape(-1, s.order) for s in sections]
     values = [(np.array(s.logp) * LN10, np.array(s.backoff) * LN10) for s in sections]
     tables = _tables(grams, values, len(words), path, sections)
     if tables is None:
-        grams, values = _with_prefixes(grams, values)
-        tables = _tables(grams, values, len(words), path, sections)
+        tables = _tables(*_with_prefixes(grams, values), len(words), path, sections)
         assert tables is not None
     return NGram(words, tables)
 
 
-def _sections(path: Path, words: dict[str, int]) -> list[_Section]:
-    lines = _lines(path)
-    counts: list[int] = []
-    for _, line in lines:
-        if line == "\\data\\":
-            break
-    else:
-        raise CorpusError("the file has no \\data\\ section", where=path, expected="an ARPA file", remedy=REMEDY)
-    sections: list[_Section] = []
-    where, line = f"{path}", ""
-    for number, line in lines:
-        where = f"{path}:{number}"
-        if count := _COUNT.match(line):
-            if int(count[1]) != len(counts) + 1 or sections:
-                raise CorpusError(f"the count of {count[1]}-grams is out of order", where=where, remedy=REMEDY)
-            counts.append(int(count[2]))
-        elif line.startswith("\\") and (line == "\\end\\" or _SECTION.match(line)):
-            if sections:
-                _check_count(sections[-1], counts, where)
-            if line == "\\end\\":
-                break
-            order = int(line[1:].split("-")[0])
-            if order != len(sections) + 1 or order > len(counts):
-                expected = f"\\{len(sections) + 1}-grams:" if len(sections) < len(counts) else "\\end\\"
-                raise CorpusError(f"the section {line} is out of order", where=where, expected=expected, remedy=REMEDY)
-            sections.append(_Section(order))
-        elif sections:
-            _parse_entry(line, sections[-1], words, where, number, top=len(sections) == len(counts))
-        else:
-            raise CorpusError(
-                f"{line[:60]!r} is not a count of n-grams", where=where, expected="ngram 1=…", remedy=REMEDY
-            )
-    if line != "\\end\\":
-        raise CorpusError("the file ends before \\end\\", where=where, remedy=REMEDY)
-    if len(sections) < len(counts) or not sections:
-        raise CorpusError(f"there are no {len(sections) + 1}-grams", where=where, remedy=REMEDY)
-    return sections
+def _damaged(what: str, where: object, expected: str | None = None) -> CorpusError:
+    remedy = "make the file again, as with `lmplz -o 3 < text > lm.arpa`"
+    return CorpusError(what, where=where, expected=expected, remedy=remedy)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -194,31 +143,66 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         yield number, line.strip(" \t")
 
 
+def _read_sections(path: Path, words: dict[str, int]) -> list[_Section]:
+    lines = _lines(path)
+    for _, line in lines:
+        if line == "\\data\\":
+            break
+        if line.startswith(KENLM_BINARY):
+            raise CorpusError(
+                "the file is a KenLM binary", where=path, remedy="give the ARPA file that it was built from"
+            )
+    else:
+        raise _damaged("the file has no \\data\\ section", path, "an ARPA file")
+    counts: list[int] = []
+    sections: list[_Section] = []
+    where, line = str(path), ""
+    for number, line in lines:
+        where = f"{path}:{number}"
+        if count := _COUNT.match(line):
+            if int(count[1]) != len(counts) + 1 or sections:
+                raise _damaged(f"the count of {count[1]}-grams is out of order", where)
+            counts.append(int(count[2]))
+        elif line.startswith("\\") and (line == "\\end\\" or _SECTION.match(line)):
+            if sections and len(sections[-1].logp) != (expected := counts[len(sections) - 1]):
+                what = f"there are {len(sections[-1].logp)} {len(sections)}-grams before this line"
+                raise _damaged(what, where, f"{expected}, as \\data\\ states")
+            if line == "\\end\\":
+                break
+            order = int(line[1:].split("-")[0])
+            if order != len(sections) + 1 or order > len(counts):
+                next_line = f"\\{len(sections) + 1}-grams:" if len(sections) < len(counts) else "\\end\\"
+                raise _damaged(f"the section {line} is out of order", where, next_line)
+            sections.append(_Section(order))
+        elif sections:
+            _parse_entry(line, sections[-1], words, where, number, top=len(sections) == len(counts))
+        else:
+            raise _damaged(f"{line[:60]!r} is not a count of n-grams", where, "ngram 1=…")
+    if line != "\\end\\":
+        raise _damaged("the file ends before \\end\\", where)
+    if len(sections) < len(counts) or not sections:
+        raise _damaged(f"there are no {len(sections) + 1}-grams", where)
+    return sections
+
+
 def _parse_entry(line: str, section: _Section, words: dict[str, int], where: str, number: int, *, top: bool) -> None:
     """Add the n-gram of a line: its log10 probability, its words and maybe its back-off weight."""
     order = section.order
     fields = [f for f in line.replace("\t", " ").split(" ") if f]
     if not order + 1 <= len(fields) <= order + 2:
-        raise CorpusError(
-            f"the line has {len(fields)} fields in the section of {order}-grams",
-            where=where,
-            expected=f"a log10 probability, {order} words" + ("" if top else " and a back-off weight"),
-            remedy=REMEDY,
-        )
+        expected = f"a log10 probability, {order} words" + ("" if top else " and a back-off weight")
+        raise _damaged(f"the line has {len(fields)} fields in the section of {order}-grams", where, expected)
     logp = _number(fields[0], "a log10 probability", where)
     if logp > 1e-4:
-        raise CorpusError(
-            f"a log10 probability of {fields[0]} is above 0", where=where, expected="0 or less", remedy=REMEDY
-        )
+        raise _damaged(f"a log10 probability of {fields[0]} is above 0", where)
     backoff = _number(fields[-1], "a back-off weight", where) if len(fields) == order + 2 else 0.0
-    own = fields[1 : order + 1]
+    if order == 1 and fields[1] in words:
+        raise _damaged(f"the 1-gram {fields[1]!r} occurs twice", where)
     if order == 1:
-        if own[0] in words:
-            raise CorpusError(f"the 1-gram {own[0]!r} occurs twice", where=where, remedy=REMEDY)
-        words[own[0]] = len(words)
-    for word in own:
+        words[fields[1]] = len(words)
+    for word in fields[1 : order + 1]:
         if word not in words:
-            raise CorpusError(f"{word!r} is not among the 1-grams", where=where, remedy=REMEDY)
+            raise _damaged(f"{word!r} is not among the 1-grams", where)
         section.grams.append(words[word])
     section.logp.append(min(0.0, logp))
     section.backoff.append(0.0 if top else backoff)
@@ -231,18 +215,8 @@ def _number(text: str, what: str, where: str) -> float:
     except ValueError:
         value = math.nan
     if math.isnan(value) or value == math.inf or "_" in text:
-        raise CorpusError(f"{text[:40]!r} is not {what}", where=where, expected="a number", remedy=REMEDY)
+        raise _damaged(f"{text[:40]!r} is not {what}", where, "a number")
     return value
-
-
-def _check_count(section: _Section, counts: Sequence[int], where: str) -> None:
-    if len(section.logp) != counts[section.order - 1]:
-        raise CorpusError(
-            f"there are {len(section.logp)} {section.order}-grams before this line",
-            where=where,
-            expected=f"{counts[section.order - 1]}, as \\data\\ states",
-            remedy=REMEDY,
-        )
 
 
 def _tables(
@@ -265,11 +239,8 @@ def _tables(
         order = np.argsort(keys, kind="stable")
         keys = keys[order]
         if len(twice := np.flatnonzero(keys[1:] == keys[:-1])):
-            raise CorpusError(
-                f"the {section.order}-gram of this line occurs twice",
-                where=f"{path}:{section.lines[int(order[twice[0] + 1])]}",
-                remedy=REMEDY,
-            )
+            line = section.lines[int(order[twice[0] + 1])]
+            raise _damaged(f"the {section.order}-gram of this line occurs twice", f"{path}:{line}")
         tables.append((keys, logp[order], backoff[order]))
     return tables
 

@@ -96,9 +96,9 @@ class StreamDecoder:
         self.fbank = OnlineFbank(rate_hz, len(model.encoder.feature_mean))
         self.encoder = EncoderStream(model.encoder, chunk_frames=chunk) if chunk else None
         self.waiting = np.empty((0, self.fbank.bins), np.float32)  # features, for a model that does not stream
-        self.segment = 0
-        self.start = 0  # of the segment, in encoder states, or in feature frames if the model does not stream
-        self.states = 0  # encoder states of the segment so far
+        # Start and length of the segment are in encoder states, or in feature frames if the model does not stream.
+        self.segment = self.start = self.length = 0
+        self.step_s = self.frame_s if chunk else FRAME_S
         self.last_units: list[int] = []  # of the last partial result
         self.decoder = search(model, 1)
 
@@ -111,8 +111,8 @@ class StreamDecoder:
         yield from self._push_features(self.fbank.finish())
         if self.encoder is not None:
             yield from self._push_states(self.encoder.finish(), partial=False)
-            if self.states or not self.segment:
-                yield self._end_streamed()
+            if self.length or not self.segment:
+                yield self._end_segment()
         elif len(self.waiting) or not self.segment:
             yield self._decode_waiting(len(self.waiting))
 
@@ -129,50 +129,42 @@ class StreamDecoder:
     @torch.no_grad()
     def _decode_waiting(self, count: int) -> StreamResult:
         """Decode the first `count` waiting frames as a segment."""
-        features, self.waiting = self.waiting[:count], self.waiting[count:]
+        features, self.waiting, self.length = self.waiting[:count], self.waiting[count:], count
         if count:
             batch = torch.from_numpy(features)[None].to(self.device)
             self.decoder.feed(*self.model.encode(batch, torch.tensor([count], device=self.device)))
-        start, self.start = self.start * FRAME_S, self.start + count
-        return self._end_segment(start, start + count * FRAME_S)
+        return self._end_segment()
 
     def _push_states(self, states: Tensor, *, partial: bool = True) -> Iterator[StreamResult]:
         longest = max(1, round(self.segment_s / self.frame_s)) if self.segment_s is not None else None
         # One state at a time, because an endpoint must not depend on how many states come at once.
         step = len(states) if self.endpoint_s is None else 1
         while len(states):
-            count = min(step, len(states), longest - self.states if longest is not None else len(states))
+            count = min(step, len(states), longest - self.length if longest is not None else len(states))
             self.decoder.feed(states[None, :count], torch.tensor([count]))
             states = states[count:]
-            self.states += count
-            if self.states == longest or self._at_endpoint():
-                yield self._end_streamed()
-        best = self.decoder.best()[0] if partial and self.states else []
+            self.length += count
+            if self.length == longest or self._at_endpoint():
+                yield self._end_segment()
+        best = self.decoder.best()[0] if partial and self.length else []
         if best and best[0].units != self.last_units:
             self.last_units = best[0].units
-            yield self._result(best, *self._span(), final=False)
+            yield self._result(best, final=False)
 
     def _at_endpoint(self) -> bool:
         if self.endpoint_s is None:
             return False
         frames = self.decoder.best()[0][0].frames
-        return bool(frames) and (self.states - 1 - frames[-1]) * self.frame_s >= self.endpoint_s
+        return bool(frames) and (self.length - 1 - frames[-1]) * self.frame_s >= self.endpoint_s
 
-    def _span(self) -> tuple[float, float]:
-        return self.start * self.frame_s, (self.start + self.states) * self.frame_s
-
-    def _end_streamed(self) -> StreamResult:
-        start_s, end_s = self._span()
-        self.start += self.states
-        return self._end_segment(start_s, end_s)
-
-    def _end_segment(self, start_s: float, end_s: float) -> StreamResult:
-        result = self._result(self.decoder.finish()[0], start_s, end_s, final=True)
-        self.segment, self.states, self.last_units = self.segment + 1, 0, []
+    def _end_segment(self) -> StreamResult:
+        result = self._result(self.decoder.finish()[0], final=True)
+        self.segment, self.start, self.length, self.last_units = self.segment + 1, self.start + self.length, 0, []
         self.decoder = self.search(self.model, 1)
         return result
 
-    def _result(self, results: list[Emissions], start_s: float, end_s: float, *, final: bool) -> StreamResult:
+    def _result(self, results: list[Emissions], *, final: bool) -> StreamResult:
+        start_s, end_s = self.start * self.step_s, (self.start + self.length) * self.step_s
         texts = [
             replace(t, words=[replace(w, start_s=w.start_s + start_s, end_s=w.end_s + start_s) for w in t.words])
             for t in rank_texts(self.units, results, self.frame_s, end_s - start_s, self.nbest)

@@ -22,11 +22,7 @@ FORMATS = ("jsonl", "trn", "ctm", "text")
 
 
 def check_ids(ids: Iterable[str], kind: str) -> None:
-    """Check that lines of a format can hold some utterance ids.
-
-    Raises:
-        UsageError: they cannot; names the first such id.
-    """
+    """Raise UsageError for the first id that lines of a format cannot hold."""
     if kind == "jsonl":
         return
     for id in ids:
@@ -44,13 +40,10 @@ def check_ids(ids: Iterable[str], kind: str) -> None:
 def hypothesis_lines(
     hypothesis: Hypothesis, kind: str, nbest: int = 1, facts: Mapping[str, Any] | None = None
 ) -> list[str]:
-    """Return a hypothesis as lines of a format, without line ends.
+    """Return a hypothesis as lines of a format, without line ends: in ctm one a word, otherwise one.
 
-    Arguments:
-        hypothesis: what to write. Without `ranked`, JSON has no score and no words.
-        kind: one of FORMATS. ctm has one line a word, or a comment if there is none; the others have one line.
-        nbest: how many texts were asked for. Above 1, JSON holds all of `ranked`.
-        facts: further keys in JSON, instead of the reference.
+    JSON holds all of `ranked` if nbest is above 1, no score and no words if it is empty, and instead of the reference
+    `facts`, if there are any.
     """
     id, text = hypothesis.id, " ".join(hypothesis.hyp.split())
     if kind == "trn":

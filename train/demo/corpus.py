@@ -47,17 +47,10 @@ class DemoCorpus:
 def build_demo_corpus(
     folder: Path, voices: str = "espeak", size: Size = FULL, workers: int | None = None
 ) -> DemoCorpus:
-    """Speak the stories into a folder.
-
-    Arguments:
-        folder: where the corpus goes.
-        voices: "espeak" or "hibari".
-        size: how much is read.
-        workers: processes at a time. None: one for each core.
+    """Speak the stories into a folder with the voices "espeak" or "hibari", in `workers` processes (None: all cores).
 
     Raises:
         AudioError: the voices are not installed.
-        ConfigError: there are no such voices.
         CorpusError: the folder has another demo.
     """
     folder = Path(folder)

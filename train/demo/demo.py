@@ -159,18 +159,10 @@ def run_demo(
     recipe: Path | None = None,
     size: Size | None = None,
 ) -> DemoResult:
-    """Run the whole demo.
+    """Run the whole demo in the folder `out`, with the voices "espeak" or "hibari".
 
-    Arguments:
-        out: the folder to work in.
-        quick: read less, train briefly, and check only that the loss falls.
-        voices: "espeak" or "hibari".
-        on_progress: takes lines of text.
-        recipe, size: other than those of the demo.
-
-    Raises:
-        DemoError: a command fails. A recogniser that does not work is in the result's `failures`.
-        TeacherError: the teacher is not installed.
+    `quick` reads less, trains briefly, and checks only that the loss falls. Raises DemoError if a command fails. A
+    recogniser that does not work is in the result's `failures`.
     """
     teacher = find_teacher()
     recipe = (recipe or RECIPES / ("demo-quick.toml" if quick else "demo.toml")).resolve()
@@ -198,16 +190,7 @@ def prepare_study(
 ) -> None:
     """Make what recipes/study-demo.toml trains on: the demo's corpus, and a store for each teacher.
 
-    Arguments:
-        out: the folder to work in.
-        voices: "espeak" or "hibari".
-        on_progress: takes lines of text.
-        size: how much is read.
-        decoder: False leaves out SmolLM2.
-
-    Raises:
-        DemoError: a command fails.
-        TeacherError: a teacher is not installed.
+    decoder=False leaves out SmolLM2. Raises DemoError if a command fails.
     """
     teachers: list[tuple[str, str, tuple[str, ...]]] = [(str(find_teacher()), "minilm", MINILM)]
     smollm = find_decoder() if decoder else None

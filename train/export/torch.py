@@ -49,16 +49,8 @@ def write_torch(graph: Graph, path: Path) -> float:
 def checked(graph: Graph, run: Callable[[dict[str, Tensor]], list[Tensor]], path: Path) -> float:
     """Return the largest difference of a written graph's outputs from the module's, over batches of several sizes.
 
-    Arguments:
-        graph: the graph.
-        run: runs the written graph.
-        path: its file, for the error.
-
-    Returns:
-        The absolute difference, or for outputs above 1 the relative one.
-
-    Raises:
-        ExportError: the difference is above TOLERANCE, or shapes differ.
+    `run` runs the graph in the file `path`. The difference is absolute, and relative for outputs above 1. Raises
+    ExportError if it is above TOLERANCE, or if shapes differ.
     """
     worst = 0.0
     with seeded(1):

@@ -72,12 +72,9 @@ def section(
 
 
 def curve(lines: Mapping[str, Sequence[tuple[float, float]]], label: str, *, name: str = "") -> str:
-    """Return an inline SVG of some curves over the step, or "" if they have no points.
+    """Return an inline SVG of {name: (step, value) points}, or "" without any that is finite.
 
-    Arguments:
-        lines: {name: (step, value) points}. Points that are not finite are dropped.
-        label: label of the axis.
-        name: keeps the ids of figures on one page apart. "" takes the label.
+    `label` belongs to the vertical axis. `name`, by default the label, keeps the ids of two figures of a page apart.
     """
     # The same name has the same colour in all plots of a page, also where other curves have no points.
     places = {k: place for place, k in enumerate(lines)}

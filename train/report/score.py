@@ -28,20 +28,11 @@ def write_page(
     by: str | None = None,
     against: tuple[str, SystemComparison] | None = None,
 ) -> None:
-    """Write the page.
+    """Write the page of the hypotheses called `name`.
 
-    Arguments:
-        path: the page.
-        name: name of the hypotheses.
-        score: their error rates.
-        frequent: the most frequent errors, from `frequent_errors`.
-        utterances: all utterances with errors, from `worst_utterances`.
-        groups: error rates of the groups that `by` names.
-        by: what the groups are, such as "speaker".
-        against: name of other hypotheses, and the comparison with them.
-
-    Raises:
-        CorpusError: the page cannot be written.
+    `frequent` comes from `frequent_errors`, `utterances` from `worst_utterances`. `by` says what the groups are, such
+    as "speaker". `against` is the name of other hypotheses and the comparison with them. Raises CorpusError if the
+    page cannot be written.
     """
     values = {"score": score, "frequent": frequent, "utterances": utterances, "groups": groups, "by": by}
     try:

@@ -23,17 +23,10 @@ Records = Iterator[tuple[int, str, str | None, str]]  # line, id, reference if t
 
 
 def read_hypotheses(path: Path, references: Mapping[str, str] | None = None) -> list[tuple[str, str, str]]:
-    """Read a file of hypotheses.
+    """Return (id, reference, hypothesis) of each utterance of a file, whose name or lines show the format.
 
-    Arguments:
-        path: the file. The end of its name tells the format, or else its lines.
-        references: transcripts by utterance id, for a file that has none.
-
-    Returns:
-        (id, reference, hypothesis) of each utterance.
-
-    Raises:
-        CorpusError: a line is no hypothesis, has no reference, or is the second one of its utterance; names the line.
+    `references` are transcripts by id, for a file without. Raises CorpusError for a line that is no hypothesis, has no
+    reference, or is a second one of its utterance.
     """
     try:
         lines = [(n, line) for n, line in enumerate(path.read_text("utf-8").split("\n"), 1) if line.strip()]

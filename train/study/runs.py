@@ -94,21 +94,10 @@ def run_study(
     on_progress: Callable[[str], None],
     limits: Callable[[], Iterable[str]],
 ) -> list[str]:
-    """Train and decode those of `runs` that are not done.
+    """Train and decode those of `runs` that are not done, `jobs` at a time; return a line on each failed run.
 
-    Arguments:
-        study: the study.
-        runs: some of its runs, or all.
-        jobs: how many to run at a time.
-        on_progress: takes lines of text.
-        limits: returns lines on what the test sets can show. They go to `on_progress` as soon as the reference arm,
-            from which they follow, is done.
-
-    Returns:
-        A line on each failed run.
-
-    Raises:
-        StaleError: two runs cannot be compared.
+    on_progress takes lines of text. `limits` returns lines on what the test sets can show, which go to on_progress as
+    soon as the reference arm is done. Raises StaleError if two runs cannot be compared.
     """
     check(study)
     waiting = deque(run for run in runs if not done(run, study))

@@ -102,7 +102,7 @@ def test_a_pipe_gives_what_the_features_give(hearing: Path, tones: Path, tmp_pat
     slow = tmp_path / "slow.wav"
     soundfile.write(slow, np.zeros(8_000), 8_000)
     stillhouse("decode", hearing, "-", stdin=slow.read_bytes(), error="-r 16000 -c 1")
-    stillhouse("decode", hearing, "-", stdin=b"", error="no audio came")
+    stillhouse("decode", hearing, "-", stdin=b"", error="the stream is empty")
 
 
 def test_results_come_while_the_pipe_is_open_and_ctrl_c_keeps_them(hearing: Path, tones: Path) -> None:
