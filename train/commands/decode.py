@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,7 @@ def finite(context: click.Context, option: click.Parameter, value: float | None)
 
 def with_options(*options: Callable) -> Callable[[Callable], Callable]:
     """Return a decorator that adds options to a command, in this order."""
-
-    def add(command: Callable) -> Callable:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
+    return lambda command: reduce(lambda decorated, option: option(decorated), reversed(options), command)
 
 
 run_options = with_options(

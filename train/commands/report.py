@@ -30,7 +30,8 @@ def report(run: Path, page: Path | None, examples: int, as_json: bool) -> None:
     from dataclasses import asdict
 
     from ...data.errors import UsageError
-    from ..report.run import read_run, write_page
+    from ...data.files.atomic import write_atomic
+    from ..report.run import read_run, render
 
     contents = read_run(run, examples)
     if as_json:
@@ -40,5 +41,5 @@ def report(run: Path, page: Path | None, examples: int, as_json: bool) -> None:
     if path.suffix not in (".html", ".htm"):
         raise UsageError("the page is an HTML file", where=path, expected="a name that ends in .html")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_page(contents, path)
+    write_atomic(path, render(contents))
     click.echo(path)

@@ -78,7 +78,8 @@ def score(
     wrong = worst_utterances(triples) if shown or html is not None else []
     if html is not None:
         pair = (str(against), comparison) if comparison is not None else None
-        write_page(html, str(hypotheses), result, frequent_errors(u.pairs for u in wrong), wrong, groups, by, pair)
+        values = {"frequent": frequent_errors(u.pairs for u in wrong), "utterances": wrong, "groups": groups, "by": by}
+        write_page(html, str(hypotheses), score=result, against=pair, **values)
     if as_json:
         facts: dict[str, Any] = {**asdict(result), "transform": transform}
         if by is not None:

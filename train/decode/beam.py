@@ -45,7 +45,7 @@ class Fusion(Protocol):
 
 
 class Beams(NamedTuple):
-    """K hypotheses of each of B utterances; the acoustic score of an unused place is -inf."""
+    """K hypotheses of each of B utterances. The acoustic score of an unused place is -inf."""
 
     acoustic: Tensor  # float64 [B, K]
     fused: Tensor  # float64 [B, K]
@@ -67,7 +67,7 @@ class Backpointers:
         self.links: list[tuple[int, int, int, float]] = []
 
     def add(self, *columns: Tensor) -> Tensor:
-        """Add emissions, given as parents, units, frames and confidences; return their numbers."""
+        """Add emissions, given as parents, units, frames and confidences, and return their numbers."""
         first = len(self.links)
         self.links += zip(*(column.tolist() for column in columns))
         return torch.arange(first, len(self.links))
@@ -92,8 +92,8 @@ class Beam:
         max_symbols: units that a hypothesis may emit in a frame.
         fusion: a language model to add.
         blank_penalty: subtracted from the logit of the blank.
-        ilm_weight: weight of the internal language model (the joint without its encoder, over units that are not
-            blank; Meng et al. 2021, arXiv 2011.01991), subtracted from the score of each unit.
+        ilm_weight: weight of the internal language model, subtracted from the score of each unit. That model is the
+            joint without its encoder, over units that are not blank (Meng et al. 2021, arXiv 2011.01991).
 
     Raises:
         ConfigError: the model has durations.
@@ -162,7 +162,7 @@ class Beam:
         return results
 
     def _predict(self, states: Any) -> tuple[Any, Tensor]:
-        """Shape states of the prediction network from [B * K, ...] to [B, K, ...]; add its projected output."""
+        """Shape states of the prediction network from [B * K, ...] to [B, K, ...], and add its projected output."""
         predicted = self.model.joint.predictor(self.model.predictor.step(states)).float()
         return _map(lambda x: x.unflatten(0, (self.batch, self.width)), (states, predicted))
 
@@ -195,7 +195,7 @@ class Beam:
         self.beams = best
 
     def _extend(self, beams: Beams, logp: Tensor, bar: Tensor, t: int) -> Beams | None:
-        """Return the best `width` hypotheses with one more unit that score above `bar` [B, 1]. None: there are none."""
+        """Return the best `width` hypotheses with one more unit that score above `bar` [B, 1], or None without any."""
         B, K, V = logp.shape
         added = self._added_scores(beams, logp)
         gain = logp.clone() if added is None else logp + added
@@ -242,7 +242,7 @@ class Beam:
         return added
 
     def _fusion_rows(self, states: Tensor, alive: Tensor) -> Tensor:
-        """Return the fusion's rows, float32 [B, K, V]; those of unused places are arbitrary."""
+        """Return the fusion's rows, float32 [B, K, V]. Those of unused places are arbitrary."""
         assert self.fusion is not None
         if len(self.rows) > CACHED_ROWS:
             self.rows.clear()

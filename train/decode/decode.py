@@ -37,7 +37,7 @@ class ScoredText:
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """What an utterance was decoded as; `hyp` is the best of `ranked`."""
+    """The result of an utterance, with the best text of `ranked` as `hyp`."""
 
     id: str
     hyp: str

@@ -46,8 +46,8 @@ class Emissions:
 class Word:
     """A word with its times.
 
-    Its confidence is the mean occupancy of its units on their frames in an alignment, and the product of
-    P(unit | the frame emits a unit) over its units in a hypothesis.
+    In an alignment, its confidence is the mean occupancy of its units on their frames. In a hypothesis, it is the
+    product of P(unit | the frame emits a unit) over its units.
     """
 
     text: str
@@ -58,14 +58,10 @@ class Word:
 
 def text_and_spans(units: Units, ids: Sequence[int]) -> tuple[str, np.ndarray]:
     """Return the text of some units, as `Units.decode` does, and int64 [U, 2]: the characters of each unit."""
-    ends, parts = [0], []
-    for k in ids:
-        part = "" if k == 0 else UNKNOWN_TEXT if k == UNKNOWN else units.pieces[k].replace(SPACE_MARK, " ")
-        parts.append(part)
-        ends.append(ends[-1] + len(part))
+    parts = ["" if k == 0 else UNKNOWN_TEXT if k == UNKNOWN else units.pieces[k].replace(SPACE_MARK, " ") for k in ids]
+    ends = np.cumsum([0, *map(len, parts)], dtype=np.int64)
     text = units.decode(ids)
-    spans = np.stack([ends[:-1], ends[1:]], axis=1).astype(np.int64).reshape(-1, 2)
-    return text, np.maximum(spans - (len("".join(parts)) - len(text)), 0)
+    return text, np.maximum(np.stack([ends[:-1], ends[1:]], axis=1) - (ends[-1] - len(text)), 0)
 
 
 def timed_words(units: Units, emissions: Emissions, frame_s: float, duration_s: float) -> tuple[str, list[Word]]:

@@ -56,11 +56,12 @@ class NumberedStates:
 class UnitFusion(NumberedStates):
     """A Fusion whose n-grams are of the recogniser's units. A lone ▁ may be written <space>. States: contexts.
 
-    `weight` multiplies all scores. Raises UsageError, which names the model's file `where`, if it has none of the units.
+    `weight` multiplies all scores. Raises UsageError, which names the model's file `where`, if it has no such unit.
     """
 
     def __init__(self, lm: NGram, units: Units, weight: float, where: Path | str = "") -> None:
-        self.ids = [_unit_id(lm, piece) for piece in units.pieces]
+        spellings = (SPACES if piece == SPACE_MARK else (piece,) for piece in units.pieces)
+        self.ids = [next((lm.words[name] for name in names if name in lm.words), None) for names in spellings]
         self.ids[BLANK] = self.ids[UNKNOWN] = None
         if not any(id is not None for id in self.ids):
             raise UsageError(
@@ -179,8 +180,3 @@ class WordFusion(NumberedStates):
             added += self._lookahead(partial + part) - self._lookahead(partial)
             partial += part
         return added, context, partial
-
-
-def _unit_id(lm: NGram, piece: str) -> int | None:
-    names = SPACES if piece == SPACE_MARK else (piece,)
-    return next((lm.words[name] for name in names if name in lm.words), None)

@@ -24,7 +24,7 @@ class Search(Protocol):
         """Search further in states [B, T, dim], of which the first lengths [B] count."""
 
     def best(self) -> list[list[Emissions]]:
-        """Return the results of each utterance so far, best first. You can go on feeding."""
+        """Return the results of each utterance so far, best first. More states may follow."""
 
     def finish(self) -> list[list[Emissions]]:
         """Return the results of utterances that end here, best first."""

@@ -30,7 +30,7 @@ SMOOTHED_FRAMES = 21  # width of the triangle that loudness is averaged with, to
 
 @dataclass(frozen=True)
 class StreamResult:
-    """The result for the audio from start_s to end_s of a segment; the last one of a segment is `final`.
+    """The result for the audio from start_s to end_s of a segment. The last result of a segment is `final`.
 
     All times, those of words too, count from the start of the audio.
     """
@@ -50,7 +50,7 @@ class StreamResult:
 
 
 def chunk_size(model: Transducer, requested: int | None = None) -> int:
-    """Return how many feature frames to feed at a time; 0 for a model that needs whole utterances.
+    """Return how many feature frames to feed at a time, or 0 for a model that needs whole utterances.
 
     Raises:
         UsageError: a chunk is requested of such a model.

@@ -42,8 +42,8 @@ def hypothesis_lines(
 ) -> list[str]:
     """Return a hypothesis as lines of a format, without line ends: in ctm one a word, otherwise one.
 
-    JSON holds all of `ranked` if nbest is above 1, no score and no words if it is empty, and instead of the reference
-    `facts`, if there are any.
+    JSON holds all of `ranked` if nbest is above 1, no score and no words if it is empty, and `facts` instead of the
+    reference, if given.
     """
     id, text = hypothesis.id, " ".join(hypothesis.hyp.split())
     if kind == "trn":
@@ -109,12 +109,5 @@ def textgrid(alignment: Alignment) -> str:
 
 
 def _words(words: Iterable[Word]) -> list[dict[str, Any]]:
-    return [
-        {
-            "word": w.text,
-            "start_s": round(w.start_s, 3),
-            "end_s": round(w.end_s, 3),
-            "confidence": round(w.confidence, 4),
-        }
-        for w in words
-    ]
+    digits = {"start_s": 3, "end_s": 3, "confidence": 4}
+    return [{"word": w.text, **{key: round(getattr(w, key), n) for key, n in digits.items()}} for w in words]

@@ -61,10 +61,13 @@ class DemoError(StillhouseError):
 
 @dataclass
 class Demo:
-    """A running demo in the folder `out`; `on_progress` takes lines of text."""
+    """A running demo in the folder `out`. `on_progress` takes lines of text."""
 
     out: Path
     on_progress: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
 
     def command(self, stage: str, *args: str, to: str | None = None) -> None:
         """Run `stillhouse ARGS` in the folder, with its output in the file `to`. Raises DemoError if it fails."""
@@ -82,7 +85,7 @@ class Demo:
             raise DemoError(
                 f"the demo stopped: {shown!r} ended with exit code {code}",
                 where=self.out,
-                remedy="its error is above; the same command resumes the demo",
+                remedy="read its error above, and repeat the command to resume the demo",
             )
 
     @contextmanager
@@ -116,7 +119,7 @@ class Demo:
             "espeak": ".\nTheir voice is espeak-ng (GPL-3), from the package espeakng-loader, not from Stillhouse.",
             "hibari": " (hibari-tts, Apache-2.0, one voice at several speeds and pitches).",
         }
-        self.on_progress(f"The demo works in {self.out}; its commands run there.")
+        self.on_progress(f"The demo works in {self.out}, where its commands run.")
         self.on_progress("\n[corpus]\nStories of this project, read by synthetic voices" + about.get(voices, "."))
         with self.timed("corpus"):
             corpus = build_demo_corpus(self.out, voices, size)
@@ -130,7 +133,7 @@ class Demo:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What came of a demo; `failures` says in words why it does not pass."""
+    """The result of a demo. `failures` are the reasons why it does not pass."""
 
     rows: tuple[ErrorRow, ...]
     page: Path
@@ -167,7 +170,7 @@ def run_demo(
     teacher = find_teacher()
     recipe = (recipe or RECIPES / ("demo-quick.toml" if quick else "demo.toml")).resolve()
     config = load_config(recipe)
-    demo = _begin(out, on_progress)
+    demo = Demo(out, on_progress)
     corpus = demo.prepare_data(voices, size or (QUICK if quick else FULL), config.data.speeds)
     extract = ("extract", "corpus.jsonl", "teacher.zarr", "--split", "train", "--teacher", str(teacher))
     demo.command("extract", *extract, *TEACHER)
@@ -194,7 +197,7 @@ def prepare_study(
     """
     teachers: list[tuple[str, str, tuple[str, ...]]] = [(str(find_teacher()), "minilm", MINILM)]
     smollm = find_decoder() if decoder else None
-    demo = _begin(out, on_progress)
+    demo = Demo(out, on_progress)
     demo.prepare_data(voices, size, load_study(RECIPES / "study-demo.toml", demo.out).runs[0].config.data.speeds)
     if smollm is not None:
         teachers.append(("smollm2", "smollm", SMOLLM))
@@ -203,11 +206,6 @@ def prepare_study(
     for teacher, name, views in teachers:
         extract = ("extract", "corpus.jsonl", f"{name}.zarr", "--split", "train", "--teacher", teacher, "--name", name)
         demo.command(f"extract {name}", *extract, *views)
-
-
-def _begin(out: Path, on_progress: Callable[[str], None]) -> Demo:
-    Path(out).mkdir(parents=True, exist_ok=True)
-    return Demo(Path(out), on_progress)
 
 
 def find_teacher() -> Path:

@@ -20,7 +20,7 @@ from ...data.errors import AudioError
 
 @dataclass(frozen=True)
 class HibariVoice:
-    """A voice: `speed` is 0.5 to 2; `warp` above 1 sounds like a shorter speaker."""
+    """A voice: `speed` is 0.5 to 2, and `warp` above 1 sounds like a shorter speaker."""
 
     name: str
     speed: float
@@ -51,7 +51,7 @@ def speak(voice: HibariVoice, texts: Sequence[str]) -> tuple[int, list[np.ndarra
             remedy=f"{sys.executable} -m pip install hibari-tts",
         ) from e
     engine = Hibari()
-    # A higher playing rate also shortens the audio; the speed corrects that.
+    # A higher playing rate also shortens the audio, and the speed corrects that.
     spoken = [engine(text, speed=voice.speed / voice.warp, seed=0) for text in texts]
     return round(engine.sample_rate * voice.warp), [
         (np.clip(samples, -1, 1) * 32767).astype(np.int16) for samples in spoken

@@ -5,7 +5,7 @@ Try: `stillhouse demo`.
 
     split        stories                      voices
     train        training stories             training voices in turn: each story has one reader, some have two
-    dev          one training, one new story  the dev voice; for the new story also two training voices
+    dev          one training, one new story  the dev voice, and two training voices for the new story
     test-known   training stories             test voices
     test-new     new stories                  test voices, and some training voices (the report separates them)
 """
@@ -55,23 +55,15 @@ ESPEAK = VoiceSet(
 
 HIBARI = VoiceSet(
     training=tuple(
-        HibariVoice(name, speed, warp)
-        for name, speed, warp in (
-            ("ben", 1.25, 0.84),
-            ("amy", 1.30, 1.00),
-            ("eli", 1.35, 0.92),
-            ("dot", 1.25, 1.16),
-            ("cal", 1.40, 0.88),
-            ("fay", 1.30, 1.08),
-            ("gus", 1.25, 0.96),
-            ("ivy", 1.40, 1.12),
-            ("hal", 1.20, 0.80),
-            ("jon", 1.35, 1.04),
+        HibariVoice(*facts)
+        for facts in (
+            ("ben", 1.25, 0.84), ("amy", 1.30, 1.00), ("eli", 1.35, 0.92), ("dot", 1.25, 1.16), ("cal", 1.40, 0.88),
+            ("fay", 1.30, 1.08), ("gus", 1.25, 0.96), ("ivy", 1.40, 1.12), ("hal", 1.20, 0.80), ("jon", 1.35, 1.04),
         )
     ),
     dev=HibariVoice("nan", 1.30, 1.06),
     test=(HibariVoice("kit", 1.25, 1.10), HibariVoice("lou", 1.30, 0.94), HibariVoice("max", 1.35, 0.86)),
-)
+)  # fmt: skip
 
 VOICE_SETS = {"espeak": ESPEAK, "hibari": HIBARI}
 

@@ -134,7 +134,7 @@ def export_run(
 
 
 def _write_graphs(graphs: list[Graph], units: Units, draft: Path, kind: ExportKind, int8: bool) -> float:
-    """Write the graphs and tokens.txt; return the largest difference from the model's outputs."""
+    """Write the graphs and tokens.txt, and return the largest difference from the model's outputs."""
     from .onnx import tokens_txt, write_int8, write_onnx
     from .torch import write_torch
 

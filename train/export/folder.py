@@ -23,7 +23,7 @@ from ..run.load import EXPORT_HEAD
 def new_folder(out: Path, force: bool) -> Iterator[Path]:
     """Yield a draft folder that replaces `out`, synced to disk, if the block ends without an exception.
 
-    An exception deletes the draft. A killed process leaves its draft, and the folder that it wanted to replace under
+    An exception deletes the draft. A killed process leaves its draft, and the folder to be replaced under
     another name. The next call deletes the draft and restores that folder.
 
     Raises:
@@ -34,7 +34,7 @@ def new_folder(out: Path, force: bool) -> Iterator[Path]:
         if not force:
             raise UsageError("the folder already exists", where=out, remedy="use --force or another --out")
         if not (out / EXPORT_HEAD).is_file() and (not out.is_dir() or any(out.iterdir())):
-            raise UsageError(f"the folder has no {EXPORT_HEAD}, so no export wrote it; it is not replaced", where=out)
+            raise UsageError(f"the folder has no {EXPORT_HEAD}, so no export wrote it", where=out)
     out.parent.mkdir(parents=True, exist_ok=True)
     draft, old = (out.parent / f".{out.name}.{os.getpid()}.{what}" for what in ("new", "old"))
     draft.mkdir()

@@ -57,17 +57,13 @@ class DecoderGraph(nn.Module):
         return self.projection(self.predictor.step(y.clamp(min=BLANK)))
 
 
-class LstmDecoderGraph(nn.Module):
+class LstmDecoderGraph(DecoderGraph):
     """The last unit int64 [N] and the state h, c [N, dim] -> projected state [N, joint_dim] and the next h, c.
 
     At the start the unit is blank and the state zero.
     """
 
-    def __init__(self, model: Transducer) -> None:
-        super().__init__()
-        self.predictor, self.projection = model.predictor, model.joint.predictor
-
-    def forward(self, y: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, y: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         everywhere = torch.ones_like(y, dtype=torch.bool)
         state = self.predictor.advance((h, h, c), y, everywhere)
         return self.projection(self.predictor.step(state)), state[1], state[2]

@@ -36,7 +36,7 @@ def need_onnx() -> None:
 
 
 def write_onnx(graph: Graph, path: Path) -> float:
-    """Write the graph; return the largest difference of onnxruntime's outputs from torch's."""
+    """Write the graph, and return the largest difference of onnxruntime's outputs from torch's."""
     import onnx
 
     with _quiet():

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ..model.transducer import Transducer
 from .graphs import Graph, encoder_metadata, repeat_frames
 
-ATTENTION = ("keys", "values")  # parts of the state in the first tensor; the others are in the second
+ATTENTION = ("keys", "values")  # These parts of the state are in the first tensor, the others in the second.
 
 
 class StreamGraph(nn.Module):

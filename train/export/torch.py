@@ -35,7 +35,7 @@ def traced(graph: Graph) -> ExportedProgram:
 
 
 def write_torch(graph: Graph, path: Path) -> float:
-    """Write the graph; return the largest difference of the loaded program's outputs from the module's."""
+    """Write the graph, and return the largest difference of the loaded program's outputs from the module's."""
     torch.export.save(traced(graph), path)
     module = torch.export.load(path).module()
 

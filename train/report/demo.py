@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ErrorRow:
-    """A row of the table of error rates; `limit` is the largest WER that passes."""
+    """A row of the table of error rates, where `limit` is the largest WER that passes."""
 
     name: str
     what: str
@@ -43,7 +43,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class DemoPage:
-    """What the page shows; `store` is from `store_facts`."""
+    """What the page shows. `store` is from `store_facts`."""
 
     title: str
     lead: str

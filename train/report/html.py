@@ -31,7 +31,7 @@ Metrics = Sequence[Mapping[str, Any]]  # records of a metrics.jsonl
 class ExampleSection:
     """Hypotheses of one test set, some of them as examples, and its most frequent substitutions.
 
-    homophones: {word: number of its group}; words of one group sound alike.
+    homophones: {word: number of its group}. Words of one group sound alike.
     confusions: (reference, hypothesis, count, whether they sound alike).
     substitutions, alike: number of all, and of those that sound alike.
     """
@@ -53,7 +53,7 @@ def section(
     homophones: Sequence[Sequence[str]] = (),
     show: int = 24,
 ) -> ExampleSection:
-    """Return a section of (id, reference, hypothesis) triples; `show` of them, evenly spread, are the examples."""
+    """Return a section of (id, reference, hypothesis) triples. The examples are `show` of them, evenly spread."""
     utterances = [align_utterance(*triple) for triple in triples]
     groups = {word: k for k, group in enumerate(homophones) for word in group}
     counts = Counter((p.ref, p.hyp) for u in utterances for p in u.pairs if p.kind == SUBSTITUTED)
@@ -148,7 +148,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def series(metrics: Metrics, key: str, kind: str | None = None, scale: float = 1.0) -> Points:
-    """Return (step, value) of the records of a kind ("train", "dev"; None: all) that have a value for `key`."""
+    """Return (step, value) of the records with a value for `key`. kind: "train", "dev", or None for all."""
     return [(m["step"], scale * m[key]) for m in metrics if kind in (None, m.get("kind")) and m.get(key) is not None]
 
 

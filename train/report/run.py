@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ...data.errors import CheckpointError
-from ...data.files.atomic import read_plain, write_atomic
+from ...data.files.atomic import read_plain
 from ..config import Config, load_config
 from ..run import checkpoint, identity
 from ..run.folder import CHECKPOINTS, HYPOTHESES, SETTINGS
@@ -30,7 +30,7 @@ PARTS = {"transfer_backward": "transfer, backward", "teacher": "teacher, in para
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting of the run; `given` if it differs from the default."""
+    """A setting of the run. It is `given` if it differs from the default."""
 
     name: str
     value: str
@@ -57,7 +57,7 @@ class RunFacts:
     share: {"data": waiting for data, "transfer": device time of the transfer}, means.
     memory: {"resident" or "cuda": most bytes}.
     best, last: metrics of the best and of the last evaluation.
-    skipped: steps without a finite loss or gradient; `bad` names the files of their batches.
+    skipped: steps without a finite loss or gradient. `bad` names the files of their batches.
     """
 
     name: str
@@ -136,11 +136,6 @@ def render(run: RunPage) -> str:
     """Return the page."""
     values = {"curves": run_curves(run.metrics), "examples": run.examples, "parts": PARTS}
     return page("run.html.j2", f"Run {run.facts.name}", r=run.facts, **values)
-
-
-def write_page(run: RunPage, path: Path) -> None:
-    """Write the page completely or not at all."""
-    write_atomic(path, render(run))
 
 
 def run_curves(metrics: Metrics) -> list[tuple[str, str]]:

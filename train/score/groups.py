@@ -20,7 +20,7 @@ from .wer import Rate, error_counts, rate
 
 @dataclass(frozen=True)
 class Group:
-    """Scores of a group. `name` is the speaker, the session and so on; empty for utterances without one."""
+    """Scores of a group. `name` is the speaker, the session and so on. It is empty for utterances without one."""
 
     name: str
     utterances: int

@@ -1,8 +1,8 @@
 """Test whether two sets of hypotheses of the same utterances differ by more than chance.
 
 Two tests answer the same question. The bootstrap resamples utterances, for both sets alike. In the matched-pairs test,
-segments between words that both sets have right are independent trials (Gillick and Cox, ICASSP 1989; NIST's sclite
-calls it MAPSSWE).
+segments between words that both sets have right are independent trials (Gillick and Cox, ICASSP 1989). NIST's sclite
+calls it MAPSSWE.
 
 Guarantees: swapping the sets changes signs and nothing else.
 Try: `stillhouse score A --against B`.

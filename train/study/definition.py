@@ -4,9 +4,9 @@ Guarantees: all arms share what an arm does not set itself: data, budget, seed a
 cannot be compared is refused before anything runs, as far as the settings show it.
 Try: `stillhouse study STUDY`.
 
-    base = "demo.toml"                    # a recipe, relative to this file; without one, [settings] has everything
+    base = "demo.toml"                    # a recipe, relative to this file, or none if [settings] has all
     seeds = [1, 2, 3]
-    test = ["test-new"]                   # splits to decode and score; the first one decides
+    test = ["test-new"]                   # splits to decode and score, the deciding one first
     [settings]                            # replaces settings of the recipe, for all arms
     transfer.stores = ["minilm.zarr", "smollm.zarr"]
     [arms.none]
@@ -82,7 +82,7 @@ class Study:
 
 
 def load_study(path: Path, out: Path) -> Study:
-    """Read STUDY.toml; the runs are to be written to `out`.
+    """Read STUDY.toml, for runs in the folder `out`.
 
     Raises:
         ConfigError: names the file, the arm and the setting.

@@ -26,7 +26,7 @@ from .definition import Study, StudyRun
 
 
 class StudyError(StillhouseError):
-    """Some runs of a study failed; the others are done."""
+    """Some runs of a study failed, and the others are done."""
 
 
 def hypotheses_path(run: StudyRun, split: str) -> Path:
@@ -59,7 +59,7 @@ def check_identities(runs: Iterable[StudyRun]) -> None:
     """Check that runs can be compared: equal identities for one seed, and equal budgets between seeds.
 
     Raises:
-        StaleError: they cannot be compared; names what differs.
+        StaleError: they cannot be compared. It names what differs.
     """
     by_seed: dict[int, tuple[StudyRun, dict]] = {}
     for run in runs:
@@ -94,7 +94,7 @@ def run_study(
     on_progress: Callable[[str], None],
     limits: Callable[[], Iterable[str]],
 ) -> list[str]:
-    """Train and decode those of `runs` that are not done, `jobs` at a time; return a line on each failed run.
+    """Train and decode those of `runs` that are not done, `jobs` at a time. Return a line on each failed run.
 
     on_progress takes lines of text. `limits` returns lines on what the test sets can show, which go to on_progress as
     soon as the reference arm is done. Raises StaleError if two runs cannot be compared.

@@ -40,7 +40,7 @@ class ErrorDifference:
     relative: the difference over the other arm's rate.
     by_seed: the difference of each seed, in the order of the seeds.
     verdict: "lower" or "higher" if the difference is above 1.96 standard errors, which include the spread over
-        utterances and between seeds; otherwise "not shown". "one seed" if the spread between seeds is unknown.
+        utterances and between seeds. Otherwise "not shown". "one seed" if the spread between seeds is unknown.
     """
 
     to: str
@@ -207,7 +207,7 @@ def detectable(errors: ArmErrors, split: str, metric: str, arm: str, seeds: int)
         resampled = float(np.mean([np.var(drawn[:, i] - drawn[:, j]) for i, j in pairs]))
         variance, how = max(squared, resampled), f"from the {len(point)} runs of {arm}, which differ in the seed alone"
     else:
-        variance, how = 2 * float(np.var(drawn[:, 0])), f"from one run of {arm}; more seeds give a better estimate"
+        variance, how = 2 * float(np.var(drawn[:, 0])), f"from one run of {arm}, and better known with more seeds"
     return Detectable(split, FOUND * (variance / seeds) ** 0.5, seeds, len(errors.ids), how)
 
 

@@ -126,7 +126,7 @@ def test_the_advice_on_librispeech_is_what_the_commands_take(tmp_path, monkeypat
 def test_a_command_that_fails_is_named_and_timed(tmp_path) -> None:
     said: list[str] = []
     under_way = demo.Demo(tmp_path, said.append)
-    with pytest.raises(demo.DemoError, match=r"'stillhouse score nowhere.jsonl' ended with exit code 1; .*resumes"):
+    with pytest.raises(demo.DemoError, match=r"'stillhouse score nowhere.jsonl' ended with exit code 1; .*resume"):
         under_way.command("score", "score", "nowhere.jsonl")
     assert said == ["\n[score]\n$ stillhouse score nowhere.jsonl"]
     first = under_way.stages[0].seconds
