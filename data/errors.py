@@ -1,7 +1,7 @@
 """The errors of the package. The command line turns them into messages and exit codes.
 
 Guarantees: an error names what is wrong, where, what was expected and what to do.
-Try: `stillhouse corpus info gone.jsonl`.
+Try: `stillhouse --help` shows the exit codes.
 """
 
 from __future__ import annotations
