@@ -98,7 +98,7 @@ def read_run(out: Path, examples: int = 24) -> RunPage:
         CorpusError: its hypotheses are damaged.
     """
     if not (out / SETTINGS).exists():
-        raise CheckpointError("this is no run's folder", where=out, expected="what `stillhouse train --out` wrote")
+        raise CheckpointError("this is not a run's folder", where=out, expected="what `stillhouse train --out` wrote")
     config = load_config(out / SETTINGS, saved=True)
     log = out / "metrics.jsonl"
     metrics = [m for m in (read_metrics(log) if log.exists() else []) if isinstance(m, dict) and "step" in m]
