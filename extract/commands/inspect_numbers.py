@@ -154,7 +154,7 @@ def plot(store: Path, out: Path, kind: str, word: str | None, views: tuple[str, 
 def report(
     store: Path, out: Path, words: tuple[str, ...], tokens: int | None, seed: int, full: bool, force: bool
 ) -> None:
-    """Write all of this as one HTML page, OUT, that loads nothing else."""
+    """Write the facts and numbers of STORE as one HTML page, OUT, that loads nothing else."""
     from ..inspect.output import check_output
     from ..inspect.show import page
     from ..store import Store

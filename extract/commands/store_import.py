@@ -39,7 +39,7 @@ def store() -> None:
 @click.option("--drop", default="0,0", show_default=True, help="Special tokens at begin and end of an array to drop.")
 @click.option("--context", default="alone", show_default=True, help="Context of the states, as in stillhouse extract.")
 @click.option("--teacher", help="Model that made the states: a folder, or a name on the Hugging Face hub.")
-@click.option("--tokenizer", help="Its tokenizer, if the model is lost. Input embeddings are then NaN.")
+@click.option("--tokenizer", help="Tokenizer of a model that is lost. Input embeddings are then NaN.")
 @click.option("--token-ids", help="Array of an utterance's token ids, if the tokenizer is lost too. Needs --spans.")
 @click.option("--spans", help="Array [tokens, 2] of code points in the transcript.")
 @opt.choice("--kind", ["encoder", "decoder"], "Kind of the model, if there is no --teacher.")
