@@ -20,7 +20,6 @@ from stillhouse.extract.pipeline.request import Request, teacher_record
 from stillhouse.extract.store import Store
 from stillhouse.extract.store.disk import layout
 from stillhouse.extract.store.disk.layout import hash_text, to_float32
-from stillhouse.extract.store.format import plan as plans
 from stillhouse.extract.store.verify.stale import stale
 from stillhouse.extract.store.verify.verify import verify
 
@@ -87,7 +86,7 @@ class Walk:
         """Compare what `extract` says has changed with what has changed."""
         fresh, store = self.fresh(), Store.open(self.root)
         record = teacher_record(self.teacher, self.request)
-        change = diff_corpus(plans.read_plan(self.root), self.corpus, record, self.teacher.tokeniser)
+        change = diff_corpus(store.plan, self.corpus, record, self.teacher.tokeniser)
         texts = {u.id: hash_text(u.text) for u in self.utterances}
         known = [i for i in store.utterance_ids if i in texts]
         same = [i for i, h in zip(known, store.text_hash(known) if known else []) if int(h) == texts[i]]
