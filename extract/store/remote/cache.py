@@ -7,13 +7,13 @@ Try: `pytest tests/extract/store/test_remote.py -k bounded`.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from ....data.errors import UsageError
+from ....data.files.lock import FileLock
 
 
 def cache_folder() -> Path:
@@ -36,22 +36,21 @@ def cache_limit_bytes() -> int:
 
 def evict(cache: Path, limit: int) -> None:
     """Remove what was used longest ago until a tenth of `limit` bytes is free, unless another process does so."""
-    cache.mkdir(parents=True, exist_ok=True)
-    with open(cache / "lock", "a") as gate:
-        try:
-            fcntl.flock(gate, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return
+    lock = FileLock(cache / "lock")
+    if not lock.acquire():
+        return
+    try:
         files = sorted(_files(cache))
         total = sum(size for _, size, _ in files)
-        if total <= limit:
-            return
+        left = limit - limit // 10 if total > limit else total
         for _, size, path in files:
-            if total <= limit - limit // 10:
+            if total <= left:
                 break
             with contextlib.suppress(OSError):
                 os.unlink(path)
                 total -= size
+    finally:
+        lock.release()
 
 
 def _files(cache: Path) -> Iterator[tuple[float, int, str]]:
