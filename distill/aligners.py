@@ -23,7 +23,7 @@ from .batch import Positions
 ALIGNERS = ("attention", "occupancy", "cif", "predictor")
 _OCTAVES = 6
 
-Aligned = tuple[Tensor, Tensor | None]  # states [M', width], and their kept positions int64 [M']; None: all
+Aligned = tuple[Tensor, Tensor | None]  # states [M', width], and their kept positions int64 [M'], None if all
 
 
 class Attention(nn.Module):
@@ -36,7 +36,7 @@ class Attention(nn.Module):
     Arguments:
         encoder_dim: H, the width of the encoder frames.
         embeddings: a float table [K, D] for each teacher. The tables are not trained and not saved with the model.
-        dim: A, the width of the states, a multiple of `heads`; None: encoder_dim.
+        dim: A, the width of the states, a multiple of `heads`. None: encoder_dim.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Attention(nn.Module):
 
 
 class UnitAligner(nn.Module):
-    """The aligners that have one vector [B, U, W] for each ASR unit; a position takes the mean of its units."""
+    """The aligners that have one vector [B, U, W] for each ASR unit. A position takes the mean of its units."""
 
     width: int
 

@@ -25,7 +25,7 @@ class Positions:
     key: Tensor  # int64 [M]: equal numbers are occurrences of the same token, word or unit
     place: Tensor  # float32 [M]: the middle of the position's span, as a fraction of the transcript's length
     query_row: Tensor  # int64 [E]: rows of the teacher's embedding table
-    query_start: Tensor | None  # int64 [M]: where the entries of each position begin; None: one entry each
+    query_start: Tensor | None  # int64 [M]: where the entries of each position begin, None if each has one
     query_weight: Tensor | None  # float32 [E]
     unit_weight: Tensor | None  # float32 [B, P, U]: row-stochastic map from ASR units to positions
     unit_rows: Tensor | None  # int64 [M']: those of the M kept positions that an ASR unit overlaps

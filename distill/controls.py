@@ -28,7 +28,7 @@ def shuffled_partners(lengths: np.ndarray, seed: int, texts: np.ndarray | None =
 
     Arguments:
         lengths: int [U], tokens of each utterance.
-        texts: [U], equal numbers for equal texts; None: all differ.
+        texts: [U], equal numbers for equal texts. None: all differ.
     """
     rng = np.random.default_rng(seed)
     text = np.arange(len(lengths)) if texts is None else np.unique(texts, return_inverse=True)[1].reshape(-1)

@@ -55,7 +55,7 @@ def contrastive(temperature: float) -> Distance:
 
 
 def distance_named(name: str, *, temperature: float = 0.1) -> Distance:
-    """Return the distance of that name; `temperature` > 0 is for `contrastive` alone. Raises ConfigError."""
+    """Return the distance of that name, or raise ConfigError. `temperature` > 0 is for `contrastive` alone."""
     if temperature <= 0:
         raise ConfigError("the temperature must be positive", where=temperature)
     named: dict[str, Distance] = {"cosine": cosine, "l1": l1, "smooth_l1": smooth_l1, "mse": mse}

@@ -28,7 +28,7 @@ class Mixing(nn.Module):
         self.logits = nn.Parameter(torch.zeros(views)) if name == "learned" else None
 
     def forward(self, losses: list[Tensor], index: list[int]) -> Tensor:
-        """Return the weighted sum of one or more scalar losses; `index` names the view of each."""
+        """Return the weighted sum of one or more scalar losses. `index` has the view's number of each."""
         stacked = torch.stack(losses)
         if self.logits is None:
             return stacked.mean()
@@ -40,7 +40,7 @@ class Mixing(nn.Module):
         return 0.0 if self.logits is None else self.logits.sum() * 0
 
     def logged(self, addresses: list[str]) -> dict[str, Tensor]:
-        """Return the learned weight of each view, detached; empty for the other mixings."""
+        """Return the learned weight of each view, detached. The other mixings have none."""
         if self.logits is None:
             return {}
         return dict(zip(addresses, torch.softmax(self.logits.detach(), 0), strict=True))

@@ -48,7 +48,7 @@ class Overlaps:
         return np.repeat(np.arange(self.rows), np.diff(self.start))
 
     def select(self, rows: np.ndarray) -> Overlaps:
-        """Return the matrix of these rows alone, in this order; rows int64 [M]."""
+        """Return the matrix of these rows int64 [M] alone, in this order."""
         counts = np.diff(self.start)[rows]
         entries = expand(self.start[rows], counts)
         start = np.concatenate([[0], np.cumsum(counts)])

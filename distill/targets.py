@@ -1,7 +1,7 @@
 """From stores to targets: read the states of a batch of utterances and map them to the transfer positions.
 
 Guarantees: states belong to the given transcripts. An utterance that a store lacks, or holds from another text, is an
-error that names it; with on_missing="skip" it is counted and left out for that store's teachers. All is numpy and CPU
+error that names it. With on_missing="skip" it is counted and left out for that store's teachers. All is numpy and CPU
 tensors, and no state changes, so `read` can run in the trainer's read-ahead thread.
 Try: `pytest tests/distill/test_targets.py`.
 """
@@ -53,7 +53,7 @@ class TargetReader:
         sources: pairs of a store and its views to read, from `Store.resolve`.
         position: what has a target: "token" (each teacher's own), "word" or "unit" (ASR units).
         on_missing: "error", or "skip" to leave an utterance out for the teachers that lack it, and count it.
-        sample: read this many views in each step, drawn by `seed` and step, for the mixing "sample"; None: all.
+        sample: read this many views in each step, drawn by `seed` and step, for the mixing "sample". None: all.
         control: None, or targets that a teacher's knowledge cannot explain. "shuffled" gives each utterance the states
             of another one of equal length. "static" replaces a teacher's views by one, TEACHER/static, of its input
             embeddings, and "words" by TEACHER/words, of one-hot codes of the words. "words-shuffled" takes the codes

@@ -51,7 +51,7 @@ class TeacherStates:
         name: the teacher's name in a batch, which differs from `teacher` if two stores have a teacher of that name.
         views: views of this teacher.
         control, seed: those of TargetReader.
-        corpus: the whole manifest, which tells the utterances' present neighbours and the punctuation; or None.
+        corpus: the whole manifest, with the utterances' present neighbours and the punctuation, or None.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class TeacherStates:
             self._words = vocabulary(word_numbers(token_id, span, lengths, self._punctuation))
         self.specs = self._specs()
         shuffled = control in ("shuffled", "words-shuffled")
-        # int64 [U]: the row whose states each row of the store gets, if shuffled
+        # int64 [U]: the row from which each row of the store gets its states, if shuffled
         self._partner = shuffled_partners(store.lengths(teacher), seed, store.index.text_hash) if shuffled else None
         # Utterances with other neighbours than their contexts saw. Controls are not checked.
         self._stale = frozenset(() if corpus is None or control is not None else _stale(store, self.views, corpus))
@@ -144,7 +144,7 @@ class TeacherStates:
 
 
 def _punctuation(store: Store, teacher: str, corpus: Corpus | None) -> np.ndarray:
-    """Return the token ids of punctuation, which the texts of the corpus show; none without a corpus."""
+    """Return the token ids of punctuation, which the texts of the corpus show. Without a corpus there are none."""
     texts = {} if corpus is None else {u.id: u.text for u in corpus.utterances}
     rows = np.flatnonzero(store.lengths(teacher))
     ids = [i for i in map(store.index.id, rows.tolist()) if i in texts]

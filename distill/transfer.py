@@ -56,9 +56,9 @@ class Transfer(nn.Module):
         mixing: "mean", "learned" or "sample". For "sample" the reader draws the views, TargetReader(sample=k).
         embeddings: the `embeddings` of a TargetReader.
         temperature: above 0, of the distance "contrastive".
-        attention_dim, attention_heads: width and heads of the attention; None: encoder_dim.
+        attention_dim, attention_heads: width (None: encoder_dim) and heads of the attention.
         predictor_dim: W, the width of the prediction network's states.
-        predictor_after: take the state that has read a unit; False: the one that predicts it.
+        predictor_after: take the state that has read a unit. False: the one that predicts it.
         taps: the number of encoder layers that `forward` gets. Their softmax-weighted mean is aligned.
 
     Raises:

@@ -56,6 +56,6 @@ class BoundLoss(torch.autograd.Function):
 
 
 def joint_inputs(dtype: torch.dtype, encoder: Tensor, predictor: Tensor, weight: Tensor, bias: Tensor | None):
-    """Return the four inputs of a fused joint in the type that is computed in; a bias that is None becomes zeros."""
+    """Return the four inputs of a fused joint in the type that is computed in. A bias of None becomes zeros."""
     bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
     return [v.detach().to(dtype).contiguous() for v in (encoder, predictor, weight, bias)]

@@ -33,7 +33,7 @@ class LossBatch:
 class Options:
     """The options of a loss, by the names that the kernels have for them."""
 
-    clamp: float = -1.0  # limit of each element of a cost's gradient; 0 or less: none
+    clamp: float = -1.0  # limit of each element of a cost's gradient, or none if it is not positive
     fused: bool = True  # False: the logits are log-probabilities already
     fastemit: float = 0.0
     delay: float = 0.0
@@ -76,7 +76,7 @@ def reduce(costs: Tensor, target_lengths: Tensor, reduction: str) -> Tensor:
 
 
 def warn_nan(costs: np.ndarray, batch: LossBatch) -> None:
-    """Warn of each utterance whose cost is NaN."""
+    """Warn of each utterance with a cost of NaN."""
     for b in np.flatnonzero(np.isnan(costs)):
         warnings.warn(
             f"rnnt loss: row {b} of the batch (logit length {batch.T[b]}, target length {batch.U[b]}) has a loss of "
@@ -100,7 +100,7 @@ def check_batch(
     targets: Tensor, logit_lengths: Tensor, target_lengths: Tensor, blank: int, vocabulary: int,
     max_frames: int | None = None, max_units: int | None = None,
 ) -> LossBatch:  # fmt: skip
-    """Return the batch's integers, checked. max_frames and max_units are what the logits have; None: packed.
+    """Return the batch's integers, checked. max_frames and max_units are what the logits have, None if packed.
 
     Raises TypeError for a tensor of another type, and ValueError for a length, a target or a blank out of range. The
     text names the row and its lengths.
@@ -126,7 +126,7 @@ def check_batch(
     clean = np.empty_like(y)
     if sound(y, T, U, blank, vocabulary, most_frames, most_units, clean):
         return LossBatch(clean, T, U, blank)
-    # The kernel only tells that something is wrong. This names it.
+    # The kernel only finds that something is wrong. This names it.
     for b in np.flatnonzero((T < 1) | (most_frames < T) | (U < 0) | (most_units < U))[:1]:
         frames = "1 or more" if max_frames is None else f"1..{max_frames}"
         raise ValueError(

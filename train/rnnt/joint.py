@@ -1,4 +1,4 @@
-"""`rnnt_loss_joint`: the RNN-T loss from encoder and predictor on; the logits [B, T, U+1, V] are never all in memory.
+"""`rnnt_loss_joint`: the RNN-T loss from encoder and predictor on, without all logits [B, T, U+1, V] in memory.
 
 Guarantees: memory beside inputs and gradients does not grow with the number of logits.
 Try: `pytest tests/train/rnnt/test_joint.py`.

@@ -98,7 +98,7 @@ def rnnt_reference(
     fastemit_lambda: float = 0.0,
     delay_penalty: float = 0.0,
 ) -> Reference:
-    """Return costs, gradients and occupancies of logits [B, T, U+1, V]; the arguments are those of `rnnt_loss`."""
+    """Return costs, gradients and occupancies of logits [B, T, U+1, V], with the arguments of `rnnt_loss`."""
     x = np.asarray(logits, dtype=np.float64)
     B, Tmax, Uplus, V = x.shape
     blank = blank % V
@@ -147,7 +147,7 @@ def tdt_reference(
     for b in range(B):
         T, U = int(logit_lengths[b]), int(target_lengths[b])
         log_p, log_d = log_softmax(x[b, :T, : U + 1]), log_softmax(z[b, :T, : U + 1])
-        arcs = []  # (from, to, unit, duration index, score); ends in cell (T, U)
+        arcs = []  # (from, to, unit, duration index, score). The last ones end in cell (T, U).
         for t in range(T):
             delay = delay_penalty * ((T - 1) / 2 - t)
             for u in range(U + 1):

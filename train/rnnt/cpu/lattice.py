@@ -1,4 +1,4 @@
-"""The three stages of the loss on the CPU, over any layout of the logits; each is one kernel that threads run together.
+"""The three stages of the loss on the CPU, over any layout of the logits, each one kernel that threads run together.
 
 1. rows: logsumexp, blank and label log-probability of each cell. Nothing else of the logits is kept.
 2. lattice: alphas forwards, then betas and occupancies backwards, along anti-diagonals n = t + u. These are stored
@@ -151,6 +151,7 @@ def forward(
     counter int64 [1] begins at 0, and left int64 [B] at each utterance's number of tasks. The thread that ends an
     utterance's rows computes its lattice. The last task is first: the end of the logits, just written, is still in a
     cache, and the backward pass will then find their beginning there.
+
     alpha [threads, most cells of an utterance], work [threads, 2, Umax+1], of the type that is computed in, and work64
     [threads, Umax+1] are memory to work in.
     """
@@ -208,7 +209,7 @@ def backward(
 
 @kernel
 def lattices(thread, T, U, at, base, counter, blank_lp, label_lp, alpha, costs, exact):
-    """Run stage 2 of all utterances; alpha as in forward."""
+    """Run stage 2 of all utterances, with alpha as in forward."""
     base, blank_lp, label_lp, own_alpha = borrow(base), borrow(blank_lp), borrow(label_lp), borrow(alpha)[thread]
     while True:
         b = fetch_add(counter, 0, 1)

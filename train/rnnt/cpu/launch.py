@@ -101,7 +101,7 @@ class CpuLoss:
 
 
 class CpuTdtLoss(CpuLoss):
-    """The token-and-duration loss; its inputs are token and duration logits."""
+    """The token-and-duration loss of token and duration logits."""
 
     def run_forward(self, count: int, x, rest, where: tuple, room: tuple, exact: bool) -> None:
         b, o, total = self.batch, self.options, self.plan.total

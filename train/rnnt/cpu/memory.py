@@ -22,7 +22,7 @@ except (AttributeError, OSError):  # Without this call there are ordinary pages,
 
 
 def _huge_free() -> int:
-    """Return the bytes of free huge pages in the zone that the operating system takes from, 0 if it does not tell.
+    """Return the bytes of free huge pages in the zone that the operating system takes from, 0 if they are unknown.
 
     If these run short, asking for them makes it move other memory, which takes longer than ordinary pages.
     """
@@ -47,7 +47,7 @@ def fresh_like(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def as_rows(tensor: torch.Tensor) -> np.ndarray:
-    """Return a contiguous tensor [..., V] as a matrix [rows, V]; half precision as the integers of its bits."""
+    """Return a contiguous tensor [..., V] as a matrix [rows, V], half precision as the integers of its bits."""
     rows = tensor.detach().view(-1, tensor.shape[-1])
     if tensor.dtype == torch.bfloat16:
         return rows.view(torch.int16).numpy().view(np.uint16)

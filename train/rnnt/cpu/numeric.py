@@ -115,7 +115,7 @@ def _emit_to_bfloat(builder, value):
     return builder.trunc(builder.select(nan, _I32(0x7FC0), rounded), _I16)
 
 
-# 2**n of a float32 whose low mantissa bits hold n.
+# 2**n of a float32 that holds n in its low mantissa bits.
 power_of_two = _unary(types.float32, types.float32, _emit_power)
 # A positive normal float32 is mantissa * 2**exponent, with the mantissa in [sqrt(1/2), sqrt(2)).
 exponent = _unary(types.float32, types.float32, _emit_exponent)
@@ -206,7 +206,7 @@ def clear_rows(typingctx, rows, start, stop):
 
 @kernel
 def exp32(x):
-    """Return exp of a float32, relative error 2.2e-7; exactly 0 at -88 and below (-inf too), NaN for NaN.
+    """Return exp of a float32, relative error 2.2e-7. It is exactly 0 at -88 and below (-inf too), NaN for NaN.
 
     x is clamped at 88.37, where the result is 2.4e38. Callers compute sums that are too large again.
     """

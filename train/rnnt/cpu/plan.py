@@ -57,7 +57,7 @@ class LatticePlan:
 def make_plan(
     T: np.ndarray, U: np.ndarray, padded: tuple[int, int] | None, band: np.ndarray | None = None
 ) -> LatticePlan:
-    """Return the plan of a batch whose logits have `padded` = (Tmax, rows of a frame); None: they are packed."""
+    """Return the plan of a batch. Its logits have `padded` = (Tmax, rows of a frame), or None if they are packed."""
     first, per_frame, frames, at, cells, base = lay_out(T, U, *(padded or (0, 0)))
     pruned = band is not None
     if band is None:
@@ -72,7 +72,7 @@ def make_tasks(frames: np.ndarray, per_frame: np.ndarray, V: int) -> tuple[np.nd
 
 @kernel
 def sound(y, T, U, blank, vocabulary, room_t, room_u, clean):
-    """Tell whether lengths and targets are inside. clean [B, Umax] becomes y with 0 behind each utterance's units."""
+    """Return whether lengths and targets are inside. clean [B, Umax] becomes y with 0 behind each utterance's units."""
     good = True
     for b in range(T.size):
         if T[b] < 1 or T[b] > room_t or U[b] < 0 or U[b] > room_u:

@@ -86,7 +86,7 @@ def _store(row, i, value):
 
 
 def sum_exp(rows, i, reference):
-    """Return the sum of exp(row i - reference), in the type that is computed in; reference as base_of returns it."""
+    """Return the sum of exp(row i - reference), in the type that is computed in. The reference is from base_of."""
     return np.exp(rows[i] - reference).sum()
 
 
@@ -174,7 +174,7 @@ def log_sum_exps(rows, reference, sums, out):
 
 
 def scaled_softmax(source, i, target, j, lse, weight):
-    """Set row j of target to softmax of row i of source * weight; lse, weight: float64. Both may be one row."""
+    """Set row j of target to softmax of row i of source * weight, both float64. The two rows may be the same."""
     target[j] = np.exp(source[i] - lse) * weight
 
 

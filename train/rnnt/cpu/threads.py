@@ -1,4 +1,4 @@
-"""Run one kernel on several threads at once; the kernels share work through a counter among their arguments.
+"""Run one kernel on several threads at once, which share its work through a counter among its arguments.
 
 numba's parallel loops are no choice: their OpenMP pool and torch's compete for the cores, and OpenMP aborts in a forked
 process. There are two kinds of threads for the same work:

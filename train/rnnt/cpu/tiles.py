@@ -21,7 +21,7 @@ from .vector import combine_tanh
 
 
 def tanh_row(encoder, t, predictor, u, hidden, r, multiply):
-    """Set row r of hidden to tanh(encoder[t] + predictor[u]), or of the product; absolute error 2e-7 for float32."""
+    """Set row r of hidden to tanh(encoder[t] + predictor[u]), or of the product. Absolute error 2e-7 for float32."""
     hidden[r] = np.tanh(encoder[t] * predictor[u] if multiply else encoder[t] + predictor[u])
 
 

@@ -52,7 +52,7 @@ def _fma(builder, a, b, c):
 
 
 def _power(builder, x, base, bounded: bool):
-    """Return 2**(x * LOG2E - base) as a product of two vectors; `base` is negated. NaN stays, 0 at LOW and below.
+    """Return 2**(x * LOG2E - base) as a product of two vectors, from the negated base. NaN stays, 0 at LOW and below.
 
     bounded: the power is known to be less than 2**127.
     """
@@ -149,7 +149,7 @@ def _below(builder, count):
 
 @intrinsic
 def sum_powers(typingctx, rows, index, base):
-    """Return the sum of 2**(x * LOG2E - base) over row `index`; rows [R, V] float32, uint16 or int16, base float32.
+    """Return the sum of 2**(x * LOG2E - base) over row `index` of float32, uint16 or int16 [R, V].
 
     Most vectors begin on a cache line if the matrix does: across two lines, this loop, which only reads, is half as
     fast. The row's index decides where they begin, never its address, so one matrix has one result.
@@ -246,7 +246,7 @@ def scale_powers(typingctx, rows, source, out, target, base, weight):
 
 @intrinsic
 def combine_tanh(typingctx, left, i, right, j, out, k, multiply):
-    """Set row k of out to tanh(row i of left + row j of right), or of the product; absolute error 2e-7.
+    """Set row k of out to tanh(row i of left + row j of right), or of the product. Absolute error 2e-7.
 
     All are float32, and NaN stays. The compiler's own loop of the same arithmetic took six times as long.
     """

@@ -31,7 +31,7 @@ def kernels(kind: str) -> SimpleNamespace:
     def rows(
         x, y, T, U, first, per_frame, band, cells, b0, t0, t1, lse, blank_lp, label_lp, blank, delay, fused
     ):  # fmt: skip
-        """Run stage 1. Grid (utterances from b0, any); block (lanes of a row: a power of two, rows at once).
+        """Run stage 1. Grid (utterances from b0, any), block (lanes of a row: a power of two, rows at once).
 
         Frames are t0..min(t1, T). Cell (t, u) is row first[b] + t*per_frame[b] + u - band[b, t].
         """
@@ -100,7 +100,7 @@ def kernels(kind: str) -> SimpleNamespace:
 
     @cuda.jit
     def wavefront(T, U, cells, blank_lp, label_lp, alpha, beta):
-        """Run stage 2. Grid (B, 2): alphas in blocks y = 0, betas in blocks y = 1; any number of threads."""
+        """Run stage 2. Grid (B, 2): alphas in blocks y = 0, betas in blocks y = 1. Any number of threads."""
         b = cuda.blockIdx.x
         Tb, Ub, base = T[b], U[b], cells[b]
         me, threads = cuda.threadIdx.x, cuda.blockDim.x
@@ -168,7 +168,7 @@ def kernels(kind: str) -> SimpleNamespace:
         x, out, y, T, U, first, per_frame, band, cells, b0, t0, t1, lse, occ_blank, occ_label, scale, blank, clamp,
         fused, fastemit, eps,
     ):  # fmt: skip
-        """Run stage 3 for frames t0..t1 of the layout, padding included; out may be x. Grid and block as in rows.
+        """Run stage 3 for frames t0..t1 of the layout, padding included. out may be x. Grid and block as in rows.
 
         With t1 < 0, frames go to the utterance's end.
         """

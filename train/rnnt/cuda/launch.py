@@ -48,7 +48,7 @@ def device_batch(
     """Return the batch on the device. Indices are clamped, so no kernel leaves an array, whatever they hold.
 
     `padded` is (Tmax, rows of a frame) of the logits. If it is None, they are packed in `rows` rows, and the device
-    sums up their offsets. `band` int [B, Tmax] is the first unit of each frame that has a row; None: unit 0.
+    sums up their offsets. `band` int [B, Tmax] is the first unit of each frame that has a row, 0 if it is None.
     """
     y, T, U = (torch.from_numpy(v) for v in (batch.y, batch.T, batch.U)) if isinstance(batch, LossBatch) else batch
     B, Umax = y.shape
@@ -83,7 +83,7 @@ def device_batch(
 
 
 def _array(tensor: Tensor) -> Any:
-    """Return a tensor as the kernels take it, without a copy; bfloat16 as int16."""
+    """Return a tensor as the kernels take it, without a copy. bfloat16 becomes int16."""
     tensor = tensor.detach()
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.view(torch.int16)
@@ -138,7 +138,7 @@ def _row_grid(launch: Launcher, d: DeviceBatch, tile: RowTile | None) -> tuple[t
 
 
 def _where(d: DeviceBatch, tile: RowTile | None, last: int) -> tuple:
-    """Return the arguments of a kernel over rows that tell where these are. Frames end at `last` without a tile."""
+    """Return the arguments of a kernel over rows that locate these. Without a tile, frames end at `last`."""
     first = torch.full_like(d.first, -tile.t0 * d.width) if tile else d.first
     return d.y, d.T, d.U, first, d.per_frame, d.band, d.cells, *(tile or (0, 0, last))
 
@@ -221,7 +221,7 @@ class CudaLoss:
 
 
 class CudaTdtLoss(CudaLoss):
-    """The token-and-duration loss; its inputs are token and duration logits."""
+    """The token-and-duration loss of token and duration logits."""
 
     def lattice(self, launch: Launcher, *rest: Tensor) -> Tensor:
         d, o, (duration_logits,) = self.d, self.options, rest

@@ -68,7 +68,7 @@ def tdt_kernels(a: Arithmetic) -> dict[str, Any]:
 
     @cuda.jit
     def tdt_wavefront(T, U, cells, blank_lp, label_lp, dur, durations, alpha, beta):
-        """Run stage 2 of the token-and-duration transducer; grid and block as in wavefront."""
+        """Run stage 2 of the token-and-duration transducer. Grid and block as in wavefront."""
         b = cuda.blockIdx.x
         Tb, Ub, base, D = T[b], U[b], cells[b], durations.shape[0]
         me, threads = cuda.threadIdx.x, cuda.blockDim.x
