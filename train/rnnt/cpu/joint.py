@@ -47,8 +47,8 @@ class TileBuffers:
 class CpuJointLoss:
     """The loss from encoder and predictor on. `kept` holds lse and the two occupancies of each cell between the passes.
 
-    `padded` is (Tmax, Umax + 1). `band` int64 [B, Tmax] is the first of `width` units of each frame. None: all units are
-    computed.
+    `padded` is (Tmax, Umax + 1). `band` int64 [B, Tmax] is the first of `width` units of each frame. None means all
+    units.
     """
 
     inplace = False

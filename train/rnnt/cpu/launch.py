@@ -80,11 +80,11 @@ class CpuLoss:
         warn_nan(costs, batch)
         return results(batch, plan, costs, self.kept[2], self.frames)
 
-    def run_forward(self, count: int, x, rest, where: tuple, room: tuple, exact: bool) -> None:
+    def run_forward(self, count: int, x, rest, where: tuple, buffers: tuple, exact: bool) -> None:
         """Run stages 1 and 2 on `count` threads."""
         b, o = self.batch, self.options
         threads.run(
-            forward, count, x, b.y, b.T, b.U, *where, *self.kept, np.empty((count, self.plan.longest)), *room,
+            forward, count, x, b.y, b.T, b.U, *where, *self.kept, np.empty((count, self.plan.longest)), *buffers,
             b.blank, o.delay, o.fused, exact,
         )  # fmt: skip
 
@@ -103,13 +103,13 @@ class CpuLoss:
 class CpuTdtLoss(CpuLoss):
     """The token-and-duration loss of token and duration logits."""
 
-    def run_forward(self, count: int, x, rest, where: tuple, room: tuple, exact: bool) -> None:
+    def run_forward(self, count: int, x, rest, where: tuple, buffers: tuple, exact: bool) -> None:
         b, o, total = self.batch, self.options, self.plan.total
         durations = np.array(o.durations, np.int64)
         self.dur = np.empty((durations.size, total), self.kept[0].dtype)
         threads.run(
             tdt_forward, count, x, as_rows(rest[0]), b.y, b.T, b.U, *where, *self.kept, self.dur, durations,
-            np.empty(total), np.empty(total), *room, b.blank, o.delay, o.sigma, o.fastemit, exact,
+            np.empty(total), np.empty(total), *buffers, b.blank, o.delay, o.sigma, o.fastemit, exact,
         )  # fmt: skip
 
     def backward(self, grad_costs: Tensor, logits: Tensor, *rest: Tensor) -> Sequence[Tensor]:
