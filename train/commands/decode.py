@@ -14,6 +14,7 @@ import click
 from .live import decode_live, read_samples, sample_rate, say, speed
 
 PATH = click.Path(path_type=Path)
+POSITIVE = click.IntRange(min=1)
 
 
 def finite(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
@@ -34,10 +35,9 @@ run_options = with_options(
     click.option("--device", default="auto", show_default=True, help="Device: cpu, cuda, cuda:1 or auto."),
 )  # fmt: skip
 search_options = with_options(
-    click.option("--beam", type=click.IntRange(min=1), default=1, show_default=True,
+    click.option("--beam", type=POSITIVE, default=1, show_default=True,
                  help="Number of hypotheses to keep. With 1 and without --lm the search is greedy."),
-    click.option("--nbest", type=click.IntRange(min=1), default=1, show_default=True,
-                 help="Number of hypotheses to write."),
+    click.option("--nbest", type=POSITIVE, default=1, show_default=True, help="Number of hypotheses to write."),
     click.option("--lm", type=PATH, help="N-gram model for shallow fusion: an ARPA file, plain or gzipped."),
     click.option("--lm-weight", type=float, callback=finite, default=0.3, show_default=True,
                  help="Weight of the n-gram model."),
@@ -45,8 +45,7 @@ search_options = with_options(
                  help="The n-grams are of words or of the recogniser's units."),
     click.option("--lm-unknown", type=click.FloatRange(min=0), callback=finite, default=10.0, show_default=True,
                  help="Cost of an unknown word beside <unk>, in nats, before --lm-weight."),
-    click.option("--max-symbols", type=click.IntRange(min=1), default=8, show_default=True,
-                 help="Largest number of units in one frame."),
+    click.option("--max-symbols", type=POSITIVE, default=8, show_default=True, help="Largest number of units in one frame."),
     click.option("--blank-penalty", type=float, callback=finite, default=0.0,
                  help="Subtract this from the blank logit. Larger values give more words."),
     click.option("--ilm-weight", type=float, callback=finite, default=0.0,
@@ -62,10 +61,10 @@ search_options = with_options(
 @search_options
 @click.option("--format", "kind", type=click.Choice(["jsonl", "trn", "ctm", "text"]), default="jsonl",
               show_default=True, help="jsonl has everything, trn and ctm are NIST's, text is Kaldi's.")  # fmt: skip
-@click.option("--threads", type=click.IntRange(min=1), help="Number of CPU threads of torch. [default: all cores]")
+@click.option("--threads", type=POSITIVE, help="Number of CPU threads of torch. [default: all cores]")
 @click.option("--raw", is_flag=True, help="With `-`: read headerless 16-bit mono PCM at the model's sample rate.")
 @click.option("--id", "name", help="With `-` or AUDIO: the id of the audio. [default: stdin, or the file's name]")
-@click.option("--chunk", type=click.IntRange(min=1), metavar="FRAMES",
+@click.option("--chunk", type=POSITIVE, metavar="FRAMES",
               help="With `-` or AUDIO: feed so many frames of 10 ms at a time. [default: the model's]")  # fmt: skip
 @click.option("--segment", type=click.FloatRange(min=0.1), callback=finite, metavar="SECONDS",
               help="With `-` or AUDIO: end a segment with a final result after this time.")  # fmt: skip

@@ -12,6 +12,7 @@ Try: `stillhouse decode RUN CORPUS FEATURES --beam 8`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -82,41 +83,34 @@ class Backpointers:
         return [link[1] for link in chain], [link[2] for link in chain], [link[3] for link in chain]
 
 
+@dataclass(eq=False)
 class Beam:
-    """A Search (see greedy.py) that keeps `width` hypotheses of each utterance.
+    """A Search (see greedy.py) that keeps `width` hypotheses of each of `batch` utterances.
 
-    Arguments:
-        model: a transducer without durations.
-        batch: number of utterances.
-        width: hypotheses to keep of each.
-        max_symbols: units that a hypothesis may emit in a frame.
-        fusion: a language model to add.
-        blank_penalty: subtracted from the logit of the blank.
-        ilm_weight: weight of the internal language model, subtracted from the score of each unit. That model is the
-            joint without its encoder, over units that are not blank (Meng et al. 2021, arXiv 2011.01991).
+    `fusion` adds a language model. blank_penalty is subtracted from the logit of the blank. ilm_weight times the score
+    of the internal language model is subtracted from the score of each unit. That model is the joint without its
+    encoder, over units that are not blank (Meng et al. 2021, arXiv 2011.01991).
 
     Raises:
         ConfigError: the model has durations.
     """
 
-    def __init__(
-        self,
-        model: Transducer,
-        batch: int,
-        *,
-        width: int,
-        max_symbols: int = MAX_SYMBOLS,
-        fusion: Fusion | None = None,
-        blank_penalty: float = 0.0,
-        ilm_weight: float = 0.0,
-    ) -> None:
+    model: Transducer
+    batch: int
+    _: KW_ONLY
+    width: int
+    max_symbols: int = MAX_SYMBOLS
+    fusion: Fusion | None = None
+    blank_penalty: float = 0.0
+    ilm_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        model, batch, width, fusion = self.model, self.batch, self.width, self.fusion
         if model.durations:
             raise ConfigError(
                 "the beam goes frame by frame, but this model was trained to skip frames (loss.kind = tdt)",
                 remedy="decode with --beam 1, which is greedy",
             )
-        self.model, self.batch, self.width, self.max_symbols = model, batch, width, max_symbols
-        self.fusion, self.blank_penalty, self.ilm_weight = fusion, blank_penalty, ilm_weight
         self.device = model.joint.output.weight.device
         if fusion is not None:
             fusion.reset()

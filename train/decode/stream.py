@@ -10,7 +10,7 @@ Try: `sox … | stillhouse decode RUN -`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 
 import numpy as np
 import torch
@@ -63,44 +63,39 @@ def chunk_size(model: Transducer, requested: int | None = None) -> int:
     return requested or encoder.chunk_frames or max(encoder.chunk_choices, default=0)
 
 
+@dataclass(eq=False)
 class StreamDecoder:
-    """Decodes one stream of audio.
+    """Decodes one stream of audio with a model in eval mode.
 
-    Arguments:
-        model: a model in eval mode.
-        units: its units.
-        search: makes the search of a batch of one.
-        rate_hz: sample rate of the audio.
-        chunk: feature frames to feed at a time, from `chunk_size`.
-        segment_s: longest segment. A model that needs whole utterances cuts at the quietest place of the last third.
-        endpoint_s: a segment ends if no unit is emitted for this long after one. For models that stream.
-        nbest: texts to keep.
+    search: makes the search of a batch of one.
+    chunk: feature frames to feed at a time, from `chunk_size`.
+    segment_s: longest segment. A model that needs whole utterances cuts at the quietest place of the last third.
+    endpoint_s: a segment ends if no unit is emitted for this long after one. For models that stream.
+    nbest: texts to keep.
     """
 
-    def __init__(
-        self,
-        model: Transducer,
-        units: Units,
-        *,
-        search: Callable[[Transducer, int], Search],
-        rate_hz: int = 16000,
-        chunk: int = 0,
-        segment_s: float | None = None,
-        endpoint_s: float | None = None,
-        nbest: int = 1,
-    ) -> None:
-        self.model, self.units, self.search, self.nbest = model, units, search, nbest
-        self.segment_s, self.endpoint_s = segment_s, endpoint_s
+    model: Transducer
+    units: Units
+    _: KW_ONLY
+    search: Callable[[Transducer, int], Search]
+    rate_hz: int = 16000
+    chunk: int = 0
+    segment_s: float | None = None
+    endpoint_s: float | None = None
+    nbest: int = 1
+
+    def __post_init__(self) -> None:
+        model, chunk = self.model, self.chunk
         self.frame_s = FRAME_S * model.encoder.subsampling
         self.device = model.encoder.feature_mean.device
-        self.fbank = OnlineFbank(rate_hz, len(model.encoder.feature_mean))
+        self.fbank = OnlineFbank(self.rate_hz, len(model.encoder.feature_mean))
         self.encoder = EncoderStream(model.encoder, chunk_frames=chunk) if chunk else None
         self.waiting = np.empty((0, self.fbank.bins), np.float32)  # features, for a model that does not stream
         # Start and length of the segment are in encoder states, or in feature frames if the model does not stream.
         self.segment = self.start = self.length = 0
         self.step_s = self.frame_s if chunk else FRAME_S
         self.last_units: list[int] = []  # of the last partial result
-        self.decoder = search(model, 1)
+        self.decoder = self.search(model, 1)
 
     def push(self, samples: np.ndarray) -> Iterator[StreamResult]:
         """Yield the new results after more samples [n] in [-1, 1]."""

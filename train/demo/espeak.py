@@ -45,10 +45,7 @@ class EspeakVoice:
 
 
 def speak(voice: EspeakVoice, texts: Sequence[str]) -> tuple[int, list[np.ndarray]]:
-    """Speak some texts with one voice.
-
-    Returns:
-        The sample rate in Hz, and an int16 array [S] for each text.
+    """Speak some texts with one voice. Return the sample rate in Hz and int16 [S] for each text.
 
     Raises:
         AudioError: the library, its data or the voice is missing.

@@ -67,18 +67,11 @@ def export_run(
     int8: bool = False,
     force: bool = False,
 ) -> ExportedModel:
-    """Export a trained run, or a folder exported as safetensors.
+    """Export the checkpoint `which` (see `load_run`) of a run, or a folder exported as safetensors, to `out`.
 
-    Arguments:
-        run: the run.
-        out: the folder to write.
-        kind: "onnx", "torch" or "safetensors".
-        which: the checkpoint, as in `load_run`.
-        symbols: units that sherpa-onnx may find in one encoder state. None: as many as `stillhouse decode`.
-        streaming: export an encoder that is fed chunk by chunk.
-        chunk_frames, left_chunks: with `streaming`, values other than the model's own.
-        int8: also write ONNX files with 8-bit weights.
-        force: replace an earlier export in `out`.
+    `symbols` is the largest number of units that sherpa-onnx may find in one encoder state. None: as in `decode`.
+    With `streaming`, the encoder is fed chunk by chunk, by chunk_frames and left_chunks if given, else the model's own.
+    int8 adds ONNX files with 8-bit weights. `force` replaces an earlier export.
 
     Raises:
         ConfigError: the model cannot stream.

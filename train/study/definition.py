@@ -61,6 +61,9 @@ class StudyRun:
     def __str__(self) -> str:
         return f"{self.arm}/{self.seed}"
 
+    def hypotheses(self, split: str) -> Path:
+        return self.folder / f"hyp-{split}.jsonl"
+
 
 @dataclass(frozen=True)
 class Study:

@@ -29,10 +29,6 @@ class StudyError(StillhouseError):
     """Some runs of a study failed, and the others are done."""
 
 
-def hypotheses_path(run: StudyRun, split: str) -> Path:
-    return run.folder / f"hyp-{split}.jsonl"
-
-
 def done(run: StudyRun, study: Study) -> bool:
     """Return whether a run is trained and decoded as the study needs it."""
     try:

@@ -17,7 +17,7 @@ from ..report.html import Points, read_metrics, series
 from ..score.hypotheses import read_hypotheses
 from ..score.wer import bootstrap_sums, error_counts
 from .definition import Study, StudyRun, changes_of_arms
-from .runs import check, done, hypotheses_path
+from .runs import check, done
 
 RESAMPLES = 2_000
 # A two-sided test at 5 % finds a difference of so many standard errors with a probability of 4 in 5.
@@ -221,10 +221,10 @@ def _read(runs: Sequence[StudyRun], split: str) -> ArmErrors:
     errors: dict[str, list[np.ndarray]] = {"wer": [], "cer": []}
     reference: dict[str, np.ndarray] = {}
     for run in runs:
-        path = hypotheses_path(run, split)
+        path = run.hypotheses(split)
         ids, refs, hyps = (list(column) for column in zip(*read_hypotheses(path)))
         if (ids, refs) != (texts := texts or (ids, refs)):
-            raise _other_transcripts(path, hypotheses_path(runs[0], split))
+            raise _other_transcripts(path, runs[0].hypotheses(split))
         for metric, rows in errors.items():
             table = error_counts(refs, hyps, characters=metric == "cer")
             rows.append(table[:, :3].sum(1))
