@@ -45,7 +45,7 @@ search_options = with_options(
                  help="The n-grams are of words or of the recogniser's units."),
     click.option("--lm-unknown", type=click.FloatRange(min=0), callback=finite, default=10.0, show_default=True,
                  help="Cost of an unknown word beside <unk>, in nats, before --lm-weight."),
-    click.option("--max-symbols", type=POSITIVE, default=8, show_default=True, help="Largest number of units in one frame."),
+    click.option("--max-symbols", type=POSITIVE, default=8, show_default=True, help="Most units in one frame."),
     click.option("--blank-penalty", type=float, callback=finite, default=0.0,
                  help="Subtract this from the blank logit. Larger values give more words."),
     click.option("--ilm-weight", type=float, callback=finite, default=0.0,
