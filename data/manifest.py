@@ -230,7 +230,4 @@ def write_manifest(path: Path | str, utterances: Iterable[Utterance]) -> None:
 
 def to_line(utterance: Utterance) -> str:
     """Return the utterance as one line of JSON, without fields that have their default."""
-    fields = utterance.model_dump()
-    default = {"start_s": 0.0, "meta": {}}
-    kept = {k: v for k, v in fields.items() if v is not None and (k not in default or v != default[k])}
-    return json.dumps(kept, ensure_ascii=False)
+    return json.dumps(utterance.model_dump(exclude_defaults=True), ensure_ascii=False)

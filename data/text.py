@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal
 
 import numpy as np
@@ -53,10 +53,8 @@ def transform(raw: str, name: str) -> MappedText:
     Raises:
         ConfigError: a name is unknown.
     """
-    steps = _steps(name)
-    text = raw
-    source = _identity(len(raw))
-    for step in steps:
+    text, source = raw, _identity(len(raw))
+    for step in _steps(name):
         text, local = step(text)
         if local is None:
             continue
@@ -91,11 +89,7 @@ def _steps(name: str) -> tuple[Step, ...]:
         if part not in _STEPS:
             expected = "names with + between, out of " + ", ".join(NAMES)
             raise ConfigError(f"unknown text transform {part!r}", where=f"transform {name!r}", expected=expected)
-    return tuple(_STEPS[part] for part in names if part != "none")
-
-
-def _none(text: str) -> tuple[str, None]:
-    return text, None
+    return tuple(_STEPS[part] for part in names)
 
 
 def _per_character(whole: Callable[[str], str]) -> Step:
@@ -190,13 +184,11 @@ def _sentence_case(text: str) -> tuple[str, np.ndarray | None]:
 
 def _normal_form(form: Literal["NFC", "NFD", "NFKC", "NFKD"]) -> Step:
     """A Unicode normal form. Characters that compose or decompose together share their range."""
+    normal = partial(unicodedata.normalize, form)
 
     def step(text: str) -> tuple[str, np.ndarray | None]:
         if unicodedata.is_normalized(form, text):
             return text, None
-
-        def normal(part: str) -> str:
-            return unicodedata.normalize(form, part)
 
         cuts = [k for k in range(len(text)) if unicodedata.combining(text[k]) == 0 or k == 0]
         pieces: list[str] = []
@@ -221,7 +213,7 @@ def _normal_form(form: Literal["NFC", "NFD", "NFKC", "NFKD"]) -> Step:
 
 _lower = _per_character(str.lower)
 _STEPS: dict[str, Step] = {
-    "none": _none,
+    "none": lambda text: (text, None),
     "lower": _lower,
     "upper": _per_character(str.upper),
     "casefold": _per_character(str.casefold),

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,12 @@ class Units:
         """Return the units of a raw transcript. A symbol that is not in the units becomes unit 1, `UNKNOWN`."""
         mapped = self.normalise(text)
         if self.kind == "characters":
-            ids = np.array([self._id.get(SPACE_MARK if c == " " else c, UNKNOWN) for c in mapped.text], np.int32)
-            return Encoded(np.where(ids == BLANK, UNKNOWN, ids).astype(np.int32), mapped.source.copy())
-        names: list[str] = self._processor.encode(mapped.text, out_type=str)
-        ids = np.array([self._id.get(name, UNKNOWN) for name in names], np.int32)
-        return Encoded(np.where(ids == BLANK, UNKNOWN, ids).astype(np.int32), self._spans(names, mapped))
+            names, spans = [SPACE_MARK if c == " " else c for c in mapped.text], mapped.source.copy()
+        else:
+            names = self._processor.encode(mapped.text, out_type=str)
+            spans = self._spans(names, mapped)
+        # A text may hold the name of unit 0, the blank. It is unknown, too.
+        return Encoded(np.array([self._id.get(name) or UNKNOWN for name in names], np.int32), spans)
 
     def _spans(self, names: list[str], mapped: MappedText) -> np.ndarray:
         """Spans from the lengths of the pieces, which spell the text with ▁ for each space and one more in front."""
@@ -123,9 +125,6 @@ class Units:
         """Write a folder with units.json and, for sentencepiece, spm.model.
 
         A kill between the two leaves a folder that `load_units` refuses by its fingerprint.
-
-        Raises:
-            CorpusError: the folder cannot be written.
         """
         folder = Path(folder)
         head = {
@@ -183,18 +182,10 @@ def train_units(
     transform: str = "lower+no_punct+squeeze",
     coverage: float = 1.0,
 ) -> Units:
-    """Learn units from raw transcripts.
+    """Learn units from raw transcripts. Raises ConfigError if `size` cannot hold the characters.
 
-    Arguments:
-        kind: "characters" or "sentencepiece".
-        size: the most units, with blank and unknown. A small corpus gets fewer, see `Units.size`.
-        transform: the text transforms, see `text.transform`.
-        coverage: the share of the text whose characters get units of their own. Use less than 1 for Chinese, or for
-            transcripts with stray symbols.
-
-    Raises:
-        ConfigError: `size` cannot hold the characters.
-        CorpusError: all transcripts are empty.
+    `size` is the most units, with blank and unknown. A small corpus gets fewer. `coverage` is the share of the text
+    whose characters get units of their own. Use less than 1 for Chinese, or for transcripts with stray symbols.
     """
     if not 0.9 <= coverage <= 1.0:
         raise ConfigError(f"a coverage of {coverage}", expected="0.9 to 1")
@@ -203,9 +194,8 @@ def train_units(
     if not lines:
         raise CorpusError("no text to learn units from", expected="at least one transcript that is not empty")
     characters = _covered(Counter(c for line in lines for c in line), coverage)
-    needed = 2 + len(characters)
-    if kind == "sentencepiece":
-        needed += " " not in characters  # Every word begins with one.
+    # Every word of sentencepiece begins with a space.
+    needed = 2 + len(characters) + (kind == "sentencepiece" and " " not in characters)
     if size < needed:
         what = f"{size} units cannot hold the {len(characters)} characters of the transcripts"
         remedy = "or use a --coverage below 1, or a transform that leaves fewer (casefold, no_punct, nfkc)"
@@ -219,13 +209,8 @@ def train_units(
 def _covered(counts: Counter[str], coverage: float) -> list[str]:
     """The most frequent characters that make up `coverage` of the text, most frequent first, ties in code order."""
     ordered = sorted(counts, key=lambda c: (-counts[c], c))
-    total, kept, seen = sum(counts.values()), [], 0
-    for c in ordered:
-        if seen >= coverage * total:
-            break
-        kept.append(c)
-        seen += counts[c]
-    return kept
+    before = accumulate((counts[c] for c in ordered), initial=0)
+    return [c for c, seen in zip(ordered, before) if seen < coverage * counts.total()]
 
 
 def _train_sentencepiece(lines: list[str], size: int, transform: str, coverage: float) -> Units:

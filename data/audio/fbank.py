@@ -26,8 +26,7 @@ def fbank(samples: np.ndarray, rate_hz: int = 16000, bins: int = 80) -> np.ndarr
       (`high_freq = -400`)
     - natural log, floored at float32's epsilon (1.19e-7, that is -15.94), no energy column, no mean subtraction
 
-    Raises:
-        AudioError: there are fewer samples than one frame.
+    Raises AudioError if there are fewer samples than one frame.
     """
     samples = np.ascontiguousarray(samples, dtype=np.float32)
     if samples.ndim != 1:
@@ -85,7 +84,7 @@ class OnlineFbank:
         before, self.samples = self.samples, self.samples + len(samples)
         self._waiting = np.concatenate([self._waiting, samples])
         if self.samples < self.window:
-            return self._none()
+            return self._computed(0)
         if before < self.window:
             self._waiting = np.concatenate([self._waiting[: self.edge][::-1], self._waiting])
         full = max(0, (len(self._waiting) - self.window) // self.shift + 1)
@@ -94,21 +93,18 @@ class OnlineFbank:
     def finish(self) -> np.ndarray:
         """End the recording and return the frames of its last windows, float32 [m, bins]. There may be none."""
         left = (self.samples + self.shift // 2) // self.shift - self.frames
-        if self.samples >= self.window and left:
+        if self.samples < self.window:
+            left = 0
+        elif left:
             self._waiting = np.concatenate([self._waiting, self._waiting[: -self.window : -1]])
-            frames = self._computed(left)
-        else:
-            frames = self._none()
+        frames = self._computed(left)
         self._begin()
         return frames
 
     def _computed(self, count: int) -> np.ndarray:
         if not count:
-            return self._none()
+            return np.empty((0, self.bins), np.float32)
         samples = self._waiting[: (count - 1) * self.shift + self.window]
         self._waiting = self._waiting[count * self.shift :]
         self.frames += count
         return log_mel(samples, self.rate_hz, self.bins, edges=False)
-
-    def _none(self) -> np.ndarray:
-        return np.empty((0, self.bins), np.float32)

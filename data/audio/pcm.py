@@ -24,15 +24,9 @@ KINDS = {(PCM, 8): "u1", (PCM, 16): "<i2", (PCM, 24): "", (PCM, 32): "<i4", (FLO
 
 
 class PcmStream:
-    """Mono float32 samples in [-1, 1] of a buffered binary stream.
+    """Mono float32 samples in [-1, 1] of a buffered binary stream. A `raw` one is 16-bit little-endian PCM.
 
-    Arguments:
-        rate_hz: the expected rate.
-        raw: the stream is 16-bit little-endian PCM without a header.
-        where: the name of the stream, for errors.
-
-    Raises:
-        AudioError: the header is wrong, or samples are not numbers.
+    AudioError names the stream by `where`. It is raised if the header is wrong or samples are not numbers.
     """
 
     def __init__(self, source: Any, rate_hz: int, *, raw: bool = False, where: str = "stdin") -> None:

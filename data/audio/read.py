@@ -48,15 +48,10 @@ def read_audio(
     rate_hz: int = 16000,
     channel: int | None = None,
 ) -> np.ndarray:
-    """Return a segment of a file as float32 [S] in [-1, 1], resampled.
+    """Return a segment of a file as float32 [S] in [-1, 1], resampled to `rate_hz`.
 
-    Arguments:
-        start_s, duration_s: the segment in seconds. A duration of None reaches to the end.
-        rate_hz: the rate of the result.
-        channel: from 0. None: the mean of all channels.
-
-    Raises:
-        AudioError: the file is missing or damaged, or does not hold the segment.
+    A duration of None reaches to the end, and a channel of None is the mean of all channels, which count from 0. Raises
+    AudioError if the file is missing or damaged, or does not hold the segment.
     """
     samples, own_hz = read_segment(path, start_s, duration_s, channel)
     return resample(samples, own_hz, rate_hz)

@@ -58,19 +58,11 @@ class Batch:
 
 
 class BatchLoader:
-    """Make a `Batch` of each `BatchPlan` over `utterances`.
+    """Make a `Batch` of each `BatchPlan` over `utterances`. Plans name `speeds` by index.
 
-    Utterances with empty text or too many frames at some speed are left out, and `left_out` counts them.
-
-    Arguments:
-        speeds: the speeds that plans name by index.
-        max_frames: the most frames of an utterance. 0: no limit.
-        targets: a `TargetReader`, or None.
-        untranscribed: keep empty texts, for decoding.
-
-    Raises:
-        CorpusError: no utterance is left.
-        FeatureError: an utterance has no features.
+    Utterances with more than `max_frames` at some speed (0: no limit) are left out, and so are empty texts, unless
+    `untranscribed` keeps them for decoding. `left_out` counts them, and CorpusError is raised if no utterance is left.
+    `targets` is a `TargetReader` or None.
     """
 
     def __init__(
@@ -93,9 +85,8 @@ class BatchLoader:
         keep = np.flatnonzero(~(empty | long))
         self.left_out = {"empty text": int(empty.sum()), f"longer than {max_frames} frames": int((long & ~empty).sum())}
         if not len(keep):
-            raise CorpusError(
-                "no utterance to use", where=corpus.path, expected="one with text and fewer frames than data.max_frames"
-            )
+            expected = "one with text and fewer frames than data.max_frames"
+            raise CorpusError("no utterance to use", where=corpus.path, expected=expected)
         self.utterances: list[Utterance] = [corpus.utterances[i] for i in keep]
         self.encoded = [encoded[i] for i in keep]
         self.frames = frames[keep]

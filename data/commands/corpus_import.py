@@ -6,7 +6,7 @@ Try: `stillhouse corpus import --help`.
 
 from __future__ import annotations
 
-import functools
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 EXISTING = click.Path(exists=True, path_type=Path)
 PATH = click.Path(path_type=Path)
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
-Sources = list[tuple[str | None, Path]]
 COLUMNS = ("id", "text", "audio", "session", "order", "speaker", "split", "start", "duration")
 
 
@@ -61,99 +60,92 @@ def import_() -> None:
     """
 
 
-def _importer(name: str, sources: Callable, *options: Callable, root: bool = True) -> Callable[[Callable], Callable]:
-    """Make a command of a function that reads: SOURCES and MANIFEST, its own options, and those of all imports."""
+def _importer(name: str, reader: str, help: str, parameters: tuple[Callable, ...], *, audio: bool = True) -> None:
+    """Add the command of a reader, "MODULE.FUNCTION" of `sources`: its parameters, MANIFEST, and the options of all."""
 
-    def decorate(read: Callable[..., Imported]) -> Callable:
-        @functools.wraps(read)
-        def command(manifest: Path, force: bool, as_json: bool, **given: Any) -> None:
-            if "sources" in given:
-                from ..sources.common import named_sources
+    def command(sources: Any, manifest: Path, force: bool, as_json: bool, **options: Any) -> None:
+        from ..sources.common import named_sources
 
-                given["sources"] = named_sources(given["sources"])
-            columns = {c: v for c in COLUMNS if (v := given.pop(f"{c}_column", None)) is not None}
-            result = read(manifest, **given, **({"columns": columns} if _columns in options else {}))
-            _finish(result, manifest, force, as_json)
+        module, function = reader.split(".")
+        read = getattr(importlib.import_module(f"..sources.{module}", __package__), function)
+        if _folders in parameters or _files in parameters:
+            sources = named_sources(sources)
+        if _columns in parameters:
+            options["columns"] = {c: v for c in COLUMNS if (v := options.pop(f"{c}_column")) is not None}
+        _finish(read(sources, *([manifest] if audio else []), **options), manifest, force, as_json)
 
-        shared = (
-            *((root_option,) if root else ()),
-            click.option("--force", is_flag=True, help="Replace a manifest that is different."),
-            click.option("--json", "as_json", is_flag=True, help="Print facts and findings as JSON."),
-        )
-        for parameter in reversed((sources, click.argument("manifest", type=PATH), *options, *shared)):
-            command = parameter(command)
-        return import_.command(name)(command)
-
-    return decorate
+    shared = (
+        *((root_option,) if audio else ()),
+        click.option("--force", is_flag=True, help="Replace a manifest that is different."),
+        click.option("--json", "as_json", is_flag=True, help="Print facts and findings as JSON."),
+    )
+    for parameter in reversed((parameters[0], click.argument("manifest", type=PATH), *parameters[1:], *shared)):
+        command = parameter(command)
+    import_.command(name, help=help)(command)
 
 
-@_importer(
+_importer(
     "csv",
-    click.argument("table", type=EXISTING),
-    _columns,
-    _pattern,
-    click.option("--delimiter", help="Delimiter. By default it follows from the suffix or the first line."),
-    click.option(
-        "--header/--no-header",
-        default=None,
-        help="Whether the first row names the columns. By default yes, unless columns are given by number.",
-    ),
-    click.option("--quote/--no-quote", default=None, help="Whether double quotes quote. By default not in a TSV."),
-    click.option(
-        "--audio-root", type=EXISTING, help="Folder where audio paths start. By default the folder of the table."
-    ),
-    _split,
-)
-def import_csv(manifest: Path, table: Path, columns: dict[str, str], **options: Any) -> Imported:
+    "table.import_table",
     """Import TABLE, a CSV or TSV file.
 
     Columns are found by their usual names, or by the options. "A,B" joins two columns by "-". Columns that no option
     names are kept in `meta`.
 
     Example: stillhouse corpus import csv prompts.csv corpus.jsonl --text-column prompt --audio-root audio
-    """
-    from ..sources.table import import_table
-
-    if options["delimiter"] in ("tab", "\\t"):
-        options["delimiter"] = "\t"
-    return import_table(table, manifest, columns, **options)
-
-
-@_importer("librispeech", click.argument("folder", type=EXISTING))
-def import_librispeech(manifest: Path, folder: Path, root: Path | None) -> Imported:
+    """,
+    (
+        click.argument("sources", metavar="TABLE", type=EXISTING),
+        _columns,
+        _pattern,
+        click.option(
+            "--delimiter",
+            callback=lambda _, option, value: "\t" if value in ("tab", "\\t") else value,
+            help="Delimiter. By default it follows from the suffix or the first line.",
+        ),
+        click.option(
+            "--header/--no-header",
+            default=None,
+            help="Whether the first row names the columns. By default yes, unless columns are given by number.",
+        ),
+        click.option("--quote/--no-quote", default=None, help="Whether double quotes quote. By default not in a TSV."),
+        click.option(
+            "--audio-root", type=EXISTING, help="Folder where audio paths start. By default the folder of the table."
+        ),
+        _split,
+    ),
+)
+_importer(
+    "librispeech",
+    "librispeech.import_librispeech",
     """Import FOLDER, a LibriSpeech tree or one split, speaker or chapter of it.
 
     Example: stillhouse corpus import librispeech LibriSpeech corpus.jsonl
-    """
-    from ..sources.librispeech import import_librispeech as read
-
-    return read(folder, manifest, root=root)
-
-
-@_importer(
-    "text",
-    click.argument("files", type=EXISTING, nargs=-1, required=True),
-    click.option(
-        "--ids/--no-ids", default=None, help="Whether lines are UTT<TAB>TEXT. By default yes, if all have a tab."
-    ),
-    _pattern,
-    click.option("--split", help="Split of all utterances."),
-    root=False,
+    """,
+    (click.argument("sources", metavar="FOLDER", type=EXISTING),),
 )
-def import_text(manifest: Path, files: tuple[Path, ...], **options: Any) -> Imported:
+_importer(
+    "text",
+    "text.import_text",
     """Import FILES of text without audio.
 
     Lines are UTT<TAB>TEXT, or one sentence a line with blank lines between sessions.
 
     Example: stillhouse corpus import text stories.txt corpus.jsonl
-    """
-    from ..sources.text import import_text as read
-
-    return read(files, **options)
-
-
-@_importer("kaldi", _folders, _audio_root, _pipes, _pattern)
-def import_kaldi(manifest: Path, sources: Sources, **options: Any) -> Imported:
+    """,
+    (
+        click.argument("sources", metavar="FILES", type=EXISTING, nargs=-1, required=True),
+        click.option(
+            "--ids/--no-ids", default=None, help="Whether lines are UTT<TAB>TEXT. By default yes, if all have a tab."
+        ),
+        _pattern,
+        click.option("--split", help="Split of all utterances."),
+    ),
+    audio=False,
+)
+_importer(
+    "kaldi",
+    "kaldi.import_kaldi",
     """Import each FOLDER, a Kaldi data directory with wav.scp and text, or a folder of such directories.
 
     The split is SPLIT, or else the folder's name. With `segments`, recordings are sessions in the order of time. A pipe
@@ -161,67 +153,57 @@ def import_kaldi(manifest: Path, sources: Sources, **options: Any) -> Imported:
     --allow-pipes.
 
     Example: stillhouse corpus import kaldi data/train_clean_100 dev=data/dev_clean corpus.jsonl
-    """
-    from ..sources.kaldi import import_kaldi as read
-
-    return read(sources, manifest, **options)
-
-
-@_importer(
-    "espnet",
-    _folders,
-    click.option("--text-name", default="text", show_default=True, help="File of the transcripts in each folder."),
-    click.option("--pieces", is_flag=True, help="Join transcripts that are tokens. ▁ and <space> become spaces."),
-    _audio_root,
-    _pipes,
-    _pattern,
+    """,
+    (_folders, _audio_root, _pipes, _pattern),
 )
-def import_espnet(manifest: Path, sources: Sources, **options: Any) -> Imported:
+_importer(
+    "espnet",
+    "kaldi.import_kaldi",
     """Import each FOLDER, a dump of ESPnet such as dump/raw/train, with the split SPLIT.
 
     Dumps have the layout of Kaldi data directories. Audio in archives is written to files beside the manifest.
 
     Example: stillhouse corpus import espnet train=dump/raw/train_clean_100 dev=dump/raw/dev corpus.jsonl
-    """
-    from ..sources.kaldi import import_kaldi as read
-
-    return read(sources, manifest, **options)
-
-
-@_importer(
-    "nemo",
-    _files,
-    click.option("--text-key", default="text", show_default=True, help="Key of the transcript."),
-    _audio_root,
-    _pattern,
+    """,
+    (
+        _folders,
+        click.option("--text-name", default="text", show_default=True, help="File of the transcripts in each folder."),
+        click.option("--pieces", is_flag=True, help="Join transcripts that are tokens. ▁ and <space> become spaces."),
+        _audio_root,
+        _pipes,
+        _pattern,
+    ),
 )
-def import_nemo(manifest: Path, sources: Sources, **options: Any) -> Imported:
+_importer(
+    "nemo",
+    "nemo.import_nemo",
     """Import each FILE, a NeMo manifest, with the split SPLIT.
 
     A manifest has JSON lines with audio_filepath, text, duration and perhaps offset.
 
     Example: stillhouse corpus import nemo train=train_manifest.json dev=dev_manifest.json corpus.jsonl
-    """
-    from ..sources.nemo import import_nemo as read
-
-    return read(sources, manifest, **options)
-
-
-@_importer("lhotse", _files, _audio_root, _pipes, _pattern)
-def import_lhotse(manifest: Path, sources: Sources, **options: Any) -> Imported:
+    """,
+    (
+        _files,
+        click.option("--text-key", default="text", show_default=True, help="Key of the transcript."),
+        _audio_root,
+        _pattern,
+    ),
+)
+_importer(
+    "lhotse",
+    "lhotse.import_lhotse",
     """Import each FILE of Lhotse's JSON lines, with the split SPLIT.
 
     Files hold cuts, or recordings and supervisions. They may be gzip.
 
     Example: stillhouse corpus import lhotse train=cuts_train.jsonl.gz dev=cuts_dev.jsonl.gz corpus.jsonl
-    """
-    from ..sources.lhotse import import_lhotse as read
-
-    return read(sources, manifest, **options)
-
-
-@_importer("huggingface", _folders, _columns, _pattern)
-def import_huggingface(manifest: Path, sources: Sources, columns: dict[str, str], **options: Any) -> Imported:
+    """,
+    (_files, _audio_root, _pipes, _pattern),
+)
+_importer(
+    "huggingface",
+    "huggingface.import_huggingface",
     """Import each FOLDER, a Hugging Face dataset on disk, with the split SPLIT.
 
     A folder is one of save_to_disk, or of parquet files. Embedded audio is written to files beside the manifest, byte
@@ -229,10 +211,9 @@ def import_huggingface(manifest: Path, sources: Sources, columns: dict[str, str]
     pyarrow: pip install 'stillhouse[huggingface]'.
 
     Example: stillhouse corpus import huggingface my_dataset corpus.jsonl --text-column sentence
-    """
-    from ..sources.huggingface import import_huggingface as read
-
-    return read(sources, manifest, columns, **options)
+    """,
+    (_folders, _columns, _pattern),
+)
 
 
 def _finish(result: Imported, manifest: Path, force: bool, as_json: bool) -> None:

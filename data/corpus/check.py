@@ -78,15 +78,10 @@ class Checked:
 def check_corpus(
     path: Path, *, rate_hz: int | None = None, full: bool = False, audio: bool = True, root: Path | None = None
 ) -> Checked:
-    """Check a manifest and the audio that it names.
+    """Check corpus.jsonl, or that of a folder, and the `audio` that it names, which should not leave `root`.
 
-    Arguments:
-        path: corpus.jsonl, or its folder.
-        rate_hz: the rate that all audio should have. None: the rate that most files have.
-        full: decode every segment. Otherwise headers are read, and the last tenth of a second of each segment, which
-            finds files that are cut off.
-        audio: whether to read audio files.
-        root: the folder that no audio path may leave, or None.
+    The expected rate is `rate_hz`, or the rate of most files. With `full`, every segment is decoded. Otherwise headers
+    are read, and the last tenth of a second of each segment, which finds files that are cut off.
     """
     findings: list[Finding] = []
     valid: list[tuple[str, Utterance]] = []
@@ -102,15 +97,13 @@ def check_corpus(
     findings += _repeats(valid)
     rates: dict[str, tuple[int, str, str]] = {}
     for where, u in valid:
-        findings += (Finding(kind, where, u.id, what, remedy) for kind, what, remedy in _text(u))
+        problems = [*_text(u)]
         if audio and u.audio is not None:
             try:
-                file = confined(path.parent / u.audio, root)
-            except AudioError as e:
-                findings.append(Finding("root", where, u.id, f"{e.where}: {e.what}", e.remedy or "correct the path"))
-            else:
-                problems = _audio(file, where, u, full, rates)
-                findings += (Finding(kind, where, u.id, what, remedy) for kind, what, remedy in problems)
+                problems += _audio(confined(path.parent / u.audio, root), where, u, full, rates)
+            except AudioError as e:  # `_audio` yields its own errors.
+                problems.append(("root", f"{e.where}: {e.what}", e.remedy or "correct the path"))
+        findings += (Finding(kind, where, u.id, what, remedy) for kind, what, remedy in problems)
     findings += _rates(rates, rate_hz)
     findings.sort(key=lambda f: f.line or 0)
     return Checked(findings, len(valid), len(rates))

@@ -45,17 +45,10 @@ def split_corpus(
     only: Sequence[str] | None = None,
     names: tuple[str, str, str] = ("train", "dev", "test"),
 ) -> list[Utterance]:
-    """Return all utterances with their split set.
+    """Return all utterances with their split set. `by` makes the groups, see `group_of`.
 
-    Arguments:
-        by: what makes a group, see `group_of`.
-        dev, test: shares of the groups, met on average.
-        only: change the utterances of these splits alone. None: change all.
-        names: the names of the three splits.
-
-    Raises:
-        ConfigError: no share is left for training.
-        CorpusError: an utterance has no group, or no group is in a split with a share above 0.
+    `dev` and `test` are shares of the groups, met on average. With `only`, the utterances of these splits alone change.
+    Raises CorpusError if an utterance has no group, or if no group is in a split with a share above 0.
     """
     if dev + test >= 1:
         raise ConfigError(f"dev {dev:g} and test {test:g} leave nothing to train on", expected="less than 1 together")

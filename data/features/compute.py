@@ -56,17 +56,10 @@ def compute_features(
 ) -> FeatureReport:
     """Compute the rows that features.h5 lacks: every utterance of the corpus at every speed.
 
-    Arguments:
-        workers: processes. 0 computes in this one, None uses the cores.
-        part_s: seconds of features in a part, which is the most that a kill costs each worker.
-        redo_changed: compute utterances again whose audio changed.
-        on_start: called with (rows in the file, rows to compute).
-        on_part: called with each part when its rows are on disk.
-
-    Raises:
-        StaleError: the file has other settings, or the audio of an utterance changed.
-        LockedError: another process writes the file.
-        PartialError: some utterances failed. The others are done.
+    With 0 workers it computes in this process, and None uses the cores. A kill costs each worker at most a part, of
+    `part_s` seconds of features. `on_start` gets (rows in the file, rows to compute), and `on_part` each part when its
+    rows are on disk. Raises PartialError if utterances failed, and StaleError if the file has other settings, or if the
+    audio of an utterance changed and `redo_changed` is not set.
     """
     path, settings = Path(path), settings or FeatureSettings()
     speeds = _checked_speeds(speeds)
@@ -80,8 +73,9 @@ def compute_features(
             sweep_drafts(parts)
             left = [part for part in _part_paths(parts) if _is_whole(part)]
             sources = _files(path, left)
-            before = _refuse_other_settings(settings, sources, parts)
-            jobs = list(_missing(corpus, speeds, sources, redo_changed))
+            stored = _stored_rows(settings, sources, parts)
+            before = sum(map(len, stored.values()))
+            jobs = list(_missing(corpus, speeds, stored, sources, redo_changed))
             if on_start is not None:
                 on_start(before, sum(len(j.speeds) for j in jobs))
             workers = _worker_count(workers, jobs)
@@ -143,34 +137,30 @@ def _is_whole(part: Path) -> bool:
     return True
 
 
-def _refuse_other_settings(settings: FeatureSettings, sources: Sequence[FeatureFile], parts: Path) -> int:
-    """Return how many rows there are. Raises StaleError if a file has other settings."""
-    keys: set[tuple[str, float]] = set()
+def _stored_rows(settings: FeatureSettings, sources: Sequence[FeatureFile], parts: Path) -> dict[str, dict[float, int]]:
+    """Return {id: {speed: identity of the audio}} of all rows. Raises StaleError if a file has other settings."""
+    rows: dict[str, dict[float, int]] = {}
     for source in sources:
         with source:
-            keys.update(source.keys())
-            stored = source.settings
-        if differ := settings.differences(stored):
-            unfinished = source.path.parent == parts
-            place = parts if unfinished else source.path
-            raise StaleError(
-                f"{'the unfinished features were' if unfinished else 'the file was'} made with other settings: "
-                + "; ".join(differ),
-                where=place,
-                remedy=f"use the same settings, write to another file, or delete {place}",
-            )
-    return len(keys)
+            if differ := settings.differences(source.settings):
+                unfinished = source.path.parent == parts
+                place, which = (parts, "unfinished features were") if unfinished else (source.path, "file was")
+                remedy = f"use the same settings, write to another file, or delete {place}"
+                what = f"the {which} made with other settings: {'; '.join(differ)}"
+                raise StaleError(what, where=place, remedy=remedy)
+            for (id, speed), audio in zip(source.keys(), source.audio.tolist(), strict=True):
+                rows.setdefault(id, {})[speed] = audio
+    return rows
 
 
 def _missing(
-    corpus: Corpus, speeds: tuple[float, ...], sources: Sequence[FeatureFile], redo_changed: bool
+    corpus: Corpus,
+    speeds: tuple[float, ...],
+    have: dict[str, dict[float, int]],
+    sources: Sequence[FeatureFile],
+    redo_changed: bool,
 ) -> Iterator[FeatureJob]:
     """Yield the rows to compute. Raises StaleError at the end if audio changed, unless `redo_changed` is set."""
-    have: dict[str, dict[float, int]] = {}
-    for source in sources:
-        with source:
-            for (id, speed), audio in zip(source.keys(), source.audio.tolist(), strict=True):
-                have.setdefault(id, {})[speed] = audio
     contents: dict[Path, bytes] = {}
     changed: list[str] = []
     for u in corpus.utterances:

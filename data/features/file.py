@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from itertools import pairwise
@@ -99,11 +99,7 @@ def _table(data: h5py.Dataset, kind: type, most: int) -> np.ndarray:
 
 
 class FeatureFile:
-    """Random access to a feature file. It opens at the first use, again in each process, and pickles as its path.
-
-    Raises:
-        FeatureError: the file is missing, damaged or of another format.
-    """
+    """Random access to a feature file. It opens at the first use, again in each process, and pickles as its path."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -131,7 +127,7 @@ class FeatureFile:
         self._pid = None
 
     def open(self) -> FeatureFile:
-        """Open the file, unless it is open in this process, and return the reader itself."""
+        """Open the file, unless it is open in this process, and return the reader itself. Raises FeatureError."""
         if self._pid == os.getpid():
             return self
         try:
@@ -238,16 +234,13 @@ class FeatureFile:
 
     def _find(self, ids: Sequence[str], speeds: Sequence[float] | float) -> np.ndarray:
         """The numbers of rows, int64 [B]."""
+        if isinstance(speeds, (int, float)):
+            speeds = [speeds] * len(ids)
         rows = self._row
         try:
-            if isinstance(speeds, (int, float)):
-                row = rows[speeds] if ids else {}
-                return np.array([row[i] for i in ids], np.int64)
             return np.array([rows[s][i] for i, s in zip(ids, speeds, strict=True)], np.int64)
         except KeyError:
-            pairs: Iterable[tuple[str, float]]
-            pairs = ((i, speeds) for i in ids) if isinstance(speeds, (int, float)) else zip(ids, speeds, strict=True)
-            missing = [f"{i} at speed {s:g}" for i, s in pairs if i not in rows.get(s, ())]
+            missing = [f"{i} at speed {s:g}" for i, s in zip(ids, speeds) if i not in rows.get(s, ())]
             raise FeatureError(
                 f"no features of {first_few(missing)}",
                 where=self.path,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from ..audio.fbank import fbank
 from ..audio.read import change_speed, read_segment, resample
@@ -104,8 +104,7 @@ def compute_parts(
 ) -> Iterator[PartDone]:
     """Compute parts, given as (path, jobs), and yield each when it is in place, in any order.
 
-    Raises:
-        FeatureError: a worker died. The parts that the others finished stay.
+    Raises FeatureError if a worker died. The parts that the others finished stay.
     """
     if workers == 0:
         import torch
@@ -133,8 +132,8 @@ def compute_parts(
             busy[pipe] = process
             pipe.send(next(queue))
         while busy:
-            for ready in wait(list(busy)):
-                pipe = cast("Connection[Any, Any]", ready)
+            ready: list[Any] = wait(list(busy))
+            for pipe in ready:
                 try:
                     answer = pipe.recv()
                 except (EOFError, ConnectionError):

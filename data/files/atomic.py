@@ -22,16 +22,9 @@ from pathlib import Path
 def draft_of(path: Path, *, folder: Path | None = None, suffix: str = ".tmp", durable: bool = True) -> Iterator[Path]:
     """Yield the path of a draft, which replaces `path` when the block ends without an exception.
 
-    An exception deletes the draft. A kill leaves it, and `sweep_drafts` deletes it later.
-
-    Arguments:
-        path: the file to make or to replace. Its folder must exist.
-        folder: where the draft lies, on the same file system. None: beside `path`.
-        suffix: the end of the draft's name, for libraries that choose a format by it.
-        durable: on return the file and its name are on disk. False: the caller syncs both, with many others at once.
-
-    Raises:
-        OSError: the draft cannot be written or renamed.
+    An exception deletes the draft. A kill leaves it, and `sweep_drafts` deletes it later. The draft lies in `folder`,
+    on the same file system, or beside `path`. Some libraries choose a format by its `suffix`. If it is not `durable`,
+    the caller syncs the file and its folder, with many others at once.
     """
     draft = (folder or path.parent) / f".{path.name}.{secrets.token_hex(4)}{suffix}"
     try:
@@ -58,11 +51,7 @@ def sweep_drafts(folder: Path) -> None:
 
 
 def sync(*paths: Path) -> None:
-    """fsync files and folders, several at a time, because a journal commits them together.
-
-    Raises:
-        OSError: the first error of any of them.
-    """
+    """fsync files and folders, several at a time, because a journal commits them together."""
     unique = list(dict.fromkeys(paths))
     if len(unique) == 1:
         _sync(unique[0])
@@ -80,11 +69,7 @@ def _sync(path: Path) -> None:
 
 
 def plain_descriptor(path: Path) -> int:
-    """Open a regular file and return a descriptor to read from.
-
-    Raises:
-        OSError: as from `os.open`, and at once for a pipe, a device or a folder.
-    """
+    """Open a regular file and return a descriptor to read from. Raises OSError at once for a pipe or a device."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)

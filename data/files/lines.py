@@ -82,20 +82,20 @@ def scan_bytes(path: Path) -> Iterator[tuple[int, bytes | CorpusError]]:
         raise CorpusError(f"cannot read: {why}", where=where, remedy="restore the file") from e
 
 
-def parse_object(line: str | bytes, where: str) -> dict[str, Any] | CorpusError:
+def parse_object(line: str, where: str) -> dict[str, Any] | CorpusError:
     """Return the JSON object of a line, or its error."""
-    expected = "one JSON object a line"
     try:
         value = json.loads(line)
-        if (b"\\ud" if isinstance(line, bytes) else "\\ud") in line.lower():  # type: ignore[operator]
+        if "\\ud" in line.lower():
             json.dumps(value, ensure_ascii=False).encode()  # Half of a surrogate pair is no character.
+        if isinstance(value, dict):
+            return value
+        what = f"JSON, but a {type(value).__name__}"
     except RecursionError:
-        return CorpusError("JSON nested too deeply", where=where, expected=expected)
+        what = "JSON nested too deeply"
     except ValueError as e:
-        return CorpusError(f"not JSON: {e}", where=where, expected=expected)
-    if not isinstance(value, dict):
-        return CorpusError(f"JSON, but a {type(value).__name__}", where=where, expected=expected)
-    return value
+        what = f"not JSON: {e}"
+    return CorpusError(what, where=where, expected="one JSON object a line")
 
 
 def scan_objects(path: Path) -> Iterator[tuple[int, dict[str, Any] | CorpusError]]:

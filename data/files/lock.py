@@ -14,15 +14,10 @@ from ..errors import LockedError, UsageError
 
 
 class FileLock:
-    """An exclusive lock on the file that is at `path` now. The file is made if it is missing; a folder must exist.
+    """An exclusive lock on the file or folder that is at `path` now. A missing file is made. A folder must exist.
 
     As a context manager it raises LockedError if another process holds the lock, unless `wait` is set, and UsageError
-    if nothing can be written there. The holder may delete the file.
-
-    Arguments:
-        path: the file or the folder to lock.
-        what: what the lock protects, for the error message.
-        wait: wait for another holder.
+    if nothing can be written there. The error names `what` the lock protects. The holder may delete the file.
     """
 
     def __init__(self, path: Path, what: str = "files", *, wait: bool = False) -> None:
@@ -75,13 +70,11 @@ class FileLock:
         try:
             acquired = self.acquire(self.wait)
         except OSError as e:
-            raise UsageError(
-                f"cannot write here: {e.strerror}", where=self.path.parent, remedy="choose another place"
-            ) from None
+            what = f"cannot write here: {e.strerror}"
+            raise UsageError(what, where=self.path.parent, remedy="choose another place") from None
         if not acquired:
-            raise LockedError(
-                f"another process is writing the {self.what}", where=self.path, remedy="wait until it has finished"
-            )
+            what = f"another process is writing the {self.what}"
+            raise LockedError(what, where=self.path, remedy="wait until it has finished")
         return self
 
     def __exit__(self, *exc: object) -> None:

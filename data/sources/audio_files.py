@@ -22,11 +22,9 @@ PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class AudioFiles:
-    """Find files by the paths of a list.
+    """Find files by the paths of a list. Relative ones start in one of `folders`, and none may leave `root`.
 
-    Arguments:
-        folders: where a relative path may start. The folder of the last file is tried first.
-        root: the folder that no path may leave, or None.
+    The folder of the last file is tried first.
     """
 
     def __init__(self, folders: Sequence[Path], root: Path | None) -> None:
@@ -75,15 +73,15 @@ class UnpackedAudio:
         self.folder = manifest.absolute().with_suffix(".audio")
         self.written = 0
 
-    def path(self, name: str, source: str | bytes, suffix: str) -> Path:
-        """Return a unique path for the audio of utterance or recording `name`, made from `source`."""
+    def write(self, name: str, source: str | bytes, suffix: str, fill: Callable[[Path], object]) -> Path:
+        """Write the audio of utterance or recording `name` with `fill`, which gets the path of a draft.
+
+        Return its path, which is unique for the name and the `source`. An existing file stays.
+        """
         data = source.encode("utf-8", "surrogatepass") if isinstance(source, str) else source
         digest = blake2b(name.encode("utf-8", "surrogatepass") + b"\0" + data, digest_size=6).hexdigest()
         plain = name if PLAIN_NAME.fullmatch(name) else re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:60].lstrip(".-")
-        return self.folder / f"{plain}-{digest}{suffix}"
-
-    def write(self, path: Path, fill: Callable[[Path], object]) -> Path:
-        """Write a file with `fill`, which gets the path of a draft, and return its path. An existing file stays."""
+        path = self.folder / f"{plain}-{digest}{suffix}"
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             try:

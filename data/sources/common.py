@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -19,6 +20,7 @@ from pydantic import ValidationError
 from ..audio.read import SLACK_S
 from ..corpus.check import Finding
 from ..errors import AudioError, ConfigError, CorpusError, UsageError
+from ..files.lines import scan_objects
 from ..files.paths import relative_audio
 from ..manifest import Utterance, describe_validation
 from .audio_files import AudioFiles, UnpackedAudio, above
@@ -103,6 +105,24 @@ class Imported:
         what += f" (expected {error.expected})" if error.expected else ""
         self.finding(kind, where, what, id, error.remedy or "correct or delete the line")
 
+    @contextmanager
+    def line(self, where: str, id: str | None = None) -> Iterator[None]:
+        """Turn an error of the block into a finding about one line."""
+        try:
+            yield
+        except CorpusError as e:
+            self.error(where, e, id)
+        except (ValueError, OverflowError) as e:
+            self.error(where, CorpusError(str(e)), id)
+
+    def objects(self, source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield (path:line, JSON object) of a file's lines. Lines that hold no object are findings."""
+        for number, entry in scan_objects(source):
+            if isinstance(entry, CorpusError):
+                self.error(f"{source}:{number}", entry)
+            else:
+                yield f"{source}:{number}", entry
+
     def note(self, text: str) -> None:
         """Add a note once."""
         if text not in self.notes:
@@ -113,19 +133,13 @@ class Imported:
         return AudioFiles([self.audio_root] if self.audio_root else [*first, *above(folder)], self.root)
 
     def session(self, id: str, session: str | None = None, order: str = "") -> tuple[str | None, str]:
-        """Return (session, order) by the session pattern, or the given ones without a pattern.
-
-        Raises:
-            CorpusError: the pattern does not match all of the id.
-        """
+        """Return (session, order) by the session pattern, which must match all of the id. Without one, return both."""
         if self._pattern is None:
             return session, order
         match = self._pattern.fullmatch(id)
         if match is None:
-            raise CorpusError(
-                f"the session pattern {self._pattern.pattern} does not match the whole id",
-                remedy="change the pattern, or correct or delete the line",
-            )
+            what = f"the session pattern {self._pattern.pattern} does not match the whole id"
+            raise CorpusError(what, remedy="change the pattern, or correct or delete the line")
         groups = match.groupdict()
         return groups["session"] or session, groups.get("order") or order
 
@@ -165,12 +179,7 @@ class Imported:
 
 
 def named_sources(sources: Sequence[str]) -> list[tuple[str | None, Path]]:
-    """Return `[SPLIT=]PATH…` as (split or None, path).
-
-    Raises:
-        UsageError: there is no such path.
-        ConfigError: a split has no name.
-    """
+    """Return `[SPLIT=]PATH…` as (split or None, path). Raises UsageError for a path or split name that is missing."""
     pairs: list[tuple[str | None, Path]] = []
     for text in sources:
         split, _, rest = text.partition("=")

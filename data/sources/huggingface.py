@@ -31,18 +31,11 @@ def import_huggingface(
     columns: Mapping[str, str] | None = None,
     **settings: Any,
 ) -> Imported:
-    """Read datasets.
+    """Read datasets: (split or None, a folder that `save_to_disk` wrote, a parquet file or a folder of those).
 
     Ids are those of the audio files if there is no id column. Without names of files, they are split and row.
-
-    Arguments:
-        sources: pairs of a split or None, and a folder that `save_to_disk` wrote, a parquet file or a folder of those.
-        columns: {field of `table.FIELDS`: name of a column}. Others are found by their usual names, the audio by type.
-        settings: those of `Imported`.
-
-    Raises:
-        ConfigError: pyarrow is not installed, or a column is unknown.
-        CorpusError: a folder holds no dataset, or a file cannot be read.
+    `columns` is {field of `table.FIELDS`: name of a column}. Others are found by their usual names, the audio by type.
+    Raises ConfigError if pyarrow is not installed or a column is unknown, and CorpusError if a dataset is unreadable.
     """
     try:
         import pyarrow
@@ -111,15 +104,14 @@ def _batches(path: Path) -> Iterator[Any]:
     """Yield the record batches of an Arrow stream or a parquet file."""
     import pyarrow
     import pyarrow.ipc
+    import pyarrow.parquet
 
     if path.suffix == ".parquet":
-        import pyarrow.parquet
-
         with pyarrow.parquet.ParquetFile(path) as file:
             yield from file.iter_batches(batch_size=256)
-        return
-    with pyarrow.memory_map(str(path)) as source, pyarrow.ipc.open_stream(source) as stream:
-        yield from stream
+    else:
+        with pyarrow.memory_map(str(path)) as source, pyarrow.ipc.open_stream(source) as stream:
+            yield from stream
 
 
 def _features(schema: Any) -> dict[str, Any]:
@@ -160,12 +152,11 @@ class _DatasetReader:
     def _columns(self, names: list[str], schema: Any, features: dict[str, Any]) -> dict[str, str]:
         if len(set(names)) != len(names):
             raise CorpusError("two columns have the same name", where=self.path, expected=", ".join(names))
-        columns = {}
-        for field, name in self.given.items():
+        columns = dict(self.given)
+        for field, name in columns.items():
             if name not in names:
                 what = f"no column {name!r} for --{field}-column"
                 raise ConfigError(what, where=self.path, expected=", ".join(names))
-            columns[field] = name
         if "audio" not in columns:
             typed = [n for n, f in features.items() if isinstance(f, dict) and f.get("_type") == "Audio" and n in names]
             typed += [n for n in names if _is_audio(schema.field(n).type)]
@@ -191,7 +182,7 @@ class _DatasetReader:
             audio = {"path": audio}
         stem = Path(str(audio.get("path") or "")).stem if isinstance(audio, dict) else ""
         id = str(value["id"]) if value.get("id") not in (None, "") else stem or f"{self.split or 'row'}-{number:08d}"
-        try:
+        with self.result.line(where, id):
             if not isinstance(value["text"], str):
                 raise CorpusError("no transcript", expected=f"a text in column {columns['text']}")
             path = self._audio(id, audio)
@@ -203,23 +194,19 @@ class _DatasetReader:
             end = start + length if start and length is not None else seconds
             session, order = as_text(value.get("session")), str(value.get("order") or by_time(start))
             session, order = self.result.session(id, session, order)
-            duration_s = self.result.duration(start, end, seconds, path)
-        except CorpusError as e:
-            self.result.error(where, e, id)
-            return
-        self.result.add(
-            where,
-            order,
-            id=id,
-            text=value["text"],
-            audio=path,
-            start_s=float(start),
-            duration_s=duration_s,
-            session=session,
-            speaker=as_text(value.get("speaker")),
-            split=as_text(value.get("split")) or self.split,
-            meta=self.result.meta(row, set(columns.values()), "column "),
-        )
+            self.result.add(
+                where,
+                order,
+                id=id,
+                text=value["text"],
+                audio=path,
+                start_s=float(start),
+                duration_s=self.result.duration(start, end, seconds, path),
+                session=session,
+                speaker=as_text(value.get("speaker")),
+                split=as_text(value.get("split")) or self.split,
+                meta=self.result.meta(row, set(columns.values()), "column "),
+            )
 
     def _audio(self, id: str, audio: Any) -> Path:
         if not isinstance(audio, dict) or not (audio.get("bytes") or audio.get("path")):
@@ -231,8 +218,7 @@ class _DatasetReader:
         suffix = Path(str(audio.get("path") or "")).suffix.lower()
         if suffix not in SUFFIXES:
             suffix = next((s for magic, s in MAGIC.items() if data.startswith(magic)), ".audio")
-        target = self.result.unpacked.path(id, data, suffix)
-        self.result.unpacked.write(target, lambda draft: draft.write_bytes(data))
+        target = self.result.unpacked.write(id, data, suffix, lambda draft: draft.write_bytes(data))
         return confined(target, self.result.root)
 
 

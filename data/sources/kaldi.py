@@ -34,17 +34,11 @@ def import_kaldi(
     pieces: bool = False,
     **settings: Any,
 ) -> Imported:
-    """Read data directories.
+    """Read data directories, given as (split or None, a folder with wav.scp or one of such folders).
 
-    Arguments:
-        sources: pairs of a split or None, and a folder with wav.scp or one of such folders.
-        text_name: the file of the transcripts.
-        pieces: the transcripts are pieces of words. They are joined, with ▁ and <space> as spaces.
-        settings: those of `Imported`. Without `audio_root`, relative paths start in the working folder, the data
-            directory or the four folders above it.
-
-    Raises:
-        CorpusError: there is no data directory, or a table cannot be read at all.
+    `pieces` says that the transcripts in the file `text_name` are pieces of words. They are joined, with ▁ and <space>
+    as spaces. Without `audio_root`, relative paths start in the working folder, the data directory or the four folders
+    above it. Raises CorpusError if there is no data directory, or if a table cannot be read at all.
     """
     result = Imported(manifest, **settings)
     folders = [pair for source in sources for pair in _folders(*source, text_name, result)]
@@ -109,6 +103,8 @@ class _DataDirectory:
         channels = self._table("reco2file_and_channel")
         self.seconds = self._table("utt2dur")
         self.file_of = {recording: rest.split(" ")[0] for recording, rest in channels.items() if rest}
+        self.recordings: dict[str, str] = {}
+        self.audio: dict[str, tuple[Path, int | None, float] | AudioError] = {}
         self.claimed: set[str] = set()
         self.no_speaker: list[str] = []
         self.other_length: list[str] = []
@@ -136,13 +132,19 @@ class _DataDirectory:
 
     def read(self) -> None:
         """Add all utterances, findings and notes."""
-        with_segments = self.segments.is_file()
-        lines = self._with_segments() if with_segments else self._without_segments()
-        for where, utterance, fields in lines:
-            if isinstance(fields, CorpusError):
-                self.result.error(where, fields, utterance)
+        listed = self.segments if self.segments.is_file() else self.scp
+        fields = self._recording if listed is self.scp else self._segment
+        if listed is self.segments:
+            self.recordings = self._table(SCP)
+        for number, utterance, rest in self._lines(listed):
+            where = f"{listed}:{number}"
+            if utterance in self.text:
+                self.claimed.add(utterance)
+                with self.result.line(where, utterance):
+                    self._add(where, utterance, **fields(utterance, rest))
             else:
-                self._add(where, utterance, **fields)
+                what = f"no transcript in {self.text_path.name}"
+                self.result.finding("missing", where, what, utterance, "restore it or delete the line")
         for name, ids, what in (
             ("utt2spk", self.no_speaker, "it names no speaker of"),
             ("utt2dur", self.other_length, "the lengths of the audio are kept, which differ for"),
@@ -153,61 +155,33 @@ class _DataDirectory:
             return
         for number, utterance, _ in self._lines(self.text_path, findings=False):
             if utterance in self.text and utterance not in self.claimed:
-                what = f"a transcript, but no line in {SEGMENTS if with_segments else SCP}"
+                what = f"a transcript, but no line in {listed.name}"
                 self.result.finding("missing", f"{self.text_path}:{number}", what, utterance)
 
-    def _transcribed(self, path: Path) -> Iterator[tuple[str, str, str]]:
-        """Yield (place, utterance, rest) of the lines that have a transcript. The others are findings."""
-        for number, utterance, rest in self._lines(path):
-            if utterance in self.text:
-                self.claimed.add(utterance)
-                yield f"{path}:{number}", utterance, rest
-            else:
-                what = f"no transcript in {self.text_path.name}"
-                self.result.finding("missing", f"{path}:{number}", what, utterance, "restore it or delete the line")
+    def _audio(self, recording: str, entry: str) -> tuple[Path, int | None, float]:
+        """Return (file, channel, seconds) of an entry of wav.scp."""
+        path, channel = self.entries.find(recording, entry)
+        return path, channel, self.files.length(path)[0]
 
-    def _without_segments(self) -> Iterator[tuple[str, str, dict[str, Any] | CorpusError]]:
-        for where, recording, entry in self._transcribed(self.scp):
-            try:
-                path, channel = self.entries.find(recording, entry)
-                seconds = self.files.length(path)[0]
-                session, order = self.result.session(recording, self.file_of.get(recording))
-            except CorpusError as e:
-                yield where, recording, e
-                continue
-            times = {"start_s": 0.0, "duration_s": seconds}
-            yield where, recording, times | {"audio": path, "channel": channel, "session": session, "order": order}
+    def _recording(self, recording: str, entry: str) -> dict[str, Any]:
+        path, channel, seconds = self._audio(recording, entry)
+        session, order = self.result.session(recording, self.file_of.get(recording))
+        times = {"start_s": 0.0, "duration_s": seconds}
+        return times | {"audio": path, "channel": channel, "session": session, "order": order}
 
-    def _with_segments(self) -> Iterator[tuple[str, str, dict[str, Any] | CorpusError]]:
-        table = self._table(SCP)
-        recordings: dict[str, tuple[Path, int | None, float] | AudioError] = {}
-        for where, utterance, rest in self._transcribed(self.segments):
-            try:
-                yield where, utterance, self._segment(utterance, rest.split(), table, recordings)
-            except CorpusError as e:
-                yield where, utterance, e
-            except (ValueError, OverflowError) as e:
-                yield where, utterance, CorpusError(str(e))
-
-    def _segment(
-        self,
-        utterance: str,
-        fields: list[str],
-        table: dict[str, str],
-        recordings: dict[str, tuple[Path, int | None, float] | AudioError],
-    ) -> dict[str, Any]:
+    def _segment(self, utterance: str, rest: str) -> dict[str, Any]:
+        fields = rest.split()
         if len(fields) not in (3, 4):
             raise CorpusError(f"{len(fields) + 1} fields", expected="UTTERANCE RECORDING START END [CHANNEL]")
         recording, begin, end = fields[0], float(fields[1]), float(fields[2])
-        if recording not in table:
+        if recording not in self.recordings:
             raise CorpusError(f"recording {recording} is not in {self.scp}", remedy="restore its line")
-        if recording not in recordings:
+        if recording not in self.audio:
             try:
-                path, channel = self.entries.find(recording, table[recording])
-                recordings[recording] = path, channel, self.files.length(path)[0]
+                self.audio[recording] = self._audio(recording, self.recordings[recording])
             except AudioError as e:
-                recordings[recording] = e
-        audio = recordings[recording]
+                self.audio[recording] = e
+        audio = self.audio[recording]
         if isinstance(audio, AudioError):
             raise audio
         path, channel, seconds = audio

@@ -7,6 +7,7 @@ Try: `stillhouse corpus import kaldi data/train corpus.jsonl`.
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 from ..errors import AudioError
@@ -42,8 +43,8 @@ class WavEntries:
         audio = audio_in_archive(archive, int(match["offset"]))
         # Another archive of the same name has other audio at the same place, so its size and time are part of the name.
         source = f"{entry} {status.st_size} {status.st_mtime_ns}"
-        target = self.result.unpacked.path(recording, source, audio.suffix)
-        self.result.unpacked.write(target, lambda draft: copy_file(archive, audio, draft))
+        fill = partial(copy_file, archive, audio)
+        target = self.result.unpacked.write(recording, source, audio.suffix, fill)
         return confined(target, self.result.root), None
 
     def pipe(self, recording: str, command: str) -> tuple[Path, int | None]:
@@ -65,6 +66,5 @@ class WavEntries:
         elif not self.result.allow_pipes:
             what = f"a shell command, which did not run: {command[:200]}"
             raise AudioError(what, expected="a file, or a pipe that only decodes one", remedy=ALLOW)
-        target = self.result.unpacked.path(recording, command, ".wav")
-        self.result.unpacked.write(target, lambda draft: run_command(command, draft))
+        target = self.result.unpacked.write(recording, command, ".wav", partial(run_command, command))
         return confined(target, self.result.root), None

@@ -78,8 +78,7 @@ def _hertz(rate: str) -> int:
 def run_command(command: str, target: Path, timeout_s: float = SECONDS_A_COMMAND) -> None:
     """Run a command in the shell and write the audio of its output to `target`, as WAV.
 
-    Raises:
-        AudioError: the command fails, takes longer than `timeout_s`, or writes no audio.
+    Raises AudioError if the command fails, takes longer than `timeout_s`, or writes no audio.
     """
     raw = target.with_name(target.name + ".piped")
     try:

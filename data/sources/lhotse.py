@@ -8,9 +8,8 @@ Try: `stillhouse corpus import lhotse cuts.jsonl.gz corpus.jsonl`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import AudioError, CorpusError
 from ..files.lines import scan_objects
@@ -23,8 +22,7 @@ CUTS = ("MonoCut", "MultiCut", "Cut")
 SAVE = "save the cuts' audio with Lhotse first (cuts.save_audios)"
 
 
-@dataclass(frozen=True, slots=True)
-class _Recording:
+class _Recording(NamedTuple):
     """The files of a recording: {channel: (file, channel of the file, or None if it has one)}."""
 
     id: str
@@ -33,13 +31,10 @@ class _Recording:
 
 
 def import_lhotse(sources: Sequence[tuple[str | None, Path]], manifest: Path, **settings: Any) -> Imported:
-    """Read a CutSet alone, or a RecordingSet and a SupervisionSet.
+    """Read a CutSet alone, or a RecordingSet and a SupervisionSet. `sources` are (split or None, file of JSON lines).
 
     If a recording has several supervisions, recordings are sessions, in the order of time. Else sessions are unknown.
-
-    Arguments:
-        sources: pairs of a split or None, and a file of JSON lines, plain or gzip.
-        settings: those of `Imported`. Without `audio_root`, relative paths start in the file's folder.
+    Without `audio_root`, relative paths start in the file's folder.
     """
     result = Imported(manifest, **settings)
     kinds = [(split, source, _kind(source)) for split, source in sources]
@@ -47,11 +42,8 @@ def import_lhotse(sources: Sequence[tuple[str | None, Path]], manifest: Path, **
     recordings: dict[str, _Recording | AudioError] = {}
     for split, source, kind in sorted(kinds, key=lambda item: item[2] != "recordings"):
         reader = _LhotseReader(source, split, sessions, recordings, result)
-        for number, entry in scan_objects(source):
-            where = f"{source}:{number}"
-            if isinstance(entry, CorpusError):
-                result.error(where, entry)
-            elif kind == "recordings":
+        for where, entry in result.objects(source):
+            if kind == "recordings":
                 reader.recording(entry, where)
             elif kind == "supervisions":
                 reader.supervision(entry, where, 0.0, None)
@@ -182,16 +174,10 @@ class _LhotseReader:
     def supervision(self, item: dict[str, Any], where: str, offset_s: float, channel: Any) -> None:
         """Add a supervision. `offset_s` is where its cut begins in the recording, `channel` the one of the cut."""
         id = item.get("id") if isinstance(item.get("id"), str) else None
-        try:
-            fields = self._fields(id, item, offset_s, channel)
-        except CorpusError as e:
-            self.result.error(where, e, id)
-        else:
-            if fields is not None:
-                self.result.add(where, **fields)
+        with self.result.line(where, id):
+            self._add(id, item, where, offset_s, channel)
 
-    def _fields(self, id: str | None, item: dict[str, Any], offset_s: float, channel: Any) -> dict[str, Any] | None:
-        """Return the arguments of `Imported.add`, or None if the supervision has been imported."""
+    def _add(self, id: str | None, item: dict[str, Any], where: str, offset_s: float, channel: Any) -> None:
         begin, length = item.get("start"), item.get("duration")
         if id is None or not isinstance(item.get("text"), str):
             raise CorpusError("a supervision without a text" if id else "a supervision without an id")
@@ -205,7 +191,7 @@ class _LhotseReader:
         segment = round(offset_s + float(begin), 6), length
         if self.segments.get(id) == segment:
             self.result.note("supervisions that several cuts show are imported once")
-            return None
+            return
         path, own = _channel(recording, item.get("channel", channel))
         # A cut's edges are rounded to samples, and with them a start of 0.
         start_s = 0.0 if -1e-3 < segment[0] < 0 else segment[0]
@@ -215,19 +201,20 @@ class _LhotseReader:
         self.segments[id] = segment
         custom, speaker = item.get("custom"), item.get("speaker")
         meta = self.result.meta(item, USED)
-        return {
-            "id": id,
-            "order": order,
-            "text": item["text"],
-            "audio": path,
-            "start_s": start_s,
-            "duration_s": duration_s,
-            "channel": own,
-            "session": session,
-            "speaker": speaker if isinstance(speaker, str) and speaker else None,
-            "split": self.split,
-            "meta": meta | self.result.meta(custom if isinstance(custom, dict) else {}, (), "custom "),
-        }
+        self.result.add(
+            where,
+            order,
+            id=id,
+            text=item["text"],
+            audio=path,
+            start_s=start_s,
+            duration_s=duration_s,
+            channel=own,
+            session=session,
+            speaker=speaker if isinstance(speaker, str) and speaker else None,
+            split=self.split,
+            meta=meta | self.result.meta(custom if isinstance(custom, dict) else {}, (), "custom "),
+        )
 
 
 def _channel(recording: _Recording, asked: Any) -> tuple[Path, int | None]:

@@ -25,16 +25,10 @@ RESTORE = "restore the file or delete the line"
 
 
 def import_librispeech(folder: Path, manifest: Path, *, root: Path | None = None) -> Imported:
-    """Read a tree, or one split, speaker or chapter of it.
+    """Read a tree, or one split, speaker or chapter of it. No audio path may leave `root`.
 
     The split is the name of the folder above the speaker's. Above `folder` itself it counts only if it looks like a
-    split (train-…, dev-…, test-…).
-
-    Arguments:
-        root: the folder that no audio path may leave, or None.
-
-    Raises:
-        CorpusError: there is no *.trans.txt.
+    split (train-…, dev-…, test-…). Raises CorpusError if there is no *.trans.txt.
     """
     transcripts = below(folder, ".trans.txt")
     if not transcripts:
@@ -76,16 +70,13 @@ def _chapter(transcript: Path, folder: Path, result: Imported) -> Iterator[tuple
         if path is None:
             result.finding("missing", where, f"no audio {id}.flac beside it", id, RESTORE)
             continue
-        try:
+        with result.line(where, id):
             duration_s = round(audio_length(confined(path, result.root)), 6)
             if duration_s == 0:
                 raise AudioError(f"{path.name} holds no audio", remedy=RESTORE)
-        except AudioError as e:
-            result.error(where, e, id)
-            continue
-        speaker, session = match["speaker"], f"{match['speaker']}-{match['chapter']}"
-        fields = {"id": id, "text": text.strip(), "audio": path, "duration_s": duration_s, "speaker": speaker}
-        key = (split or "", int(speaker), int(match["chapter"]), int(match["number"]))
-        yield key, where, fields | {"session": session, "split": split}
+            speaker, session = match["speaker"], f"{match['speaker']}-{match['chapter']}"
+            fields = {"id": id, "text": text.strip(), "audio": path, "duration_s": duration_s, "speaker": speaker}
+            key = (split or "", int(speaker), int(match["chapter"]), int(match["number"]))
+            yield key, where, fields | {"session": session, "split": split}
     for id, path in audio.items():
         result.finding("missing", path, "audio without a transcript", id, "restore the line of its transcript")

@@ -24,30 +24,19 @@ USED = {*IDS, "audio_filepath", "offset", "duration", "text", "speaker", "sessio
 def import_nemo(
     sources: Sequence[tuple[str | None, Path]], manifest: Path, *, text_key: str = "text", **settings: Any
 ) -> Imported:
-    """Read manifests.
+    """Read manifests, plain or gzip, given as (split or None, file). `settings` are those of `Imported`.
 
-    An id is the line's own, else the name of its file, with the offset in milliseconds if lines share files.
-
-    Arguments:
-        sources: pairs of a split or None, and a file, plain or gzip.
-        text_key: the key of the transcript.
-        settings: those of `Imported`. Without `audio_root`, relative paths start in the manifest's folder.
+    An id is the line's own, else the name of its file, with the offset in milliseconds if lines share files. Without
+    `audio_root`, relative paths start in the manifest's folder.
     """
     result = Imported(manifest, **settings)
     for split, source in sources:
         names = _Names(source)
         files = result.files(source.parent, source.absolute().parent)
-        for number, entry in scan_objects(source):
-            where = f"{source}:{number}"
-            if isinstance(entry, CorpusError):
-                result.error(where, entry)
-                continue
-            try:
-                fields = _fields(entry, names, files, text_key, result)
-            except CorpusError as e:
-                result.error(where, e, names.id(entry))
-            else:
+        for where, entry in result.objects(source):
+            with result.line(where, names.id(entry)):
                 own = entry.get("split")
+                fields = _fields(entry, names, files, text_key, result)
                 result.add(where, split=split or (own if isinstance(own, str) else None), **fields)
     return result.in_session_order()
 
@@ -101,9 +90,8 @@ def _fields(entry: dict[str, Any], names: _Names, files: AudioFiles, text_key: s
         if value is not None and not is_seconds(value):
             raise CorpusError(f"{name} is {str(value)[:40]!r}", expected="seconds")
     if "shard_id" in entry:
-        raise AudioError(
-            "a line of a tarred data set", where=audio, remedy="unpack the tar files and import their list"
-        )
+        remedy = "unpack the tar files and import their list"
+        raise AudioError("a line of a tarred data set", where=audio, remedy=remedy)
     path = files.find(audio)
     seconds = files.length(path)[0]
     begin = float(offset or 0.0)

@@ -46,7 +46,7 @@ def import_table(
     split: str | None = None,
     **settings: Any,
 ) -> Imported:
-    """Read a table.
+    """Read a table. Raises CorpusError if the file is not a table, and ConfigError if a column is unknown.
 
     Arguments:
         columns: {field of FIELDS: name of a column, or its number from 1}. Several joined by "," are joined by "-".
@@ -54,12 +54,7 @@ def import_table(
         delimiter: one character. None: a tab for .tsv and .tab, else the one that splits the first line.
         header: whether the first row names the columns. None: yes, unless all columns are given by number.
         quote: whether double quotes quote. None: yes, unless the delimiter is a tab.
-        split: the split of utterances without one.
         settings: those of `Imported`. Without `audio_root`, paths start in the table's folder.
-
-    Raises:
-        CorpusError: the file is not a table.
-        ConfigError: a column is unknown.
     """
     given = known_fields(columns)
     text = read_text(table)
@@ -89,12 +84,8 @@ def import_table(
             continue
         value = {f: "-".join(cells[k].strip() for k in ks) for f, ks in places.items()}
         meta = {names[k]: cells[k] for k in range(len(names)) if k not in used and cells[k] != ""}
-        try:
-            fields = _fields(value, folder, result)
-        except (CorpusError, ValueError) as e:
-            result.error(where, e if isinstance(e, CorpusError) else CorpusError(str(e)), value.get("id"))
-        else:
-            result.add(where, split=value.get("split") or split, meta=meta, **fields)
+        with result.line(where, value.get("id")):
+            result.add(where, split=value.get("split") or split, meta=meta, **_fields(value, folder, result))
     return result.in_session_order()
 
 
@@ -146,16 +137,13 @@ def _rows(table: Path, text: str, delimiter: str, quote: bool) -> Iterator[tuple
         strict=True,
     )
     line = 1
-    while True:
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as e:
-            raise CorpusError(f"not a table: {e}", where=f"{table}:{reader.line_num}") from e
-        if cells and any(c.strip() for c in cells):
-            yield line, cells
-        line = reader.line_num + 1
+    try:
+        for cells in reader:
+            if any(c.strip() for c in cells):
+                yield line, cells
+            line = reader.line_num + 1
+    except csv.Error as e:
+        raise CorpusError(f"not a table: {e}", where=f"{table}:{reader.line_num}") from e
 
 
 def _places(table: Path, names: list[str], given: dict[str, str], guess: bool) -> dict[str, list[int]]:

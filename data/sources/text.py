@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import CorpusError
 from ..files.lines import read_lines
 from .common import Imported
 
@@ -19,13 +18,10 @@ from .common import Imported
 def import_text(
     files: Sequence[Path], *, ids: bool | None = None, session_pattern: str | None = None, split: str | None = None
 ) -> Imported:
-    """Read text files.
+    """Read text files. `ids` says whether lines are UTT<TAB>TEXT. None: yes, if every line of a file has a tab.
 
-    Arguments:
-        ids: whether lines are UTT<TAB>TEXT. None: yes, if every line of a file has a tab. Without ids, they are made of
-            the file's name and the line number, and so are the sessions.
-        session_pattern: as in `Imported`. Without it, a file of UTT<TAB>TEXT has no sessions.
-        split: the split of all utterances.
+    Other ids and sessions are made of the file's name and the line number. A file of UTT<TAB>TEXT has no sessions
+    without `session_pattern`.
     """
     result = Imported(Path(), session_pattern=session_pattern)
     for file in files:
@@ -47,10 +43,7 @@ def import_text(
             else:
                 id, text = f"{file.stem}-{number:0{width}d}", line.strip()
                 session = f"{file.stem}-{block:0{width}d}"
-            try:
+            with result.line(where, id):
                 session, order = result.session(id, session)
-            except CorpusError as e:
-                result.error(where, e, id)
-            else:
                 result.add(where, order, id=id, text=text, session=session, split=split)
     return result.in_session_order()
