@@ -9,8 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-import numpy as np
-
 from ...data.errors import NoStoreError, UsageError, first_few
 from ..store import Store
 
@@ -38,18 +36,15 @@ def store_ids(store: Store, ids: Sequence[str], on_missing: str = "error") -> li
     """
     if on_missing not in ("error", "keep"):
         raise UsageError(f"on_missing cannot be {on_missing!r}", expected="error or keep")
-    out = list(ids)
-    unknown = np.flatnonzero(np.asarray(store.index.rows(out)) < 0).tolist() if out else []
-    for i in unknown:
-        out[i] = original(out[i])
-    missing = [ids[i] for i, r in zip(unknown, store.index.rows([out[i] for i in unknown]).tolist()) if r < 0]
+    unknown = [i for i, row in zip(ids, store.index.rows(ids).tolist()) if row < 0]
+    originals = [original(i) for i in unknown]
+    rows = store.index.rows(originals).tolist()
+    renamed = {i: new for i, new, row in zip(unknown, originals, rows) if row >= 0}
+    missing = [i for i in unknown if i not in renamed]
     if missing and on_missing == "error":
         raise NoStoreError(
             f"not in this store: {first_few(missing)}",
             where=store.address,
             remedy='extract this corpus into it, or give on_missing="keep"',
         )
-    for i in unknown:
-        if ids[i] in missing:
-            out[i] = ids[i]
-    return out
+    return [renamed.get(i, i) for i in ids]

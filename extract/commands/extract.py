@@ -133,14 +133,8 @@ def _load_options(options: dict[str, Any]) -> dict[str, Any]:
         raise UsageError("no teacher is given", expected="--teacher FOLDER, or a name on the hub")
     if trusted is not None and trusted != source:
         raise UsageError(f"--trust-remote-code {trusted} is not the teacher", expected=source)
-    return {
-        "source": source,
-        "device": options["device"],
-        "dtype": options["model_dtype"],
-        "window": options["window"],
-        "revision": options["revision"],
-        "trust_remote_code": trusted is not None,
-    }
+    kept = {key: options[key] for key in ("device", "window", "revision")}
+    return {"source": source, "dtype": options["model_dtype"], "trust_remote_code": trusted is not None, **kept}
 
 
 def default_name(source: str) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from ..inspect.show import facts as show_facts
+from ..inspect.show import numbers as show_numbers
 from . import inspect_numbers as numbers
 from . import options as opt
 
@@ -30,7 +32,6 @@ for command in (numbers.stats, numbers.similarity, numbers.neighbours, numbers.c
 def info(store: Path, as_json: bool) -> None:
     """Show the teachers, contexts, layers and sizes of STORE, and whether it is complete."""
     from ..inspect.facts.store import store_facts
-    from ..inspect.show import facts as show_facts
     from ..store import Store
 
     opt.print_fact(store_facts(Store.open(store)), "info", as_json, show_facts.store)
@@ -47,7 +48,6 @@ def ls(store: Path, patterns: tuple[str, ...], utterances: bool, as_json: bool, 
     import json
 
     from ..inspect.facts import store as facts
-    from ..inspect.show import facts as show_facts
     from ..store import Store
 
     opened = Store.open(store)
@@ -76,7 +76,6 @@ def ls(store: Path, patterns: tuple[str, ...], utterances: bool, as_json: bool, 
 def show(store: Path, utterance: str, views: tuple[str, ...], values: bool, corpus: Path | None, as_json: bool) -> None:
     """Show the tokens of UTTERANCE, the context that each teacher saw, and the norm of each state."""
     from ..inspect.facts import utterance as facts
-    from ..inspect.show import facts as show_facts
 
     opened, chosen = opt.open_views(store, views, planned=True)
     shown = facts.show(opened, utterance, chosen, values=values, corpus=corpus)
@@ -105,7 +104,6 @@ def verify(
 
     from ...data.errors import StoreError
     from ..inspect.facts import store as facts
-    from ..inspect.show import facts as show_facts
     from ..store import Store
 
     share = 1.0 if data else sample or 0.0
@@ -132,7 +130,6 @@ def verify(
 def tree(store: Path, as_json: bool) -> None:
     """Show the files, folders and arrays of STORE."""
     from ..inspect.facts import tree as facts
-    from ..inspect.show import facts as show_facts
     from ..store import Store
 
     nodes = facts.tree(Store.open(store))
@@ -155,7 +152,6 @@ def export(
 
     from ..inspect.facts import export as facts
     from ..inspect.facts.store import utterance_facts
-    from ..inspect.show import facts as show_facts
 
     opened, chosen = opt.open_views(store, views)
     rows = np.array([u.row for u in utterance_facts(opened, patterns)]) if patterns else None
@@ -172,7 +168,6 @@ def export(
 def diff(a: Path, b: Path, tokens: int | None, seed: int, full: bool, as_json: bool) -> None:
     """Show how the stores A and B differ in settings, utterances and states. Exit code 1: they differ."""
     from ..inspect.facts import diff as facts
-    from ..inspect.show import numbers as show_numbers
     from ..store import Store
 
     difference = facts.diff(Store.open(a), Store.open(b), tokens, seed, opt.progress(), full=full)

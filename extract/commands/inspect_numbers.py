@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from ..inspect.show import numbers as show_numbers
 from . import options as opt
 
 KINDS = ("similarity", "norms", "word")
@@ -24,7 +25,6 @@ KINDS = ("similarity", "norms", "word")
 def stats(store: Path, views: tuple[str, ...], tokens: int | None, seed: int, full: bool, as_json: bool) -> None:
     """Show the norms, dead and outlier dimensions, anisotropy and effective rank of each view."""
     from ..inspect.numbers.statistics import statistics
-    from ..inspect.show import numbers as show_numbers
 
     measured = statistics(*opt.open_undamaged(store, views), tokens, seed, opt.progress(), full=full)
     opt.print_fact(measured, "statistics", as_json, show_numbers.statistics, ("stats", "views"))
@@ -38,7 +38,6 @@ def stats(store: Path, views: tuple[str, ...], tokens: int | None, seed: int, fu
 def similarity(store: Path, views: tuple[str, ...], tokens: int | None, seed: int, as_json: bool) -> None:
     """Show which views are redundant, by linear CKA between each two."""
     from ..inspect.numbers.similarity import similarity as compute
-    from ..inspect.show import numbers as show_numbers
 
     computed = compute(*opt.open_undamaged(store, views), tokens, seed, opt.progress())
     opt.print_fact(computed, "similarity", as_json, show_numbers.similarity)
@@ -65,7 +64,6 @@ def neighbours(
     second "bank".
     """
     from ..inspect.numbers.neighbours import nearest
-    from ..inspect.show import numbers as show_numbers
 
     utterance, colon, name = word.rpartition(":")
     if not colon:
@@ -92,12 +90,10 @@ def neighbours(
 def compare(store: Path, utterance: str, views: str | None, as_json: bool) -> None:
     """Show how far each token's state in UTTERANCE moves from the first view to the others."""
     from ..inspect.numbers.neighbours import compare as compute
-    from ..inspect.show import numbers as show_numbers
 
     opened, chosen = opt.open_views(store, split_views(views) if views else ())
-    opt.print_fact(
-        compute(opened, utterance, chosen), "comparison", as_json, show_numbers.compared, ("compare", "views")
-    )
+    compared = compute(opened, utterance, chosen)
+    opt.print_fact(compared, "comparison", as_json, show_numbers.compared, ("compare", "views"))
 
 
 def split_views(views: str) -> list[str]:
@@ -121,6 +117,9 @@ def split_views(views: str) -> list[str]:
 @opt.force_option
 def plot(store: Path, out: Path, kind: str, word: str | None, views: tuple[str, ...], seed: int, force: bool) -> None:
     """Draw a picture of STORE into OUT: .png, .svg or .pdf."""
+    from ..inspect.numbers.similarity import similarity as compute
+    from ..inspect.numbers.statistics import statistics
+    from ..inspect.numbers.word_map import word_map
     from ..inspect.output import check_output
     from ..inspect.show import plots
 
@@ -129,16 +128,10 @@ def plot(store: Path, out: Path, kind: str, word: str | None, views: tuple[str, 
         raise click.UsageError("--kind word needs --word")
     opened, chosen = opt.open_undamaged(store, views)
     if kind == "similarity":
-        from ..inspect.numbers.similarity import similarity as compute
-
         figure = plots.similarity(compute(opened, chosen, seed=seed, on_progress=opt.progress()))
     elif kind == "norms":
-        from ..inspect.numbers.statistics import statistics
-
         figure = plots.norms(statistics(opened, chosen, seed=seed, on_progress=opt.progress(), rank=False))
     else:
-        from ..inspect.numbers.word_map import word_map
-
         figure = plots.word(word_map(opened, chosen, str(word), seed=seed))
     plots.save(figure, out)
     click.echo(str(out))
@@ -197,7 +190,6 @@ def choose_views(
     from ...data.units import load_units
     from ..inspect.numbers.choose_views import choose, heat_map
     from ..inspect.output import check_output
-    from ..inspect.show import numbers as show_numbers
     from ..inspect.show import plots
 
     if plot is not None:

@@ -115,12 +115,9 @@ class Share(click.ParamType):
 
 
 def open_views(path: Path, patterns: Sequence[str], planned: bool = False) -> tuple[Store, list[View]]:
-    """Open a store, and choose the views that patterns name, or all views.
+    """Open a store, and choose the views that patterns name, or all views. Raises NoStoreError if there are none.
 
     Views without any states are left out unless `planned` is set. A line on stderr names views that are not complete.
-
-    Raises:
-        NoStoreError: there is no store, no view matches, or nothing is extracted yet.
     """
     from ...data.errors import NoStoreError, first_few
     from ..store import Store
@@ -141,11 +138,7 @@ def open_views(path: Path, patterns: Sequence[str], planned: bool = False) -> tu
 
 
 def open_undamaged(path: Path, patterns: Sequence[str]) -> tuple[Store, list[View]]:
-    """Open a store as `open_views`, and leave out damaged views. Lines on stderr name them.
-
-    Raises:
-        StoreError: all of the views are damaged.
-    """
+    """Open a store as `open_views`, without damaged views, which stderr names. Raises StoreError if all are damaged."""
     from ...data.errors import StoreError
     from ..inspect.sample import undamaged
 

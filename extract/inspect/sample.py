@@ -54,13 +54,9 @@ def ids_of(store: Store, rows: Iterable[int]) -> list[str]:
 
 
 def sample_rows(store: Store, views: Sequence[View], tokens: int | None, seed: int = 0) -> np.ndarray:
-    """Draw utterances until they have `tokens` tokens of the first view's teacher. None: take all.
+    """Draw utterances until they have `tokens` tokens of the first view's teacher (None: all). Rows are ascending.
 
-    Returns:
-        Their rows, ascending.
-
-    Raises:
-        NoStoreError: the views have no utterance in common.
+    Raises NoStoreError if the views have no utterance in common.
     """
     rows = available_rows(store, views)
     if not len(rows):

@@ -47,18 +47,11 @@ def export(
 ) -> ExportedStates:
     """Write the states of utterances, with their token ids, pieces and spans.
 
-    Arrays are packed: `TEACHER/length` has the number of tokens of each utterance.
+    Arrays are packed: `TEACHER/length` has the number of tokens of each utterance. Without `float32`, int8 becomes
+    float16, bfloat16 becomes float32, and other dtypes stay as they are.
 
-    Arguments:
-        path: the file; its suffix decides the format.
-        rows: rows of the utterances in the store. None: all.
-        float32: write float32. Otherwise int8 becomes float16, bfloat16 becomes float32, and others stay as they are.
-        force: replace an existing file.
-
-    Raises:
-        NoStoreError: no utterance is in all of the views.
-        StoreError: a state does not fit into float16, or the file cannot be written.
-        UsageError: the suffix is unknown, the file exists, or it would have more than 4 GiB.
+    Raises NoStoreError if no utterance is in all of the views, StoreError if a state does not fit into float16 or the
+    file cannot be written, and UsageError for an unknown suffix, an existing file or one of more than 4 GiB.
     """
     check_output(path, _WRITERS, force)
     available = available_rows(store, views)
@@ -100,18 +93,15 @@ def _hdf5(path: Path, ids: list[str], arrays: dict[str, np.ndarray]) -> None:
     with h5py.File(path, "w") as f:
         f.create_dataset("utterance", data=np.array(ids, object), dtype=text, shape=(len(ids),))
         for name, values in arrays.items():
-            options: dict = (
-                {"data": values} if values.dtype.kind != "U" else {"data": values.astype(object), "dtype": text}
-            )
-            f.create_dataset(name, **options)
+            is_text = values.dtype.kind == "U"
+            f.create_dataset(name, data=values.astype(object) if is_text else values, dtype=text if is_text else None)
             if name.endswith("/length"):
                 ends = np.cumsum(values, dtype=np.int64)
                 f.create_dataset(name.removesuffix("length") + "offset", data=ends - values)
 
 
 def _npz(path: Path, ids: list[str], arrays: dict[str, np.ndarray]) -> None:
-    values: dict = {"utterance": np.array(ids, dtype=np.str_), **arrays}
-    np.savez(path, allow_pickle=False, **values)
+    np.savez(path, allow_pickle=False, utterance=np.array(ids, dtype=np.str_), **arrays)
 
 
 def _safetensors(path: Path, ids: list[str], arrays: dict[str, np.ndarray]) -> None:

@@ -145,14 +145,7 @@ class Verified:
 
 
 def verified(store: Store, data: float = 0.0, on_progress: Callable[[WorkItem], None] | None = None) -> Verified:
-    """Check a store.
-
-    Arguments:
-        data: share of the utterances whose states are read, 0 to 1.
-
-    Raises:
-        StoreError: the plan itself cannot be read.
-    """
+    """Check a store; `data` is the share of the utterances whose states are read. Raises StoreError without a plan."""
     problems = list(findings(store, data, on_progress))
     try:
         views = view_facts(store, store.planned_views)
@@ -174,8 +167,7 @@ def verified(store: Store, data: float = 0.0, on_progress: Callable[[WorkItem], 
 def unopened(path: Path, error: StoreError) -> Verified:
     """Return the damaged records that explain why a store does not open. Raises `error` if there are none."""
     files = open_files(path)
-    damaged = damaged_records(Paths(files))
-    if not damaged:
+    if not (damaged := damaged_records(Paths(files))):
         raise error
     return Verified(files.address, complete=False, units=0, units_planned=0, data=0.0, findings=damaged)
 
@@ -234,21 +226,14 @@ def _view_facts(store: Store, view: View, complete: bool) -> ViewFacts:
 
 
 def utterance_facts(store: Store, patterns: Sequence[str] = ()) -> Iterator[UtteranceFacts]:
-    """Yield the utterances whose id matches one of the globs, or all utterances, in the order of the store.
-
-    Raises:
-        NoStoreError: no utterance matches.
-    """
-    ids, views = store.utterance_ids, store.planned_views
-    chosen = [i for i in ids if not patterns or any(fnmatch.fnmatchcase(i, p) for p in patterns)]
+    """Yield the utterances that match one of the globs, or all, in the store's order. Raises NoStoreError for none."""
+    views = store.planned_views
+    chosen = [i for i in store.utterance_ids if not patterns or any(fnmatch.fnmatchcase(i, p) for p in patterns)]
     if patterns and not chosen:
         what = f"no utterance matches {' or '.join(patterns)}"
         raise NoStoreError(what, where=store.address, remedy="stillhouse inspect ls --utterances")
-    rows = store.rows(chosen).tolist()
     lengths = {name: store.lengths(name) for name in store.plan.teachers}
-    committed = np.zeros(len(rows), np.int64)
-    for view in views:
-        committed += store.has(chosen, view)
-    for utterance, row, count in zip(chosen, rows, committed.tolist()):
+    committed = sum((store.has(chosen, view) for view in views), np.zeros(len(chosen), np.int64))
+    for utterance, row, count in zip(chosen, store.rows(chosen).tolist(), committed.tolist()):
         tokens = {name: int(length[row]) for name, length in lengths.items()}
         yield UtteranceFacts(utterance, row, int(store.index.session[row]), tokens, count, len(views))

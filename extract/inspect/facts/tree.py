@@ -59,11 +59,8 @@ def _under(sizes: Sizes, name: str) -> Sizes:
 def _nodes(files: StoreFiles, place: tuple[str, ...], sizes: Sizes) -> Iterator[Node]:
     facts = "/".join(place), len(place) - 1
     count, total, about = len(sizes), sum(sizes.values()), WHAT.get(place[-1])
-    if () in sizes:
-        yield Node(*facts, "file", count, total, about=about)
-        return
     if ("zarr.json",) not in sizes:
-        yield Node(*facts, "folder", count, total, about=about)
+        yield Node(*facts, "file" if () in sizes else "folder", count, total, about=about)
         return
     file = files.root.joinpath(*place, "zarr.json")
     try:

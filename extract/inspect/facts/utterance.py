@@ -75,9 +75,7 @@ def show(
 ) -> Shown:
     """Return the tokens, contexts and norms of one utterance, with `values` also its states.
 
-    Raises:
-        NoStoreError: the utterance is unknown.
-        StaleError: its text in the manifest `corpus` has changed.
+    Raises NoStoreError for an unknown utterance, and StaleError if its text in the manifest `corpus` has changed.
     """
     row = int(store.rows([utterance])[0])
     session, order = store.index.session, store.index.order

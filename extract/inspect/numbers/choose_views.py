@@ -102,9 +102,7 @@ def choose(
 ) -> Choice:
     """Probe every view at `places` unit beginnings, and suggest `pick` of them.
 
-    Raises:
-        NoStoreError: the corpus and the store have too little in common.
-        StaleError: a transcript has changed.
+    Raises NoStoreError if the corpus and the store have too little in common, StaleError for a changed transcript.
     """
     at = _places(store, views, corpus, units, places, seed)
     alike = similarity(store, views, CKA_TOKENS, seed, on_progress)
@@ -171,11 +169,8 @@ def _embeddings(store: Store, teacher: str, at: _Places) -> np.ndarray:
 
 
 def _places(store: Store, views: Sequence[View], corpus: Corpus, units: Units, count: int, seed: int) -> _Places:
-    ids: list[str] = []
-    begins: list[np.ndarray] = []
-    symbols: list[np.ndarray] = []
-    rows: list[int] = []
-    left = count
+    ids, rows, left = list[str](), list[int](), count
+    begins, symbols = list[np.ndarray](), list[np.ndarray]()
     for row in np.random.default_rng(seed).permutation(available_rows(store, views)).tolist():
         name = store.index.id(row)
         utterance = corpus.by_id.get(name)
@@ -214,8 +209,9 @@ def _places(store: Store, views: Sequence[View], corpus: Corpus, units: Units, c
         expected = f"at least {FOLDS}, because the probe is tested on other texts than it is fitted to"
         raise NoStoreError(what, where=store.address, expected=expected)
     folds = fold_numbers(np.repeat(groups, counts), FOLDS, seed)
-    folds_by = "session" if by_session else "utterance"
-    return _Places(ids, tokens, np.concatenate(here), np.concatenate(after), folds, folds_by)
+    return _Places(
+        ids, tokens, np.concatenate(here), np.concatenate(after), folds, "session" if by_session else "utterance"
+    )
 
 
 def _classes(symbols: np.ndarray) -> np.ndarray:

@@ -88,14 +88,9 @@ def nearest(
     tokens: int | None = None,
     on_progress: OnProgress = ignore,
 ) -> Neighbours:
-    """Find the `count` tokens whose states have the largest cosine with a word's mean state.
+    """Find the `count` tokens whose states have the largest cosine with the mean state of a word (see `find_word`).
 
-    Arguments:
-        word: see `find_word`.
-        standardise: standardise states by the view's norms first, so that outlier dimensions do not decide alone.
-        same_utterance: search the utterance itself, too.
-        tokens: search only a sample of about so many tokens.
-
+    With `standardise`, outlier dimensions do not decide alone. `tokens` limits the search to a sample of that size.
     Raises NoStoreError if the utterance is unknown or not extracted yet, or has no such word.
     """
     if not store.has([utterance], view)[0]:
@@ -194,9 +189,7 @@ class NeighbourComparison:
 def compare(store: Store, utterance: str, views: Sequence[View]) -> list[NeighbourComparison]:
     """Compare each other view with the first, token by token.
 
-    Raises:
-        NoStoreError: the utterance or its states are not in the store.
-        UsageError: there are fewer than two views, or views of several teachers.
+    Raises NoStoreError without the utterance's states, and UsageError unless there are two views of one teacher.
     """
     if len(views) < 2:
         raise UsageError(f"{len(views)} views to compare", expected="two at least, as in --views minilm/*/6")

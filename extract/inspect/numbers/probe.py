@@ -81,9 +81,8 @@ def ridge(states: np.ndarray, probe: Probe) -> Fit:
         for k, strength in enumerate(STRENGTHS):
             weight = np.linalg.solve(covariance + strength * len(a) * np.eye(a.shape[1]), cross)
             predicted[k, out] = (x[out] - mean_a) @ weight + mean_b
-    parts = (slice(0, edge), slice(edge, None))
     r2, accuracy = [], []
-    for part, classes in zip(parts, (probe.here, probe.next)):
+    for part, classes in ((slice(edge), probe.here), (slice(edge, None), probe.next)):
         # Each target gets its own strength, because one of them may be as hard to predict as noise.
         error = np.square(predicted[:, :, part] - y[:, part]).sum(axis=(1, 2))
         best = int(np.argmin(error))

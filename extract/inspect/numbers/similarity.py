@@ -67,16 +67,14 @@ def places(
     lengths, _, span = store.tokens(ids, names[0])
     spans = np.split(span, np.cumsum(lengths)[:-1])
     good, over = tokens_over(store, ids, names[1:], [s[:, 0] for s in spans])
-    indices: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    at = {names[0]: [np.flatnonzero(g) for g in good], **over}
     left = tokens
-    for number in range(len(ids)):
-        own = np.flatnonzero(good[number])
+    for number, own in enumerate(at[names[0]]):
         solid = spans[number][own, 1] > spans[number][own, 0]
-        indices[names[0]].append(own[solid][:left])
-        for name in names[1:]:
-            indices[name].append(over[name][number][solid][:left])
-        left -= len(indices[names[0]][-1])
-    return ids, indices
+        for indices in at.values():
+            indices[number] = indices[number][solid][:left]
+        left -= len(at[names[0]][number])
+    return ids, at
 
 
 def tokens_over(

@@ -65,11 +65,7 @@ def word_map(
     seed: int = 0,
     places: list[tuple[int, int]] | None = None,
 ) -> WordMap:
-    """Project the states of at most `most` occurrences to their first two principal components.
-
-    Arguments:
-        views: views of one teacher and layer in different contexts.
-        places: the occurrences, if they are known already, or some of them.
+    """Project the states of at most `most` occurrences, or of known `places`, to their two principal components.
 
     Raises NoStoreError if the word occurs fewer than two times, and UsageError for views of several teachers.
     """

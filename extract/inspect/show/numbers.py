@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from itertools import accumulate, takewhile
 from typing import TYPE_CHECKING
 
+from ....data.errors import first_few
 from .terminal import columns, pad, printable, share, table, tables, width, wrap
 
 if TYPE_CHECKING:
@@ -34,10 +35,10 @@ def statistics(listed: Sequence[Statistics]) -> str:
     lines = [table(rows, header=header, right="lrrrrrrr"), ""]
     for s in listed:
         if s.outliers:
-            named = ", ".join(f"{d.dimension} (mean {d.mean:.2f}, rms {d.rms:.2f})" for d in s.outliers[:MOST_NAMED])
-            lines.append(wrap(f"{s.view} outliers: {named}{_more(len(s.outliers))}", indent=2))
+            named = [f"{d.dimension} (mean {d.mean:.2f}, rms {d.rms:.2f})" for d in s.outliers]
+            lines.append(wrap(f"{s.view} outliers: {first_few(named, MOST_NAMED)}", indent=2))
         if s.dead:
-            lines.append(f"{s.view} dead: {', '.join(map(str, s.dead[:MOST_NAMED]))}{_more(len(s.dead))}")
+            lines.append(f"{s.view} dead: {first_few([str(d) for d in s.dead], MOST_NAMED)}")
         if s.int8_error is not None and s.int8_error_standardised is not None:
             lines.append(
                 f"{s.view} int8 error: {s.int8_error:.2%} of the states, {s.int8_error_standardised:.2%} standardised"
@@ -48,10 +49,6 @@ def statistics(listed: Sequence[Statistics]) -> str:
     legend = f"first: norm of first tokens over the others'; alike: mean cosine of two tokens; rank: {rank}; "
     lines.append(wrap(f"{tokens} tokens of each view; {legend}no other column counts first tokens"))
     return "\n".join(lines)
-
-
-def _more(count: int) -> str:
-    return f" and {count - MOST_NAMED} more" if count > MOST_NAMED else ""
 
 
 def similarity(s: Similarity) -> str:
@@ -84,13 +81,9 @@ def choice(c: Choice) -> str:
         s.view + (f" (CKA {s.most_alike:.2f} with those before)" if n else "") for n, s in enumerate(c.suggested)
     )
     sample = f"at {c.places:,} units of {c.utterances:,} utterances, {c.folds} folds by {c.folds_by}"
-    lines = [
-        table(rows, header=header, right="lrrrrrr"),
-        f"{sample}; TEACHER/static: the teacher's input embeddings",
-        "",
-    ]
-    lines += [wrap(f"suggested  {chosen}", indent=11), wrap(f"rule       {c.rule}", indent=11)]
-    return "\n".join(lines)
+    drawn = table(rows, header=header, right="lrrrrrr")
+    advice = f"{wrap(f'suggested  {chosen}', indent=11)}\n{wrap(f'rule       {c.rule}', indent=11)}"
+    return f"{drawn}\n{sample}; TEACHER/static: the teacher's input embeddings\n\n{advice}"
 
 
 def neighbours(n: Neighbours) -> str:

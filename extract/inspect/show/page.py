@@ -106,12 +106,8 @@ def collect(
 
 def _last_views(views: Sequence[View]) -> list[View]:
     """The deepest layer of each teacher, if possible in a context with neighbours."""
-    deepest: dict[str, View] = {}
-    for view in views:
-        best = deepest.get(view.teacher)
-        if best is None or (view.layer, view.context != "alone") >= (best.layer, best.context != "alone"):
-            deepest[view.teacher] = view
-    return list(deepest.values())
+    deepest = {v.teacher: v for v in sorted(views, key=lambda v: (v.layer, v.context != "alone"))}
+    return [deepest[teacher] for teacher in dict.fromkeys(v.teacher for v in views)]
 
 
 def _words(store: Store, view: View, count: int = 3) -> list[str]:

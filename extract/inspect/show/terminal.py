@@ -40,12 +40,9 @@ def pad(text: str, columns: int, right: bool = False) -> str:
 
 
 def table(rows: Sequence[Sequence[object]], *, right: str = "", header: Sequence[str] = ()) -> str:
-    """Return aligned columns with two spaces between them. None is shown as "-".
+    """Return aligned columns, those with "r" in `right` to the right. None is shown as "-".
 
     A cell of more than 48 columns shifts the rest of its own row only.
-
-    Arguments:
-        right: one letter per column; "r" aligns it to the right.
     """
     cells = _cells(rows, header)
     if not cells:
@@ -82,11 +79,7 @@ def tables(rows: Sequence[Sequence[object]], *, right: str, header: Sequence[str
 
 
 def wrap(text: str, most: int | None = None, indent: int = 0) -> str:
-    """Break a text into lines of at most `most` columns, and indent those after the first. A longer word stays whole.
-
-    Arguments:
-        most: None: the columns of the terminal, at most 100.
-    """
+    """Break a text into lines of at most `most` columns, or the terminal's but at most 100. Longer words stay whole."""
     most = min(columns(), PROSE) if most is None else most
     lines: list[str] = []
     for word in printable(text).split(" "):
