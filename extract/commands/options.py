@@ -161,11 +161,10 @@ def print_fact(
     if not as_json:
         click.echo(render(fact))
         return
-    value = (
-        to_json(fact, kind)
-        if listed is None
-        else {"schema": f"stillhouse.inspect.{listed[0]}/1", listed[1]: [to_json(f, kind) for f in fact]}
-    )
+    if listed is None:
+        value = to_json(fact, kind)
+    else:
+        value = {"schema": f"stillhouse.inspect.{listed[0]}/1", listed[1]: [to_json(f, kind) for f in fact]}
     click.echo(json.dumps(value, indent=1, ensure_ascii=False))
 
 

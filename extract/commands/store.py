@@ -81,6 +81,7 @@ def subset(
     as_json: bool,
 ) -> None:
     """Copy some utterances of STORE to a new store OUT, with the text that their contexts saw."""
+    from ...data.manifest import read_manifest
     from ..maintain.combine import subset as run
 
     if (utterances is None) == (split is None) or (split is None) != (corpus is None):
@@ -88,8 +89,6 @@ def subset(
     if utterances is not None:
         ids = read_ids(utterances)
     else:
-        from ...data.manifest import read_manifest
-
         ids = [u.id for u in read_manifest(str(corpus)).select(split).utterances]
     _print_combined(run(store, out, ids, views), as_json)
 

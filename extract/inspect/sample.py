@@ -54,10 +54,7 @@ def ids_of(store: Store, rows: Iterable[int]) -> list[str]:
 
 
 def sample_rows(store: Store, views: Sequence[View], tokens: int | None, seed: int = 0) -> np.ndarray:
-    """Draw utterances until they have `tokens` tokens of the first view's teacher (None: all). Rows are ascending.
-
-    Raises NoStoreError if the views have no utterance in common.
-    """
+    """Draw utterances until they have `tokens` tokens of the first view's teacher (None: all). Rows are ascending."""
     rows = available_rows(store, views)
     if not len(rows):
         in_all, remedy = ("all of ", "name fewer views with --view, or ") if len(views) > 1 else ("", "")
@@ -80,11 +77,7 @@ def sample_size(store: Store, views: Sequence[View], most: int) -> int:
 
 
 def representative(views: Sequence[View], most: int) -> list[View]:
-    """Choose at most `most` views, in their order.
-
-    Of each teacher and context it takes layers that are evenly apart, the first and the last among them. If there are
-    too many contexts for that, the views are evenly apart in the whole list.
-    """
+    """Choose at most `most` views, evenly apart among the layers of each teacher and context, or among all of them."""
     groups: dict[tuple[str, str], list[View]] = {}
     for view in views:
         groups.setdefault((view.teacher, view.context), []).append(view)

@@ -49,9 +49,6 @@ def export(
 
     Arrays are packed: `TEACHER/length` has the number of tokens of each utterance. Without `float32`, int8 becomes
     float16, bfloat16 becomes float32, and other dtypes stay as they are.
-
-    Raises NoStoreError if no utterance is in all of the views, StoreError if a state does not fit into float16 or the
-    file cannot be written, and UsageError for an unknown suffix, an existing file or one of more than 4 GiB.
     """
     check_output(path, _WRITERS, force)
     available = available_rows(store, views)

@@ -73,10 +73,7 @@ class Shown:
 def show(
     store: Store, utterance: str, views: Sequence[View], *, values: bool = False, corpus: Path | None = None
 ) -> Shown:
-    """Return the tokens, contexts and norms of one utterance, with `values` also its states.
-
-    Raises NoStoreError for an unknown utterance, and StaleError if its text in the manifest `corpus` has changed.
-    """
+    """Return the tokens, contexts and norms of one utterance. Raises StaleError if its text in `corpus` has changed."""
     row = int(store.rows([utterance])[0])
     session, order = store.index.session, store.index.order
     session_rows = order[session[order] == session[row]].tolist()
@@ -161,10 +158,7 @@ def plain(piece: str) -> str:
 
 
 def transcript(manifest: Path, utterance: str) -> str:
-    """Read the raw text of one utterance. The rest of the manifest is not checked, which would take seconds.
-
-    Raises CorpusError if the file cannot be read, and NoStoreError if the utterance is not in it.
-    """
+    """Read the raw text of one utterance. The rest of the manifest is not checked, which would take seconds."""
     spellings = json.dumps(utterance), json.dumps(utterance, ensure_ascii=False)
     number = 0
     try:

@@ -83,9 +83,7 @@ class _Places:
 
     ids: list[str]
     tokens: dict[str, list[np.ndarray]]  # {teacher: token indices of each utterance}
-    here: np.ndarray  # [places]: the unit
-    next: np.ndarray  # [places]: the unit after it
-    fold: np.ndarray  # [places]
+    probe: Probe
     folds_by: str
 
 
@@ -100,13 +98,9 @@ def choose(
     seed: int = 0,
     on_progress: OnProgress = ignore,
 ) -> Choice:
-    """Probe every view at `places` unit beginnings, and suggest `pick` of them.
-
-    Raises NoStoreError if the corpus and the store have too little in common, StaleError for a changed transcript.
-    """
+    """Probe every view at `places` unit beginnings, and suggest `pick` of them. Raises NoStoreError or StaleError."""
     at = _places(store, views, corpus, units, places, seed)
     alike = similarity(store, views, CKA_TOKENS, seed, on_progress)
-    probe = Probe(_classes(at.here), _classes(at.next), at.fold)
 
     def read(view: View) -> np.ndarray:
         return states_at(store, view, at.ids, at.tokens[view.teacher])
@@ -114,21 +108,21 @@ def choose(
     scores = []
     for view in views:
         on_progress(view)
-        scores.append(_probed(view.address, read(view), probe))
+        scores.append(_probed(view.address, read(view), at.probe))
     chosen = suggest(scores, np.array(alike.cka), pick)
     return Choice(
         views=scores,
-        static=[_probed(f"{t}/static", _embeddings(store, t, at), probe) for t in at.tokens],
-        chance_here=_most_frequent(at.here),
-        chance_next=_most_frequent(at.next),
+        static=[_probed(f"{t}/static", _embeddings(store, t, at), at.probe) for t in at.tokens],
+        chance_here=_most_frequent(at.probe.here),
+        chance_next=_most_frequent(at.probe.next),
         cka=alike.cka,
         suggested=[Suggested(scores[i].view, scores[i].score, round(overlap, 4)) for i, overlap in chosen],
-        together=_probed("together", np.concatenate([read(views[i]) for i, _ in chosen], axis=1), probe),
+        together=_probed("together", np.concatenate([read(views[i]) for i, _ in chosen], axis=1), at.probe),
         rule=RULE,
-        places=len(at.here),
+        places=len(at.probe.fold),
         cka_places=alike.places,
         utterances=len(at.ids),
-        folds=int(at.fold.max()) + 1,
+        folds=int(at.probe.fold.max()) + 1,
         folds_by=at.folds_by,
     )
 
@@ -209,9 +203,8 @@ def _places(store: Store, views: Sequence[View], corpus: Corpus, units: Units, c
         expected = f"at least {FOLDS}, because the probe is tested on other texts than it is fitted to"
         raise NoStoreError(what, where=store.address, expected=expected)
     folds = fold_numbers(np.repeat(groups, counts), FOLDS, seed)
-    return _Places(
-        ids, tokens, np.concatenate(here), np.concatenate(after), folds, "session" if by_session else "utterance"
-    )
+    probe = Probe(_classes(np.concatenate(here)), _classes(np.concatenate(after)), folds)
+    return _Places(ids, tokens, probe, "session" if by_session else "utterance")
 
 
 def _classes(symbols: np.ndarray) -> np.ndarray:
@@ -222,5 +215,5 @@ def _classes(symbols: np.ndarray) -> np.ndarray:
     return np.minimum(rank, CLASSES)[inverse]
 
 
-def _most_frequent(symbols: np.ndarray) -> float:
-    return round(float(np.bincount(_classes(symbols)).max() / len(symbols)), 4)
+def _most_frequent(classes: np.ndarray) -> float:
+    return round(float(np.bincount(classes).max() / len(classes)), 4)

@@ -58,10 +58,7 @@ def words(tokens: Sequence[TokenFacts]) -> list[list[int]]:
 
 
 def find_word(tokens: Sequence[TokenFacts], word: str, utterance: str) -> list[int]:
-    """Return the tokens of a word: "bank", "bank#2" for the second one, or "7" for the token of that number.
-
-    Raises NoStoreError, with a list of the words, if there is no such word.
-    """
+    """Return the tokens of a word: "bank", "bank#2" for the second one, or "7" for the token of that number."""
     if word.isdigit() and int(word) < len(tokens):
         return [int(word)]
     name, _, number = word.partition("#")
@@ -139,10 +136,7 @@ def nearest(
 
 
 def _in_threads(work: Callable, parts: Iterator) -> Iterator:
-    """Results in the order of `parts`, on all cores, with at most two parts per core in memory.
-
-    This thread reads `parts`, because a store's handles belong to one thread.
-    """
+    """Results in the order of `parts`, with two parts per core in memory. A store's handles stay in this thread."""
     cores = os.cpu_count() or 1
     with ThreadPoolExecutor(cores) as pool:
         waiting: deque[Future] = deque()
@@ -187,10 +181,7 @@ class NeighbourComparison:
 
 
 def compare(store: Store, utterance: str, views: Sequence[View]) -> list[NeighbourComparison]:
-    """Compare each other view with the first, token by token.
-
-    Raises NoStoreError without the utterance's states, and UsageError unless there are two views of one teacher.
-    """
+    """Compare each other view with the first, token by token. Raises UsageError unless one teacher has two views."""
     if len(views) < 2:
         raise UsageError(f"{len(views)} views to compare", expected="two at least, as in --views minilm/*/6")
     teacher, *others = dict.fromkeys(v.teacher for v in views)

@@ -82,8 +82,7 @@ def tokens_over(
 ) -> tuple[list[np.ndarray], dict[str, list[np.ndarray]]]:
     """Find the tokens of several teachers over some characters `begins` (code points) of each utterance.
 
-    Returns for each utterance a bool per character, whether every teacher has a token there. For each teacher and
-    utterance it returns the indices of those tokens.
+    Returns per utterance a bool [characters] (every teacher has a token there), and per teacher those tokens' indices.
     """
     good = [np.ones(len(begin), bool) for begin in begins]
     at: dict[str, list[np.ndarray]] = {}

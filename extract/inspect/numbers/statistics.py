@@ -93,8 +93,8 @@ def _of_view(store: Store, view: View, rows: np.ndarray, rank: str) -> Statistic
     square = np.zeros((width, width) if rank == "all" else width)
     some: list[np.ndarray] = []
     every = -(-int(store.lengths(view.teacher)[rows].sum()) // RANK_SIDE)
-    norms: list[np.ndarray] = []
-    first_norms: list[np.ndarray] = []
+    norms = [np.zeros(0, np.float32)]
+    first_norms = [np.zeros(0, np.float32)]
     not_finite = count = 0
     for part in blocks(store, view.teacher, rows):
         gathered = read_states(store, view, ids_of(store, part))
@@ -118,8 +118,7 @@ def _of_view(store: Store, view: View, rows: np.ndarray, rank: str) -> Statistic
         if rank == "some":
             some.append(moved[-count % every :: every])
         count += len(states)
-    lengths_all = np.concatenate(norms) if norms else np.zeros(0)
-    first_all = np.concatenate(first_norms) if first_norms else np.zeros(0)
+    lengths_all, first_all = np.concatenate(norms), np.concatenate(first_norms)
     mean = total / max(count, 1)
     covariance = square / max(count, 1) - (np.outer(mean, mean) if rank == "all" else mean**2)
     mean = mean + (0 if shift is None else shift)
@@ -131,6 +130,7 @@ def _of_view(store: Store, view: View, rows: np.ndarray, rank: str) -> Statistic
         ranked, spectrum_of = len(drawn), drawn @ drawn.T
     rms = np.sqrt(std**2 + mean**2)
     large = np.flatnonzero(rms > OUTLIER * np.median(rms))
+    large = large[np.argsort(-rms[large], kind="stable")]
     pairs = count * (count - 1)
     loss = store.loss(view)
     return Statistics(
@@ -146,9 +146,7 @@ def _of_view(store: Store, view: View, rows: np.ndarray, rank: str) -> Statistic
         anisotropy=float((direction @ direction - count) / pairs) if pairs else 0.0,
         effective_rank=float("nan") if rank == "none" else _effective_rank(spectrum_of) if count else 0.0,
         dead=np.flatnonzero(std <= DEAD * np.median(std)).tolist() if count else [],
-        outliers=[
-            Dimension(int(d), float(mean[d]), float(rms[d])) for d in large[np.argsort(-rms[large], kind="stable")]
-        ],
+        outliers=[Dimension(d, float(mean[d]), float(rms[d])) for d in large.tolist()],
         not_finite=not_finite,
         int8_error=loss.relative if loss else None,
         int8_error_standardised=loss.standardised if loss else None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from ..sample import available_rows, blocks, ids_of, locate
 from .neighbours import marked
 
 READ_TOKENS = 1 << 20  # token ids that are read at once
+Places = list[tuple[int, int]]  # (row, token) of each occurrence
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,12 @@ class WordMap:
     points: list[Point]
 
 
-def occurrences(store: Store, teacher: str, word: str, rows: np.ndarray) -> list[tuple[int, int]]:
+def occurrences(store: Store, teacher: str, word: str, rows: np.ndarray) -> Places:
     """Return (row, token) of every token that spells the word alone, in the order of `rows`."""
     pieces = store.pieces(teacher)
     spelling = [i for i, p in enumerate(pieces) if plain(p).casefold() == word.casefold() and not p.startswith("##")]
     ids = store.embedding(teacher)[0][spelling]
-    places: list[tuple[int, int]] = []
+    places: Places = []
     for part in blocks(store, teacher, rows, READ_TOKENS):
         lengths, token_id, _ = store.tokens(ids_of(store, part), teacher)
         of, token = locate(part, lengths, np.flatnonzero(np.isin(token_id, ids)))
@@ -58,17 +60,9 @@ def occurrences(store: Store, teacher: str, word: str, rows: np.ndarray) -> list
 
 
 def word_map(
-    store: Store,
-    views: Sequence[View],
-    word: str,
-    most: int = 200,
-    seed: int = 0,
-    places: list[tuple[int, int]] | None = None,
+    store: Store, views: Sequence[View], word: str, most: int = 200, seed: int = 0, places: Places | None = None
 ) -> WordMap:
-    """Project the states of at most `most` occurrences, or of known `places`, to their two principal components.
-
-    Raises NoStoreError if the word occurs fewer than two times, and UsageError for views of several teachers.
-    """
+    """Project at most `most` occurrences, or those of known `places`, to two principal components of their states."""
     teacher, *others = dict.fromkeys(v.teacher for v in views)
     if others:
         names = ", ".join([teacher, *others])
@@ -78,10 +72,8 @@ def word_map(
     if len(places) < 2:
         what = f"{word!r} occurs {len(places)} times as a single token of {teacher}"
         raise NoStoreError(what, where=store.address, expected="at least two times")
-    chosen = places
-    if len(places) > most:
-        index = np.sort(np.random.default_rng(seed).choice(len(places), most, replace=False))
-        chosen = [places[i] for i in index.tolist()]
+    index = np.random.default_rng(seed).choice(len(places), min(most, len(places)), replace=False)
+    chosen = [places[i] for i in np.sort(index).tolist()]
     utterances = ids_of(store, (row for row, _ in chosen))
     ids = list(dict.fromkeys(utterances))
     gathered = store.gather(ids, views)
@@ -94,9 +86,8 @@ def word_map(
     plane = (centred @ axes[:2].T).tolist()
     explained = (scale**2 / max(float((scale**2).sum()), 1e-30))[:2]
     tokens = {i: tokens_of(store, i, teacher) for i in ids}
-    points = []
-    for n, (x, y) in enumerate(plane):
-        utterance, (_, token) = utterances[n % len(chosen)], chosen[n % len(chosen)]
-        view = views[n // len(chosen)].address
-        points.append(Point(round(x, 4), round(y, 4), view, utterance, token, *marked(tokens[utterance], token)))
+    points = [
+        Point(round(x, 4), round(y, 4), view.address, utterance, token, *marked(tokens[utterance], token))
+        for (view, (utterance, (_, token))), (x, y) in zip(product(views, zip(utterances, chosen)), plane)
+    ]
     return WordMap(word, [v.address for v in views], len(places), len(chosen), explained.round(4).tolist(), points)

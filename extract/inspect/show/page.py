@@ -81,9 +81,8 @@ def collect(
             name = store.index.id(row)
             near.append(nearest(store, view, name, str(token), 6, tokens=searched, on_progress=on_progress))
     compared = views if full else representative(views, MOST_COMPARED)
-    similar = None
-    if len(compared) > 1 and len(available_rows(store, compared)):
-        similar = similarity(store, compared, tokens, seed, on_progress)
+    comparable = len(compared) > 1 and len(available_rows(store, compared))
+    similar = similarity(store, compared, tokens, seed, on_progress) if comparable else None
     shown = []
     if views:
         by_teacher = [[v for v in views if v.teacher == t] for t in dict.fromkeys(v.teacher for v in views)]
@@ -127,9 +126,8 @@ def render(page: StorePage) -> str:
     """Return the page as HTML."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
-    )
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
     environment.filters |= {"size": size}
     environment.globals |= {"share": share, "plane": plane, "COLOURS": COLOURS}

@@ -79,7 +79,7 @@ def tables(rows: Sequence[Sequence[object]], *, right: str, header: Sequence[str
 
 
 def wrap(text: str, most: int | None = None, indent: int = 0) -> str:
-    """Break a text into lines of at most `most` columns, or the terminal's but at most 100. Longer words stay whole."""
+    """Break a text into lines of at most `most` columns (None: the terminal's, at most 100), and indent later lines."""
     most = min(columns(), PROSE) if most is None else most
     lines: list[str] = []
     for word in printable(text).split(" "):
