@@ -7,6 +7,7 @@ Try: `stillhouse --help` shows the exit codes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 
 class StillhouseError(Exception):
@@ -37,16 +38,13 @@ class StillhouseError(Exception):
 
     def __reduce__(self) -> tuple:
         # By default exceptions pickle their positional arguments only. These cross processes with all fields.
-        return (_rebuild, (type(self), self.what, self.where, self.expected, self.remedy))
+        fields = {"where": self.where, "expected": self.expected, "remedy": self.remedy}
+        return partial(type(self), self.what, **fields), ()
 
 
 def first_few(names: Sequence[str], most: int = 5) -> str:
     """Return the first few of many names, for an error."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _rebuild(cls: type, what: str, where: object, expected: str | None, remedy: str | None) -> StillhouseError:
-    return cls(what, where=where, expected=expected, remedy=remedy)
 
 
 class UsageError(StillhouseError):

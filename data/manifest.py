@@ -148,7 +148,7 @@ def scan_manifest(path: Path | str) -> Iterator[tuple[int, Utterance | CorpusErr
     if not os.path.exists(path):
         raise CorpusError("there is no such manifest", where=path, remedy="make one with `stillhouse corpus import`")
     for number, line in scan_bytes(path):
-        yield number, line if isinstance(line, CorpusError) else _parse(line, f"{path}:{number}")
+        yield number, _parse(line, f"{path}:{number}")
 
 
 class BadLine(CorpusError):

@@ -28,31 +28,20 @@ SPACE_MARK = "\u2581"  # the mark of sentencepiece for a space, so that in a tra
 
 @dataclass(frozen=True, eq=False)
 class MappedText:
-    """A transformed text, and where each of its characters came from.
-
-    Fields:
-        source: int32 [len(text), 2]. Row k is the half-open range of code points of `raw` that became `text[k]`.
-    """
+    """A transformed text. Row k of `source` is the half-open range of code points of `raw` that became `text[k]`."""
 
     text: str
-    source: np.ndarray
+    source: np.ndarray  # int32 [len(text), 2]
     raw: str
 
     def spans(self, ranges: np.ndarray) -> np.ndarray:
         """Return the raw ranges that became ranges of `text`, none of them empty: int [K, 2] -> int32 [K, 2]."""
         ranges = np.asarray(ranges, dtype=np.int64).reshape(-1, 2)
-        out = np.empty(ranges.shape, np.int32)
-        out[:, 0] = self.source[ranges[:, 0], 0]
-        out[:, 1] = self.source[ranges[:, 1] - 1, 1]
-        return out
+        return np.stack([self.source[ranges[:, 0], 0], self.source[ranges[:, 1] - 1, 1]], axis=1)
 
 
 def transform(raw: str, name: str) -> MappedText:
-    """Apply the transforms in `name`, with "+" between, from left to right. `NAMES` lists them.
-
-    Raises:
-        ConfigError: a name is unknown.
-    """
+    """Apply the transforms in `name`, with "+" between, from left to right. `NAMES` lists them."""
     text, source = raw, _identity(len(raw))
     for step in _steps(name):
         text, local = step(text)

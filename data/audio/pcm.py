@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -69,27 +70,28 @@ class PcmStream:
 
     def _header(self) -> None:
         remedy = f"sox FILE -t wav -r {self.rate_hz} -c 1 - | stillhouse decode RUN -"
+        error = partial(AudioError, where=self.where, remedy=remedy)
         head = self._read(12)
         if not head:
-            raise AudioError("the stream is empty", where=self.where, remedy=remedy)
+            raise error("the stream is empty")
         if head[:4] not in (b"RIFF", b"RF64") or head[8:] != b"WAVE":
-            what, where = f"not a WAV stream: it begins with {head[:12]!r}", self.where
-            raise AudioError(what, where=where, expected="WAV, or --raw for 16-bit PCM without a header", remedy=remedy)
+            expected = "WAV, or --raw for 16-bit PCM without a header"
+            raise error(f"not a WAV stream: it begins with {head!r}", expected=expected)
         fmt = b""
         while True:
             chunk = self._read(8)
             if len(chunk) < 8:
-                raise AudioError("the WAV header is cut off", where=self.where, remedy=remedy)
+                raise error("the WAV header is cut off")
             name, size = chunk[:4], struct.unpack("<I", chunk[4:])[0]
             if name == b"data":
                 break
             body = self._read(size + size % 2) if size <= LARGEST_CHUNK else b""
             if len(body) < size:
-                raise AudioError(f"the WAV header's chunk {name!r} is cut off", where=self.where, remedy=remedy)
+                raise error(f"the WAV header's chunk {name!r} is cut off")
             if name == b"fmt ":
                 fmt = body
         if len(fmt) < 16:
-            raise AudioError("the WAV header does not name the format", where=self.where, remedy=remedy)
+            raise error("the WAV header does not name the format")
         self.format, channels, rate, _, _, self.bits = struct.unpack("<HHIIHH", fmt[:16])
         if self.format == EXTENSIBLE and len(fmt) >= 26:
             self.format = struct.unpack("<H", fmt[24:26])[0]
@@ -97,8 +99,7 @@ class PcmStream:
         wrong += [f"{channels} channels"] if channels != 1 else []
         wrong += [f"format {self.format} of {self.bits} bits"] if (self.format, self.bits) not in KINDS else []
         if wrong:
-            expected = f"{self.rate_hz} Hz, 1 channel, PCM or float"
-            raise AudioError(f"the audio has {', '.join(wrong)}", where=self.where, expected=expected, remedy=remedy)
+            raise error(f"the audio has {', '.join(wrong)}", expected=f"{self.rate_hz} Hz, 1 channel, PCM or float")
         self.left = size if 0 < size < UNKNOWN_BYTES else None
 
     def _read(self, size: int) -> bytes:

@@ -28,22 +28,16 @@ from .sampler import BatchPlan, BatchSampler
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's part of a batch. Features are fbank as stored, and padding is 0.
-
-    Fields:
-        transfer: the target reader's batch, or None without targets.
-        read_s, teacher_s: seconds spent on features and units, and on teacher targets.
-        share, part: as in `BatchPlan`.
-    """
+    """One rank's part of a batch. Features are fbank as stored, padding is 0, `share` and `part` as in `BatchPlan`."""
 
     ids: list[str]
     features: Tensor  # float32 [B, T, bins]
     feature_lengths: Tensor  # int64 [B]
     targets: Tensor  # int32 [B, U]
     target_lengths: Tensor  # int32 [B]
-    transfer: Any
-    read_s: float
-    teacher_s: float
+    transfer: Any  # the target reader's batch, or None without targets
+    read_s: float  # seconds spent on features and units
+    teacher_s: float  # seconds spent on teacher targets
     share: float = 1.0
     part: tuple[int, range] | None = None
 

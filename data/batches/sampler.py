@@ -21,33 +21,24 @@ MIX_SHARDS = 16  # All of a small corpus is mixed, because it has no more shards
 class BatchPlan:
     """One rank's part of a batch.
 
-    Fields:
-        indices: int64 [B], utterances.
-        speeds: int64 [B], the index of each utterance's speed.
-        number: the number of the batch, the same on all ranks and unique in a run.
-        share: the part's share of the batch's utterances. Means over the parts, weighted by it, add up to the mean over
-            the batch. 0 marks a placeholder on a rank without an utterance, which must not count.
-        part: how many utterances the whole batch has, and which of them these are. None: all.
+    `share` is the part's share of the batch's utterances. Means over the parts, weighted by it, add up to the mean over
+    the batch. 0 marks a placeholder on a rank without an utterance, which must not count.
     """
 
-    indices: np.ndarray
-    speeds: np.ndarray
-    number: int
+    indices: np.ndarray  # int64 [B], utterances
+    speeds: np.ndarray  # int64 [B], the index of each utterance's speed
+    number: int  # of the batch: the same on all ranks and unique in a run
     share: float = 1.0
-    part: tuple[int, range] | None = None
+    part: tuple[int, range] | None = None  # how many utterances the batch has, and which these are; None: all
 
 
 class BatchSampler:
-    """Plan batches of at most `max_frames` padded frames, from utterances of similar length.
+    """Plan batches of at most `max_frames` padded frames over all ranks, from utterances of similar length.
 
-    Arguments:
-        frames: int64 [U, S], the length of every utterance at every speed, in acoustic frames.
-        max_frames: the budget of the whole batch, over all ranks.
-        shuffle: False: every utterance comes once at speed 0, longest first, for decoding.
-        shards: int64 [U], the shard of every utterance. None: mix all utterances.
-        mix: about so many shards are mixed at a time, drawn again in each epoch, so that reads stay close. 0: all.
-        rank, world_size: this process gets every `world_size`-th utterance of each batch, so that parts have similar
-            lengths.
+    `frames`, int64 [U, S], are the lengths of every utterance at every speed. `shards`, int64 [U], are the shards of
+    the utterances. About `mix` of them are mixed at a time, drawn again in each epoch, so that reads stay close (0:
+    all). Without `shuffle`, every utterance comes once at speed 0, longest first, for decoding. A rank gets every
+    `world_size`-th utterance of each batch, so that parts have similar lengths.
     """
 
     def __init__(

@@ -97,8 +97,7 @@ def features(manifest: Path, features_file: Path, speeds: str, as_json: bool, **
         progress.stop()
     took = time.monotonic() - started
     if as_json:
-        facts = {k: v for k, v in vars(report).items() if k != "failures"}
-        click.echo(json.dumps({**facts, "seconds": round(took, 3)}))
+        click.echo(json.dumps({**asdict(report), "seconds": round(took, 3)}))
     else:
         say(
             f"{features_file}: {report.rows_computed} rows of {report.audio_s / 3600:.2f} h in {took:.1f} s "

@@ -36,7 +36,6 @@ _pattern = click.option(
     metavar="REGEX",
     help="Regular expression for the whole id, with a group `session` and perhaps a group `order`.",
 )
-_split = click.option("--split", help="Split of utterances that have none of their own.")
 _audio_root = click.option(
     "--audio-root", type=FOLDER, help="Folder where relative audio paths start. By default the import looks for it."
 )
@@ -60,14 +59,16 @@ def import_() -> None:
     """
 
 
-def _importer(name: str, reader: str, help: str, parameters: tuple[Callable, ...], *, audio: bool = True) -> None:
-    """Add the command of a reader, "MODULE.FUNCTION" of `sources`: its parameters, MANIFEST, and the options of all."""
+def _importer(
+    name: str, help: str, parameters: tuple[Callable, ...], *, module: str | None = None, audio: bool = True
+) -> None:
+    """Add the command of `sources.MODULE.import_MODULE`: its parameters, MANIFEST, and the options of all."""
+    module = module or name
 
     def command(sources: Any, manifest: Path, force: bool, as_json: bool, **options: Any) -> None:
         from ..sources.common import named_sources
 
-        module, function = reader.split(".")
-        read = getattr(importlib.import_module(f"..sources.{module}", __package__), function)
+        read = getattr(importlib.import_module(f"..sources.{module}", __package__), f"import_{module}")
         if _folders in parameters or _files in parameters:
             sources = named_sources(sources)
         if _columns in parameters:
@@ -86,7 +87,6 @@ def _importer(name: str, reader: str, help: str, parameters: tuple[Callable, ...
 
 _importer(
     "csv",
-    "table.import_table",
     """Import TABLE, a CSV or TSV file.
 
     Columns are found by their usual names, or by the options. "A,B" joins two columns by "-". Columns that no option
@@ -112,12 +112,12 @@ _importer(
         click.option(
             "--audio-root", type=EXISTING, help="Folder where audio paths start. By default the folder of the table."
         ),
-        _split,
+        click.option("--split", help="Split of utterances that have none of their own."),
     ),
+    module="table",
 )
 _importer(
     "librispeech",
-    "librispeech.import_librispeech",
     """Import FOLDER, a LibriSpeech tree or one split, speaker or chapter of it.
 
     Example: stillhouse corpus import librispeech LibriSpeech corpus.jsonl
@@ -126,7 +126,6 @@ _importer(
 )
 _importer(
     "text",
-    "text.import_text",
     """Import FILES of text without audio.
 
     Lines are UTT<TAB>TEXT, or one sentence a line with blank lines between sessions.
@@ -145,7 +144,6 @@ _importer(
 )
 _importer(
     "kaldi",
-    "kaldi.import_kaldi",
     """Import each FOLDER, a Kaldi data directory with wav.scp and text, or a folder of such directories.
 
     The split is SPLIT, or else the folder's name. With `segments`, recordings are sessions in the order of time. A pipe
@@ -158,7 +156,6 @@ _importer(
 )
 _importer(
     "espnet",
-    "kaldi.import_kaldi",
     """Import each FOLDER, a dump of ESPnet such as dump/raw/train, with the split SPLIT.
 
     Dumps have the layout of Kaldi data directories. Audio in archives is written to files beside the manifest.
@@ -173,10 +170,10 @@ _importer(
         _pipes,
         _pattern,
     ),
+    module="kaldi",
 )
 _importer(
     "nemo",
-    "nemo.import_nemo",
     """Import each FILE, a NeMo manifest, with the split SPLIT.
 
     A manifest has JSON lines with audio_filepath, text, duration and perhaps offset.
@@ -192,7 +189,6 @@ _importer(
 )
 _importer(
     "lhotse",
-    "lhotse.import_lhotse",
     """Import each FILE of Lhotse's JSON lines, with the split SPLIT.
 
     Files hold cuts, or recordings and supervisions. They may be gzip.
@@ -203,7 +199,6 @@ _importer(
 )
 _importer(
     "huggingface",
-    "huggingface.import_huggingface",
     """Import each FOLDER, a Hugging Face dataset on disk, with the split SPLIT.
 
     A folder is one of save_to_disk, or of parquet files. Embedded audio is written to files beside the manifest, byte
@@ -234,12 +229,12 @@ def _finish(result: Imported, manifest: Path, force: bool, as_json: bool) -> Non
         result.note(f"{sessions} sessions, and {without} utterances without one")
     for note in result.notes:
         say(note)
-    if utterances and manifest.exists() and not force:
-        with manifest.open("rb") as file:
-            same = all(file.readline() == (to_line(u) + "\n").encode() for u in utterances) and not file.read(1)
-        if not same:
-            raise UsageError("there is a different manifest", where=manifest, remedy="--force replaces it")
     if utterances:
+        if manifest.exists() and not force:
+            with manifest.open("rb") as file:
+                same = all(file.readline() == (to_line(u) + "\n").encode() for u in utterances) and not file.read(1)
+            if not same:
+                raise UsageError("there is a different manifest", where=manifest, remedy="--force replaces it")
         write_manifest(manifest, utterances)
     hours = sum(u.duration_s or 0 for u in utterances) / 3600
     if as_json:

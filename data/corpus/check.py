@@ -29,15 +29,7 @@ _PLACE = re.compile(r"(?P<file>.*):(?P<line>\d+)", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One problem of a corpus.
-
-    Fields:
-        kind: a word to filter by, see docs/guide/corpus.md.
-        where: a path, or path:line.
-        id: the utterance, or None if it is unknown.
-        what: what is wrong.
-        remedy: what to do.
-    """
+    """One problem of a corpus, at a path or path:line. `kind` is a word to filter by, see docs/guide/corpus.md."""
 
     kind: str
     where: str

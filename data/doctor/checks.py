@@ -29,15 +29,9 @@ DRIVER = Path("/proc/driver/nvidia/gpus")  # The driver of NVIDIA makes a folder
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the answer.
+    """One line of the answer. "low" works, but slowly or with little left. Only "broken" must be repaired."""
 
-    Fields:
-        group: "python", "library", "gpu", "extra" or "machine".
-        state: "ok"; "low" works, but slowly or with little left; "absent" is optional; "broken" must be repaired.
-        remedy: what to do, or None.
-    """
-
-    group: str
+    group: str  # "python", "library", "gpu", "extra" or "machine"
     name: str
     state: State
     what: str
@@ -104,9 +98,8 @@ def _gpu(torch: Answer, numba: Answer) -> Iterator[Check]:
     if gpus or seen:
         yield Check("gpu", "CUDA driver", "ok", f"{gpus or len(seen)} devices")
     else:
-        yield Check(
-            "gpu", "CUDA driver", "absent", "none, so everything runs on the CPU", "for a GPU: the driver of NVIDIA"
-        )
+        what, remedy = "none, so everything runs on the CPU", "for a GPU: the driver of NVIDIA"
+        yield Check("gpu", "CUDA driver", "absent", what, remedy)
     if seen:
         yield Check("gpu", "torch on CUDA", "ok", "; ".join(seen))
     elif gpus:

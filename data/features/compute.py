@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,14 +32,13 @@ ASSUMED_S = 10.0  # the length of an utterance whose manifest does not give it
 
 @dataclass(frozen=True)
 class FeatureReport:
-    """What a run of compute_features did. Rows count (utterance, speed) pairs, and failures are {id: reason}."""
+    """What a run of compute_features did. Rows count (utterance, speed) pairs."""
 
     rows_before: int
     rows_computed: int
     audio_s: float
     text_only: int
     frames: int
-    failures: dict[str, str] = field(default_factory=dict)
 
 
 def compute_features(
@@ -99,7 +98,7 @@ def compute_features(
     failures = {id: why for d in done for id, why in d.failures.items()}
     if failures:
         raise _partial(failures, path)
-    return FeatureReport(before, rows, audio_s, len(corpus) - with_audio, frames, failures)
+    return FeatureReport(before, rows, audio_s, len(corpus) - with_audio, frames)
 
 
 def _partial(failures: dict[str, str], path: Path) -> PartialError:

@@ -65,10 +65,9 @@ class FeatureSettings:
     def differences(self, stored: dict) -> list[str]:
         """Return, as texts, what differs from the settings of a file."""
         own = asdict(self)
-        names = [*own, *(k for k in stored if k not in own)]
         return [
             f"{name} is {stored.get(name)!r} there and {own.get(name)!r} here"
-            for name in names
+            for name in own | stored
             if stored.get(name) != own.get(name)
         ]
 

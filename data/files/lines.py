@@ -46,9 +46,6 @@ def scan_lines(path: Path) -> Iterator[tuple[int, str | CorpusError]]:
     Gzip is recognised by its first bytes. Raises CorpusError if the file cannot be read to its end.
     """
     for number, line in scan_bytes(path):
-        if isinstance(line, CorpusError):
-            yield number, line
-            continue
         try:
             text = line.decode("utf-8")
         except UnicodeDecodeError as e:
@@ -58,7 +55,7 @@ def scan_lines(path: Path) -> Iterator[tuple[int, str | CorpusError]]:
             yield number, text.rstrip("\r\n")
 
 
-def scan_bytes(path: Path) -> Iterator[tuple[int, bytes | CorpusError]]:
+def scan_bytes(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield what `scan_lines` does, before decoding and with the line ends."""
     number = 0
     try:

@@ -34,17 +34,11 @@ class SegmentError(CorpusError):
 
 @dataclass
 class Imported:
-    """The settings and the result of an import.
+    """The settings and the result of an import. Findings are what could not be imported.
 
-    Fields:
-        manifest: the file to write later. Audio paths are relative to its folder.
-        root: the folder that no audio path may leave. None: any folder.
-        audio_root: the folder where relative paths start. None: the importer looks for it.
-        allow_pipes: run the shell commands that stand in the place of audio files.
-        session_pattern: a regular expression on ids, with named groups `session` and perhaps `order`.
-        utterances: the utterances, in order.
-        findings: what could not be imported.
-        notes: what else the user should know.
+    Audio paths will be relative to the folder of `manifest`, and none may leave `root`. In lists, relative paths start
+    in `audio_root`. None: the importer looks for it. `allow_pipes` runs the shell commands that stand in the place of
+    audio files. `session_pattern` is a regular expression on ids, with groups `session` and perhaps `order`.
     """
 
     manifest: Path

@@ -166,8 +166,7 @@ class _DataDirectory:
     def _recording(self, recording: str, entry: str) -> dict[str, Any]:
         path, channel, seconds = self._audio(recording, entry)
         session, order = self.result.session(recording, self.file_of.get(recording))
-        times = {"start_s": 0.0, "duration_s": seconds}
-        return times | {"audio": path, "channel": channel, "session": session, "order": order}
+        return {"duration_s": seconds, "audio": path, "channel": channel, "session": session, "order": order}
 
     def _segment(self, utterance: str, rest: str) -> dict[str, Any]:
         fields = rest.split()

@@ -59,9 +59,8 @@ class WavEntries:
                     raise AudioError(e.what, where=path, expected=e.expected, remedy=ALLOW) from None
             else:
                 if decoded.rate_hz is not None:
-                    self.result.note(
-                        f"the import ignores that pipes resample to {decoded.rate_hz} Hz. `corpus features` resamples"
-                    )
+                    ignored = f"that pipes resample to {decoded.rate_hz} Hz"
+                    self.result.note(f"the import ignores {ignored}. `corpus features` resamples")
                 return path, decoded.channel
         elif not self.result.allow_pipes:
             what = f"a shell command, which did not run: {command[:200]}"

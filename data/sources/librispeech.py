@@ -42,9 +42,7 @@ def import_librispeech(folder: Path, manifest: Path, *, root: Path | None = None
 
 def _split(chapter: Path, folder: Path) -> str | None:
     place = chapter.absolute().parent.parent
-    inside = place == folder.absolute() or folder.absolute() in place.parents
-    is_root = place == folder.absolute() and not SPLIT.fullmatch(place.name)
-    return place.name if (inside and not is_root) or SPLIT.fullmatch(place.name) else None
+    return place.name if folder.absolute() in place.parents or SPLIT.fullmatch(place.name) else None
 
 
 def _chapter(transcript: Path, folder: Path, result: Imported) -> Iterator[tuple[tuple, str, dict[str, Any]]]:

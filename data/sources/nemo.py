@@ -8,6 +8,7 @@ Try: `stillhouse corpus import nemo train_manifest.json corpus.jsonl`.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,20 +46,15 @@ class _Names:
     """The ids and sessions of the lines of one manifest. A first pass over all lines decides them."""
 
     def __init__(self, source: Path) -> None:
-        self._uses: dict[str, int] = {}
-        self._stems: dict[str, str | None] = {}
-        for _, entry in scan_objects(source):
-            path = entry.get("audio_filepath") if isinstance(entry, dict) else None
-            if isinstance(path, str):
-                self._uses[path] = self._uses.get(path, 0) + 1
-                if self._stems.setdefault(_stem(path), path) != path:
-                    self._stems[_stem(path)] = None
+        paths = (e.get("audio_filepath") for _, e in scan_objects(source) if isinstance(e, dict))
+        self._uses = Counter(path for path in paths if isinstance(path, str))
+        self._stems = Counter(map(_stem, self._uses))
         self.shared = any(n > 1 for n in self._uses.values())
 
     def name(self, path: str) -> str:
         """Return the stem of a file, or all of its path if two files have that stem."""
         stem = _stem(path)
-        return stem if self._stems.get(stem) is not None else os.path.splitext(os.path.normpath(path))[0].strip("./")
+        return stem if self._stems[stem] == 1 else os.path.splitext(os.path.normpath(path))[0].strip("./")
 
     def id(self, entry: dict[str, Any]) -> str | None:
         """Return the id of a line, or None if it has neither id nor audio."""
@@ -68,7 +64,7 @@ class _Names:
         path, offset = entry.get("audio_filepath"), entry.get("offset")
         if not isinstance(path, str) or not _stem(path):
             return None
-        if self._uses.get(path, 0) < 2 or not is_seconds(offset):
+        if self._uses[path] < 2 or not is_seconds(offset):
             return self.name(path)
         return f"{self.name(path)}-{round(offset * 1000):08d}"
 

@@ -48,13 +48,10 @@ def import_table(
 ) -> Imported:
     """Read a table. Raises CorpusError if the file is not a table, and ConfigError if a column is unknown.
 
-    Arguments:
-        columns: {field of FIELDS: name of a column, or its number from 1}. Several joined by "," are joined by "-".
-            Other fields are found by USUAL names.
-        delimiter: one character. None: a tab for .tsv and .tab, else the one that splits the first line.
-        header: whether the first row names the columns. None: yes, unless all columns are given by number.
-        quote: whether double quotes quote. None: yes, unless the delimiter is a tab.
-        settings: those of `Imported`. Without `audio_root`, paths start in the table's folder.
+    `columns` is {field of FIELDS: name of a column, or its number from 1}. Several joined by "," are joined by "-".
+    Other fields are found by USUAL names. By default the delimiter is a tab for .tsv and .tab, else the one that splits
+    the first line. The first row is a header unless all columns are given by number, and double quotes quote unless the
+    delimiter is a tab. Without `audio_root`, paths start in the table's folder.
     """
     given = known_fields(columns)
     text = read_text(table)
