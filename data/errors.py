@@ -38,8 +38,8 @@ class StillhouseError(Exception):
 
     def __reduce__(self) -> tuple:
         # By default exceptions pickle their positional arguments only. These cross processes with all fields.
-        fields = {"where": self.where, "expected": self.expected, "remedy": self.remedy}
-        return partial(type(self), self.what, **fields), ()
+        rebuild = partial(type(self), self.what, where=self.where, expected=self.expected, remedy=self.remedy)
+        return rebuild, ()
 
 
 def first_few(names: Sequence[str], most: int = 5) -> str:
