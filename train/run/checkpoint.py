@@ -47,12 +47,7 @@ class Checkpoint:
         return int(self.state["step"])
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Return the tensors of one file, such as "model", whose checksum was compared.
-
-        Raises:
-            DamagedError: the file cannot be read, or its checksum differs.
-            CheckpointError: there is no such file.
-        """
+        """Return the tensors of one file, such as "model". Raises DamagedError if its checksum differs."""
         path = self.path / f"{name}.safetensors"
         if path.name not in self.state["sha256"]:
             raise CheckpointError(f"the checkpoint has no {path.name}", where=self.path)
@@ -104,12 +99,7 @@ def step_of(path: Path) -> int:
 
 
 def load(path: Path) -> Checkpoint:
-    """Open the folder of a checkpoint.
-
-    Raises:
-        DamagedError: its state is not what was written.
-        CheckpointError: it has another format.
-    """
+    """Open the folder of a checkpoint. Raises DamagedError if its state is not what was written."""
     where = path / "state.json"
     try:
         state = json.loads(read_plain(where))
@@ -134,8 +124,7 @@ def load(path: Path) -> Checkpoint:
 def newest_whole(folder: Path) -> tuple[Checkpoint, dict[str, dict[str, Tensor]], list[DamagedError]] | None:
     """Return the newest undamaged checkpoint, its tensors, and the damage of newer ones, or None without a checkpoint.
 
-    Raises:
-        DamagedError: all are damaged. It names the newest one's damage.
+    If all are damaged, this raises the newest one's damage.
     """
     damaged: list[DamagedError] = []
     for path in reversed(checkpoints(folder)):
@@ -175,11 +164,8 @@ def prune(folder: Path, keep: int, best: int | None) -> None:
 
 def optimiser_tensors(optimiser: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:
     """Return AdamW's state as flat tensors, by `PARAMETER/KEY`."""
-    return {
-        f"{names[p]}/{key}": torch.as_tensor(value)
-        for p, values in optimiser.state.items()
-        for key, value in values.items()
-    }
+    states = optimiser.state.items()
+    return {f"{names[p]}/{key}": torch.as_tensor(value) for p, state in states for key, value in state.items()}
 
 
 def restore_optimiser(
@@ -204,14 +190,10 @@ def restore_optimiser(
 
 def load_weights(module: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
     """Load all weights by name. Raises CheckpointError for names that are missing or unknown, and for other shapes."""
-    own = module.state_dict()
-    wrong = [f"{k} missing" for k in own.keys() - tensors.keys()]
-    wrong += [f"{k} unknown" for k in tensors.keys() - own.keys()]
-    wrong += [
-        f"{k} is {tuple(tensors[k].shape)}, model has {tuple(v.shape)}"
-        for k, v in own.items()
-        if k in tensors and tensors[k].shape != v.shape
-    ]
+    own = {k: tuple(v.shape) for k, v in module.state_dict().items()}
+    given = {k: tuple(v.shape) for k, v in tensors.items()}
+    wrong = [f"{k} missing" for k in own.keys() - given.keys()] + [f"{k} unknown" for k in given.keys() - own.keys()]
+    wrong += [f"{k} is {given[k]}, model has {own[k]}" for k in own.keys() & given.keys() if given[k] != own[k]]
     if wrong:
         raise CheckpointError(f"the weights are another model's: {'; '.join(sorted(wrong)[:5])}", where=where)
     module.load_state_dict(tensors)

@@ -84,11 +84,6 @@ def resume(out: Path, config: Config, ranks: Ranks, on_progress: Callable[[str],
 
     A damaged checkpoint is reported, and the one before it is taken. The steps between are computed again, with the
     same result.
-
-    Raises:
-        UsageError: the folder holds something else.
-        StaleError: the run has other settings.
-        CheckpointError: none of the checkpoints can be used.
     """
     first: RunProgress | None = None
 

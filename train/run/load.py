@@ -30,18 +30,12 @@ ExportKind = Literal["onnx", "torch", "safetensors"]
 
 
 def load_run(out: Path, which: str = "best") -> tuple[Transducer, Units, Config, int]:
-    """Load the trained model of a run's folder, or of a folder that was exported as safetensors, which has one model.
+    """Return the trained model of a run's folder in eval mode, its units, its settings and its step.
 
-    Arguments:
-        which: "best" on the dev split, "last" or a step. A run with a moving average (optim.ema) then gives its
-            average, with which the dev split is evaluated. "ema" is the last step, for such a run alone. "raw" is the
-            last step's own weights. "average:N" is the mean of the last N checkpoints' own weights.
-
-    Returns:
-        The model in eval mode, its units, its settings and its step.
-
-    Raises:
-        CheckpointError: the run or the checkpoint does not exist, or is damaged.
+    A folder that was exported as safetensors has one model. The checkpoint `which` of a run is "best" on the dev split,
+    "last" or a step. A run with a moving average (optim.ema) then gives its average, with which the dev split is
+    evaluated. "ema" is the last step, for such a run alone. "raw" is the last step's own weights. "average:N" is the
+    mean of the last N checkpoints' own weights. Raises CheckpointError if it does not exist or is damaged.
     """
     if (out / EXPORT_HEAD).is_file():
         return load_export(out)
@@ -90,11 +84,7 @@ def chosen_checkpoints(folder: Path, which: str) -> list[checkpoint.Checkpoint]:
 
 
 def load_export(folder: Path) -> tuple[Transducer, Units, Config, int]:
-    """Load a folder that was exported as safetensors. See `load_run`.
-
-    Raises:
-        CheckpointError: the folder is damaged, or an export of another kind.
-    """
+    """Load a folder that was exported as safetensors. See `load_run`."""
     remedy = f"export it again: stillhouse export RUN --format safetensors --out {folder} --force"
     try:
         head = json.loads(read_plain(folder / EXPORT_HEAD))

@@ -22,6 +22,7 @@ from typing import IO, Any, Protocol
 
 from ...data.errors import ConfigError, StillhouseError
 from ...data.files.atomic import read_plain, write_atomic
+from . import identity
 
 Record = Mapping[str, Any]
 TRACKERS = "trackers.json"
@@ -37,7 +38,7 @@ class Logger(Protocol):
     def log(self, record: Record) -> None: ...
 
     def flush(self) -> None:
-        """Make what was logged so far survive a kill. A run calls this before each checkpoint."""
+        """Make what was logged so far survive a kill. A service does nothing, because it has every record."""
 
     def close(self, failed: bool) -> None:
         """End, also if `start` failed. `failed` is set if the run ends by an error or by Ctrl-C."""
@@ -51,7 +52,15 @@ class JsonLines:
         self.file: IO[str] | None = None
 
     def start(self, settings: Mapping[str, Any], step: int) -> None:
-        self._trim(step)
+        """Drop the lines of steps after `step`, and append to the others."""
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue  # The run was killed while it wrote this line.
+        write_atomic(self.path, "".join(kept))
         self.file = self.path.open("a", encoding="utf-8")
 
     def log(self, record: Record) -> None:
@@ -66,19 +75,6 @@ class JsonLines:
     def close(self, failed: bool) -> None:
         if self.file is not None:
             self.file.close()
-
-    def _trim(self, step: int) -> None:
-        """Drop the lines of steps after `step`."""
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                continue  # The run was killed while it wrote this line.
-        write_atomic(self.path, "".join(kept))
 
 
 class TensorBoard:
@@ -105,83 +101,66 @@ class TensorBoard:
             self.board.close()
 
 
-def _library(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as e:
-        raise ConfigError(
-            f"the logger {name} needs a package that is not installed ({e})", remedy=f"pip install 'stillhouse[{name}]'"
-        ) from e
-
-
-def _service_ids(out: Path) -> dict[str, str]:
-    """The ids that services gave this run, from RUN/trackers.json."""
-    try:
-        return json.loads(read_plain(out / TRACKERS))
-    except (OSError, ValueError):
-        return {}
-
-
-def _keep_id(out: Path, service: str, id: str) -> None:
-    write_atomic(out / TRACKERS, json.dumps(_service_ids(out) | {service: id}) + "\n")
-
-
-class Wandb:
-    """Logs to Weights & Biases, with the run's own steps."""
+class Service(Logger):
+    """Logs to a service, which knows this run by an id that RUN/trackers.json keeps."""
 
     def __init__(self, out: Path) -> None:
-        self.out = out
+        self.out, self.name = out, out.resolve().name
         self.run: Any = None
 
+    def _library(self) -> Any:
+        package = _name(self)
+        try:
+            return importlib.import_module(package)
+        except ImportError as e:
+            remedy = f"pip install 'stillhouse[{package}]'"
+            raise ConfigError(f"the logger {package} needs a package that is not installed ({e})", remedy=remedy) from e
+
+    def _ids(self) -> dict[str, str]:
+        try:
+            return json.loads(read_plain(self.out / TRACKERS))
+        except (OSError, ValueError):
+            return {}
+
+    def _keep_id(self, id: str) -> None:
+        write_atomic(self.out / TRACKERS, json.dumps(self._ids() | {_name(self): id}) + "\n")
+
+
+class Wandb(Service):
+    """Logs to Weights & Biases, with the run's own steps."""
+
     def start(self, settings: Mapping[str, Any], step: int) -> None:
-        wandb = _library("wandb")
-        id = _service_ids(self.out).get("wandb") or uuid.uuid4().hex[:12]
-        _keep_id(self.out, "wandb", id)
-        self.run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "stillhouse"),
-            dir=str(self.out),
-            name=self.out.resolve().name,
-            id=id,
-            resume="allow",
-            config=dict(settings),
-        )
+        wandb = self._library()
+        id = self._ids().get("wandb") or uuid.uuid4().hex[:12]
+        self._keep_id(id)
+        project, config = os.environ.get("WANDB_PROJECT", "stillhouse"), dict(settings)
+        self.run = wandb.init(project=project, dir=str(self.out), name=self.name, id=id, resume="allow", config=config)
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
     def log(self, record: Record) -> None:
         self.run.log({"step": record["step"], **dict(scalars(record))})
 
-    def flush(self) -> None:
-        """Do nothing, because the service's own process has every record."""
-
     def close(self, failed: bool) -> None:
         if self.run is not None:
             self.run.finish(exit_code=int(failed))
 
 
-class Mlflow:
+class Mlflow(Service):
     """Logs to MLflow through its client, which leaves the process's "active run" alone."""
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
-        self.client: Any = None
-        self.run = ""
-
     def start(self, settings: Mapping[str, Any], step: int) -> None:
-        mlflow = _library("mlflow")
+        mlflow = self._library()
         client = mlflow.MlflowClient()
-        id = _service_ids(self.out).get("mlflow")
+        id = self._ids().get("mlflow")
         if id is None:
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "stillhouse")
             known = client.get_experiment_by_name(name)
             experiment = client.create_experiment(name) if known is None else known.experiment_id
-            id = client.create_run(experiment, run_name=self.out.resolve().name).info.run_id
-            _keep_id(self.out, "mlflow", id)
-            parameters = [
-                mlflow.entities.Param(f"{section}.{name}", str(value)[:PARAM_LENGTH])
-                for section, values in settings.items()
-                for name, value in values.items()
-            ]
+            id = client.create_run(experiment, run_name=self.name).info.run_id
+            self._keep_id(id)
+            flat = identity.flatten(settings).items()
+            parameters = [mlflow.entities.Param(name, str(value)[:PARAM_LENGTH]) for name, value in flat]
             for i in range(0, len(parameters), PARAMS):
                 client.log_batch(id, params=parameters[i : i + PARAMS])
         else:
@@ -194,11 +173,8 @@ class Mlflow:
         metrics = [self.metric(name.replace("/", "."), value, now, record["step"]) for name, value in scalars(record)]
         self.client.log_batch(self.run, metrics=metrics)
 
-    def flush(self) -> None:
-        """Do nothing, because log_batch returns when the service has the record."""
-
     def close(self, failed: bool) -> None:
-        if self.client is not None:
+        if self.run is not None:
             self.client.set_terminated(self.run, "FAILED" if failed else "FINISHED")
 
 
@@ -259,10 +235,5 @@ def scalars(record: Record) -> Iterator[tuple[str, float]]:
 
 def make_loggers(names: Sequence[str], out: Path) -> list[Logger]:
     """Return the loggers of a run. JSON Lines come first and always, because pages and tables read them."""
-    kinds: dict[str, Callable[[Path], Logger]] = {
-        "jsonl": JsonLines,
-        "tensorboard": TensorBoard,
-        "wandb": Wandb,
-        "mlflow": Mlflow,
-    }
+    kinds: dict[str, Any] = {"jsonl": JsonLines, "tensorboard": TensorBoard, "wandb": Wandb, "mlflow": Mlflow}
     return [kinds[name](out) for name in dict.fromkeys(["jsonl", *names])]

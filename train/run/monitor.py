@@ -29,9 +29,7 @@ OnProgress = Callable[[str], None]
 class Monitor:
     """A context manager around the training loop, which writes records to loggers and lines to `on_progress`.
 
-    Arguments:
-        step: the step at which the run begins or resumes.
-        on: False writes and reports nothing, as on ranks that are not the first.
+    The run begins or resumes at `step`. A monitor that is not `on` writes and reports nothing.
     """
 
     def __init__(

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from itertools import zip_longest
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -37,11 +38,9 @@ class RankError(StillhouseError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together. A single process exchanges nothing.
+    """This process's number among the `size` that train together, and the same on this machine (`local`).
 
-    Arguments:
-        rank, size: the number of this process, and how many there are.
-        local, local_size: the same on this machine.
+    A single process exchanges nothing.
     """
 
     rank: int = 0
@@ -126,13 +125,8 @@ ALONE = Ranks()
 def joined(backend: str = "auto", timeout_s: float = 600.0) -> Iterator[Ranks]:
     """Connect with the other processes that torchrun started, or yield ALONE if it started none.
 
-    Arguments:
-        backend: "gloo", "nccl" for gradients on CUDA (the rest uses gloo), or "auto", which is nccl if there is CUDA.
-        timeout_s: how long a rank waits for the others.
-
-    Raises:
-        UsageError: there is no CUDA for nccl, or the environment is not torchrun's.
-        RankError: the other processes cannot be reached.
+    With the backend "nccl", which "auto" chooses if there is CUDA, gradients on CUDA use nccl and the rest uses gloo.
+    A rank waits `timeout_s` for the others. Raises RankError if they cannot be reached.
     """
     ranks = _from_environment(os.environ)
     if ranks.size == 1:
@@ -215,11 +209,10 @@ class GradientSum:
         self.buckets: list[Tensor] = []
         self.sizes: list[int] = []  # the number of parameters in each bucket
         group: list[Tensor] = []
-        last_first = list(reversed(parameters))  # roughly the order of the backward pass
-        for i, p in enumerate(last_first):
+        last_first = [*reversed(parameters)]  # roughly the order of the backward pass
+        for p, after in zip_longest(last_first, last_first[1:]):
             group.append(p)
-            after = last_first[i + 1] if i + 1 < len(last_first) else None
-            full = sum(q.numel() * q.element_size() for q in group) >= bucket_bytes
+            full = sum(q.nbytes for q in group) >= bucket_bytes
             if after is None or full or (after.dtype, after.device) != (p.dtype, p.device):
                 self._add(group)
                 group = []
@@ -227,11 +220,9 @@ class GradientSum:
 
     def _add(self, group: list[Tensor]) -> None:
         bucket = torch.zeros(sum(p.numel() for p in group), dtype=group[0].dtype, device=group[0].device)
-        number, at = len(self.buckets), 0
-        for p in group:
-            p.grad = bucket[at : at + p.numel()].view(p.shape)
-            at += p.numel()
-            p.register_post_accumulate_grad_hook(partial(self._ready, number))
+        for p, gradient in zip(group, bucket.split([p.numel() for p in group])):
+            p.grad = gradient.view(p.shape)
+            p.register_post_accumulate_grad_hook(partial(self._ready, len(self.buckets)))
         self.buckets.append(bucket)
         self.sizes.append(len(group))
 
