@@ -31,13 +31,7 @@ PATH = click.Path(path_type=Path)
 @click.option("--force", is_flag=True, help="Replace an earlier export in the folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON.")
 def export(
-    run: Path,
-    kind: Any,
-    out: Path,
-    checkpoint: str,
-    quantise: str | None,
-    as_json: bool,
-    **settings: Any,
+    run: Path, kind: Any, out: Path, checkpoint: str, quantise: str | None, as_json: bool, **settings: Any
 ) -> None:
     """Write a trained RUN for other programs: ONNX for sherpa-onnx and onnxruntime, torch.export, or safetensors.
 

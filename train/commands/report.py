@@ -8,16 +8,14 @@ from pathlib import Path
 import click
 
 
+PATH = click.Path(path_type=Path)
+
+
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.argument("page", required=False, type=click.Path(path_type=Path))
-@click.option(
-    "--examples",
-    type=click.IntRange(min=0),
-    default=24,
-    show_default=True,
-    help="Show so many utterances of the last evaluation.",
-)
+@click.argument("run", type=PATH)
+@click.argument("page", required=False, type=PATH)
+@click.option("--examples", type=click.IntRange(min=0), default=24, show_default=True,
+              help="Show so many utterances of the last evaluation.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON, and write no page.")
 def report(run: Path, page: Path | None, examples: int, as_json: bool) -> None:
     """Show a run, also while it trains, as one HTML page: PAGE, or RUN/report.html.

@@ -49,7 +49,7 @@ def score(
     from ...data.text import transform as transformed
     from ..report.score import write_page
     from ..score.alignment import as_text, frequent_errors
-    from ..score.groups import Group, group_names, score_groups, worst_utterances
+    from ..score.groups import group_names, score_groups, worst_utterances
     from ..score.hypotheses import read_hypotheses
     from ..score.significance import compare_systems, same_utterances
     from ..score.wer import score as compute
@@ -69,9 +69,7 @@ def score(
     triples = read(hypotheses)
     ids, refs, hyps = ([t[k] for t in triples] for k in range(3))
     result = compute(refs, hyps)
-    groups: list[Group] = []
-    if by is not None and manifest is not None:
-        groups = score_groups(group_names(manifest, ids, by), refs, hyps)
+    groups = score_groups(group_names(manifest, ids, by), refs, hyps) if by is not None and manifest is not None else []
     comparison = None
     if against is not None:
         comparison = compare_systems(refs, hyps, same_utterances(triples, read(against), against))

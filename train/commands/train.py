@@ -7,28 +7,19 @@ from pathlib import Path
 
 import click
 
+from .live import say
 
-def say(line: str) -> None:
-    """Print a line for people, to standard error."""
-    click.echo(line, err=True)
+PATH = click.Path(path_type=Path)
 
 
 @click.command()
-@click.argument("config", type=click.Path(path_type=Path))
-@click.option(
-    "--set", "changes", multiple=True, metavar="A.B=VALUE", help="Change one setting. You can repeat this option."
-)
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Write the run to this folder. [default: runs/NAME-OF-CONFIG]"
-)
-@click.option(
-    "--profile",
-    type=click.IntRange(min=1),
-    is_flag=False,
-    flag_value=10,
-    metavar="[STEPS]",
-    help="Profile STEPS steps, from the fourth on, and write a trace and a table to RUN/profile. [10 without a number]",
-)
+@click.argument("config", type=PATH)
+@click.option("--set", "changes", multiple=True, metavar="A.B=VALUE",
+              help="Change one setting. You can repeat this option.")  # fmt: skip
+@click.option("--out", type=PATH, help="Write the run to this folder. [default: runs/NAME-OF-CONFIG]")
+@click.option("--profile", type=click.IntRange(min=1), is_flag=False, flag_value=10, metavar="[STEPS]",
+              help="Profile STEPS steps, from the fourth on, and write a trace and a table to RUN/profile. "
+                   "[10 without a number]")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of the run's folder.")
 def train(config: Path, changes: tuple[str, ...], out: Path | None, profile: int | None, as_json: bool) -> None:
     """Train a transducer with the settings of CONFIG, a TOML file. Repeat the command to resume a stopped run.
@@ -74,10 +65,8 @@ def train(config: Path, changes: tuple[str, ...], out: Path | None, profile: int
 
 
 @click.command()
-@click.argument("study", type=click.Path(path_type=Path))
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Write the runs to this folder. [default: runs/NAME-OF-STUDY]"
-)
+@click.argument("study", type=PATH)
+@click.option("--out", type=PATH, help="Write the runs to this folder. [default: runs/NAME-OF-STUDY]")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Train so many runs at a time.")
 @click.option("--only", help="Run only these arms, with commas between them.")
 @click.option("--seeds", help="Run only these seeds, with commas between them.")
@@ -121,25 +110,13 @@ def study(
 
 
 @click.command()
-@click.option(
-    "--quick", is_flag=True, help="Train on less speech in under 3 minutes, without limits on the error rates."
-)
-@click.option(
-    "--study", is_flag=True, help="Train nothing, and only make the corpus and stores of recipes/study-demo.toml."
-)
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    help="Work in this folder. [default: demo-out, demo-out-quick or study-demo]",
-)
-@click.option(
-    "--voices",
-    type=click.Choice(["espeak", "hibari"]),
-    default="espeak",
-    show_default=True,
-    envvar="DEMO_VOICE",
-    help="Choose the voices that read the stories.",
-)
+@click.option("--quick", is_flag=True,
+              help="Train on less speech in under 3 minutes, without limits on the error rates.")  # fmt: skip
+@click.option("--study", is_flag=True,
+              help="Train nothing, and only make the corpus and stores of recipes/study-demo.toml.")  # fmt: skip
+@click.option("--out", type=PATH, help="Work in this folder. [default: demo-out, demo-out-quick or study-demo]")
+@click.option("--voices", type=click.Choice(["espeak", "hibari"]), default="espeak", show_default=True,
+              envvar="DEMO_VOICE", help="Choose the voices that read the stories.")  # fmt: skip
 def demo(quick: bool, study: bool, out: Path | None, voices: str) -> None:
     """Train a recogniser on short stories in synthetic voices, command by command, and write a report.
 
@@ -154,9 +131,7 @@ def demo(quick: bool, study: bool, out: Path | None, voices: str) -> None:
         prepare_study(out or Path("study-demo"), voices, say)
         return
     result = run_demo(out or Path("demo-out-quick" if quick else "demo-out"), quick, voices, say)
-    click.echo()
-    click.echo(result.table())
-    click.echo(f"\nreport: {result.page}\n")
+    click.echo(f"\n{result.table()}\n\nreport: {result.page}\n")
     say(result.librispeech)
     if result.failures:
         raise DemoError(f"the demo's recogniser does not work: {'; '.join(result.failures)}", where=result.page)

@@ -35,13 +35,9 @@ class BadSteps:
         self.count = 0
 
     def skip(self, step: int, batch: Batch, costs: Tensor) -> None:
-        """Report a step, counted from 0, whose loss or gradient is not finite.
+        """Report a step, counted from 0, whose loss or gradient is not finite, with the RNN-T `costs` [B].
 
-        Arguments:
-            costs: [B], the RNN-T loss of each utterance.
-
-        Raises:
-            StillhouseError: this is the last of `limit` bad steps in a row.
+        Raises StillhouseError if it is the last of `limit` bad steps in a row.
         """
         self.count += 1
         ids = [id for id in batch.ids if batch.share]
@@ -49,11 +45,8 @@ class BadSteps:
         masks = [bad_features, ~torch.isfinite(costs).cpu(), torch.ones(len(costs), dtype=torch.bool)]
         parts = self.ranks.gather([[id for id, bad in zip(ids, mask.tolist()) if bad] for mask in masks])
         reasons = ("features that are not finite", "no finite loss", "no finite gradient")
-        names, reason = next(
-            (names, reason)
-            for number, reason in enumerate(reasons)
-            if (names := [id for part in parts for id in part[number]])
-        )
+        by_mask = ([id for part in masked for id in part] for masked in zip(*parts))
+        names, reason = next((names, reason) for names, reason in zip(by_mask, reasons) if names)
         path = self._keep(step, batch, costs) if set(ids) & set(names) else None
         paths = [str(p) for p in self.ranks.gather(path) if p is not None]
         kept = f". Batch kept as {', '.join(paths)}" if paths else ""

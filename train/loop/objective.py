@@ -61,15 +61,11 @@ def losses(
     timed: Timed = lambda _: nullcontext(),
     whole: GlobalBatch | None = None,
 ) -> Losses:
-    """Compute the losses of one batch.
+    """Compute the losses of one batch, with a distill.Transfer or None, whose weight is lambda.
 
-    Arguments:
-        transfer: a distill.Transfer or None.
-        precision: "float32" or "bfloat16".
-        transfer_weight: lambda.
-        augment: draws SpecAugment's masks and the chunk size. None applies no mask.
-        timed: makes a context for each part of the step, by name.
-        whole: what `batch` is a part of. The sums over ranks of the losses and gradients are then those of the whole.
+    `augment` draws SpecAugment's masks and the chunk size, and None applies no mask. `timed` makes a context for each
+    part of the step, by name. If `batch` is a part of `whole`, the sums over ranks of the losses and gradients are
+    those of the whole.
     """
     device = batch.features.device
     lengths = batch.feature_lengths.to(device)
@@ -92,22 +88,14 @@ def losses(
         # These are the numbers of state_lengths, without waiting for the device.
         on_cpu = model.encoder.output_lengths(batch.feature_lengths).to(torch.int32)
         known = (batch.targets, on_cpu, batch.target_lengths)
-        simple, ranges = None, None
+        simple = ranges = None
         if model.simple is not None:
             am, lm = model.simple(states.float(), predicted.float())
             simple, gamma = rnnt_loss_simple(am, lm, *known, blank=BLANK, reduction="none")
             ranges = prune_ranges(gamma, on_cpu, batch.target_lengths, max(settings.band, whole.band))
-        costs, occupancy = transducer_costs(
-            model,
-            e,
-            p,
-            *known,
-            eps=settings.eps,
-            fastemit=settings.fastemit,
-            sigma=settings.sigma,
-            ranges=ranges,
-            want_occupancy=transfer is not None and transfer.needs_occupancy,
-        )
+        terms = settings.model_dump(include={"eps", "fastemit", "sigma"})
+        want = transfer is not None and transfer.needs_occupancy
+        costs, occupancy = transducer_costs(model, e, p, *known, **terms, ranges=ranges, want_occupancy=want)
         total = costs.sum() / units
         parts = {"rnnt": total.detach()}
         if simple is not None:

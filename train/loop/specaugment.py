@@ -23,17 +23,11 @@ def spec_augment(
     time_share: float,
     part: tuple[int, range] | None = None,
 ) -> Tensor:
-    """Return a masked copy of a batch.
+    """Return a masked copy of features [B, T, bins], which are normalised so that 0 is the mean, with lengths [B].
 
-    Arguments:
-        features: [B, T, bins], normalised so that 0 is the mean.
-        lengths: [B], in frames.
-        generator: of the CPU.
-        frequency_masks, frequency_width: how many bands of each utterance are masked, and their largest width in bins.
-        time_masks, time_width: how many stretches of time are masked, and their largest length in frames.
-        time_share: the largest share of an utterance that its stretches cover together.
-        part: the size of the whole batch and the range of these utterances in it, if ranks share it. Masks are drawn
-            for the whole batch, so that they do not depend on the number of ranks.
+    The other arguments are the settings of the section specaugment. If ranks share a batch, `part` is its whole size
+    and the range of these utterances in it. Masks are drawn for the whole batch, so that they do not depend on the
+    number of ranks.
     """
     batch, frames, bins = features.shape
     size, own = part or (batch, range(batch))

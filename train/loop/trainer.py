@@ -56,14 +56,8 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
 class Trainer:
     """Trains a run in the folder `out`, from its newest checkpoint if it has one.
 
-    Arguments:
-        on_progress: gets each line for people, on the first rank only.
-        ranks: the processes that train together, from `joined`.
-
-    Raises:
-        ConfigError, CorpusError, FeatureError, StoreError: before the first step.
-        StaleError: `out` holds a run with other settings or other data.
-        RankError: another rank stopped.
+    `on_progress` gets each line for people, on the first of the `ranks` only. The constructor raises the errors of
+    settings, corpus, features and stores, and StaleError if `out` holds a run with other settings or other data.
     """
 
     def __init__(
@@ -149,6 +143,7 @@ class Trainer:
     def _begin(self) -> None:
         """Create the run's folder, or resume the run that is in it."""
         progress = folder.resume(self.out, self.config, self.ranks, self.on_progress)
+        modules = {"model": self.model} | ({"transfer": self.transfer} if self.transfer is not None else {})
         if progress is None:
             self._fit_normalisation()
             if self.ranks.size > 1:  # Every rank gets the same bits.
@@ -156,19 +151,16 @@ class Trainer:
                 checkpoint.load_weights(self.model, self.ranks.tensors_from_first(first), self.out)
         else:
             state, where = progress.state, progress.where
-            checkpoint.load_weights(self.model, progress.of("model"), where)
-            if self.transfer is not None:
-                checkpoint.load_weights(self.transfer, progress.of("transfer"), where)
+            for name, module in modules.items():
+                checkpoint.load_weights(module, progress.of(name), where)
             identity.refuse_other_data(state.data, self.identity["data"], where)
             self.step, self.epoch, self.position = state.step, state.epoch, state.position
             self.best = {} if state.best is None else state.best.model_dump()
             self.precision, self.bad.count, self.window = state.precision, state.bad_steps, state.window.model_dump()
             self.on_progress(f"resuming {self.out} at step {self.step}")
-        self.model.to(self.device)
-        modules = {"model": self.model} | ({"transfer": self.transfer.to(self.device)} if self.transfer else {})
-        self.names: dict[torch.Tensor, str] = {
-            p: f"{m}.{n}" for m, module in modules.items() for n, p in module.named_parameters()
-        }
+        self.names: dict[Tensor, str] = {}
+        for name, module in modules.items():
+            self.names |= {p: f"{name}.{n}" for n, p in module.to(self.device).named_parameters()}
         self.optimiser = build_optimiser(self.names, self.config, self.device)
         self.sum = GradientSum(list(self.names)) if self.ranks.size > 1 else None
         self.average = moving_average(self.model, self.config.optim.ema) if self.config.optim.ema else None
@@ -191,11 +183,7 @@ class Trainer:
         self.model.encoder.feature_std.copy_(torch.from_numpy(packed.std(axis=0).clip(min=1e-3)))
 
     def save(self) -> None:
-        """Write a checkpoint. On return it is on disk, on every rank.
-
-        Raises:
-            RankError: the weights of the ranks differ.
-        """
+        """Write a checkpoint, which is on disk on return. Raises RankError if the weights of the ranks differ."""
         if self.ranks.size > 1:
             self.ranks.refuse_unlike({"their weights": identity.weights_hash(self.model)})
         self.ranks.from_first(self._save)
@@ -230,9 +218,7 @@ class Trainer:
     def run(self, profile: Profile | None = None) -> None:
         """Train to the last step. On return the last checkpoint is on disk.
 
-        Raises:
-            LockedError: another process trains in the same folder.
-            StillhouseError: too many steps in a row have no finite loss or gradient.
+        Raises LockedError if another process trains in the same folder, and StillhouseError after too many bad steps.
         """
         with self._locked(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "rnnt loss: row", RuntimeWarning)  # `bad` names the utterances
@@ -278,8 +264,6 @@ class Trainer:
         """Make one step of the optimiser. A step whose loss or gradient is not finite changes nothing."""
         config, step = self.config, self.step
         torch.manual_seed(_mix(config.run.seed, step, self.ranks.rank))
-        whole = GlobalBatch(self.ranks.gather(part_sizes(self.model, self.transfer, batch)), self.ranks)
-        augment = torch.Generator().manual_seed(_mix(config.run.seed + 7919, step))
         self.model.train()
         result = losses(
             self.model,
@@ -288,9 +272,9 @@ class Trainer:
             config,
             precision=self.precision,
             transfer_weight=transfer_weight(step, config),
-            augment=augment,
+            augment=torch.Generator().manual_seed(_mix(config.run.seed + 7919, step)),
             timed=watch,
-            whole=whole,
+            whole=GlobalBatch(self.ranks.gather(part_sizes(self.model, self.transfer, batch)), self.ranks),
         )
         watch.watch_transfer(result.transfer_inputs)
         with watch("backward"):

@@ -21,14 +21,9 @@ from .transducer import Transducer
 
 
 def resolve_device(name: str, local: int | None = None) -> torch.device:
-    """Return a device that this machine has.
+    """Return the device auto (CUDA if there is any, else the CPU), cpu, cuda or cuda:N. Raises UsageError if absent.
 
-    Arguments:
-        name: auto (CUDA if there is any, else the CPU), cpu, cuda or cuda:N.
-        local: this process's number on its machine, when several train together. It becomes the GPU's number.
-
-    Raises:
-        UsageError: there is no such device.
+    If several processes train together, `local` is this one's number on its machine. It becomes the GPU's number.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,14 +63,10 @@ def _matmul_seconds(dtype: torch.dtype) -> float:
 
 
 def build_model(config: Config, size: int) -> Transducer:
-    """Return a transducer over `size` units, with first weights from the run's seed.
-
-    Raises:
-        ConfigError: the model is larger than the memory.
-    """
+    """Return a transducer over `size` units, with first weights from the run's seed."""
     m = config.model
-    names = "predictor predictor_dim predictor_context joint_dim joint dropout"
-    encoder, rest = m.model_dump(exclude={*names.split()}), m.model_dump(include={*names.split()})
+    names = {"predictor", "predictor_dim", "predictor_context", "joint_dim", "joint", "dropout"}
+    encoder, rest = m.model_dump(exclude=names), m.model_dump(include=names)
     encoder["causal"] = m.causal or m.chunk_frames > 0 or bool(m.chunk_choices)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
@@ -128,10 +119,7 @@ def build_transfer(config: Config, encoder_dim: int) -> tuple[Any, Any]:
 
     targets = TargetReader(
         resolve_views([Store.open(path, checksums=True) for path in t.stores], t.views),
-        position=t.position,
-        on_missing=t.on_missing,
-        sample=t.sample,
-        control=t.control,
+        **t.model_dump(include={"position", "on_missing", "sample", "control"}),
         seed=config.run.seed,
         pin=resolve_device(config.run.device).type == "cuda",
         corpus=read_manifest(config.data.corpus),
@@ -141,10 +129,7 @@ def build_transfer(config: Config, encoder_dim: int) -> tuple[Any, Any]:
         transfer = Transfer(
             targets.views,
             encoder_dim,
-            aligner=t.aligner,
-            distance=t.distance,
-            temperature=t.temperature,
-            mixing=t.mixing,
+            **t.model_dump(include={"aligner", "distance", "temperature", "mixing"}),
             embeddings=targets.embeddings if t.aligner == "attention" else None,
             predictor_dim=config.model.predictor_dim,
             taps=max(1, len(t.layers)),

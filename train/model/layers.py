@@ -185,14 +185,10 @@ class ConvolutionModule(nn.Module):
                 new_past = x[:, frames:].to(past.dtype)
         # As a channels-last image of height 1, [B, T, D] needs no transposed copy, and is 3 times as fast as conv1d.
         image = x.transpose(1, 2).unsqueeze(2)
+        weight, bias = self.depthwise.weight.unsqueeze(2), self.depthwise.bias
+        padding = 0 if self.causal else self.kernel // 2
         with torch.autocast("cpu", enabled=False):
-            y = F.conv2d(
-                image,
-                self.depthwise.weight.unsqueeze(2),
-                self.depthwise.bias,
-                padding=(0, 0 if self.causal else self.kernel // 2),
-                groups=self.depthwise.groups,
-            )
+            y = F.conv2d(image, weight, bias, padding=(0, padding), groups=self.depthwise.groups)
         return self.output(F.silu(self.norm(y.squeeze(2).transpose(1, 2)))), new_past
 
 
@@ -224,9 +220,7 @@ class ConformerBlock(nn.Module):
     ) -> tuple[Tensor, Past | None]:
         """Return the output [B, T, D] and, for a causal block with a past, the past of the next frames.
 
-        Arguments:
-            mask: float [B, T, 1], 1 inside the utterance.
-            bias: [B, 1, 1 or T, keys], -inf on keys that are not seen.
+        `mask` [B, T, 1] is 1 inside the utterance, and `bias` [B, 1, 1 or T, keys] is -inf on keys that are not seen.
         """
         x = x + 0.5 * self.drop(self.first(self.norms[0](x)))
         attended, keys_values = self.attention(self.norms[1](x), bias, positions, past and past[:2])

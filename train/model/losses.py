@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,21 +35,18 @@ def transducer_costs(
     ranges: Tensor | None = None,
     want_occupancy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute the transducer loss of each utterance of a batch.
+    """Return costs [B] and, with `want_occupancy`, occupancies [B, U, T]: how probably frame t emits unit u.
 
-    Arguments:
-        encoder, predictor: [B, T, J] and [B, U + 1, J], projected to the joint network's width J.
-        targets: [B, U], on the CPU, as both lengths are.
-        eps, ranges: of the RNN-T loss. See rnnt_loss_joint.
-        sigma: of the token-and-duration loss, whose logits are in memory for a few utterances at a time.
-
-    Returns:
-        Costs [B] and, with `want_occupancy`, occupancies [B, U, T], the probability that unit u is emitted at frame t.
+    Encoder [B, T, J] and predictor [B, U + 1, J] are projected to the joint network's width J. The targets [B, U] and
+    both lengths are on the CPU. `eps` and `ranges` are for the RNN-T loss (see rnnt_loss_joint), and `sigma` is for the
+    token-and-duration loss, whose logits are in memory for a few utterances at a time.
     """
     encoder, predictor, joint = encoder.float(), predictor.float(), model.joint
+    known = (targets, lengths, target_lengths)
+    options: dict[str, Any] = {"blank": BLANK, "reduction": "none", "fastemit_lambda": fastemit}
+    options["return_occupancy"] = want_occupancy
     if model.durations:
-        known = (targets, lengths, target_lengths)
-        tdt = partial(_tdt_costs, model, sigma=sigma, fastemit=fastemit, want_occupancy=want_occupancy)
+        tdt = partial(_tdt_costs, model, sigma=sigma, **options)
         cells = TDT_LOGITS // (model.size + len(model.durations))
         parts = list(_slices(lengths.tolist(), target_lengths.tolist(), cells))
         if len(parts) > 1 and torch.is_grad_enabled():
@@ -61,21 +59,9 @@ def transducer_costs(
         units, frames = targets.shape[1], encoder.shape[1]
         padded = [F.pad(o, (0, frames - o.shape[2], 0, units - o.shape[1])) for _, o in results if o is not None]
         return costs, torch.cat(padded)
+    output = (joint.output.weight, joint.output.bias)
     result = rnnt_loss_joint(
-        encoder,
-        predictor,
-        joint.output.weight,
-        joint.output.bias,
-        targets,
-        lengths,
-        target_lengths,
-        blank=BLANK,
-        reduction="none",
-        combine=joint.combine,
-        eps=eps,
-        fastemit_lambda=fastemit,
-        ranges=ranges,
-        return_occupancy=want_occupancy,
+        encoder, predictor, *output, *known, combine=joint.combine, eps=eps, ranges=ranges, **options
     )
     return result if want_occupancy else (result, None)
 
@@ -87,29 +73,15 @@ def _tdt_costs(
     targets: Tensor,
     lengths: Tensor,
     target_lengths: Tensor,
-    *,
-    sigma: float,
-    fastemit: float,
-    want_occupancy: bool,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The costs of utterances whose logits fit into memory. The occupancies end with the longest utterance."""
     frames, units = int(lengths.max()), int(target_lengths.max())
     with torch.autocast(encoder.device.type, enabled=False):
         tokens, durations = model.joint.with_durations(encoder[:, :frames, None], predictor[:, None, : units + 1])
-    result = tdt_loss(
-        tokens,
-        durations,
-        targets[:, :units],
-        lengths,
-        target_lengths,
-        blank=BLANK,
-        durations=model.durations,
-        sigma=sigma,
-        reduction="none",
-        fastemit_lambda=fastemit,
-        return_occupancy=want_occupancy,
-    )
-    return result if want_occupancy else (result, None)
+    known = (targets[:, :units], lengths, target_lengths)
+    result = tdt_loss(tokens, durations, *known, durations=model.durations, **options)
+    return result if options["return_occupancy"] else (result, None)
 
 
 def _slices(frames: list[int], units: list[int], cells: int) -> Iterator[slice]:

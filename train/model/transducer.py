@@ -72,16 +72,10 @@ class Encoder(nn.Module):
     def forward(
         self, features: Tensor, lengths: Tensor, taps: Sequence[int] = (), generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor, dict]:
-        """Encode a batch of whole utterances.
+        """Encode whole utterances: normalised features [B, T, bins] of lengths [B] in frames.
 
-        Arguments:
-            features: [B, T, bins], normalised.
-            lengths: [B], in frames.
-            taps: layers whose states are returned as well, where 1 is the first block.
-            generator: draws one of `chunk_choices`, on the CPU.
-
-        Returns:
-            States [B, T', dim], their lengths [B], and {layer: states [B, T', dim]} of the taps.
+        This returns states [B, T', dim], their lengths [B], and {layer: states} of the layers `taps`, where 1 is the
+        first block. The generator of the CPU draws one of `chunk_choices`.
         """
         chunk = self._drawn_chunk(generator) // self.subsampling
         x, lengths, _ = self.front(features, lengths)
@@ -111,17 +105,13 @@ class Encoder(nn.Module):
     ) -> dict[str, Tensor]:
         """Return the state of `stream` at the beginning of an utterance: zeros, of fixed shapes, batch first.
 
-        Arguments:
-            chunk_frames, left_chunks: None takes the model's own.
+        None takes the model's own chunks. Raises ConfigError if the model cannot stream with these chunks.
 
         Returns:
             processed: int64 [B], the number of states so far.
             keys, values: [B, layers, left, dim] of the attention, left = left_chunks * states of a chunk.
             convolution: [B, layers, kernel - 1, dim].
             front0, …: [B, frames, width], one for each convolution of the subsampling.
-
-        Raises:
-            ConfigError: the model cannot stream, or not with these chunks.
         """
         chunk = self.chunk_frames if chunk_frames is None else chunk_frames
         left_chunks = self.left_chunks if left_chunks is None else left_chunks
@@ -149,13 +139,9 @@ class Encoder(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Encode one chunk of each utterance. The operations depend on shapes alone, so that this can be traced.
 
-        Arguments:
-            features: plain fbank [B, t, bins], where t is the chunk_frames that the state was made for.
-            state: of `stream_state`, or of the chunk before.
-            lengths: [B], the frames of each utterance in this chunk, fewer than t once it has ended. None means t.
-
-        Returns:
-            States [B, t / subsampling, dim], which are 0 past an utterance's end, and the state of the next chunk.
+        The features are plain fbank [B, t, bins], where t is the chunk_frames that the first state was made for. The
+        lengths [B] are fewer than t once an utterance has ended, and None means t.
+        This returns states [B, t / subsampling, dim], which are 0 past an utterance's end, and the next chunk's state.
         """
         batch, frames, _ = features.shape
         if lengths is None:
@@ -250,11 +236,8 @@ class LstmPredictor(nn.Module):
 class Joint(nn.Module):
     """The joint network: out(tanh(encoder(e) + predictor(p))), or of the product.
 
-    The projections are modules of their own, so that the loss can be fused with the rest.
-
-    Arguments:
-        combine: "add" or "mul".
-        durations: how many durations a token-and-duration transducer chooses from, by logits of their own.
+    The projections are modules of their own, so that the loss can be fused with the rest. A token-and-duration
+    transducer chooses from `durations` durations, by logits of their own.
     """
 
     def __init__(
