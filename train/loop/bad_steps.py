@@ -69,8 +69,8 @@ class BadSteps:
         if not path.exists() and len(list(folder.glob("step-*.safetensors"))) >= KEPT:
             return None
         names = ("features", "feature_lengths", "targets", "target_lengths")
-        tensors = {name: getattr(batch, name) for name in names} | {"costs": costs}
-        tensors |= {"step": torch.tensor(step), "seed": torch.tensor(self.seed)}
+        tensors = {name: getattr(batch, name) for name in names}
+        tensors |= {"costs": costs, "step": torch.tensor(step), "seed": torch.tensor(self.seed)}
         arrays = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         with draft_of(path) as draft:
             save_file(arrays, draft, {"ids": json.dumps(batch.ids)})

@@ -94,9 +94,10 @@ class Trainer:
             shards=store_shards(config, [u.id for u in self.loader.utterances]),
             mix=config.data.mix_shards,
         )
+        budget = {"steps": config.optim.steps, "batch_frames": config.data.batch_frames, "precision": self.precision}
         self.identity: dict[str, Any] = {
             "data": identity.data_identity(self.loader, sampler),
-            "budget": identity.budget(config, self.precision),
+            "budget": budget,  # what the run may spend on learning
             "initialisation": identity.weights_hash(self.model),
         }
         self._refuse_unlike_ranks(sampler)
@@ -169,8 +170,7 @@ class Trainer:
             if self.average is not None:
                 checkpoint.load_weights(self.average.module, progress.of("ema"), where)
                 self.average.n_averaged.fill_(state.averaged)
-        settled = (self.out, self.config, self.units, self.identity, self.step)
-        self.ranks.from_first(lambda: folder.create(*settled))
+        self.ranks.from_first(lambda: folder.create(self.out, self.config, self.units, self.identity, self.step))
 
     def _fit_normalisation(self) -> None:
         """Set the mean and deviation of each bin, over up to 500 training utterances, spread evenly."""

@@ -6,7 +6,7 @@ Try: `stillhouse train CONFIG --set loss.kind=tdt`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -46,7 +46,7 @@ def transducer_costs(
     options: dict[str, Any] = {"blank": BLANK, "reduction": "none", "fastemit_lambda": fastemit}
     options["return_occupancy"] = want_occupancy
     if model.durations:
-        tdt = partial(_tdt_costs, model, sigma=sigma, **options)
+        tdt: Callable[..., tuple[Tensor, Tensor | None]] = partial(_tdt_costs, model, sigma=sigma, **options)
         cells = TDT_LOGITS // (model.size + len(model.durations))
         parts = list(_slices(lengths.tolist(), target_lengths.tolist(), cells))
         if len(parts) > 1 and torch.is_grad_enabled():

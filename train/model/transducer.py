@@ -77,7 +77,10 @@ class Encoder(nn.Module):
         This returns states [B, T', dim], their lengths [B], and {layer: states} of the layers `taps`, where 1 is the
         first block. The generator of the CPU draws one of `chunk_choices`.
         """
-        chunk = self._drawn_chunk(generator) // self.subsampling
+        chunk_frames = self.chunk_frames
+        if self.training and self.chunk_choices:
+            chunk_frames = self.chunk_choices[int(torch.randint(len(self.chunk_choices), (), generator=generator))]
+        chunk = chunk_frames // self.subsampling
         x, lengths, _ = self.front(features, lengths)
         inside = length_mask(lengths, x.shape[1])
         mask = inside[:, :, None].to(x.dtype)
@@ -94,11 +97,6 @@ class Encoder(nn.Module):
             if number in taps:
                 tapped[number] = x * mask
         return x * mask, lengths, tapped
-
-    def _drawn_chunk(self, generator: torch.Generator | None) -> int:
-        if not (self.training and self.chunk_choices):
-            return self.chunk_frames
-        return self.chunk_choices[int(torch.randint(len(self.chunk_choices), (), generator=generator))]
 
     def stream_state(
         self, batch: int = 1, *, chunk_frames: int | None = None, left_chunks: int | None = None
@@ -319,8 +317,8 @@ class Transducer(nn.Module):
             self.predictor = StatelessPredictor(size, predictor_dim, predictor_context, dropout)
         else:
             self.predictor = LstmPredictor(size, predictor_dim, dropout)
-        combine: Literal["add", "mul"] = "mul" if joint == "multiplicative" else "add"
         self.durations = tuple(durations)
+        combine: Literal["add", "mul"] = "mul" if joint == "multiplicative" else "add"
         self.joint = Joint(self.encoder.dim, predictor_dim, joint_dim, size, combine, len(self.durations))
         self.ctc = nn.Linear(self.encoder.dim, size) if ctc else None
         self.simple = SimpleJoint(self.encoder.dim, predictor_dim, size) if pruned else None

@@ -9,6 +9,7 @@ Try: `stillhouse train CONFIG --out RUN`, killed and started again.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,12 +130,10 @@ def _read(out: Path, config: Config, on_progress: Callable[[str], None]) -> RunP
 
 def refuse_other_folder(out: Path) -> None:
     """Raise UsageError for a folder that holds something else than a run."""
-    if not out.exists() and not out.is_symlink():
+    if (out / SETTINGS).exists() or not (out.exists() or out.is_symlink()):
         return
     if not out.is_dir():
         raise UsageError("this is not a folder", where=out, remedy="choose another --out")
-    if (out / SETTINGS).exists():
-        return
     names = sorted(p.name for p in out.iterdir())
     foreign = [n for n in names if n not in _BEFORE and not n.startswith(".") and Path(n).suffix not in _LOGS]
     if foreign:
@@ -155,7 +154,7 @@ def create(out: Path, config: Config, units: Units, own: dict[str, Any], step: i
         sweep_drafts(folder)
     write_atomic(out / SETTINGS, dump_config(config))
     if not step:
-        identity.write(out, own)
+        write_atomic(out / identity.FILE, json.dumps(own, indent=1) + "\n")
     units.save(out / "units")
     checkpoint.sweep(out / CHECKPOINTS, step)
 

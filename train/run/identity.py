@@ -18,7 +18,7 @@ from torch import nn
 from ...data.batches.loader import BatchLoader
 from ...data.batches.sampler import BatchSampler
 from ...data.errors import StaleError
-from ...data.files.atomic import read_plain, write_atomic
+from ...data.files.atomic import read_plain
 from ..config import Config
 
 FILE = "identity.json"
@@ -38,11 +38,6 @@ def data_identity(loader: BatchLoader, sampler: BatchSampler) -> dict[str, Any]:
     }
 
 
-def budget(config: Config, precision: str) -> dict[str, Any]:
-    """Return what a run may spend on learning."""
-    return {"steps": config.optim.steps, "batch_frames": config.data.batch_frames, "precision": precision}
-
-
 def weights_hash(model: nn.Module) -> str:
     """Return a hash of the names, shapes and bits of all weights."""
     digest = hashlib.sha256()
@@ -50,11 +45,6 @@ def weights_hash(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def write(out: Path, identity: Mapping[str, Any]) -> None:
-    """Write RUN/identity.json."""
-    write_atomic(out / FILE, json.dumps(identity, indent=1) + "\n")
 
 
 def read(out: Path) -> dict[str, Any] | None:
@@ -82,23 +72,18 @@ def refuse_other_settings(old: Config, new: Config, where: Path) -> None:
     free |= {"data.corpus", "data.features", "data.units", "transfer.stores"}
     a, b = old.flat(), new.flat()
     differ = [f"{k}: {a[k]} in the run, {b[k]} in the new settings" for k in a if a[k] != b[k] and k not in free]
-    if differ:
-        raise StaleError(
-            f"the run has other settings: {'; '.join(differ)}",
-            where=where,
-            remedy="choose another --out for the new settings",
-        )
+    _refuse("the run has other settings", differ, where, "choose another --out for the new settings")
 
 
 def refuse_other_data(old: dict[str, Any], new: dict[str, Any], where: Path) -> None:
     """Raise StaleError if the data of a run, as in `data_identity`, changed."""
     differ = [f"{k}: {old.get(k)} when the run began, {new[k]} now" for k in new if old.get(k) != new[k]]
+    _refuse("the run's data changed", differ, where, "restore the data or choose another --out")
+
+
+def _refuse(what: str, differ: list[str], where: Path, remedy: str) -> None:
     if differ:
-        raise StaleError(
-            f"the run's data changed: {'; '.join(differ)}",
-            where=where,
-            remedy="restore the data or choose another --out",
-        )
+        raise StaleError(f"{what}: {'; '.join(differ)}", where=where, remedy=remedy)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

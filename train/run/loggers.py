@@ -105,7 +105,7 @@ class Service(Logger):
     """Logs to a service, which knows this run by an id that RUN/trackers.json keeps."""
 
     def __init__(self, out: Path) -> None:
-        self.out, self.name = out, out.resolve().name
+        self.out, self.run_name = out, out.resolve().name
         self.run: Any = None
 
     def _library(self) -> Any:
@@ -134,7 +134,9 @@ class Wandb(Service):
         id = self._ids().get("wandb") or uuid.uuid4().hex[:12]
         self._keep_id(id)
         project, config = os.environ.get("WANDB_PROJECT", "stillhouse"), dict(settings)
-        self.run = wandb.init(project=project, dir=str(self.out), name=self.name, id=id, resume="allow", config=config)
+        self.run = wandb.init(
+            project=project, dir=str(self.out), name=self.run_name, id=id, resume="allow", config=config
+        )
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
@@ -157,7 +159,7 @@ class Mlflow(Service):
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "stillhouse")
             known = client.get_experiment_by_name(name)
             experiment = client.create_experiment(name) if known is None else known.experiment_id
-            id = client.create_run(experiment, run_name=self.name).info.run_id
+            id = client.create_run(experiment, run_name=self.run_name).info.run_id
             self._keep_id(id)
             flat = identity.flatten(settings).items()
             parameters = [mlflow.entities.Param(name, str(value)[:PARAM_LENGTH]) for name, value in flat]

@@ -87,14 +87,13 @@ class Profile:
         """Write the files of what was profiled so far. A second call does nothing."""
         if self.over:
             return
-        self.over = True
-        if self.profiler is None:
-            return self.done(None)
+        self.over, steps = True, self.seen - WARMUP
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        seconds, steps = time.perf_counter() - self.began, self.seen - WARMUP
-        self.profiler.stop()
-        if not steps:
+        seconds = time.perf_counter() - self.began
+        if self.profiler is not None:
+            self.profiler.stop()
+        if steps <= 0:
             return self.done(None)
         self.out.mkdir(parents=True, exist_ok=True)
         profiled = self._profiled(seconds, steps)
@@ -107,14 +106,12 @@ class Profile:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         parts, ops = [], []
         for e in self.profiler.key_averages():
-            calls = e.count / steps
-            if e.key.startswith(PREFIX):
-                name = e.key.removeprefix(PREFIX)
-                if e.cpu_time_total:  # The device has a range of the same name, without CPU time.
-                    parts.append(Part(name, e.cpu_time_total / 1e3 / steps, e.device_time_total / 1e3 / steps, calls))
-            else:
+            name, calls = e.key.removeprefix(PREFIX), e.count / steps
+            if name == e.key:
                 own = (e.self_cpu_time_total / 1e3 / steps, e.self_device_time_total / 1e3 / steps)
-                ops.append(Part(e.key, *own, calls))
+                ops.append(Part(name, *own, calls))
+            elif e.cpu_time_total:  # The device has a range of the same name, without CPU time.
+                parts.append(Part(name, e.cpu_time_total / 1e3 / steps, e.device_time_total / 1e3 / steps, calls))
         parts.sort(key=lambda p: -p.ms)
         ops.sort(key=lambda p: -max(p.ms, p.device_ms))
         trace = str(self.out / "trace.json")
