@@ -36,10 +36,8 @@ def sample_rate(run: Path, model: Any) -> int:
     from ..run.identity import read
 
     fingerprint = ((read(run) or {}).get("data") or {}).get("features")
-    for rate in (16000, 8000, 11025, 12000, 22050, 24000, 32000, 44100, 48000):
-        if FeatureSettings(rate_hz=rate, bins=len(model.encoder.feature_mean)).fingerprint == fingerprint:
-            return rate
-    return 16000
+    rates, bins = (16000, 8000, 11025, 12000, 22050, 24000, 32000, 44100, 48000), len(model.encoder.feature_mean)
+    return next((r for r in rates if FeatureSettings(rate_hz=r, bins=bins).fingerprint == fingerprint), 16000)
 
 
 def read_samples(source: Path, rate_hz: int, raw: bool) -> Iterator[Any]:

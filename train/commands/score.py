@@ -62,8 +62,6 @@ def score(
 
     def read(path: Path) -> list[tuple[str, str, str]]:
         triples = read_hypotheses(path, texts)
-        if transform == "none":
-            return triples
         return [(id, transformed(ref, transform).text, transformed(hyp, transform).text) for id, ref, hyp in triples]
 
     triples = read(hypotheses)

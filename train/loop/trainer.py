@@ -104,7 +104,7 @@ class Trainer:
         self.sampler = sampler.shared(ranks.rank, ranks.size)
         self.step = self.epoch = self.position = 0
         self.bad = BadSteps(out, config.run.bad_steps, config.run.seed, self.on_progress, ranks)
-        self.best: dict[str, float] = {}
+        self.best: dict[str, Any] = {}
         self.window: dict[str, Any] = {}
         ranks.from_first(lambda: folder.refuse_other_folder(out))
         with self._locked():
@@ -123,16 +123,14 @@ class Trainer:
             own["transfer"] = identity.weights_hash(self.transfer)
         ranks.refuse_unlike(own)
         counts = [len(plan.indices) for plan in sampler.epoch(0)]
-        few = sum(count < ranks.size for count in counts)
         if max(counts) < ranks.size:
             raise UsageError(
                 f"there are {ranks.size} ranks, but no batch has more than {max(counts)} utterances",
                 remedy="raise data.batch_frames, the size of the batch that ranks share, or start fewer ranks",
             )
-        if few:
-            self.on_progress(
-                f"{few} of {len(counts)} batches have fewer than {ranks.size} utterances, so some ranks will be idle"
-            )
+        if few := sum(count < ranks.size for count in counts):
+            some = f"{few} of {len(counts)} batches have fewer than {ranks.size} utterances"
+            self.on_progress(f"{some}, so some ranks will be idle")
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -212,8 +210,7 @@ class Trainer:
             "versions": {"torch": torch.__version__},
         }
         checkpoint.save(self.out / "checkpoints", state, tensors)
-        best = self.best.get("step")
-        checkpoint.prune(self.out / "checkpoints", self.config.run.keep, None if best is None else int(best))
+        checkpoint.prune(self.out / "checkpoints", self.config.run.keep, self.best.get("step"))
 
     def run(self, profile: Profile | None = None) -> None:
         """Train to the last step. On return the last checkpoint is on disk.
@@ -226,8 +223,8 @@ class Trainer:
             self._run(profile)
 
     def _run(self, profile: Profile | None) -> None:
-        config, ranks = self.config, self.ranks
-        if self.step >= config.optim.steps:
+        config, ranks, steps = self.config, self.ranks, self.config.optim.steps
+        if self.step >= steps:
             self.on_progress(f"{self.out} is done, at step {self.step}")
             return
         parameters = sum(p.numel() for p in self.model.parameters())
@@ -238,7 +235,6 @@ class Trainer:
             f"({hours:.2f} h; left out: {left_out}), {self.precision} on {self.device}"
             + (f", {ranks.size} ranks" if ranks.size > 1 else "")
         )
-        steps = config.optim.steps
         with (
             Monitor(config, self.out, self.step, self.on_progress, self.device, profile, on=ranks.first) as monitor,
             closing(prefetch(self.sampler, self.loader.load, epoch=self.epoch, position=self.position)) as batches,

@@ -155,11 +155,10 @@ def memory(device: torch.device) -> dict[str, float]:
     Without /proc, "resident" is the most so far.
     """
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        used = {"resident": float(pages * resource.getpagesize())}
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:
-        unit = 1 if sys.platform == "darwin" else 1024
-        used = {"resident": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)}
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    used = {"resident": float(resident)}
     if device.type == "cuda":
         used["cuda"] = float(torch.cuda.max_memory_allocated(device))
     return used

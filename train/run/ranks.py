@@ -75,35 +75,34 @@ class Ranks:
         """Call `make` on rank 0, and return its value on all ranks. If it raises, the other ranks raise RankError."""
         if self.size == 1:
             return make()
-        message: list[Any] = [None, None]
+        message: list[Any] = [None, None]  # the value, or the exit code of a failure
         failure: StillhouseError | None = None
         if self.first:
             try:
-                message = [make(), None]
+                message[0] = make()
             except StillhouseError as e:
-                failure, message = e, [None, e.exit_code]
+                failure, message[1] = e, e.exit_code
         with _rank_errors():
             dist.broadcast_object_list(message, src=0)
-        if failure is not None:
-            raise failure
-        if message[1] is not None:
-            stopped = RankError(f"rank {self.rank} stops, for the reason that rank 0 reports")
-            stopped.exit_code = message[1]
-            raise stopped
-        return message[0]
+        value, exit_code = message
+        if exit_code is None:
+            return value
+        if failure is None:
+            failure = RankError(f"rank {self.rank} stops, for the reason that rank 0 reports")
+            failure.exit_code = exit_code
+        raise failure
 
     def tensors_from_first(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """Return rank 0's tensors on the CPU of all ranks. The other ranks pass None."""
+        tensors = dict(tensors or {})
         if self.size == 1:
-            return dict(tensors or {})
-        shapes = self.from_first(lambda: [(k, v.shape, v.dtype) for k, v in (tensors or {}).items()])
-        copies: dict[str, Tensor] = {}
+            return tensors
+        shapes = self.from_first(lambda: [(k, v.shape, v.dtype) for k, v in tensors.items()])
         with _rank_errors():
             for name, shape, dtype in shapes:
-                own = torch.empty(shape, dtype=dtype) if tensors is None else tensors[name].cpu().contiguous()
-                dist.broadcast(own, src=0)
-                copies[name] = own
-        return copies
+                tensors[name] = tensors[name].cpu().contiguous() if self.first else torch.empty(shape, dtype=dtype)
+                dist.broadcast(tensors[name], src=0)
+        return tensors
 
     def refuse_unlike(self, what: Mapping[str, Any]) -> None:
         """Raise RankError on every rank if some value differs between ranks. It names the values."""
@@ -235,17 +234,17 @@ class GradientSum:
 
     def _ready(self, number: int, _: Tensor) -> None:
         self.missing[number] -= 1
-        while len(self.works) < len(self.buckets) and not self.missing[len(self.works)]:
-            self._send()
+        self._send_complete()
 
-    def _send(self) -> None:
+    def _send_complete(self) -> None:
         with _rank_errors():
-            self.works.append(dist.all_reduce(self.buckets[len(self.works)], async_op=True))
+            while len(self.works) < len(self.buckets) and not self.missing[len(self.works)]:
+                self.works.append(dist.all_reduce(self.buckets[len(self.works)], async_op=True))
 
     def finish(self) -> None:
         """Wait, after the backward pass, until every `grad` is the sum over the ranks."""
-        while len(self.works) < len(self.buckets):
-            self._send()
+        self.missing = [0] * len(self.sizes)
+        self._send_complete()
         with _rank_errors():
             for work in self.works:
                 work.wait()
