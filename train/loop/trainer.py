@@ -70,31 +70,23 @@ class Trainer:
             torch.cuda.set_device(self.device)
         self.precision = ranks.from_first(lambda: resolve_precision(config.run.precision, self.device))
         torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // ranks.local_size))
-        corpus = read_manifest(config.data.corpus)
-        self.units = load_units(config.data.units)
-        self.features = FeatureFile(config.data.features)
+        data = config.data
+        corpus = read_manifest(data.corpus)
+        self.units = load_units(data.units)
+        self.features = FeatureFile(data.features)
         self.model = build_model(config, self.units.size)
         self.transfer, targets = build_transfer(config, self.model.encoder.dim)
-        self.loader = BatchLoader(
-            corpus.select(config.data.train),
-            self.features,
-            self.units,
-            speeds=config.data.speeds,
-            max_frames=config.data.max_frames,
-            targets=targets,
-        )
-        self.dev = None
-        if config.data.dev is not None:
-            dev = BatchLoader(corpus.select(config.data.dev), self.features, self.units)
-            self.dev = dev.shared(ranks.rank, ranks.size)
+
+        def loader(split: str | None, **options: Any) -> BatchLoader:
+            return BatchLoader(corpus.select(split), self.features, self.units, **options)
+
+        self.loader = loader(data.train, speeds=data.speeds, max_frames=data.max_frames, targets=targets)
+        self.dev = None if data.dev is None else loader(data.dev).shared(ranks.rank, ranks.size)
+        shards = store_shards(config, [u.id for u in self.loader.utterances])
         sampler = BatchSampler(
-            self.loader.frames,
-            max_frames=config.data.batch_frames,
-            seed=config.run.seed,
-            shards=store_shards(config, [u.id for u in self.loader.utterances]),
-            mix=config.data.mix_shards,
+            self.loader.frames, max_frames=data.batch_frames, seed=config.run.seed, shards=shards, mix=data.mix_shards
         )
-        budget = {"steps": config.optim.steps, "batch_frames": config.data.batch_frames, "precision": self.precision}
+        budget = {"steps": config.optim.steps, "batch_frames": data.batch_frames, "precision": self.precision}
         self.identity: dict[str, Any] = {
             "data": identity.data_identity(self.loader, sampler),
             "budget": budget,  # what the run may spend on learning

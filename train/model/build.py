@@ -64,21 +64,15 @@ def _matmul_seconds(dtype: torch.dtype) -> float:
 
 def build_model(config: Config, size: int) -> Transducer:
     """Return a transducer over `size` units, with first weights from the run's seed."""
-    m = config.model
+    m, loss = config.model, config.loss
     names = {"predictor", "predictor_dim", "predictor_context", "joint_dim", "joint", "dropout"}
     encoder, rest = m.model_dump(exclude=names), m.model_dump(include=names)
     encoder["causal"] = m.causal or m.chunk_frames > 0 or bool(m.chunk_choices)
+    rest["durations"] = loss.durations if loss.kind == "tdt" else ()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         try:
-            return Transducer(
-                size,
-                encoder,
-                durations=config.loss.durations if config.loss.kind == "tdt" else (),
-                ctc=config.loss.ctc_weight > 0,
-                pruned=config.loss.kind == "pruned",
-                **rest,
-            )
+            return Transducer(size, encoder, ctc=loss.ctc_weight > 0, pruned=loss.kind == "pruned", **rest)
         except (MemoryError, RuntimeError) as e:
             if isinstance(e, RuntimeError) and "allocate" not in str(e):  # torch's allocator raises RuntimeError
                 raise
@@ -96,15 +90,10 @@ def build_optimiser(parameters: Iterable[Tensor], config: Config, device: torch.
     One call replaces several operators for each parameter. CUDA's default is as good, and keeps step counts on the CPU.
     """
     parameters = list(parameters)
-    return torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.optim.weight_decay},
-            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-        ],
-        lr=config.optim.lr,
-        betas=config.optim.betas,
-        fused=True if device.type == "cpu" else None,
-    )
+    decayed = {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.optim.weight_decay}
+    others = {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}
+    fused = True if device.type == "cpu" else None
+    return torch.optim.AdamW([decayed, others], lr=config.optim.lr, betas=config.optim.betas, fused=fused)
 
 
 def build_transfer(config: Config, encoder_dim: int) -> tuple[Any, Any]:
