@@ -18,6 +18,7 @@ from ...data.errors import ConfigError
 from .layers import ConformerBlock, Dropout, Subsampling, chunk_mask, length_mask, rotary
 
 BLANK = 0
+Combine = Literal["add", "mul"]
 PAST = ("keys", "values", "convolution")  # what the state of `stream` holds for each block
 
 
@@ -160,7 +161,7 @@ class Encoder(nn.Module):
             x, new = block(x, mask, bias, positions, tuple(state[k][:, number] for k in PAST))
             kept.append(new)
         next_state = {"processed": state["processed"] + lengths}
-        next_state |= {name: torch.stack(t, 1) for name, t in zip(PAST, zip(*kept))} if kept else {}
+        next_state |= {name: torch.stack(t, 1) for name, t in zip(PAST, zip(*kept))}
         next_state |= {f"front{n}": value for n, value in enumerate(front)}
         return x * mask, {name: next_state.get(name, value) for name, value in state.items()}
 
@@ -239,16 +240,10 @@ class Joint(nn.Module):
     """
 
     def __init__(
-        self,
-        encoder_dim: int,
-        predictor_dim: int,
-        dim: int,
-        size: int,
-        combine: Literal["add", "mul"] = "add",
-        durations: int = 0,
+        self, encoder_dim: int, predictor_dim: int, dim: int, size: int, combine: Combine = "add", durations: int = 0
     ) -> None:
         super().__init__()
-        self.combine: Literal["add", "mul"] = combine
+        self.combine: Combine = combine
         self.encoder = nn.Linear(encoder_dim, dim)
         # In a sum, the encoder's bias serves both.
         self.predictor = nn.Linear(predictor_dim, dim, bias=combine == "mul")
@@ -318,7 +313,7 @@ class Transducer(nn.Module):
         else:
             self.predictor = LstmPredictor(size, predictor_dim, dropout)
         self.durations = tuple(durations)
-        combine: Literal["add", "mul"] = "mul" if joint == "multiplicative" else "add"
+        combine: Combine = "mul" if joint == "multiplicative" else "add"
         self.joint = Joint(self.encoder.dim, predictor_dim, joint_dim, size, combine, len(self.durations))
         self.ctc = nn.Linear(self.encoder.dim, size) if ctc else None
         self.simple = SimpleJoint(self.encoder.dim, predictor_dim, size) if pruned else None

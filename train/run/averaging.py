@@ -7,7 +7,7 @@ Try: `stillhouse train CONFIG --set optim.ema=0.999`, `stillhouse decode … --c
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -35,8 +35,10 @@ def mean(models: Iterable[M]) -> M:
 
     Each model is read before the next one is asked for, so that they may be one module with other weights each time.
     """
-    average: Any = None
+    average: AveragedModel | None = None
     for model in models:
         average = average or AveragedModel(model)
         average.update_parameters(model)
-    return average.module
+    if average is None:
+        raise ValueError("no model to average")
+    return cast(M, average.module)

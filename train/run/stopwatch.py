@@ -66,8 +66,7 @@ class Stopwatch:
         if self.cuda:
             torch.cuda.synchronize()
         for part, began, ended in self.spans:
-            seconds = ended - began if isinstance(began, float) else began.elapsed_time(ended) / 1000
-            self.seconds[part] += seconds
+            self.seconds[part] += ended - began if isinstance(began, float) else began.elapsed_time(ended) / 1000
         taken, self.seconds, self.spans = dict(self.seconds), defaultdict(float), []
         return taken
 
