@@ -234,17 +234,17 @@ class GradientSum:
 
     def _ready(self, number: int, _: Tensor) -> None:
         self.missing[number] -= 1
-        self._send_complete()
+        while len(self.works) < len(self.buckets) and not self.missing[len(self.works)]:
+            self._send()
 
-    def _send_complete(self) -> None:
+    def _send(self) -> None:
         with _rank_errors():
-            while len(self.works) < len(self.buckets) and not self.missing[len(self.works)]:
-                self.works.append(dist.all_reduce(self.buckets[len(self.works)], async_op=True))
+            self.works.append(dist.all_reduce(self.buckets[len(self.works)], async_op=True))
 
     def finish(self) -> None:
         """Wait, after the backward pass, until every `grad` is the sum over the ranks."""
-        self.missing = [0] * len(self.sizes)
-        self._send_complete()
+        while len(self.works) < len(self.buckets):
+            self._send()
         with _rank_errors():
             for work in self.works:
                 work.wait()
