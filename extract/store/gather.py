@@ -59,15 +59,7 @@ class DamagedRowError(Exception):
 
 
 class StateReader:
-    """Reads the states of one store.
-
-    Arguments:
-        paths: the store's paths.
-        checksums: compare every utterance's bytes with their stored crc32c.
-
-    Raises:
-        DamagedRowError: stored bytes are damaged.
-    """
+    """Reads the states of one store. With `checksums`, it raises DamagedRowError where stored bytes are damaged."""
 
     def __init__(self, paths: Paths, checksums: bool) -> None:
         self.paths, self.checksums = paths, checksums
@@ -188,9 +180,8 @@ class StateReader:
                 s, n, at = int(ranges.start[u]), int(ranges.length[u]), int(ranges.into[u])
                 out[at : at + n] = array[*axes, s : s + n]
         except Exception as e:  # Codecs raise anything for bytes that they cannot decode.
-            raise StoreError(
-                f"zarr cannot read shard {shard}: {e}", where=path, remedy="stillhouse inspect verify STORE"
-            ) from e
+            remedy = "stillhouse inspect verify STORE"
+            raise StoreError(f"zarr cannot read shard {shard}: {e}", where=path, remedy=remedy) from e
 
     def _check(
         self,

@@ -179,8 +179,7 @@ class Store:
                 axes = {v: self.axes(v) for v in views if v.teacher == name}
                 for view in axes:
                     self._require_committed(view, rows, ranges)
-                states = self._states.read(t, axes, rows, ranges, dtype, allocate or BATCH_BUFFERS.empty)
-                batch.states.update(states)
+                batch.states.update(self._states.read(t, axes, rows, ranges, dtype, allocate or BATCH_BUFFERS.empty))
         except (StoreError, DamagedRowError) as e:
             error = e if isinstance(e, StoreError) else self._damaged(e)
             self._explain(error)
@@ -195,11 +194,11 @@ class Store:
             raise self._damaged(e) from None
 
     def _damaged(self, error: DamagedRowError) -> StoreError:
-        return StoreError(
-            "stored bytes are damaged",
-            where=f"{error.view.address} {self.index.id(error.row)}",
-            remedy="stillhouse inspect verify STORE names all that is damaged",
+        where, remedy = (
+            f"{error.view} {self.index.id(error.row)}",
+            "stillhouse inspect verify STORE names all that is damaged",
         )
+        return StoreError("stored bytes are damaged", where=where, remedy=remedy)
 
     def has(self, ids: Sequence[str], view: View) -> np.ndarray:
         """Return which utterances are committed in this view, bool [B]."""
@@ -220,9 +219,8 @@ class Store:
         committed = self._committed_shards(view)
         if not committed[ranges.shards].all():
             missing = [self.index.id(int(r)) for r, s in zip(rows, ranges.shard) if not committed[s]]
-            raise NoStoreError(
-                f"not extracted yet: {first_few(missing)}", where=view.address, remedy="finish it: stillhouse extract"
-            )
+            remedy = "finish it: stillhouse extract"
+            raise NoStoreError(f"not extracted yet: {first_few(missing)}", where=view.address, remedy=remedy)
 
     # --- teachers ---
 
@@ -258,9 +256,7 @@ class Store:
 
     def _require_teacher(self, name: str) -> None:
         if name not in self.plan.teachers:
-            raise NoStoreError(
-                f"no teacher {name!r}", where=self.address, expected=" or ".join(self.plan.teachers) or "none"
-            )
+            raise NoStoreError(f"no teacher {name!r}", where=self.address, expected=" or ".join(self.plan.teachers))
 
     def _teacher_rows(self, teacher: str) -> TeacherRows:
         if teacher not in self._teachers:
@@ -305,10 +301,9 @@ class Store:
         """
         rows = (self.index if teacher is None else self.index_of(teacher)).rows(ids)
         if (rows < 0).any():
+            unknown = first_few([i for i, r in zip(ids, rows) if r < 0])
             raise NoStoreError(
-                f"not in this store: {first_few([i for i, r in zip(ids, rows) if r < 0])}",
-                where=self.address,
-                remedy="extract this corpus into it",
+                f"not in this store: {unknown}", where=self.address, remedy="extract this corpus into it"
             )
         return rows
 
@@ -332,11 +327,9 @@ class Store:
         """Raise StaleError naming the utterances whose transcript has changed since they were extracted."""
         changed = [i for i, t, h in zip(ids, texts, self.text_hash(ids)) if hash_text(t) != int(h)]
         if changed:
-            raise StaleError(
-                f"the transcript has changed since extraction: {first_few(changed)}",
-                where=self.address,
-                remedy="extract the corpus again into a new store, or restore the text",
-            )
+            what = f"the transcript has changed since extraction: {first_few(changed)}"
+            remedy = "extract the corpus again into a new store, or restore the text"
+            raise StaleError(what, where=self.address, remedy=remedy)
 
     def lengths(self, teacher: str) -> np.ndarray:
         """Return the tokens of every row, int32 [U], 0 for a dead row. Raises NoStoreError for an unknown teacher."""
@@ -392,8 +385,8 @@ class Store:
         except StoreError:
             return
         if numbers != [g.number for g in self.plan.generations]:
-            raise type(error)(
+            what, remedy = (
                 f"{error.what}; and the store has changed since it was opened",
-                where=error.where,
-                remedy="open it again, or call its refresh()",
-            ) from error
+                "open it again, or call its refresh()",
+            )
+            raise type(error)(what, where=error.where, remedy=remedy) from error

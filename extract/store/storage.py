@@ -22,12 +22,7 @@ from .remote.files import reading_files, writing_files
 
 
 def open_files(store: str | Path | StoreFiles) -> StoreFiles:
-    """Return the files of a store to be read.
-
-    Raises:
-        NoStoreError: there is no store at the URL. (A folder without a store is found out when its plan is read.)
-        StoreError: the object store does not answer.
-    """
+    """Return the files of a store to be read. Raises NoStoreError where a URL has none. Folders are not examined."""
     if isinstance(store, StoreFiles):
         return store
     return reading_files(store) if is_url(store) else StoreFiles(Path(store))
@@ -51,33 +46,26 @@ def has_locks(store: str | Path) -> bool:
 def on_disk(store: str | Path) -> Path:
     """Return the folder of a store. Raises UsageError where it is in an object store."""
     if is_url(store):
-        raise UsageError(
-            "nothing in an object store can be deleted or moved",
-            where=address_of(store),
-            expected="a store on a disk",
-            remedy="copy what you keep to another name (stillhouse store cp, subset and merge read and write URLs)",
-        )
+        what, expected = "nothing in an object store can be deleted or moved", "a store on a disk"
+        remedy = "copy what you keep to another name (stillhouse store cp, subset and merge read and write URLs)"
+        raise UsageError(what, where=address_of(store), expected=expected, remedy=remedy)
     return Path(store)
 
 
 @contextmanager
 def new_files(out: str | Path, undertaking: str) -> Iterator[StoreFiles]:
-    """Yield the files of a store that becomes `out` at the end.
+    """Yield the files of a store that becomes `out` at the end. Raises UsageError where something is there already.
 
-    Arguments:
-        undertaking: a hash of everything that the new store is made of. In an object store, a command with the same
-            hash continues what another one began.
-
-    Raises:
-        UsageError: something is there already.
+    `undertaking` is a hash of everything that the new store is made of. In an object store, a command with the same
+    hash continues what another one began.
     """
-    if not is_url(out):
+    if is_url(out):
+        with writing_files(out) as files:
+            files.begin_new_store(undertaking)
+            yield files
+    else:
         with _staging(Path(out)) as root:
             yield StoreFiles(root)
-        return
-    with writing_files(out) as files:
-        files.begin_new_store(undertaking)
-        yield files
 
 
 @contextmanager

@@ -99,23 +99,17 @@ class ItemWriter:
     def write(self, layer: int, utterance: int, first_token: int, block: np.ndarray | Quantised) -> None:
         """Write [n, D], from `encode` or `quantise`, as tokens [first_token, first_token + n) of an utterance.
 
-        Arguments:
-            utterance: its position in the work item.
-
-        Raises:
-            StoreError: a value is not finite; names view and utterance.
+        `utterance` is its position in the work item. Raises StoreError for a value that is not finite.
         """
         quantised = block if isinstance(block, Quantised) else None
         if isinstance(block, Quantised):
             block = block.values
         if not (is_finite(block, self.dtype) if quantised is None else np.isfinite(quantised.scale).all()):
-            raise StoreError(
-                f"a value of {self.teacher.name}/{self.item.context}/{layer} is not finite in {self.dtype.logical}",
-                where=self.ids[utterance],
-                remedy="store this teacher with --dtype bfloat16"
-                if self.dtype.logical in ("float16", "int8")
-                else "the model itself yields it: try --model-dtype float32",
-            )
+            remedy = "the model itself yields it: try --model-dtype float32"
+            if self.dtype.logical in ("float16", "int8"):
+                remedy = "store this teacher with --dtype bfloat16"
+            what = f"a value of {self.teacher.name}/{self.item.context}/{layer} is not finite in {self.dtype.logical}"
+            raise StoreError(what, where=self.ids[utterance], remedy=remedy)
         row = int(self.starts[utterance]) + first_token
         data = memoryview(block.data).cast("B")
         try:
@@ -175,11 +169,8 @@ class ItemWriter:
                 os.replace(source, target)
                 changed += target.parents[:folders]  # the folders of (shard,) layer and context, and c/
         sums = {str(k): crc32c(v.astype("<u4").tobytes()) for k, v in self.crc.items()}
-        for name, values in (
-            ("input_hash", input_hash),
-            ("context_left", context_left),
-            ("context_right", context_right),
-        ):
+        inputs = {"input_hash": input_hash, "context_left": context_left, "context_right": context_right}
+        for name, values in inputs.items():
             array = RawArray(self.paths, teacher.name, name)
             changed += array.write_rows(values, c, first=shard.first)
             sums[name] = crc32c(np.asarray(values, array.dtype).tobytes())

@@ -51,12 +51,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file holds.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        StoreError: it is no JSON, no regular file, or far too large for a record.
-    """
+    """Return what a JSON file holds. Raises FileNotFoundError, or StoreError for any other file that is no record."""
     try:
         with open_plain(path) as f:
             if os.fstat(f.fileno()).st_size > _LARGEST_JSON:
@@ -79,11 +74,8 @@ def explain_full_disk(where: Path) -> Iterator[None]:
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise StoreError(
-            "the disk is full; everything committed so far is safe",
-            where=where,
-            remedy="free some disk space and give the same command again: it resumes",
-        ) from e
+        remedy = "free some disk space and give the same command again: it resumes"
+        raise StoreError("the disk is full; everything committed so far is safe", where=where, remedy=remedy) from e
 
 
 def open_sized(path: Path, size: int) -> int:

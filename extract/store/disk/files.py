@@ -91,17 +91,11 @@ class StoreFiles:
         return sum(1 for p in folder.rglob("*") if p.is_file())
 
     def blocks(self, path: Path) -> BlockReader | None:
-        """Return a reader of a shard file that is not on this disk, or None to open it as a file.
-
-        Raises FileNotFoundError where there is no such file.
-        """
+        """Return a reader of a shard file that is not on this disk, or None to open it as a file."""
         return None
 
     def descriptor(self, path: Path, whole: bool) -> int:
-        """Open a shard file and return its descriptor; without `whole`, only the end must be readable.
-
-        Raises OSError as os.open does, and for what is not a regular file.
-        """
+        """Open a regular shard file and return its descriptor; without `whole`, only the end must be readable."""
         return plain_descriptor(path)
 
     # --- writing ---
@@ -127,13 +121,10 @@ class StoreFiles:
         """Make the plan that has been written here the store's; `by` names an undertaking of several commands."""
 
     def publish_commit(self, record: Path, data: list[Path], values: dict[str, Any] | None, overwrite: bool) -> bool:
-        """Make a commit record, and what it speaks of, part of the store. False: another writer was first.
+        """Make a commit record, and the files `data` that it speaks of, part of the store. False: another was first.
 
-        Arguments:
-            record: the record's file.
-            data: files that the record speaks of.
-            values: the item's parts of shared arrays, by name; None for norms.
-            overwrite: replace files that an earlier generation has put there.
+        `values` are the item's parts of shared arrays, by name; None for norms. `overwrite` replaces files of earlier
+        generations.
         """
         return True
 

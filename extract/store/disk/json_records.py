@@ -21,10 +21,7 @@ MOST = 1 << 53  # larger than every number in a store's JSON
 
 
 def as_record(kind: type[Kind], value: object, where: Path, **known: object) -> Kind:
-    """Return a `kind` from a JSON object; `known` are fields that are not in it.
-
-    Raises StoreError, with file and field, for a field that is missing, unknown or of another type.
-    """
+    """Return a `kind` from a JSON object and `known` fields. Raises StoreError naming the file and a wrong field."""
     if not isinstance(value, Mapping):
         raise StoreError("damaged", where=where, expected=f"a JSON object for {kind.__name__}")
     types_of = _types(kind)  # type: ignore[arg-type]

@@ -127,28 +127,16 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 def check_teacher_name(name: str) -> str:
     if not _NAME.fullmatch(name) or name == "utterances":
-        raise UsageError(
-            f"{name!r} cannot name a teacher in a store",
-            expected="letters, digits, `_`, `-`, `.`, and not `utterances`",
-        )
+        expected = "letters, digits, `_`, `-`, `.`, and not `utterances`"
+        raise UsageError(f"{name!r} cannot name a teacher in a store", expected=expected)
     return name
 
 
 # --- Zarr metadata ----------------------------------------------------------------------------------------------
 
 _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
-ZARR_DTYPES = {
-    "i1": "int8",
-    "f2": "float16",
-    "f4": "float32",
-    "u1": "uint8",
-    "u2": "uint16",
-    "u4": "uint32",
-    "u8": "uint64",
-} | {
-    "i4": "int32",
-    "i8": "int64",
-}
+_TYPES = ("int8", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32")
+ZARR_DTYPES = {np.dtype(name).str[1:]: name for name in _TYPES}  # by numpy's short names, as in "f2"
 
 
 def group_json(attributes: dict[str, Any]) -> dict[str, Any]:
@@ -221,10 +209,8 @@ def shard_rows(total_rows: int, longest: int, width: int, dtype: Dtype) -> int:
 
     most = max(INNER_ROWS, MAX_SHARD_BYTES // (width * dtype.bytes) // INNER_ROWS * INNER_ROWS)
     if up(longest) > most:
-        raise StoreError(
-            f"an utterance of {longest} tokens does not fit into a shard of {most} rows",
-            remedy="split the utterance in the manifest",
-        )
+        what = f"an utterance of {longest} tokens does not fit into a shard of {most} rows"
+        raise StoreError(what, remedy="split the utterance in the manifest")
     return min(most, max(up(math.ceil(total_rows / 16)), MIN_SHARD_ROWS, up(longest)))
 
 
@@ -248,10 +234,7 @@ def shard_bytes(used_rows: int, total_rows: int, row_bytes: int) -> int:
 
 
 def identity_rows(data: bytes, total_rows: int, row_bytes: int) -> int | None:
-    """Return the rows of a shard with this footer, or None where its chunks are not in order.
-
-    Raises StoreError where the footer's checksum is wrong.
-    """
+    """Return the rows of a shard with this footer; None: its chunks are not in order. Raises StoreError for damage."""
     body = data[:-4]
     # The checksum of no bytes at all would be right.
     if len(data) != footer_bytes(total_rows) or crc32c(body) != int.from_bytes(data[-4:], "little"):

@@ -74,20 +74,13 @@ def _sweep(tmp: Path) -> int:
 
 @contextmanager
 def exclusive_access(paths: Paths) -> Iterator[None]:
-    """Keep other processes from beginning to write to a store.
-
-    Raises:
-        LockedError: a writer is at work.
-        StoreError: the store cannot be changed in place.
-    """
+    """Keep other processes from beginning to write to a store. Raises LockedError where a writer is at work."""
     paths.files.require_writable()
     with FileLock(paths.lock("tmp"), wait=True):
         _sweep(paths.tmp)
         living = [f for f in paths.tmp.iterdir() if (f / "lock").exists()] if paths.tmp.is_dir() else []
         if living:
-            raise LockedError(
-                "a writer is at work here, by the plan that is to change",
-                where=living[0],
-                remedy="let it finish or stop it (what it committed stays), then give the same command again",
-            )
+            remedy = "let it finish or stop it (what it committed stays), then give the same command again"
+            what = "a writer is at work here, by the plan that is to change"
+            raise LockedError(what, where=living[0], remedy=remedy)
         yield

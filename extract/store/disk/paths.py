@@ -12,11 +12,7 @@ from .files import StoreFiles
 
 
 class Paths:
-    """Where everything lies in one store, and the store's files themselves.
-
-    Arguments:
-        files: the store's files, or the folder of a store on a disk.
-    """
+    """Where everything lies in one store, and the store's files themselves, given as such or as a folder on a disk."""
 
     def __init__(self, files: StoreFiles | Path) -> None:
         self.files = files if isinstance(files, StoreFiles) else StoreFiles(files)

@@ -27,51 +27,34 @@ from .block_sums import RowSums, sum_rows
 
 _NUMPY = {zarr: np.dtype(short).newbyteorder("<") for short, zarr in ZARR_DTYPES.items()}
 
-# The arrays of a store: how many axes they have, and the types that their numbers may have.
-_KNOWN: dict[str, tuple[int, tuple[str, ...]]] = {
-    "id_bytes": (1, ("uint8",)),
-    "id_offset": (1, ("int64",)),
-    "id_hash": (1, ("uint64",)),
-    "id_row": (1, ("int32",)),
-    "text_hash": (1, ("uint64",)),
-    "session": (1, ("int32",)),
-    "order": (1, ("int32",)),
-    "source": (1, ("int32",)),
-    "start": (1, ("int64",)),
-    "length": (1, ("int32",)),
-    "token_id": (1, ("int32",)),
-    "span": (2, ("int32",)),
-    "vocab_id": (1, ("int32",)),
-    "vocab_piece": (1, ("uint8",)),
-    "embedding": (2, ("float16",)),
-    "hidden": (4, ("float16", "uint16", "float32", "int8")),
-    "scale": (3, ("float16",)),
-    "norm_mean": (3, ("float32",)),
-    "norm_std": (3, ("float32",)),
-    "input_hash": (2, ("uint64",)),
-    "context_left": (2, ("int32",)),
-    "context_right": (2, ("int32",)),
-    "crc32c": (3, ("uint32",)),
+# The arrays of a store, by the number of their axes and the types that their numbers may have.
+_ARRAYS: dict[tuple[int, tuple[str, ...]], tuple[str, ...]] = {
+    (1, ("uint8",)): ("id_bytes", "vocab_piece"),
+    (1, ("int32",)): ("id_row", "session", "order", "source", "length", "token_id", "vocab_id"),
+    (1, ("int64",)): ("id_offset", "start"),
+    (1, ("uint64",)): ("id_hash", "text_hash"),
+    (2, ("int32",)): ("span", "context_left", "context_right"),
+    (2, ("uint64",)): ("input_hash",),
+    (2, ("float16",)): ("embedding",),
+    (3, ("float16",)): ("scale",),
+    (3, ("float32",)): ("norm_mean", "norm_std"),
+    (3, ("uint32",)): ("crc32c",),
+    (4, ("float16", "uint16", "float32", "int8")): ("hidden",),
 }
+_KNOWN = {name: kind for kind, names in _ARRAYS.items() for name in names}
 _UNASKED = 1 << 30  # bytes that an array may declare before its files are counted
 _VERIFY = "stillhouse inspect verify STORE"
 
 
 class RawArray:
-    """One Zarr array of a store: `shape`, `chunks`, `dtype`, and whole reads by leading index.
-
-    Arguments:
-        paths: the store's paths.
-        name: the array below data.zarr, as in ("minilm", "token_id").
-    """
+    """One Zarr array of a store, as "minilm", "token_id": `shape`, `chunks`, `dtype`, and whole reads."""
 
     def __init__(self, paths: Paths, *name: str) -> None:
         self.path, self.files = paths.data.joinpath(*name), paths.files
-        path = self.path
         try:
-            self.meta: dict[str, Any] = self.files.read_json(path / "zarr.json")
+            self.meta: dict[str, Any] = self.files.read_json(self.path / "zarr.json")
         except (FileNotFoundError, NotADirectoryError) as e:
-            raise StoreError("an array is missing", where=path) from e
+            raise StoreError("an array is missing", where=self.path) from e
         try:
             self.shape = tuple(self.meta["shape"])
             self.chunks = tuple(self.meta["chunk_grid"]["configuration"]["chunk_shape"])
@@ -82,7 +65,7 @@ class RawArray:
             if not self._sound():
                 raise ValueError(f"{self.shape} in chunks of {self.chunks}")
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as e:
-            raise StoreError(f"an array's metadata is damaged: {e!r:.80}", where=path / "zarr.json") from e
+            raise StoreError(f"an array's metadata is damaged: {e!r:.80}", where=self.path / "zarr.json") from e
 
     def _sound(self) -> bool:
         """Return whether shape, chunks, type and fill can be those of such an array."""
@@ -90,9 +73,7 @@ class RawArray:
         numbers = [*self.shape, *self.chunks]
         if not all(type(n) is int and 0 <= n < 1 << 53 for n in numbers) or self.meta["data_type"] not in types:
             return False
-        if not len(self.shape) == len(self.chunks) == rank:
-            return False
-        if not all(c or not n for n, c in zip(self.shape, self.chunks)):
+        if not len(self.shape) == len(self.chunks) == rank or any(n and not c for n, c in zip(self.shape, self.chunks)):
             return False
         if isinstance(self.fill, bool) or not isinstance(self.fill, int | float):
             return False
@@ -117,10 +98,7 @@ class RawArray:
     def read(self, *lead: int) -> np.ndarray:
         """Return the array behind the leading indices: a memory map where one chunk holds it, else a copy.
 
-        Leading axes must have chunks of length 1. A chunk without a file reads as the fill value.
-
-        Raises:
-            StoreError: the indices lead out of the array, or its files are damaged.
+        Leading axes must have chunks of length 1. A chunk without a file reads as the fill value. Raises StoreError.
         """
         if any(not 0 <= i < n for i, n in zip(lead, self.shape)):
             raise StoreError(f"its shape {self.shape} has no {lead}", where=self.path, remedy=_VERIFY)
@@ -140,19 +118,13 @@ class RawArray:
         return out
 
     def _refuse_boundless(self, shape: tuple[int, ...], chunks: int, *lead: int) -> None:
-        """Raise StoreError where the metadata declare far more than the files hold, before memory is asked for.
-
-        (What is not committed yet has no files, and its shape is small.)
-        """
+        """Raise StoreError where the metadata declare far more than the files hold, before memory is asked for."""
         if math.prod(shape) * self.dtype.itemsize <= _UNASKED and chunks <= _UNASKED // 64:
             return
         files = self.files.count_files(self.path.joinpath("c", *map(str, lead)))
         if files is not None and chunks > 4 * files + 4:
-            raise StoreError(
-                f"its metadata declare {shape} numbers in {chunks:,} chunks, and only {files:,} have files",
-                where=self.path / "zarr.json",
-                remedy=_VERIFY,
-            )
+            what = f"its metadata declare {shape} numbers in {chunks:,} chunks, and only {files:,} have files"
+            raise StoreError(what, where=self.path / "zarr.json", remedy=_VERIFY)
 
     def chunk(self, *index: int) -> np.ndarray:
         """Return one whole chunk, memory-mapped, as a plain array (slices of np.memmap cost a microsecond each)."""
@@ -184,10 +156,8 @@ class RawArray:
     def write_rows(self, values: np.ndarray, *lead: int, first: int) -> list[Path]:
         """Write rows [first, first + len(values)) of the axis behind the leading indices, in place.
 
-        Writers of different work items write disjoint ranges, and nothing reads a range before its commit.
-
-        Returns:
-            The files and folders to be synced before anything may rely on the rows.
+        Returns the files and folders to be synced before anything may rely on the rows. Writers of different work items
+        write disjoint ranges, and nothing reads a range before its commit.
         """
         values = np.ascontiguousarray(values, dtype=self.dtype)
         axis, trailing = len(lead), self.shape[len(lead) + 1 :]
@@ -211,12 +181,7 @@ class RawArray:
 
 
 class ArrayWriter:
-    """Writes the arrays of a plan, and keeps the checksums of all rows that it wrote.
-
-    Arguments:
-        paths: the store's paths.
-        batch: syncs the files of new arrays together at its end; None: each is synced at once.
-    """
+    """Writes the arrays of a plan, and keeps the checksums of all rows. Without a batch, each new file is synced."""
 
     def __init__(self, paths: Paths, batch: WriteBatch | None = None) -> None:
         self.paths, self._write = paths, write_bytes if batch is None else batch.write
@@ -254,8 +219,7 @@ class ArrayWriter:
     def append(self, name: tuple[str, ...], values: np.ndarray, first: int, last: bool = False) -> None:
         """Write rows [first, first + len(values)) of an array whose chunks hold whole rows, and sync them.
 
-        Arguments:
-            last: the array ends there, whatever a planner that died has put behind.
+        With `last` the array ends there, whatever a planner that died has put behind.
         """
         if not len(values):
             return

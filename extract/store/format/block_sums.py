@@ -64,11 +64,7 @@ def write_sums(paths: Paths, number: int, sums: Sums) -> None:
 
 
 def read_sums(paths: Paths, number: int) -> Sums:
-    """Return the sums of a generation: none where it was written before there were any.
-
-    Raises:
-        StoreError: the file is damaged.
-    """
+    """Return the sums of a generation: none where it was written before there were any."""
     path = paths.sums(number)
     try:
         value = without_checksum(paths.files.read_json(path), path.name)
@@ -99,12 +95,9 @@ def _damaged(path: Path) -> StoreError:
 
 
 def inherited_sums(paths: Paths, before: list[tuple[int, str]], teacher: str, edition: int, written: Sums) -> Sums:
-    """Return the sums of a new generation of `teacher`.
+    """Return the sums of a new generation of `teacher`, for which `written` has been written.
 
-    Arguments:
-        before: earlier generations, [(number, teacher), …], whose sums still hold for what the new one uses.
-        edition: the new generation's table of utterances.
-        written: the sums of what has been written for it.
+    `before` are the earlier generations, [(number, teacher), …], whose sums still hold for what the new one uses.
     """
     known: Sums = {}
     for number, whose in before:

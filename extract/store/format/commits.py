@@ -65,11 +65,7 @@ def link_commit(paths: Paths, scratch: Path, commit: Commit) -> bool:
 
 
 def publish(paths: Paths, record: Path, commit: Commit) -> bool:
-    """Put a commit, and before it what it speaks of, into the object store of a store that is in one.
-
-    Returns:
-        False where another writer's record was there.
-    """
+    """Put a commit and its data into the object store of a store that is in one. False: another writer was first."""
     about = paths.files.read_json(paths.data / commit.teacher / "zarr.json")["attributes"]["stillhouse"]
     c = about["contexts"].index(commit.context)
     axes = {layer: about["layers"].index(layer) for layer in commit.layers}
@@ -109,18 +105,13 @@ def _read(paths: Paths, path: Path, shard: str, generation: int) -> Commit:
 
 
 class Commits:
-    """All records of a (teacher, context): which layers of which shards exist, and of which generation.
-
-    Arguments:
-        below: count only generations below this one.
-    """
+    """All records of a (teacher, context), or those of generations `below` one: which layers of which shards exist."""
 
     def __init__(self, paths: Paths, teacher: str, context: str, below: int | None = None) -> None:
         self.folder = paths.commits(teacher, context)
         self.of: dict[tuple[int | str, int], Commit] = {}
         paths.files.fetch_records(self.folder)
-        names = sorted(os.listdir(self.folder)) if self.folder.is_dir() else []
-        for name in names:
+        for name in sorted(os.listdir(self.folder)) if self.folder.is_dir() else []:
             match = _NAME.fullmatch(name)
             if match is None or (below is not None and int(match[2]) >= below):
                 continue

@@ -54,14 +54,10 @@ def write_edition(
 ) -> None:
     """Append rows for new utterances and later texts of known ones, and write the table of the corpus.
 
-    Nothing of it counts before a generation names the edition.
+    Nothing of it counts before a generation names the edition. The new rows are [first, first + len(ids)).
 
     Arguments:
-        number: the edition's.
-        first: the first new row; the new rows are [first, first + len(ids)).
-        text_hashes: uint64 [len(ids)].
-        order: int32 [n], the corpus's rows in its order.
-        session: int32 [n], their sessions.
+        order, session: int32 [n], the corpus's rows in its order, and their sessions.
         served: bool [n], which of them can be asked for; the others are context only.
         source: int32 [len(ids)], the row that each new one replaces, or -1.
     """
@@ -77,12 +73,16 @@ def write_edition(
     hashes = np.array([hash64(known[offset[r] : offset[r + 1]].tobytes()) for r in rows.tolist()], dtype=np.uint64)
     by_hash = np.argsort(hashes, kind="stable")
     table = ("utterances", "editions", str(number))
-    columns = {"id_hash": (hashes[by_hash], "u8"), "id_row": (rows[by_hash].astype(np.int32), "i4")}
-    columns |= {"order": (order.astype(np.int32), "i4"), "session": (session.astype(np.int32), "i4")}
-    columns |= {"source": (source.astype(np.int32), "i4")}
-    for name, (values, dtype) in columns.items():
-        meta = array_json(values.shape, dtype, (max(1, len(values)),), ("utterance",))
-        writer.create((*table, name), meta, values)
+    columns = {
+        "id_hash": hashes[by_hash],
+        "id_row": rows[by_hash],
+        "order": order,
+        "session": session,
+        "source": source,
+    }
+    for name, values in columns.items():
+        dtype = "u8" if name == "id_hash" else "i4"
+        writer.create((*table, name), array_json(values.shape, dtype, (max(1, len(values)),), ("utterance",)), values)
     bounds = group_json({"first": first, "rows": first + len(ids)})
     writer.write_json(paths.data.joinpath(*table, "zarr.json"), bounds)
     writer.write_json(paths.data / "utterances" / "editions" / "zarr.json", group_json({}))
@@ -209,14 +209,11 @@ class Index:
         return rows
 
     def _rows(self, ids: Sequence[str]) -> np.ndarray:
-        if not len(ids):
-            return np.zeros(0, dtype=np.int64)
-        encoded = [i.encode() for i in ids]
-        if not len(self.hash):
+        if not len(ids) or not len(self.hash):
             return np.full(len(ids), -1, dtype=np.int64)
-        hashes = np.frombuffer(
-            b"".join([blake2b(b, digest_size=8).digest() for b in encoded]), dtype="<u8"
-        )  # = [hash_id(i) for i in ids]
+        encoded = [i.encode() for i in ids]
+        # These are [hash_id(i) for i in ids].
+        hashes = np.frombuffer(b"".join([blake2b(b, digest_size=8).digest() for b in encoded]), dtype="<u8")
         first = np.searchsorted(self.hash, hashes)
         candidate = self._sound(self.row[np.minimum(first, len(self.hash) - 1)]).astype(np.int64)
         begins, ends = self.offset[candidate].tolist(), self.offset[candidate + 1].tolist()

@@ -101,10 +101,9 @@ class Generation:
     created: str
     edition: int = 0  # the table of utterances (see index.py) that is the corpus as this teacher has it
     vocabulary: int = 0  # rows of `embedding` that count; 0: all
-    dropped_shards: list[int] = field(
-        default_factory=list
-    )  # shards that earlier generations asked for and that serve nothing now
-    dropped_views: list[str] = field(default_factory=list)  # "CONTEXT/LAYER", likewise
+    # Shards that earlier generations asked for and that serve nothing now, and likewise "CONTEXT/LAYER"
+    dropped_shards: list[int] = field(default_factory=list)
+    dropped_views: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -172,12 +171,7 @@ class Plan:
 
 
 def read_plan(files: StoreFiles) -> Plan:
-    """Read a store's plan.
-
-    Raises:
-        NoStoreError: there is no store.
-        StoreError: the store is of another version, or its plan is damaged.
-    """
+    """Read a store's plan. Raises NoStoreError, or StoreError where it is of another version or damaged."""
     paths, root = Paths(files), files.address
     try:
         head = files.read_json(paths.store_json)

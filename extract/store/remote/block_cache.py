@@ -27,10 +27,7 @@ _CACHE = "give it more space: STILLHOUSE_CACHE_BYTES, or another disk: STILLHOUS
 
 
 class CachedFile:
-    """One file of an object store, read through the cache.
-
-    Raises Missing where there is no such object; reading raises StoreError.
-    """
+    """One file of an object store, read through the cache. Raises Missing where there is no such object."""
 
     def __init__(self, objects: Objects, key: str) -> None:
         self.objects, self.key = objects, key
@@ -51,11 +48,9 @@ class CachedFile:
             count = 1
             while count < min(len(lacking), JOINED_BLOCKS) and lacking[count] == lacking[0] + count:
                 count += 1
-            first = lacking[0]
-            request = self.objects.ask_blocks(
-                self.key, self.folder, (first, first + count), BLOCK_BYTES, self.size, self.etag
-            )
-            self._asked |= dict.fromkeys(range(first, first + count), request)
+            span = (lacking[0], lacking[0] + count)
+            request = self.objects.ask_blocks(self.key, self.folder, span, BLOCK_BYTES, self.size, self.etag)
+            self._asked |= dict.fromkeys(range(*span), request)
             del lacking[:count]
 
     def read(self, into: memoryview, offset: int) -> int:
@@ -89,21 +84,17 @@ class CachedFile:
                 try:
                     self.objects.wait(request)
                 except (Missing, Conflict) as e:
-                    raise StoreError(
-                        "a shard was replaced while it was read",
-                        where=f"{self.objects.url}/{self.key}",
-                        remedy="open the store again",
-                    ) from e
+                    what, where = "a shard was replaced while it was read", f"{self.objects.url}/{self.key}"
+                    raise StoreError(what, where=where, remedy="open the store again") from e
                 finally:
                     self._asked = {n: r for n, r in self._asked.items() if r is not request}
             with contextlib.suppress(FileNotFoundError):
                 fd = os.open(self.folder / str(number), os.O_RDONLY | os.O_CLOEXEC)
                 try:
-                    if self._is_whole(fd, number):
-                        if os.preadv(fd, [part], inside) == len(part):
-                            return
-                    else:
+                    if not self._is_whole(fd, number):
                         (self.folder / str(number)).unlink(missing_ok=True)
+                    elif os.preadv(fd, [part], inside) == len(part):
+                        return
                 finally:
                     os.close(fd)
         raise StoreError("the cache loses blocks as fast as they come", where=self.folder, remedy=_CACHE)

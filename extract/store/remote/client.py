@@ -123,16 +123,9 @@ class _Bucket:
         timeout_s = float(os.environ.get("STILLHOUSE_REMOTE_TIMEOUT_S", "60"))
         http = any(os.environ.get(k, "").startswith("http://") for k in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT"))
         self.obstore, self.loop = obstore, loop
-        self.store = S3Store(
-            bucket,
-            prefix=prefix or None,
-            client_options={
-                "timeout": f"{timeout_s}s",
-                "connect_timeout": f"{min(5, timeout_s)}s",
-                "allow_http": http,
-            },
-            retry_config={"max_retries": 0},  # Whole requests with their bodies are retried below.
-        )
+        limits = {"timeout": f"{timeout_s}s", "connect_timeout": f"{min(5, timeout_s)}s", "allow_http": http}
+        no_retries = {"max_retries": 0}  # Whole requests with their bodies are retried below.
+        self.store = S3Store(bucket, prefix=prefix or None, client_options=limits, retry_config=no_retries)
         self.attempts = int(os.environ.get("STILLHOUSE_REMOTE_ATTEMPTS", "7"))
         self.cache, self.limit = cache_folder(), cache_limit_bytes()
         self.written = self.limit  # so that the first write measures the cache
@@ -280,13 +273,9 @@ class Objects:
         return key, client.begin(operation)
 
     def put(self, key: str, path: Path, mode: str = "overwrite") -> str:
-        """Put a file as an object and return its etag.
+        """Put a file as an object and return its etag. Raises Conflict where the object is not as `mode` says.
 
-        Arguments:
-            mode: "create" (only where there is none), "overwrite", or the etag of the version to replace.
-
-        Raises:
-            Conflict: the object is not as `mode` says.
+        `mode` is "create" (only where there is none), "overwrite", or the etag of the version to replace.
         """
         client = self._client()
         condition: Any = mode if mode in ("create", "overwrite") else {"e_tag": mode}

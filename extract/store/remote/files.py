@@ -35,6 +35,7 @@ BY_ITEM = ("input_hash", "context_left", "context_right", "crc32c")  # arrays th
 BY_SHARD = ("hidden", "scale", "norm_mean", "norm_std")
 CLAIM_S = 600.0  # a planner that has not finished this long after its claim is taken for dead
 BUILD_CLAIM = "locks/build.json"
+_OTHER_NAME = "another name, or delete what is under this one"
 _AGAIN = "give the same command again: it follows that plan"
 
 
@@ -164,20 +165,14 @@ class RemoteFiles(StoreFiles):
 
     def require_writable(self) -> None:
         if not self.writable:
-            raise StoreError(
-                "this command changes only stores on a disk",
-                where=self.address,
-                remedy=f"stillhouse store cp {self.address} FOLDER, then change FOLDER",
-            )
+            remedy = f"stillhouse store cp {self.address} FOLDER, then change FOLDER"
+            raise StoreError("this command changes only stores on a disk", where=self.address, remedy=remedy)
 
     def require_growable(self) -> None:
-        raise UsageError(
-            "the corpus has changed, and rows cannot be added to a store in an object store",
-            where=self.address,
-            remedy="bring it to a disk, refresh it there and put it under another name: "
-            f"stillhouse store cp {self.address} FOLDER, the same command with FOLDER, "
-            "stillhouse store cp FOLDER s3://BUCKET/NEW",
-        )
+        what = "the corpus has changed, and rows cannot be added to a store in an object store"
+        remedy = "bring it to a disk, refresh it there and put it under another name: "
+        remedy += f"stillhouse store cp {self.address} FOLDER, the same command with FOLDER, "
+        raise UsageError(what, where=self.address, remedy=f"{remedy}stillhouse store cp FOLDER s3://BUCKET/NEW")
 
     def retry_plan(self, make_plan: Callable[[], T]) -> T:
         while True:
@@ -200,9 +195,6 @@ class RemoteFiles(StoreFiles):
         """Put every file of the plan that is new or has changed, then store.json, unless another writer was first.
 
         A claim beside store.json lets one writer alone do so. Others wait for it, except those with the same `by`.
-
-        Raises:
-            PlannedElsewhereError: another writer has put its plan.
         """
         self._claim_plan(by)
         head = self.root / "store.json"
@@ -231,11 +223,9 @@ class RemoteFiles(StoreFiles):
             except Conflict:
                 if self.objects.same(claim, file):  # The answer to an earlier attempt of this writer was lost.
                     return
-            try:
+            with contextlib.suppress(Missing):
                 if self.objects.head("store.json")["etag"] != self.etag:
                     raise self._store_exists() if by else self._planned_elsewhere()
-            except Missing:
-                pass
             if waited > CLAIM_S:  # The planner that holds the claim is dead.
                 self.objects.put(claim, file)
                 return
@@ -254,11 +244,7 @@ class RemoteFiles(StoreFiles):
         return parts[0] == "plan" or (parts[0] == "data.zarr" and not by_items)
 
     def publish_commit(self, record: Path, data: list[Path], values: dict[str, Any] | None, overwrite: bool) -> bool:
-        """Put what a commit record speaks of, then the record.
-
-        Raises:
-            StoreError: an object is there already with other bytes.
-        """
+        """Put what a commit record speaks of, then the record. Raises StoreError where other bytes are there."""
         key = self.key(record)
         for path in data:
             self._put_data(path, overwrite)
@@ -287,12 +273,10 @@ class RemoteFiles(StoreFiles):
             self.objects.put(key, path, "overwrite" if overwrite else "create")
         except Conflict as e:
             if not self._same(key, path):
-                raise StoreError(
-                    "another writer has put other bytes here",
-                    where=f"{self.address}/{key}",
-                    expected="the same bytes: writers of one store run on one kind of processor",
-                    remedy="if no other writer is at work, delete this object and give the command again",
-                ) from e
+                expected = "the same bytes: writers of one store run on one kind of processor"
+                remedy = "if no other writer is at work, delete this object and give the command again"
+                what, where = "another writer has put other bytes here", self.place(path)
+                raise StoreError(what, where=where, expected=expected, remedy=remedy) from e
 
     def _same(self, key: str, path: Path) -> bool:
         if path.suffix != ".npz":
@@ -311,11 +295,7 @@ class RemoteFiles(StoreFiles):
                 self.objects.put(self.key(path), target)
 
     def begin_new_store(self, undertaking: str) -> None:
-        """Claim the URL for a store that several commands may build, all with the same `undertaking`.
-
-        Raises:
-            UsageError: a store is there, or something that this undertaking has not put there.
-        """
+        """Claim the URL for a store that several commands may build, all with the same `undertaking`."""
         if self.etag is not None:
             raise self._store_exists()
         file = self.root / "claim"
@@ -323,33 +303,21 @@ class RemoteFiles(StoreFiles):
         others = [k for k in self.objects.list("") if k != BUILD_CLAIM]
         claimed = BUILD_CLAIM in self.objects.list("locks")
         if others and not claimed:
-            raise UsageError(
-                f"{len(others)} objects are there, and no store",
-                where=self.address,
-                expected="nothing",
-                remedy="give another name, or delete what is under this one",
-            )
+            what = f"{len(others)} objects are there, and no store"
+            raise UsageError(what, where=self.address, expected="nothing", remedy=f"give {_OTHER_NAME}")
         if not claimed:
-            try:
+            # In a conflict another command began just now, or the answer to our own attempt was lost.
+            with contextlib.suppress(Conflict):
                 self.objects.put(BUILD_CLAIM, file, "create")
                 return
-            except Conflict:
-                pass  # Another command began just now, or the answer to our own attempt was lost.
         if not self.objects.same(BUILD_CLAIM, file):
-            raise UsageError(
-                "another store has been begun there and never finished",
-                where=self.address,
-                remedy="give the command again that began it, or another name, or delete what is under this one",
-            )
+            what = "another store has been begun there and never finished"
+            remedy = f"give the command again that began it, or {_OTHER_NAME}"
+            raise UsageError(what, where=self.address, remedy=remedy)
 
 
 def reading_files(url: str | Path) -> RemoteFiles:
-    """Return the files of the store at a URL as it is now.
-
-    Raises:
-        NoStoreError: there is no store.
-        StoreError: the object store does not answer.
-    """
+    """Return the files of the store at a URL as it is now. Raises NoStoreError where there is none."""
     objects = Objects(url)
     with tempfile.TemporaryDirectory(dir=_made(cache_folder())) as scratch:
         head = Path(scratch, "store.json")

@@ -25,44 +25,33 @@ def array_damage(
 ) -> Iterator[tuple[str, Path]]:
     """Yield (what, where) of all that is wrong with a teacher's arrays.
 
-    Arguments:
-        contexts: positions of the contexts that are complete.
-        rows: int64, rows of the utterances that can be read; others may be gone.
-        shards: the shards that hold them.
+    `contexts` are the positions of complete contexts. Only the utterances in `rows` and `shards` can be read.
     """
     group = paths.data / teacher
     for name in sorted({p.name for p in group.iterdir() if p.is_dir()} | {"hidden", *PLANNED, *BY_CONTEXT}):
         path = group / name
         try:
             array = _opened(paths, teacher, name)
-        except StoreError as e:
-            yield e.what, path / "zarr.json"
-            continue
-        if not array.plain:
-            continue  # `hidden` and `scale` are checked by work item; others are compressed copies.
-        served = set((rows.astype(np.int64) // max(1, array.chunks[-1])).tolist())
-        try:
+            if not array.plain:
+                continue  # `hidden` and `scale` are checked by work item; others are compressed copies.
             indices = array.indices()
         except StoreError as e:
             yield e.what, path / "zarr.json"
             continue
+        served = set((rows.astype(np.int64) // max(1, array.chunks[-1])).tolist())
         for index in indices:
-            file = array.file(*index)
             needed = name in PLANNED or (name in BY_CONTEXT and index[0] in contexts)
             if name in ("token_id", "span"):
                 needed = index[0] in shards
             elif name in ("start", "length", *BY_CONTEXT):
                 needed = needed and index[-1] in served
-            yield from _chunk_damage(array, file, needed)
+            yield from _chunk_damage(array, array.file(*index), needed)
 
 
 def table_chunk_damage(paths: Paths, editions: set[int], utterances: int) -> Iterator[tuple[str, Path]]:
     """Yield (what, where) of all that is wrong with the first tables of utterances and those of `editions`.
 
-    Arguments:
-        utterances: how many rows count. A planner that died may have left others behind them.
-
-    Raises StoreError, OSError, ValueError or IndexError where a table cannot be read at all.
+    Only the first `utterances` rows count. Raises StoreError, OSError, ValueError or IndexError for a damaged table.
     """
     groups = [(), *(("editions", str(e)) for e in sorted(editions - {0}))]
     arrays = [_opened(paths, "utterances", *group, name) for group in groups for name in _TABLES[bool(group)]]

@@ -23,8 +23,7 @@ Session = Sequence[tuple[str, str]]  # (id, raw text) of its utterances, in orde
 def stale(store: Store, views: Sequence[View], sessions: Sequence[Session]) -> dict[str, list[str]]:
     """Return {utterance: contexts} that saw other neighbours than `sessions` has. Its own text is not compared.
 
-    Arguments:
-        sessions: those of the whole corpus that the store was made from, as they are now.
+    `sessions` are those of the whole corpus that the store was made from, as they are now.
     """
     found: dict[str, list[str]] = {}
     for teacher in dict.fromkeys(v.teacher for v in views):

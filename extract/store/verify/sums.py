@@ -8,9 +8,9 @@ Try: `pytest tests/extract/store/test_damage.py`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from ..disk.layout import crc32c
 from ..disk.paths import Paths
 from ..format.arrays import RawArray
 from ..format.block_sums import Sums, read_sums
+from ..format.commits import Commit
 from ..format.plan import WorkItem
 from ..reader import Store
 from ..views import View
@@ -70,26 +71,21 @@ def table_damage(store: Store) -> Iterator[Damage]:
     """Yield the damage of the tables of utterances."""
     newest = store.plan.generations[-1]
     editions = {store.plan.edition(name) for name in store.plan.teachers}
-    base = {f"utterances/{name}" for name in TABLES}
-    yield from _planned(store, newest.number, base.__contains__)
+    yield from _planned(store, newest.number, *(f"utterances/{name}" for name in TABLES))
     for edition in sorted(editions - {0}):
         number = max(g.number for g in store.plan.generations if g.edition == edition)
-        yield from _planned(store, number, partial(_is_within, f"utterances/editions/{edition}/"))
+        yield from _planned(store, number, f"utterances/editions/{edition}/")
 
 
 def token_damage(store: Store, teacher: str) -> Iterator[Damage]:
     """Yield the damage of a teacher's tokens and vocabulary."""
-    number = store.plan.latest(teacher).number
-    yield from _planned(store, number, partial(_is_within, f"{teacher}/"))
+    yield from _planned(store, store.plan.latest(teacher).number, f"{teacher}/")
 
 
-def _is_within(folder: str, name: str) -> bool:
-    return name.startswith(folder)
-
-
-def _planned(store: Store, number: int, chosen: Callable[[str], bool]) -> Iterator[Damage]:
+def _planned(store: Store, number: int, *prefixes: str) -> Iterator[Damage]:
+    """Yield the damage of arrays that a generation wrote, and whose names begin with one of `prefixes`."""
     for name, parts in read_sums(store.paths, number).items():
-        if not chosen(name):
+        if not name.startswith(prefixes):
             continue
         try:
             array = RawArray(store.paths, *name.split("/"))
@@ -122,6 +118,15 @@ def _rows_for_people(store: Store, name: str, first: int, last: int) -> str:
         return f"{name} row {first}"
 
 
+def committed_layers(store: Store, item: WorkItem) -> Iterator[tuple[int, Commit]]:
+    """Yield (layer, commit) of the layers of a work item that are extracted."""
+    commits = store.commits(item.teacher, item.context)
+    for layer in item.layers:
+        commit = commits.of.get((item.shard.number, layer))
+        if commit is not None and commit.generation >= item.generation.number:
+            yield layer, commit
+
+
 Arrays = dict[tuple[str, ...], np.ndarray]  # arrays that were read: each read of an object store is a request
 
 
@@ -134,10 +139,7 @@ def item_damage(store: Store, item: WorkItem, arrays: Arrays) -> Iterator[Damage
     counted = [commit for (number, _), commit in commits.of.items() if number == shard.number]
     sums_of = [c.checksums for c in sorted(counted, key=lambda c: -c.generation)]
     seen: set[tuple[str, int]] = set()
-    for layer in item.layers:
-        commit = commits.of.get((shard.number, layer))
-        if commit is None or commit.generation < item.generation.number:
-            continue
+    for layer, commit in committed_layers(store, item):
         for array in (*INPUT_ARRAYS, "crc32c"):
             inputs = array in INPUT_ARRAYS
             key, lead = (array, (c,)) if inputs else (str(layer), (c, record.layers.index(layer)))
@@ -171,25 +173,22 @@ def norm_damage(store: Store, view: View) -> Iterator[Damage]:
     lead = record.contexts.index(view.context), record.layers.index(view.layer)
     for name in NORMS:
         crc = commit.checksums.get(f"{name}.{view.layer}")
-        if crc is not None:
-            actual = _range_sum(store.paths, {}, (view.teacher, name), lead, 0, record.width)
-            if actual not in (None, crc):
-                yield Damage(name, f"{view.address} {name}")
+        if crc is not None and _range_sum(store.paths, {}, (view.teacher, name), lead, 0, record.width) not in (
+            None,
+            crc,
+        ):
+            yield Damage(name, f"{view.address} {name}")
 
 
 def check_sound(store: Store) -> None:
-    """Check everything that is small before it is copied and summed again.
-
-    Raises:
-        StoreError: names what is damaged.
-    """
+    """Raise StoreError, naming what is damaged, before what is small is copied and summed again."""
     arrays: Arrays = {}
     damage = [table_damage(store)]
     for name in store.plan.teachers:
         damage.append(token_damage(store, name))
         damage += [item_damage(store, item, arrays) for item in store.plan.work_items(name)]
     damage += [norm_damage(store, view) for view in store.views]
-    for d in (d for found in damage for d in found):
+    for d in chain.from_iterable(damage):
         remedy = "stillhouse inspect verify STORE --repair"
         raise StoreError(f"stored bytes differ from their checksum: {d.where}", where=store.address, remedy=remedy)
 

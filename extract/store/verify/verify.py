@@ -16,7 +16,7 @@ import numpy as np
 
 from ....data.errors import StillhouseError, StoreError
 from ....data.files.lock import FileLock
-from ..disk.layout import INNER_ROWS, crc32c, dtype_of, footer_bytes, identity_rows
+from ..disk.layout import INNER_ROWS, crc32c, dtype_of, footer_bytes, identity_rows, shard_bytes
 from ..disk.paths import Paths
 from ..format.arrays import RawArray
 from ..format.commits import Commit
@@ -25,7 +25,7 @@ from ..format.plan import WorkItem
 from ..reader import Store
 from ..views import View
 from .arrays import array_damage, table_chunk_damage
-from .sums import Arrays, Damage, item_damage, norm_damage, record_damage, table_damage, token_damage
+from .sums import Arrays, Damage, committed_layers, item_damage, norm_damage, record_damage, table_damage, token_damage
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,10 @@ class StoreFinding:
     remedy: str
 
 
+_ANEW = "extract into a new store"
 _REPAIR = "stillhouse inspect verify STORE --data --repair extracts just this again"
 _RECORD = "restore this file from a backup, or extract into a new store"
+_UNREADABLE = (StillhouseError, OSError, ValueError)
 _ROW_ARRAYS = ("start", "length", "token_id", "span")  # While these are damaged, rows lead to no utterance.
 
 
@@ -49,9 +51,8 @@ def _finding(damage: Damage, remedy: str | None = None) -> StoreFinding:
 def verify(store: Store, data: float = True) -> list[StoreFinding]:
     """Return all findings.
 
-    Arguments:
-        data: compare every stored byte with its checksum (1.0), all but the states (0.0), or a share of each shard's
-            utterances (0.05), which is the same at every call.
+    `data` is the share of each shard's utterances whose states are compared with their checksums, the same at every
+    call. Everything else is always compared.
     """
     return list(findings(store, data))
 
@@ -84,44 +85,34 @@ def damaged_records(paths: Paths) -> list[StoreFinding]:
 
 def damaged_items(store: Store, data: float = True) -> list[tuple[WorkItem, list[StoreFinding]]]:
     """Return committed work items with damaged files, which a repair extracts again, and their findings."""
-    out: list[tuple[WorkItem, list[StoreFinding]]] = []
     arrays: Arrays = {}
-    for name in store.plan.teachers:
-        for item in store.plan.work_items(name):
-            found = list(_check_item(store, item, data, arrays))
-            if found:
-                out.append((item, found))
-    return out
+    items = [item for name in store.plan.teachers for item in store.plan.work_items(name)]
+    checked = ((item, list(_check_item(store, item, data, arrays))) for item in items)
+    return [(item, damage) for item, damage in checked if damage]
 
 
 def _check_index(store: Store) -> Iterator[StoreFinding]:
     where = str(store.paths.data / "utterances")
-    for teacher in store.plan.teachers:
-        try:
-            index = store.index_of(teacher)
-            rows = index.rows(index.ids())
-        except (StillhouseError, OSError, ValueError, IndexError) as e:
-            yield StoreFinding(f"the index of utterances cannot be read: {e}", where, "extract into a new store")
-            return
-        if not np.array_equal(rows, index.order[index.live[index.order]]):
-            yield StoreFinding("ids do not lead to their own rows", where, "extract into a new store")
-            return
-    editions = {store.plan.edition(teacher) for teacher in store.plan.teachers}
     try:
+        for teacher in store.plan.teachers:
+            index = store.index_of(teacher)
+            if not np.array_equal(index.rows(index.ids()), index.order[index.live[index.order]]):
+                yield StoreFinding("ids do not lead to their own rows", where, _ANEW)
+                return
+        editions = {store.plan.edition(teacher) for teacher in store.plan.teachers}
         for what, file in table_chunk_damage(store.paths, editions, len(store.index)):
-            yield StoreFinding(what, str(file), "extract into a new store")
-    except (StillhouseError, OSError, ValueError, IndexError) as e:
-        yield StoreFinding(f"the index of utterances cannot be read: {e}", where, "extract into a new store")
+            yield StoreFinding(what, str(file), _ANEW)
+    except (*_UNREADABLE, IndexError) as e:
+        yield StoreFinding(f"the index of utterances cannot be read: {e}", where, _ANEW)
 
 
 def _check_tokens(store: Store, name: str) -> Iterator[StoreFinding]:
-    group = store.paths.data / name
+    latest = store.plan.latest(name)
     try:
-        length, start = RawArray(store.paths, name, "length").read(), RawArray(store.paths, name, "start").read()
-        token_id, latest = RawArray(store.paths, name, "token_id").read(), store.plan.latest(name)
+        length, start, token_id = (RawArray(store.paths, name, a).read() for a in ("length", "start", "token_id"))
         live = np.flatnonzero(store.lengths(name) > 0)
-    except (StillhouseError, OSError, ValueError) as e:
-        yield StoreFinding(f"the tokens cannot be read: {e}", str(group), "extract into a new store")
+    except _UNREADABLE as e:
+        yield StoreFinding(f"the tokens cannot be read: {e}", str(store.paths.data / name), _ANEW)
         return
     for shard in store.plan.shards(name):
         rows = length[shard.first : shard.last].astype(np.int64)
@@ -135,7 +126,6 @@ def _check_tokens(store: Store, name: str) -> Iterator[StoreFinding]:
 
 
 def _check_arrays(store: Store, name: str) -> Iterator[StoreFinding]:
-    group = store.paths.data / name
     if not store.paths.files.can_be_torn:
         return
     whole = {v.context for v in store.views if v.teacher == name}
@@ -143,11 +133,11 @@ def _check_arrays(store: Store, name: str) -> Iterator[StoreFinding]:
         contexts = {store.plan.teachers[name].contexts.index(c) for c in whole}
         rows, shards = np.asarray(store.index_of(name).row), {s.number for s in store.plan.shards(name)}
         for what, where in array_damage(store.paths, name, contexts, rows, shards):
-            yield StoreFinding(what, str(where), "extract into a new store")
+            yield StoreFinding(what, str(where), _ANEW)
     except StoreError:
         return  # The index of utterances cannot be read, which is a finding already.
     except OSError as e:
-        yield StoreFinding(f"cannot be read: {e.strerror}", str(group), "extract into a new store")
+        yield StoreFinding(f"cannot be read: {e.strerror}", str(store.paths.data / name), _ANEW)
 
 
 def _check_items(
@@ -161,21 +151,16 @@ def _check_items(
         if view.teacher == name:
             mean, std = store.norm(view)
             if not (np.isfinite(mean).all() and (std > 0).all()):
-                yield StoreFinding("norm_mean or norm_std is not finite", view.address, "extract into a new store")
+                yield StoreFinding("norm_mean or norm_std is not finite", view.address, _ANEW)
             yield from (_finding(d) for d in norm_damage(store, view))
 
 
 def _check_item(store: Store, item: WorkItem, data: float, arrays: Arrays) -> Iterator[StoreFinding]:
-    commits = store.commits(item.teacher, item.context)
     yield from (_finding(d, _REPAIR) for d in item_damage(store, item, arrays))
-    for layer in item.layers:
-        commit = commits.of.get((item.shard.number, layer))
-        if commit is None or commit.generation < item.generation.number:
-            continue  # not extracted yet
+    for layer, commit in committed_layers(store, item):
         view = View(item.teacher, item.context, layer)
         place = f"{view.address} shard {item.shard.number}"
-        c, axis = store.axes(view)
-        path = store.paths.hidden(item.teacher, c, axis, item.shard.number)
+        path = store.paths.hidden(item.teacher, *store.axes(view), item.shard.number)
         try:
             fd = store.paths.files.descriptor(path, whole=bool(data))
         except OSError as e:
@@ -195,9 +180,8 @@ def _check_file(
     record, shard = store.teacher(view.teacher).settings, item.shard
     dtype = dtype_of(record.dtype)
     row_bytes, rows = record.width * dtype.bytes, item.generation.shard_rows
-    size, tail = os.fstat(fd).st_size, footer_bytes(rows)
     try:
-        held = identity_rows(os.pread(fd, tail, max(0, size - tail)), rows, row_bytes)
+        size, held = _size_and_rows(fd, rows, row_bytes)
     except (StillhouseError, ValueError):
         yield StoreFinding("the index at the end of its file is damaged", place, _REPAIR)
         return
@@ -206,24 +190,25 @@ def _check_file(
     if size != commit.files[str(view.layer)]:
         yield StoreFinding(f"its file has {size:,} bytes, committed {commit.files[str(view.layer)]:,}", place, _REPAIR)
         return
-    c, axis = store.axes(view)
-    stored = np.asarray(RawArray(store.paths, view.teacher, "crc32c").read(c, axis))[shard.first : shard.last]
+    axes = store.axes(view)
+
+    def rows_of(name: str, *lead: int) -> np.ndarray:
+        return np.asarray(RawArray(store.paths, view.teacher, name).read(*lead))[shard.first : shard.last]
+
+    stored = rows_of("crc32c", *axes)
     if crc32c(stored.astype("<u4").tobytes()) != commit.checksums[str(view.layer)]:
         return  # The checksums of its utterances are damaged, which is a finding already.
     scale = None
     if dtype.scaled:
         try:
             scale = _scales(store, view, item, bool(data))
-        except (StillhouseError, OSError, ValueError) as e:
+        except _UNREADABLE as e:
             yield StoreFinding(f"its scales cannot be read: {e}", place, _REPAIR)
             return
     if not data:
         return
-    start = (
-        np.asarray(RawArray(store.paths, view.teacher, "start").read())[shard.first : shard.last] - shard.number * rows
-    )
-    length = np.asarray(RawArray(store.paths, view.teacher, "length").read())[shard.first : shard.last]
-    drawn = np.random.default_rng([shard.number, c, axis]).random(len(start)) < data
+    start, length = rows_of("start") - shard.number * rows, rows_of("length")
+    drawn = np.random.default_rng([shard.number, *axes]).random(len(start)) < data
     for u, (at, n, expected, read) in enumerate(zip(start.tolist(), length.tolist(), stored.tolist(), drawn.tolist())):
         if not (n and read):
             continue
@@ -238,18 +223,22 @@ def _check_file(
         yield StoreFinding("rows behind its last utterance are not the fill value", place, _REPAIR)
 
 
+def _size_and_rows(fd: int, rows: int, row_bytes: int) -> tuple[int, int | None]:
+    """Return the size of a shard file, and its rows as `identity_rows` does."""
+    size, tail = os.fstat(fd).st_size, footer_bytes(rows)
+    return size, identity_rows(os.pread(fd, tail, max(0, size - tail)), rows, row_bytes)
+
+
 def _scales(store: Store, view: View, item: WorkItem, data: bool) -> np.ndarray | None:
     """Return the float16 scales of a shard, or None without `data`, where only the file's size and index are checked.
 
     Raises StoreError, OSError or ValueError for damage.
     """
     path, rows = store.paths.scale(view.teacher, *store.axes(view), item.shard.number), item.generation.shard_rows
-    tail = footer_bytes(rows)
     with open(store.paths.files.descriptor(path, whole=data), "rb") as f:
-        size = os.fstat(f.fileno()).st_size
-        held = identity_rows(os.pread(f.fileno(), tail, max(0, size - tail)), rows, SCALE_BYTES)
+        size, held = _size_and_rows(f.fileno(), rows, SCALE_BYTES)
         used = item.shard.rows + -item.shard.rows % INNER_ROWS
-        if held != used or size != held * SCALE_BYTES + tail:
+        if held != used or size != shard_bytes(item.shard.rows, rows, SCALE_BYTES):
             raise StoreError("its file has the wrong size", where=path)
         if not data:
             return None
@@ -269,9 +258,7 @@ def _check_leftovers(store: Store) -> Iterator[StoreFinding]:
 
 
 def _is_dead(folder: Path) -> bool:
-    if not (folder / "lock").exists():
-        return True
     lock = FileLock(folder / "lock")
-    free = lock.acquire()
+    free = not lock.path.exists() or lock.acquire()
     lock.release()
     return free
