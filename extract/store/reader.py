@@ -194,10 +194,8 @@ class Store:
             raise self._damaged(e) from None
 
     def _damaged(self, error: DamagedRowError) -> StoreError:
-        where, remedy = (
-            f"{error.view} {self.index.id(error.row)}",
-            "stillhouse inspect verify STORE names all that is damaged",
-        )
+        where = f"{error.view} {self.index.id(error.row)}"
+        remedy = "stillhouse inspect verify STORE names all that is damaged"
         return StoreError("stored bytes are damaged", where=where, remedy=remedy)
 
     def has(self, ids: Sequence[str], view: View) -> np.ndarray:
@@ -385,8 +383,6 @@ class Store:
         except StoreError:
             return
         if numbers != [g.number for g in self.plan.generations]:
-            what, remedy = (
-                f"{error.what}; and the store has changed since it was opened",
-                "open it again, or call its refresh()",
-            )
+            what = f"{error.what}; and the store has changed since it was opened"
+            remedy = "open it again, or call its refresh()"
             raise type(error)(what, where=error.where, remedy=remedy) from error

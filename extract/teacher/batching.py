@@ -14,17 +14,13 @@ from .contexts import Window
 def make_batches(windows: list[Window], most_tokens: int, overhead_tokens: int) -> list[list[Window]]:
     """Cut the windows, longest first, into batches, by an exact dynamic programme over the sorted lengths.
 
-    It minimises the padded tokens plus `overhead_tokens` a batch, which is the cost of a call counted in tokens.
-
-    Arguments:
-        windows: either all with blocks or all without.
-        most_tokens: largest padded size of a batch. A batch of one window may be larger.
+    It minimises the padded tokens plus `overhead_tokens` a batch, which is the cost of a call counted in tokens. The
+    windows are all with blocks or all without. A batch of several windows has at most `most_tokens` padded tokens.
     """
     ranked = sorted(windows, key=lambda w: -len(w.ids))
     lengths = np.array([len(w.ids) for w in ranked], dtype=np.int64)
     n = len(ranked)
-    cost = np.zeros(n + 1, dtype=np.int64)
-    cut = np.zeros(n + 1, dtype=np.int64)
+    cost, cut = np.zeros((2, n + 1), dtype=np.int64)
     low = 0
     for i in range(1, n + 1):
         # A batch [j, i) costs its count times its longest, which is lengths[j].

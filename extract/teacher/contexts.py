@@ -20,11 +20,7 @@ from ..store.views import Context
 
 
 def check_context(context: Context, kind: str, text_limit: int) -> None:
-    """Check that an "encoder" or "decoder" can give a context in windows of `text_limit` text tokens.
-
-    Raises:
-        UsageError: it cannot; the error names what it can give.
-    """
+    """Raise UsageError where an "encoder" or "decoder" cannot give a context in windows of `text_limit` text tokens."""
     if kind == "decoder" and context.right:
         raise UsageError(f"a causal decoder cannot see what follows: {context.name}", expected="alone or past:N")
     if kind == "decoder" and context.block:
@@ -123,10 +119,9 @@ class SessionTokens:
 def _session_windows(
     context: Context, form: WindowFormat, session: SessionTokens, chosen: Set[int]
 ) -> list[tuple[Window, int]]:
-    """Windows that the `chosen` utterances of a session are kept from; KeptTokens.utterance counts the session's.
+    """Pairs of a window that `chosen` utterances are kept from, and its first text token's position in the session.
 
-    Returns (window, position of its first text token in the session) pairs. A window does not depend on which other
-    utterances are chosen.
+    KeptTokens.utterance counts the session's. A window does not depend on which other utterances are chosen.
     """
     windows: list[tuple[Window, int]] = []
     for first, last in _window_groups(context, form, session):
@@ -162,12 +157,9 @@ def _cut_windows(
     end = session.right(int(session.end[last - 1]), context.right)
     suffix = () if context.block else form.suffix  # a suffix would tell a block how much comes after it
     limit = form.window - len(form.prefix) - len(suffix)
-    total = end - begin
-    if total <= limit:
-        starts = [begin]
-    else:
-        count = 1 + -(-(total - limit) // (limit - limit // 2))
-        starts = [begin + round(i * (total - limit) / (count - 1)) for i in range(count)]
+    excess = max(0, end - begin - limit)
+    steps = -(-excess // (limit - limit // 2))
+    starts = [begin + (round(i * excess / steps) if steps else 0) for i in range(steps + 1)]
     spans = [(s, min(s + limit, end)) for s in starts]
     source = _source_windows(spans, begin, end, form.causal)
     windows: list[tuple[Window, int]] = []
@@ -219,7 +211,7 @@ def item_windows(
             context only. KeptTokens.utterance and the result's arrays count along `positions`.
     """
     count = len(positions)
-    result = ItemWindows([], np.zeros(count, np.uint64), np.zeros(count, np.int32), np.zeros(count, np.int32))
+    result = ItemWindows([], np.zeros(count, np.uint64), *np.zeros((2, count), np.int32))
     inputs: list[list[bytes]] = [[] for _ in range(count)]
     known: dict[bytes, Window] = {}
     number = {int(p): i for i, p in enumerate(positions) if p >= 0}
@@ -251,8 +243,8 @@ def item_windows(
             else:
                 known[key] = window
                 window.kept = kept
-                result.windows.append(window)
         at = stop
+    result.windows = list(known.values())
     result.input_hash[:] = [hash64(b"\1".join(parts)) for parts in inputs]
     return result
 

@@ -82,13 +82,9 @@ def convert(source: Path, out: Path, note: str = "") -> ConvertedTeacher:
 
     Arguments:
         source: a GGUF file or a model's folder.
-        out: the new folder.
         note: words about the model for its `about` line.
 
-    Raises:
-        LockedError: another process converts to `out`.
-        TeacherError: transformers cannot read the source, or what was written differs from what was read.
-        UsageError: `out` exists.
+    Raises LockedError, UsageError if `out` exists, or TeacherError if the source cannot be read or the result differs.
     """
     model = _find(source)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -195,10 +191,10 @@ def _load(source: _Source) -> tuple[Any, Any]:
     if source.gguf is not None and (find_spec("gguf") is None or find_spec("accelerate") is None):
         remedy = "pip install 'stillhouse[gguf]'"
         raise TeacherError("a GGUF file needs packages that are not installed", where=source.gguf, remedy=remedy)
-    options: dict[str, Any] = {"dtype": torch.float32, "gguf_file": source.gguf}
     if source.gguf is None:
-        options = {"dtype": "auto", "use_safetensors": True}
-    model, tokenizer = read_pretrained(str(source.folder), **options)
+        model, tokenizer = read_pretrained(str(source.folder), dtype="auto", use_safetensors=True)
+    else:
+        model, tokenizer = read_pretrained(str(source.folder), dtype=torch.float32, gguf_file=source.gguf)
     if not getattr(tokenizer, "is_fast", False):
         what, expected = "its tokenizer does not tell which characters a token came from", "a fast tokenizer"
         raise TeacherError(what, where=source.folder, expected=f"{expected} (tokenizer.json)")
@@ -239,10 +235,13 @@ def render(facts: ConvertedTeacher) -> str:
 
 def _readme(facts: ConvertedTeacher) -> str:
     licence = f" Licence, as the source states it: {facts.licence}." if facts.licence else ""
-    lines = [f"# {facts.name}", "", f"{facts.about}.", ""]
-    lines += [
-        f"`stillhouse teacher convert` made this folder from {facts.source}. It has the backbone and the tokenizer,"
-    ]
-    lines += ["but no language-modelling head. Hidden states and tokenizer equal, bit by bit, those of the source."]
-    lines += [f"teacher.json has all facts.{licence}", ""]
-    return "\n".join([*lines, *(f"- `{name}`: SHA-256 `{value}`" for name, value in facts.files.items()), ""])
+    files = "".join(f"- `{name}`: SHA-256 `{value}`\n" for name, value in facts.files.items())
+    return f"""# {facts.name}
+
+{facts.about}.
+
+`stillhouse teacher convert` made this folder from {facts.source}. It has the backbone and the tokenizer,
+but no language-modelling head. Hidden states and tokenizer equal, bit by bit, those of the source.
+teacher.json has all facts.{licence}
+
+{files}"""

@@ -61,25 +61,18 @@ def forward(
 ) -> Iterator[tuple[list[Window], T]]:
     """Yield (batch, result of `keep`), or its halves one after the other if the device's memory is full.
 
-    Arguments:
-        keep: takes the states {layer: [B, T, D]} on the device.
-        where: names the batch in an error.
-
-    Raises:
-        StoreError: one window alone does not fit.
+    `keep` takes the states {layer: [B, T, D]} on the device. Raises StoreError if one window does not fit.
     """
     try:
         kept = keep(teacher.states(batch, layers))
     except torch.cuda.OutOfMemoryError as e:
         if len(batch) == 1:
-            raise StoreError(
-                f"one window of {len(batch[0].ids)} tokens does not fit into the device's memory",
-                where=where,
-                remedy="give a smaller --window, or --model-dtype bfloat16",
-            ) from e
+            what = f"one window of {len(batch[0].ids)} tokens does not fit into the device's memory"
+            remedy = "give a smaller --window, or --model-dtype bfloat16"
+            raise StoreError(what, where=where, remedy=remedy) from e
         torch.cuda.empty_cache()
         half = len(batch) // 2
-        yield from forward(teacher, batch[:half], layers, keep, where)
-        yield from forward(teacher, batch[half:], layers, keep, where)
+        for part in (batch[:half], batch[half:]):
+            yield from forward(teacher, part, layers, keep, where)
     else:
         yield batch, kept

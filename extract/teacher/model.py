@@ -272,10 +272,7 @@ def load_teacher(
         revision: of a model on the hub.
         trust_remote_code: run the code of the model's repository.
 
-    Raises:
-        TeacherError: the model cannot be read, has only pickled weights, lacks weights of its backbone, needs its own
-            code, or is an encoder-decoder.
-        UsageError: there is no such device, or the window is too small or too large.
+    Raises TeacherError for an unusable model, and UsageError for a device that is missing or an impossible window.
     """
     folder, options = Path(source), {"trust_remote_code": trust_remote_code, "revision": revision}
     if folder.is_file():
@@ -292,17 +289,10 @@ def load_teacher(
     return Teacher(model.to(device), tokenizer, source=source, device=device, dtype=dtype, window=window)
 
 
-def read_pretrained(
-    source: str, *, dtype: torch.dtype | str, use_safetensors: bool | None = None, **options: Any
-) -> Any:
+def read_pretrained(source: str, *, dtype: Any, use_safetensors: bool | None = None, **options: Any) -> Any:
     """Return (backbone, tokenizer) as transformers reads them, without progress bars and advice on stderr.
 
-    Arguments:
-        source: a local path or a hub name.
-        options: further arguments of all `from_pretrained`.
-
-    Raises:
-        TeacherError: see `load_teacher`.
+    `source` is a local path or a hub name. Raises TeacherError as `load_teacher` does.
     """
     gguf = "gguf_file" in options
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

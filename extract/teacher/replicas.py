@@ -47,9 +47,7 @@ class TeacherPool:
         self.count = self._before if teacher.device == "cpu" else 1
         self._teacher = teacher
         self._idle: queue.SimpleQueue[Teacher] = queue.SimpleQueue()
-        self._pool = ThreadPoolExecutor(
-            self.count, "stillhouse-model", initializer=torch.set_num_threads, initargs=(1,)
-        )
+        self._pool = ThreadPoolExecutor(self.count, "stillhouse-model", torch.set_num_threads, (1,))
         self.seconds = 0.0  # that the model has run, summed over threads
 
     def __enter__(self) -> TeacherPool:
@@ -70,10 +68,7 @@ class TeacherPool:
         keep: Callable[[dict[int, torch.Tensor]], T],
         where: object,
     ) -> Iterator[tuple[list[Window], T]]:
-        """Yield (batch, result of `keep`) in the order of `batches`; of its halves if a GPU's memory is full.
-
-        At most one batch more than there are threads is held. Raises StoreError as `forward`.
-        """
+        """Yield what `forward` yields of each batch, in order. It holds at most one batch more than threads."""
         for _, parts in self.run_all(Task(batch, layers, keep, where) for batch in batches):
             yield from parts
 

@@ -116,9 +116,7 @@ def raw_spans(offsets: np.ndarray, count: np.ndarray, mapped: Sequence[MappedTex
     White space at a token's ends is no part of its span. A token of some bytes of a character has its whole span.
 
     Arguments:
-        offsets: int64 [ΣN, 2], of all texts together.
-        count: tokens of each text, int [U].
-        mapped: the transformed texts, with the places of their characters in the raw texts.
+        offsets: int64 [ΣN, 2], of all texts together; `count` int [U] of them belong to each text.
         shift: characters that were put before each text.
     """
     if not len(offsets):

@@ -123,9 +123,9 @@ class _Bucket:
         timeout_s = float(os.environ.get("STILLHOUSE_REMOTE_TIMEOUT_S", "60"))
         http = any(os.environ.get(k, "").startswith("http://") for k in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT"))
         self.obstore, self.loop = obstore, loop
-        limits = {"timeout": f"{timeout_s}s", "connect_timeout": f"{min(5, timeout_s)}s", "allow_http": http}
-        no_retries = {"max_retries": 0}  # Whole requests with their bodies are retried below.
-        self.store = S3Store(bucket, prefix=prefix or None, client_options=limits, retry_config=no_retries)
+        limits: Any = {"timeout": f"{timeout_s}s", "connect_timeout": f"{min(5, timeout_s)}s", "allow_http": http}
+        # Whole requests with their bodies are retried below.
+        self.store = S3Store(bucket, prefix=prefix or None, client_options=limits, retry_config={"max_retries": 0})
         self.attempts = int(os.environ.get("STILLHOUSE_REMOTE_ATTEMPTS", "7"))
         self.cache, self.limit = cache_folder(), cache_limit_bytes()
         self.written = self.limit  # so that the first write measures the cache
