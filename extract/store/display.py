@@ -1,4 +1,4 @@
-"""How a store, a view and a batch look where Python shows them: a few lines of text, or a table in a notebook.
+"""How a store and a batch look where Python shows them: a few lines of text, or a table in a notebook.
 
 Guarantees: showing never fails and reads no states. What a damaged store does not give is left out. This module takes
 whatever it is given and imports none of the classes that it shows, because they import it.
@@ -29,11 +29,6 @@ def store_html(store: Any) -> str:
     """Return a store as a table of its teachers."""
     head, rows = _store(store)
     return _html(f"Store {head}", ("teacher", "width", "tokens", "contexts", "layers", "dtype"), rows)
-
-
-def view_html(view: Any) -> str:
-    """Return a view's address as code."""
-    return f"<code>{escape(view.address)}</code>"
 
 
 def gathered_text(batch: Any) -> str:

@@ -10,9 +10,9 @@ import fnmatch
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 
 from ...data.errors import UsageError
-from . import display
 from .format.plan import Plan
 
 
@@ -33,7 +33,7 @@ class View:
         return self.address
 
     def _repr_html_(self) -> str:
-        return display.view_html(self)
+        return f"<code>{escape(self.address)}</code>"
 
 
 @dataclass(frozen=True)

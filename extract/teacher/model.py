@@ -73,14 +73,9 @@ class Teacher:
 
     @contextlib.contextmanager
     def _mode(self) -> Iterator[None]:
-        kind, dtype = self.device.split(":")[0], DTYPES[self.dtype]
-        with torch.inference_mode():
-            if self._products is not None:
-                with self._products:
-                    yield
-            else:
-                with torch.autocast(kind, dtype=dtype, enabled=self._autocast):
-                    yield
+        autocast = torch.autocast(self.device.split(":")[0], dtype=DTYPES[self.dtype], enabled=self._autocast)
+        with torch.inference_mode(), self._products or autocast:
+            yield
 
     def _find_products(self) -> CpuMatmul | None:
         """The faster products of this processor, if this model runs with them."""

@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from typing import Any
 from ....data.errors import StoreError
 from ....data.files.atomic import open_plain, sync, write_atomic
 from .checksums import with_checksum
+
+_LARGEST_JSON = 1 << 30
 
 
 def write_bytes(path: Path, data: bytes | memoryview, durable: bool = True) -> None:
@@ -63,9 +65,6 @@ def read_json(path: Path) -> Any:
         raise StoreError(f"cannot be read: {e}", where=path, expected="JSON") from e
 
 
-_LARGEST_JSON = 1 << 30
-
-
 @contextmanager
 def explain_full_disk(where: Path) -> Iterator[None]:
     """Turn a full disk into an error that says what to do. The store stays valid, so the same command resumes."""
@@ -106,14 +105,10 @@ def open_sized(path: Path, size: int) -> int:
 
 def allocate(fd: int, size: int) -> None:
     """Reserve `size` bytes, so that a full disk shows before the work and not after it."""
-    reserve: Callable[[int, int, int], None] | None = getattr(os, "posix_fallocate", None)
-    if reserve is None:  # macOS
-        os.ftruncate(fd, size)
-        return
     try:
-        reserve(fd, 0, size)
-    except OSError as e:
-        if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+        os.posix_fallocate(fd, 0, size)
+    except (AttributeError, OSError) as e:  # macOS has no such function, and some file systems do not support it.
+        if isinstance(e, OSError) and e.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise
         os.ftruncate(fd, size)
 

@@ -25,6 +25,11 @@ INNER_ROWS = 64  # rows of `hidden` a chunk inside a shard
 MAX_SHARD_BYTES = 128 << 20
 MIN_SHARD_ROWS = 2048
 MISSING = 2**64 - 1  # offset and length of a chunk that a shard does not hold
+_TYPES = ("int8", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32")
+ZARR_DTYPES = {np.dtype(name).str[1:]: name for name in _TYPES}  # by numpy's short names, as in "f2"
+_BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_WIDENED = 1 << 17  # numbers at a time: 512 KiB of float32 stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -95,12 +100,6 @@ def _widen(half: np.ndarray) -> np.ndarray:
     return out
 
 
-_WIDENED = 1 << 17  # numbers at a time: 512 KiB of float32 stay in the processor's cache
-
-
-# --- hashes -----------------------------------------------------------------------------------------------------
-
-
 def hash64(data: bytes) -> int:
     """Return the first 64 bits of BLAKE2b, little endian: the hash of ids, texts and inputs."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
@@ -120,23 +119,11 @@ def crc32c(data: np.ndarray | bytes, before: int | None = None) -> int:
     return google_crc32c.value(data) if before is None else google_crc32c.extend(before, data)
 
 
-# --- names ------------------------------------------------------------------------------------------------------
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-
-
 def check_teacher_name(name: str) -> str:
     if not _NAME.fullmatch(name) or name == "utterances":
         expected = "letters, digits, `_`, `-`, `.`, and not `utterances`"
         raise UsageError(f"{name!r} cannot name a teacher in a store", expected=expected)
     return name
-
-
-# --- Zarr metadata ----------------------------------------------------------------------------------------------
-
-_BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
-_TYPES = ("int8", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32")
-ZARR_DTYPES = {np.dtype(name).str[1:]: name for name in _TYPES}  # by numpy's short names, as in "f2"
 
 
 def group_json(attributes: dict[str, Any]) -> dict[str, Any]:
@@ -181,24 +168,16 @@ def array_json(
 
 def hidden_json(contexts: int, layers: int, rows: int, width: int, shard_rows: int, dtype: Dtype) -> dict[str, Any]:
     """Return the metadata of `hidden` [C, L, N, D]: shards of (1, 1, S, D), chunks of (1, 1, 64, D), fill NaN."""
-    return array_json(
-        (contexts, layers, rows, width),
-        np.dtype(dtype.stored).str[1:],
-        (1, 1, shard_rows, width),
-        ("context", "layer", "token", "dimension"),
-        fill=dtype.fill,
-        inner=(1, 1, INNER_ROWS, width),
-        attributes={"logical_dtype": dtype.logical},
-    )
+    shape, dimensions = (contexts, layers, rows, width), ("context", "layer", "token", "dimension")
+    chunks, inner = (1, 1, shard_rows, width), (1, 1, INNER_ROWS, width)
+    stored, attributes = np.dtype(dtype.stored).str[1:], {"logical_dtype": dtype.logical}
+    return array_json(shape, stored, chunks, dimensions, fill=dtype.fill, inner=inner, attributes=attributes)
 
 
 def scale_json(contexts: int, layers: int, rows: int, shard_rows: int) -> dict[str, Any]:
     """Return the metadata of `scale` [C, L, N] of int8 stores, sharded as `hidden` is, fill NaN."""
     shape, dimensions = (contexts, layers, rows), ("context", "layer", "token")
     return array_json(shape, "f2", (1, 1, shard_rows), dimensions, fill="NaN", inner=(1, 1, INNER_ROWS))
-
-
-# --- shards -----------------------------------------------------------------------------------------------------
 
 
 def shard_rows(total_rows: int, longest: int, width: int, dtype: Dtype) -> int:

@@ -19,6 +19,8 @@ from ..disk.layout import array_json, group_json, hash64, hash_id
 from ..disk.paths import Paths
 from .arrays import ArrayWriter, RawArray
 
+REMEMBERED = 1 << 16  # ids that a process remembers
+
 
 def write_index(writer: ArrayWriter, ids: Sequence[str], text_hashes: np.ndarray, sessions: np.ndarray) -> None:
     """Write the group `utterances` for ids in the order of the store."""
@@ -100,9 +102,6 @@ def _bounds(paths: Paths, table: Path) -> tuple[int, int]:
 
 def _damaged(table: Path) -> StoreError:
     return StoreError("the index of utterances is damaged", where=table, remedy="stillhouse inspect verify STORE")
-
-
-REMEMBERED = 1 << 16  # ids that a process remembers
 
 
 class Index:

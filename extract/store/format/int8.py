@@ -20,14 +20,11 @@ LARGEST = 127
 
 @dataclass(frozen=True)
 class Quantised:
-    """Quantised states: values int8 [..., D], scale float16 [...], and loss float32 [..., 4].
+    """Quantised states."""
 
-    The loss holds the squared lengths of error and state, first as they are and then standardised.
-    """
-
-    values: np.ndarray
-    scale: np.ndarray
-    loss: np.ndarray
+    values: np.ndarray  # int8 [..., D]
+    scale: np.ndarray  # float16 [...]
+    loss: np.ndarray  # float32 [..., 4]: squared lengths of error and state as they are, then standardised
 
     def __getitem__(self, which: Any) -> Quantised:
         """Select tokens, with all of their dimensions."""
@@ -78,13 +75,10 @@ def _compiled() -> Callable[..., None]:
 
 @dataclass(frozen=True)
 class Int8Error:
-    """How far int8 states are from the model's: a ratio of root mean squares over all tokens.
+    """How far int8 states are from the model's: a ratio of root mean squares over all tokens."""
 
-    `relative` is for the states as they are, `standardised` for the standardised ones that training sees.
-    """
-
-    relative: float
-    standardised: float
+    relative: float  # for the states as they are
+    standardised: float  # for the standardised ones that training sees
 
 
 def sum_up(losses: Iterable[list[float]]) -> Int8Error | None:

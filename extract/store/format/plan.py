@@ -243,9 +243,6 @@ def _generation(paths: Paths, number: int, teachers: dict[str, TeacherRecord]) -
     return g
 
 
-_DROPPED = ("dropped_shards", "dropped_views")
-
-
 def write_generation(plan: Plan, generation: Generation, written: Sums) -> None:
     """Write a generation of a plan beside those before it, with the sums of what was written for it."""
     before = [(g.number, g.teacher) for g in plan.generations if g.number < generation.number]
@@ -254,7 +251,8 @@ def write_generation(plan: Plan, generation: Generation, written: Sums) -> None:
     value = dataclasses.asdict(generation)
     value["shards"] = [[s.first, s.last, s.rows] for s in generation.shards]
     # Fields that a store never needed are left out, so that older versions can read the store.
-    value = {k: v for k, v in value.items() if v or k not in ("edition", "vocabulary", *_DROPPED)}
+    optional = ("edition", "vocabulary", "dropped_shards", "dropped_views")
+    value = {k: v for k, v in value.items() if v or k not in optional}
     write_json(plan.paths.plan(generation.number), value)
 
 

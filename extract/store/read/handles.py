@@ -18,6 +18,8 @@ from ....data.errors import StoreError
 from ..disk.files import BlockReader, StoreFiles
 from ..disk.layout import footer_bytes, identity_rows
 
+_VERIFY = "stillhouse inspect verify STORE names what is damaged"
+
 
 def most_handles() -> int:
     """Return how many shard files stay open: each takes two descriptors, and half are left for others."""
@@ -51,11 +53,7 @@ class Handles:
         self._most = most_handles()
 
     def open(self, path: Path, shard_rows: int, row_bytes: int, used_rows: int) -> Handle | None:
-        """Return a handle, or None where the file has another layout than this package writes (read it with zarr).
-
-        Raises:
-            StoreError: the file is gone, too short, or its footer is damaged.
-        """
+        """Return a handle, or None for a sound file in another layout than this package writes (read it with zarr)."""
         if self._pid != os.getpid():
             # The fork has copied the parent's descriptors; they are closed before any other is opened.
             self._pid, self._open = os.getpid(), {}
@@ -119,6 +117,3 @@ def _through_blocks(
     if rows < used_rows or blocks.size != rows * row_bytes + len(tail):
         raise StoreError("a committed shard file has the wrong size", where=where, remedy=_VERIFY)
     return Handle(path, -1, memoryview(b""), blocks)
-
-
-_VERIFY = "stillhouse inspect verify STORE names what is damaged"

@@ -24,6 +24,9 @@ from .handles import Handle, most_handles
 # A range of a shard file and where its parts go: (file offset, bytes, [(begin, end) in the output buffer, …]).
 Run = tuple[int, int, list[tuple[int, int]]]
 MOST_PARTS = 512  # buffers of one preadv; IOV_MAX is 1,024
+PROBED = 8
+_NOWAIT = getattr(os, "RWF_NOWAIT", 0)
+_SMALL = 1 << 18  # bytes that stay in the processor's cache until they are read again
 
 
 class RowRanges:
@@ -111,9 +114,6 @@ class CopyPlan:
         return sums
 
 
-_SMALL = 1 << 18  # bytes that stay in the processor's cache until they are read again
-
-
 class TeacherRows:
     """What `gather` needs of one teacher: start, length, token ids and spans, memory-mapped."""
 
@@ -198,10 +198,6 @@ def as_bytes(array: np.ndarray) -> memoryview:
     return memoryview(array.data).cast("B") if array.size else memoryview(bytearray())
 
 
-_NOWAIT = getattr(os, "RWF_NOWAIT", 0)
-PROBED = 8
-
-
 class ShardRead:
     """One array of one view that is being read into `out`: the open shard files, and where their rows go."""
 
@@ -256,11 +252,7 @@ class ShardRead:
 
 
 def read_all(reads: Sequence[ShardRead]) -> bool:
-    """Begin to read several arrays of the same ranges.
-
-    Returns:
-        True where all are in memory: `copy` them. False where the disk has been asked for them: `read` them.
-    """
+    """Begin to read arrays of the same ranges. True: all are in memory, to `copy`. False: `read` them from the disk."""
     if all(r.hot(max(1, PROBED // len(reads))) for r in reads):
         return True
     for r in reads:

@@ -44,13 +44,10 @@ class PlannedElsewhereError(StaleError):
 
 
 class RemoteFiles(StoreFiles):
-    """One store of an object store.
+    """The store at s3://BUCKET/PREFIX, for which the folder `root` of this disk stands.
 
-    Arguments:
-        url: s3://BUCKET/PREFIX.
-        root: the folder on this disk that stands for it.
-        etag: the version of store.json that is in `root`; None: there is no store yet.
-        writable: whether `root` belongs to a writer of this process.
+    `etag` is the version of store.json in `root`; None: there is no store yet. If it is `writable`, `root` belongs to a
+    writer of this process.
     """
 
     has_locks = False
@@ -135,7 +132,8 @@ class RemoteFiles(StoreFiles):
         folder = self.root / "commits" / teacher / context.replace(":", "-")
         listed = [k for k in self.objects.list(self.key(folder)) if k.endswith(".npz")]
         done = self._applied.setdefault(str(target), set())
-        new = sorted((k for k in listed if k not in done and k not in self._own), key=_by_generation)
+        new = [k for k in listed if k not in done and k not in self._own]
+        new.sort(key=lambda k: (int(k.split(".")[-2]), k))  # later generations last
         if new:
             self.fetch(self.root / k for k in new)
             member = f"{name}.{record['layers'][axes[1]]}" if name == "crc32c" else name
@@ -355,10 +353,6 @@ def _remove_dead_writers(base: Path) -> None:
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def _by_generation(key: str) -> tuple[int, str]:
-    return int(key.split(".")[-2]), key
 
 
 def _stamp(path: Path) -> tuple[int, int]:

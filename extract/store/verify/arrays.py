@@ -14,10 +14,11 @@ import numpy as np
 from ....data.errors import StillhouseError, StoreError
 from ..disk.paths import Paths
 from ..format.arrays import RawArray
+from .sums import INPUT_ARRAYS, TABLES
 
+_EDITION = ("id_hash", "id_row", "order", "session", "source")
 # Arrays that are whole when a plan is written. Chunks of the others come with the commits.
 PLANNED = ("start", "length", "token_id", "span", "vocab_id", "embedding", "vocab_piece")
-BY_CONTEXT = ("input_hash", "context_left", "context_right")
 
 
 def array_damage(
@@ -28,7 +29,7 @@ def array_damage(
     `contexts` are the positions of complete contexts. Only the utterances in `rows` and `shards` can be read.
     """
     group = paths.data / teacher
-    for name in sorted({p.name for p in group.iterdir() if p.is_dir()} | {"hidden", *PLANNED, *BY_CONTEXT}):
+    for name in sorted({p.name for p in group.iterdir() if p.is_dir()} | {"hidden", *PLANNED, *INPUT_ARRAYS}):
         path = group / name
         try:
             array = _opened(paths, teacher, name)
@@ -40,10 +41,10 @@ def array_damage(
             continue
         served = set((rows.astype(np.int64) // max(1, array.chunks[-1])).tolist())
         for index in indices:
-            needed = name in PLANNED or (name in BY_CONTEXT and index[0] in contexts)
+            needed = name in PLANNED or (name in INPUT_ARRAYS and index[0] in contexts)
             if name in ("token_id", "span"):
                 needed = index[0] in shards
-            elif name in ("start", "length", *BY_CONTEXT):
+            elif name in ("start", "length", *INPUT_ARRAYS):
                 needed = needed and index[-1] in served
             yield from _chunk_damage(array, array.file(*index), needed)
 
@@ -54,19 +55,15 @@ def table_chunk_damage(paths: Paths, editions: set[int], utterances: int) -> Ite
     Only the first `utterances` rows count. Raises StoreError, OSError, ValueError or IndexError for a damaged table.
     """
     groups = [(), *(("editions", str(e)) for e in sorted(editions - {0}))]
-    arrays = [_opened(paths, "utterances", *group, name) for group in groups for name in _TABLES[bool(group)]]
+    arrays = [
+        _opened(paths, "utterances", *group, name) for group in groups for name in (_EDITION if group else TABLES)
+    ]
     rows = {"text_hash": utterances, "id_offset": utterances + 1}
     rows["id_bytes"] = int(arrays[0].read()[utterances])
     for array in arrays:
         if array.plain:
             for n in range(-(-rows.get(array.path.name, array.shape[0]) // array.chunks[0])):
                 yield from _chunk_damage(array, array.file(n), True)
-
-
-_TABLES = (
-    ("id_offset", "id_bytes", "id_hash", "id_row", "text_hash", "session"),
-    ("id_hash", "id_row", "order", "session", "source"),
-)
 
 
 def _opened(paths: Paths, *name: str) -> RawArray:

@@ -38,7 +38,8 @@ def _of_teacher(
 ) -> None:
     index, record = store.index_of(teacher), store.plan.teachers[teacher]
     length = np.asarray(RawArray(store.paths, teacher, "length").read())
-    seen = {c: _seen(store, teacher, record.contexts.index(c)) for c in contexts}
+    sides = ("context_left", "context_right")
+    seen = {c: [RawArray(store.paths, teacher, s).read(record.contexts.index(c)) for s in sides] for c in contexts}
     asked = {c: parse_context(c) for c in contexts}
     # Utterances without tokens are never part of a context.
     said = index.order[length[index.order] > 0]
@@ -47,7 +48,7 @@ def _of_teacher(
     groups = index.session[said]
     begins = _begins(groups)
     ends = len(groups) - 1 - _begins(groups[::-1])[::-1]  # the last of each session
-    texts = index.text_hash[said]
+    texts, tokens = index.text_hash[said], length[said]
     for session in sessions:
         spoken = [(i, hash_text(t)) for i, t in session if t.strip()]
         rows = index.rows([i for i, _ in spoken])
@@ -64,16 +65,10 @@ def _of_teacher(
             at, row = int(here[u]), int(rows[u])
             for context in contexts:
                 left, right = seen[context][0][row], seen[context][1][row]
-                before = _as_it_was(at, u, -1, left, asked[context].left, texts, now, length[said], int(begins[at]))
-                if not before or not _as_it_was(
-                    at, u, 1, right, asked[context].right, texts, now, length[said], int(ends[at])
-                ):
+                before = _as_it_was(at, u, -1, left, asked[context].left, texts, now, tokens, int(begins[at]))
+                after = _as_it_was(at, u, 1, right, asked[context].right, texts, now, tokens, int(ends[at]))
+                if not (before and after):
                     found.setdefault(spoken[u][0], []).append(context)
-
-
-def _seen(store: Store, teacher: str, context: int) -> tuple[np.ndarray, np.ndarray]:
-    left, right = (RawArray(store.paths, teacher, name).read(context) for name in ("context_left", "context_right"))
-    return left, right
 
 
 def _begins(groups: np.ndarray) -> np.ndarray:

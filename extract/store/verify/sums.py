@@ -28,6 +28,7 @@ from ..views import View
 
 INPUT_ARRAYS = ("input_hash", "context_left", "context_right")
 TABLES = ("id_offset", "id_bytes", "id_hash", "id_row", "text_hash", "session")
+Arrays = dict[tuple[str, ...], np.ndarray]  # arrays that were read: each read of an object store is a request
 NORMS = ("norm_mean", "norm_std")
 _COMMIT = re.compile(r"(norms|\d+)\.\d+\.json")
 _UNREADABLE = (StillhouseError, OSError, ValueError)  # Such a file is a finding where the files themselves are checked.
@@ -125,9 +126,6 @@ def committed_layers(store: Store, item: WorkItem) -> Iterator[tuple[int, Commit
         commit = commits.of.get((item.shard.number, layer))
         if commit is not None and commit.generation >= item.generation.number:
             yield layer, commit
-
-
-Arrays = dict[tuple[str, ...], np.ndarray]  # arrays that were read: each read of an object store is a request
 
 
 def item_damage(store: Store, item: WorkItem, arrays: Arrays) -> Iterator[Damage]:
