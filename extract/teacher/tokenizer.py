@@ -85,8 +85,7 @@ class Tokeniser:
 
     def encode(self, texts: Sequence[str], transform_name: str) -> Tokens:
         """Tokenise raw transcripts. Raises ConfigError for an unknown transform."""
-        ids: list[np.ndarray] = []
-        spans: list[np.ndarray] = []
+        ids, spans = [np.zeros(0, np.int32)], [np.zeros((0, 2), np.int32)]
         lengths = np.zeros(len(texts), dtype=np.int32)
         space = " " if self.leading_space else ""
         for first in range(0, len(texts), 1000):
@@ -101,8 +100,6 @@ class Tokeniser:
             numbers = chain.from_iterable(chain.from_iterable(e.offsets for e in encodings))
             offsets = np.fromiter(numbers, dtype=np.int64).reshape(-1, 2)
             spans.append(raw_spans(offsets, count, mapped, len(space)))
-        if not texts:
-            return Tokens(np.zeros(0, np.int32), lengths, np.zeros((0, 2), np.int32))
         return Tokens(np.concatenate(ids), lengths, np.concatenate(spans))
 
     def settings(self) -> dict[str, Any]:

@@ -33,10 +33,7 @@ def without_checksum(value: Any, name: str) -> Any:
     if not isinstance(value, dict):
         return value
     if name == "zarr.json":
-        attributes = value.get("attributes")
-        if isinstance(attributes, dict) and CHECKSUM_KEY in attributes:
-            return {**value, "attributes": {k: v for k, v in attributes.items() if k != CHECKSUM_KEY}}
-        return value
+        return {k: without_checksum(v, "") if k == "attributes" else v for k, v in value.items()}
     return {k: v for k, v in value.items() if k != CHECKSUM_KEY}
 
 
