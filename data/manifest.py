@@ -133,12 +133,10 @@ class Corpus:
         names = {name.strip() for name in split.split(",")}
         known = {name for name in self.splits() if name is not None}
         if missing := sorted(names - known):
-            raise CorpusError(
-                f"no utterance has split {', '.join(missing)}",
-                where=self.path,
-                expected=("one of " + ", ".join(sorted(known))) if known else "a corpus with splits",
-                remedy=None if known else f"make them with `stillhouse corpus split {self.path}`",
-            )
+            what = f"no utterance has split {', '.join(missing)}"
+            expected = ("one of " + ", ".join(sorted(known))) if known else "a corpus with splits"
+            remedy = None if known else f"make them with `stillhouse corpus split {self.path}`"
+            raise CorpusError(what, where=self.path, expected=expected, remedy=remedy)
         return Corpus(self.path, [u for u in self.utterances if u.split in names], self.root, split)
 
 

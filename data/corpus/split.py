@@ -31,11 +31,6 @@ def group_of(utterance: Utterance, by: str) -> str | None:
     return getattr(utterance, by) if by in FIELDS else utterance.meta.get(by)
 
 
-def place(group: str, seed: int) -> float:
-    """Return a number from 0 to 1 that depends on the group and the seed alone."""
-    return int.from_bytes(blake2b(f"{seed}\0{group}".encode(), digest_size=8).digest(), "big") / 2**64
-
-
 def split_corpus(
     corpus: Corpus,
     by: str,
@@ -61,7 +56,8 @@ def split_corpus(
     splits: dict[str, str] = {}
     for u in chosen:
         group = group_of(u, by) or ""
-        at = place(group, seed)
+        # A number from 0 to 1 that depends on the group and the seed alone.
+        at = int.from_bytes(blake2b(f"{seed}\0{group}".encode(), digest_size=8).digest(), "big") / 2**64
         splits[group] = names[2] if at < test else names[1] if at < test + dev else names[0]
     for name, share in zip(names, (1 - dev - test, dev, test), strict=True):
         if share > 0 and name not in splits.values():

@@ -178,9 +178,7 @@ class FeatureFile:
             self.offsets: np.ndarray = tables["offsets"]
             blob, cuts = tables["ids"].tobytes(), tables["id_offsets"].tolist()
             self.row_ids = [blob[a:b].decode("utf-8") for a, b in pairwise(cuts)]
-            self.row_speeds: np.ndarray = tables["speeds"]
-            self.audio: np.ndarray = tables["audio"]
-            self.crc32c: np.ndarray = tables["crc32c"]
+            self.row_speeds, self.audio, self.crc32c = tables["speeds"], tables["audio"], tables["crc32c"]
             data = file["features"]
             if data.dtype != np.float16 or data.chunks is not None or data.ndim != 2 or data.shape[1] < 1:
                 raise ValueError(f"features are {data.dtype} {data.shape}, chunks {data.chunks}")
@@ -240,12 +238,10 @@ class FeatureFile:
             return np.array([rows[s][i] for i, s in zip(ids, speeds, strict=True)], np.int64)
         except KeyError:
             missing = [f"{i} at speed {s:g}" for i, s in zip(ids, speeds) if i not in rows.get(s, ())]
-            raise FeatureError(
-                f"no features of {first_few(missing)}",
-                where=self.path,
-                expected=f"speeds {', '.join(f'{s:g}' for s in self.speeds)}",
-                remedy="add them with `stillhouse corpus features CORPUS FEATURES --speeds …`",
-            ) from None
+            what = f"no features of {first_few(missing)}"
+            expected = f"speeds {', '.join(f'{s:g}' for s in self.speeds)}"
+            remedy = "add them with `stillhouse corpus features CORPUS FEATURES --speeds …`"
+            raise FeatureError(what, where=self.path, expected=expected, remedy=remedy) from None
 
     def rows(self, numbers: np.ndarray) -> np.ndarray:
         """Return the frames of rows by number: int64 [B] -> float16 [ΣT, bins]."""

@@ -138,10 +138,9 @@ def compute_parts(
                     answer = pipe.recv()
                 except (EOFError, ConnectionError):
                     busy[pipe].join()
-                    raise FeatureError(
-                        f"a worker process died (exit code {busy[pipe].exitcode})",
-                        remedy="run the same command again, which resumes, with fewer --workers if memory ran out",
-                    ) from None
+                    what = f"a worker process died (exit code {busy[pipe].exitcode})"
+                    remedy = "run the same command again, which resumes, with fewer --workers if memory ran out"
+                    raise FeatureError(what, remedy=remedy) from None
                 if isinstance(answer, BaseException):
                     raise answer
                 task = next(queue, None)

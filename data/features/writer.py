@@ -45,7 +45,7 @@ def write_rows(path: Path, settings: FeatureSettings, rows: Rows) -> None:
     """Write a part, whole or not at all."""
     lengths = np.array([len(f) for f in rows.frames], np.int64)
     crc = np.array([checksum(f) for f in rows.frames], np.uint32)
-    _write(path, settings, rows.ids, rows.speeds, rows.audio, crc, lengths, iter(rows.frames))
+    _write(path, settings, list(zip(rows.ids, rows.speeds)), rows.audio, crc, lengths, iter(rows.frames))
 
 
 def merge(path: Path, settings: FeatureSettings, sources: Sequence[FeatureFile], drafts: Path) -> int:
@@ -58,14 +58,13 @@ def merge(path: Path, settings: FeatureSettings, sources: Sequence[FeatureFile],
         with source:  # Only one file is open, because a large corpus has more parts than a process may open.
             for r, key in enumerate(source.keys()):
                 last[key] = (s, r)
-    picked = sorted(last.values())
-    ids = [sources[s].row_ids[r] for s, r in picked]
-    speeds = [float(sources[s].row_speeds[r]) for s, r in picked]
+    keys = sorted(last, key=lambda key: last[key])
+    picked = [last[key] for key in keys]
     audio = [int(sources[s].audio[r]) for s, r in picked]
     crc = np.array([sources[s].crc32c[r] for s, r in picked], np.uint32)
     lengths = np.array([sources[s].lengths[r] for s, r in picked], np.int64)
     blocks = _blocks(sources, picked)
-    _write(path, settings, ids, speeds, audio, crc, lengths, blocks, drafts)
+    _write(path, settings, keys, audio, crc, lengths, blocks, drafts)
     return len(picked)
 
 
@@ -88,8 +87,7 @@ def _blocks(sources: Sequence[FeatureFile], picked: list[tuple[int, int]]) -> It
 def _write(
     path: Path,
     settings: FeatureSettings,
-    ids: list[str],
-    speeds: list[float],
+    keys: list[tuple[str, float]],
     audio: list[int],
     crc: np.ndarray,
     lengths: np.ndarray,
@@ -97,7 +95,7 @@ def _write(
     drafts: Path | None = None,
 ) -> None:
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    encoded = [i.encode("utf-8") for i in ids]
+    encoded = [id.encode("utf-8") for id, _ in keys]
     try:
         aligned = {"alignment_threshold": 1 << 16, "alignment_interval": 4096}
         # Since version 1.10 HDF5 has checksums of its structures, and it crashes on some damaged older ones. They cover
@@ -114,7 +112,7 @@ def _write(
                 "offsets": offsets,
                 "ids": np.frombuffer(b"".join(encoded), np.uint8),
                 "id_offsets": np.concatenate([[0], np.cumsum([len(e) for e in encoded])]).astype(np.int64),
-                "speeds": np.array(speeds, np.float64),
+                "speeds": np.array([speed for _, speed in keys], np.float64),
                 "audio": np.array(audio, np.uint64),
                 "crc32c": crc,
             }

@@ -60,12 +60,6 @@ class AudioFiles:
         return self._lengths[path]
 
 
-def above(folder: Path, steps: int = 4) -> list[Path]:
-    """Return the working folder, the folder and those above it, where relative paths of recipes may start."""
-    folder = folder.absolute()
-    return [Path.cwd(), folder, *list(folder.parents)[:steps]]
-
-
 class UnpackedAudio:
     """Audio that had no file of its own, in a folder beside the manifest: corpus.jsonl has corpus.audio/."""
 

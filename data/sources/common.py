@@ -23,7 +23,7 @@ from ..errors import AudioError, ConfigError, CorpusError, UsageError
 from ..files.lines import scan_objects
 from ..files.paths import relative_audio
 from ..manifest import Utterance, describe_validation
-from .audio_files import AudioFiles, UnpackedAudio, above
+from .audio_files import AudioFiles, UnpackedAudio
 
 OVERSHOOT_S = 0.5  # A segment may end so much later than its recording. It is cut off there, as Kaldi does.
 
@@ -124,7 +124,9 @@ class Imported:
 
     def files(self, folder: Path, *first: Path) -> AudioFiles:
         """Return a finder of audio files. Relative paths start in `audio_root`, else in `first` or near `folder`."""
-        return AudioFiles([self.audio_root] if self.audio_root else [*first, *above(folder)], self.root)
+        folder = folder.absolute()
+        near = [*first, Path.cwd(), folder, *list(folder.parents)[:4]]  # where relative paths of recipes may start
+        return AudioFiles([self.audio_root] if self.audio_root else near, self.root)
 
     def session(self, id: str, session: str | None = None, order: str = "") -> tuple[str | None, str]:
         """Return (session, order) by the session pattern, which must match all of the id. Without one, return both."""

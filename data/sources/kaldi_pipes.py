@@ -68,11 +68,8 @@ def decoded_file(command: str) -> Decoded | None:
         return None
     given = match.groupdict()
     channel, rate = given.get("channel"), given.get("resampled") or given.get("rate")
-    return Decoded(match["path"], int(channel) - 1 if channel else None, _hertz(rate) if rate else None)
-
-
-def _hertz(rate: str) -> int:
-    return round(float(rate.removesuffix("k")) * (1000 if rate.endswith("k") else 1))
+    hertz = round(float(rate.removesuffix("k")) * (1000 if rate.endswith("k") else 1)) if rate else None
+    return Decoded(match["path"], int(channel) - 1 if channel else None, hertz)
 
 
 def run_command(command: str, target: Path, timeout_s: float = SECONDS_A_COMMAND) -> None:

@@ -34,15 +34,15 @@ def import_text(
             if not line.strip():
                 block = number + 1
                 continue
-            if tabbed and "\t" not in line:
-                result.finding("line", where, "no tab between id and text")
-                continue
-            if tabbed:
-                id, text = (part.strip() for part in line.split("\t", 1))
-                session = None
-            else:
+            session = None
+            if not tabbed:
                 id, text = f"{file.stem}-{number:0{width}d}", line.strip()
                 session = f"{file.stem}-{block:0{width}d}"
+            elif "\t" in line:
+                id, text = (part.strip() for part in line.split("\t", 1))
+            else:
+                result.finding("line", where, "no tab between id and text")
+                continue
             with result.line(where, id):
                 session, order = result.session(id, session)
                 result.add(where, order, id=id, text=text, session=session, split=split)
