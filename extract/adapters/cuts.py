@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -27,23 +28,16 @@ def attach(cuts: Any, store: Store, field: str = FIELD) -> Any:
     Raises:
         NoStoreError: when cuts are read, for a supervision that is not in the store.
     """
-    return cuts.map(_Attach(store, field))
+    return cuts.map(partial(_with_ids, store=store, field=field))  # Unlike a lambda, it can be pickled.
 
 
-@dataclasses.dataclass(frozen=True)
-class _Attach:
-    """Handle one cut. Unlike a lambda, it can be pickled."""
-
-    store: Store
-    field: str
-
-    def __call__(self, cut: Any) -> Any:
-        return cut.map_supervisions(self._supervision)
-
-    def _supervision(self, supervision: Any) -> Any:
+def _with_ids(cut: Any, store: Store, field: str) -> Any:
+    def with_id(supervision: Any) -> Any:
         custom = supervision.custom or {}
-        utterance = custom.get(self.field) or store_ids(self.store, [supervision.id])[0]
-        return dataclasses.replace(supervision, custom={**custom, self.field: utterance})
+        utterance = custom.get(field) or store_ids(store, [supervision.id])[0]
+        return dataclasses.replace(supervision, custom={**custom, field: utterance})
+
+    return cut.map_supervisions(with_id)
 
 
 def cut_ids(

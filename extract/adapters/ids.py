@@ -42,9 +42,6 @@ def store_ids(store: Store, ids: Sequence[str], on_missing: str = "error") -> li
     renamed = {i: new for i, new, row in zip(unknown, originals, rows) if row >= 0}
     missing = [i for i in unknown if i not in renamed]
     if missing and on_missing == "error":
-        raise NoStoreError(
-            f"not in this store: {first_few(missing)}",
-            where=store.address,
-            remedy='extract this corpus into it, or give on_missing="keep"',
-        )
+        remedy = 'extract this corpus into it, or give on_missing="keep"'
+        raise NoStoreError(f"not in this store: {first_few(missing)}", where=store.address, remedy=remedy)
     return [renamed.get(i, i) for i in ids]

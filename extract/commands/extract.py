@@ -109,10 +109,9 @@ def _run(options: dict[str, Any]) -> tuple[Any, str]:
         with writable_files(store) as files:
             sizing = size_up(files, corpus, teacher, request, refresh=options["refresh"])
         return sizing.as_json(), render_sizing(sizing)
-    own_part: tuple[int, int] | None
+    own_part: tuple[int, int] | None = None
     if options["engine"] == "ray":
         start: Any = start_ray_workers(name, load, workers, part, options["ray_address"])
-        own_part = None
     else:
         share_threads(workers)
         start = start_workers(name, load, workers, part)

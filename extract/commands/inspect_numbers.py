@@ -6,6 +6,7 @@ Try: `stillhouse inspect stats STORE`.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import click
@@ -14,6 +15,8 @@ from ..inspect.show import numbers as show_numbers
 from . import options as opt
 
 KINDS = ("similarity", "norms", "word")
+_VIEW = "A view, or a pattern for several. Default: all."
+_VIEWS = "Addresses of views joined by commas, or a pattern. Default: all."
 
 
 @click.command(epilog="Example: stillhouse inspect stats corpus.zarr --view 'minilm/*/*'")
@@ -48,9 +51,7 @@ def similarity(store: Path, views: tuple[str, ...], tokens: int | None, seed: in
 )
 @click.argument("store", type=opt.PATH)
 @click.argument("word", metavar="UTT:WORD", shell_complete=opt.complete_utterance)
-@click.option(
-    "--view", metavar="VIEW", help="A view, or a pattern for several. Default: all.", shell_complete=opt.complete_view
-)
+@click.option("--view", metavar="VIEW", help=_VIEW, shell_complete=opt.complete_view)
 @opt.number("--count", 10, "Number of tokens to show.", least=1)
 @opt.flag("--standardise", "Standardise states first, so that outlier dimensions weigh less.")
 @opt.flag("--same-utterance", "Search the utterance itself, too.")
@@ -80,12 +81,7 @@ def neighbours(
 )
 @click.argument("store", type=opt.PATH)
 @click.argument("utterance", shell_complete=opt.complete_utterance)
-@click.option(
-    "--views",
-    metavar="A,B",
-    help="Addresses of views joined by commas, or a pattern. Default: all.",
-    shell_complete=opt.complete_view,
-)
+@click.option("--views", metavar="A,B", help=_VIEWS, shell_complete=opt.complete_view)
 @opt.json_option
 def compare(store: Path, utterance: str, views: str | None, as_json: bool) -> None:
     """Show how far each token's state in UTTERANCE moves from the first view to the others."""
@@ -98,13 +94,7 @@ def compare(store: Path, utterance: str, views: str | None, as_json: bool) -> No
 
 def split_views(views: str) -> list[str]:
     """Split "a/alone/3,6,b/*/last" into ["a/alone/3,6", "b/*/last"]: only a comma before an address separates."""
-    addresses: list[str] = []
-    for word in views.split(","):
-        if "/" in word or not addresses:
-            addresses.append(word)
-        else:
-            addresses[-1] += f",{word}"
-    return addresses
+    return re.split(",(?=[^,]*/)", views)
 
 
 @click.command(epilog="Example: stillhouse inspect plot corpus.zarr bank.png --kind word --word bank --view '*/*/6'")

@@ -64,9 +64,8 @@ def import_(**options: Any) -> None:
 
     sources = [n for n in ("teacher", "tokenizer", "token_ids") if options[n]]
     if len(sources) != 1 or bool(options["token_ids"]) != bool(options["spans"]):
-        raise UsageError(
-            "the source of the tokens is not given", expected="--teacher, or --tokenizer, or --token-ids with --spans"
-        )
+        expected = "--teacher, or --tokenizer, or --token-ids with --spans"
+        raise UsageError("the source of the tokens is not given", expected=expected)
     begin, comma, end = options["drop"].partition(",")
     if not (comma and begin.isdigit() and end.isdigit()):
         raise UsageError(f"--drop {options['drop']}", expected="two numbers, as in 1,1")

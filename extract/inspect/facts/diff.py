@@ -19,8 +19,6 @@ SAMPLE_TOKENS = 20_000
 
 @dataclass(frozen=True)
 class SettingDiffers:
-    """A setting of a teacher that both stores have."""
-
     teacher: str
     setting: str
     a: str
@@ -29,14 +27,12 @@ class SettingDiffers:
 
 @dataclass(frozen=True)
 class UtterancesDiffer:
-    """Counts, and the first twenty ids of each kind."""
-
     both: int
     only_a: int
     only_b: int
     changed: int  # with another text
     tokenised: int  # with the same text and other tokens
-    only_a_ids: list[str]
+    only_a_ids: list[str]  # the first twenty, as of the other kinds
     only_b_ids: list[str]
     changed_ids: list[str]
     tokenised_ids: list[str]
@@ -44,11 +40,9 @@ class UtterancesDiffer:
 
 @dataclass(frozen=True)
 class NumbersDiffer:
-    """A view of both stores at `tokens` common tokens. `equal` is the share of tokens with equal bits."""
-
     view: str
-    tokens: int
-    equal: float
+    tokens: int  # common tokens that were compared
+    equal: float  # share of tokens with equal bits
     largest: float  # largest absolute difference of two numbers
     largest_share: float  # the same as a share of the largest absolute number
     cosine: float  # smallest cosine between a token's states in both stores
@@ -56,10 +50,8 @@ class NumbersDiffer:
 
 @dataclass(frozen=True)
 class AvailableDiffers:
-    """A view of both stores, and the number of tokens that each store has states of."""
-
     view: str
-    a: int
+    a: int  # tokens that store a has states of
     b: int
 
 
@@ -72,7 +64,7 @@ class StoreDifference:
     teachers_only_b: list[str]
     views_only_a: list[str]
     views_only_b: list[str]
-    settings: list[SettingDiffers]
+    settings: list[SettingDiffers]  # of teachers that both stores have
     utterances: UtterancesDiffer
     numbers: list[NumbersDiffer]
     held: list[AvailableDiffers] = field(default_factory=list)
@@ -85,10 +77,7 @@ _NOT_SETTINGS = {"name", "contexts", "layers", "fingerprints"}
 def diff(
     a: Store, b: Store, tokens: int | None = None, seed: int = 0, on_progress: OnProgress = ignore, full: bool = False
 ) -> StoreDifference:
-    """Compare the settings, the utterances and `tokens` states of each view of two stores, or with `full` all states.
-
-    None means 20,000 tokens, or fewer if the views are wide or many.
-    """
+    """Compare settings, utterances and `tokens` states of each view (None: at most SAMPLE_TOKENS), with `full` all."""
     teachers_a, teachers_b = a.plan.teachers, b.plan.teachers
     teachers = [name for name in teachers_a if name in teachers_b]
     settings = [
@@ -101,11 +90,10 @@ def diff(
     views_a, views_b = set(a.planned_views), set(b.planned_views)
     shared = [v for v in a.planned_views if v in views_b and teachers_a[v.teacher].width == teachers_b[v.teacher].width]
     most = None if full else tokens or sample_size(a, shared, SAMPLE_TOKENS)
-    compared = []
+    numbers = []
     for view in shared:
         on_progress(view)
-        compared.append(_numbers(a, b, view, common, most, seed))
-    numbers = [n for n in compared if n is not None]
+        numbers += _numbers(a, b, view, common, most, seed)
     complete = set(a.views) & set(b.views)
     counts = [AvailableDiffers(v.address, _tokens(a, v), _tokens(b, v)) for v in shared if v not in complete]
     available = [c for c in counts if c.a != c.b]
@@ -162,7 +150,8 @@ def _tokenised(a: Store, b: Store, ids: list[str], teacher: str) -> np.ndarray:
     return differs
 
 
-def _numbers(a: Store, b: Store, view: View, common: np.ndarray, tokens: int | None, seed: int) -> NumbersDiffer | None:
+def _numbers(a: Store, b: Store, view: View, common: np.ndarray, tokens: int | None, seed: int) -> list[NumbersDiffer]:
+    """The difference of a view, or nothing if the stores have no states in common."""
     rows = available_rows(a, [view])
     rows = rows[common[rows]]
     rows = rows[b.has(ids_of(a, rows), view)] if len(rows) else rows
@@ -179,7 +168,5 @@ def _numbers(a: Store, b: Store, view: View, common: np.ndarray, tokens: int | N
         largest, scale = max(largest, float(difference.max())), max(scale, float(np.abs(one).max()))
         norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
         cosine = min(cosine, float(((one * other).sum(1) / np.maximum(norms, 1e-30)).min()))
-    if not count:
-        return None
     share = largest / scale if scale else 0.0
-    return NumbersDiffer(view.address, count, equal / count, largest, share, cosine)
+    return [NumbersDiffer(view.address, count, equal / count, largest, share, cosine)] if count else []

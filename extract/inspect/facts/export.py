@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +25,6 @@ MOST_BYTES = 4 << 30
 
 @dataclass(frozen=True)
 class ExportedStates:
-    """What was written."""
-
     path: str
     format: str
     views: list[str]
@@ -123,15 +121,9 @@ def _csv(path: Path, ids: list[str], arrays: dict[str, np.ndarray]) -> None:
             length, token_id, piece, span = (arrays[f"{teacher}/{n}"] for n in ("length", "token_id", "piece", "span"))
             of = np.repeat(np.arange(len(ids)), length)
             first = np.cumsum(length) - length
-            for n, state in enumerate(arrays[view]):
-                u = of[n]
+            for n, (u, state) in enumerate(zip(of, arrays[view])):
                 token = [n - int(first[u]), int(token_id[n]), str(piece[n]), *span[n].tolist()]
                 out.writerow([view, ids[u], *token, *(f"{x:.6g}" for x in state.tolist())])
 
 
-_WRITERS: dict[str, Callable[[Path, list[str], dict[str, np.ndarray]], None]] = {
-    ".h5": _hdf5,
-    ".npz": _npz,
-    ".safetensors": _safetensors,
-    ".csv": _csv,
-}
+_WRITERS = {".h5": _hdf5, ".npz": _npz, ".safetensors": _safetensors, ".csv": _csv}

@@ -33,18 +33,16 @@ def as_json(fact: Any, kind: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ViewFacts:
-    """One view. `units` are work items; `units`, `tokens` and `utterances` count what is committed."""
-
     view: str
     teacher: str
     context: str
     layer: int
     complete: bool
-    units: int
+    units: int  # committed work items
     units_planned: int
-    utterances: int
+    utterances: int  # committed
     utterances_planned: int
-    tokens: int
+    tokens: int  # committed
     tokens_planned: int
     bytes: int
     fingerprint: str | None
@@ -99,13 +97,11 @@ class StoreFacts:
 
 @dataclass(frozen=True)
 class UtteranceFacts:
-    """One utterance. `views` counts views in which it is committed; `tokens` is its length by teacher."""
-
     utterance: str
     row: int
     session: int
-    tokens: dict[str, int]
-    views: int
+    tokens: dict[str, int]  # number of tokens by teacher
+    views: int  # views in which it is committed
     views_planned: int
 
 
@@ -132,13 +128,11 @@ def store_facts(store: Store) -> StoreFacts:
 
 @dataclass(frozen=True)
 class Verified:
-    """What was checked. `data` is the share of the utterances whose states were read."""
-
     path: str
     complete: bool
     units: int  # committed work items, counted for each layer
     units_planned: int
-    data: float
+    data: float  # share of the utterances whose states were read
     findings: list[StoreFinding]
     mended: list[Repaired] = field(default_factory=list)  # with --repair: what was repaired before this check
     unchecked: list[str] = field(default_factory=list)  # what has no checksums, because it was written before them

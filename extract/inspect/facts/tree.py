@@ -27,14 +27,12 @@ WHAT = {
 
 @dataclass(frozen=True)
 class Node:
-    """A file, folder, Zarr group or array. `shape`, `dtype` and `dimensions` are an array's."""
-
     path: str  # relative to the store
     depth: int
     kind: str  # "file", "folder", "group" or "array"
     files: int
     bytes: int
-    shape: list[int] | None = None
+    shape: list[int] | None = None  # of an array, as the next two
     dtype: str | None = None
     dimensions: list[str] | None = None
     about: str | None = None

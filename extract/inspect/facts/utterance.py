@@ -20,13 +20,11 @@ from ...store import Store, View, hash_text, to_float32
 
 @dataclass(frozen=True)
 class TokenFacts:
-    """One token. `begin` and `end` count code points of the raw transcript; `text` is that part, if it is known."""
-
     token_id: int
     piece: str
-    begin: int
+    begin: int  # in code points of the raw transcript
     end: int
-    text: str | None
+    text: str | None  # that part of the transcript, if it is known
 
 
 @dataclass(frozen=True)
@@ -38,16 +36,11 @@ class ContextFacts:
 
 @dataclass(frozen=True)
 class ShownView:
-    """The norms of the N states, and the states themselves if they are asked for: `values` [N][D].
-
-    `held` is false if the utterance is not extracted yet, or is damaged; `problem` then tells the damage.
-    """
-
     view: str
-    held: bool
-    problem: str | None
-    norms: list[float]
-    values: list[list[float]] | None
+    held: bool  # false if the utterance is not extracted yet, or is damaged
+    problem: str | None  # the damage
+    norms: list[float]  # of the N states
+    values: list[list[float]] | None  # the states [N][D], if they are asked for
 
 
 @dataclass(frozen=True)

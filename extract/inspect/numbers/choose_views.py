@@ -35,15 +35,12 @@ RULE = (
 
 @dataclass(frozen=True)
 class Probed:
-    """The probe of one view, or of a teacher's input embeddings (TEACHER/static), for the unit at a place and the next.
-
-    R² is over all units' indicators. Accuracy is the share of places whose highest indicator is correct.
-    """
+    """The probe of a view or of a teacher's input embeddings (TEACHER/static), for the unit at a place and the next."""
 
     view: str
     width: int
-    here_r2: float
-    here_accuracy: float
+    here_r2: float  # R² over all units' indicators
+    here_accuracy: float  # share of places whose highest indicator is correct
     next_r2: float
     next_accuracy: float
     score: float
@@ -51,8 +48,6 @@ class Probed:
 
 @dataclass(frozen=True)
 class Suggested:
-    """A view of the suggested set, in the order in which it was chosen."""
-
     view: str
     score: float
     most_alike: float  # largest CKA with the views chosen before it
@@ -60,14 +55,12 @@ class Suggested:
 
 @dataclass(frozen=True)
 class Choice:
-    """The result of `views`. `chance_here` and `chance_next` are the accuracies of the most frequent unit."""
-
     views: list[Probed]
     static: list[Probed]
-    chance_here: float
+    chance_here: float  # accuracy of the most frequent unit
     chance_next: float
     cka: list[list[float]]  # [V][V], in the order of `views`
-    suggested: list[Suggested]
+    suggested: list[Suggested]  # in the order in which they were chosen
     together: Probed  # one probe of all suggested views
     rule: str
     places: int
@@ -79,8 +72,6 @@ class Choice:
 
 @dataclass(frozen=True)
 class _Places:
-    """Where views are read."""
-
     ids: list[str]
     tokens: dict[str, list[np.ndarray]]  # {teacher: token indices of each utterance}
     probe: Probe

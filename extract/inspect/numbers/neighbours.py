@@ -22,14 +22,12 @@ from ..sample import OnProgress, blocks, ids_of, ignore, locate, read_states, sa
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A token and its place. `sentence` is spelt from the tokens; `begin` and `end` are the token's place in it."""
-
     cosine: float
     utterance: str
     token: int
     piece: str
-    sentence: str
-    begin: int
+    sentence: str  # spelt from the tokens
+    begin: int  # place of the token in the sentence
     end: int
 
 
@@ -164,12 +162,10 @@ def marked(tokens: Sequence[TokenFacts], token: int) -> tuple[str, int, int]:
 
 @dataclass(frozen=True)
 class Moved:
-    """A token in two views: the cosine of its states, and |a - b| / |a|."""
-
     token: int
     piece: str
-    cosine: float
-    distance: float
+    cosine: float  # of the token's states in a and b
+    distance: float  # norm of their difference over the norm in a
 
 
 @dataclass(frozen=True)

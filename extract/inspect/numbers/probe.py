@@ -17,19 +17,15 @@ WIDEST = 2048  # wider states are projected at random to this width
 
 @dataclass(frozen=True)
 class Probe:
-    """The targets: class numbers [n] of the unit at each place and of the next unit, and the fold [n] of each place."""
-
-    here: np.ndarray
-    next: np.ndarray
-    fold: np.ndarray
+    here: np.ndarray  # [n]: class number of the unit at each place
+    next: np.ndarray  # [n]: class number of the unit after it
+    fold: np.ndarray  # [n]: the fold of each place
 
 
 @dataclass(frozen=True)
 class Fit:
-    """For (here, next): R² over all class indicators, and the share of places whose highest class is correct."""
-
-    r2: tuple[float, float]
-    accuracy: tuple[float, float]
+    r2: list[float]  # of (here, next), over all class indicators
+    accuracy: list[float]  # of (here, next): share of places whose highest class is correct
 
 
 def fold_numbers(groups: np.ndarray, folds: int, seed: int) -> np.ndarray:
@@ -66,9 +62,8 @@ def tied(sessions: np.ndarray, texts: np.ndarray) -> np.ndarray:
 def ridge(states: np.ndarray, probe: Probe) -> Fit:
     """Fit a cross-validated ridge from float [n, D] to both targets. Time: folds · strengths · D² (D/3 + C)."""
     x = _standardised(states)
-    targets = [np.eye(int(c.max()) + 1)[c] for c in (probe.here, probe.next)]
-    edge = targets[0].shape[1]
-    y = np.concatenate(targets, axis=1)
+    y = np.concatenate([np.eye(int(c.max()) + 1)[c] for c in (probe.here, probe.next)], axis=1)
+    edge = int(probe.here.max()) + 1
     predicted = np.empty((len(STRENGTHS), *y.shape), np.float32)
     means = np.empty(y.shape)
     for fold in range(int(probe.fold.max()) + 1):
@@ -88,7 +83,7 @@ def ridge(states: np.ndarray, probe: Probe) -> Fit:
         best = int(np.argmin(error))
         r2.append(float(1 - error[best] / np.square(y[:, part] - means[:, part]).sum()))
         accuracy.append(float((predicted[best][:, part].argmax(axis=1) == classes).mean()))
-    return Fit((r2[0], r2[1]), (accuracy[0], accuracy[1]))
+    return Fit(r2, accuracy)
 
 
 def _standardised(states: np.ndarray) -> np.ndarray:

@@ -22,21 +22,15 @@ GRAM_NUMBERS = 1 << 27  # of all views' Gram matrices
 
 @dataclass(frozen=True)
 class Similarity:
-    """The matrix `cka` [V][V] in the order of `views`, and the number of tokens behind it."""
-
     views: list[str]
-    places: int
-    cka: list[list[float]]
+    places: int  # tokens at which views were compared
+    cka: list[list[float]]  # [V][V], in the order of `views`
 
 
 def similarity(
     store: Store, views: Sequence[View], tokens: int | None = None, seed: int = 0, on_progress: OnProgress = ignore
 ) -> Similarity:
-    """Compute linear CKA of every pair of views at `tokens` places, with [tokens, tokens] floats for each view.
-
-    None means 2,000 places, or fewer if the views are wide or many. Raises NoStoreError if fewer than four places have
-    a token of every teacher.
-    """
+    """Compute linear CKA of all pairs of views at `tokens` places, at least 4. None means PLACES or fewer."""
     if tokens is None:
         tokens = min(sample_size(store, views, PLACES), int((GRAM_NUMBERS / max(1, len(views))) ** 0.5))
     ids, tokens_of = places(store, views, tokens, seed)

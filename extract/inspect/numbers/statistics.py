@@ -30,17 +30,7 @@ class Dimension:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Statistics of all tokens except the first of each utterance; fields named `first` count those.
-
-    anisotropy        mean cosine of two random states: 0 if directions spread evenly, 1 if all are equal
-    effective_rank    exp of the entropy of the covariance's spectrum: the number of dimensions in which states vary
-    rank_tokens       number of tokens behind that rank, which bounds it: 1,024 in a sample of states wider than that
-    dead              dimensions whose deviation is below 1e-3 of the median dimension's
-    outliers          dimensions whose root mean square is above 5 times the median dimension's, largest first
-    not_finite        states with a NaN or an infinity, first ones included; nothing else counts them
-    int8_error        for int8: root mean square error over root mean square, of all tokens as they were written
-    int8_error_standardised    the same for standardised states, which training sees
-    """
+    """Statistics of all tokens except the first of each utterance; fields named `first` count those."""
 
     view: str
     width: int
@@ -50,14 +40,14 @@ class Statistics:
     norm_mean: float
     norm_std: float
     first_norm_mean: float
-    anisotropy: float
-    effective_rank: float
-    dead: list[int]
-    outliers: list[Dimension]
-    not_finite: int
-    int8_error: float | None
-    int8_error_standardised: float | None
-    rank_tokens: int = 0
+    anisotropy: float  # mean cosine of two random states: 0 if directions spread evenly, 1 if all are equal
+    effective_rank: float  # exp of the entropy of the covariance's spectrum: dimensions in which states vary
+    dead: list[int]  # dimensions whose deviation is below 1e-3 of the median dimension's
+    outliers: list[Dimension]  # root mean square above 5 times the median dimension's, largest first
+    not_finite: int  # states with a NaN or an infinity, first ones included; nothing else counts them
+    int8_error: float | None  # for int8: root mean square error over root mean square, of all tokens as written
+    int8_error_standardised: float | None  # the same for standardised states, which training sees
+    rank_tokens: int = 0  # tokens behind the rank, which bounds it: 1,024 in a sample of wider states
 
 
 def statistics(
@@ -70,10 +60,9 @@ def statistics(
     rank: bool = True,
     full: bool = False,
 ) -> list[Statistics]:
-    """Compute the statistics of each view, from a sample of `tokens` tokens or with `full` from all.
+    """Compute the statistics of each view from `tokens` tokens (None: at most SAMPLE_TOKENS), or with `full` from all.
 
-    None means 20,000 tokens, or fewer if the views are wide or many. Without `rank` the effective rank is NaN, which
-    saves operations that grow with the square of the width. Raises NoStoreError if a view has no states.
+    Without `rank` the effective rank is NaN, which saves operations that grow with the square of the width.
     """
     measured = []
     most = None if full else tokens or sample_size(store, views, SAMPLE_TOKENS)

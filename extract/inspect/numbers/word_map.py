@@ -36,13 +36,11 @@ class Point:
 
 @dataclass(frozen=True)
 class WordMap:
-    """`explained` is the share of the variance on each of the two axes; `found` counts all occurrences."""
-
     word: str
     views: list[str]
-    found: int
+    found: int  # all occurrences
     shown: int
-    explained: list[float]
+    explained: list[float]  # share of the variance on each of the two axes
     points: list[Point]
 
 

@@ -40,9 +40,8 @@ def statistics(listed: Sequence[Statistics]) -> str:
         if s.dead:
             lines.append(f"{s.view} dead: {first_few([str(d) for d in s.dead], MOST_NAMED)}")
         if s.int8_error is not None and s.int8_error_standardised is not None:
-            lines.append(
-                f"{s.view} int8 error: {s.int8_error:.2%} of the states, {s.int8_error_standardised:.2%} standardised"
-            )
+            errors = f"{s.int8_error:.2%} of the states, {s.int8_error_standardised:.2%} standardised"
+            lines.append(f"{s.view} int8 error: {errors}")
     tokens = ", ".join(dict.fromkeys(f"{s.tokens:,}" for s in listed))
     bounded = sorted({f"{s.rank_tokens:,}" for s in listed if s.rank_tokens < s.tokens})
     rank = f"effective rank of {' or '.join(bounded)} tokens, which bounds it" if bounded else "effective rank"

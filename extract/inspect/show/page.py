@@ -36,14 +36,12 @@ SEARCHED = 100_000  # tokens in the search for neighbours, fewer if the view is 
 
 @dataclass(frozen=True)
 class StorePage:
-    """What the page shows. `maps` are of words in the last layer of each teacher."""
-
     store: StoreFacts
     views: list[ViewFacts]
     statistics: list[Statistics]
     similarity: Similarity | None
     utterances: list[Shown]
-    maps: list[WordMap]
+    maps: list[WordMap]  # of words in the last layer of each teacher
     neighbours: list[Neighbours]
     findings: list[Any]
     full: bool
@@ -58,10 +56,7 @@ def collect(
     full: bool = False,
     on_progress: OnProgress = ignore,
 ) -> StorePage:
-    """Collect the facts of a page from samples that are read in seconds. Words that do not occur are left out.
-
-    Without `words`, frequent words are chosen. `full` reads every view and all tokens, except for CKA.
-    """
+    """Collect the facts of a page, for `words` or frequent words. `full` reads all views and tokens, except for CKA."""
     planned = store.planned_views
     listed = view_facts(store, planned)
     views, _ = undamaged(store, [v for v, f in zip(planned, listed) if f.tokens])
@@ -140,8 +135,8 @@ def plane(points: Sequence[Point], width: int = 360, height: int = 260) -> list[
     scale = max(float(np.ptp(x)) / (width - 30), float(np.ptp(y)) / (height - 30), 1e-9)
     left = (width - np.ptp(x) / scale) / 2
     top = (height - np.ptp(y) / scale) / 2
-    drawn = np.stack([left + (x - x.min()) / scale, top + (y.max() - y) / scale], 1)
-    return [(a, b) for a, b in drawn.round(1).tolist()]
+    across, down = left + (x - x.min()) / scale, top + (y.max() - y) / scale
+    return list(zip(across.round(1).tolist(), down.round(1).tolist()))
 
 
 def write(page: StorePage, path: Path) -> None:

@@ -65,17 +65,15 @@ def tables(rows: Sequence[Sequence[object]], *, right: str, header: Sequence[str
     """Return a table in several parts of at most `most` terminal columns, each with the first `keep` columns."""
     cells = _cells(rows, header)
     widths = [_width_of(row[i] for row in cells) + 2 for i in range(len(header))]
-    groups: list[list[int]] = []
+    parts = [[*range(keep)]]
     for i in range(keep, len(header)):
-        if not groups or sum(widths[k] for k in (*range(keep), *groups[-1], i)) > most + 2:
-            groups.append([])
-        groups[-1].append(i)
-    parts = []
-    for group in groups or [[]]:
-        which = [*range(keep), *group]
-        sides, names = "".join(right[i] for i in which), [header[i] for i in which]
-        parts.append(table([[row[i] for i in which] for row in rows], right=sides, header=names))
-    return parts
+        if len(parts[-1]) > keep and sum(widths[k] for k in (*parts[-1], i)) > most + 2:
+            parts.append([*range(keep)])
+        parts[-1].append(i)
+    return [
+        table([[row[i] for i in p] for row in rows], right="".join(right[i] for i in p), header=[header[i] for i in p])
+        for p in parts
+    ]
 
 
 def wrap(text: str, most: int | None = None, indent: int = 0) -> str:
