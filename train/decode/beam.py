@@ -89,10 +89,8 @@ class Beam:
 
     `fusion` adds a language model. blank_penalty is subtracted from the logit of the blank. ilm_weight times the score
     of the internal language model is subtracted from the score of each unit. That model is the joint without its
-    encoder, over units that are not blank (Meng et al. 2021, arXiv 2011.01991).
-
-    Raises:
-        ConfigError: the model has durations.
+    encoder, over units that are not blank (Meng et al. 2021, arXiv 2011.01991). Raises ConfigError if the model has
+    durations.
     """
 
     model: Transducer

@@ -36,15 +36,11 @@ class NGram:
     """
 
     def __init__(self, words: dict[str, int], tables: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
-        self.words, self.tables, self.order = words, list(tables), len(tables)
+        self.words, self.tables, self.size, self.order = words, list(tables), len(words), len(tables)
         self.unknown = next((words[name] for name in UNKNOWN if name in words), None)
         self.begin, self.end = words.get("<s>"), words.get("</s>")
         known = self.tables[0][1][self.tables[0][1] > 0.99 * NEVER]
         self.floor = float(known.min()) if len(known) else NEVER
-
-    @property
-    def size(self) -> int:
-        return len(self.words)
 
     @property
     def start(self) -> tuple[int, ...]:
@@ -126,8 +122,9 @@ def read_arpa(path: Path | str) -> NGram:
     values = [(np.array(s.logp) * LN10, np.array(s.backoff) * LN10) for s in sections]
     tables = _tables(grams, values, len(words), path, sections)
     if tables is None:
-        tables = _tables(*_with_prefixes(grams, values), len(words), path, sections)
-        assert tables is not None
+        _add_prefixes(grams, values)
+        tables = _tables(grams, values, len(words), path, sections)
+    assert tables is not None
     return NGram(words, tables)
 
 
@@ -245,11 +242,8 @@ def _tables(
     return tables
 
 
-def _with_prefixes(
-    grams: list[np.ndarray], values: list[tuple[np.ndarray, np.ndarray]]
-) -> tuple[list[np.ndarray], list[tuple[np.ndarray, np.ndarray]]]:
+def _add_prefixes(grams: list[np.ndarray], values: list[tuple[np.ndarray, np.ndarray]]) -> None:
     """Add the prefixes that some tools prune, without a probability of their own and with a back-off weight of 1."""
-    grams, values = list(grams), list(values)
     for n in range(len(grams) - 1, 1, -1):
         known = set(map(bytes, np.ascontiguousarray(grams[n - 1])))
         prefixes = np.unique(grams[n][:, :-1], axis=0)
@@ -257,4 +251,3 @@ def _with_prefixes(
         grams[n - 1] = np.concatenate([grams[n - 1], absent])
         logp, backoff = values[n - 1]
         values[n - 1] = np.r_[logp, np.full(len(absent), np.nan)], np.r_[backoff, np.zeros(len(absent))]
-    return grams, values

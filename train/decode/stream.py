@@ -52,15 +52,14 @@ class StreamResult:
 def chunk_size(model: Transducer, requested: int | None = None) -> int:
     """Return how many feature frames to feed at a time, or 0 for a model that needs whole utterances.
 
-    Raises:
-        UsageError: a chunk is requested of such a model.
+    Raises UsageError if a chunk is requested of such a model.
     """
     encoder = model.encoder
-    if not encoder.causal:
-        if requested:
-            raise UsageError("this model needs whole utterances: it was not trained to stream", expected="no --chunk")
-        return 0
-    return requested or encoder.chunk_frames or max(encoder.chunk_choices, default=0)
+    if encoder.causal:
+        return requested or encoder.chunk_frames or max(encoder.chunk_choices, default=0)
+    if requested:
+        raise UsageError("this model needs whole utterances: it was not trained to stream", expected="no --chunk")
+    return 0
 
 
 @dataclass(eq=False)

@@ -26,15 +26,15 @@ def check_ids(ids: Iterable[str], kind: str) -> None:
     if kind == "jsonl":
         return
     for id in ids:
-        why = None
         if not id or any(c.isspace() for c in id):
             why = "is empty or has white space"
         elif kind == "trn" and ("(" in id or ")" in id):
             why = "has a parenthesis"
         elif kind == "ctm" and id.startswith(";;"):
             why = "starts with ;;, which marks a comment"
-        if why:
-            raise UsageError(f"the id {id!r} {why}, so {kind} cannot hold it", remedy="use --format jsonl")
+        else:
+            continue
+        raise UsageError(f"the id {id!r} {why}, so {kind} cannot hold it", remedy="use --format jsonl")
 
 
 def hypothesis_lines(

@@ -49,9 +49,7 @@ def build_demo_corpus(
 ) -> DemoCorpus:
     """Speak the stories into a folder with the voices "espeak" or "hibari", in `workers` processes (None: all cores).
 
-    Raises:
-        AudioError: the voices are not installed.
-        CorpusError: the folder has another demo.
+    Raises AudioError if the voices are not installed, and CorpusError if the folder has another demo.
     """
     folder = Path(folder)
     readings = plan(read_stories(), voice_set(voices), size)
@@ -59,9 +57,9 @@ def build_demo_corpus(
     fingerprint = hashlib.sha256(json.dumps([RECIPE, RATE_HZ, facts], sort_keys=True).encode()).hexdigest()[:16]
     path = folder / "corpus.jsonl"
     stamp = _read_stamp(folder)
-    if stamp is not None and stamp["fingerprint"] == fingerprint:
-        return DemoCorpus(path, stamp["seconds"], stamp["utterances"], stamp["engine"], built=False)
     if stamp is not None:
+        if stamp.pop("fingerprint") == fingerprint:
+            return DemoCorpus(path, built=False, **stamp)
         raise CorpusError(
             "the folder has a demo of other stories, voices or size", where=folder, remedy="delete it, or give --out"
         )
@@ -75,11 +73,10 @@ def build_demo_corpus(
     for u in utterances:
         assert u.split is not None and u.duration_s is not None
         seconds[u.split] = seconds.get(u.split, 0.0) + u.duration_s
-    count = dict(Counter(u.split or "" for u in utterances))
-    engine = readings[0].voice.engine
-    stamp = {"fingerprint": fingerprint, "engine": engine, "seconds": seconds, "utterances": count}
-    write_atomic(folder / STAMP, json.dumps(stamp) + "\n")
-    return DemoCorpus(path, seconds, count, engine, built=True)
+    counts = dict(Counter(u.split for u in utterances))
+    stamp = {"engine": readings[0].voice.engine, "seconds": seconds, "utterances": counts}
+    write_atomic(folder / STAMP, json.dumps({"fingerprint": fingerprint, **stamp}) + "\n")
+    return DemoCorpus(path, built=True, **stamp)
 
 
 def speak(voice: Voice, texts: Sequence[str]) -> tuple[int, list[np.ndarray]]:

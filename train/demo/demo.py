@@ -14,10 +14,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from ...data.errors import StillhouseError, TeacherError
 from ...data.files.atomic import write_atomic
@@ -39,8 +40,8 @@ WHAT = {
 }
 UNITS = ("--kind", "characters")
 # The study's views. The deepest layers of SmolLM2 serve its next word, the middle ones hold more of the text.
-MINILM = ("--layers", "2,4,6", "--context", "alone", "--context", "past:32", "--context", "both:32")
-SMOLLM = ("--layers", "15,30", "--context", "alone", "--context", "past:64")
+MINILM = ("--name", "minilm", "--layers", "2,4,6", "--context", "alone", "--context", "past:32", "--context", "both:32")
+SMOLLM = ("--name", "smollm", "--layers", "15,30", "--context", "alone", "--context", "past:64")
 TEACHER = ("--name", "minilm", "--layers", "3,6", "--context", "alone", "--context", "both:32")
 
 LIBRISPEECH = """\
@@ -73,12 +74,9 @@ class Demo:
         """Run `stillhouse ARGS` in the folder, with its output in the file `to`. Raises DemoError if it fails."""
         shown = shlex.join(["stillhouse", *args]) + (f" > {to}" if to else "")
         self.on_progress(f"\n[{stage}]\n$ {shown}")
-        with self.timed(stage, shown):
-            if to is None:
-                code = self._run(args, 2)  # Output for the reader, which is not the output of the demo itself.
-            else:
-                with (self.out / to).open("wb") as f:
-                    code = self._run(args, f.fileno())
+        # Without a file, the output is for the reader on stderr, because it is not the output of the demo itself.
+        with self.timed(stage, shown), (self.out / to).open("wb") if to else nullcontext(2) as output:
+            code = self._run(args, output)
         if code == 130 or code < 0:
             raise KeyboardInterrupt
         if code:
@@ -87,6 +85,10 @@ class Demo:
                 where=self.out,
                 remedy="read its error above, and repeat the command to resume the demo",
             )
+
+    def _run(self, args: Sequence[str], stdout: Any) -> int:
+        program = [sys.executable, "-m", "stillhouse.cli", *args]
+        return subprocess.run(program, cwd=self.out, stdout=stdout, check=False).returncode
 
     @contextmanager
     def timed(self, stage: str, command: str = "") -> Iterator[None]:
@@ -108,11 +110,6 @@ class Demo:
         except (OSError, ValueError, TypeError):
             return []
 
-    def _run(self, args: Sequence[str], stdout: int) -> int:
-        return subprocess.run(
-            [sys.executable, "-m", "stillhouse.cli", *args], cwd=self.out, stdout=stdout, check=False
-        ).returncode
-
     def prepare_data(self, voices: str, size: Size, speeds: Sequence[float]) -> DemoCorpus:
         """Make the corpus, its features and its units."""
         about = {
@@ -129,6 +126,10 @@ class Demo:
         self.command("features", "corpus", "features", "corpus.jsonl", "features.h5", "--speeds", listed)
         self.command("tokenizer", "corpus", "tokenizer", "corpus.jsonl", "units", "--split", "train", *UNITS)
         return corpus
+
+    def extract(self, stage: str, store: str, teacher: str, views: Sequence[str]) -> None:
+        """Write the training sentences' states by a teacher to a store."""
+        self.command(stage, "extract", "corpus.jsonl", store, "--split", "train", "--teacher", teacher, *views)
 
 
 @dataclass(frozen=True)
@@ -172,8 +173,7 @@ def run_demo(
     config = load_config(recipe)
     demo = Demo(out, on_progress)
     corpus = demo.prepare_data(voices, size or (QUICK if quick else FULL), config.data.speeds)
-    extract = ("extract", "corpus.jsonl", "teacher.zarr", "--split", "train", "--teacher", str(teacher))
-    demo.command("extract", *extract, *TEACHER)
+    demo.extract("extract", "teacher.zarr", str(teacher), TEACHER)
     demo.command("train", "train", os.path.relpath(recipe, demo.out.resolve()), "--out", "run")
     for split in LIMITS:
         decode = ("decode", "run", "corpus.jsonl", "features.h5", "--split", split)
@@ -195,17 +195,14 @@ def prepare_study(
 
     decoder=False leaves out SmolLM2. Raises DemoError if a command fails.
     """
-    teachers: list[tuple[str, str, tuple[str, ...]]] = [(str(find_teacher()), "minilm", MINILM)]
-    smollm = find_decoder() if decoder else None
+    minilm, smollm = find_teacher(), find_decoder() if decoder else None
     demo = Demo(out, on_progress)
     demo.prepare_data(voices, size, load_study(RECIPES / "study-demo.toml", demo.out).runs[0].config.data.speeds)
-    if smollm is not None:
-        teachers.append(("smollm2", "smollm", SMOLLM))
-        if not (demo.out / "smollm2").exists():
-            demo.command("convert", "teacher", "convert", str(smollm), "smollm2")
-    for teacher, name, views in teachers:
-        extract = ("extract", "corpus.jsonl", f"{name}.zarr", "--split", "train", "--teacher", teacher, "--name", name)
-        demo.command(f"extract {name}", *extract, *views)
+    if smollm and not (demo.out / "smollm2").exists():
+        demo.command("convert", "teacher", "convert", str(smollm), "smollm2")
+    demo.extract("extract minilm", "minilm.zarr", str(minilm), MINILM)
+    if smollm:
+        demo.extract("extract smollm", "smollm.zarr", "smollm2", SMOLLM)
 
 
 def find_teacher() -> Path:
@@ -261,8 +258,8 @@ def _finish(demo: Demo, corpus: DemoCorpus, quick: bool) -> DemoResult:
         scores[split] = _score(triples)
         rows.append(ErrorRow(split, WHAT[split], scores[split], None if quick else limit))
         known = [t for t in triples if speakers[t[0]] in known_voices]
-        if known and len(known) < len(triples):
-            new = [t for t in triples if speakers[t[0]] not in known_voices]
+        new = [t for t in triples if speakers[t[0]] not in known_voices]
+        if known and new:
             rows.append(ErrorRow(f"{split}, voices new", "Of these, in voices outside the training set.", _score(new)))
             rows.append(ErrorRow(f"{split}, voices known", "Of these, in voices of the training set.", _score(known)))
         sections.append(section(split, WHAT[split], sorted(triples), homophones()))
@@ -275,9 +272,8 @@ def _finish(demo: Demo, corpus: DemoCorpus, quick: bool) -> DemoResult:
     ]
     if quick:
         failures = () if loss_fell(metrics) else ("the loss did not fall in training",)
-        notes.insert(
-            0, "The training was too short for its error rates to count. Only the fall of the loss was checked."
-        )
+        short = "The training was too short for its error rates to count. Only the fall of the loss was checked."
+        notes.insert(0, short)
     steps = max((m["step"] for m in metrics), default=0)
     page = demo.out / "report.html"
     report = DemoPage(

@@ -47,8 +47,7 @@ class EspeakVoice:
 def speak(voice: EspeakVoice, texts: Sequence[str]) -> tuple[int, list[np.ndarray]]:
     """Speak some texts with one voice. Return the sample rate in Hz and int16 [S] for each text.
 
-    Raises:
-        AudioError: the library, its data or the voice is missing.
+    Raises AudioError if the library, its data or the voice is missing.
     """
     library, data_path = _load()
     chunks: list[np.ndarray] = []

@@ -34,11 +34,7 @@ class HibariVoice:
 
 
 def speak(voice: HibariVoice, texts: Sequence[str]) -> tuple[int, list[np.ndarray]]:
-    """Speak some texts with one voice. Return the sample rate in Hz and int16 [S] for each text.
-
-    Raises:
-        AudioError: the package is not installed.
-    """
+    """Do what `espeak.speak` does. Raises AudioError if the package is not installed."""
     try:
         from hibari import Hibari
     except ImportError as e:
@@ -49,7 +45,5 @@ def speak(voice: HibariVoice, texts: Sequence[str]) -> tuple[int, list[np.ndarra
         ) from e
     engine = Hibari()
     # A higher playing rate also shortens the audio, and the speed corrects that.
-    spoken = [engine(text, speed=voice.speed / voice.warp, seed=0) for text in texts]
-    return round(engine.sample_rate * voice.warp), [
-        (np.clip(samples, -1, 1) * 32767).astype(np.int16) for samples in spoken
-    ]
+    spoken = [np.clip(engine(text, speed=voice.speed / voice.warp, seed=0), -1, 1) for text in texts]
+    return round(engine.sample_rate * voice.warp), [(samples * 32767).astype(np.int16) for samples in spoken]

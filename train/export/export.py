@@ -71,12 +71,9 @@ def export_run(
 
     `symbols` is the largest number of units that sherpa-onnx may find in one encoder state. None: as in `decode`.
     With `streaming`, the encoder is fed chunk by chunk, by chunk_frames and left_chunks if given, else the model's own.
-    int8 adds ONNX files with 8-bit weights. `force` replaces an earlier export.
-
-    Raises:
-        ConfigError: the model cannot stream.
-        ExportError: a graph cannot be written, or its outputs differ from the model's.
-        UsageError: the format does not support an option, or `out` may not be replaced.
+    int8 adds ONNX files with 8-bit weights. `force` replaces an earlier export. Raises ConfigError if the model cannot
+    stream, ExportError if a graph cannot be written or its outputs differ from the model's, and UsageError if the
+    format does not support an option or `out` may not be replaced.
     """
     if kind == "onnx":
         from .onnx import need_onnx

@@ -26,8 +26,7 @@ def new_folder(out: Path, force: bool) -> Iterator[Path]:
     An exception deletes the draft. A killed process leaves its draft, and the folder to be replaced under
     another name. The next call deletes the draft and restores that folder.
 
-    Raises:
-        UsageError: `out` exists, and `force` is not set or no export wrote it.
+    Raises UsageError if `out` exists, and `force` is not set or no export wrote it.
     """
     _recover(out)
     if out.exists() or out.is_symlink():
@@ -65,8 +64,8 @@ def _recover(out: Path) -> None:
 def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
+    except PermissionError:
+        pass  # The process is another user's.
     except ProcessLookupError:
         return False
-    except PermissionError:
-        return True
     return True

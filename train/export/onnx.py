@@ -80,23 +80,22 @@ def tokens_txt(units: Units) -> str:
     """Return lines `SYMBOL ID`. sherpa-onnx turns a leading ▁ into a space, for sentencepiece and for characters.
 
     The unknown unit is spelled as `stillhouse decode` spells it, because sherpa-onnx takes <unk> for a second blank.
-
-    Raises:
-        ExportError: a unit has white space.
+    Raises ExportError if a unit has white space.
     """
     lines = []
     for k, piece in enumerate(units.pieces):
         symbol = {BLANK: "<blk>", UNKNOWN: UNKNOWN_TEXT}.get(k, piece)
         if not symbol or re.search(r"[ \t\n\v\f\r\0]", symbol):
-            raise ExportError(
-                f"unit {k} is {symbol!r}", expected="no white space, which separates the columns of tokens.txt"
-            )
+            expected = "no white space, which separates the columns of tokens.txt"
+            raise ExportError(f"unit {k} is {symbol!r}", expected=expected)
         lines.append(f"{symbol} {k}\n")
     return "".join(lines)
 
 
 def _tidy(proto: Any, graph: Graph) -> None:
     """Name the free axes as the graph does, and remove the exporter's paths and stack traces."""
+    proto.ClearField("metadata_props")
+    proto.ClearField("doc_string")
     names = {}
     for value in proto.graph.input:
         for axis, name in graph.axes[value.name].items():
@@ -105,11 +104,8 @@ def _tidy(proto: Any, graph: Graph) -> None:
         for dim in value.type.tensor_type.shape.dim:
             if dim.HasField("dim_param"):
                 dim.dim_param = re.sub(r"\w+", lambda m: names.get(m[0], m[0]), dim.dim_param)
-    for part in (proto, proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.functions):
-        part.ClearField("metadata_props")
-        part.ClearField("doc_string")
-    for function in proto.functions:
-        for part in (*function.node, *function.value_info):
+    for owner in (proto.graph, *proto.functions):
+        for part in (owner, *owner.node, *owner.value_info):
             part.ClearField("metadata_props")
             part.ClearField("doc_string")
 

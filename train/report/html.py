@@ -137,9 +137,9 @@ def draw(plots: Iterable[tuple[str, Mapping[str, Sequence[tuple[float, float]]],
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics.jsonl, without a line that a kill cut off."""
+    """Return the records of a metrics.jsonl, if there is one, without a line that a kill cut off."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             records.append(json.loads(line))
         except ValueError:

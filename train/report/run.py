@@ -93,15 +93,12 @@ class RunPage:
 def read_run(out: Path, examples: int = 24) -> RunPage:
     """Read the folder of a run, and `examples` of its hypotheses.
 
-    Raises:
-        CheckpointError: `out` is not the folder of a run.
-        CorpusError: its hypotheses are damaged.
+    Raises CheckpointError if `out` is not the folder of a run, and CorpusError if its hypotheses are damaged.
     """
     if not (out / SETTINGS).exists():
         raise CheckpointError("this is not a run's folder", where=out, expected="what `stillhouse train --out` wrote")
     config = load_config(out / SETTINGS, saved=True)
-    log = out / "metrics.jsonl"
-    metrics = [m for m in (read_metrics(log) if log.exists() else []) if isinstance(m, dict) and "step" in m]
+    metrics = [m for m in read_metrics(out / "metrics.jsonl") if isinstance(m, dict) and "step" in m]
     steps = [m for m in metrics if m.get("kind") == "train"]
     dev = [m for m in metrics if m.get("kind") == "dev"]
     triples = read_hypotheses(out / HYPOTHESES) if (out / HYPOTHESES).exists() else []

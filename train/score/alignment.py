@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 
 import jiwer
 
 RIGHT, SUBSTITUTED, DELETED, INSERTED = "=", "S", "D", "I"
+KINDS = {"equal": RIGHT, "substitute": SUBSTITUTED, "delete": DELETED, "insert": INSERTED}  # as jiwer calls them
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +44,7 @@ def align_words(reference: str, hypothesis: str) -> list[AlignedPair]:
     pairs = []
     for chunk in jiwer.process_words(" ".join(ref), " ".join(hyp)).alignments[0]:
         left, right = ref[chunk.ref_start_idx : chunk.ref_end_idx], hyp[chunk.hyp_start_idx : chunk.hyp_end_idx]
-        if chunk.type == "delete":
-            pairs += [AlignedPair(DELETED, w, "") for w in left]
-        elif chunk.type == "insert":
-            pairs += [AlignedPair(INSERTED, "", w) for w in right]
-        else:
-            kind = RIGHT if chunk.type == "equal" else SUBSTITUTED
-            pairs += [AlignedPair(kind, a, b) for a, b in zip(left, right, strict=True)]
+        pairs += [AlignedPair(KINDS[chunk.type], a, b) for a, b in zip_longest(left, right, fillvalue="")]
     return pairs
 
 
@@ -62,10 +58,9 @@ def align_utterance(id: str, reference: str, hypothesis: str) -> AlignedUtteranc
 def frequent_errors(alignments: Iterable[Sequence[AlignedPair]], most: int = 20) -> dict[str, list[tuple[str, int]]]:
     """Return {kind: [("ref → hyp", count)]}, the most frequent errors first, equally frequent ones by alphabet."""
     counters: dict[str, Counter[str]] = {SUBSTITUTED: Counter(), DELETED: Counter(), INSERTED: Counter()}
-    for pairs in alignments:
-        for p in pairs:
-            if p.kind != RIGHT:
-                counters[p.kind][f"{p.ref} → {p.hyp}" if p.kind == SUBSTITUTED else p.ref or p.hyp] += 1
+    for p in chain.from_iterable(alignments):
+        if p.kind != RIGHT:
+            counters[p.kind][f"{p.ref} → {p.hyp}" if p.kind == SUBSTITUTED else p.ref or p.hyp] += 1
     return {kind: sorted(c.items(), key=lambda item: (-item[1], item[0]))[:most] for kind, c in counters.items()}
 
 

@@ -31,23 +31,16 @@ class Group:
 def group_names(corpus: Corpus, ids: Sequence[str], by: str) -> list[str]:
     """Return the group of each utterance.
 
-    Raises:
-        CorpusError: the corpus does not have one of the utterances, or none of them has a value for `by`.
+    Raises CorpusError if the corpus does not have one of the utterances, or if none of them has a value for `by`.
     """
     if missing := [id for id in ids if id not in corpus.by_id]:
-        raise CorpusError(
-            f"{len(missing)} hypotheses belong to no utterance of the corpus, for example {missing[0]}",
-            where=corpus.path,
-        )
-    groups = [group_of(corpus.by_id[id], by) for id in ids]
+        problem = f"{len(missing)} hypotheses belong to no utterance of the corpus, for example {missing[0]}"
+        raise CorpusError(problem, where=corpus.path)
+    groups = [group_of(corpus.by_id[id], by) or "" for id in ids]
     if not any(groups):
-        columns = sorted({name for u in corpus.utterances for name in u.meta})
-        raise CorpusError(
-            f"no utterance has a {by}",
-            where=corpus.path,
-            expected="one of " + ", ".join(["speaker", "session", "split", *columns]),
-        )
-    return [name or "" for name in groups]
+        columns = ["speaker", "session", "split", *sorted({name for u in corpus.utterances for name in u.meta})]
+        raise CorpusError(f"no utterance has a {by}", where=corpus.path, expected=f"one of {', '.join(columns)}")
+    return groups
 
 
 def score_groups(names: Sequence[str], references: Sequence[str], hypotheses: Sequence[str]) -> list[Group]:

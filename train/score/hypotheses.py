@@ -8,7 +8,7 @@ Try: `stillhouse score HYP.trn --corpus corpus.jsonl`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ...data.errors import CorpusError
@@ -18,8 +18,7 @@ REMEDY = "make it with `stillhouse decode`"
 NOTHING = ": nothing was heard"  # ends a comment in ctm, whose lines are words
 KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".trn": "trn", ".ctm": "ctm", ".text": "text", ".txt": "text"}
 
-Lines = list[tuple[int, str]]
-Records = Iterator[tuple[int, str, str | None, str]]  # line, id, reference if the file has one, hypothesis
+Record = tuple[str, str | None, str]  # id, reference if the file has one, hypothesis
 
 
 def read_hypotheses(path: Path, references: Mapping[str, str] | None = None) -> list[tuple[str, str, str]]:
@@ -33,22 +32,24 @@ def read_hypotheses(path: Path, references: Mapping[str, str] | None = None) -> 
     except (OSError, UnicodeDecodeError) as e:
         raise CorpusError(f"the file cannot be read: {e}", where=path, remedy=REMEDY) from None
     kind = kind_of(path, [line for _, line in lines])
-    read = {"jsonl": _read_jsonl, "trn": _read_trn, "ctm": _read_ctm, "text": _read_text}[kind]
+    parse = {"jsonl": _parse_jsonl, "trn": _parse_trn, "ctm": _parse_ctm, "text": _parse_text}[kind]
     triples: dict[str, tuple[str, str, str]] = {}
-    for number, id, ref, hyp in read(lines, path):
+    for number, line in lines:
+        where = f"{path}:{number}"
+        record = parse(line, where)
+        if record is None:  # a partial result or a comment
+            continue
+        id, ref, hyp = record
         if id in triples:
             if kind != "ctm":
-                raise CorpusError(f"this is a second hypothesis of {id!r}", where=f"{path}:{number}")
+                raise CorpusError(f"this is a second hypothesis of {id!r}", where=where)
             hyp, ref = f"{triples[id][2]} {hyp}".strip(), triples[id][1]
         elif ref is None:
             if references is None:
-                raise CorpusError(
-                    "the file has no references to compare with",
-                    where=f"{path}:{number}",
-                    remedy="name the manifest that has the transcripts: --corpus corpus.jsonl",
-                )
+                remedy = "name the manifest that has the transcripts: --corpus corpus.jsonl"
+                raise CorpusError("the file has no references to compare with", where=where, remedy=remedy)
             if id not in references:
-                raise CorpusError(f"the corpus has no utterance {id!r}", where=f"{path}:{number}")
+                raise CorpusError(f"the corpus has no utterance {id!r}", where=where)
             ref = references[id]
         triples[id] = id, ref, hyp
     if not triples:
@@ -81,47 +82,38 @@ def _is_ctm(fields: list[str]) -> bool:
         return False
 
 
-def _read_jsonl(lines: Lines, path: Path) -> Records:
-    for number, line in lines:
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict) or not {"id", "hyp"} <= record.keys():
-                raise TypeError("it has no id and hyp")
-            id, ref, hyp = record["id"], record.get("ref"), record["hyp"]
-            if not all(isinstance(value, str) for value in (id, hyp, "" if ref is None else ref)):
-                raise TypeError("id, ref and hyp must be text")
-        except (ValueError, TypeError, RecursionError) as e:
-            raise CorpusError(
-                f"this is not a hypothesis: {e}",
-                where=f"{path}:{number}",
-                expected='{"id": …, "hyp": …, "ref": …}',
-            ) from None
-        if record.get("final", True):
-            yield number, id, ref, hyp
+def _parse_jsonl(line: str, where: str) -> Record | None:
+    try:
+        record = json.loads(line)
+        if not isinstance(record, dict) or not {"id", "hyp"} <= record.keys():
+            raise TypeError("it has no id and hyp")
+        id, ref, hyp = record["id"], record.get("ref"), record["hyp"]
+        if not all(isinstance(value, str) for value in (id, hyp, "" if ref is None else ref)):
+            raise TypeError("id, ref and hyp must be text")
+    except (ValueError, TypeError, RecursionError) as e:
+        expected = '{"id": …, "hyp": …, "ref": …}'
+        raise CorpusError(f"this is not a hypothesis: {e}", where=where, expected=expected) from None
+    return (id, ref, hyp) if record.get("final", True) else None
 
 
-def _read_trn(lines: Lines, path: Path) -> Records:
-    for number, line in lines:
-        words, bracket, id = line.strip().removesuffix(")").rpartition("(")
-        if not bracket or not line.strip().endswith(")") or not id:
-            raise CorpusError("this is not a line of trn", where=f"{path}:{number}", expected="words (id)")
-        yield number, id, None, words.strip()
+def _parse_trn(line: str, where: str) -> Record:
+    words, bracket, id = line.strip().removesuffix(")").rpartition("(")
+    if not bracket or not line.strip().endswith(")") or not id:
+        raise CorpusError("this is not a line of trn", where=where, expected="words (id)")
+    return id, None, words.strip()
 
 
-def _read_ctm(lines: Lines, path: Path) -> Records:
-    for number, line in lines:
-        if line.startswith(";;"):
-            if line.rstrip().endswith(NOTHING):
-                yield number, line.strip()[2:].removesuffix(NOTHING).strip(), None, ""
-            continue
-        fields = line.split()
-        if not _is_ctm(fields):
-            expected = "id channel start duration word, and maybe a confidence"
-            raise CorpusError("this is not a line of ctm", where=f"{path}:{number}", expected=expected)
-        yield number, fields[0], None, fields[4]
+def _parse_ctm(line: str, where: str) -> Record | None:
+    if line.startswith(";;"):
+        comment = line[2:].strip()
+        return (comment.removesuffix(NOTHING).strip(), None, "") if comment.endswith(NOTHING) else None
+    fields = line.split()
+    if not _is_ctm(fields):
+        expected = "id channel start duration word, and maybe a confidence"
+        raise CorpusError("this is not a line of ctm", where=where, expected=expected)
+    return fields[0], None, fields[4]
 
 
-def _read_text(lines: Lines, path: Path) -> Records:
-    for number, line in lines:
-        id, _, words = line.strip().partition(" ")
-        yield number, id, None, words.strip()
+def _parse_text(line: str, where: str) -> Record:
+    id, _, words = line.strip().partition(" ")
+    return id, None, words.strip()

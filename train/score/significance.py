@@ -77,8 +77,7 @@ def compare_systems(
 def segments(first: Sequence[AlignedPair], second: Sequence[AlignedPair]) -> list[tuple[int, int]]:
     """Return the errors of both sets in each segment of an utterance where one of them has errors.
 
-    Raises:
-        CorpusError: the alignments have different reference words.
+    Raises CorpusError if the alignments have different reference words.
     """
     a, b = _errors_by_word(first), _errors_by_word(second)
     if len(a) != len(b):
@@ -120,8 +119,7 @@ def same_utterances(
 ) -> list[str]:
     """Return the hypotheses of the second set of (id, reference, hypothesis) in the order of the first.
 
-    Raises:
-        CorpusError: the sets have different utterances or transcripts.
+    Raises CorpusError if the sets have different utterances or transcripts.
     """
     others = {id: (ref, hyp) for id, ref, hyp in second}
     expected = "hypotheses of the same utterances"

@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,11 +86,7 @@ class Study:
 
 
 def load_study(path: Path, out: Path) -> Study:
-    """Read STUDY.toml, for runs in the folder `out`.
-
-    Raises:
-        ConfigError: names the file, the arm and the setting.
-    """
+    """Read STUDY.toml, for runs in the folder `out`. Raises ConfigError, which names the file, arm and setting."""
     definition = validated(Definition, [(path, read_toml(path))])
     for arm in definition.arms:
         if not _NAME.fullmatch(arm):
@@ -100,24 +97,20 @@ def load_study(path: Path, out: Path) -> Study:
         raise ConfigError(f"against names {', '.join(sorted(unknown))}", where=path, expected="arms of the study")
     base = [path.parent / definition.base] if definition.base else []
     shared = [*((recipe, read_toml(recipe)) for recipe in base), (path, definition.settings)]
-    runs = {}
-    for arm, changes in definition.arms.items():
-        for seed in definition.seeds:
-            config = validated(Config, [*shared, (f"{path}, arm {arm}", changes), (path, {"run": {"seed": seed}})])
-            runs[arm, seed] = StudyRun(arm, seed, config, out / arm / f"seed-{seed}")
-    reference = _against(definition)[0]
-    for arm in definition.arms:
-        _check_comparable(runs[reference, definition.seeds[0]], runs[arm, definition.seeds[0]], path)
-    order = [(reference, seed) for seed in definition.seeds]
-    order += [(arm, seed) for seed in definition.seeds for arm in definition.arms if arm != reference]
-    return Study(path.stem, path, out, definition, tuple(runs[key] for key in order))
+    runs = []
+    for seed, (arm, changes) in product(definition.seeds, definition.arms.items()):
+        config = validated(Config, [*shared, (f"{path}, arm {arm}", changes), (path, {"run": {"seed": seed}})])
+        runs.append(StudyRun(arm, seed, config, out / arm / f"seed-{seed}"))
+    runs.sort(key=lambda run: run.arm != _against(definition)[0])
+    for run in runs:
+        _check_comparable(runs[0], run, path)
+    return Study(path.stem, path, out, definition, tuple(runs))
 
 
 def choose_runs(study: Study, arms: str | None, seeds: str | None) -> list[StudyRun]:
     """Return the runs of some arms and seeds, each given as names with commas between them. None means all.
 
-    Raises:
-        UsageError: the study does not have such an arm or seed.
+    Raises UsageError if the study does not have such an arm or seed.
     """
     names, numbers = list(study.definition.arms), [str(seed) for seed in study.definition.seeds]
     chosen_arms, chosen_seeds = arms.split(",") if arms else names, seeds.split(",") if seeds else numbers

@@ -39,11 +39,7 @@ def done(run: StudyRun, study: Study) -> bool:
 
 
 def check(study: Study) -> None:
-    """Check that the folders hold the study's runs and that these can be compared.
-
-    Raises:
-        StaleError: a folder holds a run with other settings, or two runs cannot be compared.
-    """
+    """Raise StaleError if a folder holds a run with other settings, or if two runs cannot be compared."""
     for run in study.runs:
         settings = run.folder / "config.toml"
         if settings.exists():
@@ -52,11 +48,7 @@ def check(study: Study) -> None:
 
 
 def check_identities(runs: Iterable[StudyRun]) -> None:
-    """Check that runs can be compared: equal identities for one seed, and equal budgets between seeds.
-
-    Raises:
-        StaleError: they cannot be compared. It names what differs.
-    """
+    """Raise StaleError unless runs have equal identities for one seed, and equal budgets between seeds."""
     by_seed: dict[int, tuple[StudyRun, dict]] = {}
     for run in runs:
         own = identity.read(run.folder)

@@ -131,9 +131,7 @@ class ArmErrors:
 def tabulate(study: Study) -> Table:
     """Return the results of the runs that are done.
 
-    Raises:
-        StaleError: runs cannot be compared.
-        CorpusError: two runs were decoded with different transcripts.
+    Raises StaleError if runs cannot be compared, and CorpusError if two were decoded with different transcripts.
     """
     check(study)
     definition = study.definition
@@ -165,11 +163,8 @@ def detectable_differences(study: Study) -> list[Detectable]:
     """Return what each test split can show, from the runs of the reference arm that are done."""
     arm, definition = study.against[0], study.definition
     runs = [run for run in study.of(arm) if done(run, study)]
-    return [
-        detectable(_read(runs, split), split, definition.metric, arm, len(definition.seeds))
-        for split in definition.test
-        if runs
-    ]
+    splits = definition.test if runs else []
+    return [detectable(_read(runs, s), s, definition.metric, arm, len(definition.seeds)) for s in splits]
 
 
 def mean_curves(study: Study) -> dict[str, dict[str, Points]]:
@@ -180,11 +175,10 @@ def mean_curves(study: Study) -> dict[str, dict[str, Points]]:
         "Transducer loss on dev": ("dev", "rnnt", 1.0),
         "Transfer loss": ("train", "transfer", 1.0),
     }
-    metrics = {arm: [_metrics(run) for run in study.of(arm)] for arm in study.definition.arms}
-    curves: dict[str, dict[str, Points]] = {}
-    for caption, (kind, key, scale) in plots.items():
-        curves[caption] = {}
-        for arm, runs in metrics.items():
+    curves: dict[str, dict[str, Points]] = {caption: {} for caption in plots}
+    for arm in study.definition.arms:
+        runs = [read_metrics(run.folder / "metrics.jsonl") for run in study.of(arm)]
+        for caption, (kind, key, scale) in plots.items():
             values: dict[float, list[float]] = {}
             for step, value in (point for records in runs for point in series(records, key, kind, scale)):
                 values.setdefault(step, []).append(value)
@@ -209,11 +203,6 @@ def detectable(errors: ArmErrors, split: str, metric: str, arm: str, seeds: int)
     else:
         variance, how = 2 * float(np.var(drawn[:, 0])), f"from one run of {arm}, and better known with more seeds"
     return Detectable(split, FOUND * (variance / seeds) ** 0.5, seeds, len(errors.ids), how)
-
-
-def _metrics(run: StudyRun) -> list[dict]:
-    path = run.folder / "metrics.jsonl"
-    return read_metrics(path) if path.exists() else []
 
 
 def _read(runs: Sequence[StudyRun], split: str) -> ArmErrors:
@@ -249,7 +238,7 @@ def _row(
     arm: str, split: str, runs: Sequence[StudyRun], errors: ArmErrors, others: dict[str, ArmErrors], metric: str
 ) -> ArmRow:
     steps = runs[0].config.optim.steps
-    metrics = [_metrics(run) for run in runs]
+    metrics = [read_metrics(run.folder / "metrics.jsonl") for run in runs]
     trained = [[m for m in records if m["kind"] == "train"] for records in metrics]
     ends = [m["transfer"] for records in trained for m in records[-max(1, len(records) // 10) :] if "transfer" in m]
     dev = [value for records in metrics for step, value in series(records, "rnnt", "dev") if step == steps]
@@ -283,8 +272,9 @@ def _difference(own: ArmErrors, other: ArmErrors, to: str, metric: str) -> Error
     between = by_seed.var(ddof=1) / len(common) if len(common) > 1 else 0.0
     error = float(np.sqrt(drawn.var() + between))
     value = float(by_seed.mean())
-    verdict = "not shown" if abs(value) <= 1.96 * error else ("lower" if value < 0 else "higher")
     if len(common) == 1:
         verdict = "one seed"
+    else:
+        verdict = "not shown" if abs(value) <= 1.96 * error else "lower" if value < 0 else "higher"
     relative = value / float(others.mean()) if others.mean() else 0.0
     return ErrorDifference(to, _estimate(value, drawn), relative, tuple(float(x) for x in by_seed), verdict)
