@@ -3,7 +3,7 @@
 Guarantees: an utterance is named if its window saw another text than stands there now, or an end of the session that is
 no end now. `context_left` and `context_right` say how far a window reached. A neighbour that it saw in part counts
 whole, and windows that only were cut elsewhere still fit. (`extract --refresh` compares inputs exactly.)
-Try: `pytest tests/extract/pipeline/test_refresh.py -k freshness`.
+Try: `pytest tests/extract/pipeline/test_refresh.py -k stale`.
 """
 
 from __future__ import annotations
