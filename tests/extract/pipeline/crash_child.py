@@ -41,6 +41,20 @@ def seen(root: Path) -> dict:
     return {"planned": True, "rows": rows, "units": items, "views": len(store.views)}
 
 
+def seen_by_another_process(root: Path) -> dict:
+    """Return `seen` of a child: a process that has read an object store must not fork the next attempt."""
+    end, other_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(other_end, json.dumps(seen(root)).encode())
+        os._exit(0)
+    os.close(other_end)
+    with os.fdopen(end) as answer:
+        found = json.loads(answer.read())
+    os.waitpid(child, 0)
+    return found
+
+
 def main() -> None:
     corpus_path, root, source, contexts, *phases = sys.argv[1:]
     corpus = read_manifest(corpus_path)
@@ -60,7 +74,16 @@ def main() -> None:
             os._exit(0)
         status = os.waitpid(child, 0)[1]
         killed = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-        print(json.dumps({"phase": where, "killed": killed, "exit": status if not killed else 0, **seen(Path(root))}))
+        print(
+            json.dumps(
+                {
+                    "phase": where,
+                    "killed": killed,
+                    "exit": status if not killed else 0,
+                    **seen_by_another_process(Path(root)),
+                }
+            )
+        )
         sys.stdout.flush()
 
 

@@ -129,7 +129,7 @@ def test_killed_writers_lose_nothing(proxy: s3.Proxy, bert: Path, tmp_path: Path
     arguments = [str(tmp_path / "corpus.jsonl"), "s3://bucket/killed", str(bert), "alone,both:4", *phases]
     done = subprocess.run(
         [sys.executable, str(DRIVER), *arguments],
-        env=ENV | dict(os.environ),
+        env=ENV | {k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
         capture_output=True,
         text=True,
         timeout=400,
