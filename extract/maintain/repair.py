@@ -71,15 +71,15 @@ def repair_all(
         )
     store = Store.open(root)
     repaired = []
-    for view in store.views if paths.files.writable else []:
+    # Where tables or tokens are damaged, rows lead to no utterance.
+    intact = [] if any(table_damage(store)) else [n for n in store.plan.teachers if not any(token_damage(store, n))]
+    for view in [v for v in store.views if v.teacher in intact and paths.files.writable]:
         damage = list(norm_damage(store, view))
         if damage and restore_norms(store, view):
             findings = [StoreFinding("stored bytes differ from their checksum", d.where, d.remedy) for d in damage]
             repaired.append(Repaired(f"{view.address} norms", findings, "worked out again"))
-    damaged = damaged_items(store, data) if not any(table_damage(store)) else []
+    damaged = damaged_items(store, data, intact)
     for name in dict.fromkeys(item.teacher for item, _ in damaged):
-        if any(token_damage(store, name)):
-            continue
         t = store.plan.teachers[name]
         teacher = load_teacher(
             models.get(name, t.model), device=device, dtype=t.model_dtype, window=t.window, revision=t.revision
@@ -108,7 +108,7 @@ def repair(
     if differ:
         raise StaleError(f"this is not the teacher of {name!r}: {'; '.join(differ)}", where=root)
     if damaged is None:
-        damaged = [(item, findings) for item, findings in damaged_items(store) if item.teacher == name]
+        damaged = damaged_items(store, teachers=[name])
     with writable_files(root) as files, Scratch(Paths(files)) as scratch:
         plan = read_plan(files)
         generation, rows, progress = next_generation(plan), TeacherRows(plan, name), ExtractionProgress()

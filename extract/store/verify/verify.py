@@ -8,7 +8,7 @@ Try: `stillhouse inspect verify STORE`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,10 +83,17 @@ def damaged_records(paths: Paths) -> list[StoreFinding]:
     return [StoreFinding(what, str(path), _RECORD) for what, path in record_damage(paths)]
 
 
-def damaged_items(store: Store, data: float = True) -> list[tuple[WorkItem, list[StoreFinding]]]:
-    """Return committed work items with damaged files, which a repair extracts again, and their findings."""
+def damaged_items(
+    store: Store, data: float = True, teachers: Sequence[str] | None = None
+) -> list[tuple[WorkItem, list[StoreFinding]]]:
+    """Return committed work items with damaged files, which a repair extracts again, and their findings.
+
+    With `data`, `teachers` must be those whose tokens are intact, or rows lead to no utterance. None: all.
+    """
     arrays: Arrays = {}
-    items = [item for name in store.plan.teachers for item in store.plan.work_items(name)]
+    items = [
+        item for name in (store.plan.teachers if teachers is None else teachers) for item in store.plan.work_items(name)
+    ]
     checked = ((item, list(_check_item(store, item, data, arrays))) for item in items)
     return [(item, damage) for item, damage in checked if damage]
 
