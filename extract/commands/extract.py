@@ -94,7 +94,7 @@ def _run(options: dict[str, Any]) -> tuple[Any, str]:
     from ..pipeline.estimate import render as render_sizing
     from ..pipeline.extract import extract as run
     from ..pipeline.request import Request
-    from ..pipeline.workers import parse_part, share_threads, start_ray_workers, start_workers
+    from ..pipeline.workers import parse_part, part_of, share_threads, start_ray_workers, start_workers
     from ..store.storage import has_locks, writable_files
     from ..teacher.model import load_teacher
 
@@ -115,8 +115,7 @@ def _run(options: dict[str, Any]) -> tuple[Any, str]:
     else:
         share_threads(workers)
         start = start_workers(name, load, workers, part)
-        # An object store has no locks, so each worker gets a part of its own.
-        own_part = part if has_locks(store) else (part[0], part[1] * workers)
+        own_part = part_of(has_locks(store), part, 0, workers)
     check = None if options["force"] else check_disk_space
     on_progress = opt.progress(progress_line)
     summary = run(store, corpus, teacher, request, on_progress, own_part, start, check, options["refresh"])

@@ -36,12 +36,12 @@ def parse_part(text: str | None) -> tuple[int, int]:
     return int(i), int(n)
 
 
-def part_of(plan: Plan, part: tuple[int, int], rank: int, count: int) -> tuple[int, int]:
+def part_of(has_locks: bool, part: tuple[int, int], rank: int, count: int) -> tuple[int, int]:
     """Return what one of `count` workers does of a part.
 
     Each may do all of it, because locks keep workers apart. An object store has no locks, so each gets an equal share.
     """
-    return part if plan.paths.files.has_locks else (part[0] + part[1] * rank, part[1] * count)
+    return part if has_locks else (part[0] + part[1] * rank, part[1] * count)
 
 
 class WorkerProcesses:
@@ -56,7 +56,14 @@ class WorkerProcesses:
         threads, root = torch.get_num_threads(), plan.paths.files.address
         for rank in range(1, count):
             options = load | {"device": worker_device(load["device"], rank)}
-            arguments = root, name, options, part_of(plan, part, rank, count), threads, self._results
+            arguments = (
+                root,
+                name,
+                options,
+                part_of(plan.paths.files.has_locks, part, rank, count),
+                threads,
+                self._results,
+            )
             process = context.Process(target=_run_process, args=arguments, name=f"stillhouse-worker-{rank}")
             process.start()
             self._processes.append(process)
@@ -178,7 +185,8 @@ class RayWorkers:
         root = str(root.absolute() if isinstance(root, Path) else root)
         load = load | {"device": device}
         self._tasks = [
-            task.remote(root, name, load, part_of(plan, part, rank, count), threads) for rank in range(count)
+            task.remote(root, name, load, part_of(plan.paths.files.has_locks, part, rank, count), threads)
+            for rank in range(count)
         ]
 
     def finish(self) -> ExtractionProgress:

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,3 +100,28 @@ def signal_at(where: str, number: int = signal.SIGKILL) -> None:
             return done
 
         setattr(module, attribute, call)
+
+
+def fork_attempt(run: Callable[[], object], where: str = "", number: int = signal.SIGKILL) -> int:
+    """Run something in a forked child, with a signal at a moment if one is named, and return the child's pid.
+
+    The child exits with 0, or with 1 after it has printed what was raised.
+    """
+    child = os.fork()
+    if child:
+        return child
+    try:
+        if where:
+            signal_at(where, number)
+        run()
+    except BaseException as e:
+        print(repr(e), file=sys.stderr, flush=True)
+        os._exit(1)
+    os._exit(0)
+
+
+def end_of(child: int) -> dict[str, int]:
+    """Wait for a child and return the signal that `killed` it, or 0, and its `exit` status, 0 if it was killed."""
+    status = os.waitpid(child, 0)[1]
+    killed = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+    return {"killed": killed, "exit": 0 if killed else status}

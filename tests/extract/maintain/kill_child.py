@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from crashes import signal_at
+from crashes import end_of, fork_attempt
 
 from stillhouse.data.manifest import read_manifest
 from stillhouse.extract.maintain import combine, gc, remove
@@ -60,19 +59,7 @@ def main() -> None:
         run = lambda: combine.merge(Path(root), Path(root).with_name("other"), Path(out))  # noqa: E731
     watched = Path(out if action == "merge" else root)
     for where in [*phases, ""]:
-        child = os.fork()
-        if child == 0:
-            if where:
-                signal_at(where)
-            try:
-                run()
-            except BaseException as e:
-                print(repr(e), file=sys.stderr, flush=True)
-                os._exit(1)
-            os._exit(0)
-        status = os.waitpid(child, 0)[1]
-        killed = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-        print(json.dumps({"phase": where, "killed": killed, "exit": 0 if killed else status, "seen": seen(watched)}))
+        print(json.dumps({"phase": where, **end_of(fork_attempt(run, where)), "seen": seen(watched)}))
         sys.stdout.flush()
         if action == "merge" and where and watched.exists():
             shutil.rmtree(watched)

@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from crashes import signal_at
+from crashes import end_of, fork_attempt
 
 from stillhouse.data.errors import NoStoreError
 from stillhouse.data.manifest import read_manifest
@@ -62,28 +62,8 @@ def main() -> None:
     dtype = os.environ.get("STILLHOUSE_TEST_DTYPE", "float16")
     request = Request("t", LAYERS, contexts.split(","), dtype=dtype)
     for where in [*phases, ""]:
-        child = os.fork()
-        if child == 0:
-            if where:
-                signal_at(where)
-            try:
-                extract(Path(root), corpus, teacher, request)
-            except BaseException as e:
-                print(repr(e), file=sys.stderr, flush=True)
-                os._exit(1)
-            os._exit(0)
-        status = os.waitpid(child, 0)[1]
-        killed = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-        print(
-            json.dumps(
-                {
-                    "phase": where,
-                    "killed": killed,
-                    "exit": status if not killed else 0,
-                    **seen_by_another_process(Path(root)),
-                }
-            )
-        )
+        end = end_of(fork_attempt(lambda: extract(Path(root), corpus, teacher, request), where))
+        print(json.dumps({"phase": where, **end, **seen_by_another_process(Path(root))}))
         sys.stdout.flush()
 
 

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
-from crashes import signal_at
+from crashes import fork_attempt
 
 from stillhouse.data.manifest import read_manifest
 from stillhouse.extract.pipeline.extract import extract
@@ -33,17 +33,7 @@ def main() -> None:
     request = Request("t", LAYERS, contexts.split(","))
     alive, stops = set(), 0
     for _ in range(int(writers)):
-        child = os.fork()
-        if child:
-            alive.add(child)
-            continue
-        signal_at("allocated", signal.SIGSTOP)
-        try:
-            extract(Path(root), corpus, teacher, request)
-        except BaseException as e:
-            print(repr(e), file=sys.stderr, flush=True)
-            os._exit(1)
-        os._exit(0)
+        alive.add(fork_attempt(lambda: extract(Path(root), corpus, teacher, request), "allocated", signal.SIGSTOP))
     while alive:
         pid, how = os.waitpid(-1, os.WUNTRACED)
         stopped = os.WIFSTOPPED(how)

@@ -22,7 +22,7 @@ from stillhouse.extract.teacher.model import load_teacher
 
 sys.path.insert(0, str(Path(__file__).parent))
 from crash_child import LAYERS, seen
-from crashes import signal_at
+from crashes import fork_attempt
 
 # Crash points, and the latest call at which a writer is killed. It is in the first work item, so that work is left.
 MOMENTS = {
@@ -45,18 +45,7 @@ def main() -> None:
     alive: dict[int, str] = {}
 
     def start(where: str) -> None:
-        child = os.fork()
-        if child:
-            alive[child] = where
-            return
-        try:
-            if where:
-                signal_at(where)
-            extract(Path(root), corpus, teacher, request)
-        except BaseException as e:
-            print(repr(e), file=sys.stderr, flush=True)
-            os._exit(1)
-        os._exit(0)
+        alive[fork_attempt(lambda: extract(Path(root), corpus, teacher, request), where)] = where
 
     def moment() -> str:
         planned = (Path(root) / "store.json").exists()  # a planned store is never planned again
