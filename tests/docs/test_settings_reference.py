@@ -1,4 +1,4 @@
-"""docs/reference/settings.md is written from train/config.py; every section and setting is described.
+"""docs/reference/settings.md is written from train/config/sections.py; every section and setting is described.
 
 Write it anew after a setting has changed: make docs (python tests/docs/test_settings_reference.py).
 """
@@ -14,7 +14,7 @@ from stillhouse.train.config import Config
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "settings.md"
 HEAD = """# Settings of a recipe
 
-<!-- written by tests/docs/test_settings_reference.py from train/config.py; `make docs` writes it anew -->
+<!-- written by tests/docs/test_settings_reference.py from train/config/sections.py; `make docs` writes it anew -->
 
 A recipe is a TOML file with the settings of a training run. `--set` changes one of them. A setting that does not exist
 is an error, which names the nearest ones:

@@ -271,7 +271,7 @@ def test_inspect_takes_urls(proxy: s3.Proxy, uploaded: str, small_store: Path, c
 
 def test_status_and_training_take_urls(proxy: s3.Proxy, uploaded: str, small_store: Path) -> None:
     from stillhouse.extract.commands.extract import extract as command
-    from stillhouse.train.config import TransferSection
+    from stillhouse.train.config.sections import TransferSection
 
     arguments = [str(small_store), uploaded, "--status", "--json"]
     state = json.loads(CliRunner().invoke(command, arguments, catch_exceptions=False).stdout)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from stillhouse.data.errors import CheckpointError
-from stillhouse.train.config import Config, DataSection, OptimSection
+from stillhouse.train.config.sections import Config, DataSection, OptimSection
 from stillhouse.train.model.build import build_optimiser
 from stillhouse.train.run import checkpoint
 
