@@ -114,14 +114,14 @@ class TeacherStates:
         fresh &= ~stale_context
         if self._partner is not None:  # The longest utterances may have no partner.
             index = np.flatnonzero(fresh).tolist()
-            fresh[index] = self._partner[self.store.rows([ids[i] for i in index])] >= 0
+            fresh[index] = self._partner[self.store.rows([ids[i] for i in index], self.teacher)] >= 0
         return fresh
 
     def gather(self, ids: Sequence[str], chosen: Sequence[int]) -> TeacherBatch:
         """Return tokens of present utterances, and the states of the `chosen` numbers of `specs`."""
         source_ids = ids
         if self._partner is not None:
-            source_ids = [self.store.index.id(int(r)) for r in self._partner[self.store.rows(ids)]]
+            source_ids = [self.store.index.id(int(r)) for r in self._partner[self.store.rows(ids, self.teacher)]]
         states: list[np.ndarray] = []
         if self._control == "static" or self._codes or not chosen:
             lengths, token_id, span = self.store.tokens(source_ids, self.teacher)

@@ -39,13 +39,26 @@ def undamaged(store: Store, views: Sequence[View]) -> tuple[list[View], list[str
 
 
 def available_rows(store: Store, views: Sequence[View]) -> np.ndarray:
-    """Return the rows of utterances that have tokens and are committed in every view: int64 [≤ U], ascending."""
-    available = np.ones(len(store.index), bool)
-    for teacher in dict.fromkeys(v.teacher for v in views):
-        available &= store.lengths(teacher) > 0
+    """Return the utterances that have tokens and are committed in every view, from one text: int64 [≤ U], ascending.
+
+    They are rows of the first view's teacher. Another teacher may have the same text in another row, so go by `ids_of`.
+    """
+    teachers = list(dict.fromkeys(v.teacher for v in views))
+    rows = np.arange(len(store.index)) if not teachers else np.flatnonzero(store.lengths(teachers[0]) > 0)
     for view in views:
-        available &= store.available(view)
-    return np.flatnonzero(available)
+        if view.teacher == teachers[0]:
+            rows = rows[store.available(view)[rows]]
+    if len(teachers) > 1:
+        ids = ids_of(store, rows)
+        held = store.same_text(ids, teachers)
+        for view in views:
+            if view.teacher != teachers[0]:
+                held &= store.has(ids, view)
+        rows = rows[held]
+        for teacher in teachers[1:]:
+            own = store.index_of(teacher).rows(ids_of(store, rows))
+            rows = rows[store.lengths(teacher)[own] > 0]
+    return rows
 
 
 def ids_of(store: Store, rows: Iterable[int]) -> list[str]:

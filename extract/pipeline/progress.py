@@ -13,12 +13,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ...data.files.lock import FileLock
 from ..store.disk.files import StoreFiles
 from ..store.format.commits import Commits
-from ..store.format.plan import Plan, WorkItem, read_plan
+from ..store.format.plan import Plan, WorkItem
 from ..store.reader import Store
 from ..store.storage import open_files
+from ..store.verify.stale import behind, behind_text
 
 
 @dataclass
@@ -129,7 +132,7 @@ def split_committed(plan: Plan, items: Iterable[WorkItem]) -> tuple[list[WorkIte
 
 @dataclass(frozen=True)
 class ContextStatus:
-    """Units, which are work items, and tokens of one teacher's context and its layers."""
+    """Units, which are work items, and tokens of one teacher's context and its layers. Only what is served counts."""
 
     teacher: str
     context: str
@@ -149,20 +152,26 @@ class Status:
 
     store: str
     contexts: list[ContextStatus]
+    behind: dict[str, int] = field(default_factory=dict)  # see `behind` in extract/store/verify/stale.py
 
     @property
     def complete(self) -> bool:
         return all(c.complete for c in self.contexts)
 
     def as_json(self) -> dict[str, Any]:
-        return {"store": self.store, "complete": self.complete, "contexts": [asdict(c) for c in self.contexts]}
+        return {"complete": self.complete, **asdict(self)}
 
 
 def status(root: Path) -> Status:
     """Return the status of a store. Raises NoStoreError if there is none."""
-    plan = read_plan(open_files(root))
-    contexts = []
+    store = Store.open(open_files(root))
+    plan, contexts = store.plan, []
     for teacher in plan.teachers:
+        lengths = store.lengths(teacher)
+
+        def tokens(items: Iterable[WorkItem], lengths: np.ndarray = lengths) -> int:
+            return sum(int(lengths[s.first : s.last].sum()) for s in {i.shard for i in items})
+
         for context, layers in plan.views(teacher).items():
             items = [item for item in plan.work_items(teacher) if item.context == context]
             done, rest = split_committed(plan, items)
@@ -176,12 +185,12 @@ def status(root: Path) -> Status:
                     done=len(done),
                     running=running,
                     missing=len(rest) - running,
-                    tokens=sum(item.shard.rows for item in items),
-                    tokens_done=sum(item.shard.rows for item in done),
+                    tokens=tokens(items),
+                    tokens_done=tokens(items) - tokens(rest),
                     complete=not rest and Commits(plan.paths, teacher, context).has("norms", layers),
                 )
             )
-    return Status(str(root), contexts)
+    return Status(str(root), contexts, behind(store))
 
 
 def _is_locked(path: Path) -> bool:
@@ -202,4 +211,4 @@ def render_status(s: Status) -> str:
             f"{c.teacher}/{c.context}/{','.join(map(str, c.layers))}  {state} of {c.units} work items, "
             f"{c.tokens_done:,} of {c.tokens:,} tokens"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *(behind_text(*of) for of in s.behind.items())])

@@ -1,7 +1,7 @@
 """Read a whole store in batches of bounded size.
 
-Guarantees: every utterance that all views hold comes once, in the order of the store, in which reading is sequential.
-One batch is in memory.
+Guarantees: every utterance that all views hold, from one text, comes once, in the order of the store, in which reading
+is sequential. One batch is in memory.
 Try: `pytest tests/extract/adapters/test_adapters.py`.
 """
 
@@ -43,4 +43,6 @@ def batches(
 def available_ids(store: Store, views: Sequence[View]) -> list[str]:
     """Return the utterances that have states in every view, in the order of the store."""
     ids = store.utterance_ids
-    return [ids[i] for i in np.flatnonzero(np.logical_and.reduce([store.has(ids, view) for view in views]))]
+    held = [store.has(ids, view) for view in views]
+    held.append(store.same_text(ids, list(dict.fromkeys(view.teacher for view in views))))
+    return [ids[i] for i in np.flatnonzero(np.logical_and.reduce(held))]

@@ -21,7 +21,7 @@ from .disk.layout import hash_text
 from .format import plan as plans
 from .format.arrays import RawArray
 from .format.commits import Commits
-from .format.index import Index
+from .format.index import Index, same_text
 from .format.int8 import Int8Error, sum_up
 from .format.plan import TeacherInfo
 from .gather import Allocate, DamagedRowError, Gathered, StateReader
@@ -161,18 +161,15 @@ class Store:
 
         Raises:
             NoStoreError: an id or view is unknown, or not extracted yet; names the utterances.
+            StaleError: teachers have other texts of an utterance, because one of them has not been refreshed.
             StoreError: stored bytes are damaged; names the view and the utterance.
         """
         if dtype not in (None, "float32", "float16"):
             raise UsageError(f"states as {dtype!r}", expected="float32, float16 or None")
         batch = Gathered({}, {}, {}, {})
-        rows_of: dict[int, np.ndarray] = {}  # by edition: most teachers share one
         try:
-            for name in dict.fromkeys(v.teacher for v in views):
-                t, edition = self._teacher_rows(name), self.plan.edition(name)
-                if edition not in rows_of:
-                    rows_of[edition] = self.rows(ids, name)
-                rows = rows_of[edition]
+            for name, rows in self._rows_of_teachers(ids, list(dict.fromkeys(v.teacher for v in views))).items():
+                t = self._teacher_rows(name)
                 ranges = t.ranges(rows)
                 batch.lengths[name] = t.length[rows]
                 batch.token_id[name], batch.span[name] = t.tokens(t.token_id, ranges), t.tokens(t.span, ranges)
@@ -185,6 +182,15 @@ class Store:
             self._explain(error)
             raise error from None
         return batch
+
+    def _rows_of_teachers(self, ids: Sequence[str], teachers: Sequence[str]) -> dict[str, np.ndarray]:
+        edition = {name: self.index_of(name).edition for name in teachers}  # Most teachers share one.
+        rows_of = {e: self.rows(ids, name) for e, name in {e: name for name, e in edition.items()}.items()}
+        if len(rows_of) > 1 and not (same := self.same_text(ids, teachers)).all():
+            what = f"{' and '.join(teachers)} have other texts of {first_few([ids[i] for i in np.flatnonzero(~same)])}"
+            remedy = "stillhouse extract CORPUS STORE --refresh, with the teacher that is behind"
+            raise StaleError(what, where=self.address, remedy=remedy)
+        return {name: rows_of[e] for name, e in edition.items()}
 
     def stored_rows(self, rows: np.ndarray, view: View) -> tuple[np.ndarray, np.ndarray | None]:
         """Return stored states by row, also of dead rows. The caller knows that their shards are committed."""
@@ -300,9 +306,8 @@ class Store:
         rows = (self.index if teacher is None else self.index_of(teacher)).rows(ids)
         if (rows < 0).any():
             unknown = first_few([i for i, r in zip(ids, rows) if r < 0])
-            raise NoStoreError(
-                f"not in this store: {unknown}", where=self.address, remedy="extract this corpus into it"
-            )
+            what, remedy = f"not in this store: {unknown}", "extract this corpus into it"
+            raise NoStoreError(what, where=self.address, remedy=remedy)
         return rows
 
     def shards(self, ids: Sequence[str]) -> np.ndarray:
@@ -318,13 +323,18 @@ class Store:
 
     def text_hash(self, ids: Sequence[str], teacher: str | None = None) -> np.ndarray:
         """Return hashes (`hash_text`) of the raw texts that were extracted (by `teacher`), uint64 [B]."""
-        index = self.index if teacher is None else self.index_of(teacher)
-        return index.text_hash[self.rows(ids, teacher)]
+        return self.index.text_hash[self.rows(ids, teacher)]  # A row's text never changes.
+
+    def same_text(self, ids: Sequence[str], teachers: Sequence[str]) -> np.ndarray:
+        """Return which utterances all `teachers` have, from one text: bool [B]."""
+        return same_text([self.index_of(name) for name in teachers], ids)
 
     def check_texts(self, ids: Sequence[str], texts: Sequence[str]) -> None:
-        """Raise StaleError naming the utterances whose transcript has changed since they were extracted."""
-        changed = [i for i, t, h in zip(ids, texts, self.text_hash(ids)) if hash_text(t) != int(h)]
-        if changed:
+        """Raise StaleError naming the utterances whose transcript some teacher's states are not of."""
+        hashes = [hash_text(t) for t in texts]
+        editions = {self.plan.edition(name): name for name in self.plan.teachers}
+        changed = [i for name in editions.values() for i, h, n in zip(ids, hashes, self.text_hash(ids, name)) if h != n]
+        if changed := list(dict.fromkeys(changed)):
             what = f"the transcript has changed since extraction: {first_few(changed)}"
             remedy = "extract the corpus again into a new store, or restore the text"
             raise StaleError(what, where=self.address, remedy=remedy)

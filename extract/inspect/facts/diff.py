@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from ...store import Store, View, to_float32
+from ...store.verify.stale import behind
 from ..sample import OnProgress, available_rows, blocks, draw, ids_of, ignore, read_states, sample_size
 
 NAMED = 20  # utterances of each kind that are listed
@@ -87,13 +88,19 @@ def diff(
         if key not in _NOT_SETTINGS and old != new
     ]
     utterances, common = _utterances(a, b, teachers)
+    behind_a, behind_b = behind(a), behind(b)
+    settings += [
+        SettingDiffers(t, "utterances behind the newest corpus", str(n), str(m))
+        for t, n, m in ((t, behind_a.get(t, 0), behind_b.get(t, 0)) for t in teachers)
+        if n != m
+    ]
     views_a, views_b = set(a.planned_views), set(b.planned_views)
     shared = [v for v in a.planned_views if v in views_b and teachers_a[v.teacher].width == teachers_b[v.teacher].width]
     most = None if full else tokens or sample_size(a, shared, SAMPLE_TOKENS)
     numbers = []
     for view in shared:
         on_progress(view)
-        numbers += _numbers(a, b, view, common, most, seed)
+        numbers += _numbers(a, b, view, common[view.teacher], most, seed)
     complete = set(a.views) & set(b.views)
     counts = [AvailableDiffers(v.address, _tokens(a, v), _tokens(b, v)) for v in shared if v not in complete]
     available = [c for c in counts if c.a != c.b]
@@ -119,20 +126,24 @@ def _tokens(store: Store, view: View) -> int:
     return int(store.lengths(view.teacher)[store.available(view)].sum())
 
 
-def _utterances(a: Store, b: Store, teachers: list[str]) -> tuple[UtterancesDiffer, np.ndarray]:
-    """The differences, and bool [U]: which rows of `a` both stores have with one text and one tokenisation."""
+def _utterances(a: Store, b: Store, teachers: list[str]) -> tuple[UtterancesDiffer, dict[str, set[str]]]:
+    """The differences, and by teacher the utterances that both stores have with one text and one tokenisation."""
     ids_a, ids_b = a.utterance_ids, b.utterance_ids
     set_a, set_b = set(ids_a), set(ids_b)
     both = [i for i in ids_a if i in set_b]
     changed = a.text_hash(both) != b.text_hash(both) if both else np.zeros(0, bool)
-    tokenised = np.zeros(len(both), bool)
-    for teacher in teachers if both else ():
-        tokenised |= _tokenised(a, b, both, teacher)
-    common = np.zeros(len(a.index), bool)
-    common[a.rows([i for i, x in zip(both, changed | tokenised) if not x])] = True
+    tokenised: set[str] = set()
+    common: dict[str, set[str]] = {}
+    for teacher in teachers:
+        # A teacher that has not been refreshed has other utterances and texts than its store's newest corpus.
+        own = [i for i, x, y in zip(both, *(s.index_of(teacher).rows(both) for s in (a, b))) if x >= 0 and y >= 0]
+        own = [i for i, x, y in zip(own, a.text_hash(own, teacher), b.text_hash(own, teacher)) if x == y]
+        differs = {i for i, x in zip(own, _tokenised(a, b, own, teacher)) if x} if own else set()
+        tokenised |= differs
+        common[teacher] = set(own) - differs
     only_a, only_b = [i for i in ids_a if i not in set_b], [i for i in ids_b if i not in set_a]
     changed_ids = [i for i, x in zip(both, changed) if x]
-    tokenised_ids = [i for i, x in zip(both, tokenised & ~changed) if x]
+    tokenised_ids = [i for i, x in zip(both, changed) if i in tokenised and not x]
     counts = len(both), len(only_a), len(only_b), len(changed_ids), len(tokenised_ids)
     ids = only_a[:NAMED], only_b[:NAMED], changed_ids[:NAMED], tokenised_ids[:NAMED]
     return UtterancesDiffer(*counts, *ids), common
@@ -150,10 +161,10 @@ def _tokenised(a: Store, b: Store, ids: list[str], teacher: str) -> np.ndarray:
     return differs
 
 
-def _numbers(a: Store, b: Store, view: View, common: np.ndarray, tokens: int | None, seed: int) -> list[NumbersDiffer]:
+def _numbers(a: Store, b: Store, view: View, common: set[str], tokens: int | None, seed: int) -> list[NumbersDiffer]:
     """The difference of a view, or nothing if the stores have no states in common."""
     rows = available_rows(a, [view])
-    rows = rows[common[rows]]
+    rows = rows[[i in common for i in ids_of(a, rows)]]
     rows = rows[b.has(ids_of(a, rows), view)] if len(rows) else rows
     if tokens is not None:
         rows = draw(a, view.teacher, rows, tokens, seed)

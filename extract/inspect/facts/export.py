@@ -45,17 +45,21 @@ def export(
 ) -> ExportedStates:
     """Write the states of utterances, with their token ids, pieces and spans.
 
+    `rows` are those of `store.rows`; None: all. Utterances that some view lacks, or that teachers have from different
+    texts, are left out.
     Arrays are packed: `TEACHER/length` has the number of tokens of each utterance. Without `float32`, int8 becomes
     float16, bfloat16 becomes float32, and other dtypes stay as they are.
     """
     check_output(path, _WRITERS, force)
     available = available_rows(store, views)
-    chosen = available if rows is None else rows[np.isin(rows, available)]
+    ids = ids_of(store, available)
+    if rows is not None:
+        held = set(ids)
+        ids = [i for i in ids_of(store, rows) if i in held]
     asked = len(store.utterance_ids) if rows is None else len(rows)
-    if not len(chosen):
+    if not ids:
         what = f"none of {asked:,} utterances has states in {first_few([v.address for v in views])}"
         raise NoStoreError(what, where=store.address, remedy="name fewer views, or finish the extraction")
-    ids = ids_of(store, chosen)
     arrays: dict[str, np.ndarray] = {}
     tokens: dict[str, int] = {}
     for teacher in dict.fromkeys(v.teacher for v in views):

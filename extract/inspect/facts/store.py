@@ -20,8 +20,10 @@ from ...store import Store, View
 from ...store.disk.layout import VERSION
 from ...store.disk.paths import Paths
 from ...store.format.arrays import RawArray
+from ...store.format.index import same_text
 from ...store.format.plan import Shard, WorkItem
 from ...store.storage import open_files
+from ...store.verify.stale import behind
 from ...store.verify.sums import unchecked
 from ...store.verify.verify import StoreFinding, damaged_records, findings
 
@@ -38,9 +40,9 @@ class ViewFacts:
     context: str
     layer: int
     complete: bool
-    units: int  # committed work items
+    units: int  # shards in which the view is committed
     units_planned: int
-    utterances: int  # committed
+    utterances: int  # committed, without those that a later text has replaced
     utterances_planned: int
     tokens: int  # committed
     tokens_planned: int
@@ -48,6 +50,7 @@ class ViewFacts:
     fingerprint: str | None
     int8_error: float | None  # for int8: root mean square error over root mean square of all states
     int8_error_standardised: float | None  # the same for standardised states
+    behind: int = 0  # utterances that differ from the newest corpus, because this teacher has not been refreshed
 
 
 @dataclass(frozen=True)
@@ -69,14 +72,17 @@ class TeacherFacts:
     contexts: list[str]
     layers: list[int]
     vocabulary: int
-    tokens: int
-    units: int
+    tokens: int  # of the corpus as this teacher has it, extracted or not
+    units: int  # committed work items, counted for each layer
     units_planned: int
     views: int
     views_planned: int
     hidden_bytes: int
     about: str  # one line from the model's folder, or ""
     int8_error: float | None  # largest of its views
+    behind: int = 0  # as of its views
+    work_items: int = 0  # committed, as `extract --status` counts them
+    work_items_planned: int = 0
 
 
 @dataclass(frozen=True)
@@ -136,17 +142,21 @@ class Verified:
     findings: list[StoreFinding]
     mended: list[Repaired] = field(default_factory=list)  # with --repair: what was repaired before this check
     unchecked: list[str] = field(default_factory=list)  # what has no checksums, because it was written before them
+    behind: dict[str, int] = field(default_factory=dict)  # {teacher: utterances}, as of views
+    work_items: int = 0  # committed, as `extract --status` counts them
+    work_items_planned: int = 0
 
 
 def verified(store: Store, data: float = 0.0, on_progress: Callable[[WorkItem], None] | None = None) -> Verified:
     """Check a store; `data` is the share of the utterances whose states are read. Raises StoreError without a plan."""
     problems = list(findings(store, data, on_progress))
     try:
-        views = view_facts(store, store.planned_views)
+        views, late = view_facts(store, store.planned_views), behind(store)
     except StoreError:
         if not problems:
             raise
-        views = []  # The index of utterances cannot be read, which is one of the findings.
+        views, late = [], {}  # The index of utterances cannot be read, which is one of the findings.
+    items = store.plan.work_items()
     return Verified(
         path=store.address,
         complete=bool(views) and all(v.complete for v in views),
@@ -155,7 +165,14 @@ def verified(store: Store, data: float = 0.0, on_progress: Callable[[WorkItem], 
         data=data,
         findings=problems,
         unchecked=unchecked(store),
+        behind=late,
+        work_items=sum(_committed(store, item) for item in items),
+        work_items_planned=len(items),
     )
+
+
+def _committed(store: Store, item: WorkItem) -> bool:
+    return store.commits(item.teacher, item.context).has(item.shard.number, item.layers, item.generation.number)
 
 
 def unopened(path: Path, error: StoreError) -> Verified:
@@ -167,7 +184,7 @@ def unopened(path: Path, error: StoreError) -> Verified:
 
 
 def _teacher_facts(store: Store, name: str, views: list[ViewFacts]) -> TeacherFacts:
-    t = store.plan.teachers[name]
+    t, items = store.plan.teachers[name], store.plan.work_items(name)
     recorded = {f.name: getattr(t, f.name) for f in fields(TeacherFacts) if hasattr(t, f.name)}
     return TeacherFacts(
         **recorded,
@@ -179,16 +196,19 @@ def _teacher_facts(store: Store, name: str, views: list[ViewFacts]) -> TeacherFa
         views_planned=len(views),
         hidden_bytes=sum(v.bytes for v in views),
         int8_error=max((v.int8_error for v in views if v.int8_error is not None), default=None),
+        behind=max((v.behind for v in views), default=0),
+        work_items=sum(_committed(store, item) for item in items),
+        work_items_planned=len(items),
     )
 
 
 def view_facts(store: Store, views: Sequence[View]) -> list[ViewFacts]:
     """Return the facts of each view."""
-    complete = set(store.views)
-    return [_view_facts(store, view, view in complete) for view in views]
+    complete, late = set(store.views), behind(store)
+    return [_view_facts(store, view, view in complete, late.get(view.teacher, 0)) for view in views]
 
 
-def _view_facts(store: Store, view: View, complete: bool) -> ViewFacts:
+def _view_facts(store: Store, view: View, complete: bool, late: int) -> ViewFacts:
     teacher, commits = store.plan.teachers[view.teacher], store.commits(view.teacher, view.context)
     planned = [u for u in store.plan.work_items(view.teacher) if u.context == view.context and view.layer in u.layers]
     # A later generation may extract a shard again. The shard counts once.
@@ -216,6 +236,7 @@ def _view_facts(store: Store, view: View, complete: bool) -> ViewFacts:
         fingerprint=teacher.fingerprints.get(f"{view.context}/{view.layer}"),
         int8_error=loss.relative if loss else None,
         int8_error_standardised=loss.standardised if loss else None,
+        behind=late,
     )
 
 
@@ -226,8 +247,14 @@ def utterance_facts(store: Store, patterns: Sequence[str] = ()) -> Iterator[Utte
     if patterns and not chosen:
         what = f"no utterance matches {' or '.join(patterns)}"
         raise NoStoreError(what, where=store.address, remedy="stillhouse inspect ls --utterances")
-    lengths = {name: store.lengths(name) for name in store.plan.teachers}
-    committed = sum((store.has(chosen, view) for view in views), np.zeros(len(chosen), np.int64))
-    for utterance, row, count in zip(chosen, store.rows(chosen).tolist(), committed.tolist()):
-        tokens = {name: int(length[row]) for name, length in lengths.items()}
-        yield UtteranceFacts(utterance, row, int(store.index.session[row]), tokens, count, len(views))
+    # A teacher that has not been refreshed has nothing of a changed utterance.
+    current = {name: same_text([store.index, store.index_of(name)], chosen) for name in store.plan.teachers}
+    lengths = {}
+    for name, same in current.items():
+        own = np.maximum(store.index_of(name).rows(chosen), 0)
+        lengths[name] = np.where(same, store.lengths(name)[own] if len(own) else 0, 0).tolist()
+    held = (store.has(chosen, view) & current[view.teacher] for view in views)
+    committed = sum(held, np.zeros(len(chosen), np.int64)).tolist()
+    for n, (utterance, row) in enumerate(zip(chosen, store.rows(chosen).tolist())):
+        tokens = {name: length[n] for name, length in lengths.items()}
+        yield UtteranceFacts(utterance, row, int(store.index.session[row]), tokens, committed[n], len(views))

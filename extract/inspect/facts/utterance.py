@@ -16,6 +16,8 @@ import numpy as np
 
 from ....data.errors import CorpusError, NoStoreError, StaleError, StoreError
 from ...store import Store, View, hash_text, to_float32
+from ...store.format.index import same_text
+from ...store.verify.stale import REFRESH
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class ShownTeacher:
     tokens: list[TokenFacts]
     contexts: list[ContextFacts]
     views: list[ShownView]
+    behind: bool = False  # it has another text of this utterance, or none: nothing of it is shown
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,10 @@ class Shown:
 def show(
     store: Store, utterance: str, views: Sequence[View], *, values: bool = False, corpus: Path | None = None
 ) -> Shown:
-    """Return the tokens, contexts and norms of one utterance. Raises StaleError if its text in `corpus` has changed."""
+    """Return the tokens, contexts and norms of one utterance, of its newest text in the store.
+
+    Raises StaleError if its text in `corpus` has changed, or if all teachers of `views` are from another text.
+    """
     row = int(store.rows([utterance])[0])
     session, order = store.index.session, store.index.order
     session_rows = order[session[order] == session[row]].tolist()
@@ -75,14 +81,23 @@ def show(
         what = f"the transcript of {utterance} has changed since it was extracted"
         raise StaleError(what, where=corpus, remedy="extract it again")
     names = dict.fromkeys(v.teacher for v in views)
-    teachers = [_teacher(store, utterance, t, [v for v in views if v.teacher == t], values, text) for t in names]
+    current = [t for t in names if same_text([store.index, store.index_of(t)], [utterance])[0]]
+    if names and not current:
+        what = f"{', '.join(names)}: no states of the newest text of {utterance}"
+        raise StaleError(what, where=store.address, remedy=REFRESH)
+    teachers = [
+        _teacher(store, utterance, t, [v for v in views if v.teacher == t], values, text)
+        if t in current
+        else ShownTeacher(t, [], [], [], behind=True)
+        for t in names
+    ]
     return Shown(
         utterance=utterance,
         row=row,
         session=int(session[row]),
         session_row=session_rows.index(row),
         session_utterances=len(session_rows),
-        text=spelt(teachers[0].tokens) if text is None else text,
+        text=spelt(next((t.tokens for t in teachers if not t.behind), [])) if text is None else text,
         text_from="tokens" if text is None else "corpus",
         teachers=teachers,
     )

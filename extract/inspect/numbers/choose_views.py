@@ -185,7 +185,7 @@ def _places(store: Store, views: Sequence[View], corpus: Corpus, units: Units, c
         raise NoStoreError(what, where=store.address, expected=expected)
     # A text is in one fold only, even if several speakers read it. So is a session, if there are enough sessions.
     texts = np.asarray(store.index.text_hash)[rows]
-    groups = tied(np.asarray(store.index.session)[rows], texts)
+    groups = tied(np.asarray(store.index_of(views[0].teacher).session)[rows], texts)
     by_session = len(np.unique(groups)) >= FOLDS
     if not by_session:
         groups = np.unique(texts, return_inverse=True)[1]

@@ -99,7 +99,7 @@ def nearest(
     query /= max(float(np.linalg.norm(query)), 1e-30)
     rows = sample_rows(store, [view], tokens)
     if not same_utterance:
-        rows = rows[rows != store.rows([utterance])[0]]
+        rows = rows[rows != store.rows([utterance], view.teacher)[0]]
     # With q the query and z = (x - mean) / std, z·q = x·(q/std) - mean·(q/std): one matrix product for each block.
     scaled, offset = query / std, float((mean / std * query).sum())
 

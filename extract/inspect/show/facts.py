@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 
 def store(s: StoreFacts) -> str:
     complete, planned = sum(t.views for t in s.teachers), sum(t.views_planned for t in s.teachers)
-    units, units_planned = sum(t.units for t in s.teachers), sum(t.units_planned for t in s.teachers)
-    state = "complete" if s.complete else f"not finished: {share(units, units_planned)} of the work items"
+    done, items = sum(t.work_items for t in s.teachers), sum(t.work_items_planned for t in s.teachers)
+    state = "complete" if s.complete else f"not finished: {share(done, items)} of the work items"
     rows: list[tuple[str, str]] = [
         ("store", f"{s.path} (format {s.version}, made {s.created})"),
         ("state", f"{state}; {complete} of {planned} views"),
         ("corpus", f"{s.utterances:,} utterances in {s.sessions:,} sessions"),
         ("size", f"{size(s.bytes)}, of which states {size(s.hidden_bytes)}"),
+        *(("behind", text) for text in _behind({t.name: t.behind for t in s.teachers})),
         ("made with", ", ".join(f"{k} {v}" for k, v in s.versions.items())),
     ]
     return "\n\n".join([pairs(rows), *(_teacher(t) for t in s.teachers)])
@@ -46,9 +47,9 @@ def _teacher(t: TeacherFacts) -> str:
         ("  saw", f"{text}{join}; up to {t.window} tokens a pass"),
         ("  contexts", ", ".join(t.contexts)),
         ("  layers", ", ".join(map(str, sorted(t.layers)))),
-        ("  tokens", f"{t.tokens:,}, {t.vocabulary:,} different"),
+        ("  tokens", f"{t.tokens:,}, of a vocabulary of {t.vocabulary:,}"),
         ("  numbers", f"{t.dtype}{error}, computed in {t.model_dtype}; {size(t.hidden_bytes)}"),
-        ("  done", f"{t.units:,} of {t.units_planned:,} work items; {t.views} of {t.views_planned} views"),
+        ("  done", f"{t.work_items:,} of {t.work_items_planned:,} work items; {t.views} of {t.views_planned} views"),
     ]
     return pairs(rows)
 
@@ -59,7 +60,14 @@ def views(listed: Sequence[ViewFacts]) -> str:
          "complete" if v.complete else "norms missing" if v.tokens == v.tokens_planned else "not complete")
         for v in listed
     ]  # fmt: skip
-    return table(rows, header=("view", "done", "utterances", "tokens", "states", ""), right="lrrrr")
+    drawn = table(rows, header=("view", "done", "utterances", "tokens", "states", ""), right="lrrrr")
+    return "\n".join([drawn, *(wrap(text, indent=2) for text in _behind({v.teacher: v.behind for v in listed}))])
+
+
+def _behind(teachers: dict[str, int]) -> list[str]:
+    from ...store.verify.stale import behind_text
+
+    return [behind_text(name, count) for name, count in teachers.items() if count]
 
 
 def utterances(listed: Sequence[UtteranceFacts]) -> str:
@@ -80,6 +88,10 @@ def shown(s: Shown) -> str:
 
 
 def _shown_teacher(t: ShownTeacher) -> str:
+    if t.behind:
+        return wrap(
+            f"{t.name}: not from this text; extract CORPUS STORE --refresh, with this teacher, extracts it again"
+        )
     parts = [f"{t.name}: {len(t.tokens)} tokens"]
     parts += [f"  {c.context} saw {c.left} tokens before and {c.right} after" for c in t.contexts]
     parts += [f"  damaged: {v.view}: {v.problem}" for v in t.views if v.problem is not None]
@@ -118,7 +130,8 @@ def verified(v: Verified) -> str:
     count = len(v.findings) or "no"
     if v.unchecked:
         lines.append(f"not checked, because they were written without checksums: {'; '.join(v.unchecked)}")
-    committed = f"{v.units:,} of {v.units_planned:,} work items are committed{read}"
+    lines += [wrap(text, indent=2) for text in _behind(v.behind)]
+    committed = f"{v.work_items:,} of {v.work_items_planned:,} work items are committed{read}"
     findings = "finding" if count == 1 else "findings"
     lines.append(wrap(f"{v.path}: {committed}: {count} {findings}{state}", indent=2))
     return "\n".join(lines)

@@ -15,6 +15,7 @@ import numpy as np
 
 from ....data.errors import NoStoreError
 from ...store import Store, View
+from ...store.format.index import same_text
 from ..facts.store import StoreFacts, ViewFacts, store_facts, verified, view_facts
 from ..facts.utterance import Shown, pieces_of, plain, show
 from ..numbers.neighbours import Neighbours, nearest
@@ -82,7 +83,9 @@ def collect(
     if views:
         by_teacher = [[v for v in views if v.teacher == t] for t in dict.fromkeys(v.teacher for v in views)]
         shown_views = [v for of in by_teacher for v in representative(of, MOST_SHOWN)]
-        shown = [show(store, i, shown_views) for i in ids_of(store, available_rows(store, views)[:MOST_UTTERANCES])]
+        ids = ids_of(store, available_rows(store, views))
+        newest = same_text([store.index, store.index_of(views[0].teacher)], ids)
+        shown = [show(store, ids[i], shown_views) for i in np.flatnonzero(newest)[:MOST_UTTERANCES].tolist()]
     measured = views if full else representative(views, MOST_MEASURED)
     most = tokens or sample_size(store, measured, 10_000)
     return StorePage(

@@ -104,6 +104,22 @@ def _damaged(table: Path) -> StoreError:
     return StoreError("the index of utterances is damaged", where=table, remedy="stillhouse inspect verify STORE")
 
 
+def same_text(indices: Sequence[Index], ids: Sequence[str]) -> np.ndarray:
+    """Return which ids all tables of utterances have, with one text: bool [B].
+
+    A refresh gives a changed utterance a new row, and each teacher is refreshed for itself: equal rows prove equal
+    texts, but different rows do not prove different ones.
+    """
+    found = np.ones(len(ids), dtype=bool)
+    texts: np.ndarray | None = None
+    for index in {i.edition: i for i in indices}.values():
+        rows = index.rows(ids)
+        own = index.text_hash[np.maximum(rows, 0)] if len(index) else np.zeros(len(ids), np.uint64)
+        texts = own if texts is None else texts
+        found &= (rows >= 0) & (own == texts)
+    return found
+
+
 class Index:
     """Looks ids up: `rows(ids)` gives int64 [B], -1 where an id is unknown.
 

@@ -14,10 +14,32 @@ import numpy as np
 
 from ..disk.layout import hash_text
 from ..format.arrays import RawArray
+from ..format.index import same_text
 from ..reader import Store
 from ..views import View, parse_context
 
+REFRESH = "stillhouse extract CORPUS STORE --refresh, with that teacher"
 Session = Sequence[tuple[str, str]]  # (id, raw text) of its utterances, in order
+
+
+def behind(store: Store) -> dict[str, int]:
+    """Return {teacher: number of utterances} of teachers that were not refreshed when another teacher was.
+
+    These utterances of the store's newest corpus are missing, or come from another text, or are not in it any more.
+    """
+    found = {}
+    for name in store.plan.teachers:
+        own = store.index_of(name)
+        if own.edition != store.index.edition:
+            dropped = int((store.index.rows(own.ids()) < 0).sum())
+            found[name] = dropped + int((~same_text([store.index, own], store.utterance_ids)).sum())
+    return {name: count for name, count in found.items() if count}
+
+
+def behind_text(teacher: str, count: int) -> str:
+    """Return what `behind` says of a teacher, as a line for people."""
+    utterances = "1 utterance differs" if count == 1 else f"{count:,} utterances differ"
+    return f"{teacher} is behind the corpus: {utterances}; {REFRESH}"
 
 
 def stale(store: Store, views: Sequence[View], sessions: Sequence[Session]) -> dict[str, list[str]]:
