@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .errors import CorpusError
 from .files.atomic import draft_of
-from .files.lines import parse_object, scan_bytes
+from .files.lines import opens_array, parse_object, scan_bytes
 from .files.paths import confined
 
 # 30 years. With more seconds, samples would not fit into the integers of audio libraries.
@@ -146,6 +146,11 @@ def scan_manifest(path: Path | str) -> Iterator[tuple[int, Utterance | CorpusErr
     if not os.path.exists(path):
         raise CorpusError("there is no such manifest", where=path, remedy="make one with `stillhouse corpus import`")
     for number, line in scan_bytes(path):
+        if line.startswith(b"[") and opens_array(line.decode("utf-8", "replace")):
+            remedy = f"write one object a line: jq -c '.[]' {path} > corpus.jsonl"
+            where, expected = f"{path}:{number}", "one JSON object a line"
+            yield number, CorpusError("a JSON array begins here", where=where, expected=expected, remedy=remedy)
+            return
         yield number, _parse(line, f"{path}:{number}")
 
 

@@ -23,6 +23,8 @@ from .errors import ConfigError
 Step = Callable[[str], tuple[str, np.ndarray | None]]
 
 APOSTROPHES = "'\u2019\u02bc\uff07"
+# Characters without width or glyph that change no word. U+200C and U+200D do change words, in Persian for example.
+INVISIBLE = re.compile("[\u00ad\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
 SPACE_MARK = "\u2581"  # the mark of sentencepiece for a space, so that in a transcript it also counts as a space
 
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ..errors import CorpusError
 
+ID = re.compile(r"(?=.*[0-9_/]).*\w", re.DOTALL)  # no word of a text is like that, except for a number
 LONGEST_LINE = 1 << 26  # bytes. No transcript is that long, and a file without line ends must not fill the memory.
 
 
@@ -96,9 +99,67 @@ def parse_object(line: str, where: str) -> dict[str, Any] | CorpusError:
 
 
 def scan_objects(path: Path) -> Iterator[tuple[int, dict[str, Any] | CorpusError]]:
-    """Yield (line number, JSON object or its error) of every line that is not blank."""
-    for number, line in scan_lines(path):
+    """Yield (line number, JSON object or its error) of every line that is not blank, or of the items of one array."""
+    return objects_in(path, scan_lines(path))
+
+
+def objects_in(
+    path: Path, lines: Iterable[tuple[int, str | CorpusError]]
+) -> Iterator[tuple[int, dict[str, Any] | CorpusError]]:
+    """Yield what `scan_objects` does, of lines that were read from `path`."""
+    lines = iter(lines)
+    first = next(lines, None)
+    if first is None:
+        return
+    lines = chain([first], lines)
+    if isinstance(first[1], str) and opens_array(first[1]):
+        yield from _array_items(path, lines)
+        return
+    for number, line in lines:
         yield number, line if isinstance(line, CorpusError) else parse_object(line, f"{path}:{number}")
+
+
+def opens_array(first: str) -> bool:
+    """Return whether the first line of a file opens one JSON array of objects, instead of JSON lines."""
+    return re.match(r"\s*\[\s*(\{|$)", first) is not None
+
+
+def _array_items(
+    path: Path, lines: Iterable[tuple[int, str | CorpusError]]
+) -> Iterator[tuple[int, dict[str, Any] | CorpusError]]:
+    whole: list[str] = []
+    for number, line in lines:
+        if isinstance(line, CorpusError):
+            yield number, line
+            return
+        whole += [""] * (number - 1 - len(whole)) + [line]
+    text = "\n".join(whole)
+    at, number, decode, space = text.index("[") + 1, 1, json.JSONDecoder().raw_decode, re.compile(r"\s*,?\s*")
+    counted = 0  # the line ends up to here are in `number`
+    while True:
+        match = space.match(text, at)
+        at = match.end() if match else at
+        number, counted = number + text.count("\n", counted, at), at
+        if text[at : at + 1] == "]":
+            break
+        try:
+            end = decode(text, at)[1]
+        except (ValueError, RecursionError) as e:
+            where = f"{path}:{number + text.count(chr(10), at, getattr(e, 'pos', at))}"
+            what = f"not JSON: {getattr(e, 'msg', e)}"
+            yield number, CorpusError(what, where=where, expected="one array of JSON objects, or one object a line")
+            return
+        yield number, parse_object(text[at:end], f"{path}:{number}")
+        at = end
+    if text[at + 1 :].strip():
+        number += text.count("\n", at, len(text) - len(text[at + 1 :].lstrip()))
+        yield number, CorpusError("text behind the end of the array", where=f"{path}:{number}", remedy="delete it")
+
+
+def headed_by_ids(lines: Iterable[str]) -> bool:
+    """Return whether each line seems to start with an id, as in Kaldi's text: no two with the same, all like utt_1."""
+    heads = [line.split(None, 1)[0] for line in lines if line.strip()]
+    return len(set(heads)) == len(heads) > 0 and all(ID.fullmatch(head) for head in heads)
 
 
 def _utf16(path: Path) -> CorpusError:

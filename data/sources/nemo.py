@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def import_nemo(
     """
     result = Imported(manifest, **settings)
     for split, source in sources:
-        names = _Names(source)
+        names = LineIds(scan_objects(source))
         files = result.files(source.parent, source.absolute().parent)
         for where, entry in result.objects(source):
             with result.line(where, names.id(entry)):
@@ -42,11 +42,11 @@ def import_nemo(
     return result.in_session_order()
 
 
-class _Names:
+class LineIds:
     """The ids and sessions of the lines of one manifest. A first pass over all lines decides them."""
 
-    def __init__(self, source: Path) -> None:
-        paths = (e.get("audio_filepath") for _, e in scan_objects(source) if isinstance(e, dict))
+    def __init__(self, entries: Iterable[tuple[int, dict[str, Any] | CorpusError]]) -> None:
+        paths = (e.get("audio_filepath") for _, e in entries if isinstance(e, dict))
         self._uses = Counter(path for path in paths if isinstance(path, str))
         self._stems = Counter(map(_stem, self._uses))
         self.shared = any(n > 1 for n in self._uses.values())
@@ -73,7 +73,9 @@ def _stem(path: str) -> str:
     return os.path.splitext(os.path.basename(path))[0]
 
 
-def _fields(entry: dict[str, Any], names: _Names, files: AudioFiles, text_key: str, result: Imported) -> dict[str, Any]:
+def _fields(
+    entry: dict[str, Any], names: LineIds, files: AudioFiles, text_key: str, result: Imported
+) -> dict[str, Any]:
     """Return the arguments of `Imported.add` for a line."""
     audio, text, id = entry.get("audio_filepath"), entry.get(text_key), names.id(entry)
     if not isinstance(audio, str) or id is None:

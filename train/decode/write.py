@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ...data.errors import UsageError
-from ..score.hypotheses import NOTHING
+from ..score.formats import NOTHING
 from .align import Alignment
 from .decode import Hypothesis
 from .emissions import Word

@@ -46,10 +46,20 @@ class SystemComparison:
 
 
 def compare_systems(
-    references: Sequence[str], first: Sequence[str], second: Sequence[str], *, resamples: int = 10_000, seed: int = 0
+    references: Sequence[str],
+    first: Sequence[str],
+    second: Sequence[str],
+    *,
+    second_references: Sequence[str] | None = None,
+    resamples: int = 10_000,
+    seed: int = 0,
 ) -> SystemComparison:
-    """Compare the word errors of two hypotheses of each utterance."""
-    a, b = error_counts(references, first), error_counts(references, second)
+    """Compare the word errors of two hypotheses of each utterance.
+
+    `second_references`: what the second is compared with, where a reference has alternatives.
+    """
+    others = references if second_references is None else second_references
+    a, b = error_counts(references, first), error_counts(others, second)
     words = np.maximum(a[:, 3].sum(), 1)
     gap = a[:, :3].sum(axis=1) - b[:, :3].sum(axis=1)
     sums = bootstrap_sums(np.stack([gap, a[:, 3]], axis=1), resamples=resamples, seed=seed)
@@ -59,8 +69,8 @@ def compare_systems(
     side = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
     gaps = [
         x - y
-        for ref, one, two in zip(references, first, second, strict=True)
-        for x, y in segments(align_words(ref, one), align_words(ref, two))
+        for ref, other, one, two in zip(references, others, first, second, strict=True)
+        for x, y in segments(align_words(ref, one), align_words(other, two), whole=ref != other)
     ]
     return SystemComparison(
         difference=float(gap.sum() / words),
@@ -74,12 +84,19 @@ def compare_systems(
     )
 
 
-def segments(first: Sequence[AlignedPair], second: Sequence[AlignedPair]) -> list[tuple[int, int]]:
+def segments(
+    first: Sequence[AlignedPair], second: Sequence[AlignedPair], *, whole: bool = False
+) -> list[tuple[int, int]]:
     """Return the errors of both sets in each segment of an utterance where one of them has errors.
+
+    `whole`: the utterance is one segment, because the sets have different readings of its reference.
 
     Raises CorpusError if the alignments have different reference words.
     """
     a, b = _errors_by_word(first), _errors_by_word(second)
+    if whole:
+        x, y = (sum(inserted + wrong for inserted, wrong in counts) for counts in (a, b))
+        return [(x, y)] if x or y else []
     if len(a) != len(b):
         raise CorpusError("the two alignments have different reference words")
     result: list[tuple[int, int]] = []
