@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +17,13 @@ from pathlib import Path
 import numpy as np
 
 from ..audio.fbank import fbank
-from ..errors import ConfigError, FeatureError, PartialError, StaleError, first_few
+from ..errors import ConfigError, FeatureError, PartialError, StaleError
 from ..files.atomic import sweep_drafts
 from ..files.lock import FileLock
 from ..manifest import Corpus
 from .file import FeatureFile, FeatureSettings
-from .parts import FeatureJob, PartDone, compute_parts, identity
+from .parts import FeatureJob, PartDone, compute_parts
+from .provenance import RowSource, compare
 from .writer import merge
 
 __all__ = ["FeatureFile", "FeatureReport", "FeatureSettings", "PartDone", "compute_features", "fbank"]
@@ -74,7 +75,7 @@ def compute_features(
             sources = _files(path, left)
             stored = _stored_rows(settings, sources, parts)
             before = sum(map(len, stored.values()))
-            jobs = list(_missing(corpus, speeds, stored, sources, redo_changed))
+            jobs = _missing(corpus, speeds, stored, path, redo_changed)
             if on_start is not None:
                 on_start(before, sum(len(j.speeds) for j in jobs))
             workers = _worker_count(workers, jobs)
@@ -136,9 +137,11 @@ def _is_whole(part: Path) -> bool:
     return True
 
 
-def _stored_rows(settings: FeatureSettings, sources: Sequence[FeatureFile], parts: Path) -> dict[str, dict[float, int]]:
-    """Return {id: {speed: identity of the audio}} of all rows. Raises StaleError if a file has other settings."""
-    rows: dict[str, dict[float, int]] = {}
+def _stored_rows(
+    settings: FeatureSettings, sources: Sequence[FeatureFile], parts: Path
+) -> dict[str, dict[float, RowSource]]:
+    """Return {id: {speed: source}} of all rows. Raises StaleError if a file has other settings."""
+    rows: dict[str, dict[float, RowSource]] = {}
     for source in sources:
         with source:
             if differ := settings.differences(source.settings):
@@ -147,41 +150,31 @@ def _stored_rows(settings: FeatureSettings, sources: Sequence[FeatureFile], part
                 remedy = f"use the same settings, write to another file, or delete {place}"
                 what = f"the {which} made with other settings: {'; '.join(differ)}"
                 raise StaleError(what, where=place, remedy=remedy)
-            for (id, speed), audio in zip(source.keys(), source.audio.tolist(), strict=True):
-                rows.setdefault(id, {})[speed] = audio
+            for (id, speed), audio, record in zip(source.keys(), source.audio.tolist(), source.records, strict=True):
+                rows.setdefault(id, {})[speed] = RowSource(audio, record)
     return rows
 
 
 def _missing(
     corpus: Corpus,
     speeds: tuple[float, ...],
-    have: dict[str, dict[float, int]],
-    sources: Sequence[FeatureFile],
+    have: dict[str, dict[float, RowSource]],
+    place: Path,
     redo_changed: bool,
-) -> Iterator[FeatureJob]:
-    """Yield the rows to compute. Raises StaleError at the end if audio changed, unless `redo_changed` is set."""
-    contents: dict[Path, bytes] = {}
-    changed: list[str] = []
+) -> list[FeatureJob]:
+    """Return the rows to compute. Raises StaleError if audio changed, unless `redo_changed` is set."""
+    changes = compare(corpus, have, corpus.utterances, full=True)
+    if not redo_changed:
+        changes.refuse(place, "compute them again with --redo-changed, or restore manifest and audio")
+    jobs = []
     for u in corpus.utterances:
-        if u.audio is None:
-            continue
-        path = corpus.audio_path(u)
         stored = have.get(u.id, {})
-        todo = [s for s in speeds if s not in stored]
-        if stored:
-            try:
-                now = identity(path, u.start_s, u.duration_s, u.channel, contents)
-            except OSError:
-                now = None  # Audio that is missing cannot be compared.
-            if stale := [s for s, then in stored.items() if now not in (None, then)]:
-                changed.append(u.id)
-                todo += stale
-        if todo:
-            yield FeatureJob(u.id, path, u.start_s, u.duration_s, tuple(todo), u.channel)
-    if changed and not redo_changed:
-        what = f"the audio, start or duration of {first_few(changed)} has changed since the features were made"
-        where = sources[0].path
-        raise StaleError(what, where=where, remedy="compute them again with --redo-changed, or restore the audio")
+        stale = changes.changed.get(u.id, {})
+        # What has changed is computed again at every speed that is there, asked for or not.
+        todo = [s for s in dict.fromkeys([*speeds, *stale]) if s not in stored or s in stale]
+        if u.audio is not None and todo:
+            jobs.append(FeatureJob(u.id, corpus.audio_path(u), u.start_s, u.duration_s, tuple(todo), u.channel))
+    return jobs
 
 
 def _seconds(job: FeatureJob) -> float:

@@ -4,7 +4,9 @@
     offsets     int64 [rows + 1]         first frame of each row; a row is one (utterance, speed)
     ids, id_offsets                      UTF-8 bytes [..] and int64 [rows + 1]
     speeds      float64 [rows]           audio  uint64 [rows], identity of the sound     crc32c  uint32 [rows]
-    attributes: format, version, settings (JSON), fingerprint (of the settings), tables_crc32c (of all but features)
+    records     RECORD [rows]            what each row was computed from; absent from older files
+    attributes: format, version, settings (JSON), fingerprint (of the settings), tables_crc32c (of all but features and
+    records), records_crc32c
 
 Guarantees: a reader holds one inode from the first look to the last read.
 Try: `stillhouse corpus info features.h5`.
@@ -37,6 +39,9 @@ TABLES = {
     "audio": np.uint64,
     "crc32c": np.uint32,
 }
+# The audio file of a row, by its bytes and by its size and times, and the segment. A duration of NaN reaches to the
+# end, and channel -1 is the mean. A stamp of 0 says that nothing is recorded.
+RECORD = np.dtype([("content", "<u8"), ("stamp", "<u8"), ("start_s", "<f8"), ("duration_s", "<f8"), ("channel", "<i4")])
 MAKE = "`stillhouse corpus features CORPUS FEATURES`"
 
 
@@ -90,8 +95,8 @@ def _text(value: object) -> str:
     return value.decode("utf-8") if isinstance(value, bytes) else str(value)
 
 
-def _table(data: h5py.Dataset, kind: type, most: int) -> np.ndarray:
-    """One of TABLES. ValueError if it is not a list of such numbers."""
+def _table(data: h5py.Dataset, kind: type | np.dtype, most: int) -> np.ndarray:
+    """One of TABLES, or the records. ValueError if it is not a list of such numbers."""
     if data.ndim != 1 or data.dtype != kind or data.nbytes > most:
         raise ValueError(f"{data.name} is {data.dtype} {data.shape}")
     return data[:]
@@ -175,6 +180,11 @@ class FeatureFile:
             tables = {name: _table(file[name], kind, size) for name, kind in TABLES.items()}
             if (stored := file.attrs.get("tables_crc32c")) is not None and stored != sum_of_tables(tables):
                 raise ValueError("its tables do not match their checksum")
+            self.records: np.ndarray = np.zeros(len(tables["audio"]), RECORD)
+            if "records" in file:
+                self.records = _table(file["records"], RECORD, size)
+                if file.attrs["records_crc32c"] != checksum(self.records):
+                    raise ValueError("its records do not match their checksum")
             self.offsets: np.ndarray = tables["offsets"]
             blob, cuts = tables["ids"].tobytes(), tables["id_offsets"].tolist()
             self.row_ids = [blob[a:b].decode("utf-8") for a, b in pairwise(cuts)]
@@ -187,7 +197,7 @@ class FeatureFile:
             self.width = int(data.shape[1])
             self._offset = data.id.get_offset() or 0  # It is None if there are no frames at all.
         n = len(self.row_ids)
-        if not n + 1 == len(self.offsets) or {len(self.row_speeds), len(self.audio), len(self.crc32c)} != {n}:
+        if not n + 1 == len(self.offsets) or {*map(len, self._columns())} != {n}:
             raise ValueError("its tables disagree on the number of rows")
         self.lengths = np.diff(self.offsets)
         if n and (self.offsets[0] != 0 or self.lengths.min() < 0):
@@ -195,6 +205,9 @@ class FeatureFile:
         self._row: dict[float, dict[str, int]] = {}
         for r, (id, speed) in enumerate(self.keys()):
             self._row.setdefault(speed, {})[id] = r
+
+    def _columns(self) -> tuple[np.ndarray, ...]:
+        return self.row_speeds, self.audio, self.crc32c, self.records
 
     def keys(self) -> Iterator[tuple[str, float]]:
         """Return (id, speed) of every row, in file order."""
@@ -223,6 +236,10 @@ class FeatureFile:
     def frames(self, ids: Sequence[str], speeds: Sequence[float] | float = 1.0) -> np.ndarray:
         """Return lengths in frames, int64 [B]. Raises FeatureError, which names the rows that are missing."""
         return self.open().lengths[self._find(ids, speeds)]
+
+    def sounds(self, ids: Sequence[str], speeds: Sequence[float] | float = 1.0) -> np.ndarray:
+        """Return the identity of the sound of each row, uint64 [B]. Raises FeatureError as `frames`."""
+        return self.open().audio[self._find(ids, speeds)]
 
     def gather(self, ids: Sequence[str], speeds: Sequence[float] | float = 1.0) -> tuple[np.ndarray, np.ndarray]:
         """Return (float16 [ΣT, bins], one utterance after the other, and int64 lengths [B])."""

@@ -7,11 +7,9 @@ Try: `stillhouse corpus features corpus.jsonl features.h5 --workers 2`.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import blake2b
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,8 @@ from typing import Any
 from ..audio.fbank import fbank
 from ..audio.read import change_speed, read_segment, resample
 from ..errors import AudioError, FeatureError, StillhouseError
-from ..files.atomic import plain_descriptor
 from .file import FeatureSettings
+from .provenance import identity, record
 from .writer import Rows, write_rows
 
 
@@ -46,52 +44,26 @@ class PartDone:
     failures: dict[str, str]
 
 
-def identity(
-    path: Path,
-    start_s: float,
-    duration_s: float | None,
-    channel: int | None = None,
-    cache: dict[Path, bytes] | None = None,
-) -> int:
-    """Return a 64-bit name of an audio segment: size and five blocks of the file's bytes, start, duration and channel.
-
-    Path and modification time do not count, so a corpus stays the same when it is moved or copied. `cache` keeps what
-    was read of each file.
-    """
-    content = cache.get(path) if cache is not None else None
-    if content is None:
-        fd = plain_descriptor(path)
-        try:
-            size, block = os.fstat(fd).st_size, 4096
-            places = range(0, max(size, 1), block) if size <= 8 * block else [k * (size - block) // 4 for k in range(5)]
-            content = repr(size).encode() + b"".join(os.pread(fd, block, at) for at in places)
-        finally:
-            os.close(fd)
-        content = blake2b(content, digest_size=16).digest()
-        if cache is not None:
-            cache[path] = content
-    tail = f"{start_s:.6f} {duration_s if duration_s is None else format(duration_s, '.6f')}".encode()
-    tail += b"" if channel is None else f" channel {channel}".encode()
-    return int.from_bytes(blake2b(content + tail, digest_size=8).digest(), "little")
-
-
 def compute_part(target: Path, jobs: list[FeatureJob], settings: FeatureSettings) -> PartDone:
     """Compute one part and write it to `target`."""
     rows = Rows()
     ids: list[str] = []
     failures: dict[str, str] = {}
     audio_s = 0.0
+    excerpts: dict[Path, bytes] = {}
+    files: dict[Path, tuple[int, int]] = {}
     for job in jobs:
+        segment = (job.path, job.start_s, job.duration_s, job.channel)
         try:
-            samples, own_hz = read_segment(job.path, job.start_s, job.duration_s, job.channel)
-            name = identity(job.path, job.start_s, job.duration_s, job.channel)
+            samples, own_hz = read_segment(*segment)
+            name, source = identity(*segment, excerpts), record(*segment, files)
             samples, seconds = resample(samples, own_hz, settings.rate_hz), len(samples) / own_hz
             mels = [fbank(change_speed(samples, s), settings.rate_hz, settings.bins) for s in job.speeds]
         except (AudioError, OSError) as e:
             failures[job.id] = str(e)
             continue
         for speed, mel in zip(job.speeds, mels):
-            rows.add(job.id, speed, name, mel)
+            rows.add(job.id, speed, name, mel, source)
         ids.append(job.id)
         audio_s += sum(seconds / s for s in job.speeds)
     if ids:

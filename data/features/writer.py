@@ -17,7 +17,7 @@ import numpy as np
 
 from ..errors import FeatureError
 from ..files.atomic import draft_of
-from .file import FORMAT, VERSION, FeatureFile, FeatureSettings, checksum, sum_of_tables
+from .file import FORMAT, RECORD, VERSION, FeatureFile, FeatureSettings, checksum, sum_of_tables
 
 # A write has so many frames: 20 MB of whole pages for any number of bins. Linux makes large folios of page cache from
 # large aligned writes. Reads copy them twice as fast as those from one write for each utterance.
@@ -32,9 +32,11 @@ class Rows:
     speeds: list[float] = field(default_factory=list)
     audio: list[int] = field(default_factory=list)
     frames: list[np.ndarray] = field(default_factory=list)
+    records: list[np.void] = field(default_factory=list)
 
-    def add(self, id: str, speed: float, audio: int, frames: np.ndarray) -> None:
-        """Add a row. `audio` is the identity of its sound, `frames` are [T, bins]."""
+    def add(self, id: str, speed: float, audio: int, frames: np.ndarray, record: np.void | None = None) -> None:
+        """Add a row. `audio` is the identity of its sound, `frames` are [T, bins], and `record` says its source."""
+        self.records.append(np.zeros(1, RECORD)[0] if record is None else record)
         self.ids.append(id)
         self.speeds.append(speed)
         self.audio.append(audio)
@@ -45,7 +47,8 @@ def write_rows(path: Path, settings: FeatureSettings, rows: Rows) -> None:
     """Write a part, whole or not at all."""
     lengths = np.array([len(f) for f in rows.frames], np.int64)
     crc = np.array([checksum(f) for f in rows.frames], np.uint32)
-    _write(path, settings, list(zip(rows.ids, rows.speeds)), rows.audio, crc, lengths, iter(rows.frames))
+    records = np.array(rows.records, RECORD)
+    _write(path, settings, list(zip(rows.ids, rows.speeds)), rows.audio, records, crc, lengths, iter(rows.frames))
 
 
 def merge(path: Path, settings: FeatureSettings, sources: Sequence[FeatureFile], drafts: Path) -> int:
@@ -63,8 +66,9 @@ def merge(path: Path, settings: FeatureSettings, sources: Sequence[FeatureFile],
     audio = [int(sources[s].audio[r]) for s, r in picked]
     crc = np.array([sources[s].crc32c[r] for s, r in picked], np.uint32)
     lengths = np.array([sources[s].lengths[r] for s, r in picked], np.int64)
+    records = np.array([sources[s].records[r] for s, r in picked], RECORD)
     blocks = _blocks(sources, picked)
-    _write(path, settings, keys, audio, crc, lengths, blocks, drafts)
+    _write(path, settings, keys, audio, records, crc, lengths, blocks, drafts)
     return len(picked)
 
 
@@ -89,6 +93,7 @@ def _write(
     settings: FeatureSettings,
     keys: list[tuple[str, float]],
     audio: list[int],
+    records: np.ndarray,
     crc: np.ndarray,
     lengths: np.ndarray,
     blocks: Iterator[np.ndarray],
@@ -118,6 +123,8 @@ def _write(
             }
             for name, table in tables.items():
                 file[name] = table
+            file["records"] = records
+            file.attrs["records_crc32c"] = np.uint32(checksum(records))
             file.attrs["tables_crc32c"] = np.uint32(sum_of_tables(tables))
             data = file.create_dataset("features", (int(offsets[-1]), settings.bins), np.float16)
             at = 0

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from .live import decode_live, read_samples, sample_rate, say, speed
+from .live import decode_live, features_of, read_samples, sample_rate, say, speed
 
 PATH = click.Path(path_type=Path)
 POSITIVE = click.IntRange(min=1)
@@ -125,7 +125,8 @@ def decode(
         for option, value in {**live, "--no-partial": no_partial}.items():
             if value:
                 raise UsageError(f"{option} is for audio", expected="- or AUDIO, and no FEATURES")
-        loader = decoding_loader(read_manifest(corpus).select(split), features, units, untranscribed=True)
+        chosen = read_manifest(corpus).select(split)
+        loader = decoding_loader(chosen, features, units, untranscribed=True, trained=features_of(run))
         check_ids((u.id for u in loader.utterances), kind)
         began = time.perf_counter()
         for hypothesis in transcribe(model, loader, device=where, search=search, nbest=nbest):
@@ -136,7 +137,7 @@ def decode(
         return
     if split is not None:
         raise UsageError("--split is for a corpus", expected="CORPUS and FEATURES")
-    rate_hz = sample_rate(run, model)
+    rate_hz = sample_rate(run)
     chunk = chunk_size(model, chunk)
     decoder = StreamDecoder(
         model, units, search=search, rate_hz=rate_hz, chunk=chunk, segment_s=segment, endpoint_s=endpoint, nbest=nbest
@@ -206,7 +207,7 @@ def align(
 
     where = resolve_device(device)
     model, units, _, step = load_run(run, checkpoint)
-    loader = decoding_loader(read_manifest(corpus).select(split), features, units)
+    loader = decoding_loader(read_manifest(corpus).select(split), features, units, trained=features_of(run))
     check_ids((u.id for u in loader.utterances), "ctm")
     words = 0
     for alignment in alignments(model.to(where), loader, device=where):

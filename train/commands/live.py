@@ -27,17 +27,22 @@ def speed(audio_s: float, wall_s: float) -> str:
     )
 
 
-def sample_rate(run: Path, model: Any) -> int:
-    """Return the sample rate of the audio that a run was trained on, by the fingerprint of its features.
+def features_of(run: Path) -> Any:
+    """Return what a model was trained on, as `TrainedOn`. Say so if its folder does not record it."""
+    from ..run.load import trained_on
 
-    16 kHz if no rate has that fingerprint, or the run has none.
-    """
-    from ...data.features.compute import FeatureSettings
-    from ..run.identity import read
+    trained = trained_on(run)
+    if trained.settings is None and trained.fingerprint is None:
+        say(f"{run} records nothing of the features that it was trained on, so their settings are not compared.")
+    return trained
 
-    fingerprint = ((read(run) or {}).get("data") or {}).get("features")
-    rates, bins = (16000, 8000, 11025, 12000, 22050, 24000, 32000, 44100, 48000), len(model.encoder.feature_mean)
-    return next((r for r in rates if FeatureSettings(rate_hz=r, bins=bins).fingerprint == fingerprint), 16000)
+
+def sample_rate(run: Path) -> int:
+    """Return the sample rate of the audio that a model was trained on, or 16 kHz if its folder does not record it."""
+    rate_hz = features_of(run).rate_hz
+    if rate_hz is None:
+        say("The audio is taken as 16,000 Hz, because the rate of the model's features is unknown.")
+    return rate_hz or 16000
 
 
 def read_samples(source: Path, rate_hz: int, raw: bool) -> Iterator[Any]:

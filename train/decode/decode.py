@@ -17,9 +17,11 @@ from torch import Tensor
 from ...data.batches.loader import Batch, BatchLoader
 from ...data.batches.sampler import BatchPlan, BatchSampler
 from ...data.features.compute import FeatureFile
+from ...data.features.provenance import refuse_changed_rows
 from ...data.manifest import Corpus
 from ...data.units import Units
 from ..model.transducer import Transducer
+from ..run.load import TrainedOn
 from .emissions import FRAME_S, Emissions, Word, timed_words
 from .greedy import Search, greedy_search
 
@@ -101,6 +103,16 @@ def transcribe(
             yield Hypothesis(id, texts[0].hyp, ref, texts)
 
 
-def decoding_loader(corpus: Corpus, features: Path, units: Units, *, untranscribed: bool = False) -> BatchLoader:
-    """Return a loader of a corpus and its feature file. `untranscribed`: utterances without text are allowed."""
-    return BatchLoader(corpus, FeatureFile(features), units, untranscribed=untranscribed)
+def decoding_loader(
+    corpus: Corpus, features: Path, units: Units, *, untranscribed: bool = False, trained: TrainedOn | None = None
+) -> BatchLoader:
+    """Return a loader of a corpus and its feature file. `untranscribed`: utterances without text are allowed.
+
+    Raises StaleError if the features have other settings than those that the model was `trained` on, or if their
+    audio or times have changed.
+    """
+    file = FeatureFile(features)
+    if trained is not None:
+        trained.refuse_others(file)
+    refuse_changed_rows(corpus, file, corpus.utterances)
+    return BatchLoader(corpus, file, units, untranscribed=untranscribed)

@@ -24,7 +24,7 @@ from ...data.units import Units
 from ..config import Config, dump_config
 from ..decode.greedy import MAX_SYMBOLS
 from ..model.transducer import Transducer
-from ..run.load import EXPORT_FORMAT, EXPORT_HEAD, EXPORT_VERSION, ExportKind, load_run
+from ..run.load import EXPORT_FORMAT, EXPORT_HEAD, EXPORT_VERSION, ExportKind, load_run, trained_on
 from .folder import new_folder
 from .graphs import Graph, offline_graph, search_graphs, unfit_for_sherpa
 from .streaming import stream_graph
@@ -86,6 +86,7 @@ def export_run(
     if streaming and kind == "safetensors":
         raise UsageError("--streaming is for ONNX and torch, because weights keep the settings of their run")
     model, units, config, step = load_run(run, which)
+    trained = trained_on(run)
     sherpa = unfit_for_sherpa(model) if kind == "onnx" else "it reads ONNX only"
     if symbols is not None and sherpa:
         raise UsageError(f"--symbols-per-frame is for sherpa-onnx, which cannot run this: {sherpa}", where=run)
@@ -107,7 +108,7 @@ def export_run(
             folder=str(out),
             step=step,
             files=files,
-            rate_hz=_rate(config),
+            rate_hz=trained.rate_hz,
             bins=len(model.encoder.feature_mean),
             subsampling=model.encoder.subsampling,
             units=units.size,
@@ -117,6 +118,7 @@ def export_run(
             unfit_for_sherpa=sherpa,
         )
         head: dict[str, Any] = {"format": EXPORT_FORMAT, "version": EXPORT_VERSION, **asdict(exported)}
+        head["features"] = trained.settings
         head["files"] = {name: sha256_plain(draft / name) for name in files}
         del head["folder"]
         (draft / EXPORT_HEAD).write_text(json.dumps(head, indent=1) + "\n")
@@ -148,15 +150,3 @@ def _write_weights(model: Transducer, units: Units, config: Config, draft: Path)
     save_file(weights, draft / "model.safetensors")
     (draft / "config.toml").write_text(dump_config(config), encoding="utf-8")
     units.save(draft / "units")
-
-
-def _rate(config: Config) -> int | None:
-    """Return the sample rate of the audio, if the feature file still exists."""
-    from ...data.errors import FeatureError
-    from ...data.features.file import FeatureFile
-
-    try:
-        with FeatureFile(config.data.features) as features:
-            return int(features.settings["rate_hz"])
-    except (FeatureError, OSError):
-        return None

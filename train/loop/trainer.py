@@ -24,8 +24,9 @@ from ...data.batches.loader import Batch, BatchLoader, prefetch
 from ...data.batches.sampler import BatchSampler
 from ...data.errors import UsageError
 from ...data.features.compute import FeatureFile
+from ...data.features.provenance import refuse_changed_rows, refuse_other_settings
 from ...data.files.lock import FileLock
-from ...data.manifest import read_manifest
+from ...data.manifest import Corpus, read_manifest
 from ...data.units import load_units
 from ..config import Config, learning_rate, transfer_weight
 from ..decode.decode import transcribe
@@ -82,6 +83,7 @@ class Trainer:
 
         self.loader = loader(data.train, speeds=data.speeds, max_frames=data.max_frames, targets=targets)
         self.dev = None if data.dev is None else loader(data.dev).shared(ranks.rank, ranks.size)
+        ranks.from_first(lambda: self._refuse_other_features(corpus))
         shards = store_shards(config, [u.id for u in self.loader.utterances])
         sampler = BatchSampler(
             self.loader.frames, max_frames=data.batch_frames, seed=config.run.seed, shards=shards, mix=data.mix_shards
@@ -101,6 +103,14 @@ class Trainer:
         ranks.from_first(lambda: folder.refuse_other_folder(out))
         with self._locked():
             self._begin()
+
+    def _refuse_other_features(self, corpus: Corpus) -> None:
+        """Check that the features fit the model, and that they are of this corpus as it is now."""
+        bins = len(self.model.encoder.feature_mean)
+        refuse_other_settings(self.features, {"bins": bins}, None)
+        used = [*self.loader.utterances, *(self.dev.utterances if self.dev is not None else [])]
+        if absent := refuse_changed_rows(corpus, self.features, used):
+            self.on_progress(f"the audio of {absent} utterances is not here, so it was not compared with the features")
 
     def _refuse_unlike_ranks(self, sampler: BatchSampler) -> None:
         """Check, before anything is written, that all ranks mean the same run and that each has work."""
@@ -144,6 +154,7 @@ class Trainer:
             state, where = progress.state, progress.where
             for name, module in modules.items():
                 checkpoint.load_weights(module, progress.of(name), where)
+            refuse_other_settings(self.features, state.features, None)
             identity.refuse_other_data(state.data, self.identity["data"], where)
             self.step, self.epoch, self.position = state.step, state.epoch, state.position
             self.best = {} if state.best is None else state.best.model_dump()
@@ -197,6 +208,7 @@ class Trainer:
             "averaged": 0 if self.average is None else int(self.average.n_averaged),
             "precision": self.precision,
             "data": self.identity["data"],
+            "features": self.features.settings,
             "config": self.config.model_dump(mode="json"),
             "ranks": self.ranks.size,
             "versions": {"torch": torch.__version__},

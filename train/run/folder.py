@@ -63,6 +63,7 @@ class State(_Strict):
     averaged: Count = 0
     precision: Literal["float32", "bfloat16"]
     data: dict[str, Any]
+    features: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -22,17 +22,20 @@ from ...data.files.atomic import read_plain
 from ..config import Config
 
 FILE = "identity.json"
+SOUND = "sound"  # what the features were computed from; runs of earlier versions do not have it
 
 
 def data_identity(loader: BatchLoader, sampler: BatchSampler) -> dict[str, Any]:
     """Return fingerprints of what a run trains on, and in which order. None of it may change when the run resumes."""
     utterances = [[u.id, u.text] for u in loader.utterances]
+    ids = [u.id for u in loader.utterances]
     batches = [[b.indices.tolist(), b.speeds.tolist()] for b in sampler.epoch(0)]
     return {
         "units": loader.units.fingerprint,
         "features": loader.features.fingerprint,
         "utterances": len(loader.utterances),
         "frames": int(loader.frames.sum()),
+        SOUND: _hash(b"".join(loader.features.sounds(ids, speed).tobytes() for speed in loader.speeds)),
         "transcripts": _hash(json.dumps(utterances).encode()),
         "order": _hash(json.dumps(batches).encode()),  # in the first epoch, which the seed and the settings decide
     }
@@ -60,24 +63,33 @@ def read(out: Path) -> dict[str, Any] | None:
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """Return the differences of two identities in words, such as "budget.steps: 400 and 800"."""
     left, right = flatten(a), flatten(b)
-    return [f"{k}: {left.get(k)} and {right.get(k)}" for k in left | right if left.get(k) != right.get(k)]
+    names = (left | right).keys() - ({f"data.{SOUND}"} - (left.keys() & right.keys()))
+    return [
+        f"{k}: {left.get(k)} and {right.get(k)}" for k in left | right if k in names and left.get(k) != right.get(k)
+    ]
 
 
-def refuse_other_settings(old: Config, new: Config, where: Path) -> None:
-    """Raise StaleError if settings of a run changed that change its result.
+def other_settings(old: Config, new: Config) -> list[str]:
+    """Return in words which settings of a run changed that change its result.
 
     Those of the section run may change, the seed excepted, and so may the paths of the data.
     """
     free = {f"run.{name}" for name in type(new.run).model_fields} - {"run.seed"}
     free |= {"data.corpus", "data.features", "data.units", "transfer.stores"}
     a, b = old.flat(), new.flat()
-    differ = [f"{k}: {a[k]} in the run, {b[k]} in the new settings" for k in a if a[k] != b[k] and k not in free]
+    return [f"{k}: {a[k]} in the run, {b[k]} in the new settings" for k in a if a[k] != b[k] and k not in free]
+
+
+def refuse_other_settings(old: Config, new: Config, where: Path) -> None:
+    """Raise StaleError if settings of a run changed, as in `other_settings`."""
+    differ = other_settings(old, new)
     _refuse("the run has other settings", differ, where, "choose another --out for the new settings")
 
 
 def refuse_other_data(old: dict[str, Any], new: dict[str, Any], where: Path) -> None:
     """Raise StaleError if the data of a run, as in `data_identity`, changed."""
-    differ = [f"{k}: {old.get(k)} when the run began, {new[k]} now" for k in new if old.get(k) != new[k]]
+    names = [k for k in new if k != SOUND or k in old]
+    differ = [f"{k}: {old.get(k)} when the run began, {new[k]} now" for k in names if old.get(k) != new[k]]
     _refuse("the run's data changed", differ, where, "restore the data or choose another --out")
 
 

@@ -8,25 +8,66 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ...data.errors import CheckpointError
+from ...data.features.file import FeatureFile, FeatureSettings
+from ...data.features.provenance import refuse_other_settings
 from ...data.files.atomic import read_plain, sha256_plain
 from ...data.units import Units, load_units
-from ..config import Config, load_config
+from ..config import Config, load_config, without_removed
 from ..model.build import build_model
 from ..model.transducer import Transducer
-from . import checkpoint
+from . import checkpoint, identity
 from .averaging import mean
 
 WEIGHTS = "best, last, a step, raw, or average:N"
 EXPORT_FORMAT, EXPORT_VERSION = "stillhouse-export", 1
 EXPORT_HEAD = "model.json"  # A folder with this file is an export.
 ExportKind = Literal["onnx", "torch", "safetensors"]
+# Runs of earlier versions recorded only the fingerprint of their features, which had one of these rates.
+RATES = (16000, 8000, 11025, 12000, 22050, 24000, 32000, 44100, 48000)
+
+
+@dataclass(frozen=True)
+class TrainedOn:
+    """The feature settings that a model was trained on, and their fingerprint, as far as its folder records them."""
+
+    settings: dict[str, Any] | None = None
+    fingerprint: str | None = None
+
+    @property
+    def rate_hz(self) -> int | None:
+        return None if self.settings is None else int(self.settings["rate_hz"])
+
+    def refuse_others(self, features: FeatureFile) -> None:
+        """Raise StaleError if the settings of a feature file are not these."""
+        refuse_other_settings(features, self.settings, self.fingerprint)
+
+
+def trained_on(out: Path) -> TrainedOn:
+    """Return what a run, or a folder that was exported, records of its features."""
+    try:
+        if (out / EXPORT_HEAD).is_file():
+            head = json.loads(read_plain(out / EXPORT_HEAD))
+            if settings := head.get("features"):
+                return TrainedOn(dict(settings))
+            # Earlier versions wrote these two.
+            return TrainedOn({k: head[k] for k in ("rate_hz", "bins")} if head.get("rate_hz") else None)
+        paths = checkpoint.checkpoints(out / "checkpoints")
+        state = checkpoint.load(paths[-1]).state if paths else {}
+        settings, fingerprint = state.get("features"), state.get("data", {}).get("features")
+    except (OSError, ValueError, AttributeError, CheckpointError):  # `load_run` names the damage
+        return TrainedOn()
+    if settings is None and fingerprint is not None:
+        found = (FeatureSettings(rate_hz=rate) for rate in RATES)
+        settings = next((vars(s) for s in found if s.fingerprint == fingerprint), None)
+    return TrainedOn(settings, fingerprint)
 
 
 def load_run(out: Path, which: str = "best") -> tuple[Transducer, Units, Config, int]:
@@ -45,6 +86,7 @@ def load_run(out: Path, which: str = "best") -> tuple[Transducer, Units, Config,
     units = load_units(out / "units")
     model = build_model(config, units.size)
     chosen = chosen_checkpoints(out / "checkpoints", which)
+    _refuse_changed_folder(out, chosen[-1], config, units)
     averaged = config.optim.ema > 0 and which != "raw" and not which.startswith("average:")
     if which == "ema" and not averaged:
         raise CheckpointError("the run has no moving average", where=out, remedy="train with --set optim.ema=0.999")
@@ -56,6 +98,20 @@ def load_run(out: Path, which: str = "best") -> tuple[Transducer, Units, Config,
 
     loaded = next(models()) if len(chosen) == 1 else mean(models())
     return loaded.eval(), units, config, chosen[-1].step
+
+
+def _refuse_changed_folder(out: Path, used: checkpoint.Checkpoint, config: Config, units: Units) -> None:
+    """Raise CheckpointError if settings or units of a run are not those that its checkpoint was trained with."""
+    recorded = used.state.get("data", {}).get("units", units.fingerprint)
+    remedy = "restore it, or repeat `stillhouse train`"
+    if recorded != units.fingerprint:
+        what = f"the units have the fingerprint {units.fingerprint}, and the model was trained with {recorded}"
+        raise CheckpointError(what, where=out / "units", remedy=remedy)
+    if "config" in used.state:  # Format 1 has none.
+        differ = identity.other_settings(Config.model_validate(without_removed(used.state["config"])), config)
+        if differ:
+            what = f"the model was trained with other settings: {'; '.join(differ)}"
+            raise CheckpointError(what, where=out / "config.toml", remedy=remedy)
 
 
 def chosen_checkpoints(folder: Path, which: str) -> list[checkpoint.Checkpoint]:

@@ -180,12 +180,13 @@ def _decode(config: Config, folder: Path, split: str, checkpoint: str) -> None:
     from ...data.manifest import read_manifest
     from ..decode.decode import decoding_loader, transcribe
     from ..model.build import resolve_device
-    from ..run.load import load_run
+    from ..run.load import load_run, trained_on
     from ..score.hypotheses import write_hypotheses
 
     device = resolve_device(config.run.device)
     model, units, _, _ = load_run(folder, checkpoint)
-    loader = decoding_loader(read_manifest(config.data.corpus).select(split), config.data.features, units)
+    corpus = read_manifest(config.data.corpus).select(split)
+    loader = decoding_loader(corpus, config.data.features, units, trained=trained_on(folder))
     triples = sorted((h.id, h.ref, h.hyp) for h in transcribe(model.to(device), loader, device=device))
     write_hypotheses(folder / f"hyp-{split}.jsonl", triples)
 
