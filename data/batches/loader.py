@@ -87,8 +87,13 @@ class BatchLoader:
 
     def shared(self, rank: int, size: int) -> BatchLoader:
         """Return a loader of every `size`-th utterance from number `rank` on. It may have none."""
-        other, own = copy.copy(self), slice(rank, None, size)
-        other.utterances, other.encoded, other.frames = self.utterances[own], self.encoded[own], self.frames[own]
+        return self.only(range(rank, len(self.utterances), size))
+
+    def only(self, numbers: Sequence[int]) -> BatchLoader:
+        """Return a loader of the utterances with these numbers. It may have none."""
+        other = copy.copy(self)
+        other.utterances, other.encoded = ([part[i] for i in numbers] for part in (self.utterances, self.encoded))
+        other.frames = self.frames[np.asarray(numbers, np.int64)]
         return other
 
     def load(self, plan: BatchPlan) -> Batch:

@@ -62,6 +62,8 @@ search_options = with_options(
 @search_options
 @click.option("--format", "kind", type=click.Choice(["jsonl", "trn", "ctm", "text"]), default="jsonl",
               show_default=True, help="jsonl has everything, trn and ctm are NIST's, text is Kaldi's.")  # fmt: skip
+@click.option("--delay", "delay_s", type=click.FloatRange(min=0), callback=finite, default=0.0, metavar="SECONDS",
+              help="Time from a sound to the model's unit for it, as `align` measures it. [default: 0]")  # fmt: skip
 @click.option("--threads", type=POSITIVE, help="Number of CPU threads of torch. [default: all cores]")
 @click.option("--raw", is_flag=True, help="With `-`: read headerless 16-bit mono PCM at the model's sample rate.")
 @click.option("--id", "name", help="With `-` or AUDIO: the id of the audio. [default: stdin, or the file's name]")
@@ -80,6 +82,7 @@ def decode(
     checkpoint: str,
     device: str,
     kind: str,
+    delay_s: float,
     threads: int | None,
     raw: bool,
     name: str | None,
@@ -91,8 +94,8 @@ def decode(
 ) -> None:
     """Write a hypothesis of each utterance of CORPUS to stdout, as JSON lines {"id", "hyp", "ref", "score", "words"}.
 
-    The times of a word are those at which the model emits its units, in steps of an encoder frame. That is 10 ms times
-    the model's subsampling. --lm adds the score of an n-gram model to each unit. It helps most with --beam above 1.
+    A word ends where the next one begins or a silence starts. --delay corrects the times of a model that emits units
+    late. --lm adds the score of an n-gram model to each unit. It helps most with --beam above 1.
 
     Without FEATURES, the command decodes audio: `-` from a pipe (WAV, or --raw), or the file AUDIO. A model that was
     trained with chunks writes {"id", "hyp", "final", "start_s", "end_s", …} while the audio arrives. Any other model
@@ -129,7 +132,7 @@ def decode(
         loader = decoding_loader(chosen, features, units, untranscribed=True, trained=features_of(run))
         check_ids((u.id for u in loader.utterances), kind)
         began = time.perf_counter()
-        for hypothesis in transcribe(model, loader, device=where, search=search, nbest=nbest):
+        for hypothesis in transcribe(model, loader, device=where, search=search, nbest=nbest, delay_s=delay_s):
             for line in hypothesis_lines(hypothesis, kind, nbest):
                 click.echo(line)
         seconds, audio_s = time.perf_counter() - began, loader.frames.sum() / 100
@@ -139,8 +142,9 @@ def decode(
         raise UsageError("--split is for a corpus", expected="CORPUS and FEATURES")
     rate_hz = sample_rate(run)
     chunk = chunk_size(model, chunk)
+    kept = {"nbest": nbest, "delay_s": delay_s}
     decoder = StreamDecoder(
-        model, units, search=search, rate_hz=rate_hz, chunk=chunk, segment_s=segment, endpoint_s=endpoint, nbest=nbest
+        model, units, search=search, rate_hz=rate_hz, chunk=chunk, segment_s=segment, endpoint_s=endpoint, **kept
     )
     if not chunk:
         if endpoint is not None:
@@ -191,15 +195,29 @@ def _search(
 @click.argument("features", type=PATH)
 @run_options
 @click.option("--textgrid", "folder", type=PATH, help="Also write FOLDER/ID.TextGrid for Praat.")
+@click.option("--delay", "delay_s", type=click.FloatRange(min=0), callback=finite, metavar="SECONDS",
+              help="Time from a sound to the model's unit for it. [default: measured on the corpus]")  # fmt: skip
 def align(
-    run: Path, corpus: Path, features: Path, split: str | None, checkpoint: str, device: str, folder: Path | None
+    run: Path,
+    corpus: Path,
+    features: Path,
+    split: str | None,
+    checkpoint: str,
+    device: str,
+    folder: Path | None,
+    delay_s: float | None,
 ) -> None:
-    """Write the times at which the model emits each word of the transcripts to stdout, as CTM lines.
+    """Write the start and the duration of each word of the transcripts to stdout, as CTM lines.
+
+    A word ends where the next one begins or a silence starts. The model emits a unit some time after its sound. The
+    command measures this delay on up to 64 utterances of the corpus. Give --delay for the same times of an utterance
+    in any corpus.
 
     Example: stillhouse align runs/kathleen corpus.jsonl features.h5 --split test > words.ctm
     """
     from ...data.manifest import read_manifest
     from ..decode.align import align as alignments
+    from ..decode.align import find_delay
     from ..decode.decode import decoding_loader
     from ..decode.write import check_ids, ctm_lines, textgrid
     from ..model.build import resolve_device
@@ -210,8 +228,16 @@ def align(
     loader = decoding_loader(read_manifest(corpus).select(split), features, units, trained=features_of(run))
     check_ids((u.id for u in loader.utterances), "ctm")
     words = 0
-    for alignment in alignments(model.to(where), loader, device=where):
+    model = model.to(where)
+    if delay_s is None:
+        delay_s = round(find_delay(model, loader, device=where), 2)
+        say(
+            f"The model emits units {delay_s:.2f} s after their sound (--delay {delay_s:.2f}), measured on this corpus."
+        )
+    for alignment in alignments(model, loader, device=where, delay_s=delay_s):
         words += len(alignment.words)
+        if alignment.untimed:
+            say(f"{alignment.id}: {alignment.untimed} words have no times, because {alignment.why}.")
         for line in ctm_lines(alignment.id, alignment.words):
             click.echo(line)
         if folder is not None:

@@ -1,9 +1,10 @@
 """Forced alignment: when a trained transducer emits each unit of a transcript, read off the loss's occupancies.
 
 The units get the frames, in order, that together hold most occupancy: the most expected correct ones, not the single
-best path. A transducer may emit a unit later than it is spoken, so times are the model's, in steps of a frame.
+best path. A transducer may emit a unit later than it is spoken. `find_delay` measures by how much, and `times` finds
+the words' beginnings and ends from the frames of their units and the loudness of the audio.
 
-Guarantees: the words of an utterance are in order, lie inside the audio and do not overlap.
+Guarantees: the words of an utterance are in order, lie inside the audio, do not overlap and do not last 0 s.
 Try: `stillhouse align RUN CORPUS FEATURES --split test`.
 """
 
@@ -18,17 +19,28 @@ import torch
 from ...data.batches.loader import BatchLoader
 from ..model.losses import transducer_costs
 from ..model.transducer import Transducer
-from .decode import encoded_batches
-from .emissions import FRAME_S, Word, words_of
+from .decode import batch_loudness, encoded_batches
+from .emissions import Word, words_of
+from .times import FRAME_S, measured_delay
+
+LONGEST = 30_000  # feature frames of an utterance, because memory grows with their square
+BESIDE = 2  # encoder frames on each side of a unit's best frame
+SAMPLED = 64  # utterances that the model's delay is measured on
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """An utterance whose words have times. It has no words if no alignment exists."""
+    """An utterance whose words have times. It has no words if it is too long or no alignment exists.
+
+    untimed: words of the transcript without a time.
+    why: the reason for this, if there are any.
+    """
 
     id: str
     duration_s: float
     words: list[Word]
+    untimed: int = 0
+    why: str = ""
 
 
 def best_frames(occupancy: np.ndarray) -> np.ndarray:
@@ -49,14 +61,30 @@ def best_frames(occupancy: np.ndarray) -> np.ndarray:
     return frames
 
 
-def align(
-    model: Transducer, loader: BatchLoader, *, device: torch.device, batch_frames: int = 16_000
-) -> Iterator[Alignment]:
-    """Yield an alignment of each utterance of `loader`, which has transcripts, longest first.
+def emission_frames(occupancy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the frame in which each unit of occupancy [U, T] is expected, float64 [U], and its confidence [U].
 
-    The model is on `device`. A batch has batch_frames feature frames, padding included.
+    The expectation is taken over the frames beside the unit's best one, so that a second, unlikely place does not
+    count. Frames do not decrease. The confidence is the occupancy of the best frame.
     """
-    frame_s = FRAME_S * model.encoder.subsampling
+    best = best_frames(occupancy)
+    frames = best[:, None] + np.arange(-BESIDE, BESIDE + 1)
+    inside = (frames >= 0) & (frames < occupancy.shape[1])
+    own = np.where(inside, np.take_along_axis(occupancy, frames.clip(0, occupancy.shape[1] - 1), axis=1), 0.0)
+    total = own.sum(axis=1)
+    mean = np.divide((own * frames).sum(axis=1), total, out=best.astype(np.float64), where=total > 0)
+    return np.maximum.accumulate(mean), occupancy[np.arange(len(best)), best]
+
+
+def emitted(
+    model: Transducer, loader: BatchLoader, device: torch.device, batch_frames: int
+) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield (number, frames [U], confidence [U], loudness [F]) of each utterance of `loader`, longest first.
+
+    Frames are those of features. They are empty if no alignment exists.
+    """
+    if not loader.utterances:
+        return
     for plan, batch, states, lengths in encoded_batches(model, loader, device, batch_frames):
         with torch.no_grad():
             _, occupancy = transducer_costs(
@@ -70,13 +98,47 @@ def align(
             )
             assert occupancy is not None
         shares = occupancy.cpu().numpy().astype(np.float64)
-        for b, (id, number) in enumerate(zip(batch.ids, plan.indices)):
+        for b, number in enumerate(plan.indices):
             own = shares[b, : int(batch.target_lengths[b]), : int(lengths[b])]
-            duration_s = int(batch.feature_lengths[b]) * FRAME_S
-            words: list[Word] = []
+            frames = confidence = np.zeros(0)
             if own.sum() > 0:
-                frames = best_frames(own)
-                confidence = own[np.arange(len(frames)), frames]
-                text, spans = loader.utterances[number].text, loader.encoded[number].spans
-                words = words_of(text, spans, frames, confidence, frame_s, duration_s)
-            yield Alignment(id, duration_s, words)
+                frames, confidence = emission_frames(own)
+            yield number, frames * model.encoder.subsampling, confidence, batch_loudness(batch, b)
+
+
+def find_delay(model: Transducer, loader: BatchLoader, *, device: torch.device, batch_frames: int = 16_000) -> float:
+    """Return how many seconds after its sound the model emits a unit, measured on up to SAMPLED utterances of `loader`.
+
+    They are spread evenly. 0.0 if they are too few to tell.
+    """
+    short = np.flatnonzero(loader.frames[:, 0] <= LONGEST)
+    some = loader.only(short[:: max(1, -(-len(short) // SAMPLED))].tolist())
+    found = []
+    for number, frames, _, loud in emitted(model, some, device, batch_frames):
+        text, spans = some.utterances[number].text, some.encoded[number].spans
+        sizes = [len(text[begin:end].strip()) for begin, end in spans.tolist()]
+        first = next((u for u, size in enumerate(sizes) if size), None)
+        if len(frames) and first is not None:
+            found.append((float(frames[first]), sizes[first], sum(sizes), loud))
+    return (measured_delay(found) or 0.0) * FRAME_S
+
+
+def align(
+    model: Transducer, loader: BatchLoader, *, device: torch.device, batch_frames: int = 16_000, delay_s: float = 0.0
+) -> Iterator[Alignment]:
+    """Yield an alignment of each utterance of `loader`, which has transcripts, longest first.
+
+    The model is on `device` and emits units delay_s after their sound (see `find_delay`). A batch has batch_frames
+    feature frames, padding included.
+    """
+    long = loader.frames[:, 0] > LONGEST
+    for number in np.flatnonzero(long).tolist():
+        utterance, duration_s = loader.utterances[number], int(loader.frames[number, 0]) * FRAME_S
+        why = f"it lasts {duration_s / 60:.1f} minutes, and {LONGEST * FRAME_S / 60:.0f} are the most"
+        yield Alignment(utterance.id, duration_s, [], len(utterance.text.split()), why)
+    rest = loader.only(np.flatnonzero(~long).tolist())
+    for number, frames, confidence, loud in emitted(model, rest, device, batch_frames):
+        utterance, spans = rest.utterances[number], rest.encoded[number].spans
+        words = words_of(utterance.text, spans, frames, confidence, loud, delay_s) if len(frames) else []
+        why = "the tokenizer has no unit for them" if words else "no alignment exists"
+        yield Alignment(utterance.id, len(loud) * FRAME_S, words, len(utterance.text.split()) - len(words), why)

@@ -22,8 +22,9 @@ from ...data.manifest import Corpus
 from ...data.units import Units
 from ..model.transducer import Transducer
 from ..run.load import TrainedOn
-from .emissions import FRAME_S, Emissions, Word, timed_words
+from .emissions import Emissions, Word, timed_words
 from .greedy import Search, greedy_search
+from .times import loudness
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,16 @@ class Hypothesis:
 
 
 def rank_texts(
-    units: Units, results: list[Emissions], frame_s: float, duration_s: float, most: int = 1
+    units: Units, results: list[Emissions], subsampling: int, loud: np.ndarray, most: int = 1, delay_s: float = 0.0
 ) -> list[ScoredText]:
-    """Return the best `most` texts of a search, best first.
+    """Return the best `most` texts of a search, best first, with words by `timed_words`.
 
     Unit sequences that spell one text are merged. Their probabilities are added, and the words keep the times of the
     first of them.
     """
     texts: dict[str, ScoredText] = {}
     for e in results:
-        text, words = timed_words(units, e, frame_s, duration_s)
+        text, words = timed_words(units, e, subsampling, loud, delay_s)
         if text not in texts:
             texts[text] = ScoredText(text, e.score, e.acoustic, e.fused, words)
         else:
@@ -79,6 +80,11 @@ def encoded_batches(
         yield plan, batch, states, lengths
 
 
+def batch_loudness(batch: Batch, number: int) -> np.ndarray:
+    """Return the loudness of each frame of one utterance of a batch."""
+    return loudness(batch.features[number, : int(batch.feature_lengths[number])].cpu().numpy())
+
+
 def transcribe(
     model: Transducer,
     loader: BatchLoader,
@@ -87,19 +93,19 @@ def transcribe(
     batch_frames: int = 30_000,
     search: Callable[[Transducer, int], Search] = greedy_search,
     nbest: int = 1,
+    delay_s: float = 0.0,
 ) -> Iterator[Hypothesis]:
     """Yield a hypothesis of each utterance of `loader` at speed 1, longest first, with its `nbest` best texts.
 
-    The model is on `device`. A batch has batch_frames feature frames, padding included. `search` makes the search of a
-    batch from the model and the number of utterances.
+    The model is on `device` and emits units delay_s after their sound. A batch has batch_frames feature frames, padding
+    included. `search` makes the search of a batch from the model and the number of utterances.
     """
-    frame_s = FRAME_S * model.encoder.subsampling
     for plan, batch, states, lengths in encoded_batches(model, loader, device, batch_frames):
         decoder = search(model, len(batch.ids))
         decoder.feed(states, lengths)
-        durations = (batch.feature_lengths * FRAME_S).tolist()
-        for id, results, ref, duration_s in zip(batch.ids, decoder.finish(), loader.references(plan), durations):
-            texts = rank_texts(loader.units, results, frame_s, duration_s, nbest)
+        for b, (id, results, ref) in enumerate(zip(batch.ids, decoder.finish(), loader.references(plan))):
+            loud = batch_loudness(batch, b)
+            texts = rank_texts(loader.units, results, model.encoder.subsampling, loud, nbest, delay_s)
             yield Hypothesis(id, texts[0].hyp, ref, texts)
 
 

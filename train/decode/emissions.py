@@ -16,8 +16,7 @@ import numpy as np
 
 from ...data.text import SPACE_MARK
 from ...data.units import UNKNOWN, UNKNOWN_TEXT, Units
-
-FRAME_S = 0.01  # duration of one feature frame
+from .times import FRAME_S, Spoken, word_times
 
 
 @dataclass(frozen=True)
@@ -64,11 +63,13 @@ def text_and_spans(units: Units, ids: Sequence[int]) -> tuple[str, np.ndarray]:
     return text, np.maximum(np.stack([ends[:-1], ends[1:]], axis=1) - (ends[-1] - len(text)), 0)
 
 
-def timed_words(units: Units, emissions: Emissions, frame_s: float, duration_s: float) -> tuple[str, list[Word]]:
-    """Return the text of a hypothesis and its words, with times in steps of an encoder frame."""
+def timed_words(
+    units: Units, emissions: Emissions, subsampling: int, loud: np.ndarray, delay_s: float = 0.0
+) -> tuple[str, list[Word]]:
+    """Return the text of a hypothesis and its words, with times by `words_of`. An encoder frame has `subsampling`."""
     text, spans = text_and_spans(units, emissions.units)
-    frames, confidence = np.array(emissions.frames, np.int64), np.array(emissions.confidence, np.float64)
-    return text, words_of(text, spans, frames, confidence, frame_s, duration_s, combine=np.prod)
+    frames, confidence = np.array(emissions.frames, np.float64), np.array(emissions.confidence, np.float64)
+    return text, words_of(text, spans, frames * subsampling, confidence, loud, delay_s, combine=np.prod)
 
 
 def words_of(
@@ -76,31 +77,31 @@ def words_of(
     spans: np.ndarray,
     frames: np.ndarray,
     confidence: np.ndarray,
-    frame_s: float,
-    duration_s: float,
+    loud: np.ndarray,
+    delay_s: float = 0.0,
     combine: Callable[[np.ndarray], Any] = np.mean,
 ) -> list[Word]:
-    """Return the words of a text with times, from the first unit's frame to the end of the last unit's.
+    """Return the words of a text with times by `word_times`, in an utterance of loudness [F].
 
-    Unit u has the characters spans [U, 2] of `text`, the encoder frame frames [U], each frame_s seconds long, and
-    confidence [U], of which `combine` makes a word's. Times end at duration_s. Words are in order and do not overlap.
-    A word without units, because their transform drops its characters, has no time and is left out.
+    Unit u has the characters spans [U, 2] of `text`, is emitted in the feature frame frames [U], delay_s after its
+    sound, and has confidence [U], of which `combine` makes a word's. A word without units, because their transform
+    drops its characters, has no time and is left out.
     """
     visible = []  # (first character that is not white space, unit)
+    sizes = np.ones(len(spans), np.int64)
     for unit, (begin, end) in enumerate(spans.tolist()):
         if shown := text[begin:end].lstrip():
             visible.append((begin + len(text[begin:end]) - len(shown), unit))
+            sizes[unit] = len(shown.rstrip())
     starts = [start for start, _ in visible]
-    words: list[Word] = []
+    found = []
     for match in re.finditer(r"\S+", text):
         own = [unit for _, unit in visible[bisect_left(starts, match.start()) : bisect_left(starts, match.end())]]
-        if not own:
-            continue
-        start_s, end_s = frames[own[0]] * frame_s, (frames[own[-1]] + 1) * frame_s
-        if words and start_s < words[-1].end_s:  # Two words of one frame share it.
-            last = words[-1]
-            words[-1] = Word(last.text, last.start_s, max(last.start_s, start_s), last.confidence)
-        words.append(
-            Word(match.group(), min(start_s, duration_s), min(end_s, duration_s), float(combine(confidence[own])))
-        )
-    return words
+        if own:
+            found.append((match.group(), own))
+    spoken = [Spoken(frames[u[0]], frames[u[-1]], int(sizes[u[0]]), int(sizes[u[-1]])) for _, u in found]
+    times = word_times(spoken, loud, delay_s / FRAME_S) * FRAME_S
+    return [
+        Word(word, start_s, end_s, float(combine(confidence[own])))
+        for (word, own), (start_s, end_s) in zip(found, times.tolist())
+    ]

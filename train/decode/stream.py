@@ -22,8 +22,9 @@ from ...data.units import Units
 from ..model.streaming import EncoderStream
 from ..model.transducer import Transducer
 from .decode import Hypothesis, ScoredText, rank_texts
-from .emissions import FRAME_S, Emissions
+from .emissions import Emissions
 from .greedy import Search
+from .times import FRAME_S, loudness
 
 SMOOTHED_FRAMES = 21  # width of the triangle that loudness is averaged with, to find a pause
 
@@ -71,6 +72,7 @@ class StreamDecoder:
     segment_s: longest segment. A model that needs whole utterances cuts at the quietest place of the last third.
     endpoint_s: a segment ends if no unit is emitted for this long after one. For models that stream.
     nbest: texts to keep.
+    delay_s: seconds between a sound and the model's unit for it.
     """
 
     model: Transducer
@@ -82,6 +84,7 @@ class StreamDecoder:
     segment_s: float | None = None
     endpoint_s: float | None = None
     nbest: int = 1
+    delay_s: float = 0.0
 
     def __post_init__(self) -> None:
         model, chunk = self.model, self.chunk
@@ -89,6 +92,7 @@ class StreamDecoder:
         self.device = model.encoder.feature_mean.device
         self.fbank = OnlineFbank(self.rate_hz, len(model.encoder.feature_mean))
         self.encoder = EncoderStream(model.encoder, chunk_frames=chunk) if chunk else None
+        self.loud = np.empty(0, np.float32)  # of the frames from the segment's start on
         self.waiting = np.empty((0, self.fbank.bins), np.float32)  # features, for a model that does not stream
         # Start and length of the segment are in encoder states, or in feature frames if the model does not stream.
         self.segment = self.start = self.length = 0
@@ -113,6 +117,7 @@ class StreamDecoder:
     def _push_features(self, features: np.ndarray) -> Iterator[StreamResult]:
         # The model was trained on features.h5, which holds float16.
         features = features.astype(np.float16).astype(np.float32)
+        self.loud = np.concatenate([self.loud, loudness(features)])
         if self.encoder is not None:
             yield from self._push_states(self.encoder.push(torch.from_numpy(features)))
             return
@@ -153,15 +158,18 @@ class StreamDecoder:
 
     def _end_segment(self) -> StreamResult:
         result = self._result(self.decoder.finish()[0], final=True)
+        self.loud = self.loud[round(self.length * self.step_s / FRAME_S) :]
         self.segment, self.start, self.length, self.last_units = self.segment + 1, self.start + self.length, 0, []
         self.decoder = self.search(self.model, 1)
         return result
 
     def _result(self, results: list[Emissions], *, final: bool) -> StreamResult:
         start_s, end_s = self.start * self.step_s, (self.start + self.length) * self.step_s
+        subsampling = self.model.encoder.subsampling
+        loud = self.loud[: round((end_s - start_s) / FRAME_S)]
         texts = [
             replace(t, words=[replace(w, start_s=w.start_s + start_s, end_s=w.end_s + start_s) for w in t.words])
-            for t in rank_texts(self.units, results, self.frame_s, end_s - start_s, self.nbest)
+            for t in rank_texts(self.units, results, subsampling, loud, self.nbest, self.delay_s)
         ]
         return StreamResult(self.segment, start_s, end_s, final, texts)
 

@@ -80,7 +80,9 @@ def ctm_lines(id: str, words: Iterable[Word]) -> Iterator[str]:
     Times count from the start of the utterance.
     """
     for word in words:
-        yield f"{id} 1 {word.start_s:.2f} {word.end_s - word.start_s:.2f} {word.text} {word.confidence:.3f}"
+        length_s = word.end_s - word.start_s
+        digits = 2 if length_s >= 0.01 else 5  # more words than frames
+        yield f"{id} 1 {word.start_s:.{digits}f} {length_s:.{digits}f} {word.text} {word.confidence:.3f}"
 
 
 def textgrid(alignment: Alignment) -> str:
@@ -88,8 +90,6 @@ def textgrid(alignment: Alignment) -> str:
     intervals: list[tuple[float, float, str]] = []
     end_s = 0.0
     for word in alignment.words:
-        if word.end_s <= word.start_s:
-            continue
         if word.start_s > end_s:
             intervals.append((end_s, word.start_s, ""))
         intervals.append((word.start_s, word.end_s, word.text.replace('"', '""')))

@@ -22,6 +22,8 @@ SYNCHRONOUS = 2  # espeak_AUDIO_OUTPUT: the callback gets the samples, and espea
 BUFFER_MS = 200
 CHARS_UTF8 = 1
 SEED = 1  # of the breath and flutter of a voice, which the library seeds with the time of day
+PHONEME_EVENTS = 1  # an option of espeak_Initialize
+LIST_END, WORD, PHONEME = 0, 1, 7  # espeak_EVENT_TYPE
 RATE, PITCH, RANGE, WORDGAP = 1, 3, 4, 7  # espeak_PARAMETER
 
 
@@ -49,16 +51,46 @@ def speak(voice: EspeakVoice, texts: Sequence[str]) -> tuple[int, list[np.ndarra
 
     Raises AudioError if the library, its data or the voice is missing.
     """
+    rate_hz, spoken = speak_with_events(voice, texts)
+    return rate_hz, [samples for samples, _ in spoken]
+
+
+class _Event(ctypes.Structure):
+    """espeak_EVENT of speak_lib.h."""
+
+    _fields_ = (
+        *(("kind", ctypes.c_int), ("id", ctypes.c_uint), ("character", ctypes.c_int), ("length", ctypes.c_int)),
+        *(("time_ms", ctypes.c_int), ("sample", ctypes.c_int), ("data", ctypes.c_void_p), ("name", ctypes.c_char * 8)),
+    )
+
+
+def speak_with_events(
+    voice: EspeakVoice, texts: Sequence[str]
+) -> tuple[int, list[tuple[np.ndarray, list[tuple[int, int]]]]]:
+    """Speak as `speak` does. Return the rate and, for each text, int16 [S] and its events in order.
+
+    An event is (sample, character): from there on the library speaks the word that begins with this character of the
+    text, or a pause if the character is negative.
+    """
     library, data_path = _load()
     chunks: list[np.ndarray] = []
+    events: list[tuple[int, int]] = []
 
-    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
-    def collect(samples, count, events):
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
+    def collect(samples, count, found):
         if samples and count > 0:
             chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
+        number = 0
+        while found and found[number].kind != LIST_END:
+            event = found[number]
+            if event.kind == WORD:
+                events.append((event.sample, event.character - 1))
+            elif event.kind == PHONEME and event.name.startswith(b"_"):
+                events.append((event.sample, -1))
+            number += 1
         return 0
 
-    rate_hz = library.espeak_Initialize(SYNCHRONOUS, BUFFER_MS, data_path, 0)
+    rate_hz = library.espeak_Initialize(SYNCHRONOUS, BUFFER_MS, data_path, PHONEME_EVENTS)
     if rate_hz <= 0:
         raise AudioError("espeak-ng does not start", where=data_path.decode())
     library.espeak_ng_SetRandSeed(SEED)
@@ -71,10 +103,11 @@ def speak(voice: EspeakVoice, texts: Sequence[str]) -> tuple[int, list[np.ndarra
     spoken = []
     for text in texts:
         chunks.clear()
+        events.clear()
         data = text.encode()
         if library.espeak_Synth(data, len(data) + 1, 0, 0, 0, CHARS_UTF8, None, None) != 0:
             raise AudioError(f"espeak-ng could not speak {text!r}", where=voice.name)
-        spoken.append(np.concatenate(chunks) if chunks else np.zeros(0, np.int16))
+        spoken.append((np.concatenate(chunks) if chunks else np.zeros(0, np.int16), events.copy()))
     library.espeak_Terminate()
     return rate_hz, spoken
 

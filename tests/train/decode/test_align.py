@@ -7,8 +7,9 @@ import itertools
 import numpy as np
 import pytest
 
-from stillhouse.train.decode.align import Alignment, best_frames
+from stillhouse.train.decode.align import Alignment, best_frames, emission_frames
 from stillhouse.train.decode.emissions import Word, words_of
+from stillhouse.train.decode.times import measured_delay
 from stillhouse.train.decode.write import ctm_lines, textgrid
 
 
@@ -24,21 +25,78 @@ def test_best_frames_are_the_best_of_all(U, T):
     assert occupancy[np.arange(U), frames].sum() == pytest.approx(best)
 
 
+def sound(*parts: tuple[int, int]) -> np.ndarray:
+    """Loudness of parts (frames, level)."""
+    return np.concatenate([np.full(frames, level, np.float32) for frames, level in parts])
+
+
+def bounds(words: list[Word]) -> list[tuple[str, float, float]]:
+    return [(w.text, round(w.start_s, 4), round(w.end_s, 4)) for w in words]
+
+
 def test_words_by_hand():
     # "Oh,  a cat": units _o h | _ (alone) | _a | _c at ; the comma has no unit
     text = "Oh,  a cat"
     spans = np.array([[0, 1], [1, 2], [3, 4], [4, 6], [6, 8], [8, 10]])
-    frames, confidence = np.array([1, 3, 3, 3, 6, 8]), np.array([0.5, 0.7, 0.9, 0.4, 1.0, 0.8])
-    words = words_of(text, spans, frames, confidence, 0.04, 0.5)
-    assert [w.text for w in words] == ["Oh,", "a", "cat"]
-    assert [round(w.start_s, 3) for w in words] == [0.04, 0.12, 0.24]
-    assert [round(w.end_s, 3) for w in words] == [0.12, 0.16, 0.36]  # "a" takes the frame that both were in
+    frames, confidence = np.array([14, 22, 40, 45, 52, 70]), np.array([0.5, 0.7, 0.9, 0.4, 1.0, 0.8])
+    loud = sound((10, -10), (20, 0), (12, -10), (43, 0), (5, -10))
+    words = words_of(text, spans, frames, confidence, loud)
+    # The silence from 0.30 to 0.42 s divides "Oh," from "a". Nothing divides "a" from "cat", so their units do.
+    assert bounds(words) == [("Oh,", 0.1, 0.3), ("a", 0.42, 0.48), ("cat", 0.48, 0.85)]
     assert [round(w.confidence, 3) for w in words] == [0.6, 0.4, 0.9]
+    later = words_of(text, spans, frames + 25, confidence, loud, 0.25)
+    assert bounds(later) == bounds(words)
+
+
+def test_longer_units_take_more_of_the_distance():
+    words = words_of("I saw", np.array([[0, 1], [1, 5]]), np.array([10, 50]), np.ones(2), sound((90, 0)))
+    assert [w.start_s for w in words] == pytest.approx([0.0, 0.2])  # a quarter of the distance, by 1 and 3 characters
+
+
+def test_a_closure_is_no_silence():
+    # The closure of a stop, 4 frames, is inside the second word.
+    loud = sound((20, 0), (42, -10), (10, 0), (4, -10), (14, 0))
+    words = words_of("a at", np.array([[0, 1], [1, 3], [3, 4]]), np.array([12, 66, 80]), np.ones(3), loud)
+    assert bounds(words) == [("a", 0.02, 0.2), ("at", 0.62, 0.9)]
 
 
 def test_a_word_without_units_has_no_time_and_the_end_is_the_audios():
-    words = words_of("hm — yes", np.array([[0, 2], [4, 8]]), np.array([0, 9]), np.ones(2), 0.04, 0.37)
-    assert [(w.text, round(w.start_s, 2), round(w.end_s, 2)) for w in words] == [("hm", 0.0, 0.04), ("yes", 0.36, 0.37)]
+    words = words_of("hm — yes", np.array([[0, 2], [4, 8]]), np.array([0, 36]), np.ones(2), sound((37, 0)))
+    assert bounds(words) == [("hm", 0.0, 0.14), ("yes", 0.14, 0.37)]
+
+
+@pytest.mark.parametrize("frames", [2, 7, 40, 1000])
+@pytest.mark.parametrize("delay_s", [0.0, 0.4])
+def test_words_always_last_and_never_overlap(frames: int, delay_s: float):
+    rng = np.random.default_rng(frames)
+    for count in (1, 2, 13):
+        emitted = np.sort(rng.integers(0, frames, count)).astype(float)
+        loud = np.repeat(rng.normal(-8, 4, frames // 9 + 1), 9)[:frames].astype(np.float32)
+        text = " ".join("ab" for _ in range(count))
+        spans = np.array([[3 * k, 3 * k + 2] for k in range(count)])
+        words = words_of(text, spans, emitted, np.ones(count), loud, delay_s)
+        assert len(words) == count
+        assert all(w.end_s > w.start_s for w in words)
+        assert all(a.end_s <= b.start_s + 1e-9 for a, b in itertools.pairwise(words))
+        assert words[0].start_s >= 0 and words[-1].end_s <= frames / 100 + 1e-9
+        if frames >= 3 * count:
+            assert all(w.end_s - w.start_s >= 0.0299 for w in words)
+        assert not any(line.split()[3].strip("0.") == "" for line in ctm_lines("u", words))
+
+
+def test_the_expected_frame_is_that_of_the_best_place():
+    occupancy = np.array([[0.0, 0.5, 0.5, 0, 0, 0, 0, 0], [0, 0, 0, 0.6, 0, 0, 0, 0.4]])
+    frames, confidence = emission_frames(occupancy)
+    assert frames.tolist() == [1.5, 3.0]  # 7 is too far from 3 to count
+    assert confidence.tolist() == [0.5, 0.6]
+
+
+def test_the_delay_is_measured_at_the_first_words():
+    # 10 characters last 60 frames of sound, so the first unit, of 2 characters, is expected 6 frames after the silence.
+    loud = sound((30, -10), (60, 0), (20, -10))
+    assert measured_delay([(30 + 6 + 25.0, 2, 10, loud)] * 5) == 25
+    assert measured_delay([(30.0, 2, 10, loud)] * 5) == 0  # a model may be early, but its delay is none
+    assert measured_delay([(61.0, 2, 10, loud)] * 4) is None
 
 
 ALIGNMENT = Alignment("utt-1", 0.5, [Word("Oh,", 0.04, 0.12, 0.61), Word('"a', 0.12, 0.16, 0.4)])

@@ -18,7 +18,9 @@ from click.testing import CliRunner
 
 from stillhouse.cli import cli
 from stillhouse.data.errors import StillhouseError
+from stillhouse.data.manifest import read_manifest
 from stillhouse.train.config import load_config
+from stillhouse.train.decode import align as align_module
 from stillhouse.train.loop.trainer import Trainer
 
 SETTINGS = ("model.chunk_frames=32", "optim.steps=100", "run.eval_every=50", "run.checkpoint_every=50")
@@ -83,6 +85,30 @@ def test_beam_and_language_model_make_fewer_errors(hearing: Path, tones: Path, t
         told = stillhouse("score", tmp_path / kind, "--corpus", tones / "corpus.jsonl", "--json")[0]
         rates.append(json.loads(told)["wer"]["rate"])
     assert rates == [found["greedy"]] * 3
+
+
+def test_align_names_what_it_gives_no_times(
+    hearing: Path, tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dev = (tones / "corpus.jsonl", tones / "features.h5", "--split", "dev")
+    monkeypatch.setattr(align_module, "LONGEST", 150)
+    out, said = stillhouse("align", hearing, *dev, "--textgrid", tmp_path)
+    found = [line.split() for line in out.splitlines()]
+    assert all(float(row[3]) >= 0.03 for row in found)
+    long = 0
+    for utterance in read_manifest(dev[0]).select("dev").utterances:
+        own = [row[4] for row in found if row[0] == utterance.id]
+        if len(soundfile.read(tones / utterance.audio)[0]) > 1.5 * 16_000:
+            assert f"{utterance.id}: {len(utterance.text.split())} words have no times, because it lasts" in said
+            assert not own and (tmp_path / f"{utterance.id}.TextGrid").exists()
+            long += 1
+        else:
+            assert own == utterance.text.split() and f"{utterance.id}:" not in said
+    assert 0 < long < 12
+    assert "--delay 0." in said
+    moved = stillhouse("align", hearing, *dev, "--delay", 0.3)[0]
+    again, said = stillhouse("align", hearing, *dev, "--delay", 0.3)
+    assert moved == again != out and "--delay" not in said
 
 
 def test_a_pipe_gives_what_the_features_give(hearing: Path, tones: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from stillhouse.train.decode.beam import Beam
 from stillhouse.train.decode.decode import rank_texts
 from stillhouse.train.decode.greedy import Greedy, greedy_search
 from stillhouse.train.decode.stream import StreamDecoder, StreamResult, chunk_size, quietest
+from stillhouse.train.decode.times import loudness
 from stillhouse.train.model.transducer import BLANK, Transducer
 
 UNITS = Units("characters", "none", ["<blank>", "<unk>", "▁", *"abcd"])
@@ -57,8 +58,8 @@ def whole(net: Transducer, samples: np.ndarray, search) -> StreamResult:
     features = torch.from_numpy(fbank(samples).astype(np.float16).astype(np.float32))
     decoder = search(net, 1)
     decoder.feed(*net.encode(features[None], torch.tensor([len(features)])))
-    seconds = len(features) / 100
-    return StreamResult(0, 0.0, seconds, True, rank_texts(UNITS, decoder.finish()[0], 0.04, seconds, 3))
+    seconds, loud = len(features) / 100, loudness(features.numpy())
+    return StreamResult(0, 0.0, seconds, True, rank_texts(UNITS, decoder.finish()[0], 4, loud, 3))
 
 
 def assert_same(a: StreamResult, b: StreamResult) -> None:
@@ -137,7 +138,8 @@ def whole_of_frames(net: Transducer, samples: np.ndarray, frames: int) -> Stream
     features = torch.from_numpy(fbank(samples)[:frames].astype(np.float16).astype(np.float32))
     decoder = Greedy(net, 1)
     decoder.feed(*net.encode(features[None], torch.tensor([frames])))
-    return StreamResult(0, 0.0, frames / 100, True, rank_texts(UNITS, decoder.finish()[0], 0.04, frames / 100))
+    texts = rank_texts(UNITS, decoder.finish()[0], 4, loudness(features.numpy()))
+    return StreamResult(0, 0.0, frames / 100, True, texts)
 
 
 def test_quietest_stays_in_the_last_third() -> None:

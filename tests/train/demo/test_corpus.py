@@ -12,7 +12,7 @@ import soundfile
 from stillhouse.data.errors import AudioError, ConfigError, CorpusError
 from stillhouse.data.manifest import read_manifest
 from stillhouse.train.demo import corpus as demo
-from stillhouse.train.demo.espeak import EspeakVoice
+from stillhouse.train.demo.espeak import EspeakVoice, speak_with_events
 from stillhouse.train.demo.plan import ESPEAK, FULL, QUICK, VOICE_SETS, Size, plan, voice_set
 from stillhouse.train.demo.stories import read_stories
 
@@ -85,6 +85,19 @@ def test_two_fresh_processes_say_the_same() -> None:
     assert first[0].tobytes() != other[0].tobytes()  # another voice is another sound
     assert all(0.8 * rate_hz < len(a) < 3 * rate_hz for a in first)  # 5 or 6 words at 205 a minute
     assert all(np.abs(a.astype(int)).max() > 3000 for a in first)
+
+
+def test_espeak_says_where_its_words_begin() -> None:
+    pytest.importorskip("espeakng_loader")
+    text = "One night, she slept."
+    rate_hz, ((samples, events),) = speak_with_events(ESPEAK.training[0], [text])
+    assert [at for _, at in events if at >= 0] == [text.index(w) for w in ("One", "night", "she", "slept")]
+    places = [place / rate_hz for place, _ in events]
+    assert places == sorted(places) and places[0] == 0 and places[-1] <= len(samples) / rate_hz
+    pause = events[[at for _, at in events].index(text.index("she")) - 1]
+    assert pause[1] == -1  # the comma
+    middle = (pause[0] + events[[at for _, at in events].index(text.index("she"))][0]) // 2
+    assert np.abs(samples[middle - 200 : middle + 200].astype(int)).max() < 50
 
 
 def test_espeak_has_no_such_voice() -> None:
