@@ -16,6 +16,7 @@ import click
 from . import options as opt
 
 if TYPE_CHECKING:
+    from ..pipeline.generation import PlanDraft
     from ..pipeline.progress import ExtractionProgress, Summary
 
 
@@ -23,6 +24,10 @@ _LAYERS = "Layers to store, as in 0,3,6 or 0-6. The last layer is last or -1."
 _CONTEXT = (
     "Text that the model sees beside the utterance: alone, past:N, past:N+block, future:N or both:N tokens. You can "
     "repeat it."
+)
+_SPACE = (
+    "Put a space before each text, as byte-level vocabularies expect. auto does so if the vocabulary needs it, but not "
+    "before texts in scripts without spaces. It keeps what STORE has."
 )
 _TRUST = "Allow this model to run its own Python code. Repeat the model's name."
 
@@ -53,6 +58,7 @@ def parse_layers(ctx: click.Context, param: click.Parameter, value: str) -> list
 @opt.split_option
 @opt.transform_option
 @click.option("--join", default="", help="Text between two utterances of one window. Default: nothing.")
+@opt.choice("--leading-space", ["auto", "yes", "no"], _SPACE)
 @opt.dtype_option
 @opt.choice("--model-dtype", ["float32", "bfloat16", "float16"], "Dtype that the model runs in.")
 @click.option("--device", default="auto", show_default=True, help="Device of the model: cpu, cuda, cuda:1 or auto.")
@@ -103,7 +109,7 @@ def _run(options: dict[str, Any]) -> tuple[Any, str]:
     corpus = read_manifest(options["corpus"]).select(options["split"])
     teacher = load_teacher(**load)
     name = options["name"] or default_name(load["source"])
-    settings = ("layers", "contexts", "transform", "join", "dtype", "batch_tokens", "seed")
+    settings = ("layers", "contexts", "transform", "leading_space", "join", "dtype", "batch_tokens", "seed")
     request = Request(name, **{key: options[key] for key in settings})
     if options["dry_run"]:
         with writable_files(store) as files:
@@ -116,7 +122,13 @@ def _run(options: dict[str, Any]) -> tuple[Any, str]:
         share_threads(workers)
         start = start_workers(name, load, workers, part)
         own_part = part_of(has_locks(store), part, 0, workers)
-    check = None if options["force"] else check_disk_space
+
+    def check(draft: PlanDraft) -> None:
+        for warning in draft.warnings:
+            click.echo(f"warning: {warning}", err=True)
+        if not options["force"]:
+            check_disk_space(draft)
+
     on_progress = opt.progress(progress_line)
     summary = run(store, corpus, teacher, request, on_progress, own_part, start, check, options["refresh"])
     return summary.as_json(), render(summary)

@@ -256,6 +256,7 @@ class UnknownTeacher:
     device: str = "cpu"
     dtype: str = "float32"
     about: str = "imported without its model"
+    embedding_rows: int = 1 << 31  # no limit is known
 
     def weights_hash(self) -> str:
         return f"imported from {self.source}"

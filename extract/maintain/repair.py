@@ -98,12 +98,13 @@ def repair(
     """
     from ..pipeline.generation import next_generation
     from ..pipeline.progress import ExtractionProgress
-    from ..pipeline.request import Request, differences, teacher_record
+    from ..pipeline.request import Request, choose_space, differences, teacher_record
     from ..pipeline.runner import ItemRunner, LockedItem
 
     store = Store.open(root)
     settings = store.teacher(name).settings
     request = Request(name, settings.layers, settings.contexts, settings.transform, settings.join, settings.dtype)
+    teacher = choose_space(teacher, request, store.paths.files)
     differ = differences(settings, teacher_record(teacher, request))
     if differ:
         raise StaleError(f"this is not the teacher of {name!r}: {'; '.join(differ)}", where=root)

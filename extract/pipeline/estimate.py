@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from .corpus_diff import CorpusTexts, split_tokens, windows_of
 from .generation import PlanDraft, draft_plan
 from .layout import Layout
 from .progress import split_committed
-from .request import Request, teacher_record
+from .request import Request, choose_space, teacher_record
 
 PROBED_BATCHES = 6
 
@@ -53,6 +53,7 @@ class Sizing:
     fed_tokens: int
     fed_tokens_per_s: float | None  # None: nothing was measured
     seconds: float | None
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def fits(self) -> bool:
@@ -74,8 +75,9 @@ def size_up(
 
     Raises StaleError if the store was made with other settings or from other texts.
     """
-    record = teacher_record(teacher, request)
     files = open_files(store)
+    teacher = choose_space(teacher, request, files)
+    record = teacher_record(teacher, request)
     draft = draft_plan(files, corpus, teacher, record, request, refresh)
     plan = draft.plan
     record = plan.teachers[record.name]
@@ -100,6 +102,7 @@ def size_up(
         fed_tokens=fed,
         fed_tokens_per_s=speed,
         seconds=seconds,
+        warnings=draft.warnings,
     )
 
 
@@ -213,4 +216,4 @@ def render(s: Sizing) -> str:
             f"time         about {s.seconds / 60:,.1f} min ({s.fed_tokens:,} tokens fed, {s.fed_tokens_per_s:,.0f} a "
             f"second, one process, {os.cpu_count()} cores)"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"warning      {warning}" for warning in s.warnings)])

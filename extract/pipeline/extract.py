@@ -27,7 +27,7 @@ from .generation import PlanDraft, draft_plan
 from .new_store import write_plan
 from .norms import write_norms
 from .progress import ExtractionProgress, OnProgress, Summary, split_committed, summarise
-from .request import Request, teacher_record
+from .request import Request, choose_space, teacher_record
 from .runner import ItemRunner, LockedItem
 
 
@@ -102,8 +102,9 @@ def make_plan(
 
     Several processes may call this at once. Arguments and errors are those of `extract`.
     """
-    record = teacher_record(teacher, request)
     files = open_files(store)
+    teacher = choose_space(teacher, request, files)
+    record = teacher_record(teacher, request)
     with FileLock(Paths(files).lock("plan"), wait=True):
         draft = draft_plan(files, corpus, teacher, record, request, refresh)
         if draft.new_rows is not None:

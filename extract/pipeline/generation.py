@@ -24,7 +24,7 @@ from ..store.format.index import Index
 from ..store.format.plan import Generation, Plan, PlannedWork, Shard, TeacherRecord, read_plan
 from ..store.read.rows import TeacherRows
 from ..store.writer import versions
-from ..teacher.tokenizer import Tokens
+from ..teacher.tokenizer import Tokeniser, Tokens
 from .corpus_diff import CorpusDiff, diff_corpus
 from .layout import Layout, cut_layout, cut_shards, lay_out
 from .request import Request, check_settings
@@ -59,6 +59,7 @@ class PlanDraft:
     layout: Layout | None = None  # of a teacher that is new to the store
     new_rows: NewRows | None = None  # of a changed corpus
     new: bool = True
+    warnings: list[str] = field(default_factory=list)  # what is worth to know before it is written
 
 
 def draft_plan(
@@ -66,8 +67,17 @@ def draft_plan(
 ) -> PlanDraft:
     """Draft the plan that holds all that is asked for. With `refresh`, rows that differ from the corpus are dropped.
 
-    Raises StaleError if the store was made with other settings or, without `refresh`, from other texts.
+    Raises:
+        StaleError: the store was made with other settings or, without `refresh`, from other texts.
+        TeacherError: the tokens do not fit the model, or most of the text is unknown to the tokenizer.
     """
+    draft = _draft(files, corpus, teacher, record, request, refresh)
+    return replace(draft, warnings=_check_tokens(draft, teacher))
+
+
+def _draft(
+    files: StoreFiles, corpus: Corpus, teacher: Teacher, record: TeacherRecord, request: Request, refresh: bool
+) -> PlanDraft:
     if not Paths(files).store_json.exists():
         return plan_new_store(files, corpus, teacher, record, request)
     plan = read_plan(files)
@@ -80,6 +90,18 @@ def draft_plan(
     if corpus_diff is not None or missing_views(plan, record):
         return plan_more_views(plan, teacher, record, corpus_diff)
     return PlanDraft(plan, new=False)
+
+
+def _check_tokens(draft: PlanDraft, teacher: Teacher) -> list[str]:
+    """Return warnings about the tokens that a draft adds. Few new texts may all be unknown, so only all texts fail."""
+    tokeniser, layout, rows = teacher.tokeniser, draft.layout, draft.new_rows
+    if not isinstance(tokeniser, Tokeniser):
+        return []
+    if layout is not None:
+        return tokeniser.check(layout.tokens, layout.ids, teacher.source, teacher.embedding_rows)
+    if rows is not None and rows.tokens is not None:
+        return tokeniser.check(rows.tokens, rows.ids, teacher.source, teacher.embedding_rows, judge=False)
+    return []
 
 
 def plan_new_store(

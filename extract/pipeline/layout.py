@@ -13,8 +13,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ...data.errors import CorpusError
+from ...data.errors import CorpusError, TeacherError
 from ...data.manifest import Corpus
+from ...data.text import transform as transform_text
 from ..store.disk.layout import dtype_of, hash_text, shard_rows
 from ..store.format.plan import Shard
 from ..teacher.tokenizer import Tokeniser, Tokens
@@ -48,14 +49,21 @@ def order_sessions(corpus: Corpus, seed: int) -> list[list[int]]:
 
 
 def lay_out(corpus: Corpus, tokeniser: Tokeniser, transform: str, seed: int, width: int, dtype: str) -> Layout:
-    """Tokenise a corpus in the order of a new store and cut it into shards. Raises CorpusError if it has no text."""
+    """Tokenise a corpus in the order of a new store and cut it into shards. Raises CorpusError if it has no text.
+
+    Raises TeacherError if the tokenizer makes nothing of the text.
+    """
     if not corpus.utterances:
         raise CorpusError("the corpus is empty", where=corpus.path)
     sessions = order_sessions(corpus, seed)
     utterances = [corpus.utterances[i] for s in sessions for i in s]
     tokens = tokeniser.encode([u.text for u in utterances], transform)
     if not tokens.length.any():
-        raise CorpusError("no utterance has any text", where=corpus.path)
+        spoken = next((u for u in utterances if transform_text(u.text, transform).text.strip()), None)
+        if spoken is None:
+            raise CorpusError("no utterance has any text", where=corpus.path)
+        what = f"the tokenizer makes no token of any text, as of {spoken.id!r}: {spoken.text!r:.60}"
+        raise TeacherError(what, expected="the tokenizer that the model was trained with")
     hashes = np.array([hash_text(u.text) for u in utterances], dtype=np.uint64)
     session = np.repeat(np.arange(len(sessions), dtype=np.int32), [len(s) for s in sessions])
     layout = cut_layout([u.id for u in utterances], tokens, width, dtype)

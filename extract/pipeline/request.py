@@ -6,6 +6,7 @@ Try: `stillhouse extract CORPUS STORE --teacher … --dry-run`.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +14,13 @@ from typing import TYPE_CHECKING
 
 from ...data.errors import StaleError, UsageError
 from ...data.text import check_transform
+from ..store.disk.files import StoreFiles
 from ..store.disk.layout import check_teacher_name
-from ..store.format.plan import Plan, TeacherRecord
+from ..store.disk.paths import Paths
+from ..store.format.plan import Plan, TeacherRecord, read_plan
 from ..store.views import parse_context
 from ..teacher.contexts import check_context
+from ..teacher.tokenizer import Tokeniser
 
 if TYPE_CHECKING:
     from ..teacher.model import Teacher
@@ -35,6 +39,7 @@ class Request:
     batch_tokens: int | None = None  # most tokens in a batch; None: chosen by device
     core_tokens: int = 256  # text tokens that the utterances of a shared window have together
     seed: int = 0  # of the order of sessions
+    leading_space: str = "auto"  # "yes", "no", or "auto": what the store has, or what the vocabulary needs
 
     def batch_sizes(self, device: str) -> tuple[int, int]:
         """Return the most tokens in a batch, and the cost of one call of the model in tokens."""
@@ -46,9 +51,23 @@ def view_fingerprint(record: TeacherRecord, context: str, layer: int) -> str:
     """Return the hash of all settings that decide a view's numbers."""
     t = record
     teacher = t.kind, t.architecture, t.weights_hash, t.tokenizer_hash
-    text = t.transform, t.join_ids, t.prefix_ids, t.suffix_ids, t.leading_space, t.window
+    space = "auto" if t.space_by_script else t.leading_space
+    text = t.transform, t.join_ids, t.prefix_ids, t.suffix_ids, space, t.window
     settings = *teacher, *text, t.dtype, t.model_dtype, context, layer
     return hashlib.blake2b(repr(settings).encode(), digest_size=16).hexdigest()
+
+
+def choose_space(teacher: Teacher, request: Request, files: StoreFiles) -> Teacher:
+    """Return the teacher with the leading space that is asked for; with "auto", as the store has it already."""
+    if not isinstance(teacher.tokeniser, Tokeniser):
+        return teacher
+    known = read_plan(files).teachers.get(request.name) if Paths(files).store_json.exists() else None
+    choice = request.leading_space
+    if choice == "auto" and known is not None:
+        choice = known.space_choice
+    chosen = copy.copy(teacher)
+    chosen.tokeniser = teacher.tokeniser.with_space(choice)
+    return chosen
 
 
 def teacher_record(teacher: Teacher, request: Request) -> TeacherRecord:
@@ -78,6 +97,7 @@ def teacher_record(teacher: Teacher, request: Request) -> TeacherRecord:
         prefix_ids=t.prefix,
         suffix_ids=t.suffix,
         leading_space=t.leading_space,
+        space_by_script=isinstance(t, Tokeniser) and t.space_by_script,
         width=teacher.width,
         depth=teacher.depth,
         window=teacher.window,
@@ -97,6 +117,7 @@ _SETTINGS = {
     "tokenizer_hash": "the tokenizer",
     "transform": "the text transform",
     "join": "the join string",
+    "space_choice": "the leading space",
     "window": "the longest window",
     "prefix_ids": "the special tokens before a text",
     "suffix_ids": "the special tokens after a text",

@@ -23,6 +23,7 @@ import torch
 from ...data.errors import TeacherError, UsageError
 from .contexts import Window
 from .cpu_matmul import CpuMatmul, bfloat16_products, float32_products
+from .text.judge import check_vocabulary, require_tokenizer
 from .tokenizer import Tokeniser
 
 LONGEST_WINDOW = 4096  # decoders allow more, but attention would cost too much
@@ -65,6 +66,7 @@ class Teacher:
         self._last_is_normed = True
         self._blocks = self._find_blocks(plain)
         self.tokeniser = Tokeniser(tokenizer, self.kind)
+        check_vocabulary(tokenizer, source, self.embedding_rows)
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self.window = self._find_window(tokenizer, window)
         self.about = _about(source)
@@ -207,6 +209,11 @@ class Teacher:
         with torch.inference_mode():
             return weight[torch.from_numpy(ids.astype(np.int64)).to(weight.device)].float().cpu().numpy()
 
+    @property
+    def embedding_rows(self) -> int:
+        """The number of token ids that the model has an embedding for."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
     def layer_numbers(self, asked: Sequence[int]) -> list[int]:
         """Return layers as ascending numbers; negative ones count from the end. Raises UsageError out of range."""
         for k in asked:
@@ -300,6 +307,8 @@ def read_pretrained(source: str, *, dtype: Any, use_safetensors: bool | None = N
         config = AutoConfig.from_pretrained(source, **options)
         if config.is_encoder_decoder:
             raise TeacherError("it is an encoder-decoder", where=source, expected="an encoder or a causal decoder")
+        if Path(source).is_dir() and not gguf:
+            require_tokenizer(Path(source))
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model, info = AutoModel.from_pretrained(
             source, config=config, use_safetensors=use_safetensors, dtype=dtype, output_loading_info=True, **options

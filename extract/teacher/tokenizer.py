@@ -7,6 +7,7 @@ Try: `pytest tests/extract/teacher/test_tokenizer.py`.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
@@ -17,19 +18,25 @@ from typing import Any
 import numpy as np
 
 from ...data.errors import TeacherError
-from ...data.text import MappedText, transform
+from ...data.text import SPACE_MARK, transform
+from .text.judge import MOST_UNKNOWN, NOTED_UNKNOWN, find_unknown
+from .text.spaces import writes_spaces
+from .text.spans import raw_spans
 
 _PROBES = ("the", "a", "of", "and")  # words that any vocabulary can spell
-_ASCII_VISIBLE = np.array([not chr(c).isspace() for c in range(128)])
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids of many utterances: ids int32 [ΣN], length int32 [U], span int32 [ΣN, 2] (code points, raw text)."""
+    """Token ids of many utterances: ids int32 [ΣN], length int32 [U], span int32 [ΣN, 2] (code points, raw text).
+
+    `unread` int32 [U] counts the characters of each utterance that no token stands for; None: not counted.
+    """
 
     ids: np.ndarray
     length: np.ndarray
     span: np.ndarray
+    unread: np.ndarray | None = None
 
 
 class Tokeniser:
@@ -47,9 +54,28 @@ class Tokeniser:
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
-        self.leading_space = self._wants_space()
+        self.wants_space = self.leading_space = self.space_by_script = self._wants_space()
         self.prefix, self.suffix = self._around(kind)
+        unknown = {
+            self._hf.unk_token_id,
+            self._backend.token_to_id(getattr(self._backend.model, "unk_token", None) or ""),
+        }
+        self.unknown_ids: set[int] = {int(i) for i in unknown if i is not None}
+        parts = f"{self._backend.pre_tokenizer} {self._backend.normalizer} {self._backend.decoder}"
+        self._space_marks = {" ", SPACE_MARK, *("Ġ" if "ByteLevel" in parts else "")}
+        self._space_ids = set(self._ids(" ")) - self.unknown_ids
         self.hash = hashlib.blake2b(self._backend.to_str().encode(), digest_size=16).hexdigest()
+
+    def with_space(self, choice: str) -> Tokeniser:
+        """Return this tokenizer with "auto", "yes" or "no" for a space before each text.
+
+        "auto" is for vocabularies that spell a first word otherwise than a later one. They get the space, but not
+        before a text in a script without spaces between words.
+        """
+        other = copy.copy(self)
+        other.leading_space = choice == "yes" or (choice == "auto" and self.wants_space)
+        other.space_by_script = choice == "auto" and self.wants_space
+        return other
 
     def _ids(self, text: str, special: bool = False) -> list[int]:
         return self._backend.encode(text, add_special_tokens=special).ids
@@ -86,12 +112,13 @@ class Tokeniser:
     def encode(self, texts: Sequence[str], transform_name: str) -> Tokens:
         """Tokenise raw transcripts. Raises ConfigError for an unknown transform."""
         ids, spans = [np.zeros(0, np.int32)], [np.zeros((0, 2), np.int32)]
-        lengths = np.zeros(len(texts), dtype=np.int32)
-        space = " " if self.leading_space else ""
+        lengths, unread = np.zeros((2, len(texts)), dtype=np.int32)
+        normaliser = self._backend.normalizer
         for first in range(0, len(texts), 1000):
             mapped = [transform(t, transform_name) for t in texts[first : first + 1000]]
+            spaces = [" " if self._needs_space(m.text) else "" for m in mapped]
             encodings = self._backend.encode_batch(
-                [space + m.text if m.text.strip() else "" for m in mapped], add_special_tokens=False
+                [s + m.text if m.text.strip() else "" for s, m in zip(spaces, mapped)], add_special_tokens=False
             )
             of_texts = [e.ids for e in encodings]
             count = lengths[first : first + len(of_texts)]
@@ -99,49 +126,59 @@ class Tokeniser:
             ids.append(np.fromiter(chain.from_iterable(of_texts), dtype=np.int32))
             numbers = chain.from_iterable(chain.from_iterable(e.offsets for e in encodings))
             offsets = np.fromiter(numbers, dtype=np.int64).reshape(-1, 2)
-            spans.append(raw_spans(offsets, count, mapped, len(space)))
-        return Tokens(np.concatenate(ids), lengths, np.concatenate(spans))
+            shift, blank = np.array([len(s) for s in spaces]), self._is_blank(ids[-1])
+            normalise = None if normaliser is None else normaliser.normalize_str
+            span, unread[first : first + len(count)] = raw_spans(offsets, count, mapped, shift, blank, normalise)
+            spans.append(span)
+        return Tokens(np.concatenate(ids), lengths, np.concatenate(spans), unread)
+
+    def _needs_space(self, text: str) -> bool:
+        return self.leading_space and not (self.space_by_script and not writes_spaces(text))
+
+    def _is_blank(self, ids: np.ndarray) -> np.ndarray:
+        """bool [len(ids)]: tokens that stand for white space alone."""
+        kinds, inverse = np.unique(ids, return_inverse=True)
+        marks = self._space_marks
+        pieces = self.pieces(kinds.tolist())
+        blank = [k in self._space_ids or (p != "" and set(p) <= marks) for k, p in zip(kinds.tolist(), pieces)]
+        return np.array(blank, dtype=bool)[inverse]
+
+    def check(self, tokens: Tokens, names: Sequence[str], source: str, rows: int, judge: bool = True) -> list[str]:
+        """Return warnings about the tokens of some utterances: a share of unknown pieces that is worth to know.
+
+        Arguments:
+            names: the utterances' ids.
+            source: the model, for errors.
+            rows: rows of the model's input embedding.
+            judge: whether a share above a half is an error.
+
+        Raises:
+            TeacherError: token ids are beyond the embedding, or most of the text is unknown to the tokenizer.
+        """
+        self._check_ids(tokens, names, source, rows)
+        unread = np.zeros(len(tokens.length), np.int32) if tokens.unread is None else tokens.unread
+        unknown = find_unknown(tokens.ids, tokens.length, tokens.span, unread, names, self.unknown_ids)
+        if unknown.share > MOST_UNKNOWN and judge:
+            remedy = "use a teacher of the corpus's language and script, or --transform lower if the case is the reason"
+            raise TeacherError(f"most of the text is unknown: {unknown.text}", where=source, remedy=remedy)
+        return [unknown.text] if unknown.share >= NOTED_UNKNOWN else []
+
+    def _check_ids(self, tokens: Tokens, names: Sequence[str], source: str, rows: int) -> None:
+        around = [i for i in (*self.prefix, *self.suffix) if i >= rows]
+        beyond = np.flatnonzero(tokens.ids >= rows)
+        if not around and not len(beyond):
+            return
+        token, where = around[0] if around else int(tokens.ids[beyond[0]]), "around each text"
+        if not around:
+            where = f"in {names[int(np.searchsorted(np.cumsum(tokens.length), beyond[0], side='right'))]}"
+        what = (
+            f"the token {self.pieces([token])[0]!r} ({where}) has the id {token:,}, and the embedding has {rows:,} rows"
+        )
+        remedy = (
+            "remove the token from the tokenizer, or resize_token_embeddings, train the new rows and save the model"
+        )
+        raise TeacherError(what, where=source, expected=f"ids below {rows:,}", remedy=remedy)
 
     def settings(self) -> dict[str, Any]:
         """Return the content of tokenizer.json."""
         return json.loads(self._backend.to_str())
-
-
-def raw_spans(offsets: np.ndarray, count: np.ndarray, mapped: Sequence[MappedText], shift: int) -> np.ndarray:
-    """Map offsets in tokenised texts to spans in the raw texts: int32 [ΣN, 2], in code points.
-
-    White space at a token's ends is no part of its span. A token of some bytes of a character has its whole span.
-
-    Arguments:
-        offsets: int64 [ΣN, 2], of all texts together; `count` int [U] of them belong to each text.
-        shift: characters that were put before each text.
-    """
-    if not len(offsets):
-        return np.zeros((0, 2), dtype=np.int32)
-    size = np.array([len(m.text) for m in mapped], dtype=np.int64)
-    last = np.cumsum(size)
-    low, high = np.repeat(last - size, count), np.repeat(last, count)  # bounds of each token's text
-    begin = np.clip(low + offsets[:, 0] - shift, low, high)
-    end = np.clip(low + offsets[:, 1] - shift, low, high)
-    visible = np.concatenate([_visible(m.text) for m in mapped])
-    where = np.arange(len(visible))
-    # following[i]: first visible character at or after i; preceding[i]: one past the last visible one before i
-    following = np.minimum.accumulate(np.where(visible, where, len(visible))[::-1])[::-1]
-    following = np.append(following, len(visible))
-    preceding = np.maximum.accumulate(np.append(0, np.where(visible, where + 1, 0)))
-    inner_begin, inner_end = np.minimum(following[begin], high), np.maximum(preceding[end], low)
-    solid = inner_begin < inner_end
-    begin, end = np.where(solid, inner_begin, begin), np.where(solid, inner_end, end)
-    # An empty offset is a later byte of the character that it points into.
-    empty = begin >= end
-    begin = np.where(empty, np.minimum(begin, high - 1), begin)
-    end = np.where(empty, begin + 1, end)
-    source = np.concatenate([m.source for m in mapped])
-    return np.stack([source[begin, 0], source[end - 1, 1]], axis=1).astype(np.int32)
-
-
-def _visible(text: str) -> np.ndarray:
-    """bool [len(text)]: which characters are not white space."""
-    if text.isascii():
-        return _ASCII_VISIBLE[np.frombuffer(text.encode("ascii"), np.uint8)]
-    return np.array([not c.isspace() for c in text])

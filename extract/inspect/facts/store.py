@@ -64,6 +64,7 @@ class TeacherFacts:
     tokenizer_hash: str
     transform: str
     join: str
+    leading_space: str  # before each text: "yes", "no", or "auto", in scripts that write spaces between words
     window: int
     width: int
     depth: int
@@ -187,7 +188,7 @@ def _teacher_facts(store: Store, name: str, views: list[ViewFacts]) -> TeacherFa
     t, items = store.plan.teachers[name], store.plan.work_items(name)
     recorded = {f.name: getattr(t, f.name) for f in fields(TeacherFacts) if hasattr(t, f.name)}
     return TeacherFacts(
-        **recorded,
+        **recorded | {"leading_space": t.space_choice},
         vocabulary=RawArray(store.paths, name, "vocab_id").shape[0],
         tokens=store.teacher(name).tokens,
         units=sum(v.units for v in views),

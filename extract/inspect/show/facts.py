@@ -37,6 +37,9 @@ def _teacher(t: TeacherFacts) -> str:
     kind = "bidirectional encoder" if t.kind == "encoder" else "causal decoder"
     text = "the transcripts as they are" if t.transform == "none" else f"the transcripts through {t.transform}"
     join = f", utterances joined by {t.join!r}" if t.join else ""
+    space = {"no": "", "yes": ", a space before each"}.get(
+        t.leading_space, ", a space before each if its script has spaces"
+    )
     revision = "" if t.revision is None else f" at {t.revision}"
     error = "" if t.int8_error is None else f" (error {t.int8_error:.2%} at most)"
     rows = [
@@ -44,7 +47,7 @@ def _teacher(t: TeacherFacts) -> str:
         ("  model", f"{t.architecture}, {kind}, {t.depth} layers, {t.width} wide"),
         ("  from", f"{t.model}{revision}"),
         *([("  about", t.about)] if t.about else []),
-        ("  saw", f"{text}{join}; up to {t.window} tokens a pass"),
+        ("  saw", f"{text}{space}{join}; up to {t.window} tokens a pass"),
         ("  contexts", ", ".join(t.contexts)),
         ("  layers", ", ".join(map(str, sorted(t.layers)))),
         ("  tokens", f"{t.tokens:,}, of a vocabulary of {t.vocabulary:,}"),

@@ -49,7 +49,13 @@ class TeacherRecord:
     contexts: list[str] = field(default_factory=list)
     layers: list[int] = field(default_factory=list)
     fingerprints: dict[str, str] = field(default_factory=dict)  # "CONTEXT/LAYER" -> hash of the view's settings
+    space_by_script: bool = False  # a leading space only before texts in scripts that write spaces between words
     about: str = ""  # what the model's folder says about it, as "instruct-tuned, 4-bit quantised"
+
+    @property
+    def space_choice(self) -> str:
+        """Whether a space is put before each text: "yes", "no", or "auto" for scripts that write spaces."""
+        return "auto" if self.space_by_script else "yes" if self.leading_space else "no"
 
 
 @dataclass(frozen=True)
