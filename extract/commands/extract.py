@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,6 @@ import click
 from . import options as opt
 
 if TYPE_CHECKING:
-    from ..pipeline.generation import PlanDraft
     from ..pipeline.progress import ExtractionProgress, Summary
 
 
@@ -73,7 +73,7 @@ def parse_layers(ctx: click.Context, param: click.Parameter, value: str) -> list
 @click.option("--shard", metavar="I/N", help="Extract only part I of N, counted from 0, for job arrays.")
 @opt.flag("--status", "Only show how much of STORE is done, running and missing.")
 @opt.flag("--dry-run", "Only show the cost in tokens, bytes and time.")
-@opt.flag("--force", "Start although the disk is too small.")
+@opt.flag("--force", "Start although the disk is too small, or views would be copies of others.")
 @opt.flag("--refresh", "Extract changed utterances again and hide those no longer in CORPUS.")
 @opt.outcome_option
 def extract(**options: Any) -> None:
@@ -96,7 +96,7 @@ def _status(store: Path) -> tuple[Any, str]:
 
 def _run(options: dict[str, Any]) -> tuple[Any, str]:
     from ...data.manifest import read_manifest
-    from ..pipeline.estimate import check_disk_space, size_up
+    from ..pipeline.estimate import check_draft, size_up
     from ..pipeline.estimate import render as render_sizing
     from ..pipeline.extract import extract as run
     from ..pipeline.request import Request
@@ -110,6 +110,10 @@ def _run(options: dict[str, Any]) -> tuple[Any, str]:
     teacher = load_teacher(**load)
     name = options["name"] or default_name(load["source"])
     settings = ("layers", "contexts", "transform", "leading_space", "join", "dtype", "batch_tokens", "seed")
+    numbers = [k if k >= 0 else teacher.depth + 1 + k for k in options["layers"]]
+    for what, asked in (("layer", numbers), ("context", list(options["contexts"]))):
+        if twice := sorted({str(a) for a in asked if asked.count(a) > 1}):
+            warn(f"{what} {', '.join(twice)} is asked for more than once, and stored once")
     request = Request(name, **{key: options[key] for key in settings})
     if options["dry_run"]:
         with writable_files(store) as files:
@@ -122,16 +126,15 @@ def _run(options: dict[str, Any]) -> tuple[Any, str]:
         share_threads(workers)
         start = start_workers(name, load, workers, part)
         own_part = part_of(has_locks(store), part, 0, workers)
-
-    def check(draft: PlanDraft) -> None:
-        for warning in draft.warnings:
-            click.echo(f"warning: {warning}", err=True)
-        if not options["force"]:
-            check_disk_space(draft)
-
+    check = partial(check_draft, on_warning=warn, force=options["force"])
     on_progress = opt.progress(progress_line)
     summary = run(store, corpus, teacher, request, on_progress, own_part, start, check, options["refresh"])
     return summary.as_json(), render(summary)
+
+
+def warn(text: str) -> None:
+    """Print a warning to standard error."""
+    click.echo(f"warning: {text}", err=True)
 
 
 def _load_options(options: dict[str, Any]) -> dict[str, Any]:

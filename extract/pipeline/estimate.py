@@ -6,23 +6,26 @@ Try: `stillhouse extract CORPUS STORE --teacher … --dry-run`.
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...data.errors import StoreError
+from ...data.errors import StoreError, UsageError, first_few
 from ...data.manifest import Corpus
 from ..store.disk.files import StoreFiles
 from ..store.disk.layout import dtype_of, shard_bytes
 from ..store.format.index import Index
 from ..store.format.int8 import SCALE_BYTES
-from ..store.format.plan import Plan, TeacherRecord, WorkItem
+from ..store.format.plan import Generation, Plan, TeacherRecord, WorkItem
 from ..store.read.rows import TeacherRows
 from ..store.storage import open_files
+from ..store.views import parse_context
 from ..teacher.batching import make_batches
 from ..teacher.model import Teacher
 from ..teacher.replicas import TeacherPool
@@ -32,7 +35,13 @@ from .layout import Layout
 from .progress import split_committed
 from .request import Request, choose_space, teacher_record
 
+if TYPE_CHECKING:
+    import torch
+
 PROBED_BATCHES = 6
+MOSTLY = 0.5  # a context that shows a larger share of the utterances nothing is a warning
+SESSIONS = "give the corpus sessions (corpus import --session-pattern, or the manifest's field `session`)"
+FLOAT16_MAX = 65_504.0
 
 
 @dataclass(frozen=True)
@@ -54,13 +63,21 @@ class Sizing:
     fed_tokens_per_s: float | None  # None: nothing was measured
     seconds: float | None
     warnings: list[str] = field(default_factory=list)
+    largest_value: float | None = None  # magnitude, of the states that were computed to measure the time
+    largest_view: str | None = None
+    dtype: str = "float16"
 
     @property
     def fits(self) -> bool:
         return self.bytes <= self.free_bytes
 
+    @property
+    def overflows(self) -> bool:
+        """Whether the dtype cannot hold the largest value of the sample."""
+        return self.largest_value is not None and self.dtype == "float16" and not self.largest_value <= FLOAT16_MAX
+
     def as_json(self) -> dict[str, Any]:
-        return asdict(self) | {"fits": self.fits}
+        return asdict(self) | {"fits": self.fits, "overflows": self.overflows}
 
 
 def size_up(
@@ -86,7 +103,7 @@ def size_up(
     items = plan.work_items(record.name)
     _, missing = split_committed(plan, items)
     per_view = view_bytes(record, missing)
-    fed, speed, seconds = _measure(plan, teacher, missing, drafted) if measure and missing else (0, None, None)
+    measured = _measure(plan, teacher, missing, drafted) if measure and missing else None
     return Sizing(
         store=files.address,
         teacher=record.name,
@@ -99,10 +116,13 @@ def size_up(
         other_bytes=other,
         bytes=sum(per_view.values()) + other,
         free_bytes=files.free_bytes(),
-        fed_tokens=fed,
-        fed_tokens_per_s=speed,
-        seconds=seconds,
-        warnings=draft.warnings,
+        fed_tokens=0 if measured is None else measured.fed_tokens,
+        fed_tokens_per_s=None if measured is None else measured.tokens_per_s,
+        seconds=None if measured is None else measured.seconds,
+        warnings=[*draft.warnings, *itertools.chain(*find_copies(draft))] if draft.new else [],
+        largest_value=None if measured is None else measured.largest[0],
+        largest_view=None if measured is None else measured.largest[1],
+        dtype=record.dtype,
     )
 
 
@@ -133,6 +153,14 @@ class _DraftedCorpus:
         new = {} if tokens is None else split_tokens(tokens, self.position[first:].tolist())
         self.texts = CorpusTexts(stored, teacher_rows, new)
 
+    def around(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of the session before and after each utterance, int64 [n] each."""
+        ends = np.cumsum(self.length)
+        first = np.flatnonzero(np.diff(self.session, prepend=-1))
+        begin = np.repeat((ends - self.length)[first], np.diff(np.append(first, len(ends))))
+        end = np.repeat(ends[np.append(first[1:], len(ends)) - 1], np.diff(np.append(first, len(ends))))
+        return ends - self.length - begin, end - ends
+
 
 def view_bytes(record: TeacherRecord, items: list[WorkItem]) -> dict[str, int]:
     """Return the bytes of `hidden`, and of `scale` in int8 stores, that work items take, by view."""
@@ -145,6 +173,82 @@ def view_bytes(record: TeacherRecord, items: list[WorkItem]) -> dict[str, int]:
             size = sum(shard_bytes(item.shard.rows, item.generation.shard_rows, row_bytes) for row_bytes in arrays)
             per_view[address] = per_view.get(address, 0) + size
     return per_view
+
+
+def check_draft(draft: PlanDraft, on_warning: Callable[[str], None], force: bool = False) -> None:
+    """Warn of what a draft will do, and raise an error if it makes no sense. With `force`, these are warnings, too.
+
+    Raises:
+        UsageError: views would be copies of others.
+        StoreError: the disk is too small.
+    """
+    copies, warnings = find_copies(draft)
+    for warning in [*draft.warnings, *warnings, *(copies if force else [])]:
+        on_warning(warning)
+    if force:
+        return
+    if copies:
+        remedy = f"{SESSIONS}, ask for fewer contexts, or give --force to store copies"
+        raise UsageError("; ".join(copies), where=draft.plan.paths.root, remedy=remedy)
+    check_disk_space(draft)
+
+
+def find_copies(draft: PlanDraft) -> tuple[list[str], list[str]]:
+    """Return, in words, which of the views that a draft adds would be copies of others, and which nearly so."""
+    plan, generation = draft.plan, draft.plan.generations[-1]
+    name = generation.teacher
+    earlier = [w.context for g in plan.generations[:-1] if g.teacher == name for w in g.work]
+    added = [c for c in dict.fromkeys(w.context for w in generation.work) if c not in earlier]
+    drafted = _DraftedCorpus(draft, name)
+    copies, warnings = _without_context(added, drafted)
+    seen = [c for c in [*dict.fromkeys(earlier), *added] if c not in copies]
+    same = [f"{b} would be a copy of {a}: {why}" for a, b, why in _same_contexts(seen, added, drafted)]
+    return [*copies.values(), *same, *_same_teacher(plan, generation)], warnings
+
+
+def _without_context(contexts: list[str], drafted: _DraftedCorpus) -> tuple[dict[str, str], list[str]]:
+    """{context that shows no utterance anything: why}, and warnings of those that seldom show something."""
+    copies, warnings = {}, []
+    spoken = drafted.length > 0
+    before, after = (t > 0 for t in drafted.around())
+    for context in map(parse_context, contexts):
+        alone = spoken & ~((before & (context.left > 0)) | (after & (context.right > 0)))
+        side = "before or after" if context.left and context.right else "before" if context.left else "after"
+        share = alone.sum() / max(1, spoken.sum())
+        if context.size and share == 1:
+            why = f"no session of the corpus has an utterance {side} another one"
+            copies[context.name] = f"{context.name} would be a copy of alone: {why}"
+        elif context.size and share > MOSTLY:
+            share_text = f"{share:.0%} of the utterances have none {side} them in their session"
+            warnings.append(f"{context.name} is the same as alone for most of the corpus: {share_text}; {SESSIONS}")
+    return copies, warnings
+
+
+def _same_contexts(contexts: list[str], added: list[str], drafted: _DraftedCorpus) -> Iterator[tuple[str, str, str]]:
+    """Pairs of contexts that show every utterance the same, and why."""
+    spoken = drafted.length > 0
+    for i, b in enumerate(contexts):
+        for a in contexts[:i] if b in added else ():
+            one, two = parse_context(a), parse_context(b)
+            if (bool(one.left), bool(one.right), one.block) != (bool(two.left), bool(two.right), two.block):
+                continue
+            sides = [(t, min(m, n)) for t, m, n in zip(drafted.around(), (one.left, one.right), (two.left, two.right))]
+            longest = max(int(t[spoken].max(initial=0)) for t, n in sides if n)
+            if longest <= max(n for _, n in sides):
+                yield a, b, f"no session has more than {longest} tokens beside an utterance"
+
+
+def _same_teacher(plan: Plan, generation: Generation) -> list[str]:
+    """Views that another teacher of the store has, with the same model and settings."""
+    name, copies = generation.teacher, []
+    record = plan.teachers[name]
+    for other, known in plan.teachers.items():
+        theirs = {known.fingerprints.get(f"{c}/{k}") for c, layers in plan.views(other).items() for k in layers}
+        views = [f"{w.context}/{k}" for w in generation.work for k in w.layers]
+        same = [f"{name}/{v}" for v in views if record.fingerprints.get(v) in theirs - {None}]
+        if other != name and same:
+            copies.append(f"{first_few(same)} would be copies of {other}: the same model with the same settings")
+    return copies
 
 
 def check_disk_space(draft: PlanDraft) -> None:
@@ -177,9 +281,19 @@ def other_bytes(plan: Plan, layout: Layout | None) -> int:
     return sums + tokens + index + len(np.unique(layout.tokens.ids)) * (4 + 10 + 2 * record.width)
 
 
-def _measure(plan: Plan, teacher: Teacher, items: list[WorkItem], drafted: _DraftedCorpus) -> tuple[int, float, float]:
-    """(tokens that the model will read, tokens a second, seconds), from a few batches of one item of each context."""
+@dataclass(frozen=True)
+class Measured:
+    """What a few batches of one work item of each context show."""
+
+    fed_tokens: int  # that the model will read
+    tokens_per_s: float
+    seconds: float
+    largest: tuple[float, str]  # magnitude of a state that is kept, and its view
+
+
+def _measure(plan: Plan, teacher: Teacher, items: list[WorkItem], drafted: _DraftedCorpus) -> Measured:
     fed_total, seconds_total = 0.0, 0.0
+    largest = (0.0, "")
     for context in dict.fromkeys(item.context for item in items):
         same = [item for item in items if item.context == context]
         item = same[len(same) // 2]
@@ -194,11 +308,21 @@ def _measure(plan: Plan, teacher: Teacher, items: list[WorkItem], drafted: _Draf
             for warm in (False, True):  # the first calls of a thread are slower
                 began = time.perf_counter()
                 probed = chosen if warm else chosen[:1] * threads.count
-                list(threads.run(probed, item.layers, lambda s: [v.float().cpu() for v in s.values()][:0], item))
+                ran = list(threads.run(probed, item.layers, _magnitudes, item))
         speed = sum(len(w.ids) for b in chosen for w in b) / (time.perf_counter() - began)
+        for part, magnitudes in ran:
+            for layer, values in magnitudes.items():
+                kept = [values[b, k.at : k.at + k.last - k.first] for b, w in enumerate(part) for k in w.kept]
+                view = f"{item.teacher}/{context}/{layer}"
+                largest = max(largest, (float(np.nan_to_num(np.concatenate(kept), nan=np.inf).max()), view))
         fed = windows.tokens * sum(i.shard.rows for i in same) / max(1, item.shard.rows)
         fed_total, seconds_total = fed_total + fed, seconds_total + fed / speed
-    return int(fed_total), fed_total / max(seconds_total, 1e-9), seconds_total
+    return Measured(int(fed_total), fed_total / max(seconds_total, 1e-9), seconds_total, largest)
+
+
+def _magnitudes(states: dict[int, torch.Tensor]) -> dict[int, np.ndarray]:
+    """{layer: largest magnitude of each state, [B, T]}."""
+    return {k: v.float().abs().amax(-1).cpu().numpy() for k, v in states.items()}
 
 
 def render(s: Sizing) -> str:
@@ -216,4 +340,12 @@ def render(s: Sizing) -> str:
             f"time         about {s.seconds / 60:,.1f} min ({s.fed_tokens:,} tokens fed, {s.fed_tokens_per_s:,.0f} a "
             f"second, one process, {os.cpu_count()} cores)"
         )
+    if s.overflows:
+        lines.append(
+            f"overflow     {s.largest_value:,.0f} in {s.largest_view} is beyond {s.dtype}; give --dtype bfloat16"
+            if np.isfinite(s.largest_value or 0)
+            else f"overflow     {s.largest_view} has values that are not finite; give --model-dtype float32"
+        )
+    elif s.largest_value is not None:
+        lines.append(f"values       up to {s.largest_value:,.1f} in the sample, in {s.largest_view}")
     return "\n".join([*lines, *(f"warning      {warning}" for warning in s.warnings)])

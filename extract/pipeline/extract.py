@@ -24,7 +24,7 @@ from ..store.read.rows import TeacherRows
 from ..store.storage import open_files, writable_files
 from ..teacher.model import Teacher
 from .generation import PlanDraft, draft_plan
-from .new_store import write_plan
+from .new_store import forget_teacher, write_plan
 from .norms import write_norms
 from .progress import ExtractionProgress, OnProgress, Summary, split_committed, summarise
 from .request import Request, choose_space, teacher_record
@@ -112,7 +112,10 @@ def make_plan(
         if draft.new:
             if check is not None:
                 check(draft)
-            with exclusive_access(draft.plan.paths) if draft.new_rows is not None else nullcontext():
+            alone = draft.new_rows is not None or draft.replaces
+            with exclusive_access(draft.plan.paths) if alone else nullcontext():
+                if draft.replaces:
+                    forget_teacher(read_plan(files), record.name)
                 write_plan(draft, teacher)
     return draft.plan
 

@@ -27,7 +27,7 @@ from ..store.writer import versions
 from ..teacher.tokenizer import Tokeniser, Tokens
 from .corpus_diff import CorpusDiff, diff_corpus
 from .layout import Layout, cut_layout, cut_shards, lay_out
-from .request import Request, check_settings
+from .request import Request, check_settings, differences
 
 if TYPE_CHECKING:
     from ..teacher.model import Teacher
@@ -59,6 +59,7 @@ class PlanDraft:
     layout: Layout | None = None  # of a teacher that is new to the store
     new_rows: NewRows | None = None  # of a changed corpus
     new: bool = True
+    replaces: bool = False  # the teacher that the store has under this name, of which nothing is committed
     warnings: list[str] = field(default_factory=list)  # what is worth to know before it is written
 
 
@@ -81,6 +82,13 @@ def _draft(
     if not Paths(files).store_json.exists():
         return plan_new_store(files, corpus, teacher, record, request)
     plan = read_plan(files)
+    if is_unused(plan, record):
+        number, plan = next_generation(plan), without_teacher(plan, record.name)
+        if not plan.teachers:
+            return replace(plan_new_store(files, corpus, teacher, record, request), replaces=True)
+        corpus_diff = diff_corpus(plan, corpus, record, teacher.tokeniser)
+        draft = plan_new_teacher(plan, corpus, teacher, record, request, corpus_diff, number)
+        return replace(draft, replaces=True)
     check_settings(plan, record)
     corpus_diff = diff_corpus(plan, corpus, record, teacher.tokeniser)
     if corpus_diff is not None and not refresh:
@@ -90,6 +98,21 @@ def _draft(
     if corpus_diff is not None or missing_views(plan, record):
         return plan_more_views(plan, teacher, record, corpus_diff)
     return PlanDraft(plan, new=False)
+
+
+def is_unused(plan: Plan, record: TeacherRecord) -> bool:
+    """Whether a store has a teacher of this name with other settings, and no states of it: it can be planned again."""
+    old = plan.teachers.get(record.name)
+    if old is None or not plan.paths.files.has_locks or not differences(old, record):
+        return False
+    commits = (Commits(plan.paths, old.name, context).of for context in old.contexts)
+    return all(shard == "norms" for of in commits for shard, _ in of)
+
+
+def without_teacher(plan: Plan, name: str) -> Plan:
+    """Return a plan without a teacher and its generations."""
+    teachers = {n: t for n, t in plan.teachers.items() if n != name}
+    return replace(plan, teachers=teachers, generations=[g for g in plan.generations if g.teacher != name])
 
 
 def _check_tokens(draft: PlanDraft, teacher: Teacher) -> list[str]:
@@ -123,10 +146,14 @@ def plan_new_teacher(
     record: TeacherRecord,
     request: Request,
     corpus_diff: CorpusDiff | None,
+    number: int | None = None,
 ) -> PlanDraft:
-    """Draft a plan with another teacher: the same utterances in the same rows, with its own tokens and shards."""
+    """Draft a plan with another teacher: the same utterances in the same rows, with its own tokens and shards.
+
+    `number` is the generation's; None: the next.
+    """
     index, first = Index(plan.paths, plan.edition()), plan.generations[0]
-    number, edition, new_rows = next_generation(plan), plan.edition(), None
+    number, edition, new_rows = next_generation(plan) if number is None else number, plan.edition(), None
     rows, ids = index.row, [""] * len(index)
     for row in index.row.tolist():
         ids[row] = index.id(row)

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ...data.files.atomic import sync
 from ..store.disk.durable import WriteBatch
 from ..store.disk.layout import array_json, dtype_of, group_json, hidden_json, scale_json
 from ..store.format import plan as plans
@@ -24,7 +25,7 @@ from ..store.format.index import write_edition, write_index
 from ..store.format.plan import Plan, TeacherRecord
 from ..store.writer import encode
 from ..teacher.tokenizer import Tokens
-from .generation import NewRows, PlanDraft
+from .generation import NewRows, PlanDraft, without_teacher
 from .layout import Layout
 
 
@@ -65,6 +66,20 @@ def write_plan(draft: PlanDraft, teacher: VocabularySource) -> None:
     if batch is not None:
         batch.sync()
     plans.write_head(plan)
+
+
+def forget_teacher(plan: Plan, name: str) -> None:
+    """Take a teacher of which nothing is committed out of a store. The caller has the store for itself."""
+    paths, rest = plan.paths, without_teacher(plan, name)
+    if rest.teachers:
+        plans.write_head(rest)
+        folders = [paths.data / name, paths.root / "commits" / name]
+    else:
+        paths.store_json.unlink()
+        sync(paths.root)
+        folders = [paths.data, paths.root / "commits", paths.root / "plan"]
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_groups(writer: ArrayWriter, plan: Plan) -> None:

@@ -7,6 +7,7 @@ Try: `pytest tests/extract/pipeline/test_runner.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -25,7 +26,7 @@ from ..store.read.rows import TeacherRows
 from ..store.writer import ItemWriter
 from ..teacher.batching import make_batches
 from ..teacher.contexts import ItemWindows, Window
-from ..teacher.forward import encode_tensor, tensors
+from ..teacher.forward import encode_tensor, largest_of, tensors
 from ..teacher.model import Teacher
 from ..teacher.replicas import Task, TeacherPool
 from .corpus_diff import CorpusTexts, windows_of
@@ -35,6 +36,9 @@ from .reuse import Reuse, windows_without, write_copies
 
 if TYPE_CHECKING:
     import torch
+
+
+EncodedStates = dict[int, tuple[np.ndarray | Quantised, float]]  # {layer: (states, their largest magnitude)}
 
 
 @dataclass(frozen=True)
@@ -230,8 +234,12 @@ class Encode:
     writer: ItemWriter
     norms: dict[int, tuple[torch.Tensor, torch.Tensor]]
 
-    def __call__(self, states: dict[int, torch.Tensor]) -> dict[int, np.ndarray | Quantised]:
-        return {k: encode_tensor(v, self.writer.dtype, self.norms.get(k)) for k, v in states.items()}
+    def __call__(self, states: dict[int, torch.Tensor]) -> EncodedStates:
+        narrow = self.writer.dtype.logical in ("float16", "int8")
+        return {
+            k: (encode_tensor(v, self.writer.dtype, self.norms.get(k)), largest_of(v) if narrow else math.nan)
+            for k, v in states.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -240,14 +248,14 @@ class WriteBlock:
 
     writer: ItemWriter
     windows: list[Window]
-    states: dict[int, np.ndarray | Quantised]
+    states: EncodedStates
 
     def __call__(self) -> None:
-        for layer, block in self.states.items():
+        for layer, (block, largest) in self.states.items():
             for b, window in enumerate(self.windows):
                 for kept in window.kept:
                     places = slice(kept.at, kept.at + kept.last - kept.first)
-                    self.writer.write(layer, kept.utterance, kept.first, block[b, places])
+                    self.writer.write(layer, kept.utterance, kept.first, block[b, places], largest)
 
 
 def _wait_for(future: Future[None] | None) -> None:

@@ -8,6 +8,7 @@ Try: `pytest tests/extract/pipeline/test_crash.py`.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import platform
 import socket
@@ -19,10 +20,10 @@ import numpy as np
 from ...data.errors import StoreError
 from ...data.files.atomic import sync
 from .disk.durable import allocate, explain_full_disk, pwrite_all
-from .disk.layout import INNER_ROWS, Dtype, crc32c, dtype_of, footer, shard_bytes
+from .disk.layout import INNER_ROWS, Dtype, crc32c, dtype_of, footer, shard_bytes, to_float32
 from .disk.paths import Paths
 from .format.arrays import RawArray
-from .format.commits import Commit, link_commit
+from .format.commits import Commit, Commits, link_commit
 from .format.int8 import SCALE_BYTES, Quantised
 from .format.plan import TeacherRecord, WorkItem
 
@@ -96,20 +97,23 @@ class ItemWriter:
             self.close()
             raise
 
-    def write(self, layer: int, utterance: int, first_token: int, block: np.ndarray | Quantised) -> None:
+    def write(
+        self, layer: int, utterance: int, first_token: int, block: np.ndarray | Quantised, largest: float = math.nan
+    ) -> None:
         """Write [n, D], from `encode` or `quantise`, as tokens [first_token, first_token + n) of an utterance.
 
-        `utterance` is its position in the work item. Raises StoreError for a value that is not finite.
+        Arguments:
+            utterance: its position in the work item.
+            largest: the largest magnitude among the states that `block` was made from, for the error; NaN: not known.
+
+        Raises:
+            StoreError: a value is not finite.
         """
         quantised = block if isinstance(block, Quantised) else None
         if isinstance(block, Quantised):
             block = block.values
         if not (is_finite(block, self.dtype) if quantised is None else np.isfinite(quantised.scale).all()):
-            remedy = "the model itself yields it: try --model-dtype float32"
-            if self.dtype.logical in ("float16", "int8"):
-                remedy = "store this teacher with --dtype bfloat16"
-            what = f"a value of {self.teacher.name}/{self.item.context}/{layer} is not finite in {self.dtype.logical}"
-            raise StoreError(what, where=self.ids[utterance], remedy=remedy)
+            raise self._not_finite(layer, utterance, block, largest)
         row = int(self.starts[utterance]) + first_token
         data = memoryview(block.data).cast("B")
         try:
@@ -125,6 +129,26 @@ class ItemWriter:
             self.crc[layer][utterance] = self._crc(layer, utterance, block)
         else:
             self._split.add((layer, utterance))
+
+    def _not_finite(self, layer: int, utterance: int, block: np.ndarray, largest: float) -> StoreError:
+        """The error for a value that cannot be stored: beyond the dtype, or not a number in the model already."""
+        name, dtype = self.teacher.name, self.dtype.logical
+        what = f"a value of {name}/{self.item.context}/{layer} is not finite in {dtype}"
+        if not math.isfinite(largest) and (
+            dtype not in ("float16", "int8") or np.isnan(to_float32(block, dtype)).any()
+        ):
+            what += ": the model itself yields it"
+            remedy = "leave the utterance out of the manifest, or use another model"
+            if self.teacher.model_dtype != "float32":
+                remedy = "give --model-dtype float32"
+        else:
+            beyond = f" (the largest of its batch is {largest:,.0f})" if math.isfinite(largest) else ""
+            what += beyond
+            remedy = "give the same command with --dtype bfloat16"
+            commits = (Commits(self.paths, name, context).of for context in self.teacher.contexts)
+            if not self.paths.files.has_locks or any(shard != "norms" for of in commits for shard, _ in of):
+                remedy += f" --name {name}-bfloat16, because the store has states of {name} in {dtype}"
+        return StoreError(what, where=self.ids[utterance], remedy=remedy)
 
     def leave_out(self, utterances: np.ndarray) -> None:
         """Fill the rows of utterances that cannot be read any more. Their scales stay NaN."""

@@ -33,6 +33,12 @@ def encode_tensor(states: torch.Tensor, dtype: Dtype, norm: Norm | None = None) 
     return states.to(getattr(torch, dtype.logical)).cpu().contiguous().numpy()
 
 
+def largest_of(states: torch.Tensor) -> float:
+    """Return the largest magnitude among states."""
+    with torch.inference_mode():
+        return float(torch.linalg.vector_norm(states, float("inf"))) if states.numel() else 0.0
+
+
 def tensors(norm: tuple[np.ndarray, np.ndarray], device: str) -> Norm:
     """Return a view's mean and standard deviation as float32 tensors on a device."""
     mean, std = (torch.from_numpy(np.array(v, np.float32)).to(device) for v in norm)
