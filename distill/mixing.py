@@ -1,9 +1,10 @@
-"""From one loss per view to one loss: `mean`, `learned`, `sample`.
+"""From one loss per view to one loss: `mean`, `sum`, `learned`, `sample`.
 
 `sample` draws `count` views for each step, each view equally often. So the expectation of its mean is the mean over all
 views. The draw depends on seed and step alone, and a resumed run draws the same. `learned` follows the gradient, so it
-prefers the views that are easiest to match, not those that help most. Look at the logged weights.
-Guarantees: the weights of the views in a batch are positive and sum to 1.
+prefers the views that are easiest to match, not those that help most. Look at the logged weights. With `mean`, each of
+thirteen views has a thirteenth of a single view's weight. With `sum`, each has all of it.
+Guarantees: the weights of the views in a batch are positive. They sum to 1, or with `sum` each is 1.
 Try: `pytest tests/distill/test_mixing.py`.
 """
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from ..data.errors import ConfigError
 
-MIXINGS = ("mean", "learned", "sample")
+MIXINGS = ("mean", "sum", "learned", "sample")
 
 
 class Mixing(nn.Module):
@@ -25,13 +26,14 @@ class Mixing(nn.Module):
         super().__init__()
         if name not in MIXINGS:
             raise ConfigError(f"there is no mixing {name!r}", expected=", ".join(MIXINGS))
+        self.sums = name == "sum"
         self.logits = nn.Parameter(torch.zeros(views)) if name == "learned" else None
 
     def forward(self, losses: list[Tensor], index: list[int]) -> Tensor:
         """Return the weighted sum of one or more scalar losses. `index` has the view's number of each."""
         stacked = torch.stack(losses)
         if self.logits is None:
-            return stacked.mean()
+            return stacked.sum() if self.sums else stacked.mean()
         logits = self.logits if len(index) == len(self.logits) else self.logits[index]
         return (torch.softmax(logits.float(), 0) * stacked).sum()
 

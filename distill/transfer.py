@@ -53,7 +53,7 @@ class Transfer(nn.Module):
         encoder_dim: H, the width of the encoder states.
         aligner: "attention" (needs `embeddings`), "occupancy", "cif" or "predictor" (needs `predictor_dim`).
         distance: "cosine", "l1", "smooth_l1", "mse" or "contrastive".
-        mixing: "mean", "learned" or "sample". For "sample" the reader draws the views, TargetReader(sample=k).
+        mixing: "mean", "sum", "learned" or "sample". For "sample" the reader draws the views, TargetReader(sample=k).
         embeddings: the `embeddings` of a TargetReader.
         temperature: above 0, of the distance "contrastive".
         attention_dim, attention_heads: width (None: encoder_dim) and heads of the attention.
@@ -67,7 +67,7 @@ class Transfer(nn.Module):
 
     def __init__(
         self, views: Sequence[ViewSpec], encoder_dim: int, *,
-        aligner: str = "attention", distance: str = "cosine", mixing: str = "mean",
+        aligner: str = "occupancy", distance: str = "cosine", mixing: str = "mean",
         embeddings: Mapping[str, Tensor] | None = None, temperature: float = 0.1, attention_dim: int | None = None,
         attention_heads: int = 4, predictor_dim: int | None = None, predictor_after: bool = True, taps: int = 1,
     ) -> None:  # fmt: skip

@@ -10,7 +10,7 @@ import copy
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,7 +35,7 @@ class Batch:
     feature_lengths: Tensor  # int64 [B]
     targets: Tensor  # int32 [B, U]
     target_lengths: Tensor  # int32 [B]
-    transfer: Any  # the target reader's batch, or None without targets
+    transfer: dict[str, Any]  # the target readers' batches, by transfer
     read_s: float  # seconds spent on features and units
     teacher_s: float  # seconds spent on teacher targets
     share: float = 1.0
@@ -47,7 +47,7 @@ class Batch:
             return self
         # Lengths and targets stay on the CPU: the loss checks them there without a synchronisation.
         features = self.features.pin_memory().to(device, non_blocking=True)
-        transfer = None if self.transfer is None else self.transfer.pin_memory().to(device, non_blocking=True)
+        transfer = {k: t.pin_memory().to(device, non_blocking=True) for k, t in self.transfer.items()}
         return replace(self, features=features, transfer=transfer)
 
 
@@ -56,7 +56,7 @@ class BatchLoader:
 
     Utterances with more than `max_frames` at some speed (0: no limit) are left out, and so are empty texts, unless
     `untranscribed` keeps them for decoding. `left_out` counts them, and CorpusError is raised if no utterance is left.
-    `targets` is a `TargetReader` or None.
+    `targets` has the `TargetReader` of each transfer, by name.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class BatchLoader:
         *,
         speeds: Sequence[float] = (1.0,),
         max_frames: int = 0,
-        targets: Any = None,
+        targets: Mapping[str, Any] | None = None,
         untranscribed: bool = False,
     ) -> None:
-        self.features, self.units, self.speeds, self.targets = features, units, list(speeds), targets
+        self.features, self.units, self.speeds, self.targets = features, units, list(speeds), targets or {}
         ids = [u.id for u in corpus.utterances]
         frames = np.stack([features.frames(ids, [s] * len(ids)) for s in self.speeds], axis=1)
         encoded = [units.encode(u.text) for u in corpus.utterances]
@@ -111,10 +111,8 @@ class BatchLoader:
         targets = np.zeros((len(ids), int(target_lengths.max())), dtype=np.int32)
         targets[np.arange(targets.shape[1]) < target_lengths[:, None]] = np.concatenate([e.ids for e in encoded])
         read = time.perf_counter()
-        transfer = None
-        if self.targets is not None:
-            texts, spans = [u.text for u in utterances], [e.spans for e in encoded]
-            transfer = self.targets.read(ids, texts, spans, step=plan.number)
+        texts, spans = [u.text for u in utterances], [e.spans for e in encoded]
+        transfer = {k: reader.read(ids, texts, spans, step=plan.number) for k, reader in self.targets.items()}
         return Batch(
             ids,
             padded,

@@ -12,9 +12,10 @@ from stillhouse.data.errors import ConfigError
 from stillhouse.distill.mixing import Mixing, draw
 
 
-def test_mean_and_learned():
+def test_mean_sum_and_learned():
     losses = [torch.tensor(1.0), torch.tensor(4.0)]
     assert Mixing("mean", 3)(losses, [0, 2]).item() == 2.5
+    assert Mixing("sum", 3)(losses, [0, 2]).item() == 5.0
     learned = Mixing("learned", 3)
     assert learned(losses, [0, 2]).item() == 2.5
     with torch.no_grad():
@@ -53,5 +54,5 @@ def test_draws_repeat_for_a_resumed_run_and_differ_between_seeds():
 
 
 def test_unknown_mixing():
-    with pytest.raises(ConfigError, match="no mixing 'sum'"):
-        Mixing("sum", 2)
+    with pytest.raises(ConfigError, match="no mixing 'median'"):
+        Mixing("median", 2)

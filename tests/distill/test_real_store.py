@@ -41,7 +41,7 @@ def test_targets_are_the_standardised_states_of_the_store(store):
         spread = std > 0.01  # one dimension is constant
         np.testing.assert_allclose(tokens.std(0, correction=0)[spread], 1, atol=2e-3)
     assert batch.positions["known"].masked == 0
-    transfer = Transfer(reader.views, 16, embeddings=reader.embeddings)
+    transfer = Transfer(reader.views, 16, aligner="attention", embeddings=reader.embeddings)
     loss = transfer(torch.randn(len(ids), 3, 16), torch.tensor([3] * len(ids)), batch).loss
     loss.backward()
     assert loss.isfinite()

@@ -201,7 +201,7 @@ def test_what_does_not_fit_is_refused(make):
     with pytest.raises(ValueError, match="needs unit_spans"):
         transfer(encoder, lengths, reader.read(IDS, texts), occupancy)
     with pytest.raises(ConfigError, match="no input embeddings of pieces, words"):
-        Transfer(reader.views, H)
+        Transfer(reader.views, H, aligner="attention")
     with pytest.raises(ConfigError, match="no aligner 'ctc'"):
         Transfer(reader.views, H, aligner="ctc")
     with pytest.raises(ConfigError, match="without views"):

@@ -42,7 +42,7 @@ def page(known: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     lines = [{"id": i, "audio_filepath": f"{i}.wav"} for i in sorted(known.texts)]
     (tmp_path / "train_manifest.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
     torch.manual_seed(0)
-    transfer = Transfer(known.reader.views, DIM, embeddings=known.reader.embeddings)
+    transfer = Transfer(known.reader.views, DIM, aligner="attention", embeddings=known.reader.embeddings)
 
     def targets(keys: list[str], device: str = "cpu") -> Any:
         ids = store_ids(known.store, keys)

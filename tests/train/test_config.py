@@ -140,6 +140,58 @@ def test_stores_by_one_name_or_several(tmp_path: Path) -> None:
         assert load_config(write(tmp_path, dump_config(config))) == config
 
 
+NAMED = (
+    MINIMAL
+    + """
+[transfer]
+stores = "teacher.zarr"
+[transfer.text]
+views = "minilm/*/last"
+weight = 0.3
+[transfer.predictor]
+views = "smollm/past:64/last"
+aligner = "predictor"
+"""
+)
+
+
+def test_named_transfers_are_read_written_and_changed(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, NAMED), ["transfer.text.weight=0.5", "transfer.third.layers=[1]"])
+    transfers = config.transfer.transfers
+    assert list(transfers) == ["text", "predictor"]  # the third has no views
+    assert [(t.weight, t.aligner) for t in transfers.values()] == [(0.5, "occupancy"), (1.0, "predictor")]
+    text = dump_config(config)
+    assert load_config(write(tmp_path, text)) == config and "[transfer.predictor]" in text
+    flat = config.flat()
+    assert flat["transfer.text.weight"] == 0.5 and flat["transfer.on_missing"] == "error"
+    assert "transfer.weight" not in flat and "transfer.weight" in load_config(write(tmp_path, MINIMAL)).flat()
+    one = load_config(write(tmp_path, MINIMAL), ["transfer.stores=a", "transfer.views=m/alone/1"])
+    assert one.transfer.transfers == {"": one.transfer}
+    assert load_config(write(tmp_path, NAMED), ["transfer.text.views=[]"]).transfer.transfers.keys() == {"predictor"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            "transfer.weight=0.5",
+            r"--set transfer.weight=0.5: transfer.weight and the section \[transfer.text\] exclude",
+        ),
+        ("transfer.wieght=0.5", "--set transfer.wieght=0.5: transfer.wieght: no such setting; did you mean transfer.w"),
+        ("transfer.text.wieght=0.5", "transfer.text.wieght: no such setting; did you mean transfer.text.weight"),
+        ("transfer.text.stores=b", "transfer.text.stores: no such setting"),
+        ("transfer.text.layers=[9]", "transfer.text.layers has 9"),
+        ("transfer.predictor.sample=1", "transfer.predictor.sample, the views"),
+        ("transfer.text.decay=linear", "transfer.text.decay and transfer.text.decay_steps go together"),
+        ("transfer.a b.weight=1", "transfer.a b: the name of a transfer has"),
+        ("transfer.stores=[]", "transfer.text.views needs a store"),
+    ],
+)
+def test_named_transfers_that_cannot_be(tmp_path: Path, change: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, NAMED), [change])
+
+
 def test_lambda_rises_stays_and_falls(tmp_path: Path) -> None:
     from stillhouse.train.config import transfer_weight
 
@@ -147,7 +199,7 @@ def test_lambda_rises_stays_and_falls(tmp_path: Path) -> None:
 
     def curve(*more: str, steps: tuple[int, ...]) -> list[float]:
         config = load_config(write(tmp_path, MINIMAL), more)
-        return [transfer_weight(n, config) for n in steps]
+        return [transfer_weight(n, config.transfer) for n in steps]
 
     assert curve("transfer.weight=0.8", steps=(0, 1000)) == [0.8, 0.8]
     assert curve(*changes[:2], steps=(0, 1, 3, 4, 99)) == pytest.approx([0.2, 0.4, 0.8, 0.8, 0.8])

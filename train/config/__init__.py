@@ -1,12 +1,14 @@
 """The settings of a training run, and the TOML files that they come from. Imports data/errors.py and files."""
 
-from .sections import Config, ConfigSection, learning_rate, transfer_weight
+from .sections import Config, ConfigSection, flatten, in_transfer, learning_rate, transfer_weight
 from .toml import dump_config, load_config, read_toml, validated, without_removed
 
 __all__ = [
     "Config",
     "ConfigSection",
     "dump_config",
+    "flatten",
+    "in_transfer",
     "learning_rate",
     "load_config",
     "read_toml",

@@ -7,14 +7,30 @@ Try: `stillhouse train CONFIG --set optim.lr=1e-3`.
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+def in_transfer(what: str, name: str) -> str:
+    """Return the name of a metric, a file or a section in the transfer `name`. The unnamed transfer adds nothing."""
+    return f"{what}.{name}" if name else what
 
 
 class ConfigSection(BaseModel):
@@ -129,13 +145,12 @@ class SpecAugmentSection(ConfigSection):
     time_share: float = Field(0.25, ge=0, le=1, description="Largest share of an utterance that time masks cover.")
 
 
-class TransferSection(ConfigSection):
-    """The transfer from language models. Lambda is the weight of the transfer loss."""
+class TransferSettings(ConfigSection):
+    """One transfer from teachers: its views, and how the student learns them. Lambda is the weight of its loss."""
 
-    stores: list[Path] = Field([], description="Stores over the corpus. A single one needs no brackets.")
     views: list[str] = Field([], description="View addresses or patterns. Without views there is no transfer.")
     aligner: Literal["attention", "occupancy", "cif", "predictor"] = Field(
-        "attention", description="How encoder states are brought to the positions that have a target."
+        "occupancy", description="How encoder states are brought to the positions that have a target."
     )
     position: Literal["token", "word", "unit"] = Field(
         "token", description="What has a target: token, word or ASR unit."
@@ -144,8 +159,10 @@ class TransferSection(ConfigSection):
         "cosine", description="Distance between predicted and teacher states."
     )
     temperature: float = Field(0.1, ge=1e-3, description="Temperature of contrastive. A lower one is stricter.")
-    mixing: Literal["mean", "learned", "sample"] = Field(
-        "mean", description="How the views are weighted: alike, by learned weights, or by drawing some in each step."
+    mixing: Literal["mean", "sum", "learned", "sample"] = Field(
+        "mean",
+        description="What the views' losses become: their mean, their sum, a mean by learned weights, or the mean of "
+        "some that each step draws.",
     )
     sample: int | None = Field(None, ge=1, description="Views drawn in each step, for mixing = sample.")
     weight: float = Field(1.0, ge=0, description="Lambda after the warm-up.")
@@ -159,24 +176,80 @@ class TransferSection(ConfigSection):
         description="Control experiment: another utterance's states, the teacher's input embeddings, one-hot codes of "
         "the words, or codes of another utterance's words.",
     )
+
+    @field_validator("views", mode="before")
+    @classmethod
+    def _one_view(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class TransferSection(TransferSettings):
+    """The transfer from teachers. Several transfers have a section each, [transfer.NAME], with the settings below."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, TransferSettings]
+
+    stores: list[Path] = Field([], description="Stores over the corpus. A single one needs no brackets.")
     on_missing: Literal["error", "skip"] = Field(
         "error", description="If a store lacks an utterance: stop, or skip it."
     )
 
-    @field_validator("stores", "views", mode="before")
+    @field_validator("stores", mode="before")
     @classmethod
-    def _one(cls, value: Any) -> Any:
+    def _one_store(cls, value: Any) -> Any:
         return [value] if isinstance(value, (str, Path)) else value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _names(cls, values: Any) -> Any:
+        """Refuse a setting that does not exist, which the name of a transfer cannot be."""
+        for name, value in values.items() if isinstance(values, Mapping) else ():
+            if name in cls.model_fields or isinstance(value, TransferSettings):
+                continue
+            if not isinstance(value, Mapping):
+                near = [f"transfer.{n}" for n in get_close_matches(name, cls.model_fields)]
+                hint = f"did you mean {' or '.join(near)}?" if near else f"expected {', '.join(cls.model_fields)}"
+                raise ValueError(f"transfer.{name}: no such setting; {hint}")
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                raise ValueError(f"transfer.{name}: the name of a transfer has letters, digits, _ and - alone")
+        return values
+
     @model_validator(mode="after")
-    def _complete(self) -> TransferSection:
-        if self.views and not self.stores:
-            raise ValueError("transfer.views needs a store in transfer.stores")
-        if (self.decay is None) != (self.decay_steps is None):
-            raise ValueError("transfer.decay and transfer.decay_steps go together")
-        if (self.mixing == "sample") != (self.sample is not None):
-            raise ValueError("transfer.sample, the views drawn in a step, and transfer.mixing = sample go together")
+    def _complete(self) -> Self:
+        named = list(self.model_extra or {})
+        shared = type(self).model_fields.keys() - TransferSettings.model_fields.keys()
+        if own := sorted(self.model_fields_set - shared - set(named)) if named else []:
+            raise ValueError(
+                f"transfer.{own[0]} and the section [transfer.{named[0]}] exclude each other: set "
+                f"transfer.{named[0]}.{own[0]} (beside named transfers, [transfer] has {' and '.join(sorted(shared))})"
+            )
+        for name, t in self.settings.items():
+            section = in_transfer("transfer", name)
+            if t.views and not self.stores:
+                raise ValueError(f"{section}.views needs a store in transfer.stores")
+            if (t.decay is None) != (t.decay_steps is None):
+                raise ValueError(f"{section}.decay and {section}.decay_steps go together")
+            if (t.mixing == "sample") != (t.sample is not None):
+                raise ValueError(
+                    f"{section}.sample, the views drawn in a step, and {section}.mixing = sample go together"
+                )
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the settings of the one unnamed transfer where there are named ones."""
+        left_out = TransferSettings.model_fields if self.model_extra else {}
+        return {name: value for name, value in handler(self).items() if name not in left_out}
+
+    @property
+    def settings(self) -> dict[str, TransferSettings]:
+        """The settings of each transfer by name. Without named transfers, the section is itself the transfer ""."""
+        return self.model_extra or {"": self}
+
+    @property
+    def transfers(self) -> dict[str, TransferSettings]:
+        """The settings of the transfers that have views, by name."""
+        return {name: t for name, t in self.settings.items() if t.views}
 
 
 class RunSection(ConfigSection):
@@ -216,19 +289,24 @@ class Config(ConfigSection):
     @model_validator(mode="after")
     def _layers_exist(self) -> Config:
         depth = self.model.layers
-        for name, layers, last in (
-            ("transfer.layers", self.transfer.layers, depth),
-            ("loss.inter_ctc_layers", self.loss.inter_ctc_layers, depth - 1),
-        ):
+        taps = [(in_transfer("transfer", n) + ".layers", t.layers, depth) for n, t in self.transfer.settings.items()]
+        for name, layers, last in [*taps, ("loss.inter_ctc_layers", self.loss.inter_ctc_layers, depth - 1)]:
             for layer in layers:
                 if not 1 <= layer <= last:
                     raise ValueError(f"{name} has {layer}, but with model.layers = {depth} it may have 1 to {last}")
         return self
 
     def flat(self) -> dict[str, Any]:
-        """Return all settings as {"section.name": JSON value}."""
-        sections = self.model_dump(mode="json").items()
-        return {f"{section}.{name}": value for section, values in sections for name, value in values.items()}
+        """Return all settings as {"section.name": JSON value}. Those of a transfer may be "transfer.NAME.name"."""
+        return flatten(self.model_dump(mode="json"))
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as {"outer.inner": value}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -241,9 +319,8 @@ def learning_rate(step: int, config: Config) -> float:
     return o.lr * (o.final_lr + (1 - o.final_lr) * shape)
 
 
-def transfer_weight(step: int, config: Config) -> float:
+def transfer_weight(step: int, t: TransferSettings) -> float:
     """Return lambda of a step, counted from 0: linear warm-up to `weight`, then the decay to `final_weight`."""
-    t = config.transfer
     if step < t.warmup_steps:
         return t.weight * (step + 1) / t.warmup_steps
     if t.decay is None or t.decay_steps is None:

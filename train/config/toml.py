@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 
 from ...data.errors import ConfigError
 from ...data.files.atomic import read_plain
-from .sections import Config
+from .sections import Config, TransferSettings
 
 Kind = TypeVar("Kind", bound=BaseModel)
 Layer = tuple[object, Mapping[str, Any]]  # where settings come from (a path or an option), and the settings
@@ -140,7 +140,7 @@ def _hint(kind: Any, *path: str) -> str:
     *above, key = path
     section = kind
     for name in above:
-        section = section.model_fields[name].annotation
+        section = section.model_fields[name].annotation if name in section.model_fields else TransferSettings
     near = [".".join([*above, name]) for name in get_close_matches(key, section.model_fields)]
     if not near:
         sections = {name: getattr(field.annotation, "model_fields", {}) for name, field in kind.model_fields.items()}
@@ -152,9 +152,13 @@ def _hint(kind: Any, *path: str) -> str:
 
 def dump_config(config: Config) -> str:
     """Return the settings as TOML, which load_config reads back to an equal Config."""
-    lines = []
-    for section, values in config.model_dump(mode="json").items():
-        # A JSON scalar or list of scalars is TOML as it stands. TOML has no null, and an absent setting means None.
-        settings = [(key, json.dumps(value, ensure_ascii=False)) for key, value in values.items() if value is not None]
-        lines += [f"[{section}]", *(f"{key} = {value}" for key, value in settings), ""]
-    return "\n".join(lines)
+    return "\n".join(line for name, values in config.model_dump(mode="json").items() for line in _section(name, values))
+
+
+def _section(name: str, values: Mapping[str, Any]) -> list[str]:
+    """The lines of a section, then those of the sections below it."""
+    below = {key: value for key, value in values.items() if isinstance(value, Mapping)}
+    # A JSON scalar or list of scalars is TOML as it stands. TOML has no null, and an absent setting means None.
+    own = {key: value for key, value in values.items() if value is not None and key not in below}
+    lines = [f"[{name}]", *(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in own.items()), ""]
+    return lines + [line for key, value in below.items() for line in _section(f"{name}.{key}", value)]

@@ -7,7 +7,7 @@ Try: `pytest tests/train/run/test_ranks.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +20,14 @@ from ..run.ranks import ALONE, Ranks
 
 @dataclass(frozen=True)
 class PartSizes:
-    """What the losses of a part are divided by: its ASR units, and its transfer positions by teacher.
+    """What the losses of a part are divided by: its ASR units, and its positions by transfer and teacher.
 
     `band` is the number of units in a frame that the pruned loss needs at least for the transcripts to fit.
     """
 
     units: int
     band: int
-    positions: dict[str, int]
+    positions: dict[str, dict[str, int]]
 
 
 @dataclass(frozen=True)
@@ -45,28 +45,28 @@ class GlobalBatch:
     def band(self) -> int:
         return max(part.band for part in self.parts)
 
-    @property
-    def transfer(self) -> Any:
-        """A distill.transfer.RankTotals, or None if there is one part only."""
+    def transfer(self, name: str) -> Any:
+        """Return a distill.transfer.RankTotals of a transfer, or None if there is one part only."""
         if len(self.parts) == 1:
             return None
         from ...distill.transfer import RankTotals
 
-        counts = {teacher: sum(part.positions[teacher] for part in self.parts) for teacher in self.parts[0].positions}
-        return RankTotals(counts, self._other_rows)
+        parts = [part.positions[name] for part in self.parts]
 
-    def _other_rows(self, teacher: str, rows: Tensor) -> list[Tensor]:
-        parts = self.ranks.gather_rows(rows, [part.positions[teacher] for part in self.parts])
-        return [part for rank, part in enumerate(parts) if rank != self.ranks.rank and len(part)]
+        def other_rows(teacher: str, rows: Tensor) -> list[Tensor]:
+            of_ranks = self.ranks.gather_rows(rows, [part[teacher] for part in parts])
+            return [part for rank, part in enumerate(of_ranks) if rank != self.ranks.rank and len(part)]
+
+        return RankTotals({teacher: sum(part[teacher] for part in parts) for teacher in parts[0]}, other_rows)
 
 
-def part_sizes(model: Transducer, transfer: Any, batch: Batch) -> PartSizes:
-    """Return the sizes of a batch, or of the part of one. `transfer` is a distill.Transfer or None."""
+def part_sizes(model: Transducer, transfers: Mapping[str, Any], batch: Batch) -> PartSizes:
+    """Return the sizes of a batch, or of the part of one. `transfers` are distill.Transfers by name."""
     band = 0
     if model.simple is not None:
         frames = model.encoder.output_lengths(batch.feature_lengths)
         band = int((-(-batch.target_lengths // frames)).max()) + 1  # T frames of w units advance by T * (w - 1)
-    positions = {} if transfer is None else transfer.counts(batch.transfer)
+    positions = {name: transfer.counts(batch.transfer[name]) for name, transfer in transfers.items()}
     if not batch.share:
-        return PartSizes(0, 0, dict.fromkeys(positions, 0))
+        return PartSizes(0, 0, {name: dict.fromkeys(counts, 0) for name, counts in positions.items()})
     return PartSizes(int(batch.target_lengths.sum()), band, positions)

@@ -1,4 +1,4 @@
-"""The objective of a training step: transducer loss + c * CTC on the encoder + lambda * transfer.
+"""The objective of a training step: transducer loss + c * CTC on the encoder + the sum of lambda * transfer.
 
 With intermediate CTC (Lee and Watanabe 2021, arXiv 2102.03216), one head computes the CTC losses of several layers. The
 CTC term is then (1 - w) of the last layer's loss and w of the mean of the others'.
@@ -10,9 +10,11 @@ Try: `pytest tests/train/loop/test_trainer.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from ...data.batches.loader import Batch, BatchLoader
 from ...data.batches.sampler import BatchSampler
-from ..config import Config
+from ..config import Config, in_transfer
 from ..model.losses import ctc_cost, transducer_costs
 from ..model.transducer import BLANK, Transducer
 from ..rnnt import prune_ranges, rnnt_loss_simple
@@ -34,14 +36,14 @@ Timed = Callable[[str], AbstractContextManager]
 class Losses:
     """The losses of a batch: `total` has the graph, `parts` are detached scalars by name.
 
-    `costs` [B] is the transducer loss of each utterance. `transfer_inputs` are the states that the transfer reads, by
-    which its backward pass is timed.
+    `costs` [B] is the transducer loss of each utterance. `transfer_inputs` has the student's states that each transfer
+    reads, by its name. Their gradients are those of this transfer alone.
     """
 
     total: Tensor
     costs: Tensor
     parts: dict[str, Tensor]
-    transfer_inputs: tuple[Tensor, ...] = ()
+    transfer_inputs: dict[str, list[Tensor]]
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
@@ -51,17 +53,17 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 
 def losses(
     model: Transducer,
-    transfer: Any,
+    transfers: Mapping[str, Any],
     batch: Batch,
     config: Config,
     *,
     precision: str,
-    transfer_weight: float,
+    weights: Mapping[str, float],
     augment: torch.Generator | None,
     timed: Timed = lambda _: nullcontext(),
     whole: GlobalBatch | None = None,
 ) -> Losses:
-    """Compute the losses of one batch, with a distill.Transfer or None, whose weight is lambda.
+    """Compute the losses of one batch. `transfers` are distill.Transfers by name, and `weights` their lambdas.
 
     `augment` draws SpecAugment's masks and the chunk size, and None applies no mask. `timed` makes a context for each
     part of the step, by name. If `batch` is a part of `whole`, the sums over ranks of the losses and gradients are
@@ -69,16 +71,16 @@ def losses(
     """
     device = batch.features.device
     lengths = batch.feature_lengths.to(device)
-    whole = whole or GlobalBatch([part_sizes(model, transfer, batch)])
+    whole = whole or GlobalBatch([part_sizes(model, transfers, batch)])
     units, settings = whole.units, config.loss
     with timed("encoder"):
         features = model.encoder.normalise(batch.features, lengths)
         if augment is not None:
             masks = config.specaugment.model_dump()
             features = spec_augment(features, batch.feature_lengths, augment, part=batch.part, **masks)
-        tap = config.transfer.layers if transfer is not None else []
+        layers = {name: config.transfer.transfers[name].layers for name in transfers}
         with autocast(device, precision):
-            tapped = [*tap, *settings.inter_ctc_layers]
+            tapped = [*chain(*layers.values()), *settings.inter_ctc_layers]
             # The chunk is drawn like the masks, so that it is the same on every rank.
             states, state_lengths, taps = model.encoder(features, lengths, taps=tapped, generator=augment)
             e = model.joint.encoder(states)
@@ -94,7 +96,7 @@ def losses(
             simple, gamma = rnnt_loss_simple(am, lm, *known, blank=BLANK, reduction="none")
             ranges = prune_ranges(gamma, on_cpu, batch.target_lengths, max(settings.band, whole.band))
         terms = settings.model_dump(include={"eps", "fastemit", "sigma"})
-        want = transfer is not None and transfer.needs_occupancy
+        want = any(transfer.needs_occupancy for transfer in transfers.values())
         costs, occupancy = transducer_costs(model, e, p, *known, **terms, ranges=ranges, want_occupancy=want)
         total = costs.sum() / units
         parts = {"rnnt": total.detach()}
@@ -110,24 +112,28 @@ def losses(
                 parts["inter_ctc"] = inter.detach() / units
                 ctc = torch.lerp(ctc, inter, settings.inter_ctc_weight)
             total = total + settings.ctc_weight * ctc / units
-    inputs: list[Tensor] = []
-    if transfer is not None:
+    inputs: dict[str, list[Tensor]] = {}
+    for name, transfer in transfers.items():
         with timed("transfer"):
-            inputs = [*([taps[n].float() for n in tap] or [states.float()]), predicted.float()]
-            inputs = [x.view_as(x) for x in inputs]  # The gradient of such a view is that of the transfer alone.
-            result = transfer(inputs[:-1], state_lengths, batch.transfer, occupancy, inputs[-1], whole.transfer)
-            parts["transfer"] = result.loss.detach()
-            parts |= {f"transfer/{view}": value for view, value in result.per_view.items()}
-            parts |= {f"weight/{view}": value for view, value in result.weights.items()}
-            parts["transfer_positions"] = torch.tensor(float(result.positions))
-            parts["transfer_masked"] = torch.tensor(float(result.masked))  # no token or unit overlaps them
-            parts["transfer_skipped"] = torch.tensor(float(result.skipped))  # the store lacks these utterances
-            total = total + transfer_weight * result.loss
+            states_of = [*([taps[n].float() for n in layers[name]] or [states.float()]), predicted.float()]
+            inputs[name] = [x.view_as(x) for x in states_of]  # The gradient of such a view is this transfer's alone.
+            *encoded, after = inputs[name]
+            result = transfer(encoded, state_lengths, batch.transfer[name], occupancy, after, whole.transfer(name))
+            metric = partial(in_transfer, name=name)
+            parts[metric("transfer")] = loss = result.loss.detach()
+            parts |= {f"{metric('transfer')}/{view}": value for view, value in result.per_view.items()}
+            parts |= {f"{metric('weight')}/{view}": value for view, value in result.weights.items()}
+            parts[metric("transfer_positions")] = torch.tensor(float(result.positions))
+            parts[metric("transfer_masked")] = torch.tensor(float(result.masked))  # no token or unit overlaps them
+            parts[metric("transfer_skipped")] = torch.tensor(float(result.skipped))  # the store lacks these utterances
+            if name:  # beside the loss of each, their sum
+                parts["transfer"] = parts.get("transfer", torch.zeros_like(loss)) + loss
+            total = total + weights[name] * result.loss
     parts["loss"] = total.detach()
     if not batch.share:  # A stand-in does what the other ranks do, and adds nothing.
         total = total * 0.0
-        parts = {name: value if name.startswith("weight/") else value * 0.0 for name, value in parts.items()}
-    return Losses(total, costs.detach(), parts, tuple(inputs))
+        parts = {name: value if name.startswith("weight") else value * 0.0 for name, value in parts.items()}
+    return Losses(total, costs.detach(), parts, inputs)
 
 
 @torch.no_grad()
@@ -140,7 +146,7 @@ def held_out_cost(model: Transducer, loader: BatchLoader, config: Config, device
     cost, units = 0.0, 0
     for plan in BatchSampler(loader.frames, max_frames=config.data.batch_frames, shuffle=False).epoch(0):
         batch = loader.load(plan).to(device)
-        costs = losses(model, None, batch, config, precision="float32", transfer_weight=0.0, augment=None).costs
+        costs = losses(model, {}, batch, config, precision="float32", weights={}, augment=None).costs
         cost += float(costs.double().sum())
         units += int(batch.target_lengths.sum())
     return cost, units

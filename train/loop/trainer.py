@@ -28,9 +28,9 @@ from ...data.features.provenance import refuse_changed_rows, refuse_other_settin
 from ...data.files.lock import FileLock
 from ...data.manifest import Corpus, read_manifest
 from ...data.units import load_units
-from ..config import Config, learning_rate, transfer_weight
+from ..config import Config, in_transfer, learning_rate, transfer_weight
 from ..decode.decode import transcribe
-from ..model.build import build_model, build_optimiser, build_transfer, resolve_device, resolve_precision, store_shards
+from ..model.build import build_model, build_optimiser, build_transfers, resolve_device, resolve_precision, store_shards
 from ..run import checkpoint, folder, identity
 from ..run.averaging import moving_average
 from ..run.monitor import Monitor, OnProgress
@@ -76,7 +76,9 @@ class Trainer:
         self.units = load_units(data.units)
         self.features = FeatureFile(data.features)
         self.model = build_model(config, self.units.size)
-        self.transfer, targets = build_transfer(config, self.model.encoder.dim)
+        self.transfers, targets = build_transfers(config, self.model.encoder.dim)
+        of_transfers = {in_transfer("transfer", name): module for name, module in self.transfers.items()}
+        self.modules: dict[str, torch.nn.Module] = {"model": self.model} | of_transfers  # by file of a checkpoint
 
         def loader(split: str | None, **options: Any) -> BatchLoader:
             return BatchLoader(corpus.select(split), self.features, self.units, **options)
@@ -121,8 +123,7 @@ class Trainer:
         own = {name: value for name, value in self.config.flat().items() if name not in own_per_machine}
         own |= {f"data {k}": v for k, v in self.identity["data"].items()}
         own |= {"first weights": self.identity["initialisation"], "torch": torch.__version__}
-        if self.transfer is not None:
-            own["transfer"] = identity.weights_hash(self.transfer)
+        own |= {name: identity.weights_hash(module) for name, module in self.modules.items() if name != "model"}
         ranks.refuse_unlike(own)
         counts = [len(plan.indices) for plan in sampler.epoch(0)]
         if max(counts) < ranks.size:
@@ -144,7 +145,6 @@ class Trainer:
     def _begin(self) -> None:
         """Create the run's folder, or resume the run that is in it."""
         progress = folder.resume(self.out, self.config, self.ranks, self.on_progress)
-        modules = {"model": self.model} | ({"transfer": self.transfer} if self.transfer is not None else {})
         if progress is None:
             self._fit_normalisation()
             if self.ranks.size > 1:  # Every rank gets the same bits.
@@ -152,7 +152,7 @@ class Trainer:
                 checkpoint.load_weights(self.model, self.ranks.tensors_from_first(first), self.out)
         else:
             state, where = progress.state, progress.where
-            for name, module in modules.items():
+            for name, module in self.modules.items():
                 checkpoint.load_weights(module, progress.of(name), where)
             refuse_other_settings(self.features, state.features, None)
             identity.refuse_other_data(state.data, self.identity["data"], where)
@@ -161,7 +161,7 @@ class Trainer:
             self.precision, self.bad.count, self.window = state.precision, state.bad_steps, state.window.model_dump()
             self.on_progress(f"resuming {self.out} at step {self.step}")
         self.names: dict[Tensor, str] = {}
-        for name, module in modules.items():
+        for name, module in self.modules.items():
             self.names |= {p: f"{name}.{n}" for n, p in module.to(self.device).named_parameters()}
         self.optimiser = build_optimiser(self.names, self.config, self.device)
         self.sum = GradientSum(list(self.names)) if self.ranks.size > 1 else None
@@ -190,12 +190,8 @@ class Trainer:
         self.ranks.from_first(self._save)
 
     def _save(self) -> None:
-        tensors = {
-            "model": self.model.state_dict(),
-            "optimiser": checkpoint.optimiser_tensors(self.optimiser, self.names),
-        }
-        if self.transfer is not None:
-            tensors["transfer"] = self.transfer.state_dict()
+        tensors = {name: module.state_dict() for name, module in self.modules.items()}
+        tensors["optimiser"] = checkpoint.optimiser_tensors(self.optimiser, self.names)
         if self.average is not None:
             tensors["ema"] = self.average.module.state_dict()
         state = {
@@ -267,16 +263,19 @@ class Trainer:
         self.model.train()
         result = losses(
             self.model,
-            self.transfer,
+            self.transfers,
             batch,
             config,
             precision=self.precision,
-            transfer_weight=transfer_weight(step, config),
+            weights={name: transfer_weight(step, t) for name, t in config.transfer.transfers.items()},
             augment=torch.Generator().manual_seed(_mix(config.run.seed + 7919, step)),
             timed=watch,
-            whole=GlobalBatch(self.ranks.gather(part_sizes(self.model, self.transfer, batch)), self.ranks),
+            whole=GlobalBatch(self.ranks.gather(part_sizes(self.model, self.transfers, batch)), self.ranks),
         )
-        watch.watch_transfer(result.transfer_inputs)
+        inputs = [x for of_transfer in result.transfer_inputs.values() for x in of_transfer if x.requires_grad]
+        for x in inputs:
+            x.retain_grad()  # The norm of each transfer's gradient is logged.
+        watch.watch_transfer(inputs)
         with watch("backward"):
             if self.sum is None:
                 self.optimiser.zero_grad(set_to_none=True)
@@ -288,7 +287,9 @@ class Trainer:
         with watch("optimiser"):
             norm = gradient_norm(self.names)
             torch.nn.utils.clip_grads_with_norm_(self.names, config.optim.clip, norm)
-            parts = self._over_ranks({name: float(v) for name, v in result.parts.items()})
+            squares = {in_transfer("transfer_grad_norm", n): _square(xs) for n, xs in result.transfer_inputs.items()}
+            parts = self._over_ranks({name: float(v) for name, v in (result.parts | squares).items()})
+            parts |= {name: math.sqrt(parts[name]) for name in squares}
             finite = math.isfinite(norm) and math.isfinite(parts["loss"])  # This is the same on every rank.
             if finite:
                 for group in self.optimiser.param_groups:
@@ -307,7 +308,7 @@ class Trainer:
         of_ranks = self.ranks.gather(parts)
         if len(of_ranks) == 1:
             return parts
-        return {n: v if n.startswith("weight/") else math.fsum(p[n] for p in of_ranks) for n, v in parts.items()}
+        return {n: v if n.startswith("weight") else math.fsum(p[n] for p in of_ranks) for n, v in parts.items()}
 
     def evaluate(self) -> dict[str, Any]:
         """Return a record of WER, CER and transducer loss on the dev split, by the averaged weights if there are any.
@@ -334,6 +335,11 @@ class Trainer:
         self.on_progress(f"step {self.step}  dev WER {100 * wer:.1f} %  CER {100 * cer:.1f} %  rnnt {loss:.3f}")
         record = {"kind": "dev", "step": self.step, "wer": wer, "cer": cer}
         return record | ({"rnnt": loss} if math.isfinite(loss) else {})  # infinite if a transcript fits no alignment
+
+
+def _square(tensors: Iterable[Tensor]) -> Tensor:
+    """The squared norm of the tensors' gradients together."""
+    return sum((x.grad.square().sum() for x in tensors if x.grad is not None), torch.zeros(()))
 
 
 def _mix(seed: int, step: int, rank: int = 0) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import timeit
 from collections.abc import Iterable, Sequence
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -96,34 +97,40 @@ def build_optimiser(parameters: Iterable[Tensor], config: Config, device: torch.
     return torch.optim.AdamW([decayed, others], lr=config.optim.lr, betas=config.optim.betas, fused=fused)
 
 
-def build_transfer(config: Config, encoder_dim: int) -> tuple[Any, Any]:
-    """Return a distill.Transfer and a distill.TargetReader, or (None, None) for a recipe without views."""
-    t = config.transfer
-    if not t.views:
-        return None, None
+def build_transfers(config: Config, encoder_dim: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a distill.Transfer and a distill.TargetReader for each transfer, by its name."""
+    transfers: dict[str, Any] = {}
+    targets: dict[str, Any] = {}
+    if not config.transfer.transfers:
+        return transfers, targets
     from ...distill.targets import TargetReader
     from ...distill.transfer import Transfer
     from ...distill.views import resolve_views
     from ...extract.store import Store
 
-    targets = TargetReader(
-        resolve_views([Store.open(path, checksums=True) for path in t.stores], t.views),
-        **t.model_dump(include={"position", "on_missing", "sample", "control"}),
-        seed=config.run.seed,
-        pin=resolve_device(config.run.device).type == "cuda",
-        corpus=read_manifest(config.data.corpus),
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.run.seed + 1)
-        transfer = Transfer(
-            targets.views,
-            encoder_dim,
-            **t.model_dump(include={"aligner", "distance", "temperature", "mixing"}),
-            embeddings=targets.embeddings if t.aligner == "attention" else None,
-            predictor_dim=config.model.predictor_dim,
-            taps=max(1, len(t.layers)),
+    stores = [Store.open(path, checksums=True) for path in config.transfer.stores]
+    corpus = read_manifest(config.data.corpus)
+    for name, t in config.transfer.transfers.items():
+        targets[name] = TargetReader(
+            resolve_views(stores, t.views),
+            **t.model_dump(include={"position", "sample", "control"}),
+            on_missing=config.transfer.on_missing,
+            seed=config.run.seed,
+            pin=resolve_device(config.run.device).type == "cuda",
+            corpus=corpus,
         )
-    return transfer, targets
+        with torch.random.fork_rng(devices=[]):
+            # A transfer's first weights depend on its name, so those of the others change nothing.
+            torch.manual_seed(config.run.seed + 1 + crc32(name.encode()))
+            transfers[name] = Transfer(
+                targets[name].views,
+                encoder_dim,
+                **t.model_dump(include={"aligner", "distance", "temperature", "mixing"}),
+                embeddings=targets[name].embeddings if t.aligner == "attention" else None,
+                predictor_dim=config.model.predictor_dim,
+                taps=max(1, len(t.layers)),
+            )
+    return transfers, targets
 
 
 def store_shards(config: Config, ids: Sequence[str]) -> np.ndarray | None:

@@ -137,17 +137,20 @@ def render(run: RunPage) -> str:
 
 def run_curves(metrics: Metrics) -> list[tuple[str, str]]:
     """Return (caption, SVG) of `html.curves` and of what else the run logged."""
-    weights = sorted({k for m in metrics for k in m if k.startswith("weight/")})
+    names = sorted({k for m in metrics for k in m})
+    weights = [k for k in names if k.startswith("weight")]
+    lambdas = {k: series(metrics, k) for k in names if k.startswith("lambda")}
+    norms = {k: series(metrics, k) for k in names if "grad_norm" in k}
     shares = [{"step": m["step"]} | m["share"] for m in metrics if "share" in m]
-    names = {"data": "waiting for data", "transfer": "outside ASR"}
+    labels = {"data": "waiting for data", "transfer": "outside ASR"}
     return curves(metrics) + draw(
         [
             ("Learning rate", {"lr": series(metrics, "lr")}, ""),
-            ("Weight of the transfer (λ)", {"lambda": series(metrics, "lambda")}, ""),
-            ("Weights of the views", {k.removeprefix("weight/"): series(metrics, k) for k in weights}, ""),
-            ("Norm of the gradient", {"grad_norm": series(metrics, "grad_norm")}, ""),
+            ("Weight of the transfer (λ)", lambdas, ""),
+            ("Weights of the views", {k.removeprefix("weight")[1:]: series(metrics, k) for k in weights}, ""),
+            ("Norm of the gradient", norms, ""),
             ("Speed", {"realtime": series(metrics, "realtime")}, "times real time"),
-            ("Share of the time", {what: series(shares, k, scale=100) for k, what in names.items()}, "%"),
+            ("Share of the time", {what: series(shares, k, scale=100) for k, what in labels.items()}, "%"),
         ]
     )
 

@@ -19,7 +19,7 @@ from ...data.batches.loader import BatchLoader
 from ...data.batches.sampler import BatchSampler
 from ...data.errors import StaleError
 from ...data.files.atomic import read_plain
-from ..config import Config
+from ..config import Config, flatten
 
 FILE = "identity.json"
 SOUND = "sound"  # what the features were computed from; runs of earlier versions do not have it
@@ -77,7 +77,8 @@ def other_settings(old: Config, new: Config) -> list[str]:
     free = {f"run.{name}" for name in type(new.run).model_fields} - {"run.seed"}
     free |= {"data.corpus", "data.features", "data.units", "transfer.stores"}
     a, b = old.flat(), new.flat()
-    return [f"{k}: {a[k]} in the run, {b[k]} in the new settings" for k in a if a[k] != b[k] and k not in free]
+    changed = [k for k in a | b if a.get(k) != b.get(k) and k not in free]
+    return [f"{k}: {a.get(k)} in the run, {b.get(k)} in the new settings" for k in changed]
 
 
 def refuse_other_settings(old: Config, new: Config, where: Path) -> None:
@@ -96,14 +97,6 @@ def refuse_other_data(old: dict[str, Any], new: dict[str, Any], where: Path) -> 
 def _refuse(what: str, differ: list[str], where: Path, remedy: str) -> None:
     if differ:
         raise StaleError(f"{what}: {'; '.join(differ)}", where=where, remedy=remedy)
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as {"outer.inner": value}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _hash(data: bytes) -> str:

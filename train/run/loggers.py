@@ -22,7 +22,7 @@ from typing import IO, Any, Protocol
 
 from ...data.errors import ConfigError, StillhouseError
 from ...data.files.atomic import read_plain, write_atomic
-from . import identity
+from ..config import flatten
 
 Record = Mapping[str, Any]
 TRACKERS = "trackers.json"
@@ -161,7 +161,7 @@ class Mlflow(Service):
             experiment = client.create_experiment(name) if known is None else known.experiment_id
             id = client.create_run(experiment, run_name=self.run_name).info.run_id
             self._keep_id(id)
-            flat = identity.flatten(settings).items()
+            flat = flatten(settings).items()
             parameters = [mlflow.entities.Param(name, str(value)[:PARAM_LENGTH]) for name, value in flat]
             for i in range(0, len(parameters), PARAMS):
                 client.log_batch(id, params=parameters[i : i + PARAMS])

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ...data.batches.loader import Batch
-from ..config import Config, learning_rate, transfer_weight
+from ..config import Config, in_transfer, learning_rate, transfer_weight
 from . import loggers
 from .profile import Profile
 from .stopwatch import HOST, Stopwatch, shares
@@ -102,8 +102,8 @@ class Monitor:
         good = steps - self.window.get("skipped", 0)
         record |= {name: value / (steps if name == "skipped" else good) for name, value in self.window.items()}
         record |= {"lr": learning_rate(step - 1, self.config), "seconds": elapsed}
-        if self.config.transfer.views:
-            record["lambda"] = transfer_weight(step - 1, self.config)
+        transfers = self.config.transfer.transfers
+        record |= {in_transfer("lambda", name): transfer_weight(step - 1, t) for name, t in transfers.items()}
         record |= {"realtime": self.frames / 100 / elapsed, "batch": batch.part[0] if batch.part else len(batch.ids)}
         # These are seconds a step. The prefetch thread reads the teacher beside the other parts.
         record["time"] = {part: s / self.steps for part, s in parts.items()}

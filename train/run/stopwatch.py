@@ -51,8 +51,7 @@ class Stopwatch:
             self.split = self._now(True)
 
         for value in inputs:
-            if value.requires_grad:
-                value.register_hook(arrived)
+            value.register_hook(arrived)
 
     def _now(self, device: bool) -> Any:
         if not (device and self.cuda):

@@ -55,7 +55,7 @@ class ArmRow:
     """One arm on one split, averaged over its seeds.
 
     seconds: training time of a run.
-    transfer: transfer loss over the last tenth of training. None without transfer.
+    transfer: sum of the transfers' losses over the last tenth of training. None without transfer.
     dev_loss: RNN-T loss per unit of data.dev at the end. None if a run has none.
     """
 

@@ -80,7 +80,7 @@ def batch(ids: str, **changes: torch.Tensor) -> Batch:
         "targets": torch.ones(count, 2, dtype=torch.int32),
         "target_lengths": torch.full((count,), 2, dtype=torch.int32),
     }
-    return Batch(list(ids), **(found | changes), transfer=None, read_s=0.0, teacher_s=0.0)
+    return Batch(list(ids), **(found | changes), transfer={}, read_s=0.0, teacher_s=0.0)
 
 
 def test_it_says_what_is_not_finite_and_ends_after_so_many_in_a_row(tmp_path: Path) -> None:

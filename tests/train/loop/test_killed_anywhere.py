@@ -43,7 +43,7 @@ CHOICES: dict[str, list[Any]] = {
     "transfer.aligner": ["attention", "occupancy", "cif", "predictor"],
     "transfer.position": ["token", "word", "unit"],
     "transfer.distance": ["cosine", "l1", "smooth_l1", "mse", "contrastive"],
-    "transfer.mixing": ["mean", "learned", "sample"],
+    "transfer.mixing": ["mean", "sum", "learned", "sample"],
     "transfer.layers": [[], [1, 2]],
     "transfer.control": [None, None, "shuffled", "static", "words"],
     "transfer.warmup_steps": [0, 7],

@@ -55,19 +55,90 @@ def test_transfer_leaves_nothing_in_the_model_and_with_weight_0_changes_nothing(
     assert all(torch.equal(none[k], zero[k]) for k in none)
 
 
+def several(store: Path) -> list[str]:
+    """Settings of three transfers: two of text by different aligners and taps, one into the prediction network."""
+    text = ["text.views=minilm/alone/3,6", "text.layers=[1]", "text.distance=contrastive", "text.mixing=sum"]
+    predictor = ["predictor.views=minilm/both:8/6", "predictor.aligner=predictor", "predictor.position=word"]
+    other = ["other.views=minilm/both:8/3", "other.aligner=attention", "other.control=shuffled", "other.mixing=learned"]
+    shares = ["text.weight=0.5", "predictor.weight=0.2", "other.weight=0.1", "other.warmup_steps=9"]
+    return [f"transfer.stores={store}", *(f"transfer.{s}" for s in (*text, *predictor, *other, *shares))]
+
+
+def test_three_transfers_are_what_each_is_alone_added_up(tones: Path, store: Path, tmp_path: Path) -> None:
+    """The first step of three, against a run of each alone: the same first weights, losses and gradients."""
+    short = ["optim.steps=1", "run.log_every=1", "specaugment.time_masks=0", "model.dropout=0"]
+    (together,) = run(tones, tmp_path / "three", *several(store), *short)
+    total = together["rnnt"] + 0.3 * together["ctc"]
+    for name in ("text", "predictor", "other"):
+        own = [s for s in several(store) if s.startswith((f"transfer.{name}.", "transfer.stores"))]
+        (alone,) = run(tones, tmp_path / name, *own, *short)
+        names = [k for k in alone if k.startswith(("transfer", "lambda"))]
+        assert {f"transfer.{name}", f"transfer_grad_norm.{name}", f"lambda.{name}"} <= set(names)
+        assert {k: together[k] for k in names if k != "transfer"} == {k: alone[k] for k in names if k != "transfer"}
+        assert alone["transfer"] == alone[f"transfer.{name}"] and alone[f"transfer_grad_norm.{name}"] > 0
+        total += alone[f"lambda.{name}"] * alone["transfer"]
+    assert together["loss"] == pytest.approx(total, rel=1e-5)
+    assert together["transfer"] == pytest.approx(sum(together[f"transfer.{n}"] for n in ("text", "predictor", "other")))
+    views = [together[f"transfer.text/minilm/alone/{layer}"] for layer in (3, 6)]
+    assert together["transfer.text"] == pytest.approx(sum(views))
+
+
+def test_a_named_transfer_trains_what_the_unnamed_one_does(tones: Path, store: Path, tmp_path: Path) -> None:
+    own = ["views=minilm/*/3,6", "aligner=occupancy", "weight=0.5"]
+    stores = f"transfer.stores={store}"
+    unnamed = run(tones, tmp_path / "unnamed", stores, *(f"transfer.{s}" for s in own), "optim.steps=1")
+    named = run(tones, tmp_path / "named", stores, *(f"transfer.a.{s}" for s in own), "optim.steps=1")
+    assert named[0]["rnnt"] == unnamed[0]["rnnt"]
+    weights = ("model.safetensors", "transfer.a.safetensors", "transfer.safetensors")
+    there = [
+        [(tmp_path / n / "checkpoints" / "step-00000001" / w).exists() for w in weights] for n in ("named", "unnamed")
+    ]
+    assert there == [[True, True, False], [True, False, True]]
+
+
+def test_transfers_of_weight_0_change_nothing_and_a_resumed_run_ends_with_the_same_bits(
+    tones: Path, store: Path, tmp_path: Path
+) -> None:
+    run(tones, tmp_path / "none")
+    run(tones, tmp_path / "zero", *several(store), *(f"transfer.{n}.weight=0" for n in ("text", "predictor", "other")))
+    none, zero = (load_run(tmp_path / name, "last")[0].state_dict() for name in ("none", "zero"))
+    assert all(torch.equal(none[k], zero[k]) for k in none)
+    settings = ["run.eval_every=1000", "run.checkpoint_every=7", *several(store)]
+    Trainer(load_config(tones / "run.toml", settings), tmp_path / "whole").run()
+    begun = Trainer(load_config(tones / "run.toml", settings), tmp_path / "resumed")
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_: object) -> None:
+        if begun.step == 17:
+            raise Stop
+
+    update = begun._update
+    begun._update = lambda *a: (stop(), update(*a))[1]  # type: ignore[method-assign]
+    with pytest.raises(Stop):
+        begun.run()
+    Trainer(load_config(tones / "run.toml", settings), tmp_path / "resumed").run()
+    whole, resumed = (sorted((tmp_path / n / "checkpoints").iterdir())[-1] for n in ("whole", "resumed"))
+    files = sorted(p.name for p in whole.glob("*.safetensors"))
+    assert files == sorted(p.name for p in resumed.glob("*.safetensors")) and len(files) == 5
+    assert all((whole / f).read_bytes() == (resumed / f).read_bytes() for f in files)
+
+
 def test_what_is_decoded_holds_nothing_of_the_transfer_and_hears_the_same_without_it(
     tones: Path, store: Path, tmp_path: Path
 ) -> None:
     """The weights that `decode` loads, against the model beside its heads in the trainer, bit by bit."""
     changes = [f"transfer.stores={store}", 'transfer.views=["minilm/*/3,6"]', "transfer.layers=[1, 2]"]
-    changes += ["transfer.mixing=learned", "run.eval_every=1000", "run.checkpoint_every=1000"]
+    changes += ["transfer.mixing=learned", "transfer.aligner=attention"]
+    changes += ["run.eval_every=1000", "run.checkpoint_every=1000"]
     trainer = Trainer(load_config(tones / "run.toml", changes), tmp_path / "run")
     trainer.run()
     (folder,) = (tmp_path / "run" / "checkpoints").glob("step-*")
     with safe_open(folder / "model.safetensors", "pt") as saved:
         names = set(saved.keys())
     assert names == set(build_model(load_config(tones / "run.toml"), trainer.units.size).state_dict())
-    heads = {name for name, _ in trainer.transfer.named_parameters()}
+    heads = {name for name, _ in trainer.transfers[""].named_parameters()}
     assert {"heads.0.weight", "tap_logits", "mixing.logits", "aligner.key.weight"} <= heads
     assert not [n for n in names if any(n.endswith(h) for h in heads)]
     (folder / "transfer.safetensors").unlink()

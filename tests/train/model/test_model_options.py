@@ -184,7 +184,7 @@ def test_intermediate_ctc_is_a_share_of_the_ctc_loss(tmp_path: Path) -> None:
     one, other = build_model(plain, 9).eval(), build_model(inter, 9).eval()
     assert weights_hash(one) == weights_hash(other)  # no parameter more: the same head
     given = batch()
-    found = losses(other, None, given, inter, precision="float32", transfer_weight=0, augment=None)
+    found = losses(other, {}, given, inter, precision="float32", weights={}, augment=None)
     features = other.encoder.normalise(given.features, given.feature_lengths)
     top, lengths, taps = other.encoder(features, given.feature_lengths, taps=(1, 2))
     assert other.ctc is not None
@@ -283,9 +283,9 @@ def test_every_model_learns_with_transfer(
     changes += ["model.chunk_frames=16", "model.left_chunks=1", "model.chunk_choices=[8, 0]"] if chunk else []
     changes += ["loss.inter_ctc_layers=[1, 2]"] if inter else []
     changes += ["transfer.layers=[1, 3]"] if kind != "full" and aligner != "predictor" else []
-    settings = config(tmp_path, *changes)
+    settings = config(tmp_path, *changes, "transfer.stores=t.zarr", "transfer.views=t/alone/*")
     given = batch(2)
-    given = replace(given, transfer=spoken(given.targets, given.target_lengths, 8))
+    given = replace(given, transfer={"": spoken(given.targets, given.target_lengths, 8)})
     zeros, ones = np.zeros(8, np.float32), np.ones(8, np.float32)
     views = [ViewSpec(f"t/alone/{k}", "t", 8, zeros, ones) for k in (1, 2)]
     torch.manual_seed(0)
@@ -297,7 +297,7 @@ def test_every_model_learns_with_transfer(
     optimiser = torch.optim.Adam([p for _, p in parameters], lr=5e-3)
     curve = []
     for _ in range(6):
-        found = losses(net, transfer, given, settings, precision="float32", transfer_weight=1.0, augment=None)
+        found = losses(net, {"": transfer}, given, settings, precision="float32", weights={"": 1.0}, augment=None)
         optimiser.zero_grad(set_to_none=True)
         found.total.backward()
         assert [n for n, p in parameters if p.grad is None] == []

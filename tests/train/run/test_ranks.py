@@ -77,6 +77,11 @@ def test_whatever_a_run_transfers_two_ranks_compute_what_one_does(tones: Path, s
             "sample": [*views, "transfer.mixing=sample", "transfer.sample=1"],
             "learned": [*views, "transfer.mixing=learned", "transfer.layers=[1,2]", "transfer.aligner=cif"],
             "zero": [*views, "transfer.weight=0", "transfer.aligner=predictor", "loss.ctc_weight=0"],
+            "several": [
+                *EXACT,
+                *("optim.steps=12", f"transfer.stores={store}", few, "transfer.a.views=minilm/*/3"),
+                *("transfer.a.distance=contrastive", "transfer.b.views=minilm/*/6", "transfer.b.aligner=predictor"),
+            ],
             "pruned": [*EXACT, "optim.steps=50", "loss.kind=pruned"],
             "chunks": [*EXACT, "optim.steps=12", "model.chunk_frames=16", "model.chunk_choices=[0,8,16]"],
         },
