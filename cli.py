@@ -10,6 +10,7 @@ import importlib
 import os
 import signal
 import sys
+from typing import Any
 
 import click
 
@@ -34,6 +35,12 @@ COMMANDS = {
 
 
 class LazyGroup(click.Group):
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        from stillhouse.data.files.streams import escaped_output
+
+        with escaped_output():
+            return super().main(*args, **kwargs)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 
@@ -53,7 +60,8 @@ Exit codes: 0 done, 1 failed or findings, 2 usage, 3 some utterances failed,
 10 no store, 11 locked, 12 stale or incompatible, 130 interrupted."""
 
 
-@click.group(cls=LazyGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+# Without `color`, click deletes terminal escapes from what goes into a pipe, and an id would be another one.
+@click.group(cls=LazyGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "color": True})
 @click.version_option(package_name="stillhouse")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.pass_context
@@ -70,6 +78,13 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `stillhouse … | head` ends without a traceback
+    from stillhouse.data.files.streams import escaped_output
+
+    with escaped_output():
+        _run(args)
+
+
+def _run(args: list[str]) -> None:
     from stillhouse.data.errors import StillhouseError
 
     try:
@@ -85,13 +100,16 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
     except Exception as e:
         if "--debug" in args or os.environ.get("STILLHOUSE_DEBUG"):
-            raise
+            import traceback
+
+            traceback.print_exc()
+            sys.exit(1)
         if isinstance(e, StillhouseError):
-            click.echo(f"error: {e}", err=True)
+            click.echo(f"error: {e}", err=True, color=True)
             sys.exit(e.exit_code)
         reason = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else f"{type(e).__name__}: {e}"
         advice = "Set STILLHOUSE_DEBUG=1 for the traceback, and please report it."
-        click.echo(f"error: unexpected error: {reason}. {advice}", err=True)
+        click.echo(f"error: unexpected error: {reason}. {advice}", err=True, color=True)
         sys.exit(1)
 
 

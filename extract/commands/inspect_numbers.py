@@ -158,7 +158,7 @@ def report(
 @opt.number("--pick", 3, "Number of views to suggest.", least=1)
 @opt.number("--places", 6_000, "Number of units in the sample.", least=50)
 @opt.number("--seed", 0, "Seed of the sample and of the folds.")
-@click.option("--plot", type=opt.NEW_FILE, help="Draw a heat map of CKA into this file: .png, .svg or .pdf.")
+@click.option("--plot", type=opt.NEW_FILE, help="Draw the probes of all views into this file: .png, .svg or .pdf.")
 @opt.json_option
 def choose_views(
     store: Path,
@@ -178,7 +178,7 @@ def choose_views(
     """
     from ...data.manifest import read_manifest
     from ...data.units import load_units
-    from ..inspect.numbers.choose_views import choose, heat_map
+    from ..inspect.numbers.choose_views import choose
     from ..inspect.output import check_output
     from ..inspect.show import plots
 
@@ -188,5 +188,5 @@ def choose_views(
     texts, symbols = read_manifest(corpus).select(split), load_units(units)
     choice = choose(opened, chosen, texts, symbols, **sample, on_progress=opt.progress())
     if plot is not None:
-        plots.save(plots.similarity(heat_map(choice)), plot)
+        plots.save(plots.probes(choice), plot)
     opt.print_fact(choice, "choice", as_json, show_numbers.choice)

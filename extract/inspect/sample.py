@@ -120,6 +120,30 @@ def read_states(store: Store, view: View, ids: Sequence[str]) -> Gathered:
     return gathered
 
 
+def first_tokens(lengths: np.ndarray) -> np.ndarray:
+    """Return which packed tokens are the first of their utterance, bool [N]."""
+    first = np.zeros(int(lengths.sum()), bool)
+    first[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
+    return first
+
+
+def counted(store: Store, teacher: str, lengths: np.ndarray) -> np.ndarray:
+    """Return which of a teacher's packed tokens count in comparisons, bool [N]: a decoder's first tokens do not.
+
+    A causal model gives the first token that it sees a state of its own, whose norm can be 160 times that of others.
+    That state is almost the same in each text, so it would decide every cosine and CKA. Only an utterance's own first
+    token can be the first of a pass: later windows of a long text keep none of their first tokens. In an encoder, a
+    special token has that part.
+    """
+    first = first_tokens(lengths)
+    return ~first if is_decoder(store, teacher) else np.ones(len(first), bool)
+
+
+def is_decoder(store: Store, teacher: str) -> bool:
+    """Return whether a teacher is causal, so that the state of a first token is not comparable."""
+    return store.plan.teachers[teacher].kind == "decoder"
+
+
 def locate(rows: np.ndarray, lengths: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the row and the token number of places `at` in packed tokens of utterances with these rows and lengths."""
     ends = np.cumsum(lengths, dtype=np.int64)

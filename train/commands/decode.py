@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from .live import decode_live, features_of, read_samples, sample_rate, say, speed
+from .live import decode_live, features_of, read_samples, sample_rate, say, speed, write_data
 
 PATH = click.Path(path_type=Path)
 POSITIVE = click.IntRange(min=1)
@@ -134,7 +134,7 @@ def decode(
         began = time.perf_counter()
         for hypothesis in transcribe(model, loader, device=where, search=search, nbest=nbest, delay_s=delay_s):
             for line in hypothesis_lines(hypothesis, kind, nbest):
-                click.echo(line)
+                write_data(line)
         seconds, audio_s = time.perf_counter() - began, loader.frames.sum() / 100
         say(f"step {step}: {len(loader.utterances)} utterances, {speed(audio_s, seconds)}")
         return
@@ -239,7 +239,7 @@ def align(
         if alignment.untimed:
             say(f"{alignment.id}: {alignment.untimed} words have no times, because {alignment.why}.")
         for line in ctm_lines(alignment.id, alignment.words):
-            click.echo(line)
+            write_data(line)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{alignment.id.replace('/', '_')}.TextGrid").write_text(textgrid(alignment), encoding="utf-8")

@@ -15,9 +15,16 @@ from typing import Any
 
 import click
 
+from ...data.files.streams import exact
+
 
 def say(line: str) -> None:
     click.echo(line, err=True)
+
+
+def write_data(line: str) -> None:
+    """Write a line of results to stdout, with escapes for control characters on a terminal only."""
+    click.echo(line, file=exact(sys.stdout))
 
 
 def speed(audio_s: float, wall_s: float) -> str:
@@ -117,7 +124,7 @@ def decode_live(
                 click.echo("\r\x1b[K" + ("" if result.final else result.hyp[-100:]), nl=False, err=True)
             if result.final or (partial and kind == "jsonl"):
                 for line in stream_lines(result, kind, name, segmented, nbest):
-                    click.echo(line)
+                    write_data(line)
         busy += time.perf_counter() - start
 
     blocks = Interruptible(samples)

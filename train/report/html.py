@@ -71,10 +71,11 @@ def section(
     )
 
 
-def curve(lines: Mapping[str, Sequence[tuple[float, float]]], label: str, *, name: str = "") -> str:
+def curve(lines: Mapping[str, Sequence[tuple[float, float]]], label: str, *, name: str = "", log: bool = False) -> str:
     """Return an inline SVG of {name: (step, value) points}, or "" without any that is finite.
 
-    `label` belongs to the vertical axis. `name`, by default the label, keeps the ids of two figures of a page apart.
+    `label` belongs to the vertical axis, which is logarithmic with `log` if all values are above 0. `name`, by default
+    the label, keeps the ids of two figures of a page apart.
     """
     # The same name has the same colour in all plots of a page, also where other curves have no points.
     places = {k: place for place, k in enumerate(lines)}
@@ -86,8 +87,11 @@ def curve(lines: Mapping[str, Sequence[tuple[float, float]]], label: str, *, nam
             again, colour = divmod(places[key], len(COLOURS))
             style = {"color": COLOURS[colour], "linestyle": ("-", "--", ":", "-.")[again % 4], "linewidth": 1.8}
             axes.plot(x, y, **style, label=key, marker="o" if len(x) < 12 else "", markersize=3.5)
-        # Space above the highest point, because the frame's edge would cut a line along it.
-        axes.set_ylim(0, 1.06 * max((y for points in lines.values() for _, y in points), default=1.0) or 1.0)
+        values = [y for points in lines.values() for _, y in points]
+        if log and min(values) > 0:
+            _log_axis(axes)
+        else:  # Space above the highest point, because the frame's edge would cut a line along it.
+            axes.set_ylim(0, 1.06 * max(values) or 1.0)
         axes.set_xlabel("step", color=INK)
         axes.set_ylabel(label, color=INK)
         if len(lines) > 5:  # A legend of so many names would hide the curves.
@@ -98,6 +102,16 @@ def curve(lines: Mapping[str, Sequence[tuple[float, float]]], label: str, *, nam
             axes.legend(frameon=False, labelcolor=INK, fontsize=9)
 
     return figure(plot, name or label) if lines else ""
+
+
+def _log_axis(axes: Any) -> None:
+    """Make the vertical axis logarithmic, with plain numbers at 1, 2 and 5 of each power of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int = 400) -> Points:
@@ -131,8 +145,8 @@ def figure(plot: Callable[[Any], None], name: str) -> str:
 
 
 def draw(plots: Iterable[tuple[str, Mapping[str, Sequence[tuple[float, float]]], str]]) -> list[tuple[str, str]]:
-    """Return (caption, SVG) of the plots (caption, curves, label of the axis) that have points."""
-    drawn = [(caption, curve(lines, label, name=caption)) for caption, lines, label in plots]
+    """Return (caption, SVG) of the plots (caption, curves, label) that have points. A loss has a log axis."""
+    drawn = [(caption, curve(lines, label, name=caption, log=label == "loss")) for caption, lines, label in plots]
     return [(caption, svg) for caption, svg in drawn if svg]
 
 

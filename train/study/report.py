@@ -54,7 +54,9 @@ def markdown(table: Table) -> str:
         lines.append(f"- Not done yet: {', '.join(table.missing)}.")
     for split in table.splits:
         heads = ["arm", "seeds", "WER % (95 %)", "CER % (95 %)"]
-        heads += [f"{name} minus that of {arm}: points (95 %); relative; verdict [by seed]" for arm in table.against]
+        heads += [
+            f"{name} minus that of the arm “{arm}”: points (95 %); relative; verdict [by seed]" for arm in table.against
+        ]
         heads += ["steps", "minutes per run", "transfer loss", "RNN-T loss on dev"]
         lines += ["", f"## {split}", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
         for row in table.of(split):
@@ -75,7 +77,7 @@ def markdown(table: Table) -> str:
 def html(table: Table, curves: Mapping[str, Mapping[str, Points]]) -> str:
     """Return the page. curves: {caption: {arm: points}}, from `mean_curves`."""
     plots = [
-        (f"{split}: {table.metric.upper()} minus that of {arm}, points", forest(table, split, arm))
+        (f"{split}: {table.metric.upper()} minus that of the arm “{arm}”, points", forest(table, split, arm))
         for split in table.splits
         for arm in table.against
     ]

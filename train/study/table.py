@@ -199,9 +199,15 @@ def detectable(errors: ArmErrors, split: str, metric: str, arm: str, seeds: int)
         pairs = [(i, j) for i in range(len(point)) for j in range(i)]
         squared = float(np.mean([(point[i] - point[j]) ** 2 for i, j in pairs]))
         resampled = float(np.mean([np.var(drawn[:, i] - drawn[:, j]) for i, j in pairs]))
-        variance, how = max(squared, resampled), f"from the {len(point)} runs of {arm}, which differ in the seed alone"
+        variance, how = (
+            max(squared, resampled),
+            f"from the {len(point)} runs of the arm “{arm}”, which differ in the seed alone",
+        )
     else:
-        variance, how = 2 * float(np.var(drawn[:, 0])), f"from one run of {arm}, and better known with more seeds"
+        variance, how = (
+            2 * float(np.var(drawn[:, 0])),
+            f"from one run of the arm “{arm}”, and better known with more seeds",
+        )
     return Detectable(split, FOUND * (variance / seeds) ** 0.5, seeds, len(errors.ids), how)
 
 

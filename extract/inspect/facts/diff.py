@@ -12,7 +12,7 @@ import numpy as np
 
 from ...store import Store, View, to_float32
 from ...store.verify.stale import behind
-from ..sample import OnProgress, available_rows, blocks, draw, ids_of, ignore, read_states, sample_size
+from ..sample import OnProgress, available_rows, blocks, counted, draw, ids_of, ignore, read_states, sample_size
 
 NAMED = 20  # utterances of each kind that are listed
 SAMPLE_TOKENS = 20_000
@@ -45,7 +45,9 @@ class NumbersDiffer:
     tokens: int  # common tokens that were compared
     equal: float  # share of tokens with equal bits
     largest: float  # largest absolute difference of two numbers
-    largest_share: float  # the same as a share of the largest absolute number
+    largest_share: (
+        float  # the same as a share of the largest absolute number; a decoder's first tokens are counted apart
+    )
     cosine: float  # smallest cosine between a token's states in both stores
 
 
@@ -169,15 +171,20 @@ def _numbers(a: Store, b: Store, view: View, common: set[str], tokens: int | Non
     if tokens is not None:
         rows = draw(a, view.teacher, rows, tokens, seed)
     count = equal = 0
-    largest = scale = 0.0
+    largest = np.zeros(2)  # of first tokens, and of the others
+    scale = np.zeros(2)
     cosine = 1.0
     for block in blocks(a, view.teacher, rows):
         ids = ids_of(a, block)
-        one, other = (to_float32(read_states(s, view, ids).states[view], s.teacher(view.teacher).dtype) for s in (a, b))
+        batches = [read_states(s, view, ids) for s in (a, b)]
+        one, other = (to_float32(g.states[view], s.teacher(view.teacher).dtype) for g, s in zip(batches, (a, b)))
         difference = np.abs(one - other)
         count, equal = count + len(one), equal + int((difference == 0).all(1).sum())
-        largest, scale = max(largest, float(difference.max())), max(scale, float(np.abs(one).max()))
+        later = counted(a, view.teacher, batches[0].lengths[view.teacher])
+        for number, kind in enumerate((~later, later)):
+            largest[number] = max(largest[number], difference[kind].max(initial=0))
+            scale[number] = max(scale[number], np.abs(one[kind]).max(initial=0))
         norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
         cosine = min(cosine, float(((one * other).sum(1) / np.maximum(norms, 1e-30)).min()))
-    share = largest / scale if scale else 0.0
-    return [NumbersDiffer(view.address, count, equal / count, largest, share, cosine)] if count else []
+    share = float((largest / np.where(scale > 0, scale, 1)).max())
+    return [NumbersDiffer(view.address, count, equal / count, float(largest.max()), share, cosine)] if count else []

@@ -1,6 +1,7 @@
 """Help to choose views: how well each predicts the ASR units, how similar they are, and a set that follows from both.
 
-Guarantees: every view is probed at the same places, the beginnings of the transcripts' ASR units. Scores come from
+Guarantees: every view is probed at the same places, the beginnings of the transcripts' ASR units, except where a
+decoder's token is the first of its utterance (see `counted`). Scores come from
 sessions and texts that the probe was not fitted to. The suggestion follows from the numbers that are shown.
 Try: `stillhouse views STORE --corpus CORPUS --units UNITS`.
 """
@@ -18,7 +19,7 @@ from ....data.units import Units
 from ...store import Store, View, hash_text
 from ..sample import OnProgress, available_rows, ignore
 from .probe import Probe, fold_numbers, ridge, tied
-from .similarity import Similarity, packed_places, similarity, states_at, tokens_over
+from .similarity import packed_places, similarity, states_at, tokens_over, without_first
 
 CLASSES = 100  # most frequent units; all others are one more class
 CKA_TOKENS = 2000
@@ -118,11 +119,6 @@ def choose(
     )
 
 
-def heat_map(choice: Choice) -> Similarity:
-    """Return the part of a choice that `plots.similarity` draws."""
-    return Similarity([p.view for p in choice.views], choice.cka_places, choice.cka)
-
-
 def suggest(scores: Sequence[Probed], cka: np.ndarray, pick: int) -> list[tuple[int, float]]:
     """Choose views by RULE; the first wins a tie. Returns (number of a view, its largest CKA with those before)."""
     gain = np.maximum([s.score for s in scores], 0)
@@ -176,6 +172,9 @@ def _places(store: Store, views: Sequence[View], corpus: Corpus, units: Units, c
         if left <= 0:
             break
     good, tokens = tokens_over(store, ids, list(dict.fromkeys(v.teacher for v in views)), begins) if ids else ([], {})
+    keep, tokens = without_first(store, tokens) if ids else ([], tokens)
+    for g, k in zip(good, keep):
+        g[g] = k
     here = [s[: len(b)][g] for s, b, g in zip(symbols, begins, good)]
     after = [s[1 : len(b) + 1][g] for s, b, g in zip(symbols, begins, good)]
     counts = [int(g.sum()) for g in good]

@@ -1,6 +1,7 @@
 """The tokens nearest to a word, `inspect neighbours`, and how a word moves with context, `inspect compare`.
 
-Guarantees: the search is exact. Every token of the view is compared, block by block, whatever the store's size.
+Guarantees: the search is exact. Every token of the view that is `counted` is compared, block by block, whatever the
+store's size.
 Try: `stillhouse inspect neighbours STORE UTT:WORD`, `stillhouse inspect compare STORE UTT --views A,B`.
 """
 
@@ -17,7 +18,7 @@ import numpy as np
 from ....data.errors import NoStoreError, UsageError
 from ...store import Gathered, Store, View, to_float32
 from ..facts.utterance import TokenFacts, plain, spelt, tokens_of
-from ..sample import OnProgress, blocks, ids_of, ignore, locate, read_states, sample_rows
+from ..sample import OnProgress, blocks, counted, ids_of, ignore, locate, read_states, sample_rows
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,13 @@ class Neighbours:
     view: str
     utterance: str
     word: str
-    tokens: list[int]  # the word's tokens; the search is for the mean of their states
+    tokens: list[int]  # the word's tokens; the search is for the mean of their states, without a decoder's first token
     sentence: str
     searched: int
     neighbours: list[Neighbour]
     begin: int = 0  # place of the word in the sentence
     end: int = 0
+    first_tokens: bool = False  # whether a decoder's first tokens are compared, too: only if the word is one
 
 
 def words(tokens: Sequence[TokenFacts]) -> list[list[int]]:
@@ -95,7 +97,12 @@ def nearest(
     own_tokens = find_word(own, word, utterance)
     dtype = store.teacher(view.teacher).dtype
     mean, std = store.norm(view) if standardise else (np.float32(0), np.float32(1))
-    query = ((to_float32(store.gather([utterance], [view]).states[view][own_tokens], dtype) - mean) / std).mean(0)
+    # A word that is a decoder's first token alone is compared with all tokens.
+    counts = counted(store, view.teacher, np.array([len(own)]))
+    every = not counts[own_tokens].any()
+    of_query = [i for i in own_tokens if every or counts[i]]
+    query = to_float32(store.gather([utterance], [view]).states[view][of_query], dtype)
+    query = ((query - mean) / std).mean(0)
     query /= max(float(np.linalg.norm(query)), 1e-30)
     rows = sample_rows(store, [view], tokens)
     if not same_utterance:
@@ -110,7 +117,10 @@ def nearest(
         compared = (states - mean) / std if standardise else states
         norm = np.sqrt(np.einsum("nd,nd->n", compared, compared))
         cosine = (states @ scaled - offset) / np.maximum(norm, 1e-30)
+        if not every:
+            cosine[~counted(store, view.teacher, gathered.lengths[view.teacher])] = -np.inf
         best = np.argpartition(-cosine, min(count, len(cosine) - 1))[:count]
+        best = best[cosine[best] > -np.inf]
         return cosine[best], *locate(block_rows, gathered.lengths[view.teacher], best)
 
     best: list[tuple[float, int, int]] = []
@@ -120,16 +130,18 @@ def nearest(
         if number % 8 == 0:
             on_progress(view)
     sentence, begin, end = marked(own, own_tokens[0])
+    lengths = store.lengths(view.teacher)[rows]
     return Neighbours(
         view=view.address,
         utterance=utterance,
         word=" ".join(plain(own[i].piece) for i in own_tokens),
         tokens=own_tokens,
         sentence=sentence,
-        searched=int(store.lengths(view.teacher)[rows].sum()),
+        searched=int(lengths.sum() if every else counted(store, view.teacher, lengths).sum()),
         neighbours=[_neighbour(store, view, -c, row, token) for c, row, token in best],
         begin=begin,
         end=end,
+        first_tokens=every,
     )
 
 
@@ -172,7 +184,7 @@ class Moved:
 class NeighbourComparison:
     a: str
     b: str
-    cosine: float  # mean over the tokens
+    cosine: float  # mean over the tokens, without a decoder's first if there are others
     tokens: list[Moved]
 
 
@@ -188,11 +200,12 @@ def compare(store: Store, utterance: str, views: Sequence[View]) -> list[Neighbo
     first, *rest = (to_float32(gathered.states[v], dtype) for v in views)
     pieces = [t.piece for t in tokens_of(store, utterance, teacher)]
     norm = np.linalg.norm(first, axis=1)
-    comparisons = []
+    counts, comparisons = counted(store, teacher, np.array([len(pieces)])), []
     for view, other in zip(views[1:], rest):
         cosine = (first * other).sum(1) / np.maximum(norm * np.linalg.norm(other, axis=1), 1e-30)
         distance = np.linalg.norm(first - other, axis=1) / np.maximum(norm, 1e-30)
         moved = [Moved(i, *m) for i, m in enumerate(zip(pieces, cosine.tolist(), distance.tolist()))]
-        mean = float(cosine.mean()) if len(cosine) else 1.0
+        kept = cosine[counts] if counts.any() else cosine
+        mean = float(kept.mean()) if len(kept) else 1.0
         comparisons.append(NeighbourComparison(views[0].address, view.address, mean, moved))
     return comparisons

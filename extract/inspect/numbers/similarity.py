@@ -1,7 +1,7 @@
 """Compare views by linear CKA: `stillhouse inspect similarity`.
 
-Guarantees: every view is read at the same places of the same transcripts, so tokenisers and widths may differ. The
-estimate is unbiased: unrelated views get 0, however wide they are.
+Guarantees: every view is read at the same places of the same transcripts, so tokenisers and widths may differ. No place
+is a decoder's first token of an utterance (see `counted`). The estimate is unbiased: unrelated views get 0.
 Try: `stillhouse inspect similarity STORE`.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from ....data.errors import NoStoreError
 from ...store import Store, View, to_float32
-from ..sample import OnProgress, ids_of, ignore, read_states, sample_rows, sample_size
+from ..sample import OnProgress, ids_of, ignore, is_decoder, read_states, sample_rows, sample_size
 
 PLACES = 2000
 GRAM_NUMBERS = 1 << 27  # of all views' Gram matrices
@@ -23,7 +23,7 @@ GRAM_NUMBERS = 1 << 27  # of all views' Gram matrices
 @dataclass(frozen=True)
 class Similarity:
     views: list[str]
-    places: int  # tokens at which views were compared
+    places: int  # tokens at which views were compared, without first tokens of decoders
     cka: list[list[float]]  # [V][V], in the order of `views`
 
 
@@ -34,9 +34,11 @@ def similarity(
     if tokens is None:
         tokens = min(sample_size(store, views, PLACES), int((GRAM_NUMBERS / max(1, len(views))) ** 0.5))
     ids, tokens_of = places(store, views, tokens, seed)
+    _, tokens_of = without_first(store, tokens_of)
     count = sum(len(t) for t in next(iter(tokens_of.values())))
     if count < 4:
-        raise NoStoreError(f"only {count} tokens to compare views at", where=store.address, expected="at least 4")
+        what, expected = f"only {count} tokens to compare views at", "at least 4, without first tokens of decoders"
+        raise NoStoreError(what, where=store.address, expected=expected)
     gram = np.empty((len(views), count, count), np.float32)
     for number, view in enumerate(views):
         on_progress(view)
@@ -88,6 +90,21 @@ def tokens_over(
         for number, (s, b, index) in enumerate(zip(spans, begins, at[name])):
             good[number] &= (index >= 0) & (s[np.maximum(index, 0), 1] > b) if len(s) else False
     return good, {name: [i[g] for i, g in zip(index, good)] for name, index in at.items()}
+
+
+def without_first(
+    store: Store, at: dict[str, list[np.ndarray]]
+) -> tuple[list[np.ndarray], dict[str, list[np.ndarray]]]:
+    """Leave out the places where a decoder's token is the first of its utterance. `at` is what `tokens_over` returns.
+
+    Returns per utterance a bool [places], and `at` without the others. A decoder that has first tokens only keeps them:
+    they are compared with each other.
+    """
+    keep = [np.ones(len(indices), bool) for indices in next(iter(at.values()))]
+    for name, of in at.items():
+        if is_decoder(store, name) and any(indices.any() for indices in of):
+            keep = [k & (indices > 0) for k, indices in zip(keep, of)]
+    return keep, {name: [indices[k] for indices, k in zip(of, keep)] for name, of in at.items()}
 
 
 def states_at(store: Store, view: View, ids: list[str], tokens: list[np.ndarray]) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Statistics of the states of a view: `stillhouse inspect stats`.
 
-Guarantees: the states are read once. The first token of each utterance is counted apart, because a decoder's first
-state is often tens of times as long as the others and would hide them.
+Guarantees: the states are read once. The first token of each utterance is counted apart: `counted` says why.
 Try: `stillhouse inspect stats STORE --view 'minilm/*/*'`.
 """
 
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...store import Store, View, to_float32
-from ..sample import OnProgress, blocks, ids_of, ignore, read_states, sample_rows, sample_size
+from ..sample import OnProgress, blocks, first_tokens, ids_of, ignore, read_states, sample_rows, sample_size
 
 SAMPLE_TOKENS = 20_000  # of each view, if the views are neither wide nor many
 RANK_SIDE = 1024  # most tokens for the rank of wider states, because it takes width³ operations otherwise
@@ -88,8 +87,7 @@ def _of_view(store: Store, view: View, rows: np.ndarray, rank: str) -> Statistic
     for part in blocks(store, view.teacher, rows):
         gathered = read_states(store, view, ids_of(store, part))
         lengths, states = gathered.lengths[view.teacher], to_float32(gathered.states[view], dtype)
-        first = np.zeros(len(states), bool)
-        first[np.cumsum(lengths) - lengths] = True
+        first = first_tokens(lengths)
         finite = np.isfinite(states).all(1)
         not_finite += int((~finite).sum())
         first_norms.append(np.linalg.norm(states[first & finite], axis=1))

@@ -15,7 +15,7 @@ import numpy as np
 from ....data.errors import NoStoreError, UsageError
 from ...store import Store, View, to_float32
 from ..facts.utterance import plain, tokens_of
-from ..sample import available_rows, blocks, ids_of, locate
+from ..sample import available_rows, blocks, counted, ids_of, locate
 from .neighbours import marked
 
 READ_TOKENS = 1 << 20  # token ids that are read at once
@@ -38,21 +38,21 @@ class Point:
 class WordMap:
     word: str
     views: list[str]
-    found: int  # all occurrences
+    found: int  # all occurrences, except as the first token of an utterance in a decoder
     shown: int
     explained: list[float]  # share of the variance on each of the two axes
     points: list[Point]
 
 
 def occurrences(store: Store, teacher: str, word: str, rows: np.ndarray) -> Places:
-    """Return (row, token) of every token that spells the word alone, in the order of `rows`."""
+    """Return (row, token) of every token that spells the word alone and is `counted`, in the order of `rows`."""
     pieces = store.pieces(teacher)
     spelling = [i for i, p in enumerate(pieces) if plain(p).casefold() == word.casefold() and not p.startswith("##")]
     ids = store.embedding(teacher)[0][spelling]
     places: Places = []
     for part in blocks(store, teacher, rows, READ_TOKENS):
         lengths, token_id, _ = store.tokens(ids_of(store, part), teacher)
-        of, token = locate(part, lengths, np.flatnonzero(np.isin(token_id, ids)))
+        of, token = locate(part, lengths, np.flatnonzero(np.isin(token_id, ids) & counted(store, teacher, lengths)))
         places += zip(of.tolist(), token.tolist())
     return places
 
@@ -68,7 +68,7 @@ def word_map(
     dtype = store.teacher(teacher).dtype
     places = occurrences(store, teacher, word, available_rows(store, views)) if places is None else places
     if len(places) < 2:
-        what = f"{word!r} occurs {len(places)} times as a single token of {teacher}"
+        what = f"{word!r} occurs {len(places)} times as a single token of {teacher}, without first tokens of a decoder"
         raise NoStoreError(what, where=store.address, expected="at least two times")
     index = np.random.default_rng(seed).choice(len(places), min(most, len(places)), replace=False)
     chosen = [places[i] for i in np.sort(index).tolist()]

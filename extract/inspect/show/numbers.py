@@ -61,8 +61,8 @@ def similarity(s: Similarity) -> str:
         rows = [(*names[i], *(f"{s.cka[i][k]:.2f}" for k in numbers if k <= i)) for i in range(first, count)]
         header = ("", "linear CKA", *(str(k + 1) for k in numbers))
         drawn.append(table(rows, header=header, right="rl" + "r" * count))
-    legend = f"at {s.places:,} tokens; 1: the same up to rotation and scale, 0: unrelated"
-    return "\n\n".join(drawn) + f"\n{legend}"
+    legend = f"at {s.places:,} tokens, without first tokens of decoders; 1: the same up to rotation and scale, "
+    return "\n\n".join(drawn) + "\n" + wrap(f"{legend}0: unrelated")
 
 
 def choice(c: Choice) -> str:
@@ -81,8 +81,9 @@ def choice(c: Choice) -> str:
     )
     sample = f"at {c.places:,} units of {c.utterances:,} utterances, {c.folds} folds by {c.folds_by}"
     drawn = table(rows, header=header, right="lrrrrrr")
+    legend = "without first tokens of decoders; TEACHER/static: the teacher's input embeddings"
     advice = f"{wrap(f'suggested  {chosen}', indent=11)}\n{wrap(f'rule       {c.rule}', indent=11)}"
-    return f"{drawn}\n{sample}; TEACHER/static: the teacher's input embeddings\n\n{advice}"
+    return f"{drawn}\n{wrap(sample + '; ' + legend)}\n\n{advice}"
 
 
 def neighbours(n: Neighbours) -> str:
@@ -95,7 +96,10 @@ def neighbours(n: Neighbours) -> str:
         sentence, name = around(x.sentence, x.begin, x.end, most), printable(x.utterance)
         place = f"{pad(name, longest)}  {sentence}" if beside else f"{name}\n       {sentence}"
         lines.append(f"{x.cosine:.3f}  {place}")
-    return "\n".join([*lines, "", f"nearest of {n.searched:,} tokens by cosine"])
+    legend = f"nearest of {n.searched:,} tokens by cosine"
+    if n.first_tokens:
+        legend += "; the word is a decoder's first token, whose state can be much the same in all texts"
+    return "\n".join([*lines, "", wrap(legend)])
 
 
 def around(sentence: str, begin: int, end: int, most: int) -> str:
@@ -126,7 +130,9 @@ def compared(listed: Sequence[NeighbourComparison]) -> str:
     header = ("#", "token", *(name for n in names for name in (f"cos {n}", "moved")))
     drawn = "\n\n".join(tables(rows, header=header, right="rl" + "rr" * len(names), keep=2, most=columns()))
     means = ", ".join(f"{c.b} {c.cosine:.3f}" for c in listed)
-    legend = wrap(f"mean cosine: {means}; moved: norm of the difference over {first.a}'s norm")
+    legend = wrap(
+        f"mean cosine, without a decoder's token 0: {means}; moved: norm of the difference over {first.a}'s norm"
+    )
     return f"compared with {first.a}\n{drawn}\n{legend}"
 
 

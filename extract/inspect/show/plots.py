@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..numbers.choose_views import Choice
 from ..numbers.similarity import Similarity
 from ..numbers.statistics import Statistics
 from ..numbers.word_map import WordMap
@@ -44,23 +45,52 @@ def similarity(s: Similarity) -> Figure:
 
 
 def norms(listed: Sequence[Statistics]) -> Figure:
-    """Draw the mean norm by layer, one line per teacher and context, with a band of one deviation."""
-    figure, axes = _axes(7, 4.5)
-    lines: dict[str, list[tuple[int, Statistics]]] = {}
+    """Draw the mean norm by layer, one panel per teacher, one line per context, with a band of one deviation.
+
+    Teachers have scales of their own. First tokens that are ten times as long as the others get a logarithmic axis.
+    """
+    from matplotlib.figure import Figure
+
+    lines: dict[str, dict[str, list[tuple[int, Statistics]]]] = {}
     for s in listed:
-        name, _, layer = s.view.rpartition("/")
-        lines.setdefault(name, []).append((int(layer), s))
-    for name, of in lines.items():
-        layers, measured = zip(*sorted(of, key=lambda pair: pair[0]))
-        [line] = axes.plot(layers, [s.norm_mean for s in measured], marker="o", label=name)
-        low, high = ([s.norm_mean + sign * s.norm_std for s in measured] for sign in (-1, 1))
-        axes.fill_between(layers, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        firsts = [s.first_norm_mean for s in measured]
-        axes.plot(layers, firsts, color=line.get_color(), linestyle="--", linewidth=1, label=f"{name}, first tokens")
-    axes.set_xlabel("layer")
-    axes.set_ylabel("norm of the states")
-    axes.set_xticks(sorted({layer for of in lines.values() for layer, _ in of}))
-    axes.legend(frameon=False, fontsize=8)
+        teacher, context, layer = s.view.rsplit("/", 2)
+        lines.setdefault(teacher, {}).setdefault(context, []).append((int(layer), s))
+    figure = Figure(figsize=(7, 1 + 3.5 * len(lines)), layout="constrained")
+    for axes, (teacher, contexts) in zip(figure.subplots(len(lines), squeeze=False)[:, 0], lines.items()):
+        for context, of in contexts.items():
+            layers, measured = zip(*sorted(of, key=lambda pair: pair[0]))
+            [line] = axes.plot(layers, [s.norm_mean for s in measured], marker="o", label=context)
+            low, high = ([s.norm_mean + sign * s.norm_std for s in measured] for sign in (-1, 1))
+            axes.fill_between(layers, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+            firsts, label = [s.first_norm_mean for s in measured], f"{context}, first tokens"
+            axes.plot(layers, firsts, color=line.get_color(), linestyle="--", linewidth=1, label=label)
+        every = [s for of in contexts.values() for _, s in of]
+        if max(s.first_norm_mean for s in every) > 10 * max(s.norm_mean for s in every):
+            axes.set_yscale("log")
+        axes.set_title(teacher)
+        axes.set_xlabel("layer")
+        axes.set_ylabel("norm of the states")
+        axes.set_xticks(sorted({layer for of in contexts.values() for layer, _ in of}))
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def probes(c: Choice) -> Figure:
+    """Draw how well each view predicts the unit at a place and the next one. Suggested views have their rank."""
+    ranks = {s.view: f" ({n})" for n, s in enumerate(c.suggested, start=1)}
+    shown = [*c.views, *c.static][::-1]
+    figure, axes = _axes(7, 1.4 + 0.4 * len(shown))
+    for offset, label, values in (
+        (0.2, "the unit at a place", [p.here_r2 for p in shown]),
+        (-0.2, "the next unit", [p.next_r2 for p in shown]),
+    ):
+        bars = axes.barh([n + offset for n in range(len(shown))], values, height=0.38, label=label)
+        axes.bar_label(bars, fmt="%.3f", padding=2, fontsize=7)
+    axes.set_yticks(range(len(shown)), [p.view + ranks.get(p.view, "") for p in shown])
+    axes.margins(x=0.12)
+    axes.set_xlabel("R² of the probe")
+    axes.set_title(f"What views tell of ASR units, at {c.places:,} places")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure
 
 

@@ -135,6 +135,27 @@ def test_curves_are_not_cut_off_at_the_top_and_keep_their_size(monkeypatch: pyte
     assert report.thinned([(1, 2.0), (2, 4.0), (3, 9.0)], most=2) == [(1.5, 3.0), (3, 9.0)]
 
 
+def test_losses_are_on_a_log_axis_where_they_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss falls from 300 to 0.5: on a linear axis its second half is a line along the bottom."""
+    from matplotlib.figure import Figure
+
+    monkeypatch.setattr(report, "figure", lambda plot, name: (axes := Figure().subplots(), plot(axes))[0])
+    falling = [(float(step), 300 * 0.9**step) for step in range(60)]
+    drawn = report.draw(
+        [
+            ("Loss per unit", {"rnnt": falling, "rnnt on dev": falling[::10]}, "loss"),
+            ("Distance", {"a": [(1.0, 1.0), (2.0, 0.0)]}, "loss"),
+            ("Error rate on dev", {"WER": falling}, "%"),
+        ]
+    )
+    scales = {caption: axes.get_yscale() for caption, axes in drawn}  # type: ignore[attr-defined]
+    assert scales == {"Loss per unit": "log", "Distance": "linear", "Error rate on dev": "linear"}
+    axes = drawn[0][1]
+    axes.figure.draw_without_rendering()  # type: ignore[attr-defined]
+    shown = [text.get_text() for text in axes.get_yticklabels()]  # type: ignore[attr-defined]
+    assert {"1", "10", "100"} <= set(shown) and not any("e" in text or "$" in text for text in shown)
+
+
 def study() -> Table:
     """Arms with the longest texts that a study's table has."""
 
