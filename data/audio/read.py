@@ -16,9 +16,10 @@ import numpy as np
 import soundfile
 
 from ..errors import AudioError
+from .whole import REMEDY, SLACK_S, flaw_of
 
-# Times of a manifest are often rounded to hundredths, so a segment may end so much after its file.
-SLACK_S = 0.02
+# Channels whose mean has less of their power cancel each other out: 40 dB, far below what microphones apart lose.
+CANCELLED = 1e-4
 
 
 def open_audio(path: Path) -> soundfile.SoundFile:
@@ -26,13 +27,18 @@ def open_audio(path: Path) -> soundfile.SoundFile:
     try:
         if not os.path.isfile(path) and os.path.exists(path):
             raise OSError("not a regular file")
-        return soundfile.SoundFile(path)
+        file = soundfile.SoundFile(path)
     except (soundfile.SoundFileError, OSError, RuntimeError, TypeError, ValueError) as e:
         if not os.path.exists(path):
             remedy = "restore it, or run `stillhouse corpus check`"
             raise AudioError("no such audio file", where=path, remedy=remedy) from e
         what = f"not readable as audio: {getattr(e, 'error_string', e)}"
         raise AudioError(what, where=path, expected="wav, flac, ogg, mp3, …") from e
+    if file.frames > 1 << 48:  # libsndfile's word for a FLAC that a program wrote to a pipe
+        file.close()
+        what = "its header does not state its length"
+        raise AudioError(what, where=path, remedy=REMEDY)
+    return file
 
 
 def audio_length(path: Path | str) -> float:
@@ -51,7 +57,8 @@ def read_audio(
     """Return a segment of a file as float32 [S] in [-1, 1], resampled to `rate_hz`.
 
     A duration of None reaches to the end, and a channel of None is the mean of all channels, which count from 0. Raises
-    AudioError if the file is missing or damaged, or does not hold the segment.
+    AudioError if the file is missing or damaged, or does not hold the segment, or if the segment ends where the file is
+    cut off.
     """
     samples, own_hz = read_segment(path, start_s, duration_s, channel)
     return resample(samples, own_hz, rate_hz)
@@ -61,6 +68,34 @@ def read_segment(
     path: Path | str, start_s: float = 0.0, duration_s: float | None = None, channel: int | None = None
 ) -> tuple[np.ndarray, int]:
     """Return (float32 [S], rate in Hz) of a segment at the rate of the file. See `read_audio`."""
+    samples, own_hz = read_channels(path, start_s, duration_s, channel)
+    mono = samples[:, 0] if channel is not None or samples.shape[1] == 1 else mix(samples, path)
+    if not np.isfinite(mono).all():
+        raise AudioError("the audio holds samples that are not numbers", where=path)
+    return np.ascontiguousarray(mono), own_hz
+
+
+def mix(samples: np.ndarray, where: object) -> np.ndarray:
+    """Return the mean of all channels: float32 [S, C] -> [S]. Raises AudioError if they cancel each other out."""
+    mono = samples.mean(axis=1, dtype=np.float32)
+    if np.square(mono).mean() < CANCELLED * np.square(samples).mean():
+        what = "the mean of its channels is silence, because they cancel each other out"
+        raise AudioError(what, where=where, remedy="set `channel` in the manifest")
+    return mono
+
+
+def read_channels(
+    path: Path | str,
+    start_s: float = 0.0,
+    duration_s: float | None = None,
+    channel: int | None = None,
+    *,
+    whole: bool = True,
+) -> tuple[np.ndarray, int]:
+    """Return (float32 [S, channels], rate in Hz) of a segment: of one `channel`, or of all.
+
+    Without `whole`, a segment may end where the file is cut off. See `read_audio`.
+    """
     path = Path(path)
     with open_audio(path) as file:
         own_hz, total = file.samplerate, file.frames
@@ -73,8 +108,12 @@ def read_segment(
                 end = "end" if duration_s is None else f"{start_s + duration_s:.3f} s"
                 what = f"the segment from {start_s:.3f} s to {end} leaves the audio"
                 remedy = "correct start_s and duration_s in the manifest"
+                if flaw := flaw_of(path, file):
+                    what, remedy = f"{what}: {flaw}", REMEDY
                 raise AudioError(what, where=path, expected=f"at most {total / own_hz:.3f} s", remedy=remedy)
             count = total - begin
+        if whole and begin + count > total - SLACK_S * own_hz and (flaw := flaw_of(path, file)):
+            raise AudioError(flaw, where=path, remedy=REMEDY)
         if count <= 0:
             raise AudioError("the audio is empty", where=path, remedy="delete the utterance from the manifest")
         try:
@@ -87,13 +126,7 @@ def read_segment(
     if len(samples) != count:
         what = f"the audio ends early: {len(samples)} of {count} samples"
         raise AudioError(what, where=path, remedy="restore the file")
-    if channel is None and samples.shape[1] > 1:
-        mono = samples.mean(axis=1, dtype=np.float32)
-    else:
-        mono = samples[:, channel or 0]
-    if not np.isfinite(mono).all():
-        raise AudioError("the audio holds samples that are not numbers", where=path)
-    return np.ascontiguousarray(mono), own_hz
+    return samples if channel is None else samples[:, channel, None], own_hz
 
 
 def no_such_channel(channel: int, channels: int, where: object) -> AudioError:

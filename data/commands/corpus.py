@@ -198,11 +198,19 @@ def check(
     else:
         done = check_corpus(manifest, rate_hz=rate_hz, full=full, audio=audio, root=root)
     if as_json:
-        facts = {"utterances": done.utterances, "files": done.files, "findings": [f.facts() for f in done.findings]}
+        facts = {
+            "utterances": done.utterances,
+            "files": done.files,
+            "rates": done.rates,
+            "notes": done.notes,
+            "findings": [f.facts() for f in done.findings],
+        }
         click.echo(json.dumps(facts, ensure_ascii=False, indent=1))
     else:
         for finding in done.findings:
             click.echo(str(finding))
+        for note in done.notes:
+            say(note)
         say(f"{done.utterances} utterances, {done.files} audio files: {len(done.findings) or 'no'} findings")
     if done.findings:
         ctx.exit(1)

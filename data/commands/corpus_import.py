@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 EXISTING = click.Path(exists=True, path_type=Path)
 PATH = click.Path(path_type=Path)
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
-COLUMNS = ("id", "text", "audio", "session", "order", "speaker", "split", "start", "duration")
+COLUMNS = ("id", "text", "audio", "session", "order", "speaker", "split", "start", "end", "duration", "channel")
 
 
 def say(text: str) -> None:
@@ -46,7 +46,8 @@ _pipes = click.option(
 
 def _columns(command: Callable) -> Callable:
     for name in reversed(COLUMNS):
-        option = click.option(f"--{name}-column", metavar="COLUMN", help=f"Name or number of the column of the {name}.")
+        help = f"Name or number of the column of the {name}, or - for none."
+        option = click.option(f"--{name}-column", metavar="COLUMN", help=help)
         command = option(command)
     return command
 

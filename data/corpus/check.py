@@ -6,24 +6,19 @@ Try: `stillhouse corpus check corpus.jsonl --json`.
 
 from __future__ import annotations
 
-import os
 import re
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import soundfile
-
-from ..audio.read import SLACK_S, no_such_channel, open_audio, read_segment
 from ..errors import AudioError, CorpusError
 from ..files.paths import confined
 from ..manifest import BadLine, Utterance, scan_manifest
+from .sound import SoundCheck
 
 # A tab or a line end in a transcript is left over from a table.
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]|[\ud800-\udfff]")
 LOST = "\ufffd"
-RESTORE = "restore the file or delete the line"
 _PLACE = re.compile(r"(?P<file>.*):(?P<line>\d+)", re.DOTALL)
 
 
@@ -60,11 +55,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Checked:
-    """Findings, and how many utterances and files were checked."""
+    """Findings, and how many utterances and files were checked. Notes are no errors. `rates` is {Hz: files}."""
 
     findings: list[Finding]
     utterances: int
     files: int
+    notes: list[str] = field(default_factory=list)
+    rates: dict[int, int] = field(default_factory=dict)
 
 
 def check_corpus(
@@ -72,8 +69,9 @@ def check_corpus(
 ) -> Checked:
     """Check corpus.jsonl, or that of a folder, and the `audio` that it names, which should not leave `root`.
 
-    The expected rate is `rate_hz`, or the rate of most files. With `full`, every segment is decoded. Otherwise headers
-    are read, and the last tenth of a second of each segment, which finds files that are cut off.
+    The expected rate is `rate_hz`, or the rate of most files. With `full`, every segment is decoded, and silence and
+    channels that cancel each other out are found. Otherwise headers are read, and the last tenth of a second of each
+    segment, which finds files that are cut off.
     """
     findings: list[Finding] = []
     valid: list[tuple[str, Utterance]] = []
@@ -87,18 +85,18 @@ def check_corpus(
         remedy = "make it with `stillhouse corpus import`"
         findings.append(Finding("empty", str(path), None, "the manifest is empty", remedy))
     findings += _repeats(valid)
-    rates: dict[str, tuple[int, str, str]] = {}
+    sound = SoundCheck(full)
     for where, u in valid:
         problems = [*_text(u)]
         if audio and u.audio is not None:
             try:
-                problems += _audio(confined(path.parent / u.audio, root), where, u, full, rates)
-            except AudioError as e:  # `_audio` yields its own errors.
+                problems += sound.utterance(confined(path.parent / u.audio, root), where, u)
+            except AudioError as e:  # `sound` yields its own errors.
                 problems.append(("root", f"{e.where}: {e.what}", e.remedy or "correct the path"))
         findings += (Finding(kind, where, u.id, what, remedy) for kind, what, remedy in problems)
-    findings += _rates(rates, rate_hz)
+    findings += (Finding("rate", where, id, what, remedy) for where, id, what, remedy in sound.other_rates(rate_hz))
     findings.sort(key=lambda f: f.line or 0)
-    return Checked(findings, len(valid), len(rates))
+    return Checked(findings, len(valid), len(sound.files), sound.notes(), dict(sound.rates))
 
 
 def check_features(path: Path) -> Checked:
@@ -149,47 +147,3 @@ def _text(u: Utterance) -> Iterator[tuple[str, str, str]]:
     if LOST in u.text:
         at = u.text.index(LOST)
         yield "encoding", f"text holds U+FFFD at {at}: a character was lost earlier", "restore it from the source"
-
-
-def _audio(
-    path: Path, where: str, u: Utterance, full: bool, rates: dict[str, tuple[int, str, str]]
-) -> Iterator[tuple[str, str, str]]:
-    """Yield (kind, what, remedy) for the audio of an utterance, and record the rate of its file."""
-    try:
-        with open_audio(path) as file:
-            own_hz, total = file.samplerate, file.frames
-            rates.setdefault(str(path), (own_hz, where, u.id))
-            if total == 0:
-                raise AudioError("it holds no audio", remedy=RESTORE)
-            if u.channel is not None and u.channel >= file.channels:
-                raise no_such_channel(u.channel, file.channels, path)
-            begin = round(u.start_s * own_hz)
-            end = total if u.duration_s is None else begin + round(u.duration_s * own_hz)
-            if begin >= total or end > total + SLACK_S * own_hz:
-                segment = f"{begin / own_hz:.3f}–{end / own_hz:.3f} s"
-                what = f"the segment {segment} is not inside {path}, which has {total / own_hz:.3f} s"
-                yield "segment", what, "correct start_s and duration_s"
-                return
-            if not full:
-                end = min(total, end)
-                tail = max(end - int(0.1 * own_hz), begin)
-                file.seek(tail)
-                if len(file.read(end - tail, dtype="float32")) != end - tail:
-                    raise AudioError("the audio ends early", where=path)
-        if full:
-            read_segment(path, u.start_s, u.duration_s, u.channel)
-    except AudioError as e:
-        yield "audio" if os.path.exists(path) else "missing", f"{path}: {e.what}", e.remedy or RESTORE
-    except (soundfile.SoundFileError, RuntimeError) as e:
-        yield "audio", f"{path}: the audio is damaged: {getattr(e, 'error_string', e)}", RESTORE
-
-
-def _rates(rates: dict[str, tuple[int, str, str]], expected: int | None) -> Iterator[Finding]:
-    counts = Counter(hz for hz, _, _ in rates.values())
-    if expected is None and counts:
-        expected = counts.most_common(1)[0][0]
-    for file, (hz, where, id) in rates.items():
-        if expected is not None and hz != expected:
-            others = f"{counts[expected]} others have" if expected in counts else "expected"
-            remedy = "`corpus features` resamples it. Check that it belongs here, or give --rate"
-            yield Finding("rate", where, id, f"{file} has {hz} Hz, {others} {expected}", remedy)

@@ -12,13 +12,23 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
+from typing import NamedTuple
 
 from ..audio.read import open_audio
+from ..audio.whole import flaw_of
 from ..errors import AudioError
 from ..files.atomic import draft_of
 from ..files.paths import confined
 
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class AudioLength(NamedTuple):
+    """The length of a file, and what is wrong with its end, or None. See `audio.whole`."""
+
+    seconds: float
+    channels: int
+    flaw: str | None = None
 
 
 class AudioFiles:
@@ -29,7 +39,7 @@ class AudioFiles:
 
     def __init__(self, folders: Sequence[Path], root: Path | None) -> None:
         self._folders, self._root = list(dict.fromkeys(f.absolute() for f in folders)), root
-        self._lengths: dict[Path, tuple[float, int]] = {}
+        self._lengths: dict[Path, AudioLength] = {}
 
     def find(self, text: str) -> Path:
         """Return the file of a path. Raises AudioError if it is missing or outside the root."""
@@ -49,11 +59,11 @@ class AudioFiles:
         remedy = "restore it, or name its folder with --audio-root"
         raise AudioError("no such audio file", where=text[:1000], expected=expected, remedy=remedy)
 
-    def length(self, path: Path) -> tuple[float, int]:
-        """Return (seconds, channels) of a file by its header, which is read once for many lines."""
+    def length(self, path: Path) -> AudioLength:
+        """Return the length of a file by its header, which is read once for many lines."""
         if path not in self._lengths:
             with open_audio(path) as file:
-                length = file.frames / file.samplerate, file.channels
+                length = AudioLength(file.frames / file.samplerate, file.channels, flaw_of(path, file))
             if len(self._lengths) > 10_000:
                 self._lengths.clear()
             self._lengths[path] = length

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,19 +17,16 @@ from typing import Any, TypeGuard
 
 from pydantic import ValidationError
 
-from ..audio.read import SLACK_S
+from ..audio.whole import REMEDY, SLACK_S
 from ..corpus.check import Finding
 from ..errors import AudioError, ConfigError, CorpusError, UsageError
 from ..files.lines import scan_objects
 from ..files.paths import relative_audio
 from ..manifest import Utterance, describe_validation
-from .audio_files import AudioFiles, UnpackedAudio
+from .audio_files import AudioFiles, AudioLength, UnpackedAudio
+from .columns.times import TIMES, SegmentError, segment, unread
 
 OVERSHOOT_S = 0.5  # A segment may end so much later than its recording. It is cut off there, as Kaldi does.
-
-
-class SegmentError(CorpusError):
-    """A segment is not inside its recording."""
 
 
 @dataclass
@@ -54,6 +51,7 @@ class Imported:
         self.unpacked = UnpackedAudio(self.manifest)
         self._orders: dict[str, str] = {}
         self.places: dict[str, str] = {}  # where each id was read
+        self._mixed: list[str] = []
         try:
             self._pattern = re.compile(self.session_pattern) if self.session_pattern else None
         except re.error as e:
@@ -139,8 +137,61 @@ class Imported:
         groups = match.groupdict()
         return groups["session"] or session, groups.get("order") or order
 
-    def duration(self, begin: float, end: float, seconds: float, path: Path) -> float:
-        """Return the length of a segment of a recording that has `seconds`. Raises SegmentError if it leaves it."""
+    def placed(
+        self,
+        audio: Path,
+        length: AudioLength,
+        start: float | None = None,
+        end: float | None = None,
+        duration: float | None = None,
+        channel: int | None = None,
+    ) -> dict[str, Any]:
+        """Return the arguments of `add` for a segment of a file: audio, start_s, duration_s and channel.
+
+        Times are in seconds. The segment begins at 0 and reaches to the end of the file, where no time says otherwise.
+        Raises SegmentError if it leaves the file, and AudioError if it ends where the file is cut off.
+        """
+        begin, span = segment(start, end, duration)
+        duration_s = self.duration(begin, length.seconds if span is None else begin + span, length, audio)
+        if channel is None and length.channels > 1:
+            self._mixed.append(str(audio))
+        return {"audio": audio, "start_s": begin, "duration_s": duration_s, "channel": channel}
+
+    def unread_times(
+        self,
+        where: str,
+        names: Collection[str],
+        columns: Mapping[str, str | None],
+        is_number: Callable[[str], bool],
+        rename: str | None = None,
+    ) -> None:
+        """Name the columns, or keys, that look like times and are not read.
+
+        One that the segment may need is a finding. `columns` is {field: column that is read, None: chosen by the user
+        to be none}. `rename` begins the remedy where no option chooses a column.
+        """
+        known = {field for field, name in columns.items() if name is not None}
+        left = [name for name in names if name not in columns.values()]
+        off = {field for field, name in columns.items() if name is None}
+        for name, kind in unread(left, known, off, is_number).items():
+            length = known & {"end", "duration"}
+            needed = {"start": "start" not in known, "end": not length, "duration": "start" in known and not length}
+            if needed.get(kind):
+                what = f"column {name!r} looks like a time, but it is not read"
+                remedy = f"read it with --{kind}-column {name}, or keep it in meta with --{kind}-column -"
+                remedy = f"{rename} {TIMES[kind][0].removesuffix('_s')}" if rename else remedy
+                self.finding("column", where, what, None, remedy)
+            else:
+                self.note(f"{where}: column {name!r} looks like a time, but it only goes to meta")
+
+    def duration(self, begin: float, end: float, length: AudioLength, path: Path) -> float:
+        """Return the seconds of a segment of a recording.
+
+        Raises SegmentError if it leaves the recording, and AudioError if it ends where the file is cut off.
+        """
+        seconds = length.seconds
+        if length.flaw is not None and end > seconds - SLACK_S:
+            raise AudioError(length.flaw, where=path, remedy=REMEDY)
         if not 0 <= begin < end or begin >= seconds or end > seconds + OVERSHOOT_S:
             raise SegmentError(f"the segment {begin:g}–{end:g} s is not inside {path}, which has {seconds:.3f} s")
         if end > seconds + SLACK_S:
@@ -161,6 +212,12 @@ class Imported:
 
     def in_session_order(self) -> Imported:
         """Sort: a session stands where its first utterance was, each in its order. Return the result itself."""
+        if self._mixed:
+            files = f"{len(set(self._mixed))} files with several channels, for example {self._mixed[0]}"
+            self.note(
+                f"no channel is named for {files}: each utterance is the mean of all channels. "
+                "If the channels are speakers, give every line its `channel`"
+            )
         first: dict[str, int] = {}
         for k, u in enumerate(self.utterances):
             if u.session is not None:
@@ -207,4 +264,6 @@ def is_seconds(value: Any) -> TypeGuard[float]:
 
 def as_text(value: Any) -> str | None:
     """Return a text or a whole number as a text, and None for anything else or an empty text."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # Columns of whole numbers with gaps are often stored as floats.
     return str(value) if isinstance(value, (str, int)) and value != "" else None

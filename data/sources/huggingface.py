@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from ..audio.channels import ChannelNames
 from ..errors import AudioError, ConfigError, CorpusError
 from ..files.paths import below, confined
 from .audio_files import AudioFiles
-from .common import Imported, as_text, by_time, is_seconds
-from .table import FIELDS, USUAL, known_fields
+from .columns.names import AudioNames, stem
+from .columns.times import TIMES, fold, seconds
+from .common import OVERSHOOT_S, Imported, as_text, by_time
+from .table import FIELDS, NO_COLUMN, USUAL, known_fields
 
 MAGIC = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"ID3": ".mp3", b"\xff\xfb": ".mp3", b"FORM": ".aiff"}
 SUFFIXES = {*MAGIC.values(), ".opus", ".aif", ".au", ".sph", ".w64", ".m4a", ".mp4", ".webm"}
@@ -43,21 +48,23 @@ def import_huggingface(
         what, remedy = "Hugging Face datasets need pyarrow", "pip install 'stillhouse[huggingface]'"
         raise ConfigError(what, remedy=remedy) from e
     given = known_fields(columns)
-    result = Imported(manifest, **settings)
+    result, names = Imported(manifest, **settings), AudioNames()
+    readers: list[_DatasetReader] = []
     for split, source in sources:
-        rows: dict[str | None, int] = {}
         for path, name in _files(source, split):
-            reader = _DatasetReader(path, name, given, result, result.files(source, path.absolute().parent))
-            row = rows.get(name, 0)
-            try:
-                for batch in _batches(path):
-                    batch.validate(full=True)
-                    reader.batch(batch, row)
-                    row += batch.num_rows
-            except (pyarrow.ArrowException, OSError, ValueError, UnicodeDecodeError) as e:
-                why = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
-                raise CorpusError(f"not readable as Arrow: {why}", where=path, remedy=SAVE_AGAIN) from e
-            rows[name] = row
+            with _readable(path, pyarrow.ArrowException):
+                files = result.files(source, path.absolute().parent)
+                place = (source if source.is_dir() else source.parent).absolute() / (name or "")
+                readers.append(_DatasetReader(path, name, place, given, names, result, files))
+                readers[-1].look()
+    channels = ChannelNames(label for reader in readers for label in reader.labels)
+    rows: dict[str | None, int] = {}
+    for reader in readers:
+        with _readable(reader.path, pyarrow.ArrowException):
+            for batch in _batches(reader.path):
+                batch.validate(full=True)
+                reader.batch(batch, rows.get(reader.split, 0), channels)
+                rows[reader.split] = rows.get(reader.split, 0) + batch.num_rows
     if result.unpacked.written:
         result.note(f"{result.unpacked.written} audio files were written to {result.unpacked.folder}")
     return result.in_session_order()
@@ -100,18 +107,42 @@ def _json(path: Path) -> dict[str, Any]:
     return fields
 
 
-def _batches(path: Path) -> Iterator[Any]:
-    """Yield the record batches of an Arrow stream or a parquet file."""
+@contextmanager
+def _readable(path: Path, arrow_error: type[Exception]) -> Iterator[None]:
+    """Turn errors about a data file into one that names it."""
+    try:
+        yield
+    except (arrow_error, OSError, ValueError, UnicodeDecodeError) as e:
+        why = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
+        raise CorpusError(f"not readable as Arrow: {why}", where=path, remedy=SAVE_AGAIN) from e
+
+
+def _batches(path: Path, columns: Collection[str] | None = None) -> Iterator[Any]:
+    """Yield the record batches of an Arrow stream or a parquet file. `columns` may name fields of structs as a.b."""
     import pyarrow
     import pyarrow.ipc
     import pyarrow.parquet
 
     if path.suffix == ".parquet":
         with pyarrow.parquet.ParquetFile(path) as file:
-            yield from file.iter_batches(batch_size=256)
+            yield from file.iter_batches(batch_size=256, columns=columns and list(columns))
     else:
         with pyarrow.memory_map(str(path)) as source, pyarrow.ipc.open_stream(source) as stream:
-            yield from stream
+            # A selection copies nothing, and what is not selected is not read from the disk.
+            selected = None if columns is None else list(dict.fromkeys(name.split(".")[0] for name in columns))
+            yield from (batch if selected is None else batch.select(selected) for batch in stream)
+
+
+def _schema(path: Path) -> Any:
+    """Return the schema of an Arrow stream or a parquet file."""
+    import pyarrow
+    import pyarrow.ipc
+    import pyarrow.parquet
+
+    if path.suffix == ".parquet":
+        return pyarrow.parquet.read_schema(path)
+    with pyarrow.memory_map(str(path)) as source, pyarrow.ipc.open_stream(source) as stream:
+        return stream.schema
 
 
 def _features(schema: Any) -> dict[str, Any]:
@@ -124,20 +155,58 @@ def _features(schema: Any) -> dict[str, Any]:
 
 
 class _DatasetReader:
-    """The rows of one file."""
+    """The rows of one file. `place` stands for the folder of the audio that is embedded."""
 
     def __init__(
-        self, path: Path, split: str | None, given: Mapping[str, str], result: Imported, files: AudioFiles
+        self,
+        path: Path,
+        split: str | None,
+        place: Path,
+        given: Mapping[str, str],
+        names: AudioNames,
+        result: Imported,
+        files: AudioFiles,
     ) -> None:
-        self.path, self.split, self.given, self.result, self.files = path, split, given, result, files
+        self.path, self.split, self.place, self.given = path, split, place, given
+        self.names, self.result, self.files = names, result, files
+        self.schema = _schema(path)
+        self.features = _features(self.schema)
+        self.columns = self._columns(list(self.schema.names), self.schema, self.features)
+        self.labels: set[str] = set()
 
-    def batch(self, batch: Any, first_row: int) -> None:
+    def look(self) -> None:
+        """Look at the names of the audio and of the channels of all rows, before any is imported."""
+        import pyarrow.types
+
+        audio = self.columns["audio"]
+        struct = pyarrow.types.is_struct(self.schema.field(audio).type)
+        others = [self.columns[field] for field in ("id", "start", "channel") if field in self.columns]
+        for batch in _batches(self.path, [f"{audio}.path" if struct else audio, *others]):
+            batch.validate(full=True)
+            paths = (batch.column(audio).field("path") if struct else batch.column(audio)).to_pylist()
+            rows = {field: batch.column(n).to_pylist() for field, n in self.columns.items() if n in others}
+            self.labels |= {"" if label is None else str(label) for label in rows.get("channel", ())}
+            for k, path in enumerate(paths):
+                if isinstance(path, str) and stem(path) and ("id" not in rows or rows["id"][k] in (None, "")):
+                    self.names.see(self.place, path, self._start(rows["start"][k]) if "start" in rows else None)
+        if "channel" not in self.given and not ChannelNames(self.labels).known:
+            # Such a column is about something else, for example a broadcaster.
+            self.columns.pop("channel", None)
+            self.labels = set()
+        unused = [name for name in self.schema.names if name not in self.columns.values()]
+        known = {field: None for field, name in self.given.items() if name == NO_COLUMN} | self.columns
+        self.result.unread_times(str(self.path), unused, known, lambda name: _is_number(self.schema.field(name).type))
+
+    def _start(self, value: Any) -> float | None:
+        with suppress(ValueError, CorpusError):
+            return seconds(value, self.columns.get("start", ""))
+        return None
+
+    def batch(self, batch: Any, first_row: int, channels: ChannelNames) -> None:
         """Add the rows of a record batch."""
-        features = _features(batch.schema)
-        columns = self._columns(list(batch.schema.names), batch.schema, features)
         labels = {
             name: f["names"]
-            for name, f in features.items()
+            for name, f in self.features.items()
             if isinstance(f, dict) and f.get("_type") == "ClassLabel" and isinstance(f.get("names"), list)
         }
         for k in range(batch.num_rows):
@@ -147,12 +216,12 @@ class _DatasetReader:
                 value = row.get(name)
                 if isinstance(value, int) and 0 <= value < len(names):
                     row[name] = names[value]
-            self._row(row, columns, first_row + k)
+            self._row(row, first_row + k, channels)
 
     def _columns(self, names: list[str], schema: Any, features: dict[str, Any]) -> dict[str, str]:
         if len(set(names)) != len(names):
             raise CorpusError("two columns have the same name", where=self.path, expected=", ".join(names))
-        columns = dict(self.given)
+        columns = {field: name for field, name in self.given.items() if name != NO_COLUMN}
         for field, name in columns.items():
             if name not in names:
                 what = f"no column {name!r} for --{field}-column"
@@ -166,47 +235,64 @@ class _DatasetReader:
             columns["audio"] = typed[0]
         for field in FIELDS:
             used = set(columns.values())
-            usual = (n for name in USUAL[field] for n in names if n.casefold() == name and n not in used)
-            if field not in columns and (own := next(usual, None)) is not None:
+            folded = fold if field in TIMES else str.casefold
+            usual = (n for name in USUAL[field] for n in names if folded(n) == name and n not in used)
+            if field not in columns and field not in self.given and (own := next(usual, None)) is not None:
                 columns[field] = own
         if "text" not in columns:
             what = "no column holds the transcript"
             raise CorpusError(what, where=self.path, expected=f"one of {', '.join(names)}", remedy="--text-column NAME")
         return columns
 
-    def _row(self, row: dict[str, Any], columns: dict[str, str], number: int) -> None:
+    def _row(self, row: dict[str, Any], number: int, channels: ChannelNames) -> None:
         where = f"{self.path}:{number + 1}"
-        value = {field: row.get(name) for field, name in columns.items()}
+        value = {field: row.get(name) for field, name in self.columns.items()}
         audio = value["audio"]
         if isinstance(audio, str):
             audio = {"path": audio}
-        stem = Path(str(audio.get("path") or "")).stem if isinstance(audio, dict) else ""
-        id = str(value["id"]) if value.get("id") not in (None, "") else stem or f"{self.split or 'row'}-{number:08d}"
+        channel = None if value.get("channel") is None else str(value["channel"])
+        id = self._id(value, audio, channel) or f"{self.split or 'row'}-{number:08d}"
         with self.result.line(where, id):
             if not isinstance(value["text"], str):
-                raise CorpusError("no transcript", expected=f"a text in column {columns['text']}")
+                raise CorpusError("no transcript", expected=f"a text in column {self.columns['text']}")
+            start, end, duration = (seconds(value.get(field), self.columns.get(field, field)) for field in TIMES)
             path = self._audio(id, audio)
-            seconds = self.files.length(path)[0]
-            start, length = value.get("start") or 0.0, value.get("duration")
-            if not is_seconds(start) or not (length is None or is_seconds(length)):
-                raise CorpusError(f"start {str(start)[:40]!r}, duration {str(length)[:40]!r}", expected="seconds")
-            # The duration column of a whole file is often rounded, so the length of the audio counts.
-            end = start + length if start and length is not None else seconds
-            session, order = as_text(value.get("session")), str(value.get("order") or by_time(start))
+            length = self.files.length(path)
+            if start is None and end is None and duration is not None:
+                # The duration of a whole file is often rounded, so the length of the audio counts.
+                if abs(duration - length.seconds) > OVERSHOOT_S:
+                    what = f"the duration is {duration:g} s without a start, but the audio has {length.seconds:.3f} s"
+                    remedy = "name the starts with --start-column, or take whole files with --duration-column -"
+                    raise CorpusError(what, remedy=remedy)
+                duration = None
+            which = channels.channel(channel, length.channels, path) if "channel" in self.columns else None
+            placed = self.result.placed(path, length, start, end, duration, which)
+            session, order = as_text(value.get("session")), value.get("order")
+            order = by_time(placed["start_s"]) if order in (None, "") else str(order)
             session, order = self.result.session(id, session, order)
             self.result.add(
                 where,
                 order,
                 id=id,
                 text=value["text"],
-                audio=path,
-                start_s=float(start),
-                duration_s=self.result.duration(start, end, seconds, path),
                 session=session,
                 speaker=as_text(value.get("speaker")),
                 split=as_text(value.get("split")) or self.split,
-                meta=self.result.meta(row, set(columns.values()), "column "),
+                meta=self.result.meta(row, set(self.columns.values()), "column "),
+                **placed,
             )
+
+    def _id(self, value: dict[str, Any], audio: Any, channel: str | None) -> str | None:
+        """Return the row's own id, or one from the name of its audio. None: it has neither."""
+        if value.get("id") not in (None, ""):
+            return str(value["id"])
+        path = audio.get("path") if isinstance(audio, dict) else None
+        if not isinstance(path, str) or not stem(path):
+            return None
+        data, content = audio.get("bytes"), None
+        if isinstance(data, bytes) and self.names.shared(self.place, path):
+            content = blake2b(data, digest_size=4).hexdigest()
+        return self.names.id(self.place, path, self._start(value.get("start")), channel, content)
 
     def _audio(self, id: str, audio: Any) -> Path:
         if not isinstance(audio, dict) or not (audio.get("bytes") or audio.get("path")):
@@ -226,3 +312,9 @@ def _is_audio(kind: Any) -> bool:
     import pyarrow.types
 
     return pyarrow.types.is_struct(kind) and {"bytes", "path"} <= {f.name for f in kind}
+
+
+def _is_number(kind: Any) -> bool:
+    import pyarrow.types
+
+    return pyarrow.types.is_floating(kind) or pyarrow.types.is_integer(kind)

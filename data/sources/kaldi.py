@@ -3,7 +3,8 @@
     wav.scp      RECORDING AUDIO, where AUDIO is a path, a pipe (`flac -c -d -s FILE |`) or FILE.ark:OFFSET
     segments     UTTERANCE RECORDING START END [CHANNEL]; without it every recording is an utterance
     text         UTTERANCE WORDS…            utt2spk, spk2utt   speakers            utt2dur   seconds
-    reco2file_and_channel   RECORDING FILE CHANNEL: recordings of one FILE are one session
+    reco2file_and_channel   RECORDING FILE CHANNEL: recordings of one FILE are one session. CHANNEL is the side of
+                 the call: A, B or a number, for a file with several channels
     utt2lang, spk2gender, …                  any other utt2X and spk2X is kept in `meta`
 
 Guarantees: every utterance of `segments` (or wav.scp) is imported or a finding, and so is every other line of `text`.
@@ -16,11 +17,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..audio.channels import ChannelNames
 from ..errors import AudioError, CorpusError
 from ..files.lines import scan_lines
 from ..files.paths import below
+from .audio_files import AudioLength
 from .common import Imported, by_time
-from .kaldi_entries import WavEntries
+from .entries.find import WavEntries
 
 DURATIONS = ("utt2dur", "utt2num_frames", "utt2num_samples", "utt2category")
 TEXT, SCP, SEGMENTS = "text", "wav.scp", "segments"
@@ -100,11 +103,14 @@ class _DataDirectory:
         utt = [name for name in kept if name.startswith("utt2") and name not in (*DURATIONS, "utt2spk")]
         self.meta = {name[4:]: self._table(name) for name in utt}
         self.by_speaker = {n[4:]: self._table(n) for n in kept if n.startswith("spk2") and n != "spk2utt"}
-        channels = self._table("reco2file_and_channel")
+        listed_sides = self._table("reco2file_and_channel")
         self.seconds = self._table("utt2dur")
-        self.file_of = {recording: rest.split(" ")[0] for recording, rest in channels.items() if rest}
+        sides = {recording: rest.split() for recording, rest in listed_sides.items() if rest}
+        self.file_of = {recording: words[0] for recording, words in sides.items()}
+        self.side = {recording: words[1] for recording, words in sides.items() if len(words) > 1}
+        self.channels = ChannelNames(self.side.values(), ones=1)
         self.recordings: dict[str, str] = {}
-        self.audio: dict[str, tuple[Path, int | None, float] | AudioError] = {}
+        self.audio: dict[str, tuple[Path, int | None, AudioLength] | AudioError] = {}
         self.claimed: set[str] = set()
         self.no_speaker: list[str] = []
         self.other_length: list[str] = []
@@ -158,15 +164,20 @@ class _DataDirectory:
                 what = f"a transcript, but no line in {listed.name}"
                 self.result.finding("missing", f"{self.text_path}:{number}", what, utterance)
 
-    def _audio(self, recording: str, entry: str) -> tuple[Path, int | None, float]:
-        """Return (file, channel, seconds) of an entry of wav.scp."""
+    def _audio(self, recording: str, entry: str) -> tuple[Path, int | None, AudioLength]:
+        """Return (file, channel, length) of an entry of wav.scp. The side of a stereo call is its channel."""
         path, channel = self.entries.find(recording, entry)
-        return path, channel, self.files.length(path)[0]
+        length = self.files.length(path)
+        side = self.channels.channel(self.side.get(recording), length.channels, path)
+        if None not in (side, channel) and side != channel:
+            what = f"the pipe takes channel {channel}, but reco2file_and_channel has side {self.side[recording]}"
+            raise AudioError(what, where=path, expected="one channel", remedy="correct one of both lists")
+        return path, side if channel is None else channel, length
 
     def _recording(self, recording: str, entry: str) -> dict[str, Any]:
-        path, channel, seconds = self._audio(recording, entry)
+        path, channel, length = self._audio(recording, entry)
         session, order = self.result.session(recording, self.file_of.get(recording))
-        return {"duration_s": seconds, "audio": path, "channel": channel, "session": session, "order": order}
+        return self.result.placed(path, length, channel=channel) | {"session": session, "order": order}
 
     def _segment(self, utterance: str, rest: str) -> dict[str, Any]:
         fields = rest.split()
@@ -183,13 +194,12 @@ class _DataDirectory:
         audio = self.audio[recording]
         if isinstance(audio, AudioError):
             raise audio
-        path, channel, seconds = audio
+        path, channel, length = audio
         if len(fields) == 4:
             channel = int(fields[3])
-        duration_s = self.result.duration(begin, seconds if end == -1 else end, seconds, path)
+        placed = self.result.placed(path, length, begin, None if end == -1 else end, channel=channel)
         session, order = self.result.session(utterance, self.file_of.get(recording, recording), by_time(begin))
-        times = {"start_s": begin, "duration_s": duration_s}
-        return times | {"audio": path, "channel": channel, "session": session, "order": order}
+        return placed | {"session": session, "order": order}
 
     def _add(self, where: str, utterance: str, duration_s: float, **fields: Any) -> None:
         speaker, stated = self.speaker.get(utterance), self.seconds.get(utterance)

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 from ..errors import AudioError, CorpusError
 from ..files.lines import scan_objects
+from .audio_files import AudioLength
 from .common import Imported, by_time, is_seconds
-from .kaldi_entries import WavEntries
+from .entries.find import WavEntries
 
 HARMLESS = {"Resample"}  # `corpus features` resamples in any case.
 USED = {"id", "recording_id", "start", "duration", "channel", "text", "speaker", "custom", "alignment"}
@@ -27,7 +28,7 @@ class _Recording(NamedTuple):
 
     id: str
     channels: dict[int, tuple[Path, int | None]]
-    seconds: float
+    length: AudioLength  # of the shortest file
 
 
 def import_lhotse(sources: Sequence[tuple[str | None, Path]], manifest: Path, **settings: Any) -> Imported:
@@ -121,7 +122,7 @@ class _LhotseReader:
                 what = f"the recording is transformed by {str(name)[:40]}"
                 raise AudioError(what, expected="audio as it is in files", remedy=SAVE)
         channels: dict[int, tuple[Path, int | None]] = {}
-        seconds = float("inf")
+        shortest: AudioLength | None = None
         listed = entry.get("sources")
         for source in listed if isinstance(listed, list) else []:
             if not isinstance(source, dict) or not isinstance(source.get("source"), str):
@@ -133,17 +134,18 @@ class _LhotseReader:
                 path, only = self.entries.pipe(id, text)
             else:
                 raise AudioError(f"a source of type {str(kind)[:40]}", expected="file, or command", remedy=SAVE)
-            length, count = self.entries.files.length(path)
-            seconds = min(seconds, length)
+            length = self.entries.files.length(path)
+            count = length.channels
+            shortest = length if shortest is None or length.seconds < shortest.seconds else shortest
             numbers = source.get("channels")
             numbers = numbers if isinstance(numbers, list) and numbers else list(range(count))
             for k, channel in enumerate(numbers):
                 if not isinstance(channel, int) or k >= count:
                     raise AudioError(f"channels {str(numbers)[:60]}, but the file has {count}", where=path)
                 channels[channel] = path, (k if count > 1 else None) if only is None else only
-        if not channels:
+        if shortest is None:
             raise AudioError("a recording without sources", expected="sources of type file")
-        return _Recording(id, channels, seconds)
+        return _Recording(id, channels, shortest)
 
     def cut(self, cut: dict[str, Any], where: str) -> None:
         """Read the recording and the supervisions of a cut."""
@@ -188,17 +190,17 @@ class _LhotseReader:
             raise CorpusError(f"recording {item.get('recording_id')} is not known", remedy="import its file too")
         if isinstance(recording, AudioError):
             raise recording
-        segment = round(offset_s + float(begin), 6), length
-        if self.segments.get(id) == segment:
+        place = round(offset_s + float(begin), 6), length
+        if self.segments.get(id) == place:
             self.result.note("supervisions that several cuts show are imported once")
             return
         path, own = _channel(recording, item.get("channel", channel))
         # A cut's edges are rounded to samples, and with them a start of 0.
-        start_s = 0.0 if -1e-3 < segment[0] < 0 else segment[0]
-        duration_s = self.result.duration(start_s, start_s + float(length), recording.seconds, path)
+        start_s = 0.0 if -1e-3 < place[0] < 0 else place[0]
+        placed = self.result.placed(path, recording.length, start_s, duration=float(length), channel=own)
         session, order = (recording.id, by_time(start_s)) if self.sessions else (None, "")
         session, order = self.result.session(id, session, order)
-        self.segments[id] = segment
+        self.segments[id] = place
         custom, speaker = item.get("custom"), item.get("speaker")
         meta = self.result.meta(item, USED)
         self.result.add(
@@ -206,14 +208,11 @@ class _LhotseReader:
             order,
             id=id,
             text=item["text"],
-            audio=path,
-            start_s=start_s,
-            duration_s=duration_s,
-            channel=own,
             session=session,
             speaker=speaker if isinstance(speaker, str) and speaker else None,
             split=self.split,
             meta=meta | self.result.meta(custom if isinstance(custom, dict) else {}, (), "custom "),
+            **placed,
         )
 
 

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..audio.read import audio_length
 from ..errors import AudioError, CorpusError
 from ..files.lines import read_lines
 from ..files.paths import below, confined
+from .audio_files import AudioFiles
 from .common import Imported
 
 ID = re.compile(r"(?P<speaker>\d+)-(?P<chapter>\d+)-(?P<number>\d+)")
@@ -47,7 +47,7 @@ def _split(chapter: Path, folder: Path) -> str | None:
 
 def _chapter(transcript: Path, folder: Path, result: Imported) -> Iterator[tuple[tuple, str, dict[str, Any]]]:
     """Yield (sort key, place, fields) for each line of a transcript file."""
-    chapter = transcript.parent
+    chapter, files = transcript.parent, AudioFiles([transcript.parent], result.root)
     split = _split(chapter, folder)
     try:
         lines = read_lines(transcript)
@@ -69,11 +69,12 @@ def _chapter(transcript: Path, folder: Path, result: Imported) -> Iterator[tuple
             result.finding("missing", where, f"no audio {id}.flac beside it", id, RESTORE)
             continue
         with result.line(where, id):
-            duration_s = round(audio_length(confined(path, result.root)), 6)
-            if duration_s == 0:
+            length = files.length(confined(path, result.root))
+            if length.seconds == 0:
                 raise AudioError(f"{path.name} holds no audio", remedy=RESTORE)
+            placed = result.placed(path, length)
             speaker, session = match["speaker"], f"{match['speaker']}-{match['chapter']}"
-            fields = {"id": id, "text": text.strip(), "audio": path, "duration_s": duration_s, "speaker": speaker}
+            fields = {"id": id, "text": text.strip(), "speaker": speaker} | placed
             key = (split or "", int(speaker), int(match["chapter"]), int(match["number"]))
             yield key, where, fields | {"session": session, "split": split}
     for id, path in audio.items():

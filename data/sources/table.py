@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..audio.read import audio_length
-from ..errors import AudioError, ConfigError, CorpusError
+from ..audio.channels import ChannelNames
+from ..errors import ConfigError, CorpusError
 from ..files.lines import read_text
 from ..files.paths import confined
+from .audio_files import AudioFiles
+from .columns.names import AudioNames
+from .columns.times import TIMES, fold, seconds, segment
 from .common import Imported
 
 # The usual names of a field's column. The first that a header has counts.
@@ -28,11 +31,12 @@ USUAL: dict[str, tuple[str, ...]] = {
     "session": ("session", "session_id", "chapter", "chapter_id", "conversation", "conversation_id", "recording"),
     "speaker": ("speaker", "speaker_id", "spk", "client_id"),
     "split": ("split", "subset"),
-    "start": ("start_s", "start", "offset", "begin"),
-    "duration": ("duration_s", "duration", "seconds", "dur"),
+    **TIMES,
+    "channel": ("channel", "channel_id", "chan", "side"),
     "order": ("order", "index"),
 }
 FIELDS = tuple(USUAL)
+NO_COLUMN = "-"  # in the place of a column: the field has none
 
 
 def import_table(
@@ -49,16 +53,18 @@ def import_table(
     """Read a table. Raises CorpusError if the file is not a table, and ConfigError if a column is unknown.
 
     `columns` is {field of FIELDS: name of a column, or its number from 1}. Several joined by "," are joined by "-".
-    Other fields are found by USUAL names. By default the delimiter is a tab for .tsv and .tab, else the one that splits
-    the first line. The first row is a header unless all columns are given by number, and double quotes quote unless the
-    delimiter is a tab. Without `audio_root`, paths start in the table's folder.
+    NO_COLUMN says that a field has no column. Other fields are found by USUAL names. By default the delimiter is a tab
+    for .tsv and .tab, else the one that splits the first line. The first row is a header unless all columns are given
+    by number, and double quotes quote unless the delimiter is a tab. Without `audio_root`, paths start in the table's
+    folder.
     """
     given = known_fields(columns)
     text = read_text(table)
     delimiter = delimiter or _delimiter(table, text)
     rows = list(_rows(table, text, delimiter, delimiter != "\t" if quote is None else quote))
     if header is None:
-        header = not given or not all(part.isdigit() for value in given.values() for part in value.split(","))
+        chosen = [value for value in given.values() if value != NO_COLUMN]
+        header = not chosen or not all(part.isdigit() for value in chosen for part in value.split(","))
     if not rows or (header and len(rows) == 1):
         raise CorpusError("the table has no rows", where=table)
     names = rows[0][1] if header else [f"column_{k + 1}" for k in range(max(len(cells) for _, cells in rows))]
@@ -71,18 +77,29 @@ def import_table(
         raise ConfigError("no column holds the transcript", where=table, expected=listed, remedy="--text-column NAME")
     if "id" not in places and "audio" not in places:
         raise ConfigError("no column names the utterances", where=table, expected=listed, remedy="--id-column NAME")
-    used = {k for columns in places.values() for k in columns}
     result = Imported(manifest, **settings)
     folder = result.audio_root or table.parent
-    for number, cells in rows[1:] if header else rows:
+    body = rows[1:] if header else rows
+    columns_read: dict[str, str | None] = {field: None for field, column in given.items() if column == NO_COLUMN}
+    columns_read |= {field: names[ks[0]] for field, ks in places.items()}
+    result.unread_times(
+        f"{table}:1", names if header else [], columns_read, lambda n: _is_numeric(body, names.index(n))
+    )
+    if "channel" in places and "channel" not in given:
+        labels = [_value(cells, places)["channel"] for _, cells in body if len(cells) == len(names)]
+        if not ChannelNames(labels).known:  # Such a column is about something else, for example a broadcaster.
+            del places["channel"]
+    used = {k for columns in places.values() for k in columns}
+    audio = _TableAudio(folder, columns_read, [_value(cells, places) for _, cells in body if len(cells) == len(names)])
+    for number, cells in body:
         where = f"{table}:{number}"
         if len(cells) != len(names):
             result.finding("line", where, f"{len(cells)} columns, expected {len(names)} ({', '.join(names)})")
             continue
-        value = {f: "-".join(cells[k].strip() for k in ks) for f, ks in places.items()}
+        value = _value(cells, places)
         meta = {names[k]: cells[k] for k in range(len(names)) if k not in used and cells[k] != ""}
         with result.line(where, value.get("id")):
-            result.add(where, split=value.get("split") or split, meta=meta, **_fields(value, folder, result))
+            result.add(where, split=value.get("split") or split, meta=meta, **audio.fields(value, result))
     return result.in_session_order()
 
 
@@ -93,20 +110,50 @@ def known_fields(columns: Mapping[str, str] | None) -> dict[str, str]:
     return dict(columns or {})
 
 
-def _fields(value: dict[str, str], folder: Path, result: Imported) -> dict[str, Any]:
-    """Return the arguments of `Imported.add` for a row, without split and meta."""
-    audio = confined(folder / value["audio"], result.root) if value.get("audio") else None
-    id = value.get("id") or (audio.stem if audio else "")
-    session, order = result.session(id, value.get("session") or None, value.get("order", ""))
-    start_s = float(value["start"]) if value.get("start") else 0.0
-    duration_s = float(value["duration"]) if value.get("duration") else None
-    if audio is not None and duration_s is None:
-        duration_s = round(audio_length(audio) - start_s, 6)
-    elif audio is not None and not os.path.isfile(audio):
-        raise AudioError("no such audio file", where=audio)
-    times = {"start_s": start_s, "duration_s": duration_s, "order": order}
-    speaker = value.get("speaker") or None
-    return times | {"id": id, "text": value["text"], "audio": audio, "session": session, "speaker": speaker}
+def _value(cells: list[str], places: dict[str, list[int]]) -> dict[str, str]:
+    """Return {field: its text} of a row."""
+    return {field: "-".join(cells[k].strip() for k in ks) for field, ks in places.items()}
+
+
+def _is_numeric(rows: list[tuple[int, list[str]]], column: int) -> bool:
+    """Return whether a column holds numbers alone, and at least one."""
+    cells = [cells[column].strip() for _, cells in rows if column < len(cells)]
+    return any(cells) and all(re.fullmatch(r"-?\d+(?:[.,]\d*)?", cell) for cell in cells if cell)
+
+
+class _TableAudio:
+    """What depends on the audio: ids, times and channels. `columns` is {field: name of its column}."""
+
+    def __init__(self, folder: Path, columns: Mapping[str, str | None], rows: list[dict[str, str]]) -> None:
+        self.folder, self.columns = folder, columns
+        self.files = AudioFiles([folder], None)
+        self.names, self.channels = AudioNames(), ChannelNames({value.get("channel", "") for value in rows})
+        for value in rows:
+            if value.get("audio") and not value.get("id"):
+                start_s = None
+                with suppress(ValueError, CorpusError):
+                    start_s = self._time(value, "start")
+                self.names.see(folder, value["audio"], start_s)
+
+    def _time(self, value: dict[str, str], field: str) -> float | None:
+        return seconds(value.get(field), self.columns.get(field) or field)
+
+    def fields(self, value: dict[str, str], result: Imported) -> dict[str, Any]:
+        """Return the arguments of `Imported.add` for a row, without split and meta."""
+        start_s, end_s, duration_s = (self._time(value, field) for field in TIMES)
+        path, channel = value.get("audio"), value.get("channel") or None
+        id = value.get("id") or (self.names.id(self.folder, path, start_s, channel) if path else "")
+        session, order = result.session(id, value.get("session") or None, value.get("order", ""))
+        if path:
+            audio = confined(self.folder / path, result.root)
+            length = self.files.length(audio)
+            which = self.channels.channel(channel, length.channels, audio)
+            placed = result.placed(audio, length, start_s, end_s, duration_s, which)
+        else:
+            begin, span = segment(start_s, end_s, duration_s)
+            placed = {"start_s": begin, "duration_s": span}
+        speaker = value.get("speaker") or None
+        return placed | {"id": id, "text": value["text"], "session": session, "order": order, "speaker": speaker}
 
 
 def _delimiter(table: Path, text: str) -> str:
@@ -147,6 +194,8 @@ def _places(table: Path, names: list[str], given: dict[str, str], guess: bool) -
     """Return the numbers of the columns of each field."""
     places: dict[str, list[int]] = {}
     for field, value in given.items():
+        if value == NO_COLUMN:
+            continue
         places[field] = []
         for part in [value] if value in names else value.split(","):
             part = part.strip()
@@ -161,7 +210,12 @@ def _places(table: Path, names: list[str], given: dict[str, str], guess: bool) -
         folded = [name.casefold() for name in names]
         used = {k for columns in places.values() for k in columns}
         for field in FIELDS:
-            usual = (folded.index(n) for n in USUAL[field] if n in folded)
-            if field not in places and (k := next((k for k in usual if k not in used), None)) is not None:
+            own = [fold(name) for name in names] if field in TIMES else folded
+            usual = (own.index(n) for n in USUAL[field] if n in own)
+            if (
+                field not in given
+                and field not in places
+                and (k := next((k for k in usual if k not in used), None)) is not None
+            ):
                 places[field] = [k]
     return places

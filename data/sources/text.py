@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..files.lines import read_lines
+from .columns.names import AudioNames
 from .common import Imported
 
 
@@ -20,11 +21,15 @@ def import_text(
 ) -> Imported:
     """Read text files. `ids` says whether lines are UTT<TAB>TEXT. None: yes, if every line of a file has a tab.
 
-    Other ids and sessions are made of the file's name and the line number. A file of UTT<TAB>TEXT has no sessions
-    without `session_pattern`.
+    Other ids and sessions are made of the file's name and the line number, or of its path if two files have that name.
+    A file of UTT<TAB>TEXT has no sessions without `session_pattern`.
     """
     result = Imported(Path(), session_pattern=session_pattern)
+    names = AudioNames()
     for file in files:
+        names.see(Path.cwd(), str(file))
+    for file in files:
+        name = names.name(Path.cwd(), str(file))
         lines = read_lines(file)
         tabbed = ids if ids is not None else all("\t" in line for _, line in lines if line.strip())
         width = len(str(len(lines)))
@@ -36,8 +41,8 @@ def import_text(
                 continue
             session = None
             if not tabbed:
-                id, text = f"{file.stem}-{number:0{width}d}", line.strip()
-                session = f"{file.stem}-{block:0{width}d}"
+                id, text = f"{name}-{number:0{width}d}", line.strip()
+                session = f"{name}-{block:0{width}d}"
             elif "\t" in line:
                 id, text = (part.strip() for part in line.split("\t", 1))
             else:

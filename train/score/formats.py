@@ -107,7 +107,8 @@ def _unique(lines: Iterator[Line]) -> list[Line]:
 
 def _objects(path: Path, lines: list[tuple[int, str]], keys: Sequence[str]) -> Iterator[Line]:
     records = list(objects_in(path, lines))
-    ids = LineIds(records)
+    ids = LineIds()
+    ids.see(path, records)
     for number, record in records:
         where, expected = f"{path}:{number}", '{"id": …, "hyp": …, "ref": …}'
         if isinstance(record, CorpusError):
@@ -116,7 +117,7 @@ def _objects(path: Path, lines: list[tuple[int, str]], keys: Sequence[str]) -> I
         if not record.get("final", True):  # a partial result
             continue
         heard = next((key for key in keys if key in record), None)
-        id = ids.id(record)
+        id = ids.id(record, path)
         if heard is None or id is None:
             what = "this is not a hypothesis: it has no id and hyp"
             raise CorpusError(what, where=where, expected=expected + ", or NeMo's audio_filepath, pred_text and text")

@@ -3,11 +3,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
-from stillhouse.data.corpus.check import check_corpus
-from stillhouse.data.errors import CorpusError
-from stillhouse.data.manifest import Corpus, Utterance, to_line
+from stillhouse.data.audio.read import read_audio
+from stillhouse.data.corpus.check import Checked, check_corpus
+from stillhouse.data.errors import AudioError, CorpusError
+from stillhouse.data.manifest import Corpus, Utterance, to_line, write_manifest
 
 Make = Callable[..., Corpus]
 
@@ -108,3 +111,81 @@ def test_real_corpora_are_clean(corpora: Path, tmp_path: Path) -> None:
     write_manifest(path, import_table(corpora / "kathleen-arctic" / "manifest.tsv", path).utterances)
     done = check_corpus(path, rate_hz=16000)
     assert (done.utterances, done.files, done.findings) == (1620, 1620, [])
+
+
+def full(folder: Path, *utterances: Utterance) -> Checked:
+    write_manifest(folder / "c.jsonl", utterances)
+    return check_corpus(folder / "c.jsonl", full=True)
+
+
+def test_silence_and_channels_that_cancel_each_other_out(tmp_path: Path) -> None:
+    noise = 0.1 * np.random.default_rng(0).standard_normal(16000)
+    sounds = {
+        "zero": np.zeros(16000),
+        "constant": np.full(16000, 0.25),
+        "part": np.concatenate([np.zeros(8000), noise[:8000]]),
+        "quiet": noise / 3000,
+        "anti": np.stack([noise, -noise], axis=1),
+        "almost": np.stack([noise, -0.9 * noise], axis=1),
+        "same": np.stack([noise, noise], axis=1),
+        "one": np.stack([noise, 0 * noise], axis=1),
+    }
+    for name, samples in sounds.items():
+        soundfile.write(tmp_path / f"{name}.wav", samples, 16000)
+    utterances = [Utterance(id=name, text="x", audio=f"{name}.wav") for name in sounds]
+    utterances += [
+        Utterance(id="anti-0", text="x", audio="anti.wav", channel=0),
+        Utterance(id="one-1", text="x", audio="one.wav", channel=1),
+        Utterance(id="part-0", text="x", audio="part.wav", duration_s=0.5),
+    ]
+    done = full(tmp_path, *utterances)
+    assert [(f.kind, f.id) for f in done.findings] == [
+        ("silence", "zero"),
+        ("silence", "constant"),
+        ("antiphase", "anti"),
+        ("antiphase", "almost"),
+        ("silence", "one-1"),
+        ("silence", "part-0"),
+    ]
+    assert "-26 dB below them" in done.findings[3].what
+    assert len(done.notes) == 1 and "4 utterances of 4 files with several channels" in done.notes[0]
+    assert check_corpus(tmp_path / "c.jsonl").findings == []
+    with pytest.raises(AudioError, match="cancel each other out"):
+        read_audio(tmp_path / "anti.wav")
+
+
+def test_a_call_whose_sides_are_mixed_is_said(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    turns = np.repeat(np.array([1.0, 0.01] * 4), 8000)  # The sides speak in turns of half a second.
+    left, right = (0.1 * turns[o : o + 56000] * rng.standard_normal(56000) for o in (0, 8000))
+    soundfile.write(tmp_path / "call.wav", np.stack([left, right], axis=1), 16000)
+    room = 0.1 * turns[:56000] * rng.standard_normal(56000)
+    soundfile.write(tmp_path / "room.wav", np.stack([room, np.roll(room, 40)], axis=1), 16000)  # 2.5 ms apart
+    call, side = (Utterance(id=f"u{c}", text="x", audio="call.wav", channel=c) for c in (None, 0))
+    done = full(tmp_path, call, side, Utterance(id="room", text="x", audio="room.wav"))
+    assert done.findings == []
+    assert any("1 utterances, for example uNone, are the mean of two channels" in note for note in done.notes)
+
+
+def test_half_a_file_is_one_finding(tmp_path: Path, tone: Callable[..., Path]) -> None:
+    data = tone(tmp_path / "a.wav", 2.0).read_bytes()
+    (tmp_path / "a.wav").write_bytes(data[:32044])
+    inside = [Utterance(id=f"u{k}", text="x", audio="a.wav", start_s=k / 10, duration_s=0.1) for k in range(3)]
+    for whole in (False, True):
+        write_manifest(tmp_path / "c.jsonl", [*inside, Utterance(id="all", text="x", audio="a.wav")])
+        done = check_corpus(tmp_path / "c.jsonl", full=whole)
+        assert [(f.kind, f.id) for f in done.findings] == [("audio", "u0")]
+        assert "it promises 2.000 s, and 1.000 s can be read" in done.findings[0].what
+
+
+def test_mixed_rates_are_counted(tmp_path: Path, tone: Callable[..., Path]) -> None:
+    for k in range(3):
+        tone(tmp_path / f"{k}.wav", 0.5, rate_hz=8000 if k == 1 else 16000)
+    write_manifest(tmp_path / "c.jsonl", [Utterance(id=f"u{k}", text="x", audio=f"{k}.wav") for k in range(3)])
+    done = check_corpus(tmp_path / "c.jsonl")
+    assert done.rates == {16000: 2, 8000: 1}
+    assert [(f.kind, f.id) for f in done.findings] == [("rate", "u1")]
+    assert "2 others have 16000" in done.findings[0].what and "--rate 8000" in done.findings[0].remedy
+    assert done.notes == [
+        "rates: 8000 Hz in 1 files, 16000 Hz in 2 files. `corpus features --rate 8000` makes all of them alike"
+    ]

@@ -230,20 +230,25 @@ def test_huggingface_datasets(peers: Path) -> None:
     pytest.importorskip("pyarrow")
     manifest = peers / "out" / "corpus.jsonl"
     result = import_huggingface([(None, peers / "huggingface" / "dict")], manifest)
-    assert [f.what for f in result.findings] == [f"the id was used before, at {result.places['one']}"]
+    assert result.findings == []
     assert [(u.id, u.split, u.text, u.speaker, u.meta) for u in result.utterances] == [
-        ("one", "train", "The kettle sings.", "7", {"accent": "us", "stars": "0.5"}),
+        ("train/one", "train", "The kettle sings.", "7", {"accent": "us", "stars": "0.5"}),
         ("talk", "train", "Is it raining? Not yet, I think.", "8", {"accent": "gb", "stars": "0.5"}),
+        ("test/one", "test", "The kettle sings.", "7", {"accent": "us", "stars": "0.5"}),
     ]
     for u in result.utterances:
         assert u.session is None
         written = manifest.parent / u.audio
         assert written.parent == manifest.parent / "corpus.audio"
-        assert written.read_bytes() == (peers / "audio" / f"{u.id}.flac").read_bytes()
+        assert written.read_bytes() == (peers / "audio" / f"{Path(u.id).name}.flac").read_bytes()
     before = {p: p.stat().st_mtime_ns for p in (manifest.parent / "corpus.audio").iterdir()}
     again = import_huggingface([("x", peers / "huggingface" / "dict" / "train")], manifest)
-    assert [u.split for u in again.utterances] == ["x", "x"]
-    assert {p: p.stat().st_mtime_ns for p in (manifest.parent / "corpus.audio").iterdir()} == before
+    assert [(u.id, u.split) for u in again.utterances] == [("one", "x"), ("talk", "x")]
+    after = {p: p.stat().st_mtime_ns for p in (manifest.parent / "corpus.audio").iterdir()}
+    assert after.items() > before.items()
+    assert len(after) == len(before) + 1  # The name of a file holds the id of its utterance.
+    import_huggingface([("x", peers / "huggingface" / "dict" / "train")], manifest)
+    assert {p: p.stat().st_mtime_ns for p in (manifest.parent / "corpus.audio").iterdir()} == after
     parquet = import_huggingface([(None, peers / "huggingface" / "test-00000-of-00001.parquet")], manifest)
     assert [(u.id, u.split, u.meta["accent"]) for u in parquet.utterances] == [("one", "test", "us")]
 
@@ -273,7 +278,7 @@ def test_huggingface_rows_and_folders_that_cannot_be(tmp_path: Path, tone: Tone)
 
     made = save(tmp_path / "d", table)
     result = import_huggingface([("train", made)], tmp_path / "c.jsonl")
-    assert [(u.id, u.session) for u in result.utterances] == [("train-00000000", "5"), ("a", "5"), ("x", "6")]
+    assert [(u.id, u.session) for u in result.utterances] == [("train-00000000", "5"), ("a", "5"), ("etc/x", "6")]
     assert {Path(u.audio).parent.as_posix() for u in result.utterances} == {"c.audio", "."}
     assert found(result) == [
         ("audio", 3, "x"), ("audio", 4, "train-00000003"), ("audio", 5, "gone"), ("audio", 6, "train-00000005"),

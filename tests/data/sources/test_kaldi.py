@@ -16,9 +16,9 @@ from stillhouse.data.audio.read import read_audio
 from stillhouse.data.errors import AudioError, CorpusError
 from stillhouse.data.manifest import Corpus, write_manifest
 from stillhouse.data.sources.common import Imported
+from stillhouse.data.sources.entries.archives import audio_in_archive
+from stillhouse.data.sources.entries.pipes import Decoded, decoded_file, run_command
 from stillhouse.data.sources.kaldi import import_kaldi, joined
-from stillhouse.data.sources.kaldi_archives import audio_in_archive
-from stillhouse.data.sources.kaldi_pipes import Decoded, decoded_file, run_command
 from stillhouse.data.sources.librispeech import import_librispeech
 
 Tone = Callable[..., Path]

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import soundfile
 
-from ..audio.read import open_audio
-from ..errors import AudioError
+from ...audio.read import open_audio
+from ...errors import AudioError
 
 SECONDS_A_COMMAND = 600.0
 SHELL = re.compile(r"[$`;&<>()*?~{}!#\n|\[\]]")

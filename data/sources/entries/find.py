@@ -10,12 +10,12 @@ import re
 from functools import partial
 from pathlib import Path
 
-from ..errors import AudioError
-from ..files.paths import confined
-from .audio_files import AudioFiles
-from .common import Imported
-from .kaldi_archives import audio_in_archive, copy_file
-from .kaldi_pipes import decoded_file, run_command
+from ...errors import AudioError
+from ...files.paths import confined
+from ..audio_files import AudioFiles
+from ..common import Imported
+from .archives import audio_in_archive, copy_file
+from .pipes import decoded_file, run_command
 
 ARCHIVE = re.compile(r"(?P<path>.*\S):(?P<offset>\d{1,20})")
 ALLOW = "use --allow-pipes if you trust the commands of the list"

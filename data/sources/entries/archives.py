@@ -10,7 +10,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import AudioError
+from ...errors import AudioError
 
 UNKNOWN_SIZES = (0, 0x7FFFFFFF, 0xFFFFFFFF)  # Programs that write to a pipe leave these in a WAV header.
 SUFFIXES = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg"}
