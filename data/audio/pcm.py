@@ -95,7 +95,8 @@ class PcmStream:
         self.format, channels, rate, _, _, self.bits = struct.unpack("<HHIIHH", fmt[:16])
         if self.format == EXTENSIBLE and len(fmt) >= 26:
             self.format = struct.unpack("<H", fmt[24:26])[0]
-        wrong = [f"{rate} Hz"] if rate != self.rate_hz else []
+        narrow = ", with nothing in the upper band of the model" if rate < self.rate_hz else ""
+        wrong = [f"{rate} Hz{narrow}"] if rate != self.rate_hz else []
         wrong += [f"{channels} channels"] if channels != 1 else []
         wrong += [f"format {self.format} of {self.bits} bits"] if (self.format, self.bits) not in KINDS else []
         if wrong:

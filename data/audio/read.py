@@ -65,10 +65,15 @@ def read_audio(
 
 
 def read_segment(
-    path: Path | str, start_s: float = 0.0, duration_s: float | None = None, channel: int | None = None
+    path: Path | str,
+    start_s: float = 0.0,
+    duration_s: float | None = None,
+    channel: int | None = None,
+    *,
+    whole: bool = True,
 ) -> tuple[np.ndarray, int]:
-    """Return (float32 [S], rate in Hz) of a segment at the rate of the file. See `read_audio`."""
-    samples, own_hz = read_channels(path, start_s, duration_s, channel)
+    """Return (float32 [S], rate in Hz) of a segment at the rate of the file. See `read_audio` and `read_channels`."""
+    samples, own_hz = read_channels(path, start_s, duration_s, channel, whole=whole)
     mono = samples[:, 0] if channel is not None or samples.shape[1] == 1 else mix(samples, path)
     if not np.isfinite(mono).all():
         raise AudioError("the audio holds samples that are not numbers", where=path)

@@ -65,7 +65,13 @@ class _Progress:
 @click.argument("features_file", metavar="FEATURES", type=PATH)
 @click.option("--speeds", default="1.0", show_default=True, help="Speed factors with commas between: 0.9,1.0,1.1.")
 @click.option("--split", help="Compute only these splits, with commas between.")
-@click.option("--rate", "rate_hz", default=16000, show_default=True, help="Resample audio to this rate in Hz.")
+@click.option(
+    "--rate",
+    "rate_hz",
+    type=int,
+    help="Resample audio to this rate in Hz, also upwards. By default that of the feature file, or else of the audio, "
+    "16000 at most.",
+)
 @click.option("--bins", default=80, show_default=True, help="Number of mel bins.")
 @click.option("--workers", type=int, help="Worker processes. By default the cores, if that pays.")
 @click.option("--redo-changed", is_flag=True, help="Compute again utterances whose audio changed.")
@@ -80,6 +86,7 @@ def features(manifest: Path, features_file: Path, speeds: str, as_json: bool, **
     """
     from ..errors import UsageError
     from ..features.compute import FeatureSettings, compute_features
+    from ..features.rates import default_rate
     from ..manifest import read_manifest
 
     try:
@@ -87,7 +94,10 @@ def features(manifest: Path, features_file: Path, speeds: str, as_json: bool, **
     except ValueError as e:
         raise UsageError(f"the speeds are {speeds!r}", expected="numbers with commas between") from e
     chosen = read_manifest(manifest, options.pop("root")).select(options.pop("split"))
-    settings = FeatureSettings(rate_hz=options.pop("rate_hz"), bins=options.pop("bins"))
+    rate_hz = options.pop("rate_hz")
+    options["upsample"] = rate_hz is not None
+    rate_hz = default_rate(chosen, features_file) if rate_hz is None else rate_hz
+    settings = FeatureSettings(rate_hz=rate_hz, bins=options.pop("bins"))
     started = time.monotonic()
     progress = _Progress(str(features_file))
     hooks: dict[str, Any] = {"on_start": progress.start, "on_part": progress.part}
@@ -101,7 +111,12 @@ def features(manifest: Path, features_file: Path, speeds: str, as_json: bool, **
     else:
         say(
             f"{features_file}: {report.rows_computed} rows of {report.audio_s / 3600:.2f} h in {took:.1f} s "
-            f"({report.audio_s / took:.0f}× real time), {report.frames} frames in the file"
+            f"({report.audio_s / took:.0f}× real time), {report.frames} frames at {report.rate_hz} Hz in the file"
+        )
+    if report.upsampled:
+        say(
+            f"{report.upsampled} utterances have a lower sample rate than {report.rate_hz} Hz and were upsampled. "
+            "Nothing is in their upper band, and a model comes to depend on that"
         )
 
 

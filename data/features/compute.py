@@ -24,6 +24,7 @@ from ..manifest import Corpus
 from .file import FeatureFile, FeatureSettings
 from .parts import FeatureJob, PartDone, compute_parts
 from .provenance import RowSource, compare
+from .rates import default_rate
 from .writer import merge
 
 __all__ = ["FeatureFile", "FeatureReport", "FeatureSettings", "PartDone", "compute_features", "fbank"]
@@ -33,13 +34,15 @@ ASSUMED_S = 10.0  # the length of an utterance whose manifest does not give it
 
 @dataclass(frozen=True)
 class FeatureReport:
-    """What a run of compute_features did. Rows count (utterance, speed) pairs."""
+    """What a run of compute_features did. Rows count (utterance, speed) pairs, `upsampled` counts utterances."""
 
     rows_before: int
     rows_computed: int
     audio_s: float
     text_only: int
     frames: int
+    rate_hz: int = 16000
+    upsampled: int = 0
 
 
 def compute_features(
@@ -48,6 +51,7 @@ def compute_features(
     speeds: Sequence[float] = (1.0,),
     *,
     settings: FeatureSettings | None = None,
+    upsample: bool | None = None,
     workers: int | None = None,
     part_s: float = 300.0,
     redo_changed: bool = False,
@@ -56,17 +60,20 @@ def compute_features(
 ) -> FeatureReport:
     """Compute the rows that features.h5 lacks: every utterance of the corpus at every speed.
 
-    With 0 workers it computes in this process, and None uses the cores. A kill costs each worker at most a part, of
-    `part_s` seconds of features. `on_start` gets (rows in the file, rows to compute), and `on_part` each part when its
-    rows are on disk. Raises PartialError if utterances failed, and StaleError if the file has other settings, or if the
-    audio of an utterance changed and `redo_changed` is not set.
+    Without `settings`, the rate is `default_rate`. Audio of a lower rate than the features fails, unless it may be
+    upsampled, as by default if there are `settings`. With 0 workers it computes in this process, and None uses the
+    cores. A kill costs each worker at most a part, of `part_s` seconds of features. `on_start` gets (rows in the file,
+    rows to compute), and `on_part` each part when its rows are on disk. Raises PartialError if utterances failed, and
+    StaleError if the file has other settings, or if the audio of an utterance changed and `redo_changed` is not set.
     """
-    path, settings = Path(path), settings or FeatureSettings()
+    path = Path(path)
+    parts = path.with_name(path.name + ".parts")
+    upsample = settings is not None if upsample is None else upsample
     speeds = _checked_speeds(speeds)
     with_audio = sum(u.audio is not None for u in corpus.utterances)
     if not with_audio:
         raise FeatureError("no utterance of the corpus has audio", where=corpus.path)
-    parts = path.with_name(path.name + ".parts")
+    settings = settings or FeatureSettings(rate_hz=default_rate(corpus, path))
     done: list[PartDone] = []
     with FileLock(parts / "lock", f"features {path}"):
         try:
@@ -75,7 +82,7 @@ def compute_features(
             sources = _files(path, left)
             stored = _stored_rows(settings, sources, parts)
             before = sum(map(len, stored.values()))
-            jobs = _missing(corpus, speeds, stored, path, redo_changed)
+            jobs = _missing(corpus, speeds, stored, path, redo_changed, upsample)
             if on_start is not None:
                 on_start(before, sum(len(j.speeds) for j in jobs))
             workers = _worker_count(workers, jobs)
@@ -99,7 +106,8 @@ def compute_features(
     failures = {id: why for d in done for id, why in d.failures.items()}
     if failures:
         raise _partial(failures, path)
-    return FeatureReport(before, rows, audio_s, len(corpus) - with_audio, frames)
+    upsampled = sum(d.upsampled for d in done)
+    return FeatureReport(before, rows, audio_s, len(corpus) - with_audio, frames, settings.rate_hz, upsampled)
 
 
 def _partial(failures: dict[str, str], path: Path) -> PartialError:
@@ -161,6 +169,7 @@ def _missing(
     have: dict[str, dict[float, RowSource]],
     place: Path,
     redo_changed: bool,
+    upsample: bool,
 ) -> list[FeatureJob]:
     """Return the rows to compute. Raises StaleError if audio changed, unless `redo_changed` is set."""
     changes = compare(corpus, have, corpus.utterances, full=True)
@@ -173,7 +182,9 @@ def _missing(
         # What has changed is computed again at every speed that is there, asked for or not.
         todo = [s for s in dict.fromkeys([*speeds, *stale]) if s not in stored or s in stale]
         if u.audio is not None and todo:
-            jobs.append(FeatureJob(u.id, corpus.audio_path(u), u.start_s, u.duration_s, tuple(todo), u.channel))
+            jobs.append(
+                FeatureJob(u.id, corpus.audio_path(u), u.start_s, u.duration_s, tuple(todo), u.channel, upsample)
+            )
     return jobs
 
 

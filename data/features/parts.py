@@ -32,16 +32,18 @@ class FeatureJob:
     duration_s: float | None
     speeds: tuple[float, ...]
     channel: int | None = None
+    upsample: bool = True  # whether audio of a lower rate than that of the features is used
 
 
 @dataclass(frozen=True)
 class PartDone:
-    """A part that is in place: the utterances in it, and those that failed, {id: reason}."""
+    """A part that is in place: the utterances in it, those that failed, {id: reason}, and how many were upsampled."""
 
     ids: list[str]
     rows: int
     audio_s: float
     failures: dict[str, str]
+    upsampled: int = 0
 
 
 def compute_part(target: Path, jobs: list[FeatureJob], settings: FeatureSettings) -> PartDone:
@@ -49,13 +51,15 @@ def compute_part(target: Path, jobs: list[FeatureJob], settings: FeatureSettings
     rows = Rows()
     ids: list[str] = []
     failures: dict[str, str] = {}
-    audio_s = 0.0
+    audio_s, upsampled = 0.0, 0
     excerpts: dict[Path, bytes] = {}
     files: dict[Path, tuple[int, int]] = {}
     for job in jobs:
         segment = (job.path, job.start_s, job.duration_s, job.channel)
         try:
             samples, own_hz = read_segment(*segment)
+            if own_hz < settings.rate_hz and not job.upsample:
+                raise _narrow(job.path, own_hz, settings.rate_hz)
             name, source = identity(*segment, excerpts), record(*segment, files)
             samples, seconds = resample(samples, own_hz, settings.rate_hz), len(samples) / own_hz
             mels = [fbank(change_speed(samples, s), settings.rate_hz, settings.bins) for s in job.speeds]
@@ -65,10 +69,17 @@ def compute_part(target: Path, jobs: list[FeatureJob], settings: FeatureSettings
         for speed, mel in zip(job.speeds, mels):
             rows.add(job.id, speed, name, mel, source)
         ids.append(job.id)
+        upsampled += own_hz < settings.rate_hz
         audio_s += sum(seconds / s for s in job.speeds)
     if ids:
         write_rows(target, settings, rows)
-    return PartDone(ids, len(rows.ids), audio_s, failures)
+    return PartDone(ids, len(rows.ids), audio_s, failures, upsampled)
+
+
+def _narrow(path: Path, own_hz: int, rate_hz: int) -> AudioError:
+    """Return the error of audio whose rate is lower than that of the features."""
+    remedy = f"compute all features at --rate {own_hz} into another file, or give --rate {rate_hz} to upsample it"
+    return AudioError(f"the audio has {own_hz} Hz", where=path, expected=f"{rate_hz} Hz or more", remedy=remedy)
 
 
 def compute_parts(

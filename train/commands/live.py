@@ -55,7 +55,8 @@ def sample_rate(run: Path) -> int:
 def read_samples(source: Path, rate_hz: int, raw: bool) -> Iterator[Any]:
     """Yield mono samples of standard input as they arrive, or of a file in blocks of a second, resampled."""
     from ...data.audio.pcm import PcmStream
-    from ...data.audio.read import read_audio
+    from ...data.audio.read import open_audio, read_segment, resample
+    from ...data.audio.whole import flaw_of
     from ...data.errors import UsageError
 
     if str(source) == "-":
@@ -73,7 +74,18 @@ def read_samples(source: Path, rate_hz: int, raw: bool) -> Iterator[Any]:
         raise UsageError("--raw is for audio from a pipe", expected="- instead of a file")
     if source.suffix in (".jsonl", ".gz", ".json"):
         raise UsageError("FEATURES is missing", where=source, remedy="stillhouse corpus features CORPUS features.h5")
-    samples = read_audio(source, rate_hz=rate_hz)
+    with open_audio(source) as file:
+        own_hz, channels, flaw = file.samplerate, file.channels, flaw_of(source, file)
+    if own_hz < rate_hz:
+        say(
+            f"{source} has {own_hz} Hz and the model {rate_hz} Hz: nothing is in its upper band. Expect errors. "
+            f"A model of such audio needs features with `corpus features --rate {own_hz}`."
+        )
+    if channels > 1:
+        say(f"{source} has {channels} channels, and their mean is decoded.")
+    if flaw is not None:
+        say(f"{source}: {flaw}")
+    samples = resample(*read_segment(source, whole=False), rate_hz)
     yield from (samples[at : at + rate_hz] for at in range(0, len(samples), rate_hz))
 
 
