@@ -54,6 +54,31 @@ def transform(raw: str, name: str) -> MappedText:
     return MappedText(text, source, raw)
 
 
+def transform_around(raw: str, name: str, kept: frozenset[str]) -> MappedText:
+    """Apply the transforms to the text between the marks of `kept`, which stay as they are, with spaces around."""
+    pieces: list[str] = []
+    sources = [np.empty((0, 2), np.int32)]
+    at = 0
+    for match in [*(m for m in MARK.finditer(raw) if m[0] in kept), None]:
+        begin, end = match.span() if match else (len(raw), len(raw))
+        part = transform(raw[at:begin], name)
+        for text, source in ((part.text, part.source + at), (match[0] if match else "", _whole(begin, end))):
+            if text and pieces:
+                pieces.append(" ")
+                last, following = int(sources[-1][-1, 1]), int(source[0, 0])
+                sources.append(np.array([[min(last, following - 1), max(last, following)]], np.int32))
+            if text:
+                pieces.append(text)
+                sources.append(source.astype(np.int32))
+        at = end
+    return MappedText("".join(pieces), np.concatenate(sources), raw)
+
+
+def _whole(begin: int, end: int) -> np.ndarray:
+    """Return the range [begin, end) for each of its characters, because a mark is one unit."""
+    return np.full((end - begin, 2), (begin, end), np.int32)
+
+
 def check_transform(name: str) -> str:
     """Return the same name. Raises ConfigError if it is unknown, so that settings can be checked early."""
     _steps(name)
@@ -144,6 +169,18 @@ def _squeeze(text: str) -> tuple[str, np.ndarray | None]:
     return "".join(pieces), np.concatenate(maps)
 
 
+# How corpora write what is no word: <unk>, [noise], [[cough]], (laughter), ((unclear)), {um}, %hes, ++breath++, !SIL
+MARK = re.compile(
+    r"<[^<>\s]{1,40}>|\[\[[^\[\]\n]{1,40}\]\]|\[[^\[\]\n]{1,40}\]|\(\([^()\n]{0,80}\)\)|\([^()\s]{1,40}\)"
+    r"|\{[^{}\n]{1,40}\}|(?<!\S)%[^\W\d][\w-]*|\+\+[^+\s]{1,40}\+\+|(?<!\S)![A-Z]{2,}(?!\S)|(?<!\S)\*[^*\s]+\*(?!\S)"
+)
+
+
+def _drop_marks(text: str) -> tuple[str, np.ndarray | None]:
+    """Marks of noises and the like become spaces."""
+    return MARK.sub(lambda match: " " * len(match[0]), text), None
+
+
 _LONE_I = re.compile(rf"(?<![\w{APOSTROPHES}-])i(?=$|[^\w{APOSTROPHES}-]|[{APOSTROPHES}](?:m|ll|ve|d|s)\b)")
 
 _FIRST = re.compile(r"(?:^|[.!?])[^A-Za-z]*[A-Za-z]")  # up to the first letter of a sentence, in ASCII
@@ -211,6 +248,7 @@ _STEPS: dict[str, Step] = {
     "sentence_case": _sentence_case,
     "no_punct": _no_punct,
     "squeeze": _squeeze,
+    "drop_marks": _drop_marks,
     "nfc": _normal_form("NFC"),
     "nfd": _normal_form("NFD"),
     "nfkc": _normal_form("NFKC"),

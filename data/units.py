@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import numpy as np
 
 from .errors import ConfigError, CorpusError
 from .files.atomic import read_plain, write_atomic
-from .text import SPACE_MARK, MappedText, check_transform, transform
+from .text import MARK, SPACE_MARK, MappedText, check_transform, transform, transform_around
 
 FORMAT, VERSION = "stillhouse-units", 1
 BLANK, UNKNOWN = 0, 1
@@ -41,15 +42,21 @@ class Encoded:
 class Units:
     """A vocabulary of units. `pieces[k]` is the text of unit k, with ▁ for a space.
 
-    Every transform ends with `squeeze`, because ▁ must mean one space. `model` is that of sentencepiece.
+    Every transform ends with `squeeze`, because ▁ must mean one space. `model` is that of sentencepiece. `marks` are
+    texts like [noise] that are a unit each, and that the transform leaves as they are.
     """
 
-    def __init__(self, kind: str, transform: str, pieces: Sequence[str], model: bytes | None = None) -> None:
+    def __init__(
+        self, kind: str, transform: str, pieces: Sequence[str], model: bytes | None = None, marks: Iterable[str] = ()
+    ) -> None:
         if kind not in KINDS:
             raise ConfigError(f"unknown kind of units {kind!r}", expected=" or ".join(KINDS))
         self.kind, self.transform, self.pieces = kind, check_transform(transform), list(pieces)
         self._model = model
         self._steps = transform if transform.split("+")[-1].strip() == "squeeze" else f"{transform}+squeeze"
+        self.marks = frozenset(marks)
+        if unknown := sorted(m for m in self.marks if not MARK.fullmatch(m) or " " in m):
+            raise ConfigError(f"{unknown[0]!r} cannot be a unit", expected="marks like <noise> or [noise]")
         self._id = {piece: k for k, piece in enumerate(self.pieces)}
 
     @property
@@ -60,7 +67,8 @@ class Units:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of everything that decides which units a text becomes."""
-        head = json.dumps([self.kind, self.transform, self.pieces], ensure_ascii=False).encode()
+        facts = [self.kind, self.transform, self.pieces, *([sorted(self.marks)] if self.marks else [])]
+        head = json.dumps(facts, ensure_ascii=False).encode()
         return blake2b(head + b"\0" + (self._model or b""), digest_size=8).hexdigest()
 
     def __repr__(self) -> str:
@@ -71,18 +79,26 @@ class Units:
 
     def normalise(self, text: str) -> MappedText:
         """Return the text as the units spell it, with its map to the raw text."""
-        return transform(text, self._steps)
+        return transform_around(text, self._steps, self.marks) if self.marks else transform(text, self._steps)
 
     def encode(self, text: str) -> Encoded:
         """Return the units of a raw transcript. A symbol that is not in the units becomes unit 1, `UNKNOWN`."""
         mapped = self.normalise(text)
         if self.kind == "characters":
-            names, spans = [SPACE_MARK if c == " " else c for c in mapped.text], mapped.source.copy()
+            names = [SPACE_MARK if c == " " else c for c in self._symbols(mapped.text)]
+            ends = np.cumsum([len(name) for name in names], dtype=np.int64)
+            spans = mapped.spans(np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)) if names else mapped.source
         else:
             names = self._processor.encode(mapped.text, out_type=str)
             spans = self._spans(names, mapped)
         # A text may hold the name of unit 0, the blank. It is unknown, too.
         return Encoded(np.array([self._id.get(name) or UNKNOWN for name in names], np.int32), spans)
+
+    def _symbols(self, text: str) -> list[str]:
+        """Return the characters of a text, and its marks whole."""
+        if not self.marks:
+            return list(text)
+        return [part for part in re.split(f"({'|'.join(map(re.escape, sorted(self.marks)))}|.)", text) if part]
 
     def _spans(self, names: list[str], mapped: MappedText) -> np.ndarray:
         """Spans from the lengths of the pieces, which spell the text with ▁ for each space and one more in front."""
@@ -135,6 +151,7 @@ class Units:
             "size": self.size,
             "fingerprint": self.fingerprint,
             "pieces": self.pieces,
+            **({"marks": sorted(self.marks)} if self.marks else {}),
         }
         files = {"units.json": (json.dumps(head, ensure_ascii=False, indent=1) + "\n").encode()}
         if self._model is not None:
@@ -164,7 +181,10 @@ def load_units(folder: Path | str) -> Units:
         if not isinstance(pieces, list) or not all(isinstance(p, str) for p in pieces):
             raise ValueError("pieces is not a list of texts")
         model = read_plain(folder / "spm.model") if kind == "sentencepiece" else None
-        units = Units(kind, name, pieces, model)
+        marks = head.get("marks", [])
+        if not isinstance(marks, list) or not all(isinstance(m, str) for m in marks):
+            raise ValueError("marks is not a list of texts")
+        units = Units(kind, name, pieces, model, marks)
         if units.fingerprint != head.get("fingerprint"):
             raise ValueError("they do not match their fingerprint")
         return units
@@ -181,29 +201,35 @@ def train_units(
     size: int = 500,
     transform: str = "lower+no_punct+squeeze",
     coverage: float = 1.0,
+    marks: Iterable[str] = (),
 ) -> Units:
     """Learn units from raw transcripts. Raises ConfigError if `size` cannot hold the characters.
 
     `size` is the most units, with blank and unknown. A small corpus gets fewer. `coverage` is the share of the text
-    whose characters get units of their own. Use less than 1 for Chinese, or for transcripts with stray symbols.
+    whose characters get units of their own. Use less than 1 for Chinese, or for transcripts with stray symbols. `marks`
+    get a unit each, see `Units`.
     """
     if not 0.9 <= coverage <= 1.0:
         raise ConfigError(f"a coverage of {coverage}", expected="0.9 to 1")
-    plain = Units(kind, transform, [BLANK_PIECE, UNKNOWN_PIECE])
+    # A transcript may hold the usual names of units 0 and 1. Then these have others.
+    special = ["<blank-unit>" if BLANK_PIECE in (marks := sorted(set(marks))) else BLANK_PIECE]
+    special.append(UNKNOWN_TEXT if UNKNOWN_PIECE in marks else UNKNOWN_PIECE)
+    plain = Units(kind, transform, special, None, marks)
     lines = [line for text in texts if (line := plain.normalise(text).text)]
     if not lines:
         raise CorpusError("no text to learn units from", expected="at least one transcript that is not empty")
-    characters = _covered(Counter(c for line in lines for c in line), coverage)
+    counts = Counter(c for line in lines for c in plain._symbols(line) if c not in plain.marks)
+    characters = _covered(counts, coverage)
     # Every word of sentencepiece begins with a space.
-    needed = 2 + len(characters) + (kind == "sentencepiece" and " " not in characters)
+    needed = 2 + len(characters) + len(marks) + (kind == "sentencepiece" and " " not in characters)
     if size < needed:
         what = f"{size} units cannot hold the {len(characters)} characters of the transcripts"
         remedy = "or use a --coverage below 1, or a transform that leaves fewer (casefold, no_punct, nfkc)"
         raise ConfigError(what, expected=f"--size {needed} or more", remedy=remedy)
     if kind == "characters":
         pieces = [SPACE_MARK if c == " " else c for c in characters]
-        return Units(kind, transform, [BLANK_PIECE, UNKNOWN_PIECE, *pieces])
-    return _train_sentencepiece(lines, size, transform, coverage)
+        return Units(kind, transform, [*special, *marks, *pieces], None, marks)
+    return _train_sentencepiece(lines, size, transform, coverage, special, marks)
 
 
 def _covered(counts: Counter[str], coverage: float) -> list[str]:
@@ -213,7 +239,9 @@ def _covered(counts: Counter[str], coverage: float) -> list[str]:
     return [c for c, seen in zip(ordered, before) if seen < coverage * counts.total()]
 
 
-def _train_sentencepiece(lines: list[str], size: int, transform: str, coverage: float) -> Units:
+def _train_sentencepiece(
+    lines: list[str], size: int, transform: str, coverage: float, special: list[str], marks: list[str]
+) -> Units:
     import sentencepiece
 
     buffer = io.BytesIO()
@@ -230,9 +258,10 @@ def _train_sentencepiece(lines: list[str], size: int, transform: str, coverage: 
             remove_extra_whitespaces=False,
             max_sentence_length=1 << 24,
             pad_id=BLANK,
-            pad_piece=BLANK_PIECE,
+            pad_piece=special[BLANK],
             unk_id=UNKNOWN,
-            unk_piece=UNKNOWN_PIECE,
+            unk_piece=special[UNKNOWN],
+            user_defined_symbols=marks,
             bos_id=-1,
             eos_id=-1,
             num_threads=1,
@@ -243,4 +272,4 @@ def _train_sentencepiece(lines: list[str], size: int, transform: str, coverage: 
     model = buffer.getvalue()
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     pieces = [processor.id_to_piece(k) for k in range(processor.vocab_size())]
-    return Units("sentencepiece", transform, pieces, model)
+    return Units("sentencepiece", transform, pieces, model, marks)

@@ -21,7 +21,6 @@ from torch import Tensor
 from ..errors import CorpusError
 from ..features.compute import FeatureFile
 from ..manifest import Corpus, Utterance
-from ..text import transform
 from ..units import Units
 from .sampler import BatchPlan, BatchSampler
 
@@ -128,7 +127,7 @@ class BatchLoader:
 
     def references(self, plan: BatchPlan) -> list[str]:
         """Return the transcripts as the units spell them, to compare hypotheses with."""
-        return [transform(self.utterances[i].text, self.units.transform).text for i in plan.indices]
+        return [self.units.normalise(self.utterances[i].text).text for i in plan.indices]
 
 
 def plans_from(sampler: BatchSampler, epoch: int, position: int) -> Generator[tuple[int, int, BatchPlan], None, None]:

@@ -133,20 +133,38 @@ def features(manifest: Path, features_file: Path, speeds: str, as_json: bool, **
 @click.option("--size", default=500, show_default=True, help="Most units, with blank and unknown.")
 @click.option("--transform", default="lower+no_punct+squeeze", show_default=True, help="Text transforms, + between.")
 @click.option("--coverage", default=1.0, show_default=True, help="Share of the text whose characters get units.")
+@click.option(
+    "--marks",
+    type=click.Choice(["spell", "drop", "keep"]),
+    default="spell",
+    show_default=True,
+    help="Marks like <unk>, [noise] and (laughter): spell them like words, drop them, or make each a unit.",
+)
 @click.option("--split", help="Learn from these splits only, with commas between.")
-@click.option("--json", "as_json", is_flag=True, help="Print facts as JSON.")
-def tokenizer(manifest: Path, folder: Path, split: str | None, as_json: bool, size: int, **options: Any) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print facts as JSON.")  # fmt: skip
+def tokenizer(
+    manifest: Path, folder: Path, split: str | None, as_json: bool, size: int, marks: str, **options: Any
+) -> None:
     """Learn the ASR units of the transcripts, and write them to the folder UNITS.
 
     Example: stillhouse corpus tokenizer corpus.jsonl units --size 500 --split train
     """
+    from ..errors import first_few
     from ..manifest import read_manifest
+    from ..text import MARK
     from ..units import train_units
 
     texts = [u.text for u in read_manifest(manifest).select(split).utterances]
-    units = train_units(texts, size=size, **options)
+    found = sorted({match[0] for text in texts for match in MARK.finditer(text) if " " not in match[0]})
+    if marks == "drop":
+        options["transform"] = f"drop_marks+{options['transform']}"
+    elif marks == "spell" and found and "drop_marks" not in options["transform"]:
+        remedy = "--marks drop leaves them out, --marks keep makes each a unit"
+        say(f"the transcripts hold {len(found)} marks that become words or symbols: {first_few(found)}. {remedy}")
+    units = train_units(texts, size=size, marks=found if marks == "keep" else (), **options)
     units.save(folder)
-    facts = {"kind": units.kind, "size": units.size, "transform": units.transform, "fingerprint": units.fingerprint}
+    facts: dict[str, Any] = {"marks": sorted(units.marks)} if units.marks else {}
+    facts |= {"kind": units.kind, "size": units.size, "transform": units.transform, "fingerprint": units.fingerprint}
     if as_json:
         click.echo(json.dumps(facts, ensure_ascii=False))
     else:

@@ -129,14 +129,14 @@ _importer(
     "text",
     """Import FILES of text without audio.
 
-    Lines are UTT<TAB>TEXT, or one sentence a line with blank lines between sessions.
+    Lines are UTT<TAB>TEXT, with --ids also UTT TEXT, or one sentence a line with blank lines between sessions.
 
     Example: stillhouse corpus import text stories.txt corpus.jsonl
     """,
     (
         click.argument("sources", metavar="FILES", type=EXISTING, nargs=-1, required=True),
         click.option(
-            "--ids/--no-ids", default=None, help="Whether lines are UTT<TAB>TEXT. By default yes, if all have a tab."
+            "--ids/--no-ids", default=None, help="Whether lines start with ids. By default yes, if all have a tab."
         ),
         _pattern,
         click.option("--split", help="Split of all utterances."),
@@ -202,9 +202,9 @@ _importer(
     "huggingface",
     """Import each FOLDER, a Hugging Face dataset on disk, with the split SPLIT.
 
-    A folder is one of save_to_disk, or of parquet files. Embedded audio is written to files beside the manifest, byte
-    for byte. Columns are found by their usual names, and other texts and numbers are kept in `meta`. This needs
-    pyarrow: pip install 'stillhouse[huggingface]'.
+    A folder is one of save_to_disk, of parquet files, or of audio files with metadata.jsonl or metadata.csv. Embedded
+    audio is written to files beside the manifest, byte for byte. Columns are found by their usual names, and other
+    texts and numbers are kept in `meta`. The first two need pyarrow: pip install 'stillhouse[huggingface]'.
 
     Example: stillhouse corpus import huggingface my_dataset corpus.jsonl --text-column sentence
     """,

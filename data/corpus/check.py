@@ -15,6 +15,7 @@ from ..errors import AudioError, CorpusError
 from ..files.paths import confined
 from ..manifest import BadLine, Utterance, scan_manifest
 from .sound import SoundCheck
+from .text import text_findings
 
 # A tab or a line end in a transcript is left over from a table.
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]|[\ud800-\udfff]")
@@ -85,6 +86,8 @@ def check_corpus(
         remedy = "make it with `stillhouse corpus import`"
         findings.append(Finding("empty", str(path), None, "the manifest is empty", remedy))
     findings += _repeats(valid)
+    texts = text_findings((where, u.id, u.text) for where, u in valid)
+    findings += (Finding(kind, where, id, what, remedy) for kind, where, id, what, remedy in texts)
     sound = SoundCheck(full)
     for where, u in valid:
         problems = [*_text(u)]

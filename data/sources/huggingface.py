@@ -1,4 +1,4 @@
-"""Hugging Face datasets on disk: folders of `save_to_disk`, and parquet files.
+"""Hugging Face datasets on disk: folders of `save_to_disk`, parquet files, and audio files with metadata.
 
 Guarantees: a row is one utterance or one finding. Embedded audio is written byte for byte, once, to a name made from
 its bytes. No code of the dataset runs.
@@ -22,11 +22,12 @@ from .audio_files import AudioFiles
 from .columns.names import AudioNames, stem
 from .columns.times import TIMES, fold, seconds
 from .common import OVERSHOOT_S, Imported, as_text, by_time
-from .table import FIELDS, NO_COLUMN, USUAL, known_fields
+from .table import FIELDS, NO_COLUMN, USUAL, add_tables, known_fields
 
 MAGIC = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"ID3": ".mp3", b"\xff\xfb": ".mp3", b"FORM": ".aiff"}
 SUFFIXES = {*MAGIC.values(), ".opus", ".aif", ".au", ".sph", ".w64", ".m4a", ".mp4", ".webm"}
 SAVE_AGAIN = "save the dataset again"
+METADATA = ("metadata.jsonl", "metadata.csv")
 PARQUET = re.compile(r"(?P<split>[A-Za-z][\w.]*)-\d+-of-\d+")
 
 
@@ -38,19 +39,28 @@ def import_huggingface(
 ) -> Imported:
     """Read datasets: (split or None, a folder that `save_to_disk` wrote, a parquet file or a folder of those).
 
+    A folder of audio files with metadata.jsonl or metadata.csv, in it or below it, is read as a table. The split is
+    then the name of the folder below.
+
     Ids are those of the audio files if there is no id column. Without names of files, they are split and row.
     `columns` is {field of `table.FIELDS`: name of a column}. Others are found by their usual names, the audio by type.
     Raises ConfigError if pyarrow is not installed or a column is unknown, and CorpusError if a dataset is unreadable.
     """
+    given = known_fields(columns)
+    result, names = Imported(manifest, **settings), AudioNames()
+    tables = [(split, source, _metadata(source)) for split, source in sources]
+    below_source = [(s or _folder_split(path, source), path) for s, source, paths in tables for path in paths]
+    add_tables(result, below_source, given)
+    datasets = [(split, source) for split, source, paths in tables if not paths]
+    if not datasets:
+        return result.in_session_order()
     try:
         import pyarrow
     except ImportError as e:
         what, remedy = "Hugging Face datasets need pyarrow", "pip install 'stillhouse[huggingface]'"
         raise ConfigError(what, remedy=remedy) from e
-    given = known_fields(columns)
-    result, names = Imported(manifest, **settings), AudioNames()
     readers: list[_DatasetReader] = []
-    for split, source in sources:
+    for split, source in datasets:
         for path, name in _files(source, split):
             with _readable(path, pyarrow.ArrowException):
                 files = result.files(source, path.absolute().parent)
@@ -70,6 +80,18 @@ def import_huggingface(
     return result.in_session_order()
 
 
+def _metadata(source: Path) -> list[Path]:
+    """Return the tables of a folder of audio files: metadata.jsonl or metadata.csv in it or below it."""
+    if source.is_file():
+        return [source] if source.name in METADATA else []
+    return sorted(path for name in METADATA for path in below(source, name) if path.name == name)
+
+
+def _folder_split(table: Path, source: Path) -> str | None:
+    """Return the name of the folder of a table, if that is below the source."""
+    return table.parent.name if source.is_dir() and table.parent != source else None
+
+
 def _files(source: Path, split: str | None) -> list[tuple[Path, str | None]]:
     """Return the files of a dataset in order, each with its split."""
     if source.is_file() and source.suffix == ".parquet":
@@ -87,7 +109,7 @@ def _files(source: Path, split: str | None) -> list[tuple[Path, str | None]]:
         return [(source / str(f), split) for f in files]
     parquet = below(source, ".parquet")
     if not parquet:
-        expected = "a folder that save_to_disk wrote (state.json or dataset_dict.json), or parquet files"
+        expected = "a folder that save_to_disk wrote (state.json or dataset_dict.json), parquet files or metadata.jsonl"
         raise CorpusError("no dataset in it", where=source, expected=expected)
     return [(path, split or _parquet_split(path)) for path in parquet]
 

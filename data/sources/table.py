@@ -7,10 +7,11 @@ Try: `stillhouse corpus import csv prompts.csv corpus.jsonl --text-column prompt
 from __future__ import annotations
 
 import csv
-import io
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ USUAL: dict[str, tuple[str, ...]] = {
 }
 FIELDS = tuple(USUAL)
 NO_COLUMN = "-"  # in the place of a column: the field has none
+LONGEST_ROW = 1_000  # lines. A quote that stays open for longer is a stray one.
+STRAY = 'double the quotes inside of a cell ("") or read them as letters with --no-quote'
 
 
 def import_table(
@@ -58,49 +61,106 @@ def import_table(
     by number, and double quotes quote unless the delimiter is a tab. Without `audio_root`, paths start in the table's
     folder.
     """
-    given = known_fields(columns)
-    text = read_text(table)
-    delimiter = delimiter or _delimiter(table, text)
-    rows = list(_rows(table, text, delimiter, delimiter != "\t" if quote is None else quote))
-    if header is None:
-        chosen = [value for value in given.values() if value != NO_COLUMN]
-        header = not chosen or not all(part.isdigit() for value in chosen for part in value.split(","))
-    if not rows or (header and len(rows) == 1):
-        raise CorpusError("the table has no rows", where=table)
-    names = rows[0][1] if header else [f"column_{k + 1}" for k in range(max(len(cells) for _, cells in rows))]
-    names = [name.strip() for name in names]
-    if len(set(names)) != len(names):
-        raise CorpusError("two columns have the same name", where=f"{table}:1", expected=", ".join(names))
-    places = _places(table, names, given, guess=header)
-    listed = f"one of {', '.join(names)}"
-    if "text" not in places:
-        raise ConfigError("no column holds the transcript", where=table, expected=listed, remedy="--text-column NAME")
-    if "id" not in places and "audio" not in places:
-        raise ConfigError("no column names the utterances", where=table, expected=listed, remedy="--id-column NAME")
     result = Imported(manifest, **settings)
-    folder = result.audio_root or table.parent
-    body = rows[1:] if header else rows
-    columns_read: dict[str, str | None] = {field: None for field, column in given.items() if column == NO_COLUMN}
-    columns_read |= {field: names[ks[0]] for field, ks in places.items()}
-    result.unread_times(
-        f"{table}:1", names if header else [], columns_read, lambda n: _is_numeric(body, names.index(n))
-    )
-    if "channel" in places and "channel" not in given:
-        labels = [_value(cells, places)["channel"] for _, cells in body if len(cells) == len(names)]
-        if not ChannelNames(labels).known:  # Such a column is about something else, for example a broadcaster.
-            del places["channel"]
-    used = {k for columns in places.values() for k in columns}
-    audio = _TableAudio(folder, columns_read, [_value(cells, places) for _, cells in body if len(cells) == len(names)])
-    for number, cells in body:
-        where = f"{table}:{number}"
-        if len(cells) != len(names):
-            result.finding("line", where, f"{len(cells)} columns, expected {len(names)} ({', '.join(names)})")
-            continue
-        value = _value(cells, places)
-        meta = {names[k]: cells[k] for k in range(len(names)) if k not in used and cells[k] != ""}
-        with result.line(where, value.get("id")):
-            result.add(where, split=value.get("split") or split, meta=meta, **audio.fields(value, result))
+    form = TableForm(delimiter, header, quote)
+    add_tables(result, [(split, table)], known_fields(columns), form)
     return result.in_session_order()
+
+
+@dataclass(frozen=True)
+class TableForm:
+    """How a table is written. None: as it looks, see `import_table`."""
+
+    delimiter: str | None = None
+    header: bool | None = None
+    quote: bool | None = None
+
+
+def add_tables(
+    result: Imported, tables: Sequence[tuple[str | None, Path]], given: dict[str, str], form: TableForm | None = None
+) -> None:
+    """Add the rows of tables, given as (split or None, file), to an import. See `import_table`.
+
+    A .jsonl file has an object for each row.
+    """
+    names = AudioNames()
+    opened = [(split, _Table(result, table, given, form or TableForm(), names)) for split, table in tables]
+    for split, table in opened:
+        table.add(split)
+
+
+class _Table:
+    """The rows of one table, and what its columns are."""
+
+    def __init__(
+        self, result: Imported, table: Path, given: dict[str, str], form: TableForm, audio_names: AudioNames
+    ) -> None:
+        self.result, self.table = result, table
+        header = form.header
+        if table.suffix == ".jsonl":
+            self.decimal_comma, rows, header = False, list(_object_rows(result, table)), True
+        else:
+            line, text, delimiter = _first_line(table, read_text(table), form.delimiter)
+            self.decimal_comma = delimiter != ","
+            quote = delimiter != "\t" if form.quote is None else form.quote
+            rows = list(_rows(result, table, line, text, delimiter, quote))
+        if header is None:
+            chosen = [value for value in given.values() if value != NO_COLUMN]
+            header = not chosen or not all(part.isdigit() for value in chosen for part in value.split(","))
+        if not rows or (header and len(rows) == 1):
+            if strays := [f for f in result.findings if f.remedy == STRAY and f.file == str(table)]:
+                raise CorpusError(f"not a table: {strays[0].what}", where=strays[0].where, remedy=STRAY)
+            raise CorpusError("the table has no rows", where=table)
+        # Spreadsheets write empty columns behind the last one that was ever in use.
+        first = rows[:1] if header else rows
+        width = max((k + 1 for _, cells in first for k, cell in enumerate(cells) if cell.strip()), default=0)
+        self.rows = [(n, cells if any(c.strip() for c in cells[width:]) else cells[:width]) for n, cells in rows]
+        names = self.rows[0][1] if header else [f"column_{k + 1}" for k in range(width)]
+        self.names = names = [name.strip() for name in names]
+        if len(set(names)) != len(names):
+            raise CorpusError("two columns have the same name", where=f"{table}:1", expected=", ".join(names))
+        self.places = places = _places(table, names, given, guess=header)
+        listed = f"one of {', '.join(names)}"
+        if "text" not in places:
+            what = "no column holds the transcript"
+            raise ConfigError(what, where=table, expected=listed, remedy="--text-column NAME")
+        if "id" not in places and "audio" not in places:
+            what = "no column names the utterances"
+            raise ConfigError(what, where=table, expected=listed, remedy="--id-column NAME")
+        self.rows = body = self.rows[1:] if header else self.rows
+        columns_read: dict[str, str | None] = {field: None for field, column in given.items() if column == NO_COLUMN}
+        columns_read |= {field: names[ks[0]] for field, ks in places.items()}
+        result.unread_times(
+            f"{table}:1", names if header else [], columns_read, lambda n: _is_numeric(body, names.index(n))
+        )
+        if "channel" in places and "channel" not in given:
+            labels = [self._value(cells)["channel"] for _, cells in body if len(cells) == len(names)]
+            if not ChannelNames(labels).known:  # Such a column is about something else, for example a broadcaster.
+                del places["channel"]
+        values = [self._value(cells) for _, cells in body if len(cells) == len(names)]
+        self.audio = _TableAudio(result.audio_root or table.parent, columns_read, values, audio_names)
+
+    def add(self, split: str | None) -> None:
+        """Add the rows to the import."""
+        names, used = self.names, {k for columns in self.places.values() for k in columns}
+        for number, cells in self.rows:
+            where = f"{self.table}:{number}"
+            if len(cells) != len(names):
+                what = f"{len(cells)} columns, expected {len(names)} ({', '.join(names)})"
+                self.result.finding("line", where, what)
+                continue
+            value = self._value(cells)
+            meta = {names[k]: cells[k] for k in range(len(names)) if k not in used and cells[k] != ""}
+            with self.result.line(where, value.get("id")):
+                fields = self.audio.fields(value, self.result)
+                self.result.add(where, split=value.get("split") or split, meta=meta, **fields)
+
+    def _value(self, cells: list[str]) -> dict[str, str]:
+        """Return {field: its text} of a row. Where the delimiter is no comma, 1,5 is a time with a decimal comma."""
+        value = {field: "-".join(cells[k].strip() for k in ks) for field, ks in self.places.items()}
+        if self.decimal_comma:
+            value |= {f: re.sub(r"^(-?\d+),(\d+)$", r"\1.\2", value[f]) for f in TIMES if f in value}
+        return value
 
 
 def known_fields(columns: Mapping[str, str] | None) -> dict[str, str]:
@@ -108,11 +168,6 @@ def known_fields(columns: Mapping[str, str] | None) -> dict[str, str]:
     if unknown := set(columns or {}) - set(FIELDS):
         raise ConfigError(f"unknown field {', '.join(sorted(unknown))}", expected=", ".join(FIELDS))
     return dict(columns or {})
-
-
-def _value(cells: list[str], places: dict[str, list[int]]) -> dict[str, str]:
-    """Return {field: its text} of a row."""
-    return {field: "-".join(cells[k].strip() for k in ks) for field, ks in places.items()}
 
 
 def _is_numeric(rows: list[tuple[int, list[str]]], column: int) -> bool:
@@ -124,10 +179,12 @@ def _is_numeric(rows: list[tuple[int, list[str]]], column: int) -> bool:
 class _TableAudio:
     """What depends on the audio: ids, times and channels. `columns` is {field: name of its column}."""
 
-    def __init__(self, folder: Path, columns: Mapping[str, str | None], rows: list[dict[str, str]]) -> None:
+    def __init__(
+        self, folder: Path, columns: Mapping[str, str | None], rows: list[dict[str, str]], names: AudioNames
+    ) -> None:
         self.folder, self.columns = folder, columns
         self.files = AudioFiles([folder], None)
-        self.names, self.channels = AudioNames(), ChannelNames({value.get("channel", "") for value in rows})
+        self.names, self.channels = names, ChannelNames({value.get("channel", "") for value in rows})
         for value in rows:
             if value.get("audio") and not value.get("id"):
                 start_s = None
@@ -156,38 +213,81 @@ class _TableAudio:
         return placed | {"id": id, "text": value["text"], "session": session, "order": order, "speaker": speaker}
 
 
-def _delimiter(table: Path, text: str) -> str:
+def _first_line(table: Path, text: str, delimiter: str | None) -> tuple[int, str, str]:
+    """Return the line number where the table begins, the text from there on, and the delimiter.
+
+    Excel reads a first line `sep=;` as the delimiter.
+    """
+    first, _, rest = text.partition("\n")
+    if match := re.fullmatch(r'"?sep=(.)"?[,;\t]*', first, re.IGNORECASE):
+        return 2, rest, delimiter or match[1]
+    return 1, text, delimiter or _delimiter(table, first)
+
+
+def _delimiter(table: Path, first: str) -> str:
     if table.suffix.lower() in (".tsv", ".tab"):
         return "\t"
-    first = text.split("\n", 1)[0]
     if table.suffix.lower() == ".csv":
         # In many languages, spreadsheets write .csv with semicolons.
-        return ";" if first.count(";") > first.count(",") else ","
+        return max(",;\t", key=first.count)
     best = max("\t,;|", key=first.count)
     if best not in first:
         raise CorpusError("no delimiter in the first line", where=f"{table}:1", remedy="name it with --delimiter")
     return best
 
 
-def _rows(table: Path, text: str, delimiter: str, quote: bool) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line number where the row begins, cells) of every row that is not blank."""
+def _rows(
+    result: Imported, table: Path, line: int, text: str, delimiter: str, quote: bool
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line number where the row begins, cells) of every row that is not blank.
+
+    A quote that opens a cell and ends nowhere, or inside of another row, is a finding at its own line. The rows below
+    it are read without it.
+    """
     if len(delimiter) != 1:
         raise ConfigError(f"delimiter {delimiter!r}", expected="one character")
     csv.field_size_limit(1 << 27)
-    reader = csv.reader(
-        io.StringIO(text, newline=""),
-        delimiter=delimiter,
-        quoting=csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE,
-        strict=True,
-    )
-    line = 1
-    try:
-        for cells in reader:
-            if any(c.strip() for c in cells):
-                yield line, cells
-            line = reader.line_num + 1
-    except csv.Error as e:
-        raise CorpusError(f"not a table: {e}", where=f"{table}:{reader.line_num}") from e
+    lines = text.splitlines(keepends=True) if "\r" not in text else re.findall(r"[^\n]*\n|[^\n]+", text)
+    style: dict[str, Any] = {"delimiter": delimiter, "quoting": csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE}
+    at, width = 0, 0
+    while at < len(lines):
+        most = LONGEST_ROW if quote and '"' in lines[at] else 1
+        reader = csv.reader(lines[at : at + most], strict=True, **style)
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as e:
+            what = f"not a row of a table: {e}"
+            if not quote or '"' not in lines[at]:
+                raise CorpusError(what, where=f"{table}:{line + at}") from e
+            result.finding("line", f"{table}:{line + at}", f"a quote that no quote closes: {e}", None, STRAY)
+            at += 1
+            continue
+        swallowed = lines[at + 1 : at + reader.line_num]
+        if swallowed and width > 1 and all(part.count(delimiter) == width - 1 for part in swallowed):
+            what = f"a quote opens here and closes on line {line + at + len(swallowed)}, over whole rows"
+            result.finding("line", f"{table}:{line + at}", what, None, STRAY)
+            what = f"the quote of line {line + at} closes here: {swallowed[-1].strip()[:60]}"
+            lines[at + len(swallowed)] = "\n"  # It has a stray quote, too.
+            result.finding("line", f"{table}:{line + at + len(swallowed)}", what, None, STRAY)
+            at += 1
+            continue
+        if any(c.strip() for c in cells):
+            width = width or len(cells)
+            yield line + at, cells
+        at += reader.line_num
+
+
+def _object_rows(result: Imported, source: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield the names of all keys, and then (line number, their values) of every object of JSON lines."""
+    entries = [(int(where.rsplit(":", 1)[1]), entry) for where, entry in result.objects(source)]
+    names = list(dict.fromkeys(name for _, entry in entries for name in entry))
+    yield 1, names
+    for number, entry in entries:
+        values = (entry.get(name) for name in names)
+        cells = ["" if v is None else v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values]
+        yield number, cells
 
 
 def _places(table: Path, names: list[str], given: dict[str, str], guess: bool) -> dict[str, list[int]]:

@@ -1,6 +1,7 @@
 """Text without audio, for extraction and as context.
 
-A file has lines of UTT<TAB>TEXT, or one sentence a line. A blank line then ends a session (a paragraph, a document).
+A file has lines of UTT<TAB>TEXT or UTT TEXT, or one sentence a line. A blank line then ends a session (a paragraph, a
+document).
 
 Guarantees: utterances keep the order of the lines inside their session, unless the session pattern gives another.
 Try: `stillhouse corpus import text stories.txt corpus.jsonl`.
@@ -11,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..files.lines import read_lines
+from ..errors import UsageError
+from ..files.lines import headed_by_ids, read_lines
 from .columns.names import AudioNames
 from .common import Imported
 
@@ -19,7 +21,10 @@ from .common import Imported
 def import_text(
     files: Sequence[Path], *, ids: bool | None = None, session_pattern: str | None = None, split: str | None = None
 ) -> Imported:
-    """Read text files. `ids` says whether lines are UTT<TAB>TEXT. None: yes, if every line of a file has a tab.
+    """Read text files. `ids` says whether lines start with ids. None: yes, if every line of a file has a tab.
+
+    A space ends the id in a file without tabs. If `ids` is None and lines without tabs look like that, UsageError is
+    raised.
 
     Other ids and sessions are made of the file's name and the line number, or of its path if two files have that name.
     A file of UTT<TAB>TEXT has no sessions without `session_pattern`.
@@ -31,7 +36,12 @@ def import_text(
     for file in files:
         name = names.name(Path.cwd(), str(file))
         lines = read_lines(file)
-        tabbed = ids if ids is not None else all("\t" in line for _, line in lines if line.strip())
+        content = [line for _, line in lines if line.strip()]
+        tabbed = ids if ids is not None else all("\t" in line for line in content)
+        if ids is None and not tabbed and len(content) > 1 and headed_by_ids(content):
+            what = f"every line seems to start with an id, as {content[0].split()[0]!r}"
+            raise UsageError(what, where=file, remedy="say whether they do: --ids or --no-ids")
+        between = "\t" if any("\t" in line for line in content) else None  # None: white space, as in Kaldi's text
         width = len(str(len(lines)))
         block = 1
         for number, line in lines:
@@ -43,8 +53,8 @@ def import_text(
             if not tabbed:
                 id, text = f"{name}-{number:0{width}d}", line.strip()
                 session = f"{name}-{block:0{width}d}"
-            elif "\t" in line:
-                id, text = (part.strip() for part in line.split("\t", 1))
+            elif between is None or "\t" in line:
+                id, text = (part.strip() for part in [*line.split(between, 1), ""][:2])
             else:
                 result.finding("line", where, "no tab between id and text")
                 continue

@@ -145,7 +145,7 @@ def _compare(first: Scored, second: Scored, path: Path) -> SystemComparison:
         [(id, reference, hyp) for (id, _, hyp), reference in zip(scored.triples, scored.written, strict=True)]
         for scored in (first, second)
     ]
-    hyps = same_utterances(*written, path)
+    hyps = same_utterances(written[0], written[1], path)
     readings = {id: ref for id, ref, _ in second.triples}
     ids, refs, mine = (list(column) for column in zip(*first.triples, strict=True))
     return compare_systems(refs, mine, hyps, second_references=[readings[id] for id in ids])

@@ -164,8 +164,8 @@ def _stm(line: str, where: str) -> Line:
         text = text.removeprefix(label).strip()
     counts = text.lower() != IGNORED and speaker.lower() not in GAPS
     id = f"{name}-{channel}-{round(begin_s * 1000):07d}-{round(end_s * 1000):07d}"
-    times = {"begin_s": begin_s, "end_s": end_s}
-    return Line(id, text, where, nist=True, recordings=(name,), channel=channel, counts=counts, **times)
+    part = Line(id, text, where, nist=True, recordings=(name,), channel=channel, counts=counts)
+    return replace(part, begin_s=begin_s, end_s=end_s)
 
 
 def _is_ctm(fields: list[str]) -> bool:

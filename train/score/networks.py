@@ -17,6 +17,7 @@ OPTIONAL = re.compile(r"\([^\s()]+\)")  # NIST's mark for a word that may be mis
 NEVER = re.compile(r"(?!)")
 HESITATION = re.compile(r"\(%[^\s()]+\)")
 
+Step = tuple[tuple[int, int], int, "str | None", "str | None"]  # from where, its errors, and the words of both sides
 Edge = tuple[int, str | None]  # the node that it leaves, and its word, or None for no word
 
 
@@ -53,21 +54,23 @@ def parse_network(text: str, spell: Callable[[str], str] = str, optional: re.Pat
 
 def best_reading(reference: Network, hypothesis: Network) -> tuple[str, str]:
     """Return the readings of both texts that have the fewest word errors between them."""
-    best: dict[tuple[int, int], tuple[int, tuple[int, int], str | None, str | None]] = {(0, 0): (0, (0, 0), None, None)}
+    best: dict[tuple[int, int], Step] = {(0, 0): ((0, 0), 0, None, None)}
     for i, above in enumerate(reference.edges):
         for j, left in enumerate(hypothesis.edges):
-            steps = [((u, v), int(a != b), a, b) for u, a in above if a is not None for v, b in left if b is not None]
+            steps: list[Step] = [
+                ((u, v), int(a != b), a, b) for u, a in above if a is not None for v, b in left if b is not None
+            ]
             steps += [((u, j), int(a is not None), a, None) for u, a in above]
             steps += [((i, v), int(b is not None), None, b) for v, b in left]
             if steps:
-                costs = [best[place][0] + cost for place, cost, _, _ in steps]
+                costs = [best[place][1] + cost for place, cost, _, _ in steps]
                 cheapest = min(costs)
                 place, _, a, b = steps[costs.index(cheapest)]
-                best[i, j] = cheapest, place, a, b
+                best[i, j] = place, cheapest, a, b
     words: tuple[list[str], list[str]] = [], []
     place = len(reference.edges) - 1, len(hypothesis.edges) - 1
     while place != (0, 0):
-        _, place, *pair = best[place]
+        place, _, *pair = best[place]
         for side, word in zip(words, pair, strict=True):
             if word is not None:
                 side.append(word)

@@ -38,7 +38,7 @@ def one_sided(references: Sequence[str], hypotheses: Sequence[str]) -> str:
     """
     sides = [[unicodedata.normalize("NFC", text) for text in texts] for texts in (references, hypotheses)]
     steps = []
-    if any(_one_sided(sides, lambda word, c=case: any(map(c, word))) for case in (str.isupper, str.islower)):
+    if _one_sided(sides, _has_upper) or _one_sided(sides, _has_lower):
         steps.append("lower")
     if _one_sided(sides, _punctuated):
         steps += ["no_punct", "squeeze"]
@@ -68,6 +68,14 @@ def _one_sided(sides: Iterable[Sequence[str]], has: Callable[[str], bool]) -> bo
 def without_notation(text: str) -> str:
     """Return a text of NIST's formats without its marks of alternatives and optional words."""
     return re.sub(r"[{}()]|(?<!\S)[/@](?!\S)|(?<=\()%", " ", text)
+
+
+def _has_upper(word: str) -> bool:
+    return word != word.lower()
+
+
+def _has_lower(word: str) -> bool:
+    return word != word.upper()
 
 
 def _punctuated(word: str) -> bool:

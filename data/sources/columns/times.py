@@ -52,13 +52,16 @@ def fold(name: str) -> str:
 def seconds(value: Any, name: str) -> float | None:
     """Return a time of column `name` in seconds, and None if it is empty. Columns named …_ms hold milliseconds.
 
-    Raises CorpusError or ValueError if it is not a time.
+    Raises CorpusError if it is not a time.
     """
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise CorpusError(f"{name} is {str(value)[:40]!r}", expected="seconds")
-    number = float(value)
+    try:
+        number = float(value)
+    except ValueError as e:
+        raise CorpusError(f"{name}: {str(e)[:80]}", expected="seconds, with a point before decimals") from None
     if _MILLISECONDS.fullmatch(fold(name)):
         number /= 1000
     if not abs(number) < 1e9:
