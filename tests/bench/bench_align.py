@@ -132,7 +132,7 @@ def measure(what: str, run: Path, corpus: Path, features: Path, split: str | Non
     model, units, _, _ = load_run(run)
     loader = decoding_loader(read_manifest(corpus).select(split), features, units)
     device = torch.device("cpu")
-    delay_s = find_delay(model, loader, device=device)
+    delay_s = find_delay(model, loader, device=device) or 0.0
     starts, ends, lasts, true = [], [], [], []
     shortest = np.inf
     for alignment in align(model, loader, device=device, delay_s=delay_s):

@@ -210,8 +210,7 @@ def align(
     """Write the start and the duration of each word of the transcripts to stdout, as CTM lines.
 
     A word ends where the next one begins or a silence starts. The model emits a unit some time after its sound. The
-    command measures this delay on up to 64 utterances of the corpus. Give --delay for the same times of an utterance
-    in any corpus.
+    command measures this delay at the pauses of up to 256 utterances. Give --delay to get the same times in any corpus.
 
     Example: stillhouse align runs/kathleen corpus.jsonl features.h5 --split test > words.ctm
     """
@@ -230,10 +229,12 @@ def align(
     words = 0
     model = model.to(where)
     if delay_s is None:
-        delay_s = round(find_delay(model, loader, device=where), 2)
-        say(
-            f"The model emits units {delay_s:.2f} s after their sound (--delay {delay_s:.2f}), measured on this corpus."
+        found = find_delay(model, loader, device=where)
+        delay_s = found or 0.0
+        told = (
+            f"The model emits units {delay_s:.2f} s after their sound (--delay {delay_s:.2f}), measured at the pauses."
         )
+        say("There are too few pauses to measure the model's delay (--delay 0)." if found is None else told)
     for alignment in alignments(model, loader, device=where, delay_s=delay_s):
         words += len(alignment.words)
         if alignment.untimed:

@@ -20,12 +20,12 @@ from ...data.batches.loader import BatchLoader
 from ..model.losses import transducer_costs
 from ..model.transducer import Transducer
 from .decode import batch_loudness, encoded_batches
-from .emissions import Word, words_of
+from .emissions import Word, words_and_units, words_of
 from .times import FRAME_S, measured_delay
 
 LONGEST = 30_000  # feature frames of an utterance, because memory grows with their square
 BESIDE = 2  # encoder frames on each side of a unit's best frame
-SAMPLED = 64  # utterances that the model's delay is measured on
+SAMPLED = 256  # utterances that the model's delay is measured on
 
 
 @dataclass(frozen=True)
@@ -106,21 +106,21 @@ def emitted(
             yield number, frames * model.encoder.subsampling, confidence, batch_loudness(batch, b)
 
 
-def find_delay(model: Transducer, loader: BatchLoader, *, device: torch.device, batch_frames: int = 16_000) -> float:
+def find_delay(
+    model: Transducer, loader: BatchLoader, *, device: torch.device, batch_frames: int = 16_000
+) -> float | None:
     """Return how many seconds after its sound the model emits a unit, measured on up to SAMPLED utterances of `loader`.
 
-    They are spread evenly. 0.0 if they are too few to tell.
+    They are spread evenly. None if they have too few pauses to tell.
     """
     short = np.flatnonzero(loader.frames[:, 0] <= LONGEST)
     some = loader.only(short[:: max(1, -(-len(short) // SAMPLED))].tolist())
     found = []
     for number, frames, _, loud in emitted(model, some, device, batch_frames):
-        text, spans = some.utterances[number].text, some.encoded[number].spans
-        sizes = [len(text[begin:end].strip()) for begin, end in spans.tolist()]
-        first = next((u for u, size in enumerate(sizes) if size), None)
-        if len(frames) and first is not None:
-            found.append((float(frames[first]), sizes[first], sum(sizes), loud))
-    return (measured_delay(found) or 0.0) * FRAME_S
+        words = words_and_units(some.utterances[number].text, some.encoded[number].spans) if len(frames) else []
+        found.append((np.array([frames[own[0]] for _, own in words]), loud))
+    delay = measured_delay(found)
+    return None if delay is None else delay * FRAME_S
 
 
 def align(

@@ -16,7 +16,7 @@ import numpy as np
 
 from ...data.text import SPACE_MARK
 from ...data.units import UNKNOWN, UNKNOWN_TEXT, Units
-from .times import FRAME_S, Spoken, word_times
+from .times import FRAME_S, word_times
 
 
 @dataclass(frozen=True)
@@ -87,21 +87,25 @@ def words_of(
     sound, and has confidence [U], of which `combine` makes a word's. A word without units, because their transform
     drops its characters, has no time and is left out.
     """
+    found = words_and_units(text, spans)
+    first, last = (np.array([frames[own[end]] for _, own in found]) for end in (0, -1))
+    times = word_times(first, last, loud, delay_s / FRAME_S) * FRAME_S
+    return [
+        Word(word, start_s, end_s, float(combine(confidence[own])))
+        for (word, own), (start_s, end_s) in zip(found, times.tolist())
+    ]
+
+
+def words_and_units(text: str, spans: np.ndarray) -> list[tuple[str, list[int]]]:
+    """Return the words of a text, each with the units, of characters spans [U, 2], that begin in it. None has none."""
     visible = []  # (first character that is not white space, unit)
-    sizes = np.ones(len(spans), np.int64)
     for unit, (begin, end) in enumerate(spans.tolist()):
         if shown := text[begin:end].lstrip():
             visible.append((begin + len(text[begin:end]) - len(shown), unit))
-            sizes[unit] = len(shown.rstrip())
     starts = [start for start, _ in visible]
     found = []
     for match in re.finditer(r"\S+", text):
         own = [unit for _, unit in visible[bisect_left(starts, match.start()) : bisect_left(starts, match.end())]]
         if own:
             found.append((match.group(), own))
-    spoken = [Spoken(frames[u[0]], frames[u[-1]], int(sizes[u[0]]), int(sizes[u[-1]])) for _, u in found]
-    times = word_times(spoken, loud, delay_s / FRAME_S) * FRAME_S
-    return [
-        Word(word, start_s, end_s, float(combine(confidence[own])))
-        for (word, own), (start_s, end_s) in zip(found, times.tolist())
-    ]
+    return found

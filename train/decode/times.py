@@ -1,8 +1,8 @@
 """Times of words, from the frames of their units and from where the audio is quiet.
 
-A transducer names a unit in one frame, which says neither when its sound begins nor when it ends. Between two words,
-the boundary therefore lies between the last unit of the one and the first unit of the other: at the ends of a silence
-if there is one there, and otherwise at a point that divides the distance as the two units share their characters.
+A transducer names a unit in one frame, which says neither when its sound begins nor when it ends. Two words are
+therefore divided by the silence between the last unit of the one and the first unit of the other. If there is none,
+they are divided shortly before the first unit of the second word.
 
 Guarantees: words are in order, inside the audio, without overlaps, and none of them lasts 0 s.
 Try: `stillhouse align RUN CORPUS FEATURES --split test`.
@@ -11,7 +11,6 @@ Try: `stillhouse align RUN CORPUS FEATURES --split test`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,18 +19,12 @@ QUIET = 0.35  # A frame is quiet below this part of the way from the utterance's
 SILENCE = 6  # Shorter quiet stretches are closures of stops, in frames.
 NEAR = 6  # A silence this many frames beside the two units of a boundary still belongs to it.
 REACH = 10  # A word goes at most this many frames beyond its outer units if no silence bounds it.
+LEAD = 2.5  # In running speech, a word begins this many frames earlier before its first unit than after a silence.
 LEAST = 3.0  # frames of a word, unless there are too many words
-MEASURED = 5  # utterances that a delay needs to be measured, at least
-
-
-@dataclass(frozen=True)
-class Spoken:
-    """When the units at both ends of a word are emitted, in feature frames, and their numbers of characters."""
-
-    first: float
-    last: float
-    first_size: int = 1
-    last_size: int = 1
+PAUSE = 10  # frames of a silence that the delay is measured at
+PAUSES = 20  # pauses that a delay needs to be measured, at least
+LATEST = 60  # the largest delay in frames
+WIDTH = 8  # Words this many frames beside a delay do not speak for it.
 
 
 def loudness(features: np.ndarray) -> np.ndarray:
@@ -52,17 +45,18 @@ def silences(loud: np.ndarray) -> np.ndarray:
     return np.stack([begin[keep], end[keep]], axis=1)
 
 
-def word_times(words: Sequence[Spoken], loud: np.ndarray, delay: float = 0.0) -> np.ndarray:
+def word_times(first: np.ndarray, last: np.ndarray, loud: np.ndarray, delay: float = 0.0) -> np.ndarray:
     """Return the start and the end of each word in feature frames, float64 [W, 2].
 
-    The model emits units `delay` frames after their sound, in an utterance of loudness [F], F >= 1. Times are whole
-    frames unless there are more words than frames for them.
+    The first and the last unit of each word are emitted in feature frames first [W] and last [W], `delay` frames after
+    their sound, in an utterance of loudness [F], F >= 1. Times are whole frames unless there are more words than frames
+    for them.
     """
-    count, frames = len(words), len(loud)
+    count, frames = len(first), len(loud)
     if not count:
         return np.zeros((0, 2))
     quiet = silences(loud)
-    first, last = (np.array([getattr(w, name) for w in words]) - delay for name in ("first", "last"))
+    first, last = first - delay, last - delay
     times = np.zeros((count, 2))
     begins = quiet[(quiet[:, 0] < first[0] + NEAR) & (quiet[:, 1] < last[0] + NEAR), 1]
     times[0, 0] = begins[-1] if len(begins) else first[0] - REACH
@@ -74,8 +68,7 @@ def word_times(words: Sequence[Spoken], loud: np.ndarray, delay: float = 0.0) ->
         if len(near):
             times[k - 1, 1], times[k, 0] = near[(near[:, 1] - near[:, 0]).argmax()]
         else:
-            share = words[k - 1].last_size / (words[k - 1].last_size + words[k].first_size)
-            times[k - 1, 1] = times[k, 0] = last[k - 1] + share * (first[k] - last[k - 1])
+            times[k - 1, 1] = times[k, 0] = max(last[k - 1], first[k] - LEAD)
     # Each word gets so much at least: without the frames of the words before them, bounds must not fall.
     least = min(LEAST, frames / count)
     before = least * (np.arange(count)[:, None] + np.array([0, 1]))
@@ -83,17 +76,17 @@ def word_times(words: Sequence[Spoken], loud: np.ndarray, delay: float = 0.0) ->
     return np.clip(free, 0, frames - least * count).reshape(count, 2) + before
 
 
-def measured_delay(utterances: Sequence[tuple[float, int, int, np.ndarray]]) -> float | None:
-    """Return how many frames after its sound a model emits a unit, or None if there are too few utterances.
+def measured_delay(utterances: Sequence[tuple[np.ndarray, np.ndarray]]) -> int | None:
+    """Return how many frames after its sound a model emits a unit, or None if there are fewer than PAUSES pauses.
 
-    It is the median over utterances: the frame of the first unit, minus the end of the silence before it, minus half
-    of what the unit's characters last. An utterance has the first unit's frame, its number of characters, the number
-    of all characters, and the loudness.
+    An utterance has the frame of each word's first unit [W] and the loudness [F]. The result is the delay, from 0 to
+    LATEST, that most often leads from the end of a pause to a word.
     """
-    delays = []
-    for frame, size, characters, loud in utterances:
-        quiet = silences(loud)
-        onset = quiet[0, 1] if len(quiet) and quiet[0, 0] == 0 else 0
-        spoken = len(loud) - (quiet[:, 1] - quiet[:, 0]).sum()
-        delays.append(frame - onset - spoken * size / characters / 2)
-    return max(0.0, float(np.median(delays))) if len(delays) >= MEASURED else None
+    delays = np.arange(LATEST + 1)
+    score, pauses = np.zeros(len(delays)), 0
+    for first, loud in utterances:
+        for begin, end in silences(loud):
+            if end - begin >= PAUSE and end < len(loud) and len(first):
+                pauses += 1
+                score += (1 - np.abs(first[:, None] - end - delays) / WIDTH).max(axis=0).clip(0)
+    return int(score.argmax()) if pauses >= PAUSES else None

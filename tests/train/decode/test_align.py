@@ -41,16 +41,11 @@ def test_words_by_hand():
     frames, confidence = np.array([14, 22, 40, 45, 52, 70]), np.array([0.5, 0.7, 0.9, 0.4, 1.0, 0.8])
     loud = sound((10, -10), (20, 0), (12, -10), (43, 0), (5, -10))
     words = words_of(text, spans, frames, confidence, loud)
-    # The silence from 0.30 to 0.42 s divides "Oh," from "a". Nothing divides "a" from "cat", so their units do.
-    assert bounds(words) == [("Oh,", 0.1, 0.3), ("a", 0.42, 0.48), ("cat", 0.48, 0.85)]
+    # The silence from 0.30 to 0.42 s divides "Oh," from "a". Nothing divides "a" from "cat", so its first unit does.
+    assert bounds(words) == [("Oh,", 0.1, 0.3), ("a", 0.42, 0.5), ("cat", 0.5, 0.85)]
     assert [round(w.confidence, 3) for w in words] == [0.6, 0.4, 0.9]
     later = words_of(text, spans, frames + 25, confidence, loud, 0.25)
     assert bounds(later) == bounds(words)
-
-
-def test_longer_units_take_more_of_the_distance():
-    words = words_of("I saw", np.array([[0, 1], [1, 5]]), np.array([10, 50]), np.ones(2), sound((90, 0)))
-    assert [w.start_s for w in words] == pytest.approx([0.0, 0.2])  # a quarter of the distance, by 1 and 3 characters
 
 
 def test_a_closure_is_no_silence():
@@ -62,7 +57,7 @@ def test_a_closure_is_no_silence():
 
 def test_a_word_without_units_has_no_time_and_the_end_is_the_audios():
     words = words_of("hm — yes", np.array([[0, 2], [4, 8]]), np.array([0, 36]), np.ones(2), sound((37, 0)))
-    assert bounds(words) == [("hm", 0.0, 0.14), ("yes", 0.14, 0.37)]
+    assert bounds(words) == [("hm", 0.0, 0.34), ("yes", 0.34, 0.37)]
 
 
 @pytest.mark.parametrize("frames", [2, 7, 40, 1000])
@@ -91,12 +86,21 @@ def test_the_expected_frame_is_that_of_the_best_place():
     assert confidence.tolist() == [0.5, 0.6]
 
 
-def test_the_delay_is_measured_at_the_first_words():
-    # 10 characters last 60 frames of sound, so the first unit, of 2 characters, is expected 6 frames after the silence.
-    loud = sound((30, -10), (60, 0), (20, -10))
-    assert measured_delay([(30 + 6 + 25.0, 2, 10, loud)] * 5) == 25
-    assert measured_delay([(30.0, 2, 10, loud)] * 5) == 0  # a model may be early, but its delay is none
-    assert measured_delay([(61.0, 2, 10, loud)] * 4) is None
+@pytest.mark.parametrize("delay", [0, 4, 28, 55])
+def test_the_delay_is_measured_at_the_pauses(delay: int):
+    # Words follow each other faster than the largest delay, and pauses are shorter than it.
+    rng = np.random.default_rng(delay)
+    utterances = []
+    for _ in range(14):
+        parts, first, at = [], [], 0
+        for _ in range(6):
+            length, pause = int(rng.integers(12, 40)), int(rng.integers(10, 25)) * int(rng.random() < 0.5)
+            parts += [(pause, -10), (length, 0)]
+            first.append(at + pause + delay + rng.normal(0, 2))
+            at += pause + length
+        utterances.append((np.array(first), sound(*parts)))
+    assert measured_delay(utterances) == pytest.approx(delay, abs=2)
+    assert measured_delay(utterances[:1]) is None  # too few pauses
 
 
 ALIGNMENT = Alignment("utt-1", 0.5, [Word("Oh,", 0.04, 0.12, 0.61), Word('"a', 0.12, 0.16, 0.4)])
