@@ -73,8 +73,8 @@ def _flaw(path: Path, size: int, _: int, kind: str, frames: int, rate_hz: int, s
             return _sphere_flaw(source, size, read_s)
         if kind == "MP3" and scan:
             return _mp3_flaw(source, read_s, rate_hz)
-        if kind == "FLAC" and scan:
-            return _flac_flaw(source, read_s)
+        if kind == "FLAC":
+            return _flac_flaw(source, size, read_s, rate_hz, scan)
     return None
 
 
@@ -85,7 +85,7 @@ def _size_flaw(begin: int, promised: int, size: int, read_s: float) -> str | Non
         if there and not read_s:
             return "its header promises no sound, as a program leaves it that writes to a pipe"
         return None
-    if promised <= there or not read_s:
+    if promised <= there or not there or not read_s:
         return None
     promised_s = read_s * promised / there
     return _cut(promised_s, read_s) if promised_s - read_s > SLACK_S else None
@@ -106,7 +106,7 @@ def _chunk_flaw(source: BinaryIO, layout: _Chunks, size: int, read_s: float) -> 
         name, length = layout.head.unpack(source.read(layout.head.size))
         begin, length = at + layout.head.size, length - layout.own
         if name == b"ds64":
-            large = struct.unpack("<8xQ", source.read(16))[0]
+            large = int.from_bytes(source.read(16)[8:], "little")
         if name == layout.samples:
             promised = large if large and length == 0xFFFFFFFF else length
             if flaw := _size_flaw(begin, promised, size, read_s):
@@ -173,15 +173,72 @@ def _pages(data: bytes) -> Iterator[int]:
             yield match.start()
 
 
-def _flac_flaw(source: BinaryIO, read_s: float) -> str | None:
-    """Search for a second stream behind the first. Its mark is the head of a STREAMINFO block."""
+def _flac_flaw(source: BinaryIO, size: int, read_s: float, rate_hz: int, scan: bool) -> str | None:
+    """Look where the last frame ends, and search for the head of a second stream."""
+    source.seek(8)
+    smallest, largest = struct.unpack(">HH", source.read(4).rjust(4, b"\0"))
+    source.seek(max(0, size - (1 << 17)))
+    end_s = _flac_end(source.read(), smallest if smallest == largest else 0) / rate_hz
+    if 0 < end_s < read_s - SLACK_S:
+        return _cut(read_s, end_s)
+    if end_s > read_s + SLACK_S:
+        return _longer(read_s, f"its frames hold {end_s:.3f} s")
     source.seek(4)
     before = b""
-    while block := source.read(1 << 20):
+    while scan and (block := source.read(1 << 20)):
         if re.search(rb"fLaC[\0\x80]\0\0\x22", before + block):
             return _longer(read_s, "several streams stand one after the other")
         before = block[-7:]
     return None
+
+
+def _crc8(byte: int) -> int:
+    for _ in range(8):
+        byte = (byte << 1 ^ (0x107 if byte & 0x80 else 0)) & 0xFF
+    return byte
+
+
+_CRC8 = [_crc8(byte) for byte in range(256)]
+
+
+def _flac_end(data: bytes, block: int) -> int:
+    """Return the sample behind the last frame, or 0 if that is unknown. `block` is the size of all blocks but the last.
+
+    Sound can look like the head of a frame, so a head counts only if its frame follows on another one, or is the first.
+    """
+    heads = [
+        head for match in re.finditer(rb"\xff[\xf8\xf9]", data) if (head := _flac_head(data, match.start(), block))
+    ]
+    ends = {end for _, end in heads}
+    return max((end for begin, end in heads if begin in ends or begin == 0), default=0)
+
+
+def _flac_head(data: bytes, at: int, block: int) -> tuple[int, int] | None:
+    """Return (first sample, sample behind the last) of the frame whose head is there. None: there is none."""
+    head = data[at : at + 16]
+    if len(head) < 6 or head[2] >> 4 == 0 or head[2] & 15 == 15 or head[3] >> 4 > 10 or head[3] & 1:
+        return None
+    ones = 8 - (head[4] ^ 0xFF).bit_length()  # The number is coded as in UTF-8, with up to 36 bits.
+    width = max(1, ones)
+    if ones in (1, 8) or any(byte >> 6 != 2 for byte in head[5 : 4 + width]):
+        return None
+    number = head[4] & (0x7F >> ones)
+    for byte in head[5 : 4 + width]:
+        number = number << 6 | byte & 0x3F
+    code, more = head[2] >> 4, 4 + width
+    if code in (6, 7):
+        size = 1 + int.from_bytes(head[more : more + code - 5], "big")
+        more += code - 5
+    else:
+        size = 192 if code == 1 else 576 << code - 2 if code < 6 else 256 << code - 8
+    more += {12: 1, 13: 2, 14: 2}.get(head[2] & 15, 0)
+    crc = 0
+    for byte in head[:more]:
+        crc = _CRC8[crc ^ byte]
+    if more >= len(head) or crc != head[more]:
+        return None
+    begin = number if head[1] & 1 else number * block
+    return (begin, begin + size) if head[1] & 1 or block else None
 
 
 # MPEG audio: kbit/s by (version 1?, layer) and samples of a frame.

@@ -194,7 +194,7 @@ class _LhotseReader:
         if self.segments.get(id) == place:
             self.result.note("supervisions that several cuts show are imported once")
             return
-        path, own = _channel(recording, item.get("channel", channel))
+        path, own = _channel(recording, channel if item.get("channel") is None else item["channel"])
         # A cut's edges are rounded to samples, and with them a start of 0.
         start_s = 0.0 if -1e-3 < place[0] < 0 else place[0]
         placed = self.result.placed(path, recording.length, start_s, duration=float(length), channel=own)
