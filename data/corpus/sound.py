@@ -40,6 +40,7 @@ class SoundCheck:
 
     def utterance(self, path: Path, where: str, u: Utterance) -> Iterator[Problem]:
         """Yield what is wrong with the audio of an utterance. What is wrong with a file is yielded once."""
+        flaw: str | None = None
         try:
             with open_audio(path) as file:
                 own_hz, total = file.samplerate, file.frames
@@ -51,9 +52,7 @@ class SoundCheck:
                 if flaw is not None:
                     yield "audio", f"{path}: {flaw}", REMEDY
                 if total == 0:
-                    if flaw is None:
-                        raise AudioError("it holds no audio", remedy=RESTORE)
-                    return
+                    raise AudioError("it holds no audio", remedy=RESTORE)
                 if u.channel is not None and u.channel >= file.channels:
                     raise no_such_channel(u.channel, file.channels, path)
                 if u.channel is None and file.channels > 1:
@@ -69,7 +68,7 @@ class SoundCheck:
                     end = min(total, end)
                     tail = max(end - int(0.1 * own_hz), begin)
                     file.seek(tail)
-                    if len(file.read(end - tail, dtype="float32")) != end - tail and flaw is None:
+                    if len(file.read(end - tail, dtype="float32")) != end - tail:
                         raise AudioError("the audio ends early", where=path)
             if self.full:
                 samples, _ = read_channels(path, u.start_s, u.duration_s, u.channel, whole=False)
@@ -77,8 +76,12 @@ class SoundCheck:
                 if samples.shape[1] == 2 and (alike := _alikeness(samples, own_hz)) is not None and alike < ALIKE:
                     self._sides.append(u.id)
         except AudioError as e:
+            if flaw is not None:
+                return  # That the file is cut off says why it cannot be read.
             yield "audio" if os.path.exists(path) else "missing", f"{path}: {e.what}", e.remedy or RESTORE
         except (soundfile.SoundFileError, RuntimeError) as e:
+            if flaw is not None:
+                return
             yield "audio", f"{path}: the audio is damaged: {getattr(e, 'error_string', e)}", RESTORE
 
     def other_rates(self, expected: int | None) -> Iterator[tuple[str, str, str, str]]:

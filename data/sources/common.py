@@ -52,6 +52,7 @@ class Imported:
         self._orders: dict[str, str] = {}
         self.places: dict[str, str] = {}  # where each id was read
         self._mixed: list[str] = []
+        self._recordings: dict[str, tuple[Path, set[Path]]] = {}
         try:
             self._pattern = re.compile(self.session_pattern) if self.session_pattern else None
         except re.error as e:
@@ -136,6 +137,13 @@ class Imported:
             raise CorpusError(what, remedy="change the pattern, or correct or delete the line")
         groups = match.groupdict()
         return groups["session"] or session, groups.get("order") or order
+
+    def recording(self, name: str, audio: Path, source: Path, split: str | None) -> str:
+        """Return the session of a recording: its name, or SPLIT/name if another source has other audio of that name."""
+        owner, files = self._recordings.setdefault(name, (source, set()))
+        if owner == source:
+            files.add(audio)
+        return name if audio in files else f"{split or source.stem}/{name}"
 
     def placed(
         self,

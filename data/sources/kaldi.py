@@ -176,7 +176,9 @@ class _DataDirectory:
 
     def _recording(self, recording: str, entry: str) -> dict[str, Any]:
         path, channel, length = self._audio(recording, entry)
-        session, order = self.result.session(recording, self.file_of.get(recording))
+        session = self.file_of.get(recording)
+        session = session and self.result.recording(session, path, self.path, self.split)
+        session, order = self.result.session(recording, session)
         return self.result.placed(path, length, channel=channel) | {"session": session, "order": order}
 
     def _segment(self, utterance: str, rest: str) -> dict[str, Any]:
@@ -198,7 +200,8 @@ class _DataDirectory:
         if len(fields) == 4:
             channel = int(fields[3])
         placed = self.result.placed(path, length, begin, None if end == -1 else end, channel=channel)
-        session, order = self.result.session(utterance, self.file_of.get(recording, recording), by_time(begin))
+        session = self.result.recording(self.file_of.get(recording, recording), path, self.path, self.split)
+        session, order = self.result.session(utterance, session, by_time(begin))
         return placed | {"session": session, "order": order}
 
     def _add(self, where: str, utterance: str, duration_s: float, **fields: Any) -> None:

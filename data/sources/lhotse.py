@@ -42,7 +42,8 @@ def import_lhotse(sources: Sequence[tuple[str | None, Path]], manifest: Path, **
     sessions = _several(source for _, source, kind in kinds if kind != "recordings")
     recordings: dict[str, _Recording | AudioError] = {}
     for split, source, kind in sorted(kinds, key=lambda item: item[2] != "recordings"):
-        reader = _LhotseReader(source, split, sessions, recordings, result)
+        # Cuts bring their own recordings, whose ids other files may have for other audio.
+        reader = _LhotseReader(source, split, sessions, {} if kind == "cuts" else recordings, result)
         for where, entry in result.objects(source):
             if kind == "recordings":
                 reader.recording(entry, where)
@@ -89,7 +90,7 @@ def _several(sources: Iterator[Path]) -> bool:
 
 
 class _LhotseReader:
-    """The lines of one file. `recordings` are shared by all files."""
+    """The lines of one file. `recordings` are those that are known by their ids."""
 
     def __init__(
         self,
@@ -101,6 +102,8 @@ class _LhotseReader:
     ) -> None:
         self.split, self.sessions, self.recordings, self.result = split, sessions, recordings, result
         self.entries = WavEntries(result, result.files(source.parent, source.absolute().parent))
+        self.source = source
+        self.sources: dict[str, Any] = {}
         self.segments: dict[str, tuple[float, float]] = {}
 
     def recording(self, entry: dict[str, Any], where: str) -> None:
@@ -109,8 +112,12 @@ class _LhotseReader:
         if not isinstance(id, str):
             self.result.finding("line", where, "a recording without an id")
             return
+        before = self.recordings.get(id)
         try:
-            self.recordings[id] = self._read(id, entry)
+            self.recordings[id] = found = self._read(id, entry)
+            if isinstance(before, _Recording) and before.channels != found.channels:
+                remedy = "import each set with a command of its own"
+                raise AudioError(f"two recordings with other audio have the id {id}", where=where, remedy=remedy)
         except AudioError as e:
             self.recordings[id] = AudioError(e.what, where=e.where or where, expected=e.expected, remedy=e.remedy)
 
@@ -165,7 +172,8 @@ class _LhotseReader:
         if not isinstance(listed, list) or not listed:
             self.result.finding("empty-text", where, "a cut without supervisions", name, "transcribe it or delete it")
             return
-        if recording["id"] not in self.recordings:
+        if recording["id"] not in self.recordings or self.sources[recording["id"]] != recording.get("sources"):
+            self.sources[recording["id"]] = recording.get("sources")
             self.recording(recording, where)
         for item in listed:
             if isinstance(item, dict):
@@ -198,7 +206,9 @@ class _LhotseReader:
         # A cut's edges are rounded to samples, and with them a start of 0.
         start_s = 0.0 if -1e-3 < place[0] < 0 else place[0]
         placed = self.result.placed(path, recording.length, start_s, duration=float(length), channel=own)
-        session, order = (recording.id, by_time(start_s)) if self.sessions else (None, "")
+        session, order = None, ""
+        if self.sessions:
+            session, order = self.result.recording(recording.id, path, self.source, self.split), by_time(start_s)
         session, order = self.result.session(id, session, order)
         self.segments[id] = place
         custom, speaker = item.get("custom"), item.get("speaker")

@@ -367,3 +367,41 @@ def test_text_files_of_one_name(tmp_path: Path) -> None:
     name = str(tmp_path).strip("/")
     assert ids(result) == sorted(["tale-1", *(f"{name}/{d}/story-{n}" for d in "ab" for n in (1, 2))])
     assert len({u.session for u in result.utterances}) == 3
+
+
+def test_recordings_of_one_name_in_two_sources(tmp_path: Path, tone: Tone) -> None:
+    """Sessions must not join two recordings, and a cut must not be read from the recording of another set."""
+    kaldi: list[tuple[str | None, Path]] = []
+    cuts: list[tuple[str | None, Path]] = []
+    sets: list[tuple[str | None, Path]] = []
+    for k, split in enumerate(("train", "dev")):
+        audio = tone(tmp_path / split / "0001.wav", 2.0, 300 + 100 * k)
+        names = [f"{split}-{n}" for n in range(2)]
+        data = tmp_path / split
+        (data / "wav.scp").write_text(f"0001 {audio}\n")
+        (data / "segments").write_text("".join(f"{n} 0001 {k} {k + 1}\n" for k, n in enumerate(names)))
+        (data / "text").write_text("".join(f"{n} words\n" for n in names))
+        kaldi.append((split, data))
+        recording = {"id": "0001", "sources": [{"type": "file", "channels": [0], "source": str(audio)}]}
+        supervisions = [
+            {"id": n, "recording_id": "0001", "start": k, "duration": 1, "text": "x"} for k, n in enumerate(names)
+        ]
+        cut = {"id": split, "type": "MonoCut", "start": 0, "duration": 2, "channel": 0, "recording": recording}
+        (data / "cuts.jsonl").write_text(json.dumps({**cut, "supervisions": supervisions}) + "\n")
+        (data / "recordings.jsonl").write_text(json.dumps(recording) + "\n")
+        (data / "supervisions.jsonl").write_text("".join(json.dumps(s) + "\n" for s in supervisions))
+        cuts.append((split, data / "cuts.jsonl"))
+        sets += [(split, data / "recordings.jsonl"), (split, data / "supervisions.jsonl")]
+    for result in (import_kaldi(kaldi, tmp_path / "c.jsonl"), import_lhotse(cuts, tmp_path / "c.jsonl")):
+        assert [(u.id, u.audio, u.session) for u in result.utterances] == [
+            ("train-0", "train/0001.wav", "0001"),
+            ("train-1", "train/0001.wav", "0001"),
+            ("dev-0", "dev/0001.wav", "dev/0001"),
+            ("dev-1", "dev/0001.wav", "dev/0001"),
+        ]
+    both = import_lhotse(sets, tmp_path / "c.jsonl")
+    assert both.utterances == []
+    assert {f.what.split(": ")[-1] for f in both.findings} == {"two recordings with other audio have the id 0001"}
+    # One recording whose parts are in two sets stays one session.
+    (tmp_path / "dev" / "wav.scp").write_text(f"0001 {tmp_path}/train/0001.wav\n")
+    assert {u.session for u in import_kaldi(kaldi, tmp_path / "c.jsonl").utterances} == {"0001"}
