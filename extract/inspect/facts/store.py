@@ -177,9 +177,12 @@ def _committed(store: Store, item: WorkItem) -> bool:
 
 
 def unopened(path: Path, error: StoreError) -> Verified:
-    """Return the damaged records that explain why a store does not open. Raises `error` if there are none."""
+    """Return the damaged records that explain why a store does not open. Raises the error if there are none."""
     files = open_files(path)
     if not (damaged := damaged_records(Paths(files))):
+        if "inspect verify" in (error.remedy or "") or "damaged" in error.what:  # `verify` does not advise itself.
+            remedy = "restore this file from a backup, or extract into a new store"
+            raise type(error)(error.what, where=error.where, expected=error.expected, remedy=remedy) from error
         raise error
     return Verified(files.address, complete=False, units=0, units_planned=0, data=0.0, findings=damaged)
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ from ..format.plan import WorkItem
 from ..reader import Store
 from ..views import View
 from .arrays import array_damage, table_chunk_damage
+from .numbers import corpus_numbers, teacher_numbers
 from .sums import Arrays, Damage, committed_layers, item_damage, norm_damage, record_damage, table_damage, token_damage
 
 
@@ -42,6 +45,11 @@ _REPAIR = "stillhouse inspect verify STORE --data --repair extracts just this ag
 _RECORD = "restore this file from a backup, or extract into a new store"
 _UNREADABLE = (StillhouseError, OSError, ValueError)
 _ROW_ARRAYS = ("start", "length", "token_id", "span")  # While these are damaged, rows lead to no utterance.
+
+
+def _said(error: Exception) -> str:
+    """Return what an error says, without its remedy: that would be this check."""
+    return error.what if isinstance(error, StillhouseError) else str(error)
 
 
 def _finding(damage: Damage, remedy: str | None = None) -> StoreFinding:
@@ -65,7 +73,11 @@ def findings(
     yield from damaged_records(store.paths)
     tables = [_finding(d) for d in table_damage(store)]
     yield from tables or _check_index(store)
+    wrong = plan_findings(store)
+    yield from chain(*wrong.values())
     for name in store.plan.teachers:
+        if wrong[name]:
+            continue  # Rows and states would be looked for in wrong places.
         damage = list(token_damage(store, name))
         yield from (_finding(d) for d in damage)
         unusable: list[StoreFinding] = [_finding(d) for d in damage if d.array in _ROW_ARRAYS]
@@ -81,6 +93,20 @@ def findings(
 def damaged_records(paths: Paths) -> list[StoreFinding]:
     """Return findings for JSON files that are not what was written. The store need not open."""
     return [StoreFinding(what, str(path), _RECORD) for what, path in record_damage(paths)]
+
+
+def plan_findings(store: Store) -> dict[str, list[StoreFinding]]:
+    """Return findings for numbers of store.json that do not fit the arrays, by teacher, and of the corpus by "".
+
+    Arrays whose metadata is damaged are other findings.
+    """
+    found: dict[str, list[StoreFinding]] = {}
+    for name in ("", *store.plan.teachers):
+        found[name] = []
+        with suppress(*_UNREADABLE, LookupError):
+            for what in teacher_numbers(store, name) if name else corpus_numbers(store):
+                found[name].append(StoreFinding(what, str(store.paths.store_json), _RECORD))
+    return found
 
 
 def damaged_items(
@@ -110,7 +136,7 @@ def _check_index(store: Store) -> Iterator[StoreFinding]:
         for what, file in table_chunk_damage(store.paths, editions, len(store.index)):
             yield StoreFinding(what, str(file), _ANEW)
     except (*_UNREADABLE, IndexError) as e:
-        yield StoreFinding(f"the index of utterances cannot be read: {e}", where, _ANEW)
+        yield StoreFinding(f"the index of utterances cannot be read: {_said(e)}", where, _ANEW)
 
 
 def _check_tokens(store: Store, name: str) -> Iterator[StoreFinding]:
@@ -119,7 +145,7 @@ def _check_tokens(store: Store, name: str) -> Iterator[StoreFinding]:
         length, start, token_id = (RawArray(store.paths, name, a).read() for a in ("length", "start", "token_id"))
         live = np.flatnonzero(store.lengths(name) > 0)
     except _UNREADABLE as e:
-        yield StoreFinding(f"the tokens cannot be read: {e}", str(store.paths.data / name), _ANEW)
+        yield StoreFinding(f"the tokens cannot be read: {_said(e)}", str(store.paths.data / name), _ANEW)
         return
     for shard in store.plan.shards(name):
         rows = length[shard.first : shard.last].astype(np.int64)
@@ -210,7 +236,7 @@ def _check_file(
         try:
             scale = _scales(store, view, item, bool(data))
         except _UNREADABLE as e:
-            yield StoreFinding(f"its scales cannot be read: {e}", place, _REPAIR)
+            yield StoreFinding(f"its scales cannot be read: {_said(e)}", place, _REPAIR)
             return
     if not data:
         return
