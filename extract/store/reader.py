@@ -157,19 +157,22 @@ class Store:
 
         Returns:
             Packed arrays without padding, in the order of `ids`: `states[view]` is [N, D], with N the tokens of all
-            `ids` together.
+            `ids` together. Teachers that were refreshed apart may have other texts of an utterance: see `same_text`.
 
         Raises:
             NoStoreError: an id or view is unknown, or not extracted yet; names the utterances.
-            StaleError: teachers have other texts of an utterance, because one of them has not been refreshed.
             StoreError: stored bytes are damaged; names the view and the utterance.
         """
         if dtype not in (None, "float32", "float16"):
             raise UsageError(f"states as {dtype!r}", expected="float32, float16 or None")
         batch = Gathered({}, {}, {}, {})
+        rows_of: dict[int, np.ndarray] = {}  # by edition: most teachers share one
         try:
-            for name, rows in self._rows_of_teachers(ids, list(dict.fromkeys(v.teacher for v in views))).items():
-                t = self._teacher_rows(name)
+            for name in dict.fromkeys(v.teacher for v in views):
+                t, edition = self._teacher_rows(name), self.plan.edition(name)
+                if edition not in rows_of:
+                    rows_of[edition] = self.rows(ids, name)
+                rows = rows_of[edition]
                 ranges = t.ranges(rows)
                 batch.lengths[name] = t.length[rows]
                 batch.token_id[name], batch.span[name] = t.tokens(t.token_id, ranges), t.tokens(t.span, ranges)
@@ -182,15 +185,6 @@ class Store:
             self._explain(error)
             raise error from None
         return batch
-
-    def _rows_of_teachers(self, ids: Sequence[str], teachers: Sequence[str]) -> dict[str, np.ndarray]:
-        edition = {name: self.index_of(name).edition for name in teachers}  # Most teachers share one.
-        rows_of = {e: self.rows(ids, name) for e, name in {e: name for name, e in edition.items()}.items()}
-        if len(rows_of) > 1 and not (same := self.same_text(ids, teachers)).all():
-            what = f"{' and '.join(teachers)} have other texts of {first_few([ids[i] for i in np.flatnonzero(~same)])}"
-            remedy = "stillhouse extract CORPUS STORE --refresh, with the teacher that is behind"
-            raise StaleError(what, where=self.address, remedy=remedy)
-        return {name: rows_of[e] for name, e in edition.items()}
 
     def stored_rows(self, rows: np.ndarray, view: View) -> tuple[np.ndarray, np.ndarray | None]:
         """Return stored states by row, also of dead rows. The caller knows that their shards are committed."""
