@@ -38,15 +38,16 @@ class Store:
 
     Arguments:
         path: a folder, s3://BUCKET/PREFIX, or files that are open already. `address` has it as one would type it.
-        checksums: compare every utterance that `gather` reads with its stored crc32c.
+        checksums: compare every utterance that `gather` reads with its stored crc32c. None: where the store is in an
+            object store. What differs there is fetched again before it is an error.
     """
 
-    def __init__(self, path: str | Path | StoreFiles, checksums: bool = False) -> None:
-        self._source, self.checksums = path, checksums
+    def __init__(self, path: str | Path | StoreFiles, checksums: bool | None = None) -> None:
+        self._source, self._asked_checksums = path, checksums
         self._read_plan()
 
     @classmethod
-    def open(cls, path: str | Path | StoreFiles, checksums: bool = False) -> Store:
+    def open(cls, path: str | Path | StoreFiles, checksums: bool | None = None) -> Store:
         """Open a store.
 
         Raises:
@@ -59,6 +60,8 @@ class Store:
         self.plan = plans.read_plan(open_files(self._source))
         self.paths, self.address = self.plan.paths, self.plan.paths.files.address
         self.path = Path(self.address)
+        asked = self._asked_checksums
+        self.checksums = self.paths.files.is_copied if asked is None else asked
         self._states = StateReader(self.paths, self.checksums)
         self._committed = CommittedWork(self.plan)
         self._teachers: dict[str, TeacherRows] = {}
@@ -78,7 +81,7 @@ class Store:
         self._states.handles.unmap()
 
     def __reduce__(self) -> tuple:
-        return (Store, (self.path, self.checksums))
+        return (Store, (self.path, self._asked_checksums))
 
     def __repr__(self) -> str:
         return display.store_text(self)
@@ -181,7 +184,7 @@ class Store:
                     self._require_committed(view, rows, ranges)
                 batch.states.update(self._states.read(t, axes, rows, ranges, dtype, allocate or BATCH_BUFFERS.empty))
         except (StoreError, DamagedRowError) as e:
-            error = e if isinstance(e, StoreError) else self._damaged(e)
+            error = e if isinstance(e, StoreError) else e.named(self.index.id(e.row))
             self._explain(error)
             raise error from None
         return batch
@@ -191,12 +194,7 @@ class Store:
         try:
             return self._states.stored(self._teacher_rows(view.teacher), view, self.axes(view), rows)
         except DamagedRowError as e:
-            raise self._damaged(e) from None
-
-    def _damaged(self, error: DamagedRowError) -> StoreError:
-        where = f"{error.view} {self.index.id(error.row)}"
-        remedy = "stillhouse inspect verify STORE names all that is damaged"
-        return StoreError("stored bytes are damaged", where=where, remedy=remedy)
+            raise e.named(self.index.id(e.row)) from None
 
     def has(self, ids: Sequence[str], view: View) -> np.ndarray:
         """Return which utterances are committed in this view, bool [B]."""
@@ -310,10 +308,10 @@ class Store:
         rows, t = self.index_of(teacher).rows(ids), self._teacher_rows(teacher)
         return np.where(rows < 0, -1, t.shard_of(np.maximum(rows, 0)))
 
-    def shard_of(self, teacher: str, row: int) -> int:
-        """Return the shard that a row of this teacher lies in."""
+    def shard_of(self, teacher: str, rows: int | np.ndarray) -> np.ndarray:
+        """Return the shard that each row of this teacher lies in, int64 [B]."""
         t = self._teacher_rows(teacher)
-        return int(t.start[row]) // t.shard_rows
+        return t.start[rows] // t.shard_rows
 
     def text_hash(self, ids: Sequence[str], teacher: str | None = None) -> np.ndarray:
         """Return hashes (`hash_text`) of the raw texts that were extracted (by `teacher`), uint64 [B]."""
@@ -356,9 +354,9 @@ class Store:
         ranges = t.ranges(rows)
         return t.length[rows], t.tokens(t.token_id, ranges), t.tokens(t.span, ranges)
 
-    def row_length(self, teacher: str, row: int) -> int:
-        """Return the tokens of a row, dead or not."""
-        return int(self._teacher_rows(teacher).length[row])
+    def row_lengths(self, teacher: str, rows: np.ndarray) -> np.ndarray:
+        """Return the tokens of rows, dead or not, int32 [B]."""
+        return self._teacher_rows(teacher).length[rows]
 
     # --- the teacher's input ---
 

@@ -146,6 +146,7 @@ class Verified:
     behind: dict[str, int] = field(default_factory=dict)  # {teacher: utterances}, as of views
     work_items: int = 0  # committed, as `extract --status` counts them
     work_items_planned: int = 0
+    renewed: list[str] = field(default_factory=list)  # objects whose copies in the cache were damaged: fetched again
 
 
 def verified(store: Store, data: float = 0.0, on_progress: Callable[[WorkItem], None] | None = None) -> Verified:
@@ -169,6 +170,7 @@ def verified(store: Store, data: float = 0.0, on_progress: Callable[[WorkItem], 
         behind=late,
         work_items=sum(_committed(store, item) for item in items),
         work_items_planned=len(items),
+        renewed=list(store.paths.files.renewed),
     )
 
 

@@ -126,6 +126,7 @@ def _shown_teacher(t: ShownTeacher) -> str:
 def verified(v: Verified) -> str:
     lines = [f"{m.how}: {m.unit} ({'; '.join(f.what for f in m.findings)})" for m in v.mended]
     lines += [f"{f.where}: {f.what}; {f.remedy}" for f in v.findings]
+    lines += [f"{place}: the copy in the cache was damaged; it has been fetched again" for place in v.renewed]
     read = f", {v.data:.4g} of their utterances read" if v.data else ", states not read (--data reads them)"
     if v.data >= 1:
         read = ", every byte of them read"
