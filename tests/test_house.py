@@ -46,7 +46,7 @@ LAYERS = {
         "sources doctor",
         "commands",
     ],
-    "extract": ["store", "adapters teacher", "pipeline", "maintain", "inspect", "commands"],
+    "extract": ["store", "adapters teacher", "speech", "pipeline", "maintain", "inspect", "commands"],
     "extract.store": [
         "disk",
         "remote",

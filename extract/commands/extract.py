@@ -189,13 +189,16 @@ def teacher() -> None:
 @click.option("--note", default="", help="Words about the model to keep beside the facts in its file.")
 @opt.flag("--json", "Print the teacher.json of the new folder.")
 def convert(source: Path, out: Path, note: str, as_json: bool) -> None:
-    """Convert SOURCE, a GGUF file or a model's folder, to the folder OUT, which --teacher loads at once.
+    """Convert SOURCE to the folder OUT, which --teacher loads at once.
 
+    SOURCE is a GGUF file, a model's folder, or the folder of a CTranslate2 Whisper, as faster-whisper uses.
     Quantised weights become the float32 numbers that they stand for. Before OUT appears, its hidden states and its
-    tokenizer are compared with the source's, bit by bit. OUT/teacher.json has the facts. GGUF needs the extra gguf.
+    tokenizer, or the weights of a Whisper, are compared with the source's, bit by bit. OUT/teacher.json has the facts.
+    GGUF needs the extra gguf.
     """
+    from ..speech.convert import convert_whisper, is_ctranslate2
     from ..teacher.convert import convert as run
     from ..teacher.convert import render as render_facts
 
-    facts = run(source, out, note)
+    facts = (convert_whisper if is_ctranslate2(source) else run)(source, out, note)
     click.echo(json.dumps(facts.as_json(), indent=1, ensure_ascii=False) if as_json else render_facts(facts))

@@ -12,6 +12,8 @@ import os
 import re
 import shutil
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -27,7 +29,7 @@ from .model import FACTS, PICKLED, load_teacher, read_pretrained
 
 SCHEMA = "stillhouse.teacher/1"
 _PROBE_TEXTS = ("the cat sat on the mat, in 1984", "naïve Ünïcode 你好 😀")
-_LIBRARIES = ("torch", "transformers", "tokenizers", "gguf", "accelerate")
+LIBRARIES = ("torch", "transformers", "tokenizers", "gguf", "accelerate")
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class ConvertedTeacher:
     source: str
     files: dict[str, str]  # SHA-256 of each file of the source
     source_bytes: int
-    format: str  # "gguf" or "safetensors"
+    format: str  # "gguf", "safetensors" or "ctranslate2"
     tensor_types: dict[str, int]  # number of the source's tensors of each type
     quantised_bits: int | None
     instruct_tuned: bool
@@ -50,7 +52,7 @@ class ConvertedTeacher:
     dtype: str
     licence: str | None
     weights_hash: str
-    tokenizer_hash: str
+    tokenizer_hash: str | None  # None for a speech encoder, which needs no tokenizer
     versions: dict[str, str]
 
     def as_json(self) -> dict[str, Any]:
@@ -87,6 +89,16 @@ def convert(source: Path, out: Path, note: str = "") -> ConvertedTeacher:
     Raises LockedError, UsageError if `out` exists, or TeacherError if the source cannot be read or the result differs.
     """
     model = _find(source)
+    with new_folder(out) as draft:
+        return _write(model, draft, note)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yield a folder to write into, which becomes `out` at the end if nothing is raised.
+
+    Raises LockedError, or UsageError if `out` exists.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError("it exists already", where=out, expected="the name of a new folder")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -96,14 +108,13 @@ def convert(source: Path, out: Path, note: str = "") -> ConvertedTeacher:
         try:
             for left in draft.iterdir():  # by a conversion that was killed
                 _remove(left)
-            facts = _write(model, draft, note)
+            yield draft
             sync(*draft.iterdir(), draft)
             os.rename(draft, out)
         except BaseException:
             _remove(draft)
             raise
     sync(out.parent)
-    return facts
 
 
 def _remove(path: Path) -> None:
@@ -179,10 +190,9 @@ def _write(source: _Source, folder: Path, note: str) -> ConvertedTeacher:
         licence=licence,
         weights_hash=written.weights_hash(),
         tokenizer_hash=written.tokeniser.hash,
-        versions={library: version(library) for library in _LIBRARIES if find_spec(library)},
+        versions={library: version(library) for library in LIBRARIES if find_spec(library)},
     )
-    (folder / FACTS).write_text(json.dumps(facts.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_readme(facts), encoding="utf-8")
+    write_facts(facts, folder)
     return facts
 
 
@@ -229,19 +239,33 @@ def render(facts: ConvertedTeacher) -> str:
         f"model        {facts.architecture}, {facts.depth} layers, {facts.width} wide, "
         f"{facts.parameters / 1e6:,.1f} M parameters in {facts.dtype}\n"
         f"from         {facts.source}, {facts.source_bytes / 1e6:,.1f} MB, tensors: {tensors}\n"
-        "checked      hidden states and tokenizer equal the source's, bit by bit"
+        f"checked      {_checked(facts)} equal the source's, bit by bit"
     )
+
+
+def _checked(facts: ConvertedTeacher) -> str:
+    return "all weights" if facts.tokenizer_hash is None else "hidden states and tokenizer"
+
+
+def write_facts(facts: ConvertedTeacher, folder: Path) -> None:
+    """Write teacher.json and README.md."""
+    (folder / FACTS).write_text(json.dumps(facts.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(_readme(facts), encoding="utf-8")
 
 
 def _readme(facts: ConvertedTeacher) -> str:
     licence = f" Licence, as the source states it: {facts.licence}." if facts.licence else ""
     files = "".join(f"- `{name}`: SHA-256 `{value}`\n" for name, value in facts.files.items())
+    kept = (
+        "a whole Whisper"
+        if facts.tokenizer_hash is None
+        else "the backbone and the tokenizer, but no language-modelling head"
+    )
     return f"""# {facts.name}
 
 {facts.about}.
 
-`stillhouse teacher convert` made this folder from {facts.source}. It has the backbone and the tokenizer,
-but no language-modelling head. Hidden states and tokenizer equal, bit by bit, those of the source.
-teacher.json has all facts.{licence}
+`stillhouse teacher convert` made this folder from {facts.source}. It has {kept}.
+Its {_checked(facts)} equal, bit by bit, those of the source. teacher.json has all facts.{licence}
 
 {files}"""

@@ -223,12 +223,17 @@ class Teacher:
         return sorted({k if k >= 0 else self.depth + 1 + k for k in asked})
 
     def weights_hash(self) -> str:
-        """Return the BLAKE2b of all weights in the order of their names. It does not depend on the files' layout."""
-        digest = hashlib.blake2b(digest_size=16)
-        for name, value in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        """Return the hash of the model's weights, by `hash_weights`."""
+        return hash_weights(self.model)
+
+
+def hash_weights(model: torch.nn.Module) -> str:
+    """Return the BLAKE2b of all weights in the order of their names. It does not depend on the files' layout."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _padded(rows: Sequence[np.ndarray], value: int) -> torch.Tensor:

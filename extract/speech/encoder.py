@@ -1,0 +1,293 @@
+"""A Hugging Face speech encoder: the hidden states of chosen layers over audio, one utterance in a pass.
+
+Guarantees: the state of layer k equals plain transformers' `hidden_states[k]` of the utterance alone. The model stops
+behind the highest layer asked for. At loading both ways run on some noise, and if they differ the plain way is
+used. No code of a model's repository runs, and no pickle is read.
+Try: `pytest tests/extract/speech/test_encoder.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...data.errors import AudioError, TeacherError, UsageError
+from ..teacher.model import hash_weights
+from .windows import audio_windows
+
+LONGEST_S = 60.0  # longer audio goes through in windows, because attention grows with the square of the length
+OVERLAP_S = 6.0
+SILENCE_S = 0.5  # behind the audio for Whisper, which expects silence there
+
+
+class _Enough(Exception):
+    """Raised by a hook before the first layer that is not needed."""
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How an encoder cuts audio into frames.
+
+    stride      samples between two frames
+    middle      the sample in the middle of frame 0
+    """
+
+    stride: int
+    middle: float
+
+
+def _convolved(config: Any, _: Any) -> Framing:
+    """wav2vec 2.0 and kin: convolutions over samples, without padding."""
+    stride, field = 1, 1
+    for kernel, step in zip(config.conv_kernel, config.conv_stride, strict=True):
+        field, stride = field + (kernel - 1) * stride, stride * step
+    return Framing(stride, (field - 1) / 2)
+
+
+def _centred_mel(step: Callable[[Any, Any], int]) -> Callable[[Any, Any], Framing]:
+    """Log-mel frames around every hop, of which convolutions take every `step`-th."""
+    return lambda config, extractor: Framing(extractor.hop_length * step(config, extractor), 0.0)
+
+
+def _stacked_mel(_: Any, extractor: Any) -> Framing:
+    """w2v-BERT 2.0: `stride` frames of 25 ms every 10 ms, side by side."""
+    hop, window = (round(extractor.sampling_rate * s) for s in (0.010, 0.025))
+    return Framing(hop * extractor.stride, (window - 1) / 2 + hop * (extractor.stride - 1) / 2)
+
+
+# By model_type: how it frames audio. What is not here is refused.
+FRAMINGS: dict[str, Callable[[Any, Any], Framing]] = {
+    **dict.fromkeys(
+        ("wav2vec2", "hubert", "wavlm", "data2vec-audio", "unispeech", "unispeech-sat", "wav2vec2-conformer"),
+        _convolved,
+    ),
+    "whisper": _centred_mel(lambda _, __: 2),
+    "wav2vec2-bert": _stacked_mel,
+    "parakeet_encoder": _centred_mel(lambda config, _: config.subsampling_factor),
+}
+
+
+def is_speech(config: Any) -> bool:
+    """Return whether a model of this configuration reads audio."""
+    return config.model_type in FRAMINGS or _inner(config) is not config
+
+
+def _inner(config: Any) -> Any:
+    """The configuration of the encoder inside a recogniser such as Parakeet's."""
+    inner = getattr(config, "encoder_config", None)
+    return inner if getattr(inner, "model_type", None) in FRAMINGS else config
+
+
+class SpeechEncoder:
+    """A loaded speech encoder.
+
+    depth           number of layers L; layer 0 is what goes into the first one
+    width           size D of a state
+    sample_rate_hz  rate of the samples that it takes
+    rate_hz         frames in a second
+    offset_s        time of the middle of frame 0
+    longest_s       longest audio that goes through whole; longer audio goes through in windows
+    """
+
+    def __init__(self, model: Any, extractor: Any, *, source: str, device: str = "cpu") -> None:
+        self.source, self.device, self._extractor = source, device, extractor
+        self.config = _inner(model.config)
+        self.kind: str = self.config.model_type
+        if self.kind not in FRAMINGS:
+            known = ", ".join(sorted(FRAMINGS))
+            raise TeacherError(f"a model of type {self.kind} is no known speech encoder", where=source, expected=known)
+        self.encoder = model.get_encoder() if self.kind in ("whisper", "parakeet_encoder") else model
+        self.encoder = self.encoder.to(device).eval()
+        if getattr(extractor, "dither", 0.0):
+            extractor.dither = 0.0  # it adds random numbers, and no two passes would give the same states
+        self.sample_rate_hz = int(extractor.sampling_rate)
+        self.framing = FRAMINGS[self.kind](self.config, extractor)
+        self.rate_hz = self.sample_rate_hz / self.framing.stride
+        self.offset_s = self.framing.middle / self.sample_rate_hz
+        self.longest_s = LONGEST_S
+        if self.kind == "whisper":
+            self._positions = self.encoder.embed_positions.weight.detach().clone()
+            self.longest_s = len(self._positions) * self.framing.stride / self.sample_rate_hz - SILENCE_S
+        self._lock = threading.Lock()
+        self._layers: list[torch.nn.Module] | None = None
+        self._last_is_normed = True  # whether a final normalisation is part of the last state
+        count = int(min(1.0, self.longest_s) * self.sample_rate_hz)
+        noise = np.random.default_rng(0).standard_normal(count).astype(np.float32) * 0.1
+        plain = self._plain(noise)
+        self.depth, self.width = len(plain) - 1, int(plain[-1].shape[-1])
+        self._layers = self._find_layers(noise, plain)
+
+    def states(self, samples: np.ndarray, layers: Sequence[int], *, id: str = "") -> np.ndarray:
+        """Return the states of an utterance, float32 [layers, T, D].
+
+        Arguments:
+            samples: float32 [S] in [-1, 1], at `sample_rate_hz`.
+            layers: numbers from 0 to `depth`.
+            id: the utterance's id, for errors.
+
+        Raises:
+            AudioError: the audio is too short for a frame, or the model's states are not finite.
+        """
+        for layer in layers:
+            if not 0 <= layer <= self.depth:
+                raise UsageError(f"layer {layer} of {self.source}", expected=f"0 to {self.depth}")
+        samples = np.ascontiguousarray(samples, np.float32)
+        most, overlap = (int(s * self.sample_rate_hz) for s in (self.longest_s, OVERLAP_S))
+        parts = []
+        for w in audio_windows(len(samples), most, overlap, self.framing.stride):
+            try:
+                found = self._run(samples[w.start : w.stop], layers)
+            except (RuntimeError, ValueError, IndexError) as e:
+                what = f"the encoder fails on {(w.stop - w.start) / self.sample_rate_hz:.3f} s of audio: {e}"
+                raise AudioError(what, where=id or self.source, expected="audio of at least a few frames") from None
+            parts.append(found[:, w.first : w.last])
+        states = np.concatenate(parts, axis=1)
+        if not states.shape[1] or not np.isfinite(states).all():
+            what = "states that are not finite" if states.shape[1] else "no frame: the audio is too short"
+            raise AudioError(f"the encoder gives {what}", where=id or self.source)
+        return states
+
+    def weights_hash(self) -> str:
+        """Return a hash of the weights, by name, and of the feature extractor's settings."""
+        settings = json.dumps(self._extractor.to_dict(), sort_keys=True, default=str)
+        return hashlib.blake2b(f"{settings}\n{hash_weights(self.encoder)}".encode(), digest_size=16).hexdigest()
+
+    def _run(self, samples: np.ndarray, layers: Sequence[int]) -> np.ndarray:
+        with self._lock:  # one pass at a time, because it hooks the layers
+            hidden = self._plain(samples) if self._layers is None else self._hooked(samples, set(layers))
+        return np.stack([hidden[k][0].float().cpu().numpy() for k in layers])
+
+    def _input(self, samples: np.ndarray) -> dict[str, torch.Tensor]:
+        """What the model takes, of one utterance."""
+        options: dict[str, Any] = {}
+        if self.kind == "whisper":
+            stride = self.framing.stride
+            frames = -(-len(samples) // stride) + int(SILENCE_S * self.sample_rate_hz) // stride
+            samples = np.pad(samples, (0, frames * stride - len(samples)))
+            options = {"padding": False}
+        found = self._extractor(samples, sampling_rate=self.sample_rate_hz, return_tensors="pt", **options)
+        return {k: v.to(self.device) for k, v in found.items()}
+
+    @contextlib.contextmanager
+    def _fitted(self, inputs: dict[str, torch.Tensor]) -> Iterator[None]:
+        """Whisper takes 30 s alone. With as many positions as this audio has frames, it takes this audio alone."""
+        if self.kind != "whisper":
+            yield
+            return
+        frames = inputs["input_features"].shape[-1] // 2
+        table = self.encoder.embed_positions
+        whole = (table.weight.data, table.num_embeddings, self.encoder.config.max_source_positions)
+        try:
+            table.weight.data, table.num_embeddings = self._positions[:frames].to(self.device), frames
+            self.encoder.config.max_source_positions = frames
+            yield
+        finally:
+            table.weight.data, table.num_embeddings, self.encoder.config.max_source_positions = whole
+
+    def _forward(self, samples: np.ndarray, **options: Any) -> Any:
+        inputs = self._input(samples)
+        with torch.inference_mode(), self._fitted(inputs):
+            return self.encoder(**inputs, **options)
+
+    def _frames(self, samples: np.ndarray) -> int | None:
+        """The frames that belong to the audio, of all that the model gives. None: all."""
+        if self.kind == "whisper":
+            return -(-len(samples) // self.framing.stride)
+        return None
+
+    def _plain(self, samples: np.ndarray) -> list[torch.Tensor]:
+        result = self._forward(samples, output_hidden_states=True)
+        kept = self._kept(result, samples)
+        return [h[:, :kept] for h in result.hidden_states]
+
+    def _kept(self, result: Any, samples: np.ndarray) -> int | None:
+        """How many frames belong to the audio. None: all."""
+        mask = getattr(result, "attention_mask", None)
+        return self._frames(samples) if mask is None else int(mask.sum())
+
+    def _hooked(self, samples: np.ndarray, layers: set[int]) -> dict[int, torch.Tensor]:
+        """Return the states of `layers` by number, without the layers behind the highest."""
+        assert self._layers is not None
+        found: dict[int, torch.Tensor] = {}
+        highest = max(layers)
+
+        def take(number: int) -> Callable[..., None]:
+            def hook(_: Any, args: tuple, kwargs: dict) -> None:
+                found[number] = args[0] if args else kwargs["hidden_states"]
+                if number == highest:
+                    raise _Enough
+
+            return hook
+
+        def last(_: Any, __: tuple, output: Any) -> None:
+            found[self.depth] = output[0] if isinstance(output, tuple) else output
+
+        with contextlib.ExitStack() as stack:
+            for number in layers - {self.depth}:
+                handle = self._layers[number].register_forward_pre_hook(take(number), with_kwargs=True)
+                stack.callback(handle.remove)
+            if self.depth in layers and not self._last_is_normed:
+                handle = self._layers[-1].register_forward_hook(last)
+                stack.callback(handle.remove)
+            result = None
+            with contextlib.suppress(_Enough):
+                result = self._forward(samples)
+        if self.depth in layers and self._last_is_normed:
+            assert result is not None
+            found[self.depth] = result.last_hidden_state
+        kept = self._kept(result, samples) if result is not None else self._frames_of(samples)
+        return {k: h[:, :kept] for k, h in found.items()}
+
+    def _frames_of(self, samples: np.ndarray) -> int | None:
+        """As `_kept`, for a pass that stopped early."""
+        if self.kind != "parakeet_encoder":
+            return self._frames(samples)
+        mask = self._input(samples)["attention_mask"]
+        return int(self.encoder._get_subsampling_output_length(mask.sum(-1)))
+
+    def _find_layers(self, noise: np.ndarray, plain: list[torch.Tensor]) -> list[torch.nn.Module] | None:
+        """The stack whose inputs are the hidden states, or None where no stack reproduces them."""
+        for module in self.encoder.modules():
+            if isinstance(module, torch.nn.ModuleList) and len(module) == self.depth:
+                self._layers = list(module)
+                for self._last_is_normed in (True, False):
+                    found = self._hooked(noise, set(range(self.depth + 1)))
+                    if all(k in found and torch.equal(found[k], plain[k]) for k in range(self.depth + 1)):
+                        return self._layers
+        return None
+
+
+def load_encoder(source: str, device: str = "cpu") -> SpeechEncoder:
+    """Load a speech encoder from a folder or by its name on the Hugging Face hub.
+
+    Raises:
+        TeacherError: it cannot be loaded, is no known speech encoder, or lacks its feature extractor.
+    """
+    from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
+
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as e:
+        raise TeacherError(f"cannot read its configuration: {e}", where=source) from None
+    if not is_speech(config):
+        raise TeacherError(
+            f"a model of type {config.model_type} is no speech encoder", where=source, expected=", ".join(FRAMINGS)
+        )
+    try:
+        extractor = AutoFeatureExtractor.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as e:
+        remedy = "copy preprocessor_config.json of the model into the folder"
+        raise TeacherError(f"it has no feature extractor: {e}", where=source, remedy=remedy) from None
+    try:
+        model = AutoModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError) as e:
+        raise TeacherError(f"cannot load its weights: {e}", where=source) from None
+    return SpeechEncoder(model, extractor, source=source, device=device)
