@@ -57,7 +57,8 @@ class LazyGroup(click.Group):
 
 EPILOG = """\b
 Exit codes: 0 done, 1 failed or findings, 2 usage, 3 some utterances failed,
-10 no store, 11 locked, 12 stale or incompatible, 130 interrupted."""
+10 no store, 11 locked, 12 stale or incompatible, 130 interrupted,
+143 stopped by SIGTERM or SIGUSR1: the same command resumes."""
 
 
 # Without `color`, click deletes terminal escapes from what goes into a pipe, and an id would be another one.
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run(args: list[str]) -> None:
-    from stillhouse.data.errors import StillhouseError
+    from stillhouse.data.errors import StillhouseError, StoppedError
 
     try:
         code = cli.main(args=args, prog_name="stillhouse", standalone_mode=False)
@@ -96,8 +97,12 @@ def _run(args: list[str]) -> None:
         e.show()
         sys.exit(e.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
+        words = [a for a in args if not a.startswith("-")]
+        resumes = words[:1] == ["extract"] or words[:2] == ["corpus", "features"]
+        click.echo("interrupted" + (". Repeat the command to resume." if resumes else ""), err=True)
         sys.exit(130)
+    except StoppedError as e:  # The command has said so.
+        sys.exit(e.exit_code)
     except Exception as e:
         if "--debug" in args or os.environ.get("STILLHOUSE_DEBUG"):
             import traceback

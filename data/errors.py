@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+STOPPED = 143  # the exit code after SIGTERM or SIGUSR1, of a command that resumes when it is repeated
+
 
 class StillhouseError(Exception):
     """Base of all errors of the package.
@@ -67,6 +69,12 @@ class AudioError(CorpusError):
 
 class FeatureError(StillhouseError):
     """A feature file is missing, damaged or made with other settings."""
+
+
+class StoppedError(StillhouseError):
+    """A signal stopped the work, which resumes when the command is repeated. The command has said so."""
+
+    exit_code = STOPPED
 
 
 class PartialError(StillhouseError):

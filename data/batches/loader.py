@@ -24,6 +24,8 @@ from ..manifest import Corpus, Utterance
 from ..units import Units
 from .sampler import BatchPlan, BatchSampler
 
+JOIN_S = 5.0  # A read from a slow disk does not keep a run from its end for longer. The thread ends after it.
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -176,4 +178,4 @@ def prefetch(
             yield item
     finally:
         stop.set()
-        thread.join()
+        thread.join(JOIN_S)

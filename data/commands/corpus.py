@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -271,16 +272,24 @@ def _show(facts: CorpusFacts, as_json: bool) -> None:
         click.echo(json.dumps(asdict(facts), ensure_ascii=False, indent=1))
         return
     click.echo(facts.path)
-    head = ("split", "utterances", "sessions", "speakers", "hours", "words", "seconds: min 10% 50% 90% max")
-    click.echo("{:16} {:>10} {:>8} {:>8} {:>8} {:>9}  {}".format(*head))
-    for name, part in [*facts.splits.items(), ("all", facts.total)]:
+    parts = [(name or "(none)", part) for name, part in [*facts.splits.items(), ("all", facts.total)]]
+    click.echo(f"{'split':16} {'utterances':>10} {'sessions':>8} {'speakers':>8} {'hours':>8} {'words':>9}")
+    for name, part in parts:
         numbers = f"{part.utterances:10} {part.sessions:8} {part.speakers:8} {part.hours:8.2f} {part.words:9}"
-        click.echo(f"{name or '(none)':16} {numbers}  {' '.join(f'{q:g}' for q in part.seconds_quantiles)}".rstrip())
+        click.echo(f"{name:16} {numbers}")
+    if facts.total.with_audio:
+        click.echo(f"\n{'seconds':16} {'min':>10} {'10%':>8} {'50%':>8} {'90%':>8} {'max':>9}")
+    for name, part in parts:
+        if part.seconds_quantiles:
+            numbers = " ".join(f"{q:{width}g}" for q, width in zip(part.seconds_quantiles, (10, 8, 8, 8, 9)))
+            click.echo(f"{name:16} {numbers}")
     if facts.total.with_audio < facts.total.utterances:
         click.echo(f"{facts.total.utterances - facts.total.with_audio} utterances have no audio")
     if facts.meta:
         click.echo("meta: " + ", ".join(f"{name} ({n} values)" for name, n in facts.meta.items()))
-    click.echo(f"{len(facts.alphabet)} characters: " + " ".join(facts.alphabet[:80]).replace("\n", "\\n"))
+    more = f" and {len(facts.alphabet) - 80} more" if len(facts.alphabet) > 80 else ""
+    letters = " ".join(facts.alphabet[:80]).replace("\n", "\\n") + more
+    click.echo(textwrap.fill(f"{len(facts.alphabet)} characters: {letters}", 80, subsequent_indent="  "))
 
 
 def _show_features(path: Path, as_json: bool) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..audio.channels import ChannelNames
+from ..audio.read import no_such_channel
 from ..errors import AudioError, CorpusError
 from ..files.lines import scan_lines
 from ..files.paths import below
@@ -109,6 +110,7 @@ class _DataDirectory:
         self.file_of = {recording: words[0] for recording, words in sides.items()}
         self.side = {recording: words[1] for recording, words in sides.items() if len(words) > 1}
         self.channels = ChannelNames(self.side.values(), ones=1)
+        self.segment_channels: ChannelNames | None = None
         self.recordings: dict[str, str] = {}
         self.audio: dict[str, tuple[Path, int | None, AudioLength] | AudioError] = {}
         self.claimed: set[str] = set()
@@ -176,8 +178,8 @@ class _DataDirectory:
 
     def _recording(self, recording: str, entry: str) -> dict[str, Any]:
         path, channel, length = self._audio(recording, entry)
-        session = self.file_of.get(recording)
-        session = session and self.result.recording(session, path, self.path, self.split)
+        call = self.file_of.get(recording)
+        session = call and self.result.recording(call, path, self.path, self.split)
         session, order = self.result.session(recording, session)
         return self.result.placed(path, length, channel=channel) | {"session": session, "order": order}
 
@@ -198,11 +200,23 @@ class _DataDirectory:
             raise audio
         path, channel, length = audio
         if len(fields) == 4:
-            channel = int(fields[3])
+            channel = self._segment_channel(fields[3], length, path)
         placed = self.result.placed(path, length, begin, None if end == -1 else end, channel=channel)
-        session = self.result.recording(self.file_of.get(recording, recording), path, self.path, self.split)
-        session, order = self.result.session(utterance, session, by_time(begin))
+        call = self.result.recording(self.file_of.get(recording, recording), path, self.path, self.split)
+        session, order = self.result.session(utterance, call, by_time(begin))
         return placed | {"session": session, "order": order}
+
+    def _segment_channel(self, name: str, length: AudioLength, path: Path) -> int | None:
+        """Return the channel of a segment. Kaldi counts from 0, but a list that has a 2 and no 0 counts from 1."""
+        if not ChannelNames([name]).known:
+            raise CorpusError(f"the channel is {name[:40]!r}", expected="a number from 0")
+        if self.segment_channels is None:
+            names = (rest.split()[3:4] for _, _, rest in self._lines(self.segments, findings=False))
+            self.segment_channels = ChannelNames({name for found in names for name in found}, ones=0)
+        channel = self.segment_channels.channel(name, max(2, length.channels), path)
+        if channel is not None and channel >= length.channels:
+            raise no_such_channel(channel, length.channels, path)
+        return channel
 
     def _add(self, where: str, utterance: str, duration_s: float, **fields: Any) -> None:
         speaker, stated = self.speaker.get(utterance), self.seconds.get(utterance)

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..store import Store, View
-from ..store.batches import available_ids
+from ..store.batches import available_ids, require_one_text
 
 
 class States(Dataset):
@@ -24,12 +24,16 @@ class States(Dataset):
 
     Arguments:
         views: the views to read.
-        ids: the utterances. None: all that have states in every view.
+        ids: the utterances. None: all that have states in every view, from one text.
+
+    Raises:
+        StaleError: teachers have other texts of an utterance, because one of them has not been refreshed.
+        NoStoreError: a teacher does not have an utterance.
     """
 
     def __init__(self, store: Store, views: Sequence[View], ids: Sequence[str] | None = None) -> None:
         self.store, self.views = store, list(dict.fromkeys(views))
-        self.ids = available_ids(store, self.views) if ids is None else list(ids)
+        self.ids = available_ids(store, self.views) if ids is None else list(require_one_text(store, ids, self.views))
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -23,7 +23,7 @@ from ..pipeline.layout import Layout, cut_shards
 from ..pipeline.new_store import write_groups, write_new_rows, write_teacher
 from ..pipeline.norms import commit_norms, write_norms
 from ..pipeline.progress import folder_bytes, split_committed
-from ..pipeline.reuse import copy_item
+from ..pipeline.reuse import by_store, copy_item
 from ..store.disk.layout import dtype_of, shard_rows
 from ..store.disk.locks import Scratch
 from ..store.disk.paths import Paths
@@ -107,8 +107,10 @@ def combine(
         writer = ArrayWriter(paths)
         by_row = np.zeros(len(rows), np.int32)
         by_row[order] = session
-        hashes = [s.index_of(names[0]).text_hash[r] for s, r in sources[names[0]]]
-        write_index(writer, [m.id for m in rows], np.array(hashes, dtype=np.uint64), by_row)
+        hashes = np.zeros(len(rows), np.uint64)
+        for store, where, source_rows in by_store(sources[names[0]]):
+            hashes[where] = store.index_of(names[0]).text_hash[source_rows]
+        write_index(writer, [m.id for m in rows], hashes, by_row)
         if edition:
             write_new_rows(writer, NewRows(edition, len(rows), order, session, served))
         facts = corpus | {"utterances": count, "sessions": int(session.max()) + 1}

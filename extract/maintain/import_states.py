@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ...data.errors import StoreError, UsageError
+from ...data.files.declared import read_hdf5, read_npy, read_npz
 from ...data.manifest import Corpus, Utterance
 from ..pipeline.extract import extract
 from ..pipeline.norms import Norms
@@ -34,6 +36,8 @@ HDF5 = (".h5", ".hdf5")
 READ = (".npy", ".npz", ".safetensors", *HDF5)
 PICKLED = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")
 FILE = "{id}.npy"  # of an utterance in a folder
+# What zipfile, zlib, h5py and numpy raise for files that are damaged, encrypted or compressed by other methods.
+_UNREADABLE = (KeyError, ValueError, OSError, EOFError, RuntimeError, TypeError, zipfile.BadZipFile, zlib.error)
 PROBED = 20  # utterances that are read before anything is written
 
 
@@ -57,7 +61,7 @@ class _OpenFile:
 
                 self._file = h5py.File(path, "r")
             elif path.suffix == ".npz":
-                self._file = np.load(path, allow_pickle=False)
+                self._file = zipfile.ZipFile(path)
             else:
                 from safetensors import SafetensorError, safe_open
 
@@ -75,22 +79,19 @@ class _OpenFile:
         ValueError if there are several arrays or the array would have to be unpickled.
         """
         if path.suffix == ".npy":
-            return np.load(path, allow_pickle=False)
+            return read_npy(path)
         if not path.is_file():
             raise FileNotFoundError(path)
         file = self._open(path)
-        names = list(file.keys()) if name is None else [name]
-        if len(names) != 1:
-            raise ValueError(f"{len(names)} arrays, and no key says which")
-        name = names[0]
+        if name is None:
+            listed = file.namelist() if path.suffix == ".npz" else list(file.keys())
+            if len(listed) != 1:
+                raise ValueError(f"{len(listed)} arrays, and no key says which")
+            name = listed[0].removesuffix(".npy") if path.suffix == ".npz" else listed[0]
         if path.suffix in HDF5:
-            import h5py
-
-            if not isinstance(file[name], h5py.Dataset):
-                raise ValueError(f"{name!r} is no dataset")
-            return np.asarray(file[name][()])
+            return read_hdf5(file, name)
         if path.suffix == ".npz":
-            return file[name]
+            return read_npz(path, file, name)
         from safetensors import SafetensorError
 
         try:
@@ -161,7 +162,10 @@ class ImportCache:
             return self._files.load(path, name)
         except FileNotFoundError as e:
             raise StoreError(f"no states of it: {path} does not exist", where=u.id, remedy=_LESS) from e
-        except (KeyError, ValueError, OSError, zipfile.BadZipFile) as e:
+        except MemoryError as e:
+            what, remedy = f"{path}: {name or 'its array'} needs more memory than there is", _LESS
+            raise StoreError(what, where=u.id, remedy=remedy) from e
+        except _UNREADABLE as e:
             what = f"no array {name!r}" if isinstance(e, KeyError) else f"cannot be read: {e}"
             raise StoreError(f"{path}: {what}", where=u.id, expected="arrays of numbers", remedy=_LESS) from e
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ from ..store.read.rows import TeacherRows
 from ..store.reader import Store
 from ..store.storage import open_files, writable_files
 from ..store.verify.sums import norm_damage, record_damage, table_damage, token_damage
-from ..store.verify.verify import StoreFinding, damaged_items
+from ..store.verify.verify import StoreFinding, damaged_items, plan_findings
 
 if TYPE_CHECKING:
     from ..pipeline.progress import OnProgress
@@ -54,7 +55,7 @@ def repair_all(
         data: share of the utterances whose states are read to find damage.
 
     Raises:
-        StoreError: names the JSON records that are damaged.
+        StoreError: names the JSON records that are damaged, or do not fit the arrays.
         StaleError: a model is not the teacher that the store was made with.
         TeacherError: a model cannot be loaded.
     """
@@ -70,6 +71,8 @@ def repair_all(
             remedy="restore these files from a backup of the store",
         )
     store = Store.open(root)
+    for finding in chain(*plan_findings(store).values()):
+        raise StoreError(finding.what, where=finding.where, remedy="restore this file from a backup of the store")
     repaired = []
     # Where tables or tokens are damaged, rows lead to no utterance.
     intact = [] if any(table_damage(store)) else [n for n in store.plan.teachers if not any(token_damage(store, n))]

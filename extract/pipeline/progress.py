@@ -207,8 +207,7 @@ def render_status(s: Status) -> str:
     lines = [f"{s.store}: {'complete' if s.complete else 'not complete'}"]
     for c in s.contexts:
         state = "complete" if c.complete else f"{c.done} done, {c.running} running, {c.missing} missing"
-        lines.append(
-            f"{c.teacher}/{c.context}/{','.join(map(str, c.layers))}  {state} of {c.units} work items, "
-            f"{c.tokens_done:,} of {c.tokens:,} tokens"
-        )
+        view = f"{c.teacher}/{c.context}/{','.join(map(str, c.layers))}"
+        state += f" of {c.units} work items, {c.tokens_done:,} of {c.tokens:,} tokens"
+        lines.append(f"{view}  {state}" if len(view) + len(state) < 79 else f"{view}\n  {state}")
     return "\n".join([*lines, *(behind_text(*of) for of in s.behind.items())])

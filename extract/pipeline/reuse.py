@@ -48,7 +48,7 @@ class Reuse:
         copies: Copies = {}
         for u in np.flatnonzero(sources >= 0).tolist():
             source = int(sources[u])
-            shard = store.shard_of(item.teacher, source)
+            shard = int(store.shard_of(item.teacher, source))
             if hashes[source] == input_hash[u] and commits.has(shard, item.layers):
                 try:
                     copies[u] = {v.layer: stored_block(*store.stored_rows(np.array([source]), v)) for v in views}
@@ -93,11 +93,11 @@ def copy_item(
         StoreError: names the view and the utterance whose bytes are damaged.
     """
     shard, record = item.shard, plan.teachers[item.teacher]
-    lengths = np.array([s.row_length(item.teacher, r) for s, r in sources], dtype=np.int64)
+    lengths = np.zeros(len(sources), dtype=np.int64)
+    for store, where, rows in by_store(sources):
+        lengths[where] = store.row_lengths(item.teacher, rows)
     starts = shard.number * item.generation.shard_rows + np.cumsum(lengths) - lengths
-    inputs: tuple[np.ndarray, np.ndarray, np.ndarray]
     inputs = np.zeros(len(ids), np.uint64), np.zeros(len(ids), np.int32), np.zeros(len(ids), np.int32)
-    inputs_seen = {id(s): s.inputs_seen(View(item.teacher, item.context, item.layers[0])) for s, _ in sources}
     with ItemWriter(plan.paths, scratch, record, item, starts, lengths, list(ids)) as writer:
         for part in _parts(sources, lengths, max(1, READ_BYTES // writer.row_bytes)):
             store, rows = sources[part[0]][0], np.array([sources[u][1] for u in part])
@@ -107,12 +107,22 @@ def copy_item(
                 for u in part:
                     own = slice(end, end := end + int(lengths[u]))
                     writer.write(layer, u, 0, stored_block(values[own], None if scale is None else scale[own]))
-        for u, (store, row) in enumerate(sources):
-            for array, stored in zip(inputs, inputs_seen[id(store)]):
-                array[u] = stored[row]
+        for store, where, rows in by_store(sources):
+            for array, stored in zip(inputs, store.inputs_seen(View(item.teacher, item.context, item.layers[0]))):
+                array[where] = stored[rows]
         for layer in item.layers if writer.dtype.scaled else ():
             writer.loss[layer] += _losses(item, layer, sources, lengths)
         writer.commit(*inputs, item.generation.number)
+
+
+def by_store(sources: Sequence[tuple[Store, int]]) -> Iterator[tuple[Store, np.ndarray, np.ndarray]]:
+    """Yield each store with its positions among `sources` and its rows: one look-up a store, however many rows."""
+    number = {id(store): store for store, _ in sources}
+    of = np.array([id(store) for store, _ in sources], dtype=np.int64)
+    rows = np.array([row for _, row in sources], dtype=np.int64)
+    for key, store in number.items():
+        where = np.flatnonzero(of == key)
+        yield store, where, rows[where]
 
 
 def _parts(sources: Sequence[tuple[Store, int]], lengths: np.ndarray, most: int) -> Iterator[list[int]]:
@@ -130,9 +140,11 @@ def _parts(sources: Sequence[tuple[Store, int]], lengths: np.ndarray, most: int)
 def _losses(item: WorkItem, layer: int, sources: Sequence[tuple[Store, int]], lengths: np.ndarray) -> np.ndarray:
     """The int8 loss of these rows. It is recorded by shard, so each row counts its share of the shard's rows."""
     total = np.zeros(4)
-    for (store, row), n in zip(sources, lengths.tolist()):
-        number = store.shard_of(item.teacher, row)
-        commit = store.commits(item.teacher, item.context).of.get((number, layer))
-        if commit is not None and str(layer) in commit.losses and commit.rows[1] > commit.rows[0]:
-            total += np.array(commit.losses[str(layer)]) * (n / (commit.rows[1] - commit.rows[0]))
+    for store, where, rows in by_store(sources):
+        shards, records = store.shard_of(item.teacher, rows), store.commits(item.teacher, item.context).of
+        for number in np.unique(shards).tolist():
+            commit = records.get((number, layer))
+            if commit is not None and str(layer) in commit.losses and commit.rows[1] > commit.rows[0]:
+                copied = int(lengths[where[shards == number]].sum())
+                total += np.array(commit.losses[str(layer)]) * (copied / (commit.rows[1] - commit.rows[0]))
     return total

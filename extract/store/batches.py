@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from ...data.errors import StaleError, first_few
 from .gather import Gathered
 from .reader import Store
 from .views import View
@@ -29,8 +30,11 @@ def batches(
     Arguments:
         ids: these utterances, in this order; None: all that have states in every view.
         dtype: as in `Store.gather`, whose errors may be raised.
+
+    Raises:
+        StaleError: teachers have other texts of an utterance.
     """
-    ids = available_ids(store, views) if ids is None else ids
+    ids = available_ids(store, views) if ids is None else require_one_text(store, ids, views)
     lengths = store.tokens(ids, views[0].teacher)[0] if len(ids) else np.zeros(0, np.int32)
     number = (np.cumsum(lengths, dtype=np.int64) - lengths) // max(1, tokens)
     edges = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(ids)]
@@ -38,6 +42,19 @@ def batches(
         if last > first:
             part = list(ids[first:last])
             yield part, store.gather(part, views, dtype)
+
+
+def require_one_text(store: Store, ids: Sequence[str], views: Sequence[View]) -> Sequence[str]:
+    """Return `ids`. Raises StaleError, with their names, if the views' teachers have other texts of some."""
+    teachers = list(dict.fromkeys(view.teacher for view in views))
+    other = [i for i, same in zip(ids, store.same_text(ids, teachers)) if not same] if len(teachers) > 1 else []
+    if other:
+        for teacher in teachers:
+            store.rows(other, teacher)  # An utterance that a teacher lacks is another error.
+        what = f"{' and '.join(teachers)} have other texts of {first_few(other)}"
+        remedy = "stillhouse extract CORPUS STORE --refresh, with the teacher that is behind"
+        raise StaleError(what, where=store.address, remedy=remedy)
+    return ids
 
 
 def available_ids(store: Store, views: Sequence[View]) -> list[str]:

@@ -22,7 +22,7 @@ from .disk.layout import dtype_of, to_float32
 from .disk.paths import Paths
 from .format.int8 import dequantise
 from .read.buffers import BATCH_BUFFERS
-from .read.handles import Handle, Handles
+from .read.handles import RENEWALS, Handle, Handles
 from .read.rows import RowRanges, ShardRead, TeacherRows, read_all
 from .views import View
 
@@ -51,11 +51,17 @@ class Gathered:
 
 
 class DamagedRowError(Exception):
-    """A row's stored bytes differ from their checksum."""
+    """A row's stored bytes differ from their checksum. `places`: the bytes in an object store that they came from."""
 
-    def __init__(self, view: View, row: int) -> None:
+    def __init__(self, view: View, row: int, places: list[str]) -> None:
         super().__init__(f"{view.address} row {row}")
-        self.view, self.row = view, row
+        self.view, self.row, self.places = view, row, places
+
+    def named(self, utterance_id: str) -> StoreError:
+        """Return the error for people."""
+        again = f", and still are when they are fetched again: {', '.join(self.places)}" if self.places else ""
+        where, remedy = f"{self.view} {utterance_id}", "stillhouse inspect verify STORE names all that is damaged"
+        return StoreError(f"stored bytes are damaged{again}", where=where, remedy=remedy)
 
 
 class StateReader:
@@ -202,8 +208,22 @@ class StateReader:
             sums = _checksums(scale, ranges, t.row_size("scale"), sums)
         if sums != stored:
             for u, (n, actual, expected) in enumerate(zip(ranges.length.tolist(), sums, stored)):
-                if n and actual != expected:
-                    raise DamagedRowError(view, int(rows[u]))
+                if n and actual != expected and not self._read_again(u, expected, scale, reads):
+                    places = [place for r in reads if (place := r.place(u)) is not None]
+                    raise DamagedRowError(view, int(rows[u]), places)
+
+    def _read_again(self, u: int, expected: int, scale: np.ndarray | None, reads: list[ShardRead]) -> bool:
+        """Read an utterance's rows again where they are copies on this disk. Return whether they are right then.
+
+        The first time they are read from the cache, where an utterance before may have had the block fetched again.
+        """
+        for attempt in range(RENEWALS + 1):
+            if not any([r.read_again(u, renew=attempt > 0) for r in reads]):
+                return False
+            parts = [r.of_utterance(u) for r in sorted(reads, key=lambda r: r.out is scale)]
+            if google_crc32c.value(b"".join(parts)) == expected:
+                return True
+        return False
 
 
 def _checksums(array: np.ndarray, ranges: RowRanges, row_bytes: int, before: list[int] | None = None) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import random
 import socket
 import subprocess
 import sys
@@ -18,7 +19,10 @@ from pathlib import Path
 
 import pytest
 
-Fault = Callable[[str, str], str | None]  # (method, path) -> what to do wrong: "500", "drop", "slow", or None
+# (method, path) -> what to do wrong, or None: "500", "503", "403"; "drop" (half of the body), "slow", "lost" (done, but
+# no answer), "flip" (one bit of the body), "cut" (fewer bytes, and a Content-Length that says so), "stale" (the first
+# answer for this path)
+Fault = Callable[[str, str], str | None]
 
 # Moto looks at who asks, and not at the signature.
 OWNER = {"Authorization": "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request, Signature=0"}
@@ -66,6 +70,8 @@ class Proxy:
         self.put_keys: list[str] = []
         self.harmed: Counter[str] = Counter()
         self.fault: Fault = lambda method, path: None
+        self.random = random.Random(0)  # where bits are flipped and bodies cut
+        self.first: dict[tuple[str, str, str], tuple[list[tuple[str, str]], bytes]] = {}  # answers to GET, for "stale"
         self.slow = threading.Event()  # what a slow answer waits for: the end of the test
 
         class Handler(BaseHTTPRequestHandler):
@@ -86,7 +92,7 @@ class Proxy:
                 fault = proxy.fault(self.command, self.path)
                 if fault is not None:
                     proxy.harmed[fault] += 1
-                if fault in ("500", "403"):
+                if fault in ("500", "503", "403"):
                     self.send_response(int(fault))
                     self.send_header("Content-Length", "0")
                     self.end_headers()
@@ -97,8 +103,18 @@ class Proxy:
                 answer = upstream.getresponse()
                 data = answer.read()
                 upstream.close()
+                answered = answer.getheaders()
+                if self.command == "GET" and answer.status < 300:
+                    known = (self.command, self.path, self.headers.get("Range") or "")
+                    first = proxy.first.setdefault(known, (answered, data))
+                    answered, data = first if fault == "stale" else (answered, data)
+                if fault == "flip" and data:
+                    at = proxy.random.randrange(8 * len(data))
+                    data = data[: at // 8] + bytes([data[at // 8] ^ 1 << at % 8]) + data[at // 8 + 1 :]
+                if fault == "cut" and data:
+                    data = data[: proxy.random.randrange(len(data))]
                 self.send_response(answer.status)
-                for k, v in answer.getheaders():
+                for k, v in answered:
                     if k.lower() not in ("connection", "transfer-encoding", "server", "date", "content-length"):
                         self.send_header(k, v)
                 length = answer.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
@@ -130,6 +146,7 @@ class Proxy:
     def reset(self) -> None:
         self.counts, self.harmed, self.bytes_out, self.put_keys = Counter(), Counter(), 0, []
         self.fault = lambda method, path: None
+        self.random = random.Random(0)
 
     def close(self) -> None:
         self.slow.set()

@@ -118,7 +118,11 @@ def score(
     for g in groups:
         interval = f"{100 * g.wer.low:.2f}–{100 * g.wer.high:.2f}"
         rates = f"{100 * g.wer.rate:8.2f} {interval:>16} {100 * g.cer.rate:8.2f}"
-        click.echo(f"{g.name or '(none)':24} {g.utterances:10} {g.wer.reference:8} {rates}")
+        name = g.name or "(none)"
+        if len(name) > 24:  # It would make the line too long.
+            click.echo(name)
+            name = ""
+        click.echo(f"{name:24} {g.utterances:10} {g.wer.reference:8} {rates}")
     if comparison is not None:
         c = comparison
         pairs = "too few" if c.p_matched_pairs is None else f"{c.p_matched_pairs:.4f}"

@@ -3,13 +3,38 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from .live import say
 
+if TYPE_CHECKING:
+    from ...data.files.stopping import StopRequest
+
 PATH = click.Path(path_type=Path)
+
+
+@contextmanager
+def stoppable() -> Iterator[StopRequest]:
+    """Turn SIGTERM, SIGUSR1 and Ctrl-C into a line that tells how to resume, and an exit code."""
+    from ...data.errors import StoppedError
+    from ...data.files.stopping import StopNow, StopRequest
+
+    with StopRequest() as stop:
+        try:
+            yield stop
+        except StopNow:
+            if os.environ.get("RANK", "0") == "0":
+                say(f"stopped by {stop.signal}. {stop.after}")
+            raise StoppedError(f"stopped by {stop.signal}") from None
+        except KeyboardInterrupt:
+            say(f"interrupted. {stop.after}")
+            raise click.exceptions.Exit(130) from None
 
 
 @click.command()
@@ -24,8 +49,17 @@ PATH = click.Path(path_type=Path)
 def train(config: Path, changes: tuple[str, ...], out: Path | None, profile: int | None, as_json: bool) -> None:
     """Train a transducer with the settings of CONFIG, a TOML file. Repeat the command to resume a stopped run.
 
+    After SIGTERM or SIGUSR1 the run writes a checkpoint and ends with exit code 143.
+
     Example: stillhouse train recipes/kathleen.toml --set optim.steps=4000 --out runs/kathleen
     """
+    with stoppable() as stop:
+        _train(config, changes, out or Path("runs") / config.stem, profile, as_json, stop)
+
+
+def _train(
+    config: Path, changes: tuple[str, ...], folder: Path, profile: int | None, as_json: bool, stop: StopRequest
+) -> None:
     from dataclasses import asdict
 
     from ...data.errors import StillhouseError
@@ -35,7 +69,6 @@ def train(config: Path, changes: tuple[str, ...], out: Path | None, profile: int
     from ..run.ranks import joined
 
     settings = load_config(config, changes)
-    folder = out or Path("runs") / config.stem
     profiled: Profiled | None = None
 
     def show(result: Profiled | None) -> None:
@@ -46,7 +79,7 @@ def train(config: Path, changes: tuple[str, ...], out: Path | None, profile: int
 
     with joined(settings.run.backend, settings.run.timeout_s) as ranks:
         try:
-            trainer = Trainer(settings, folder, say, ranks)
+            trainer = Trainer(settings, folder, say, ranks, stop)
             trainer.run(Profile(folder / "profile", profile, show) if profile else None)
         except OSError as e:  # The disk is full, or something else lies where the run writes.
             raise StillhouseError(
@@ -77,8 +110,10 @@ def study(
 ) -> None:
     """Train every arm of STUDY, a TOML file, with every seed, and compare their error rates.
 
-    Repeat the command to resume a stopped study. Each run is an ordinary run folder, OUT/ARM/seed-N. The table goes to
-    standard output, and with plots to OUT/study.html.
+    Repeat the command to resume a stopped study. SIGTERM and SIGUSR1 stop its runs, each with a checkpoint.
+
+    Each run is an ordinary run folder, OUT/ARM/seed-N. The table goes to standard output, and with plots to
+    OUT/study.html.
 
     Example: stillhouse study recipes/study-demo.toml --jobs 2
     """
@@ -93,9 +128,10 @@ def study(
     runs = choose_runs(loaded, only, seeds)
     failures: list[str] = []
     if not table_only:
-        failures = run_study(
-            loaded, runs, jobs=jobs, on_progress=say, limits=lambda: map(limit_text, detectable_differences(loaded))
-        )
+        with stoppable():
+            failures = run_study(
+                loaded, runs, jobs=jobs, on_progress=say, limits=lambda: map(limit_text, detectable_differences(loaded))
+            )
     table = tabulate(loaded)
     loaded.out.mkdir(parents=True, exist_ok=True)
     write_reports(table, loaded.out, mean_curves(loaded))
@@ -127,10 +163,11 @@ def demo(quick: bool, study: bool, out: Path | None, voices: str) -> None:
     """
     from ..demo.demo import DemoError, prepare_study, run_demo
 
-    if study:
-        prepare_study(out or Path("study-demo"), voices, say)
-        return
-    result = run_demo(out or Path("demo-out-quick" if quick else "demo-out"), quick, voices, say)
+    with stoppable():
+        if study:
+            prepare_study(out or Path("study-demo"), voices, say)
+            return
+        result = run_demo(out or Path("demo-out-quick" if quick else "demo-out"), quick, voices, say)
     click.echo(f"\n{result.table()}\n\nreport: {result.page}\n")
     say(result.librispeech)
     if result.failures:

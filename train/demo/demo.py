@@ -20,8 +20,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ...data.errors import StillhouseError, TeacherError
+from ...data.errors import STOPPED, StillhouseError, TeacherError
 from ...data.files.atomic import write_atomic
+from ...data.files.stopping import SIGNALS, StopNow
 from ..config import load_config
 from ..report.demo import DemoPage, ErrorRow, Stage, render, store_facts
 from ..report.html import read_metrics, section
@@ -77,6 +78,8 @@ class Demo:
         # Without a file, the output is for the reader on stderr, because it is not the output of the demo itself.
         with self.timed(stage, shown), (self.out / to).open("wb") if to else nullcontext(2) as output:
             code = self._run(args, output)
+        if code == STOPPED or -code in SIGNALS:
+            raise StopNow
         if code == 130 or code < 0:
             raise KeyboardInterrupt
         if code:
@@ -88,7 +91,12 @@ class Demo:
 
     def _run(self, args: Sequence[str], stdout: Any) -> int:
         program = [sys.executable, "-m", "stillhouse.cli", *args]
-        return subprocess.run(program, cwd=self.out, stdout=stdout, check=False).returncode
+        with subprocess.Popen(program, cwd=self.out, stdout=stdout) as process:
+            try:
+                return process.wait()
+            except BaseException:
+                process.terminate()  # After SIGTERM, training writes a checkpoint. The end of the block waits for it.
+                raise
 
     @contextmanager
     def timed(self, stage: str, command: str = "") -> Iterator[None]:

@@ -10,7 +10,7 @@ Try: `pytest tests/train/loop/test_trainer.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -137,14 +137,38 @@ def losses(
 
 
 @torch.no_grad()
-def held_out_cost(model: Transducer, loader: BatchLoader, config: Config, device: torch.device) -> tuple[float, int]:
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """Return the Euclidean norm of all gradients as float32.
+
+    The sum is in float64, where heads with a gradient of 0 do not change the last bit. So a transfer of weight 0 trains
+    the same weights as no transfer.
+    """
+    norms = [torch.linalg.vector_norm(p.grad) for p in parameters if p.grad is not None]
+    return torch.stack(norms).double().norm().float()
+
+
+def squared_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """Return the squared norm of the tensors' gradients together."""
+    return sum((x.grad.square().sum() for x in tensors if x.grad is not None), torch.zeros(()))
+
+
+def held_out_cost(
+    model: Transducer,
+    loader: BatchLoader,
+    config: Config,
+    device: torch.device,
+    stop: Callable[[], bool] = lambda: False,
+) -> tuple[float, int]:
     """Return the sums of the transducer loss and of the units over all utterances of `loader`.
 
     There are no masks, no dropout and no transfer, and all is float32. The quotient is what training logs as `rnnt`.
+    The sums are of the batches before `stop` returned True.
     """
     model.eval()
     cost, units = 0.0, 0
     for plan in BatchSampler(loader.frames, max_frames=config.data.batch_frames, shuffle=False).epoch(0):
+        if stop():
+            break
         batch = loader.load(plan).to(device)
         costs = losses(model, {}, batch, config, precision="float32", weights={}, augment=None).costs
         cost += float(costs.double().sum())

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,14 @@ from torch import Tensor
 
 from ...data.batches.loader import Batch, BatchLoader, prefetch
 from ...data.batches.sampler import BatchSampler
-from ...data.errors import UsageError
+from ...data.errors import StoppedError, UsageError
 from ...data.features.compute import FeatureFile
 from ...data.features.provenance import refuse_changed_rows, refuse_other_settings
 from ...data.files.lock import FileLock
+from ...data.files.stopping import StopNow, StopRequest
 from ...data.manifest import Corpus, read_manifest
 from ...data.units import load_units
 from ..config import Config, in_transfer, learning_rate, transfer_weight
-from ..decode.decode import transcribe
 from ..model.build import build_model, build_optimiser, build_transfers, resolve_device, resolve_precision, store_shards
 from ..run import checkpoint, folder, identity
 from ..run.averaging import moving_average
@@ -37,34 +37,30 @@ from ..run.monitor import Monitor, OnProgress
 from ..run.profile import Profile
 from ..run.ranks import ALONE, GradientSum, Ranks
 from ..run.stopwatch import Stopwatch
-from ..score.hypotheses import write_hypotheses
-from ..score.wer import score
 from .bad_steps import BadSteps
 from .batch_share import GlobalBatch, part_sizes
-from .objective import held_out_cost, losses
-
-
-def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """Return the Euclidean norm of all gradients as float32.
-
-    The sum is in float64, where heads with a gradient of 0 do not change the last bit. So a transfer of weight 0 trains
-    the same weights as no transfer.
-    """
-    norms = [torch.linalg.vector_norm(p.grad) for p in parameters if p.grad is not None]
-    return torch.stack(norms).double().norm().float()
+from .evaluation import evaluate_dev
+from .objective import gradient_norm, losses, squared_norm
 
 
 class Trainer:
     """Trains a run in the folder `out`, from its newest checkpoint if it has one.
 
-    `on_progress` gets each line for people, on the first of the `ranks` only. The constructor raises the errors of
+    `on_progress` gets each line for people, on the first of the `ranks` only. `stop` asks the run to stop after a step,
+    with a checkpoint. The constructor raises the errors of
     settings, corpus, features and stores, and StaleError if `out` holds a run with other settings or other data.
     """
 
     def __init__(
-        self, config: Config, out: Path, on_progress: OnProgress = lambda _: None, ranks: Ranks = ALONE
+        self,
+        config: Config,
+        out: Path,
+        on_progress: OnProgress = lambda _: None,
+        ranks: Ranks = ALONE,
+        stop: StopRequest | None = None,
     ) -> None:
         self.config, self.out, self.ranks = config, out, ranks
+        self.stop, self.stopping = stop or StopRequest(), False
         self.on_progress: OnProgress = on_progress if ranks.first else lambda _: None
         self.device = resolve_device(config.run.device, ranks.local if ranks.size > 1 else None)
         if self.device.type == "cuda":
@@ -99,8 +95,10 @@ class Trainer:
         self._refuse_unlike_ranks(sampler)
         self.sampler = sampler.shared(ranks.rank, ranks.size)
         self.step = self.epoch = self.position = 0
+        self.dev_due = False  # whether an evaluation at this step was interrupted
         self.bad = BadSteps(out, config.run.bad_steps, config.run.seed, self.on_progress, ranks)
         self.best: dict[str, Any] = {}
+        self.saved = self._version()
         self.window: dict[str, Any] = {}
         ranks.from_first(lambda: folder.refuse_other_folder(out))
         with self._locked():
@@ -158,6 +156,8 @@ class Trainer:
             identity.refuse_other_data(state.data, self.identity["data"], where)
             self.step, self.epoch, self.position = state.step, state.epoch, state.position
             self.best = {} if state.best is None else state.best.model_dump()
+            self.dev_due = state.dev_due
+            self.saved = self._version()
             self.precision, self.bad.count, self.window = state.precision, state.bad_steps, state.window.model_dump()
             self.on_progress(f"resuming {self.out} at step {self.step}")
         self.names: dict[Tensor, str] = {}
@@ -188,6 +188,17 @@ class Trainer:
         if self.ranks.size > 1:
             self.ranks.refuse_unlike({"their weights": identity.weights_hash(self.model)})
         self.ranks.from_first(self._save)
+        self.saved = self._version()
+        self._note_saved()
+
+    def _version(self) -> tuple[int, int | None, bool]:
+        """Return what a checkpoint of this moment differs by from earlier ones."""
+        return self.step, self.best.get("step"), self.dev_due
+
+    def _note_saved(self) -> None:
+        step = self.saved[0]
+        last = f"the last checkpoint, of step {step}" if step else "the beginning"
+        self.stop.after = f"Repeat the command to resume {self.out} from {last}."
 
     def _save(self) -> None:
         tensors = {name: module.state_dict() for name, module in self.modules.items()}
@@ -199,6 +210,7 @@ class Trainer:
             "epoch": self.epoch,
             "position": self.position,
             "best": self.best,
+            "dev_due": self.dev_due,
             "bad_steps": self.bad.count,
             "window": self.window,
             "averaged": 0 if self.average is None else int(self.average.n_averaged),
@@ -215,16 +227,19 @@ class Trainer:
     def run(self, profile: Profile | None = None) -> None:
         """Train to the last step. On return the last checkpoint is on disk.
 
-        Raises LockedError if another process trains in the same folder, and StillhouseError after too many bad steps.
+        Raises LockedError if another process trains in the same folder, StillhouseError after too many bad steps, and
+        StoppedError after a request to `stop`, with a checkpoint of the last step on disk.
         """
         with self._locked(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "rnnt loss: row", RuntimeWarning)  # `bad` names the utterances
             self.ranks.from_first(lambda: folder.refuse_moved(self.out, self.step))
-            self._run(profile)
+            self._note_saved()
+            with self.stop.deferred():
+                self._run(profile)
 
     def _run(self, profile: Profile | None) -> None:
         config, ranks, steps = self.config, self.ranks, self.config.optim.steps
-        if self.step >= steps:
+        if self.step >= steps and not self.dev_due:
             self.on_progress(f"{self.out} is done, at step {self.step}")
             return
         parameters = sum(p.numel() for p in self.model.parameters())
@@ -240,27 +255,66 @@ class Trainer:
             closing(prefetch(self.sampler, self.loader.load, epoch=self.epoch, position=self.position)) as batches,
         ):
             monitor.resume(self.window)
-            while self.step < steps:
-                with monitor.watch("data"):
-                    epoch, position, batch = next(batches)
+            if self.dev_due:
+                self._evaluate(monitor)
+                self._checkpoint(monitor)
+            while self.step < steps and not self.stopping:
+                try:
+                    # A single process may stop while it waits. With others it must take part in the next exchange.
+                    with monitor.watch("data"), self.stop.deferred(ranks.size > 1):
+                        epoch, position, batch = next(batches)
+                except StopNow:
+                    self.stopping = True
+                    break
                 figures = self._update(batch.to(self.device), monitor.watch)
                 self.step, self.epoch, self.position = self.step + 1, epoch, position
                 monitor.step(self.step, epoch, batch, figures)
                 if self.dev is not None and (self.step % config.run.eval_every == 0 or self.step == steps):
-                    with monitor.aside("dev"):
-                        monitor.loggers.log(self.evaluate())
-                best = self.best.get("step") == self.step
-                if self.step % config.run.checkpoint_every == 0 or self.step == steps or best:
-                    with monitor.aside("checkpoint"):
-                        monitor.loggers.flush()
-                        self.window = monitor.state()
-                        self.save()
+                    self._evaluate(monitor)
+                if self.step % config.run.checkpoint_every == 0 or self.step == steps:
+                    self._checkpoint(monitor)
+            if self.stopping:
+                self._stop(monitor)
+
+    def _evaluate(self, monitor: Monitor) -> None:
+        """Evaluate, unless the run is to stop first. A checkpoint of a new best model is on disk on return."""
+        with monitor.aside("dev"):
+            record = None if self.stopping else self.evaluate()
+        self.dev_due, self.stopping = record is None, self.stopping or record is None
+        if record is not None:
+            monitor.loggers.log(record)
+            if self.best.get("step") == self.step:
+                self._checkpoint(monitor)
+
+    def _checkpoint(self, monitor: Monitor) -> None:
+        if self.saved != self._version():
+            with monitor.aside("checkpoint"):
+                monitor.loggers.flush()
+                self.window = monitor.state()
+                self.save()
+
+    def _stop(self, monitor: Monitor) -> None:
+        """End the run with a checkpoint of this step, which all ranks have agreed on."""
+        self._checkpoint(monitor)
+        by = f"by {self.stop.signal}" if self.stop.requested else "by a signal to another rank"
+        place = self.out / "checkpoints" / f"step-{self.step:08d}"
+        kept = f"{place} is on disk" if self.step else "nothing was computed yet"
+        self.on_progress(
+            f"stopped {by} at step {self.step} of {self.config.optim.steps}: {kept}. Repeat the command to resume. "
+            "No step is lost."
+        )
+        raise StoppedError(f"stopped {by}", where=self.out, remedy="repeat the command to resume")
 
     def _update(self, batch: Batch, watch: Stopwatch) -> dict[str, float]:
         """Make one step of the optimiser. A step whose loss or gradient is not finite changes nothing."""
         config, step = self.config, self.step
         torch.manual_seed(_mix(config.run.seed, step, self.ranks.rank))
         self.model.train()
+        # Every rank learns with the sizes of the parts whether any of them is to stop.
+        stops, parts_of_ranks = zip(
+            *self.ranks.gather((self.stop.requested, part_sizes(self.model, self.transfers, batch)))
+        )
+        self.stopping = any(stops)
         result = losses(
             self.model,
             self.transfers,
@@ -270,7 +324,7 @@ class Trainer:
             weights={name: transfer_weight(step, t) for name, t in config.transfer.transfers.items()},
             augment=torch.Generator().manual_seed(_mix(config.run.seed + 7919, step)),
             timed=watch,
-            whole=GlobalBatch(self.ranks.gather(part_sizes(self.model, self.transfers, batch)), self.ranks),
+            whole=GlobalBatch(parts_of_ranks, self.ranks),
         )
         inputs = [x for of_transfer in result.transfer_inputs.values() for x in of_transfer if x.requires_grad]
         for x in inputs:
@@ -287,7 +341,9 @@ class Trainer:
         with watch("optimiser"):
             norm = gradient_norm(self.names)
             torch.nn.utils.clip_grads_with_norm_(self.names, config.optim.clip, norm)
-            squares = {in_transfer("transfer_grad_norm", n): _square(xs) for n, xs in result.transfer_inputs.items()}
+            squares = {
+                in_transfer("transfer_grad_norm", n): squared_norm(xs) for n, xs in result.transfer_inputs.items()
+            }
             parts = self._over_ranks({name: float(v) for name, v in (result.parts | squares).items()})
             parts |= {name: math.sqrt(parts[name]) for name in squares}
             finite = math.isfinite(norm) and math.isfinite(parts["loss"])  # This is the same on every rank.
@@ -310,36 +366,28 @@ class Trainer:
             return parts
         return {n: v if n.startswith("weight") else math.fsum(p[n] for p in of_ranks) for n, v in parts.items()}
 
-    def evaluate(self) -> dict[str, Any]:
+    def _is_better(self, wer: float, loss: float) -> bool:
+        """Whether an evaluation is better than the best so far, by the loss if the error rates are equal."""
+        other = self.best.get("rnnt")
+        return wer < self.best["wer"] or (wer == self.best["wer"] and other is not None and loss < other)
+
+    def evaluate(self) -> dict[str, Any] | None:
         """Return a record of WER, CER and transducer loss on the dev split, by the averaged weights if there are any.
 
-        Each rank decodes its part, and rank 0 writes the hypotheses to RUN/dev.jsonl, as `stillhouse decode` does.
+        A request to stop ends the evaluation after a batch, and the record is None.
         """
         assert self.dev is not None
-        model: Any = self.model if self.average is None else self.average.module
-        some = bool(self.dev.utterances)
-        hypotheses = [(h.id, h.ref, h.hyp) for h in transcribe(model, self.dev, device=self.device)] if some else []
-        own_cost = held_out_cost(model, self.dev, self.config, self.device) if some else (0.0, 0)
-        costs, units = zip(*self.ranks.gather(own_cost))
-        loss = math.fsum(costs) / sum(units)
-        triples = [triple for part in self.ranks.gather(hypotheses) for triple in part]
-
-        def error_rates() -> tuple[float, float]:
-            write_hypotheses(self.out / folder.HYPOTHESES, triples)
-            result = score([ref for _, ref, _ in triples], [hyp for _, _, hyp in triples])
-            return result.wer.rate, result.cer.rate
-
-        wer, cer = self.ranks.from_first(error_rates)
-        if not self.best or wer < self.best["wer"]:
-            self.best = {"step": self.step, "wer": wer}
+        model = self.model if self.average is None else self.average.module
+        path = self.out / folder.HYPOTHESES
+        figures = evaluate_dev(model, self.dev, self.config, self.device, self.ranks, self.stop, path)
+        if figures is None:
+            return None
+        wer, cer, loss = figures
+        if not self.best or self._is_better(wer, loss):
+            self.best = {"step": self.step, "wer": wer, "rnnt": loss if math.isfinite(loss) else None}
         self.on_progress(f"step {self.step}  dev WER {100 * wer:.1f} %  CER {100 * cer:.1f} %  rnnt {loss:.3f}")
         record = {"kind": "dev", "step": self.step, "wer": wer, "cer": cer}
         return record | ({"rnnt": loss} if math.isfinite(loss) else {})  # infinite if a transcript fits no alignment
-
-
-def _square(tensors: Iterable[Tensor]) -> Tensor:
-    """The squared norm of the tensors' gradients together."""
-    return sum((x.grad.square().sum() for x in tensors if x.grad is not None), torch.zeros(()))
 
 
 def _mix(seed: int, step: int, rank: int = 0) -> int:

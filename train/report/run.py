@@ -116,7 +116,7 @@ def read_run(out: Path, examples: int = 24) -> RunPage:
         times=dict(step_times(metrics)),
         share={k: _mean([m["share"] for m in steps if "share" in m], k) or 0.0 for k in _names(steps, "share")},
         memory={k: max(m.get("memory", {}).get(k, 0.0) for m in steps) for k in _names(steps, "memory")},
-        best={k: v for k, v in min(dev, key=lambda m: m["wer"]).items() if k != "kind"} if dev else None,
+        best={k: v for k, v in min(dev, key=_rank).items() if k != "kind"} if dev else None,
         last=last,
         skipped=round(sum(m.get("skipped", 0.0) * (m["step"] - n) for m, n in zip(steps, before))),
         bad=sorted(p.name for p in (out / "bad").glob("*.safetensors")),
@@ -153,6 +153,11 @@ def run_curves(metrics: Metrics) -> list[tuple[str, str]]:
             ("Share of the time", {what: series(shares, k, scale=100) for k, what in labels.items()}, "%"),
         ]
     )
+
+
+def _rank(record: Mapping[str, Any]) -> tuple[float, float]:
+    """Order evaluations as `Trainer` does, by error rate and then by loss."""
+    return record["wer"], record.get("rnnt", math.inf)
 
 
 def _names(records: Sequence[Mapping[str, Any]], key: str) -> list[str]:

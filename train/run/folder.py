@@ -42,6 +42,7 @@ class _Strict(BaseModel):
 class Best(_Strict):
     step: Count
     wer: float
+    rnnt: float | None = None  # absent from checkpoints of earlier versions
 
 
 class MeanWindow(_Strict):
@@ -58,6 +59,7 @@ class State(_Strict):
     epoch: Count
     position: Count
     best: Best | None
+    dev_due: bool = False
     bad_steps: Count = 0
     window: MeanWindow = MeanWindow()
     averaged: Count = 0

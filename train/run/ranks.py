@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import atexit
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from itertools import zip_longest
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -144,17 +141,12 @@ def joined(backend: str = "auto", timeout_s: float = 600.0) -> Iterator[Ranks]:
             where=address,
             remedy="start all ranks with torchrun, and check that this address can be reached",
         ) from None
-    ours = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _stop) if ours else None
     try:
         yield ranks
     except BaseException as e:
         # The others wait for this rank, and only its end shows them that it is lost, so it must end at once.
         atexit.register(_leave, 130 if isinstance(e, KeyboardInterrupt) else getattr(e, "exit_code", 1))
         raise
-    finally:
-        if ours:
-            signal.signal(signal.SIGTERM, before)
     dist.destroy_process_group()
 
 
@@ -163,13 +155,6 @@ def _leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _stop(_: int, __: FrameType | None) -> None:
-    raise RankError(
-        "the launcher stopped this rank, as it does when another rank ends",
-        remedy=f"look for the rank that ended first, then {RESUME}",
-    )
 
 
 def _from_environment(environment: Mapping[str, str]) -> Ranks:

@@ -7,7 +7,7 @@ Try: `stillhouse study STUDY`, which writes OUT/study.{json,md,html}.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -45,32 +45,48 @@ def difference_to(row: ArmRow, arm: str) -> ErrorDifference | None:
     return next((d for d in row.differences if d.to == arm), None)
 
 
+def _difference_tables(differences: Sequence[tuple[str, ErrorDifference]]) -> list[str]:
+    """Return a table of differences, with those of many seeds in a second one, so that lines stay short."""
+    texts = [(to, f"{points(d.estimate, True)}; {100 * d.relative:+.0f} %; {d.verdict}") for to, d in differences]
+    seeds = [f"[{', '.join(f'{100 * x:+.1f}' for x in d.by_seed)}]" for _, d in differences]
+    if max(len(d.by_seed) for _, d in differences) <= 3:
+        rows = [(to, f"{text} {of}") for (to, text), of in zip(texts, seeds, strict=True)]
+        return _markdown_table(("arm", "difference"), rows)
+    by_seed = [(to, of) for (to, _), of in zip(texts, seeds, strict=True)]
+    return [*_markdown_table(("arm", "difference"), texts), "", *_markdown_table(("arm", "by seed"), by_seed)]
+
+
+def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]
+
+
 def markdown(table: Table) -> str:
-    """Return the whole study as Markdown, which `stillhouse study` prints."""
+    """Return the whole study as Markdown, which `stillhouse study` prints: its tables are narrow."""
     name = table.metric.upper()
     lines = [f"# Study {table.study}", ""]
     lines += [f"- What the test set can show: {limit_text(limit)}" for limit in table.detectable]
     if table.missing:
         lines.append(f"- Not done yet: {', '.join(table.missing)}.")
     for split in table.splits:
-        heads = ["arm", "seeds", "WER % (95 %)", "CER % (95 %)"]
-        heads += [
-            f"{name} minus that of the arm “{arm}”: points (95 %); relative; verdict [by seed]" for arm in table.against
+        rows = table.of(split)
+        lines += ["", f"## {split}", ""]
+        results = [(row.arm, ",".join(map(str, row.seeds)), points(row.wer), points(row.cer)) for row in rows]
+        lines += _markdown_table(("arm", "seeds", "WER % (95 %)", "CER % (95 %)"), results)
+        for arm in table.against:
+            differences = [(row.arm, d) for row in rows if (d := difference_to(row, arm)) is not None]
+            if differences:
+                lines += ["", f"{name} minus that of the arm “{arm}”: points (95 %); relative; verdict [by seed]", ""]
+                lines += _difference_tables(differences)
+        losses = [["" if x is None else f"{x:.3f}" for x in (row.transfer, row.dev_loss)] for row in rows]
+        training = [
+            (row.arm, f"{row.steps:,}", f"{row.seconds / 60:.1f}", *of) for row, of in zip(rows, losses, strict=True)
         ]
-        heads += ["steps", "minutes per run", "transfer loss", "RNN-T loss on dev"]
-        lines += ["", f"## {split}", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-        for row in table.of(split):
-            cells = [row.arm, ", ".join(map(str, row.seeds)), points(row.wer), points(row.cer)]
-            for d in (difference_to(row, arm) for arm in table.against):
-                seeds = ", ".join(f"{100 * x:+.1f}" for x in d.by_seed) if d else ""
-                cells.append(
-                    f"{points(d.estimate, True)}; {100 * d.relative:+.0f} %; {d.verdict} [{seeds}]" if d else ""
-                )
-            cells += [f"{row.steps:,}", f"{row.seconds / 60:.1f}"]
-            cells += ["" if loss is None else f"{loss:.3f}" for loss in (row.transfer, row.dev_loss)]
-            lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", INTERVALS, "", "| arm | changes | command |", "|---|---|---|"]
-    lines += [f"| {arm} | {changes} | `{table.commands[arm]}` |" for arm, changes in table.changes.items()]
+        heads = ("arm", "steps", "minutes per run", "transfer loss", "RNN-T loss on dev")
+        lines += ["", *_markdown_table(heads, training)]
+    lines += ["", INTERVALS, ""]
+    lines += [
+        f"- {arm}: {changes or 'no changes'}\n  `{table.commands[arm]}`" for arm, changes in table.changes.items()
+    ]
     return "\n".join(lines) + "\n"
 
 

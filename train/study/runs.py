@@ -14,12 +14,14 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 from ...data.errors import StaleError, StillhouseError
 from ...data.files.atomic import read_plain, write_atomic
+from ...data.files.stopping import StopNow, StopRequest
 from ..config import Config, load_config
 from ..run import identity
 from .definition import Study, StudyRun
@@ -139,7 +141,10 @@ def run_study(
     finally:
         for process, _ in working.values():
             process.terminate()
-        for process, _ in working.values():
+        for pipe, (process, run) in working.items():
+            with suppress(EOFError, ConnectionError):
+                while "line" in (message := json.loads(pipe.recv_bytes())):
+                    on_progress(f"[{run}] {message['line']}")
             process.join()
     return failures
 
@@ -157,17 +162,20 @@ def _train_and_decode(
         settings = Config.model_validate_json(config)
         if threads and not settings.run.threads:
             settings.run.threads = threads
-        from ..loop.trainer import Trainer
+        with StopRequest() as stop:
+            from ..loop.trainer import Trainer
 
-        trainer = Trainer(settings, folder, lambda line: send(line=line))
-        send(begun=True)
-        trainer.run()
-        del trainer
-        for split in test:
-            send(line=f"decoding {split}")
-            _decode(settings, folder, split, checkpoint)
-        write_atomic(folder / "result.json", json.dumps({"checkpoint": checkpoint, "test": test}) + "\n")
-        send(end=None)
+            trainer = Trainer(settings, folder, lambda line: send(line=line), stop=stop)
+            send(begun=True)
+            trainer.run()
+            del trainer
+            for split in test:
+                send(line=f"decoding {split}")
+                _decode(settings, folder, split, checkpoint)
+            write_atomic(folder / "result.json", json.dumps({"checkpoint": checkpoint, "test": test}) + "\n")
+            send(end=None)
+    except StopNow:
+        send(end=f"stopped by {stop.signal}")
     except StillhouseError as e:
         send(end=str(e))
     except KeyboardInterrupt:

@@ -146,6 +146,7 @@ class Verified:
     behind: dict[str, int] = field(default_factory=dict)  # {teacher: utterances}, as of views
     work_items: int = 0  # committed, as `extract --status` counts them
     work_items_planned: int = 0
+    renewed: list[str] = field(default_factory=list)  # objects whose copies in the cache were damaged: fetched again
 
 
 def verified(store: Store, data: float = 0.0, on_progress: Callable[[WorkItem], None] | None = None) -> Verified:
@@ -169,6 +170,7 @@ def verified(store: Store, data: float = 0.0, on_progress: Callable[[WorkItem], 
         behind=late,
         work_items=sum(_committed(store, item) for item in items),
         work_items_planned=len(items),
+        renewed=list(store.paths.files.renewed),
     )
 
 
@@ -177,9 +179,12 @@ def _committed(store: Store, item: WorkItem) -> bool:
 
 
 def unopened(path: Path, error: StoreError) -> Verified:
-    """Return the damaged records that explain why a store does not open. Raises `error` if there are none."""
+    """Return the damaged records that explain why a store does not open. Raises the error if there are none."""
     files = open_files(path)
     if not (damaged := damaged_records(Paths(files))):
+        if "inspect verify" in (error.remedy or "") or "damaged" in error.what:  # `verify` does not advise itself.
+            remedy = "restore this file from a backup, or extract into a new store"
+            raise type(error)(error.what, where=error.where, expected=error.expected, remedy=remedy) from error
         raise error
     return Verified(files.address, complete=False, units=0, units_planned=0, data=0.0, findings=damaged)
 

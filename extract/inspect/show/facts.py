@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .terminal import columns, pad, pairs, share, size, table, tables, width, wrap
+from .terminal import columns, fitted, pad, pairs, share, size, table, tables, width, wrap
 
 if TYPE_CHECKING:
     from ..facts.export import ExportedStates
@@ -63,7 +63,7 @@ def views(listed: Sequence[ViewFacts]) -> str:
          "complete" if v.complete else "norms missing" if v.tokens == v.tokens_planned else "not complete")
         for v in listed
     ]  # fmt: skip
-    drawn = table(rows, header=("view", "done", "utterances", "tokens", "states", ""), right="lrrrr")
+    drawn = fitted(rows, header=("view", "done", "utterances", "tokens", "states", ""), right="lrrrr")
     return "\n".join([drawn, *(wrap(text, indent=2) for text in _behind({v.teacher: v.behind for v in listed}))])
 
 
@@ -80,13 +80,13 @@ def utterances(listed: Sequence[UtteranceFacts]) -> str:
         for u in listed
     ]
     header = ("utterance", "session", *(f"{t} tokens" for t in teachers), "views")
-    return table(rows, header=header, right="l" + "r" * 9)
+    return fitted(rows, header=header, right="l" + "r" * (len(header) - 1))
 
 
 def shown(s: Shown) -> str:
     place = f"number {s.session_row + 1} of {s.session_utterances} in session {s.session}, row {s.row}"
     source = "" if s.text_from == "corpus" else "\n(spelt from the tokens; --corpus shows the transcript itself)"
-    head = f"{s.utterance}: {place}\n{wrap(s.text)}{source}"
+    head = f"{wrap(f'{s.utterance}: {place}', indent=2)}\n{wrap(s.text)}{source}"
     return "\n\n".join([head, *(_shown_teacher(t) for t in s.teachers)])
 
 
@@ -126,6 +126,7 @@ def _shown_teacher(t: ShownTeacher) -> str:
 def verified(v: Verified) -> str:
     lines = [f"{m.how}: {m.unit} ({'; '.join(f.what for f in m.findings)})" for m in v.mended]
     lines += [f"{f.where}: {f.what}; {f.remedy}" for f in v.findings]
+    lines += [f"{place}: the copy in the cache was damaged; it has been fetched again" for place in v.renewed]
     read = f", {v.data:.4g} of their utterances read" if v.data else ", states not read (--data reads them)"
     if v.data >= 1:
         read = ", every byte of them read"
@@ -159,4 +160,5 @@ def tree(path: str, nodes: Sequence[Node]) -> str:
 def exported(e: ExportedStates) -> str:
     tokens = ", ".join(f"{n:,} tokens of {name}" for name, n in e.tokens.items())
     left_out = f"; {e.left_out:,} utterances without all these views left out" if e.left_out else ""
-    return f"{e.path}: {e.utterances:,} utterances, {tokens}, {len(e.views)} views, {size(e.bytes)}{left_out}"
+    what = f"{e.utterances:,} utterances, {tokens}, {len(e.views)} views, {size(e.bytes)}{left_out}"
+    return wrap(f"{e.path}: {what}", indent=2)

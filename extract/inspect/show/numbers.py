@@ -11,7 +11,7 @@ from itertools import accumulate, takewhile
 from typing import TYPE_CHECKING
 
 from ....data.errors import first_few
-from .terminal import columns, pad, printable, share, table, tables, width, wrap
+from .terminal import columns, fitted, pad, printable, share, table, tables, width, wrap
 
 if TYPE_CHECKING:
     from ..facts.diff import StoreDifference
@@ -32,16 +32,16 @@ def statistics(listed: Sequence[Statistics]) -> str:
              f"{s.effective_rank:.0f} of {s.width}", len(s.dead), len(s.outliers), s.not_finite)
         )  # fmt: skip
     header = ("view", "norm", "first", "alike", "rank", "dead", "outliers", "NaN")
-    lines = [table(rows, header=header, right="lrrrrrrr"), ""]
+    lines = [fitted(rows, header=header, right="lrrrrrrr"), ""]
     for s in listed:
         if s.outliers:
             named = [f"{d.dimension} (mean {d.mean:.2f}, rms {d.rms:.2f})" for d in s.outliers]
             lines.append(wrap(f"{s.view} outliers: {first_few(named, MOST_NAMED)}", indent=2))
         if s.dead:
-            lines.append(f"{s.view} dead: {first_few([str(d) for d in s.dead], MOST_NAMED)}")
+            lines.append(wrap(f"{s.view} dead: {first_few([str(d) for d in s.dead], MOST_NAMED)}", indent=2))
         if s.int8_error is not None and s.int8_error_standardised is not None:
             errors = f"{s.int8_error:.2%} of the states, {s.int8_error_standardised:.2%} standardised"
-            lines.append(f"{s.view} int8 error: {errors}")
+            lines.append(wrap(f"{s.view} int8 error: {errors}", indent=2))
     tokens = ", ".join(dict.fromkeys(f"{s.tokens:,}" for s in listed))
     bounded = sorted({f"{s.rank_tokens:,}" for s in listed if s.rank_tokens < s.tokens})
     rank = f"effective rank of {' or '.join(bounded)} tokens, which bounds it" if bounded else "effective rank"
@@ -51,11 +51,14 @@ def statistics(listed: Sequence[Statistics]) -> str:
 
 
 def similarity(s: Similarity) -> str:
-    count = len(s.views)
+    count, longest = len(s.views), max(map(width, s.views))
     names = [(f"{i}", view) for i, view in enumerate(s.views, start=1)]
-    before = max(width(view) for view in s.views) + len(str(count)) + 2
-    across = max(1, (columns() - before) // 6)
+    before = longest + len(str(count)) + 2
     drawn = []
+    if longest > columns() // 2:  # Only numbers stand beside the numbers.
+        drawn.append(table(names, right="r"))
+        names, before = [(number, "") for number, _ in names], len(str(count)) + 12
+    across = max(1, (columns() - before) // 6)
     for first in range(0, count, across):  # as many columns as fit; values above the diagonal would repeat
         numbers = range(first, min(first + across, count))
         rows = [(*names[i], *(f"{s.cka[i][k]:.2f}" for k in numbers if k <= i)) for i in range(first, count)]
@@ -80,7 +83,7 @@ def choice(c: Choice) -> str:
         s.view + (f" (CKA {s.most_alike:.2f} with those before)" if n else "") for n, s in enumerate(c.suggested)
     )
     sample = f"at {c.places:,} units of {c.utterances:,} utterances, {c.folds} folds by {c.folds_by}"
-    drawn = table(rows, header=header, right="lrrrrrr")
+    drawn = fitted(rows, header=header, right="lrrrrrr")
     legend = "without first tokens of decoders; TEACHER/static: the teacher's input embeddings"
     advice = f"{wrap(f'suggested  {chosen}', indent=11)}\n{wrap(f'rule       {c.rule}', indent=11)}"
     return f"{drawn}\n{wrap(sample + '; ' + legend)}\n\n{advice}"
@@ -91,7 +94,7 @@ def neighbours(n: Neighbours) -> str:
     beside = longest <= columns() // 2
     most = columns() - 7 - (longest + 2 if beside else 0)
     sentence = around(n.sentence, n.begin, n.end, 4 * columns())
-    lines = [f"{n.word!r} in {n.utterance} ({n.view}):", wrap(sentence), ""]
+    lines = [wrap(f"{n.word!r} in {n.utterance} ({n.view}):", indent=2), wrap(sentence), ""]
     for x in n.neighbours:
         sentence, name = around(x.sentence, x.begin, x.end, most), printable(x.utterance)
         place = f"{pad(name, longest)}  {sentence}" if beside else f"{name}\n       {sentence}"
@@ -140,10 +143,10 @@ def difference(d: StoreDifference) -> str:
     lines = [f"a  {d.a}", f"b  {d.b}"]
     for side, teachers, listed in (("a", d.teachers_only_a, d.views_only_a), ("b", d.teachers_only_b, d.views_only_b)):
         if teachers:
-            lines.append(f"teachers only in {side}: {', '.join(teachers)}")
+            lines.append(wrap(f"teachers only in {side}: {', '.join(teachers)}", indent=2))
         if listed:
-            lines.append(f"views only in {side}: {', '.join(listed)}")
-    lines += [f"{s.teacher}: {s.setting} is {s.a} in a, {s.b} in b" for s in d.settings]
+            lines.append(wrap(f"views only in {side}: {', '.join(listed)}", indent=2))
+    lines += [wrap(f"{s.teacher}: {s.setting} is {s.a} in a, {s.b} in b", indent=2) for s in d.settings]
     u = d.utterances
     lines.append(f"{u.both:,} utterances in both, {u.only_a:,} only in a, {u.only_b:,} only in b")
     for count, ids, what in (
@@ -154,8 +157,8 @@ def difference(d: StoreDifference) -> str:
     ):
         if count:
             more = f" and {count - len(ids):,} more" if count > len(ids) else ""
-            lines.append(f"{count:,} {what}: {', '.join(ids)}{more}")
-    lines += [f"{h.view}: states of {h.a:,} tokens in a, of {h.b:,} in b" for h in d.held]
+            lines.append(wrap(f"{count:,} {what}: {', '.join(ids)}{more}", indent=2))
+    lines += [wrap(f"{h.view}: states of {h.a:,} tokens in a, of {h.b:,} in b", indent=2) for h in d.held]
     if d.numbers:
         rows = [
             (n.view, f"{n.tokens:,}", share(round(n.equal * n.tokens), n.tokens), f"{n.largest:.3g}",
@@ -163,6 +166,6 @@ def difference(d: StoreDifference) -> str:
             for n in d.numbers
         ]  # fmt: skip
         header = ("view", "tokens", "same bits", "largest", "of max |h|", "least cosine")
-        lines += ["", table(rows, header=header, right="lrrrrr"), ""]
+        lines += ["", fitted(rows, header=header, right="lrrrrr"), ""]
     lines.append("the stores are equal" if d.same else "the stores differ")
     return "\n".join(lines)

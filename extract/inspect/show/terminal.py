@@ -76,6 +76,21 @@ def tables(rows: Sequence[Sequence[object]], *, right: str, header: Sequence[str
     ]
 
 
+def fitted(rows: Sequence[Sequence[object]], *, right: str, header: Sequence[str]) -> str:
+    """Return a table that fits the terminal. If it is too wide, the first column has lines of its own above the others.
+
+    Only a first cell that is wider than the terminal itself makes a longer line: names and ids are not broken.
+    """
+    whole, most = table(rows, right=right, header=header), columns()
+    if all(width(line) <= most for line in whole.splitlines()):
+        return whole
+    names = [row[0] for row in _cells(rows, header)]
+    rest = [row[1:] for row in rows]
+    parts = tables(rest, right=right[1:].ljust(len(header) - 1, "l"), header=header[1:], keep=0, most=most - 2)
+    stacked = (zip(names, part.split("\n"), strict=True) for part in parts)
+    return "\n\n".join("\n".join(f"{name}\n  {line}".rstrip() for name, line in part) for part in stacked)
+
+
 def wrap(text: str, most: int | None = None, indent: int = 0) -> str:
     """Break a text into lines of at most `most` columns (None: the terminal's, at most 100), and indent later lines."""
     most = min(columns(), PROSE) if most is None else most

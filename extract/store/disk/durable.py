@@ -52,17 +52,20 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     write_bytes(path, with_checksum(value, path.name))
 
 
-def read_json(path: Path) -> Any:
-    """Return what a JSON file holds. Raises FileNotFoundError, or StoreError for any other file that is no record."""
+def read_json(path: Path, where: str | None = None) -> Any:
+    """Return what a JSON file holds. `where` names it in errors.
+
+    Raises FileNotFoundError, or StoreError for any other file that is no record.
+    """
     try:
         with open_plain(path) as f:
             if os.fstat(f.fileno()).st_size > _LARGEST_JSON:
-                raise StoreError("far too large", where=path, expected="JSON")
+                raise StoreError("far too large", where=where or path, expected="JSON")
             return json.loads(f.read())
     except FileNotFoundError:
         raise
     except (ValueError, OSError, RecursionError) as e:
-        raise StoreError(f"cannot be read: {e}", where=path, expected="JSON") from e
+        raise StoreError(f"cannot be read: {e}", where=where or path, expected="JSON") from e
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -24,12 +24,16 @@ class BlockReader(Protocol):
     """A file that is read in blocks instead of through a memory map."""
 
     size: int
+    where: str  # for messages
 
     def ask(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Begin to fetch ranges (offset, bytes)."""
 
     def read(self, into: memoryview, offset: int) -> int:
         """Fill `into` from `offset` on and return the bytes read, fewer at the end of the file."""
+
+    def renew(self, offset: int, size: int) -> bool:
+        """Fetch a range again, and return whether other bytes came than this disk had."""
 
 
 class StoreFiles:
@@ -39,6 +43,8 @@ class StoreFiles:
     can_be_torn = True  # A file may be there in part.
     writable = True
     fills_disk = True  # The store grows on the disk where `root` is.
+    is_copied = False  # What is read are copies on this disk, which may be damaged where the store is not.
+    renewed: Sequence[str] = ()  # what was damaged in the copies on this disk alone, and was fetched again
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -60,7 +66,7 @@ class StoreFiles:
 
     def read_json(self, path: Path) -> Any:
         """Return what a JSON file holds. Raises as `durable.read_json`."""
-        return read_json(self.local(path))
+        return read_json(self.local(path), self.place(path))
 
     def fetch_records(self, folder: Path) -> None:
         """Bring the commit records of a folder that are not on this disk yet."""
@@ -97,6 +103,20 @@ class StoreFiles:
     def descriptor(self, path: Path, whole: bool) -> int:
         """Open a regular shard file and return its descriptor; without `whole`, only the end must be readable."""
         return plain_descriptor(path)
+
+    def renew(self, path: Path, whole: bool) -> bool:
+        """Fetch a shard file, or without `whole` its end, again. Return whether other bytes came than this disk had."""
+        return False
+
+    def forget(self, folder: Path) -> bool:
+        """Forget the copies on this disk of files in a folder, and return whether there were any."""
+        return False
+
+    def note_renewed(self, path: Path) -> None:
+        """Remember in `renewed` that a file was damaged on this disk alone."""
+
+    def revalidate(self) -> None:
+        """Forget copies on this disk of files that have been replaced since."""
 
     # --- writing ---
 

@@ -20,7 +20,7 @@ Kind = TypeVar("Kind")
 MOST = 1 << 53  # larger than every number in a store's JSON
 
 
-def as_record(kind: type[Kind], value: object, where: Path, **known: object) -> Kind:
+def as_record(kind: type[Kind], value: object, where: str | Path, **known: object) -> Kind:
     """Return a `kind` from a JSON object and `known` fields. Raises StoreError naming the file and a wrong field."""
     if not isinstance(value, Mapping):
         raise StoreError("damaged", where=where, expected=f"a JSON object for {kind.__name__}")

@@ -54,7 +54,7 @@ class RawArray:
         try:
             self.meta: dict[str, Any] = self.files.read_json(self.path / "zarr.json")
         except (FileNotFoundError, NotADirectoryError) as e:
-            raise StoreError("an array is missing", where=self.path) from e
+            raise StoreError("an array is missing", where=self.files.place(self.path)) from e
         try:
             self.shape = tuple(self.meta["shape"])
             self.chunks = tuple(self.meta["chunk_grid"]["configuration"]["chunk_shape"])
@@ -65,7 +65,9 @@ class RawArray:
             if not self._sound():
                 raise ValueError(f"{self.shape} in chunks of {self.chunks}")
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as e:
-            raise StoreError(f"an array's metadata is damaged: {e!r:.80}", where=self.path / "zarr.json") from e
+            raise StoreError(
+                f"an array's metadata is damaged: {e!r:.80}", where=self.files.place(self.path / "zarr.json")
+            ) from e
 
     def _sound(self) -> bool:
         """Return whether shape, chunks, type and fill can be those of such an array."""
@@ -136,12 +138,15 @@ class RawArray:
         try:
             size = path.stat().st_size
         except FileNotFoundError as e:
-            raise StoreError("a chunk is missing", where=path, remedy=_VERIFY) from e
+            raise StoreError("a chunk is missing", where=self._place(index), remedy=_VERIFY) from e
         except OSError as e:
-            raise StoreError(f"a chunk cannot be opened: {e.strerror}", where=path, remedy=_VERIFY) from e
+            raise StoreError(f"a chunk cannot be opened: {e.strerror}", where=self._place(index), remedy=_VERIFY) from e
         if size != expected:
-            raise StoreError("a chunk has the wrong size", where=path, expected=f"{expected:,} bytes")
+            raise StoreError("a chunk has the wrong size", where=self._place(index), expected=f"{expected:,} bytes")
         return np.asarray(np.memmap(path, dtype=self.dtype, mode="r", shape=shape))
+
+    def _place(self, index: tuple[int, ...]) -> str:
+        return self.files.place(self.path.joinpath("c", *map(str, index)))
 
     def _read_with_zarr(self, *lead: int) -> np.ndarray:
         import zarr

@@ -72,7 +72,7 @@ def read_sums(paths: Paths, number: int) -> Sums:
         return {}
     arrays = value.get("arrays") if isinstance(value, dict) and value.get("block_rows") == BLOCK_ROWS else None
     if not matches_type(arrays, dict[str, list[list[Any]]]):
-        raise _damaged(path)
+        raise _damaged(paths.files.place(path))
     assert isinstance(arrays, dict)
     return {name: [_row_sums(path, part) for part in parts] for name, parts in arrays.items()}
 

@@ -90,17 +90,18 @@ def publish(paths: Paths, record: Path, commit: Commit) -> bool:
 
 def _read(paths: Paths, path: Path, shard: str, generation: int) -> Commit:
     """Read a record. Raises StoreError where it is damaged, or another's."""
+    where = paths.files.place(path)
     try:
-        commit = as_record(Commit, without_checksum(paths.files.read_json(path), path.name), path)
+        commit = as_record(Commit, without_checksum(paths.files.read_json(path), path.name), where)
     except FileNotFoundError as e:
-        raise StoreError("a commit record leads nowhere, or was deleted just now", where=path) from e
+        raise StoreError("a commit record leads nowhere, or was deleted just now", where=where) from e
     layers = {str(layer) for layer in commit.layers}
     pairs = [] if shard == "norms" else [commit.utterances, commit.rows]
     sums = shard == "norms" or (layers <= commit.files.keys() and layers <= commit.checksums.keys())
     if (str(commit.shard), commit.generation) != (shard, generation) or not sums or not all(len(p) == 2 for p in pairs):
-        raise StoreError("a damaged commit record", where=path, remedy="stillhouse inspect verify STORE")
+        raise StoreError("a damaged commit record", where=where, remedy="stillhouse inspect verify STORE")
     if not all(len(loss) == 4 for loss in commit.losses.values()):
-        raise StoreError("a damaged commit record: losses", where=path)
+        raise StoreError("a damaged commit record: losses", where=where)
     return commit
 
 

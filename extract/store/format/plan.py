@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ....data.errors import NoStoreError, StoreError, UsageError
@@ -179,24 +178,25 @@ class Plan:
 def read_plan(files: StoreFiles) -> Plan:
     """Read a store's plan. Raises NoStoreError, or StoreError where it is of another version or damaged."""
     paths, root = Paths(files), files.address
+    place = files.place(paths.store_json)
     try:
         head = files.read_json(paths.store_json)
     except FileNotFoundError as e:
         raise NoStoreError("there is no store", where=root, remedy="stillhouse extract CORPUS STORE …") from e
     if not isinstance(head, dict) or head.get("format") != FORMAT:
-        raise NoStoreError("this is not a store", where=paths.store_json, expected=f"format {FORMAT!r}")
+        raise NoStoreError("this is not a store", where=place, expected=f"format {FORMAT!r}")
     if head.get("version") != VERSION:
         raise StoreError(f"version {head.get('version')!r:.60}", where=root, expected=f"version {VERSION}")
     for key, kind in _HEAD.items():
         if not matches_type(head.get(key), kind):
-            raise StoreError(f"the plan is damaged: {key} is {head.get(key)!r:.60}", where=paths.store_json)
-    teachers = {name: as_record(TeacherRecord, t, paths.store_json) for name, t in head["teachers"].items()}
+            raise StoreError(f"the plan is damaged: {key} is {head.get(key)!r:.60}", where=place)
+    teachers = {name: as_record(TeacherRecord, t, place) for name, t in head["teachers"].items()}
     for name, teacher in teachers.items():
-        _check_teacher(name, teacher, paths.store_json)
+        _check_teacher(name, teacher, place)
     generations = [_generation(paths, n, teachers) for n in head["generations"]]
     idle = teachers.keys() - {g.teacher for g in generations}
     if idle or not teachers or len({g.number for g in generations}) < len(generations):
-        raise StoreError("the plan is damaged: teachers and generations do not belong together", where=paths.store_json)
+        raise StoreError("the plan is damaged: teachers and generations do not belong together", where=place)
     return Plan(paths, head["created"], head["corpus"], head["versions"], teachers, generations)
 
 
@@ -209,7 +209,7 @@ _HEAD = {
 }
 
 
-def _check_teacher(name: str, t: TeacherRecord, where: Path) -> None:
+def _check_teacher(name: str, t: TeacherRecord, where: str) -> None:
     """Raise StoreError where a teacher's record is impossible, or would lead out of the store."""
     try:
         check_teacher_name(name)
@@ -223,29 +223,30 @@ def _check_teacher(name: str, t: TeacherRecord, where: Path) -> None:
 
 def _generation(paths: Paths, number: int, teachers: dict[str, TeacherRecord]) -> Generation:
     path = paths.plan(number)
+    where = paths.files.place(path)
     try:
         value = without_checksum(paths.files.read_json(path), path.name)
     except FileNotFoundError as e:
-        raise StoreError("the plan is damaged: a generation is missing", where=path) from e
+        raise StoreError("the plan is damaged: a generation is missing", where=where) from e
     shape = {"work": list[dict[str, Any]], "shards": list[list[int]]}
     if not isinstance(value, dict) or not all(matches_type(value.get(key), kind) for key, kind in shape.items()):
-        raise StoreError("the plan is damaged: work and shards", where=path)
+        raise StoreError("the plan is damaged: work and shards", where=where)
     if not all(len(entry) == 3 for entry in value["shards"]):
-        raise StoreError("the plan is damaged: shards", where=path, expected="[first, last, rows] each")
-    work = [as_record(PlannedWork, w, path) for w in value["work"]]
+        raise StoreError("the plan is damaged: shards", where=where, expected="[first, last, rows] each")
+    work = [as_record(PlannedWork, w, where) for w in value["work"]]
     shards = [Shard(i, *entry) for i, entry in enumerate(value["shards"])]
-    g = as_record(Generation, value, path, work=work, shards=shards)
+    g = as_record(Generation, value, where, work=work, shards=shards)
     teacher = teachers.get(g.teacher)
     sound = g.number == number >= 0 and 0 < g.shard_rows < MOST and g.shard_rows % INNER_ROWS == 0
     sound &= g.edition >= 0 and g.vocabulary >= 0
     if teacher is None or not sound:
-        raise StoreError("the plan is damaged: teacher, number or shard_rows", where=path)
+        raise StoreError("the plan is damaged: teacher, number or shard_rows", where=where)
     if not all(0 <= s.first <= s.last and 0 <= s.rows <= g.shard_rows for s in shards):
-        raise StoreError("the plan is damaged: an impossible shard", where=path)
+        raise StoreError("the plan is damaged: an impossible shard", where=where)
     for w in work:
         known = w.context in teacher.contexts and set(w.layers) <= set(teacher.layers)
         if not known or not all(0 <= s < len(shards) for s in w.shards):
-            raise StoreError("the plan is damaged: impossible work", where=path)
+            raise StoreError("the plan is damaged: impossible work", where=where)
     return g
 
 

@@ -18,6 +18,7 @@ from ....data.errors import StoreError
 from ..disk.files import BlockReader, StoreFiles
 from ..disk.layout import footer_bytes, identity_rows
 
+RENEWALS = 3  # how often damaged bytes of an object store are fetched again
 _VERIFY = "stillhouse inspect verify STORE names what is damaged"
 
 
@@ -110,8 +111,17 @@ def _through_blocks(
     blocks: BlockReader, path: Path, where: str, shard_rows: int, row_bytes: int, used_rows: int
 ) -> Handle:
     tail = bytearray(footer_bytes(shard_rows))
-    blocks.read(memoryview(tail), max(0, blocks.size - len(tail)))
-    rows = identity_rows(bytes(tail), shard_rows, row_bytes)
+    begin = max(0, blocks.size - len(tail))
+    blocks.read(memoryview(tail), begin)
+    for attempt in range(RENEWALS + 1):
+        try:
+            rows = identity_rows(bytes(tail), shard_rows, row_bytes)
+            break
+        except StoreError as e:
+            if attempt == RENEWALS:
+                raise StoreError(e.what, where=where, remedy=_VERIFY) from e
+            blocks.renew(begin, len(tail))
+            blocks.read(memoryview(tail), begin)
     if rows is None:
         raise StoreError("its layout is another than ours", where=where, remedy="copy the store to a disk to read it")
     if rows < used_rows or blocks.size != rows * row_bytes + len(tail):

@@ -250,6 +250,35 @@ class ShardRead:
                 for offset, size, parts in ranges:
                     _read(self.handles[number], self.buffer, offset, size, parts)
 
+    def of_utterance(self, utterance: int) -> memoryview:
+        """Return the output's bytes of one utterance."""
+        begin, length = (int(a[utterance]) * self.row_bytes for a in (self.ranges.into, self.ranges.length))
+        return self.buffer[begin : begin + length]
+
+    def read_again(self, utterance: int, renew: bool) -> bool:
+        """Read one utterance's rows of a remote file again, with `renew` from the object store and not from its cache.
+
+        Returns False for a file that is on a disk.
+        """
+        r, size = self.ranges, self.row_bytes
+        handle = self.handles.get(int(r.shard[utterance]))
+        if handle is None or handle.blocks is None:
+            return False
+        offset, length, target = (int(a[utterance]) * size for a in (r.inside, r.length, r.into))
+        if renew:
+            handle.blocks.renew(offset, length)
+        _read(handle, self.buffer, offset, length, [(target, target + length)])
+        return True
+
+    def place(self, utterance: int) -> str | None:
+        """Return where an utterance's rows are in an object store; None: they are on a disk."""
+        r = self.ranges
+        handle = self.handles.get(int(r.shard[utterance]))
+        if handle is None or handle.blocks is None:
+            return None
+        first, length = (int(a[utterance]) * self.row_bytes for a in (r.inside, r.length))
+        return f"{handle.blocks.where} bytes {first}-{first + length - 1}"
+
 
 def read_all(reads: Sequence[ShardRead]) -> bool:
     """Begin to read arrays of the same ranges. True: all are in memory, to `copy`. False: `read` them from the disk."""
@@ -264,7 +293,7 @@ def _read(handle: Handle, buffer: memoryview, offset: int, size: int, parts: lis
     if handle.blocks is not None:
         for a, b in parts:
             if handle.blocks.read(buffer[a:b], offset) < b - a:
-                raise StoreError("a committed shard file is too short", where=handle.path)
+                raise StoreError("a committed shard file is too short", where=handle.blocks.where)
             offset += b - a
         return
     if os.preadv(handle.fd, [buffer[a:b] for a, b in parts], offset) == size:

@@ -1,7 +1,8 @@
 """Shard files of an object store, read in blocks through a cache on this disk that all processes share.
 
 Guarantees: a block's name holds the version of its file, and its bytes are compared with their checksum before a
-process uses them. Blocks that were used longest ago are removed when the cache is full.
+process uses them. Whoever finds other bytes than the store's own checksums say has them fetched again (`renew`). Blocks
+that were used longest ago are removed when the cache is full.
 Try: `pytest tests/extract/store/test_remote.py`.
 """
 
@@ -13,11 +14,12 @@ import os
 import tempfile
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ....data.errors import StoreError
-from .cache import cache_folder
+from ..disk.durable import pwrite_all
+from .cache import cache_error, cache_folder, made_folder
 from .client import Conflict, Missing, Objects
 
 BLOCK_BYTES = 1 << 20
@@ -29,8 +31,9 @@ _CACHE = "give it more space: STILLHOUSE_CACHE_BYTES, or another disk: STILLHOUS
 class CachedFile:
     """One file of an object store, read through the cache. Raises Missing where there is no such object."""
 
-    def __init__(self, objects: Objects, key: str) -> None:
-        self.objects, self.key = objects, key
+    def __init__(self, objects: Objects, key: str, note_renewed: Callable[[], None]) -> None:
+        self.objects, self.key, self._note_renewed = objects, key, note_renewed
+        self.where = f"{objects.url}/{key}"
         meta = objects.head(key)
         self.size, self.etag = int(meta["size"]), meta["etag"]
         name = hashlib.blake2b(f"{objects.url} {key} {self.etag}".encode(), digest_size=12).hexdigest()
@@ -43,15 +46,19 @@ class CachedFile:
         need: set[int] = set()
         for offset, size in ranges:
             need.update(range(offset // BLOCK_BYTES, -(-min(offset + size, self.size) // BLOCK_BYTES)))
-        lacking = sorted(n for n in need if n not in self._asked and not (self.folder / str(n)).exists())
-        while lacking:
+        self._fetch(sorted(n for n in need if n not in self._asked and not (self.folder / str(n)).exists()))
+
+    def _fetch(self, numbers: list[int]) -> None:
+        """Begin to fetch blocks, given in ascending order."""
+        at = 0
+        while at < len(numbers):
             count = 1
-            while count < min(len(lacking), JOINED_BLOCKS) and lacking[count] == lacking[0] + count:
+            while at + count < len(numbers) and count < JOINED_BLOCKS and numbers[at + count] == numbers[at] + count:
                 count += 1
-            span = (lacking[0], lacking[0] + count)
+            span = (numbers[at], numbers[at] + count)
             request = self.objects.ask_blocks(self.key, self.folder, span, BLOCK_BYTES, self.size, self.etag)
             self._asked |= dict.fromkeys(range(*span), request)
-            del lacking[:count]
+            at += count
 
     def read(self, into: memoryview, offset: int) -> int:
         """Fill `into` from `offset` on and return the bytes read, fewer at the end of the file."""
@@ -66,37 +73,65 @@ class CachedFile:
     def copy(self, whole: bool) -> int:
         """Return a descriptor of a temporary copy; without `whole`, only its last block is filled."""
         begin = 0 if whole else max(0, self.size - BLOCK_BYTES)
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=cache_folder()) as copy:
-            copy.truncate(self.size)
-            self.ask([(begin, self.size - begin)])
-            for offset in range(begin, self.size, BLOCK_BYTES):
-                part = bytearray(min(BLOCK_BYTES, self.size - offset))
-                self.read(memoryview(part), offset)
-                os.pwrite(copy.fileno(), part, offset)
-            return os.dup(copy.fileno())
+        folder = made_folder(cache_folder())
+        with tempfile.TemporaryFile(dir=folder) as copy:
+            try:
+                copy.truncate(self.size)
+                self.ask([(begin, self.size - begin)])
+                for offset in range(begin, self.size, BLOCK_BYTES):
+                    part = bytearray(min(BLOCK_BYTES, self.size - offset))
+                    self.read(memoryview(part), offset)
+                    pwrite_all(copy.fileno(), memoryview(part), offset)
+                return os.dup(copy.fileno())
+            except OSError as e:
+                raise cache_error(e, folder) from e
+
+    def renew(self, offset: int, size: int) -> bool:
+        """Fetch the blocks of a range again, and return whether other bytes came than the cache had."""
+        numbers = list(range(offset // BLOCK_BYTES, -(-min(offset + size, self.size) // BLOCK_BYTES)))
+        before = {n: self._stored(n) for n in numbers}
+        self._fetch(numbers)
+        for n in numbers:
+            self._wait(n)
+        return any(before[n] != self._stored(n) for n in numbers)
+
+    def _stored(self, number: int) -> bytes | None:
+        try:
+            return (self.folder / str(number)).read_bytes()
+        except OSError:
+            return None
+
+    def _wait(self, number: int) -> None:
+        request = self._asked.get(number)
+        if request is None:
+            return
+        try:
+            self.objects.wait(request)
+        except (Missing, Conflict) as e:
+            what = "a shard was replaced while it was read"
+            raise StoreError(what, where=self.where, remedy="open the store again") from e
+        finally:
+            self._asked = {n: r for n, r in self._asked.items() if r is not request}
 
     def _read_block(self, number: int, inside: int, part: memoryview) -> None:
+        path = self.folder / str(number)
         for _ in range(3):  # Another process may remove the block between the fetch and the read.
             self.ask([(number * BLOCK_BYTES + inside, len(part))])
-            request = self._asked.get(number)
-            if request is not None:
-                try:
-                    self.objects.wait(request)
-                except (Missing, Conflict) as e:
-                    what, where = "a shard was replaced while it was read", f"{self.objects.url}/{self.key}"
-                    raise StoreError(what, where=where, remedy="open the store again") from e
-                finally:
-                    self._asked = {n: r for n, r in self._asked.items() if r is not request}
-            with contextlib.suppress(FileNotFoundError):
-                fd = os.open(self.folder / str(number), os.O_RDONLY | os.O_CLOEXEC)
+            self._wait(number)
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 try:
                     if not self._is_whole(fd, number):
-                        (self.folder / str(number)).unlink(missing_ok=True)
+                        self._note_renewed()
+                        path.unlink(missing_ok=True)
                     elif os.preadv(fd, [part], inside) == len(part):
                         return
                 finally:
                     os.close(fd)
+            except FileNotFoundError:
+                continue
+            except OSError as e:
+                raise cache_error(e, path) from e
         raise StoreError("the cache loses blocks as fast as they come", where=self.folder, remedy=_CACHE)
 
     def _is_whole(self, fd: int, number: int) -> bool:

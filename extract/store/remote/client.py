@@ -1,7 +1,9 @@
 """Objects of one bucket and prefix, moved to and from files by obstore in a thread of this process.
 
-Guarantees: a file under its final name is whole, since it is written beside it and renamed. A process that was forked
-after the first request is refused, because the threads of obstore do not survive a fork. Nothing is opened at import.
+Guarantees: a file under its final name is whole: as long as the server says, of the version that was asked for, and
+with the MD5 that its etag is, where it is one. A server that has never answered is given up within seconds. A process
+that was forked after the first request is refused, because the threads of obstore do not survive a fork. Nothing is
+opened at import.
 Try: `pytest tests/extract/store/test_remote.py`.
 """
 
@@ -10,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import hashlib
 import os
 import random
 import re
@@ -21,18 +24,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ....data.errors import NoStoreError, StoreError, UsageError
-from .cache import cache_folder, cache_limit_bytes, evict
+from ....data.errors import NoStoreError, StillhouseError, StoreError, UsageError
+from .cache import cache_folder, cache_limit_bytes, evict, keep, write_file
+from .failures import WORDS, DamagedAnswer, RequestFailed, in_one_line, kind_of, proves_itself
 
 CONCURRENT = 64  # requests at a time
 UPLOADS = 4  # of them, requests that hold a whole file in memory
 SWEEP_SHARE = 50  # The cache is measured again after this part of its limit has been written.
+FIRST_S = 10.0  # for each of the two attempts to reach a server that has never answered
+_MD5 = re.compile(r"[0-9a-f]{32}")
 _URL = re.compile(r"s3:/{1,2}([^/]+)/?(.*)")
-_KINDS = {
-    "missing": {"FileNotFoundError", "NotFoundError"},
-    "exists": {"AlreadyExistsError", "PreconditionError", "NotModifiedError"},
-    "denied": {"PermissionDeniedError", "UnauthenticatedError", "UnknownConfigurationKeyError"},
-}
 
 Request = tuple[str, Future[Any]]  # an object's key, and the answer to come
 
@@ -43,14 +44,6 @@ class Missing(Exception):
 
 class Conflict(Exception):
     """The object exists, or is not the one that was expected."""
-
-
-class RequestFailed(Exception):
-    """A request had no success: `kind` is missing, exists (a condition was not met), denied or failed."""
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
 
 
 def is_url(path: str | Path) -> bool:
@@ -120,15 +113,27 @@ class _Bucket:
         import obstore
         from obstore.store import S3Store
 
-        timeout_s = float(os.environ.get("STILLHOUSE_REMOTE_TIMEOUT_S", "60"))
-        http = any(os.environ.get(k, "").startswith("http://") for k in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT"))
+        timeout_s = _number("STILLHOUSE_REMOTE_TIMEOUT_S", 60.0)
+        self.attempts = int(_number("STILLHOUSE_REMOTE_ATTEMPTS", 7))
+        self.first_s = min(FIRST_S, 2 * timeout_s)
+        endpoints = [os.environ[k] for k in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT") if os.environ.get(k)]
+        for url in endpoints:
+            if not re.match(r"https?://[^/]", url):
+                raise UsageError(f"AWS_ENDPOINT_URL={url}", expected="a URL, as in http://localhost:9000")
+        http = any(url.startswith("http://") for url in endpoints)
         self.obstore, self.loop = obstore, loop
         limits: Any = {"timeout": f"{timeout_s}s", "connect_timeout": f"{min(5, timeout_s)}s", "allow_http": http}
-        # Whole requests with their bodies are retried below.
-        self.store = S3Store(bucket, prefix=prefix or None, client_options=limits, retry_config={"max_retries": 0})
-        self.attempts = int(os.environ.get("STILLHOUSE_REMOTE_ATTEMPTS", "7"))
+        try:  # Whole requests with their bodies are retried below.
+            self.store = S3Store(bucket, prefix=prefix or None, client_options=limits, retry_config={"max_retries": 0})
+        except Exception as e:  # obstore has errors of many classes for settings.
+            what = f"the settings of the object store: {in_one_line(e)}"
+            raise UsageError(what, where=f"s3://{bucket}", remedy="see the variables AWS_…") from e
         self.cache, self.limit = cache_folder(), cache_limit_bytes()
         self.written = self.limit  # so that the first write measures the cache
+        self.answered = False
+        self.etags_are_md5: bool | None = None  # None: nothing that came has shown it yet
+        self._disputed: dict[str, tuple[str, str]] = {}  # {key: (etag, MD5)} of what came
+        self._misput: dict[str, str] = {}  # {key: etag} of what the server has got otherwise than it was sent
         self.requests, self.uploads = asyncio.Semaphore(CONCURRENT), asyncio.Semaphore(UPLOADS)
 
     def begin(self, operation: Callable[[], Awaitable[Any]], upload: bool = False) -> Future[Any]:
@@ -137,16 +142,24 @@ class _Bucket:
 
     async def _run(self, operation: Callable[[], Awaitable[Any]], upload: bool) -> Any:
         async with self.uploads if upload else self.requests:
-            for attempt in range(1, self.attempts + 1):
+            attempt = 0
+            while True:
+                attempt += 1
                 try:
-                    return await operation()
+                    answer = await (operation() if self.answered else asyncio.wait_for(operation(), self.first_s))
+                    self.answered = True
+                    return answer
+                except StillhouseError:  # This disk's fault, which no other attempt changes.
+                    raise
                 except Exception as e:
-                    names = {c.__name__ for c in type(e).__mro__}
-                    kind = next((kind for kind, errors in _KINDS.items() if names & errors), "failed")
-                    if kind != "failed" or attempt == self.attempts:
-                        lines = [line for line in str(e).splitlines() if line.strip()] or [repr(e)]
+                    kind = kind_of(e, self.answered)
+                    self.answered |= kind not in ("unreachable", "credentials")
+                    most = {"failed": self.attempts, "damaged": self.attempts, "unreachable": 2}.get(kind, 1)
+                    if kind == "unreachable" and self.answered:
+                        most = self.attempts
+                    if attempt >= most:
                         tries = f" ({attempt} attempts)" if attempt > 1 else ""
-                        raise RequestFailed(kind, lines[0].strip()[:300] + tries) from e
+                        raise RequestFailed(kind, in_one_line(e) + tries) from e
                     await asyncio.sleep(min(5.0, 0.1 * 2**attempt) * random.uniform(0.5, 1))
 
     async def read(self, key: str, span: tuple[int, int] | None = None, etag: str = "") -> tuple[bytes, dict[str, Any]]:
@@ -155,22 +168,78 @@ class _Bucket:
         answer = await self.obstore.get_async(self.store, key, options=options or None)
         data = bytes(await answer.bytes_async())
         first, end = answer.range
+        found = {"etag": answer.meta["e_tag"] or "", "size": answer.meta["size"]}
         if len(data) != end - first:
-            raise OSError(f"{key}: {len(data)} bytes came of {end - first}")
-        return data, {"etag": answer.meta["e_tag"], "size": answer.meta["size"]}
+            raise DamagedAnswer(f"{key}: {len(data)} bytes came of {end - first}")
+        if span is not None and (first, end) != tuple(span):
+            raise DamagedAnswer(f"{key}: bytes {first} to {end} came, and {span[0]} to {span[1]} were asked for")
+        if etag and found["etag"] != etag:
+            raise DamagedAnswer(f"{key}: the version {found['etag']} came, and {etag} was asked for")
+        return data, found
+
+    async def read_whole(self, key: str) -> tuple[bytes, dict[str, Any]]:
+        """Return all bytes of an object, with its size and etag. Raises DamagedAnswer where others came."""
+        data, found = await self.read(key)
+        tag, own = found["etag"].strip('"'), proves_itself(key, data)
+        if not _MD5.fullmatch(tag) or self.etags_are_md5 is False:
+            if own is False:
+                raise DamagedAnswer(f"{key} differs from its own checksum")
+            return data, found
+        md5 = _md5(data)
+        if md5 == tag:
+            self.etags_are_md5 = True
+            return data, found
+        # A bucket that encrypts with keys of its own has other etags. Objects with a checksum of their own show it.
+        if own and (self.etags_are_md5 or self._disputed.get(key) == (tag, md5)):
+            if self.etags_are_md5 is None:
+                self.etags_are_md5 = False
+            return data, found
+        self._disputed[key] = tag, md5
+        raise DamagedAnswer(f"{key} has the etag {tag}, and the MD5 of what came is {md5}")
+
+    async def put(self, key: str, data: bytes, mode: Any) -> str:
+        """Put an object and return its etag. What the server has got otherwise than it was sent is replaced."""
+        if key in self._misput:
+            mode = {"e_tag": self._misput[key]}
+        etag = (await self.obstore.put_async(self.store, key, data, mode=mode, use_multipart=False))["e_tag"] or ""
+        self._misput.pop(key, None)
+        tag = etag.strip('"')
+        doubtful = _MD5.fullmatch(tag) and self.etags_are_md5 is not False and _md5(data) != tag
+        if doubtful and (await self.read(key))[0] != data:
+            self._misput[key] = etag
+            raise DamagedAnswer(f"{key} is not what was put")
+        return etag
+
+    def keep(self, path: Path, data: bytes, etag: str) -> None:
+        """Write a file of the cache with what it is recognised by."""
+        keep(path, data, etag)
+        self._count(len(data))
 
     def write(self, path: Path, *parts: bytes | memoryview) -> None:
         """Write a file of the cache, and remove others where there are too many."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident():x}.tmp")
-        with open(draft, "wb") as f:
-            for part in parts:
-                f.write(part)
-        os.replace(draft, path)
-        self.written += sum(map(len, parts))
+        write_file(path, *parts)
+        self._count(sum(map(len, parts)))
+
+    def _count(self, size: int) -> None:
+        self.written += size
         if self.written > self.limit // SWEEP_SHARE:
             self.written = 0
             evict(self.cache, self.limit)
+
+
+def _md5(data: bytes) -> str:
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+
+def _number(name: str, default: float) -> float:
+    text = os.environ.get(name) or str(default)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise UsageError(f"{name}={text}", expected="a number above 0")
+    return value
 
 
 class Objects:
@@ -210,25 +279,21 @@ class Objects:
                 raise Missing(key) from e
             if e.kind == "exists":
                 raise Conflict(key) from e
-            failed, denied = e, e.kind == "denied"
+            failed = e
         except CancelledError:
-            failed, denied = RequestFailed("failed", "this process has closed its connections"), False
-        raise StoreError(
-            f"the object store {'refuses' if denied else 'does not answer'}: {failed}",
-            where=f"{self.url}/{key}".rstrip("/"),
-            expected="credentials that may read it" if denied else "an answer",
-            remedy="see AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-            + ("" if denied else "; what was committed is safe, the same command resumes"),
-        )
+            failed = RequestFailed("failed", "this process has closed its connections")
+        what, expected, remedy = WORDS[failed.kind]
+        where = f"s3://{self.bucket}" if failed.kind == "bucket" else f"{self.url}/{key}".rstrip("/")
+        raise StoreError(what.format(failed), where=where, expected=expected, remedy=remedy)
 
-    def list(self, folder: str) -> dict[str, int]:
-        """Return {key: bytes} of all objects in a folder and those below it."""
+    def list(self, folder: str) -> dict[str, tuple[int, str]]:
+        """Return {key: (bytes, etag)} of all objects in a folder and those below it."""
         client = self._client()
 
-        async def operation() -> dict[str, int]:
-            found: dict[str, int] = {}
+        async def operation() -> dict[str, tuple[int, str]]:
+            found: dict[str, tuple[int, str]] = {}
             async for chunk in client.obstore.list(client.store, f"{folder}/" if folder else None):
-                found |= {m["path"]: m["size"] for m in chunk}
+                found |= {m["path"]: (m["size"], m["e_tag"] or "") for m in chunk}
             return dict(sorted(found.items()))
 
         return self.wait(("", client.begin(operation)))
@@ -239,17 +304,23 @@ class Objects:
 
         async def operation() -> dict[str, Any]:
             meta = await client.obstore.head_async(client.store, key)
-            return {"etag": meta["e_tag"], "size": meta["size"]}
+            return {"etag": meta["e_tag"] or "", "size": meta["size"]}
 
         return self.wait((key, client.begin(operation)))
 
-    def get(self, files: dict[str, Path]) -> dict[str, dict[str, Any]]:
-        """Bring objects into files, {key: file}, many at a time. Return size and etag of those that exist."""
+    def get(self, files: dict[str, Path], keep: bool = False) -> dict[str, dict[str, Any]]:
+        """Bring objects into files, {key: file}, many at a time. Return size and etag of those that exist.
+
+        With `keep`, each file has beside it what it is recognised by later (see cache.py).
+        """
         client = self._client()
 
         async def operation(key: str, path: Path) -> dict[str, Any]:
-            data, meta = await client.read(key)
-            client.write(path, data)
+            data, meta = await client.read_whole(key)
+            if keep:
+                client.keep(path, data, meta["etag"])
+            else:
+                client.write(path, data)
             return meta
 
         requests = [(k, client.begin(lambda k=k, p=p: operation(k, p))) for k, p in files.items()]  # type: ignore[misc]
@@ -281,9 +352,7 @@ class Objects:
         condition: Any = mode if mode in ("create", "overwrite") else {"e_tag": mode}
 
         async def operation() -> str:
-            data = path.read_bytes()
-            done = await client.obstore.put_async(client.store, key, data, mode=condition, use_multipart=False)
-            return done["e_tag"]
+            return await client.put(key, path.read_bytes(), condition)
 
         return self.wait((key, client.begin(operation, upload=True)))
 
@@ -292,6 +361,6 @@ class Objects:
         client = self._client()
 
         async def operation() -> bool:
-            return (await client.read(key))[0] == path.read_bytes()
+            return (await client.read_whole(key))[0] == path.read_bytes()
 
         return self.wait((key, client.begin(operation, upload=True)))

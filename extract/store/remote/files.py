@@ -14,10 +14,12 @@ import hashlib
 import io
 import json
 import os
+import secrets
 import shutil
 import socket
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,8 +28,9 @@ import numpy as np
 
 from ....data.errors import StaleError, StoreError, UsageError
 from ..disk.files import StoreFiles
+from .assembly import apply_parts
 from .block_cache import CachedFile
-from .cache import cache_folder
+from .cache import cache_folder, keep, kept_etag, made_folder
 from .client import Conflict, Missing, Objects, no_store
 
 T = TypeVar("T")
@@ -53,10 +56,18 @@ class RemoteFiles(StoreFiles):
     has_locks = False
     can_be_torn = False
     fills_disk = False
+    is_copied = True
 
     def __init__(self, url: str, root: Path, etag: str | None, writable: bool) -> None:
         super().__init__(root)
         self.objects, self.etag, self.writable = Objects(url), etag, writable
+        self.renewed: list[str] = []
+        self._checked: set[Path] = set()  # files that this process has compared with what they are recognised by
+        self._listed: dict[str, dict[str, tuple[int, str]]] = {}
+        self._assembly = root
+        if not writable:
+            self._assembly = root / f"assembled-{os.getpid()}-{secrets.token_hex(4)}"
+            weakref.finalize(self, _remove_own, self._assembly, os.getpid())
         self._applied: dict[str, set[str]] = {}
         self._sent: dict[str, tuple[int, int]] = {}
         self._own: set[str] = set()
@@ -76,25 +87,64 @@ class RemoteFiles(StoreFiles):
 
     def fetch(self, paths: Iterable[Path]) -> None:
         """Bring files that are not on this disk. Those that the object store lacks stay away."""
-        wanted = {self.key(p): p for p in paths if not p.exists()}
+        wanted = {self.key(p): p for p in paths if not self._is_here(p)}
         if wanted:
-            for key in self.objects.get(wanted):
+            for key in self.objects.get(wanted, keep=not self.writable):
                 self._sent[key] = _stamp(wanted[key])
+                self._checked.add(wanted[key])
+
+    def _is_here(self, path: Path) -> bool:
+        """Whether a file is on this disk as it came. It is compared once a process: the disk may have lost power."""
+        if self.writable or path in self._checked or not path.exists():
+            return path.exists()
+        if kept_etag(path) is None:
+            self.note_renewed(path)
+            return False
+        self._checked.add(path)
+        return True
+
+    def note_renewed(self, path: Path) -> None:
+        if (place := self.place(path)) not in self.renewed:
+            self.renewed.append(place)
 
     def local(self, path: Path) -> Path:
         parts = path.relative_to(self.root).parts
         if len(parts) > 3 and parts[0] == "data.zarr" and parts[2] in BY_ITEM and parts[3] == "c":
             return self._assembled(path)
-        if not path.exists():
-            self.fetch([path])
+        self.fetch([path])
         return path
 
     def fetch_records(self, folder: Path) -> None:
-        self.fetch(self.root / k for k in self.objects.list(self.key(folder)) if k.endswith(".json"))
+        self.fetch(self.root / k for k in self._list(self.key(folder)) if k.endswith(".json"))
+
+    def _list(self, folder: str) -> dict[str, tuple[int, str]]:
+        """Return what is in a folder: for a writer, now; for a reader, when it first looked. Replaced copies go."""
+        if self.writable:
+            return self.objects.list(folder)
+        if folder not in self._listed:
+            self._listed[folder] = self.objects.list(folder)
+            for key, (_, etag) in self._listed[folder].items():
+                path = self.root / key
+                if path.exists() and kept_etag(path) not in (None, etag):  # None: see `_is_here`.
+                    self._checked.discard(path)
+                    path.unlink(missing_ok=True)
+        return self._listed[folder]
+
+    def forget(self, folder: Path) -> bool:
+        if self.writable:
+            return False
+        self._applied = {}
+        for base in (self.root, self._assembly):
+            shutil.rmtree(base / folder.relative_to(self.root), ignore_errors=True)
+        return True
+
+    def revalidate(self) -> None:
+        self._listed = {}
+        self._list("")
 
     def sizes(self, folder: Path) -> Iterator[tuple[Path, int]]:
         key = "" if folder == self.root else self.key(folder)
-        return ((self.root / k, size) for k, size in self.objects.list(key).items())
+        return ((self.root / k, size) for k, (size, _) in self._list(key).items())
 
     def empty_folders(self) -> list[Path]:
         return []  # An object store knows none.
@@ -106,13 +156,17 @@ class RemoteFiles(StoreFiles):
         if path.exists():
             return None
         try:
-            return CachedFile(self.objects, self.key(path))
+            return CachedFile(self.objects, self.key(path), lambda: self.note_renewed(path))
         except Missing as e:
             raise FileNotFoundError(2, os.strerror(2), str(path)) from e
 
     def descriptor(self, path: Path, whole: bool) -> int:
         blocks = self.blocks(path)
         return super().descriptor(path, whole) if blocks is None else blocks.copy(whole)
+
+    def renew(self, path: Path, whole: bool) -> bool:
+        blocks = self.blocks(path)
+        return blocks is not None and blocks.renew(0 if whole else max(0, blocks.size - 1), blocks.size)
 
     def _assembled(self, path: Path) -> Path:
         """Return a chunk of an array that work items write parts of, as it is now.
@@ -124,40 +178,22 @@ class RemoteFiles(StoreFiles):
         axes = [int(i) for i in index]
         record = json.loads(self.local(self.root / "store.json").read_bytes())["teachers"][teacher]
         meta = json.loads(self.local(self.root / "data.zarr" / teacher / name / "zarr.json").read_bytes())
-        target = path if self.writable else self.root / f"assembled-{os.getpid()}" / path.relative_to(self.root)
+        target = self._assembly / path.relative_to(self.root)
         if not target.exists():
             self._applied.pop(str(target), None)
             self.objects.get({self.key(path): target})
         context = record["contexts"][axes[0]]
         folder = self.root / "commits" / teacher / context.replace(":", "-")
-        listed = [k for k in self.objects.list(self.key(folder)) if k.endswith(".npz")]
+        listed = [k for k in self._list(self.key(folder)) if k.endswith(".npz")]
         done = self._applied.setdefault(str(target), set())
         new = [k for k in listed if k not in done and k not in self._own]
         new.sort(key=lambda k: (int(k.split(".")[-2]), k))  # later generations last
         if new:
             self.fetch(self.root / k for k in new)
             member = f"{name}.{record['layers'][axes[1]]}" if name == "crc32c" else name
-            self._apply(target, meta, axes, member, [self.root / k for k in new])
+            apply_parts(target, meta, axes, member, [self.root / k for k in new])
             done |= set(new)
         return target
-
-    def _apply(self, target: Path, meta: dict[str, Any], axes: list[int], member: str, parts: list[Path]) -> None:
-        dtype = np.dtype(meta["data_type"]).newbyteorder("<")
-        length = meta["chunk_grid"]["configuration"]["chunk_shape"][-1]
-        whole = np.fromfile(target, dtype) if target.exists() else np.zeros(length, dtype)
-        begin = axes[-1] * length
-        for part in parts:
-            with np.load(part, allow_pickle=False) as saved:
-                if member not in saved:
-                    continue
-                first, values = int(saved["first"]), saved[member]
-                a, b = max(begin, first), min(begin + length, first + len(values))
-                if a < b:
-                    whole[a - begin : b - begin] = values[a - first : b - first]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.with_name(f".{target.name}.{os.getpid()}.draft")
-        whole.tofile(draft)
-        os.replace(draft, target)
 
     # --- writing ---
 
@@ -317,14 +353,14 @@ class RemoteFiles(StoreFiles):
 def reading_files(url: str | Path) -> RemoteFiles:
     """Return the files of the store at a URL as it is now. Raises NoStoreError where there is none."""
     objects = Objects(url)
-    with tempfile.TemporaryDirectory(dir=_made(cache_folder())) as scratch:
+    with tempfile.TemporaryDirectory(dir=made_folder(cache_folder())) as scratch:
         head = Path(scratch, "store.json")
         meta = objects.get({"store.json": head}).get("store.json")
         if meta is None:
             raise no_store(objects.url)
         name = hashlib.blake2b(f"{objects.url} {meta['etag']}".encode(), digest_size=12).hexdigest()
-        root = _made(cache_folder() / "mirrors" / name)
-        os.replace(head, root / "store.json")
+        root = made_folder(cache_folder() / "mirrors" / name)
+        keep(root / "store.json", head.read_bytes(), meta["etag"])
     return RemoteFiles(objects.url, root, meta["etag"], writable=False)
 
 
@@ -332,9 +368,9 @@ def reading_files(url: str | Path) -> RemoteFiles:
 def writing_files(url: str | Path) -> Iterator[RemoteFiles]:
     """Yield the files of a store at a URL, in a folder of this process that is removed at the end."""
     objects = Objects(url)
-    base = _made(cache_folder() / "writers")
+    base = made_folder(cache_folder() / "writers")
     _remove_dead_writers(base)
-    root = _made(base / f"{socket.gethostname()}-{os.getpid()}-{time.time_ns():x}")
+    root = made_folder(base / f"{socket.gethostname()}-{os.getpid()}-{time.time_ns():x}")
     try:
         meta = objects.get({"store.json": root / "store.json"}).get("store.json")
         yield RemoteFiles(objects.url, root, meta["etag"] if meta else None, writable=True)
@@ -350,9 +386,9 @@ def _remove_dead_writers(base: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _remove_own(folder: Path, pid: int) -> None:
+    if os.getpid() == pid:  # and not a fork of the process that made it
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

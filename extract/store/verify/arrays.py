@@ -72,7 +72,8 @@ def _opened(paths: Paths, *name: str) -> RawArray:
         array = RawArray(paths, *name)
         nodes = [array.meta.get(key) for key in ("zarr_format", "node_type")]
     except (StillhouseError, OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-        raise StoreError(f"its metadata cannot be read: {e}", where=paths.data.joinpath(*name)) from e
+        what = e.what if isinstance(e, StillhouseError) else str(e)
+        raise StoreError(f"its metadata cannot be read: {what}", where=paths.data.joinpath(*name)) from e
     if nodes != [3, "array"]:
         raise StoreError("its metadata is not an array's", where=array.path)
     return array

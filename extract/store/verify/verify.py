@@ -8,8 +8,10 @@ Try: `stillhouse inspect verify STORE`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +24,11 @@ from ..format.arrays import RawArray
 from ..format.commits import Commit
 from ..format.int8 import SCALE_BYTES
 from ..format.plan import WorkItem
+from ..read.handles import RENEWALS
 from ..reader import Store
 from ..views import View
 from .arrays import array_damage, table_chunk_damage
+from .numbers import corpus_numbers, teacher_numbers
 from .sums import Arrays, Damage, committed_layers, item_damage, norm_damage, record_damage, table_damage, token_damage
 
 
@@ -42,6 +46,11 @@ _REPAIR = "stillhouse inspect verify STORE --data --repair extracts just this ag
 _RECORD = "restore this file from a backup, or extract into a new store"
 _UNREADABLE = (StillhouseError, OSError, ValueError)
 _ROW_ARRAYS = ("start", "length", "token_id", "span")  # While these are damaged, rows lead to no utterance.
+
+
+def _said(error: Exception) -> str:
+    """Return what an error says, without its remedy: that would be this check."""
+    return error.what if isinstance(error, StillhouseError) else str(error)
 
 
 def _finding(damage: Damage, remedy: str | None = None) -> StoreFinding:
@@ -62,11 +71,16 @@ def findings(
 ) -> Iterator[StoreFinding]:
     """Yield findings as `verify` returns them; `on_progress` is called with each work item before it is checked."""
     arrays: Arrays = {}
+    store.paths.files.revalidate()
     yield from damaged_records(store.paths)
-    tables = [_finding(d) for d in table_damage(store)]
+    tables = [_finding(d) for d in _rechecked(store, "utterances", lambda: table_damage(store))]
     yield from tables or _check_index(store)
+    wrong = plan_findings(store)
+    yield from chain(*wrong.values())
     for name in store.plan.teachers:
-        damage = list(token_damage(store, name))
+        if wrong[name]:
+            continue  # Rows and states would be looked for in wrong places.
+        damage = _rechecked(store, name, lambda name=name: token_damage(store, name))  # type: ignore[misc]
         yield from (_finding(d) for d in damage)
         unusable: list[StoreFinding] = [_finding(d) for d in damage if d.array in _ROW_ARRAYS]
         if not unusable:
@@ -78,9 +92,34 @@ def findings(
     yield from _check_leftovers(store)
 
 
+def _rechecked(store: Store, group: str, check: Callable[[], Iterable[Damage]]) -> list[Damage]:
+    """Return the damage of a group's arrays that is still there where their copies on this disk are fetched again."""
+    found, files, folder = list(check()), store.paths.files, store.paths.data / group
+    if found and files.forget(folder):
+        again = list(check())
+        if len(again) < len(found):
+            files.note_renewed(folder)
+        return again
+    return found
+
+
 def damaged_records(paths: Paths) -> list[StoreFinding]:
     """Return findings for JSON files that are not what was written. The store need not open."""
-    return [StoreFinding(what, str(path), _RECORD) for what, path in record_damage(paths)]
+    return [StoreFinding(what, paths.files.place(path), _RECORD) for what, path in record_damage(paths)]
+
+
+def plan_findings(store: Store) -> dict[str, list[StoreFinding]]:
+    """Return findings for numbers of store.json that do not fit the arrays, by teacher, and of the corpus by "".
+
+    Arrays whose metadata is damaged are other findings.
+    """
+    found: dict[str, list[StoreFinding]] = {}
+    for name in ("", *store.plan.teachers):
+        found[name] = []
+        with suppress(*_UNREADABLE, LookupError):
+            for what in teacher_numbers(store, name) if name else corpus_numbers(store):
+                found[name].append(StoreFinding(what, store.paths.files.place(store.paths.store_json), _RECORD))
+    return found
 
 
 def damaged_items(
@@ -99,7 +138,7 @@ def damaged_items(
 
 
 def _check_index(store: Store) -> Iterator[StoreFinding]:
-    where = str(store.paths.data / "utterances")
+    where = store.paths.files.place(store.paths.data / "utterances")
     try:
         for teacher in store.plan.teachers:
             index = store.index_of(teacher)
@@ -108,9 +147,9 @@ def _check_index(store: Store) -> Iterator[StoreFinding]:
                 return
         editions = {store.plan.edition(teacher) for teacher in store.plan.teachers}
         for what, file in table_chunk_damage(store.paths, editions, len(store.index)):
-            yield StoreFinding(what, str(file), _ANEW)
+            yield StoreFinding(what, store.paths.files.place(file), _ANEW)
     except (*_UNREADABLE, IndexError) as e:
-        yield StoreFinding(f"the index of utterances cannot be read: {e}", where, _ANEW)
+        yield StoreFinding(f"the index of utterances cannot be read: {_said(e)}", where, _ANEW)
 
 
 def _check_tokens(store: Store, name: str) -> Iterator[StoreFinding]:
@@ -119,7 +158,8 @@ def _check_tokens(store: Store, name: str) -> Iterator[StoreFinding]:
         length, start, token_id = (RawArray(store.paths, name, a).read() for a in ("length", "start", "token_id"))
         live = np.flatnonzero(store.lengths(name) > 0)
     except _UNREADABLE as e:
-        yield StoreFinding(f"the tokens cannot be read: {e}", str(store.paths.data / name), _ANEW)
+        where = store.paths.files.place(store.paths.data / name)
+        yield StoreFinding(f"the tokens cannot be read: {_said(e)}", where, _ANEW)
         return
     for shard in store.plan.shards(name):
         rows = length[shard.first : shard.last].astype(np.int64)
@@ -140,11 +180,11 @@ def _check_arrays(store: Store, name: str) -> Iterator[StoreFinding]:
         contexts = {store.plan.teachers[name].contexts.index(c) for c in whole}
         rows, shards = np.asarray(store.index_of(name).row), {s.number for s in store.plan.shards(name)}
         for what, where in array_damage(store.paths, name, contexts, rows, shards):
-            yield StoreFinding(what, str(where), _ANEW)
+            yield StoreFinding(what, store.paths.files.place(where), _ANEW)
     except StoreError:
         return  # The index of utterances cannot be read, which is a finding already.
     except OSError as e:
-        yield StoreFinding(f"cannot be read: {e.strerror}", str(store.paths.data / name), _ANEW)
+        yield StoreFinding(f"cannot be read: {e.strerror}", store.paths.files.place(store.paths.data / name), _ANEW)
 
 
 def _check_items(
@@ -163,22 +203,53 @@ def _check_items(
 
 
 def _check_item(store: Store, item: WorkItem, data: float, arrays: Arrays) -> Iterator[StoreFinding]:
-    yield from (_finding(d, _REPAIR) for d in item_damage(store, item, arrays))
+    def damage() -> Iterator[Damage]:
+        arrays.clear()
+        return item_damage(store, item, arrays)
+
+    first = list(item_damage(store, item, arrays))
+    yield from (_finding(d, _REPAIR) for d in (_rechecked(store, item.teacher, damage) if first else []))
     for layer, commit in committed_layers(store, item):
         view = View(item.teacher, item.context, layer)
-        place = f"{view.address} shard {item.shard.number}"
-        path = store.paths.hidden(item.teacher, *store.axes(view), item.shard.number)
-        try:
-            fd = store.paths.files.descriptor(path, whole=bool(data))
-        except OSError as e:
-            yield StoreFinding(f"its file cannot be opened: {e.strerror}", f"{place}: {path}", _REPAIR)
-            continue
-        try:
-            yield from _check_file(store, item, view, commit, fd, place, data)
-        except OSError as e:
-            yield StoreFinding(f"its file cannot be read: {e.strerror}", f"{place}: {path}", _REPAIR)
-        finally:
-            os.close(fd)
+        yield from _states_damage(store, item, view, commit, data)
+
+
+def _states_damage(store: Store, item: WorkItem, view: View, commit: Commit, data: float) -> list[StoreFinding]:
+    """Return findings of one layer of a work item, of an object store those that are still there when it is read again.
+
+    Its files are fetched again as long as other bytes come than the cache had.
+    """
+    files, axes = store.paths.files, (item.teacher, *store.axes(view), item.shard.number)
+    paths = [store.paths.hidden(*axes)]
+    paths += [store.paths.scale(*axes)] if dtype_of(store.plan.teachers[item.teacher].dtype).scaled else []
+    place = f"{view.address} shard {item.shard.number}"
+    found = first = _check_states(store, item, view, commit, place, data)
+    for _ in range(RENEWALS if files.is_copied else 0):
+        if not found or not any([files.renew(path, whole=bool(data)) for path in paths]):
+            break
+        found = _check_states(store, item, view, commit, place, data)
+    if len(found) < len(first):
+        files.note_renewed(paths[0])
+    if files.is_copied:
+        found = [replace(f, what=f"{f.what}, in the object store itself: {files.place(paths[0])}") for f in found]
+    return found
+
+
+def _check_states(
+    store: Store, item: WorkItem, view: View, commit: Commit, place: str, data: float
+) -> list[StoreFinding]:
+    path = store.paths.hidden(item.teacher, *store.axes(view), item.shard.number)
+    where = f"{place}: {store.paths.files.place(path)}"
+    try:
+        fd = store.paths.files.descriptor(path, whole=bool(data))
+    except OSError as e:
+        return [StoreFinding(f"its file cannot be opened: {e.strerror}", where, _REPAIR)]
+    try:
+        return list(_check_file(store, item, view, commit, fd, place, data))
+    except OSError as e:
+        return [StoreFinding(f"its file cannot be read: {e.strerror}", where, _REPAIR)]
+    finally:
+        os.close(fd)
 
 
 def _check_file(
@@ -210,7 +281,7 @@ def _check_file(
         try:
             scale = _scales(store, view, item, bool(data))
         except _UNREADABLE as e:
-            yield StoreFinding(f"its scales cannot be read: {e}", place, _REPAIR)
+            yield StoreFinding(f"its scales cannot be read: {_said(e)}", place, _REPAIR)
             return
     if not data:
         return

@@ -277,6 +277,21 @@ def test_kaldi_reco2file_and_channel(call: Path, sides: tuple[str, str], with_se
     assert "the pipe takes channel 1" in whats
 
 
+@pytest.mark.parametrize(("names", "expected"), [("01", (0.25, -0.5)), ("12", (0.25, -0.5)), ("11", (-0.5, -0.5))])
+def test_kaldi_segments_with_a_channel(call: Path, names: str, expected: tuple[float, float]) -> None:
+    data = call / "data"
+    data.mkdir()
+    soundfile.write(call / "mono.wav", np.full(16000, 0.5), 8000)
+    (data / "wav.scp").write_text(f"r {call}/call.wav\nm {call}/mono.wav\n")
+    (data / "text").write_text("u0 x\nu1 y\n")
+    (data / "segments").write_text("".join(f"u{k} r 0 1 {name}\n" for k, name in enumerate(names)))
+    result = import_kaldi([(None, data)], call / "corpus.jsonl")
+    assert heard(call, result) == dict(zip(("u0", "u1"), expected))
+    (data / "segments").write_text("u0 r 0 1 0\nu1 m 0 1 1\n")  # The second file has no such channel.
+    bad = import_kaldi([(None, data)], call / "corpus.jsonl")
+    assert [(f.kind, f.id, "no channel 1" in f.what) for f in bad.findings] == [("audio", "u1", True)]
+
+
 def test_kaldi_sides_of_mono_files_stay_files(tmp_path: Path, tone: Tone) -> None:
     for side in "AB":
         tone(tmp_path / f"{side}.wav", 1.0)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from stillhouse.data.errors import StaleError
+from stillhouse.data.errors import NoStoreError, StaleError
 from stillhouse.data.manifest import Corpus, write_manifest
 from stillhouse.distill.teacher_states import TeacherStates
 from stillhouse.extract.adapters.dataset import States
@@ -88,7 +88,11 @@ def test_half_refreshed_leaves_out_what_differs(half: Store, tmp_path: Path) -> 
     exported = export(half, half.views, tmp_path / "s.npz")
     assert exported.utterances == 37 and exported.left_out == 3
     with pytest.raises(StaleError, match=rf"a and b have other texts of {CHANGED}; stillhouse extract .* --refresh"):
-        half.gather([CHANGED], half.views)
+        States(half, half.views, [CHANGED])
+    with pytest.raises(StaleError, match=CHANGED):
+        next(batches(half, half.views, [CHANGED]))
+    with pytest.raises(NoStoreError, match=NEW):
+        States(half, half.views, [NEW])
     assert len(half.gather([CHANGED], half.resolve("a/*/*")).token_id["a"]) == 5
     assert len(half.gather([CHANGED], half.resolve("b/*/*")).token_id["b"]) == 8
     with pytest.raises(StaleError, match=CHANGED):

@@ -65,10 +65,11 @@ def test_no_command_prints_them(evil: Store, stillhouse: Callable[..., SimpleNam
         for more in [[]] if words[0] in ("report", "export") or "--jsonl" in words else [[], ["--json"]]:
             said = stillhouse("inspect", *words, *more)
             assert not UNSAFE & set(said.out + said.err), words
-            assert said.code == (10 if EVIL in words else 0), (words, said.err)
+            code = 10 if EVIL in words else int(words[0] == "verify")  # The group in data.zarr has other settings.
+            assert said.code == code, (words, said.err)
     (path / "commits" / "known" / "alone" / f"{0}.{0}.json").write_bytes(b"damaged")
     for words in (("inspect", "verify", path), ("inspect", "info", path), ("store", "rm", path, f"{EVIL}/*/*")):
         said = stillhouse(*words)
         assert said.code and not UNSAFE & set(said.out + said.err) and (said.out + said.err), words
-    said = stillhouse("extract", "c", path, "--status", "--json")
+    said = stillhouse("extract", path / "store.json", path, "--status", "--json")
     assert said.code and not UNSAFE & set(said.err)

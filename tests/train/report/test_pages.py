@@ -189,6 +189,18 @@ def study() -> Table:
     return Table("a-study", "wer", ("none", "single"), rows, [found], [], changes, commands)
 
 
+def test_a_study_in_a_terminal_of_80_columns() -> None:
+    """Tables are not wider, and an arm called none is no absence of a difference."""
+    shown = study_report.markdown(study())
+    rows = [line for line in shown.splitlines() if line.startswith("|")]
+    assert max(map(len, rows)) <= 80 and shown.count("| planted-shuffled-3 |") == 1 + 2 * 2 + 1
+    assert "WER minus that of the arm “none”: points (95 %)" in shown
+    assert "-12.3 (-23.4 to -1.2); -42 %; not shown |" in shown
+    assert "| [-10.1, -12.3, -14.5, -12.3, -14.5] |" in shown and "`stillhouse train base.toml --set" in shown
+    page = study_report.html(study(), {})
+    assert "minus that of the arm “none”" in page and "minus that of none" not in page + shown
+
+
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 

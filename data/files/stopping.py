@@ -1,0 +1,85 @@
+"""SIGTERM and SIGUSR1, by which a scheduler asks a command to stop: it saves what is done and ends with exit code 143.
+
+Guarantees: the first signal never interrupts what is `deferred`, such as a training step or a commit. A later one ends
+the process at once, which loses what is not saved and nothing else.
+Try: `stillhouse train CONFIG --out RUN`, and `kill -USR1` its process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any
+
+from ..errors import STOPPED
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# A scheduler may signal the launcher and its processes, and the launcher passes its own signal on.
+SAME_REQUEST_S = 1.0
+
+
+class StopNow(BaseException):
+    """A signal asked to stop while nothing was going on that must not be interrupted.
+
+    It is no Exception, because libraries catch those.
+    """
+
+    exit_code = STOPPED
+
+
+class StopRequest:
+    """A context manager in which the first signal is a request to stop. In threads it changes nothing.
+
+    Outside of `deferred`, the request raises StopNow at once. `signal` is its name, or None. A signal more than a
+    second after the first ends the process, with the text `after` on standard error.
+    """
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        self.after = "Repeat the command to resume."
+        self.pass_on: Callable[[], None] = lambda: None  # is called at the first signal
+        self._asked_s = 0.0
+        self._deferred = False
+        self._before: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        return self.signal is not None
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: TracebackType | None) -> None:
+        stopped = getattr(error, "exit_code", None) == STOPPED
+        for number, handler in self._before.items():
+            # A process that ends with a request behind it ends by its own code, whatever the launcher sends now.
+            signal.signal(number, signal.SIG_IGN if stopped else handler)
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal, self._asked_s = signal.Signals(number).name, now
+            self.pass_on()
+            if not self._deferred:
+                raise StopNow
+        elif now - self._asked_s > SAME_REQUEST_S:
+            os.write(2, f"stopped at once by {signal.Signals(number).name}. {self.after}\n".encode())
+            os._exit(STOPPED)
+
+    @contextmanager
+    def deferred(self, yes: bool = True) -> Iterator[None]:
+        """Only note a request, or with False raise StopNow for one, which may have come before."""
+        before, self._deferred = self._deferred, yes
+        try:
+            if self.requested and not yes:
+                raise StopNow
+            yield
+        finally:
+            self._deferred = before

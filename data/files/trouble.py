@@ -1,0 +1,88 @@
+"""Trouble that any program can meet, in words: full disks, places that cannot be written, too little memory.
+
+Guarantees: an error that is not such trouble is None, so that the command line can call it unexpected.
+Try: `stillhouse corpus info corpus.jsonl --json > /dev/full`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from pathlib import Path
+
+from ..errors import StillhouseError
+
+AGAIN = "and repeat the command"
+# errno: what is wrong, and what to do. OSErrors of other numbers are what the system calls them.
+TROUBLE = {
+    errno.ENOSPC: ("no space is left on the file system", f"free some space there, {AGAIN}"),
+    errno.EDQUOT: ("the disk quota is used up", f"free some of your space there, {AGAIN}"),
+    errno.EFBIG: ("the file would be larger than allowed", f"raise the limit, see `ulimit -f`, {AGAIN}"),
+    errno.EROFS: ("the file system is read-only", "choose another place"),
+    errno.EACCES: ("this user has no permission", "choose another place, or change its owner or mode"),
+    errno.EPERM: ("this user has no permission", "choose another place, or change its owner or mode"),
+    errno.ENAMETOOLONG: ("the name is too long for the file system", "choose a shorter name"),
+    errno.EMFILE: ("too many files are open", f"raise the limit, see `ulimit -n`, {AGAIN}"),
+    errno.ENFILE: ("too many files are open on this machine", f"close other programs, {AGAIN}"),
+    errno.EIO: ("the disk or the network file system failed", f"look at the system's log, {AGAIN}"),
+    errno.ESTALE: ("the network file system lost the file", f"mount it again, {AGAIN}"),
+    errno.ENOTDIR: ("a file lies where a folder is needed", "choose another place"),
+    errno.EISDIR: ("a folder lies where a file is needed", "choose another place"),
+    errno.ENOENT: ("no such file or folder", "check the name"),
+}
+MEMORY = "raise the limit, see `ulimit -v`, close other programs, or choose smaller batches or a smaller model"
+# What libraries raise instead of MemoryError: torch on the CPU and on CUDA, threads, and the loader of libraries.
+_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|out of memory|can't start new thread|cannot allocate memory"
+    r"|failed to map segment|Unable to allocate|bad_alloc|Resource temporarily unavailable",
+    re.IGNORECASE,
+)
+_NUMBER = re.compile(r"os error (\d+)|errno = (\d+)|error code: (\d+)", re.IGNORECASE)
+
+
+def os_error(error: Exception, path: Path) -> OSError | None:
+    """Return the OSError that a library hid in the text of another exception, or None."""
+    if isinstance(error, OSError) and error.errno is not None:
+        found: int | None = error.errno
+    else:
+        match = _NUMBER.search(str(error))
+        found = int(next(filter(None, match.groups()))) if match else None
+    return None if found is None else OSError(found, os.strerror(found), str(path))
+
+
+def in_words(error: BaseException, where: object = None) -> StillhouseError | None:
+    """Return ordinary trouble as an error in words, or None. `where` counts if the error names no file."""
+    if isinstance(error, MemoryError) or (
+        isinstance(error, (RuntimeError, ImportError, OSError)) and _MEMORY.search(str(error))
+    ):
+        text = str(error).strip().splitlines()
+        return StillhouseError(
+            "there is too little memory" + (f": {text[0][:200]}" if text else ""), where=where, remedy=MEMORY
+        )
+    if not isinstance(error, OSError) or error.errno is None:
+        return None
+    place = error.filename2 or error.filename or where  # A rename names its target second.
+    if isinstance(place, bytes):
+        place = os.fsdecode(place)
+    known = TROUBLE.get(error.errno)
+    if place is None and known is None:
+        return None  # a socket, for example
+    what, remedy = known or (os.strerror(error.errno), f"remove the cause, {AGAIN}")
+    if error.errno == errno.ENOSPC and place is not None:
+        what += _free(Path(str(place)))
+    shown = str(place) if place is None or len(str(place)) < 300 else str(place)[:120] + "…"
+    return StillhouseError(what, where=shown if place is not None else None, remedy=remedy)
+
+
+def _free(place: Path) -> str:
+    """Return how much is free where `place` is, in words, or nothing if that cannot be asked."""
+    for folder in (place, *place.parents):
+        try:
+            s = os.statvfs(folder)
+        except OSError:
+            continue
+        if s.f_files and not s.f_favail:
+            return " (it may hold no more files)"
+        return f" ({s.f_bavail * s.f_frsize / 1e6:.1f} of {s.f_blocks * s.f_frsize / 1e6:.1f} MB are free)"
+    return ""

@@ -1,0 +1,50 @@
+"""The evaluation of a run on its dev split: error rates of the greedy search, and the transducer loss.
+
+Guarantees: all ranks return the same numbers. A request to stop on any rank ends the evaluation on all of them.
+Try: `stillhouse train CONFIG --set run.eval_every=100`.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...data.batches.loader import BatchLoader
+from ...data.files.stopping import StopRequest
+from ..config import Config
+from ..decode.decode import transcribe
+from ..run.ranks import Ranks
+from ..score.hypotheses import write_hypotheses
+from ..score.wer import score
+from .objective import held_out_cost
+
+
+def evaluate_dev(
+    model: Any, dev: BatchLoader, config: Config, device: torch.device, ranks: Ranks, stop: StopRequest, path: Path
+) -> tuple[float, float, float] | None:
+    """Return WER, CER and transducer loss per unit, or None after a request to `stop`.
+
+    Each rank decodes its part `dev`, and rank 0 writes the hypotheses to `path`, as `stillhouse decode` does.
+    """
+    asked, some = partial(getattr, stop, "requested"), bool(dev.utterances)
+    found = takewhile(lambda _: not asked(), transcribe(model, dev, device=device) if some and not asked() else ())
+    hypotheses = [(h.id, h.ref, h.hyp) for h in found]
+    own_cost = held_out_cost(model, dev, config, device, asked) if some else (0.0, 0)
+    stops, own_costs = zip(*ranks.gather((asked(), own_cost)))
+    if any(stops):
+        return None
+    costs, units = zip(*own_costs)
+    triples = [triple for part in ranks.gather(hypotheses) for triple in part]
+
+    def error_rates() -> tuple[float, float]:
+        write_hypotheses(path, triples)
+        result = score([ref for _, ref, _ in triples], [hyp for _, _, hyp in triples])
+        return result.wer.rate, result.cer.rate
+
+    wer, cer = ranks.from_first(error_rates)
+    return wer, cer, math.fsum(costs) / sum(units)
