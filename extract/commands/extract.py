@@ -164,12 +164,16 @@ def progress_line(p: ExtractionProgress) -> str:
 
 def render(s: Summary) -> str:
     """Return the summary of a run as text for people."""
+    from ..teacher.passes import PADDED
+
     lines = [
         f"store        {s.store}: {s.store_bytes / 1e6:,.1f} MB, of which states {s.hidden_bytes / 1e6:,.1f} MB",
         f"corpus       {s.utterances:,} utterances, {s.tokens:,} tokens of {s.teacher}",
         f"views        {', '.join(s.views) or 'none complete yet'}",
         f"this run     {s.units_done_now} of {s.units} work items in {s.wall_s:,.1f} s",
     ]
+    if s.passes != PADDED.words:
+        lines.append(f"passes       {s.passes}")
     if s.rows_done_now:
         lines.append(
             f"speed        {s.tokens_per_s:,.0f} tokens/s kept, {s.fed_tokens_per_s:,.0f} fed; "

@@ -271,9 +271,6 @@ class UnknownTeacher:
     def embedding(self, ids: np.ndarray) -> np.ndarray:
         return np.full((len(ids), 1), np.nan, np.float32)
 
-    def check_blocks(self) -> None:
-        """Accept any: there is no model to ask."""
-
 
 class ImportRunner(ItemRunner):
     """Runs work items with a cache instead of a model."""

@@ -20,17 +20,16 @@ from ...data.errors import StoreError, UsageError, first_few
 from ...data.manifest import Corpus
 from ..store.disk.files import StoreFiles
 from ..store.disk.layout import dtype_of, shard_bytes
-from ..store.format.index import Index
 from ..store.format.int8 import SCALE_BYTES
 from ..store.format.plan import Generation, Plan, TeacherRecord, WorkItem
-from ..store.read.rows import TeacherRows
 from ..store.storage import open_files
 from ..store.views import parse_context
 from ..teacher.batching import make_batches
 from ..teacher.model import Teacher
+from ..teacher.passes import passes_of
 from ..teacher.replicas import TeacherPool
-from .corpus_diff import CorpusTexts, split_tokens, windows_of
-from .generation import PlanDraft, draft_plan
+from .corpus_diff import windows_of
+from .generation import DraftedCorpus, PlanDraft, draft_plan
 from .layout import Layout
 from .progress import split_committed
 from .request import Request, choose_space, teacher_record
@@ -66,6 +65,7 @@ class Sizing:
     largest_value: float | None = None  # magnitude, of the states that were computed to measure the time
     largest_view: str | None = None
     dtype: str = "float16"
+    passes: str = ""  # how texts share batches, in words
 
     @property
     def fits(self) -> bool:
@@ -98,11 +98,12 @@ def size_up(
     draft = draft_plan(files, corpus, teacher, record, request, refresh)
     plan = draft.plan
     record = plan.teachers[record.name]
-    drafted = _DraftedCorpus(draft, record.name)
+    drafted = DraftedCorpus(draft, record.name)
     other = other_bytes(plan, draft.layout) if draft.new else 0
     items = plan.work_items(record.name)
     _, missing = split_committed(plan, items)
     per_view = view_bytes(record, missing)
+    teacher.passes = passes_of(plan, record.name)
     measured = _measure(plan, teacher, missing, drafted) if measure and missing else None
     return Sizing(
         store=files.address,
@@ -123,43 +124,8 @@ def size_up(
         largest_value=None if measured is None else measured.largest[0],
         largest_view=None if measured is None else measured.largest[1],
         dtype=record.dtype,
+        passes=teacher.passes.words,
     )
-
-
-class _DraftedCorpus:
-    """The corpus of a draft in its order: `texts`, `session` and `length`; and `position` by row, or -1."""
-
-    def __init__(self, draft: PlanDraft, name: str) -> None:
-        plan, layout, new_rows = draft.plan, draft.layout, draft.new_rows
-        if new_rows is not None:
-            order, self.session, count = new_rows.order, new_rows.session, new_rows.first + len(new_rows.ids)
-        elif layout is not None and len(plan.generations) == 1:
-            order, self.session, count = np.arange(len(layout.ids)), layout.session, len(layout.ids)
-        else:
-            index = Index(plan.paths, plan.edition(name))
-            order, self.session, count = index.order, index.session_of, len(index)
-        self.position = np.full(count, -1)
-        self.position[order] = np.arange(len(order))
-        # Rows from `first` on are not on disk yet, and the draft has their tokens.
-        first = 0 if layout is not None else count if new_rows is None else new_rows.first
-        tokens = layout.tokens if layout is not None else None if new_rows is None else new_rows.tokens
-        teacher_rows = None if layout is not None else TeacherRows(plan, name)
-        stored = np.where(order < first, order, -1)
-        self.length = np.zeros(len(order), np.int64)
-        if teacher_rows is not None:
-            self.length[stored >= 0] = teacher_rows.length[stored[stored >= 0]]
-        if tokens is not None:
-            self.length[stored < 0] = tokens.length[order[stored < 0] - first]
-        new = {} if tokens is None else split_tokens(tokens, self.position[first:].tolist())
-        self.texts = CorpusTexts(stored, teacher_rows, new)
-
-    def around(self) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of the session before and after each utterance, int64 [n] each."""
-        ends = np.cumsum(self.length)
-        first = np.flatnonzero(np.diff(self.session, prepend=-1))
-        begin = np.repeat((ends - self.length)[first], np.diff(np.append(first, len(ends))))
-        end = np.repeat(ends[np.append(first[1:], len(ends)) - 1], np.diff(np.append(first, len(ends))))
-        return ends - self.length - begin, end - ends
 
 
 def view_bytes(record: TeacherRecord, items: list[WorkItem]) -> dict[str, int]:
@@ -199,14 +165,14 @@ def find_copies(draft: PlanDraft) -> tuple[list[str], list[str]]:
     name = generation.teacher
     earlier = [w.context for g in plan.generations[:-1] if g.teacher == name for w in g.work]
     added = [c for c in dict.fromkeys(w.context for w in generation.work) if c not in earlier]
-    drafted = _DraftedCorpus(draft, name)
+    drafted = DraftedCorpus(draft, name)
     copies, warnings = _without_context(added, drafted)
     seen = [c for c in [*dict.fromkeys(earlier), *added] if c not in copies]
     same = [f"{b} would be a copy of {a}: {why}" for a, b, why in _same_contexts(seen, added, drafted)]
     return [*copies.values(), *same, *_same_teacher(plan, generation)], warnings
 
 
-def _without_context(contexts: list[str], drafted: _DraftedCorpus) -> tuple[dict[str, str], list[str]]:
+def _without_context(contexts: list[str], drafted: DraftedCorpus) -> tuple[dict[str, str], list[str]]:
     """{context that shows no utterance anything: why}, and warnings of those that seldom show something."""
     copies, warnings = {}, []
     spoken = drafted.length > 0
@@ -224,7 +190,7 @@ def _without_context(contexts: list[str], drafted: _DraftedCorpus) -> tuple[dict
     return copies, warnings
 
 
-def _same_contexts(contexts: list[str], added: list[str], drafted: _DraftedCorpus) -> Iterator[tuple[str, str, str]]:
+def _same_contexts(contexts: list[str], added: list[str], drafted: DraftedCorpus) -> Iterator[tuple[str, str, str]]:
     """Pairs of contexts that show every utterance the same, and why."""
     spoken = drafted.length > 0
     for i, b in enumerate(contexts):
@@ -291,7 +257,7 @@ class Measured:
     largest: tuple[float, str]  # magnitude of a state that is kept, and its view
 
 
-def _measure(plan: Plan, teacher: Teacher, items: list[WorkItem], drafted: _DraftedCorpus) -> Measured:
+def _measure(plan: Plan, teacher: Teacher, items: list[WorkItem], drafted: DraftedCorpus) -> Measured:
     fed_total, seconds_total = 0.0, 0.0
     largest = (0.0, "")
     for context in dict.fromkeys(item.context for item in items):
@@ -300,7 +266,10 @@ def _measure(plan: Plan, teacher: Teacher, items: list[WorkItem], drafted: _Draf
         positions = drafted.position[item.shard.first : item.shard.last]
         record, core_tokens = plan.teachers[item.teacher], item.generation.core_tokens
         windows = windows_of(record, context, core_tokens, drafted.texts, drafted.session, positions)
-        batches = make_batches(windows.windows, item.generation.batch_tokens, item.generation.batch_overhead_tokens)
+        generation = item.generation
+        batches = make_batches(
+            windows.windows, generation.batch_tokens, generation.batch_overhead_tokens, teacher.passes
+        )
         if not batches:
             continue
         chosen = [batches[i] for i in np.unique(np.linspace(0, len(batches) - 1, PROBED_BATCHES).round().astype(int))]
@@ -330,6 +299,7 @@ def render(s: Sizing) -> str:
     views = [f"  {address:<32} {size / 1e6:>12,.1f} MB" for address, size in s.bytes_per_view.items()]
     lines = [
         f"corpus       {s.utterances:,} utterances, {s.tokens:,} tokens of {s.teacher}, longest {s.longest_tokens:,}",
+        f"passes       {s.passes}",
         f"work items   {s.units_missing} of {s.units} to do",
         *views,
         f"to write     {s.bytes / 1e6:,.1f} MB, of which tokens, index and vocabulary {s.other_bytes / 1e6:,.1f} MB",

@@ -24,13 +24,17 @@ from ..store.format.index import Index
 from ..store.format.plan import Generation, Plan, PlannedWork, Shard, TeacherRecord, read_plan
 from ..store.read.rows import TeacherRows
 from ..store.writer import versions
+from ..teacher.contexts import Window
+from ..teacher.exact import choose_passes
 from ..teacher.tokenizer import Tokeniser, Tokens
-from .corpus_diff import CorpusDiff, diff_corpus
+from .corpus_diff import CorpusDiff, CorpusTexts, diff_corpus, split_tokens, windows_of
 from .layout import Layout, cut_layout, cut_shards, lay_out
 from .request import Request, check_settings, differences
 
 if TYPE_CHECKING:
     from ..teacher.model import Teacher
+
+TRIED_TEXTS = 48
 
 
 @dataclass(frozen=True)
@@ -70,15 +74,18 @@ def draft_plan(
 
     Raises:
         StaleError: the store was made with other settings or, without `refresh`, from other texts.
-        TeacherError: the tokens do not fit the model, or most of the text is unknown to the tokenizer.
+        TeacherError: the tokens do not fit the model, most of the text is unknown to the tokenizer, or the model cannot
+            run the corpus's windows as transformers would.
     """
     draft = _draft(files, corpus, teacher, record, request, refresh)
-    return replace(draft, warnings=_check_tokens(draft, teacher))
+    draft = replace(draft, warnings=_check_tokens(draft, teacher))
+    return _with_passes(draft, teacher, record.name) if draft.new else draft
 
 
 def _draft(
     files: StoreFiles, corpus: Corpus, teacher: Teacher, record: TeacherRecord, request: Request, refresh: bool
 ) -> PlanDraft:
+    """The draft before its tokens are checked, and the teacher is asked how windows go through it."""
     if not Paths(files).store_json.exists():
         return plan_new_store(files, corpus, teacher, record, request)
     plan = read_plan(files)
@@ -206,6 +213,58 @@ def plan_more_views(
         fingerprints=old.fingerprints | record.fingerprints | old.fingerprints,
     )
     return PlanDraft(_with_generation(plan, longer, generation, corpus_diff), new_rows=new_rows)
+
+
+class DraftedCorpus:
+    """The corpus of a draft in its order: `texts`, `session` and `length`; and `position` by row, or -1."""
+
+    def __init__(self, draft: PlanDraft, name: str) -> None:
+        plan, layout, new_rows = draft.plan, draft.layout, draft.new_rows
+        if new_rows is not None:
+            order, self.session, count = new_rows.order, new_rows.session, new_rows.first + len(new_rows.ids)
+        elif layout is not None and len(plan.generations) == 1:
+            order, self.session, count = np.arange(len(layout.ids)), layout.session, len(layout.ids)
+        else:
+            index = Index(plan.paths, plan.edition(name))
+            order, self.session, count = index.order, index.session_of, len(index)
+        self.position = np.full(count, -1)
+        self.position[order] = np.arange(len(order))
+        # Rows from `first` on are not on disk yet, and the draft has their tokens.
+        first = 0 if layout is not None else count if new_rows is None else new_rows.first
+        tokens = layout.tokens if layout is not None else None if new_rows is None else new_rows.tokens
+        teacher_rows = None if layout is not None else TeacherRows(plan, name)
+        stored = np.where(order < first, order, -1)
+        self.length = np.zeros(len(order), np.int64)
+        if teacher_rows is not None:
+            self.length[stored >= 0] = teacher_rows.length[stored[stored >= 0]]
+        if tokens is not None:
+            self.length[stored < 0] = tokens.length[order[stored < 0] - first]
+        new = {} if tokens is None else split_tokens(tokens, self.position[first:].tolist())
+        self.texts = CorpusTexts(stored, teacher_rows, new)
+
+    def around(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of the session before and after each utterance, int64 [n] each."""
+        ends = np.cumsum(self.length)
+        first = np.flatnonzero(np.diff(self.session, prepend=-1))
+        begin = np.repeat((ends - self.length)[first], np.diff(np.append(first, len(ends))))
+        end = np.repeat(ends[np.append(first[1:], len(ends)) - 1], np.diff(np.append(first, len(ends))))
+        return ends - self.length - begin, end - ends
+
+
+def _with_passes(draft: PlanDraft, teacher: Teacher, name: str) -> PlanDraft:
+    """The draft with the way in which windows go through its teacher, tried on the shortest and longest ones."""
+    plan, drafted = draft.plan, DraftedCorpus(draft, name)
+    texts = np.flatnonzero(drafted.length > 0)
+    ranked = texts[np.argsort(drafted.length[texts], kind="stable")]
+    spread = np.linspace(0, len(ranked) - 1, TRIED_TEXTS).round().astype(int) if len(ranked) else []
+    # Windows with context depend on the neighbours, so more texts than the shortest and the longest are laid out.
+    positions = np.unique(ranked[[i for i in (0, 1, *spread, -2, -1) if -len(ranked) <= i < len(ranked)]])
+    record, core_tokens = plan.teachers[name], plan.latest(name).core_tokens
+    windows: list[Window] = []
+    for context in record.contexts if len(positions) else ():
+        windows += windows_of(record, context, core_tokens, drafted.texts, drafted.session, positions).windows
+    plan.generations[-1] = replace(plan.generations[-1], passes=str(choose_passes(teacher, windows)))
+    return draft
 
 
 def missing_views(plan: Plan, record: TeacherRecord) -> dict[str, list[int]]:

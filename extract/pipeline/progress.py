@@ -22,6 +22,7 @@ from ..store.format.plan import Plan, WorkItem
 from ..store.reader import Store
 from ..store.storage import open_files
 from ..store.verify.stale import behind, behind_text
+from ..teacher.passes import passes_of
 
 
 @dataclass
@@ -83,6 +84,7 @@ class Summary:
     wall_s: float
     store_bytes: int
     hidden_bytes: int
+    passes: str = ""  # how texts shared batches, in words
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -109,6 +111,7 @@ def summarise(plan: Plan, name: str, progress: ExtractionProgress) -> Summary:
         wall_s=wall,
         store_bytes=folder_bytes(files, files.root),
         hidden_bytes=sum(folder_bytes(files, data / array) for array in ("hidden", "scale")),
+        passes=passes_of(plan, name).words,
     )
 
 

@@ -79,8 +79,6 @@ def teacher_record(teacher: Teacher, request: Request) -> TeacherRecord:
     text_limit = teacher.window - len(t.prefix) - len(t.suffix)
     for name in contexts:
         check_context(parse_context(name), teacher.kind, text_limit)
-        if parse_context(name).block:
-            teacher.check_blocks()
     if not layers or not contexts:
         raise UsageError("nothing to extract", expected="at least one layer and one context")
     record = TeacherRecord(

@@ -20,7 +20,7 @@ import numpy as np
 from ...data.files.lock import FileLock
 from ..store.format.index import Index
 from ..store.format.int8 import Quantised
-from ..store.format.plan import Plan, WorkItem
+from ..store.format.plan import Generation, Plan, WorkItem
 from ..store.read.handles import most_handles
 from ..store.read.rows import TeacherRows
 from ..store.writer import ItemWriter
@@ -28,6 +28,7 @@ from ..teacher.batching import make_batches
 from ..teacher.contexts import ItemWindows, Window
 from ..teacher.forward import encode_tensor, largest_of, tensors
 from ..teacher.model import Teacher
+from ..teacher.passes import passes_of
 from ..teacher.replicas import Task, TeacherPool
 from .corpus_diff import CorpusTexts, windows_of
 from .norms import Norms, norms_before_states
@@ -58,6 +59,7 @@ class OpenItem:
     writer: ItemWriter
     windows: ItemWindows
     batches: list[list[Window]]
+    ids: list[str]  # of the utterances that `KeptTokens.utterance` counts
     computed: bool = False
 
     @property
@@ -97,6 +99,7 @@ class ItemRunner:
         self.session = np.asarray(self.index.session_of)
         self.texts = CorpusTexts(self.index.order, teacher_rows)
         self.reuse = Reuse(plan, self.index)
+        self.passes = teacher.passes = passes_of(plan, teacher_rows.record.name)
         self.threads = TeacherPool(teacher)
         self._writer = ThreadPoolExecutor(1, "stillhouse-writer")
         self._committer = ThreadPoolExecutor(1, "stillhouse-committer")
@@ -160,14 +163,17 @@ class ItemRunner:
         ids = [self.index.id(row) for row in range(shard.first, shard.last)]
         starts, lengths = self.rows.start[shard.first : shard.last], self.rows.length[shard.first : shard.last]
         to_run = windows_without(windows.windows, set(copies))
-        batches = make_batches(to_run, generation.batch_tokens, generation.batch_overhead_tokens)
+        batches = self._batches(to_run, generation)
         writer = ItemWriter(self.plan.paths, self.scratch, record, item, starts, lengths, ids)
-        opened = OpenItem(locked, writer, windows, batches)
+        opened = OpenItem(locked, writer, windows, batches, ids)
         self._open[opened] = None
         writer.leave_out(np.flatnonzero(positions < 0))
         write_copies(writer, copies)
         self.progress.rows += int(lengths[positions < 0].sum() + lengths[list(copies)].sum())
         return opened
+
+    def _batches(self, windows: list[Window], generation: Generation) -> list[list[Window]]:
+        return make_batches(windows, generation.batch_tokens, generation.batch_overhead_tokens, self.passes)
 
     def _windows(self, item: WorkItem, positions: np.ndarray) -> ItemWindows:
         record, core_tokens = self.plan.teachers[item.teacher], item.generation.core_tokens
@@ -205,7 +211,7 @@ class ItemRunner:
             encode = Encode(opened.writer, norms)
             batches = opened.batches or [[]]
             for number, batch in enumerate(batches, start=1):
-                yield Task(batch, opened.item.layers, encode, opened.item, opened, number == len(batches))
+                yield Task(batch, opened.item.layers, encode, opened.item, opened, number == len(batches), opened.ids)
 
     def norms(self, item: WorkItem) -> Norms:
         """Return what standardises the states of an int8 store; {} for other dtypes. The first item computes it."""
@@ -219,7 +225,7 @@ class ItemRunner:
         def keep(states: dict[int, torch.Tensor]) -> dict[int, np.ndarray]:
             return {k: v.float().cpu().numpy() for k, v in states.items()}
 
-        batches = make_batches(windows.windows, generation.batch_tokens, generation.batch_overhead_tokens)
+        batches = self._batches(windows.windows, generation)
         for part, states in self.threads.run(batches, layers, keep, item):
             for b, window in enumerate(part):
                 for kept in window.kept:

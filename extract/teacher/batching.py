@@ -9,14 +9,20 @@ from __future__ import annotations
 import numpy as np
 
 from .contexts import Window
+from .passes import PADDED, Passes
 
 
-def make_batches(windows: list[Window], most_tokens: int, overhead_tokens: int) -> list[list[Window]]:
+def make_batches(
+    windows: list[Window], most_tokens: int, overhead_tokens: int, passes: Passes = PADDED
+) -> list[list[Window]]:
     """Cut the windows, longest first, into batches, by an exact dynamic programme over the sorted lengths.
 
     It minimises the padded tokens plus `overhead_tokens` a batch, which is the cost of a call counted in tokens. The
     windows are all with blocks or all without. A batch of several windows has at most `most_tokens` padded tokens.
+    `passes` may demand windows of equal length, or one window a batch.
     """
+    if passes.rows == "single":
+        most_tokens = 1
     ranked = sorted(windows, key=lambda w: -len(w.ids))
     lengths = np.array([len(w.ids) for w in ranked], dtype=np.int64)
     n = len(ranked)
@@ -25,6 +31,8 @@ def make_batches(windows: list[Window], most_tokens: int, overhead_tokens: int) 
     for i in range(1, n + 1):
         # A batch [j, i) costs its count times its longest, which is lengths[j].
         while low < i - 1 and (i - low) * lengths[low] > most_tokens:
+            low += 1
+        while passes.rows == "equal" and lengths[low] != lengths[i - 1]:
             low += 1
         j = np.arange(low, i)
         sizes = (i - j) * lengths[low:i]

@@ -25,7 +25,8 @@ import torch
 from ...data.errors import TeacherError, UsageError
 from ...data.files.atomic import sha256_plain, sync
 from ...data.files.lock import FileLock
-from .model import FACTS, PICKLED, load_teacher, read_pretrained
+from .loading import PICKLED, read_pretrained
+from .model import FACTS, load_teacher
 
 SCHEMA = "stillhouse.teacher/1"
 _PROBE_TEXTS = ("the cat sat on the mat, in 1984", "naïve Ünïcode 你好 😀")
@@ -205,6 +206,9 @@ def _load(source: _Source) -> tuple[Any, Any]:
         model, tokenizer = read_pretrained(str(source.folder), dtype="auto", use_safetensors=True)
     else:
         model, tokenizer = read_pretrained(str(source.folder), dtype=torch.float32, gguf_file=source.gguf)
+    if model.config.is_encoder_decoder or type(model).__name__.endswith("EncoderModel"):
+        what, remedy = "this is an encoder-decoder, which is used as it is", "give --teacher this folder"
+        raise TeacherError(what, where=source.folder, remedy=remedy)
     if not getattr(tokenizer, "is_fast", False):
         what, expected = "its tokenizer does not tell which characters a token came from", "a fast tokenizer"
         raise TeacherError(what, where=source.folder, expected=f"{expected} (tokenizer.json)")

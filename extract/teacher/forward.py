@@ -13,10 +13,12 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from ...data.errors import StoreError
+from ...data.errors import StillhouseError, TeacherError, first_few
 from ..store.disk.layout import Dtype
 from ..store.format.int8 import LARGEST, Quantised
 from .contexts import Window
+from .exact import too_long
+from .loading import first_line
 from .model import Teacher
 
 T = TypeVar("T")
@@ -64,21 +66,42 @@ def forward(
     layers: Sequence[int],
     keep: Callable[[dict[int, torch.Tensor]], T],
     where: object,
+    ids: Sequence[str] = (),
 ) -> Iterator[tuple[list[Window], T]]:
     """Yield (batch, result of `keep`), or its halves one after the other if the device's memory is full.
 
-    `keep` takes the states {layer: [B, T, D]} on the device. Raises StoreError if one window does not fit.
+    `keep` takes the states {layer: [B, T, D]} on the device. `ids` are the names of the utterances, for an error.
+    Raises StoreError if one window does not fit, and TeacherError if the model fails.
     """
     try:
-        kept = keep(teacher.states(batch, layers))
+        kept = keep(_states(teacher, batch, layers, where, ids))
     except torch.cuda.OutOfMemoryError as e:
         if len(batch) == 1:
-            what = f"one window of {len(batch[0].ids)} tokens does not fit into the device's memory"
-            remedy = "give a smaller --window, or --model-dtype bfloat16"
-            raise StoreError(what, where=where, remedy=remedy) from e
+            raise too_long(len(batch[0].ids), where) from e
         torch.cuda.empty_cache()
         half = len(batch) // 2
         for part in (batch[:half], batch[half:]):
-            yield from forward(teacher, part, layers, keep, where)
+            yield from forward(teacher, part, layers, keep, where, ids)
     else:
         yield batch, kept
+
+
+def _states(
+    teacher: Teacher, batch: list[Window], layers: Sequence[int], where: object, ids: Sequence[str]
+) -> dict[int, torch.Tensor]:
+    """The states of a batch, with an error that says what the model could not run."""
+    try:
+        return teacher.states(batch, layers)
+    except (StillhouseError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as e:
+        numbers = sorted({k.utterance for w in batch for k in w.kept})
+        named = f" with {first_few([ids[u] for u in numbers])}" if ids and numbers else ""
+        longest = max(len(w.ids) for w in batch)
+        raise TeacherError(
+            f"the model {teacher.source} fails at a batch of {len(batch)}, longest {longest} tokens{named}: "
+            f"{first_line(e)}",
+            where=where,
+            remedy=f"leave these utterances out of the corpus, or begin another store with --window below {longest}. "
+            "What is committed stays",
+        ) from e

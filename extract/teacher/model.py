@@ -12,10 +12,9 @@ import contextlib
 import copy
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,16 +22,14 @@ import torch
 from ...data.errors import TeacherError, UsageError
 from .contexts import Window
 from .cpu_matmul import CpuMatmul, bfloat16_products, float32_products
-from .text.judge import check_vocabulary, require_tokenizer
+from .loading import DTYPES, check_folder, commit_of, first_line, read_pretrained
+from .passes import Passes, additive_mask, binary_mask, sizes_of, within_own_masks
+from .text.judge import check_vocabulary
 from .tokenizer import Tokeniser
 
 LONGEST_WINDOW = 4096  # decoders allow more, but attention would cost too much
 FACTS = "teacher.json"  # facts about a converted model, in its folder; see convert.py
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PICKLED = "load and save_pretrained it on a machine where you trust the file: pickled weights are never read here"
-_CONVERT = "stillhouse teacher convert SOURCE OUT makes such a folder"
-_NO_BLOCK = "use past:N, which needs no such mask"
-_TRUST = "read that code, then allow it by name: --trust-remote-code MODEL"
+_LANGUAGE = "copy the model to a folder and set default_language in its config.json"
 _PROBE = torch.tensor([[5, 7, 6, 8, 5]])  # ids that any vocabulary has
 
 
@@ -47,31 +44,46 @@ class Teacher:
     depth   number of layers L; layer 0 is the input embedding
     width   size D of a state
     window  most tokens of a pass, special ones included
+    passes  how windows go through it; `exact.choose_passes` finds out
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, source: str, device: str, dtype: str, window: int | None) -> None:
         self.model, self.source, self.device, self.dtype = model, source, device, dtype
         self.architecture = type(model).__name__
-        self.revision: str | None = getattr(model.config, "_commit_hash", None)
-        model.config.use_cache = False
-        self._blocks: list[torch.nn.Module] | None = None
+        self.revision: str | None = None  # the commit of a model of the hub
+        model.config.use_cache = model.config.get_text_config().use_cache = False
+        self.passes = Passes()
+        self._stack: str | None = None
+        self._last_is_normed = True
         # Float32 weights with a smaller dtype: only matrix products are rounded, for half the error at the same speed.
         self._autocast = dtype != "float32" and next(model.parameters()).dtype == torch.float32
         self._products = self._find_products()
-        plain = self._plain(_PROBE)
+        try:
+            plain = self.clone_model()._plain(_PROBE)
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as e:
+            raise TeacherError(
+                f"it cannot run a text of {_PROBE.shape[1]} tokens: {first_line(e)}",
+                where=source,
+                remedy=_LANGUAGE if "language" in str(e) else "use another teacher",
+            ) from e
         self.depth, self.width = len(plain) - 1, int(plain[-1].shape[-1])
         if len({p.shape[-1] for p in plain}) > 1:
             raise TeacherError("its layers have different widths", where=source)
+        self._table = self._find_table()
         self.kind = self._find_kind(plain)
-        self._last_is_normed = True
-        self._blocks = self._find_blocks(plain)
+        self._stack = self._find_stack(plain)
         self.tokeniser = Tokeniser(tokenizer, self.kind)
         check_vocabulary(tokenizer, source, self.embedding_rows)
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self.window = self._find_window(tokenizer, window)
         self.about = _about(source)
 
-    # --- what kind of model it is, found by trying ---
+    @property
+    def _blocks(self) -> list[torch.nn.Module] | None:
+        """The modules whose outputs are the hidden states, or None where no stack reproduces them."""
+        return None if self._stack is None else list(cast(torch.nn.ModuleList, self.model.get_submodule(self._stack)))
+
+    # --- what kind of model it is, found by trying; each trial has a clone, because it may change a model for good ---
 
     @contextlib.contextmanager
     def _mode(self) -> Iterator[None]:
@@ -87,8 +99,8 @@ class Teacher:
             return None
         self._products = float32_products() if self.dtype == "float32" else bfloat16_products()
         try:
-            self._plain(_PROBE)
-        except (RuntimeError, ValueError, TypeError):
+            self.clone_model()._plain(_PROBE)
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, TeacherError):
             return None
         return self._products
 
@@ -97,29 +109,64 @@ class Teacher:
             return self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), **options)
 
     def _plain(self, ids: torch.Tensor) -> list[torch.Tensor]:
-        return list(self._run(ids, torch.ones_like(ids), output_hidden_states=True).hidden_states)
+        """Return transformers' own hidden states of ids [B, T]: L + 1 tensors [B, T, D]."""
+        return self._checked(self._run(ids, torch.ones_like(ids), output_hidden_states=True), ids)
+
+    def _checked(self, output: Any, ids: torch.Tensor) -> list[torch.Tensor]:
+        """Return the hidden states of an output, without what a model pads a text with by itself.
+
+        Raises TeacherError unless each layer has one state a token.
+        """
+        hidden, expected = getattr(output, "hidden_states", None), "one state a token"
+        if not isinstance(hidden, tuple | list) or len(hidden) < 2:
+            raise TeacherError("it gives no hidden states of its layers", where=self.source, expected=expected)
+        (rows, n), shapes = ids.shape, [tuple(getattr(states, "shape", ())) for states in hidden]
+        inner = shapes[0][1] if len(shapes[0]) == 3 else n
+        # BigBird and its like fill a text up to whole blocks, and cut that off the last state only.
+        filled = any(inner % size == 0 and n < inner < n + size for size in sizes_of(self.model.config))
+        if filled and all(len(s) == 3 and s[:2] in ((rows, inner), (rows, n)) for s in shapes):
+            return [states[:, :n] for states in hidden]
+        for k, shape in enumerate(shapes):
+            if len(shape) != 3 or shape[:2] != (rows, n):
+                what = f"layer {k} has states of shape {list(shape)} for input ids of shape {[rows, n]}"
+                raise TeacherError(what, where=self.source, expected=expected, remedy="use another teacher")
+        return list(hidden)
+
+    def _find_table(self) -> torch.Tensor:
+        """The input embeddings of all token ids."""
+        try:
+            weight = self.model.get_input_embeddings().weight
+        except (AttributeError, NotImplementedError, TypeError) as e:
+            what = "it has no table of input embeddings, one row for each token"
+            raise TeacherError(what, where=self.source, remedy="use another teacher") from e
+        return weight
 
     def _find_kind(self, plain: list[torch.Tensor]) -> str:
         """A model is causal if a change of the last token leaves the other states as they were."""
-        changed = _PROBE.clone()
-        changed[0, -1] = 9
-        difference = (self._plain(changed)[-1] - plain[-1])[0, :-1].abs().max()
-        return "decoder" if float(difference) <= 1e-5 * float(plain[-1].abs().max()) else "encoder"
+        for other in (9, 4, 3):
+            changed = _PROBE.clone()
+            changed[0, -1] = other
+            difference = (self.clone_model()._plain(changed)[-1] - plain[-1])[0, :-1].abs().max()
+            if not float(difference) <= 1e-6 * float(plain[-1].abs().max()):
+                return "encoder"
+        return "decoder"
 
-    def _find_blocks(self, plain: list[torch.Tensor]) -> list[torch.nn.Module] | None:
-        """The stack whose outputs are the hidden states, or None where no stack reproduces them."""
-        for module in self.model.modules():
+    def _find_stack(self, plain: list[torch.Tensor]) -> str | None:
+        """The name of the stack whose outputs are the hidden states."""
+        for name, module in self.model.named_modules():
             if isinstance(module, torch.nn.ModuleList) and len(module) == self.depth:
-                self._blocks = list(module)
+                self._stack = name
                 for normed in (True, False):
                     self._last_is_normed = normed
-                    hooked = self._hooked(_PROBE, torch.ones_like(_PROBE), range(self.depth + 1))
-                    if len(hooked) == len(plain) and all(torch.equal(hooked[k], p) for k, p in enumerate(plain)):
-                        return self._blocks
+                    with contextlib.suppress(RuntimeError, ValueError, TypeError, LookupError, AttributeError):
+                        layers = range(self.depth + 1)
+                        hooked = self.clone_model()._hooked(_PROBE, torch.ones_like(_PROBE), layers)
+                        if len(hooked) == len(plain) and all(torch.equal(hooked[k], p) for k, p in enumerate(plain)):
+                            return name
         return None
 
     def _find_window(self, tokenizer: Any, asked: int | None) -> int:
-        config, limits = self.model.config, [LONGEST_WINDOW]
+        config, limits = self.model.config.get_text_config(), [LONGEST_WINDOW]
         positions = getattr(config, "max_position_embeddings", None)
         if isinstance(positions, int) and positions > 0:
             # RoBERTa counts positions from padding_idx + 1, so its table is longer than its window.
@@ -137,42 +184,45 @@ class Teacher:
 
     def clone_model(self) -> Teacher:
         """Return a teacher for another thread: the same weights in its own modules, because `states` hooks them."""
-        shared = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
         clone = copy.copy(self)
-        clone.model, clone._blocks = copy.deepcopy((self.model, self._blocks), shared)
+        clone.model = copy.deepcopy(self.model, {id(t): t for t in self.model.parameters()})
         return clone
+
+    def without_rounding(self) -> Teacher:
+        """Return this teacher with products in the dtype of its weights, to compare ways of running it."""
+        exact = copy.copy(self)
+        exact._products, exact._autocast = None, False
+        return exact
 
     def states(self, windows: Sequence[Window], layers: Sequence[int]) -> dict[int, torch.Tensor]:
         """Return the hidden states of B windows: {layer: [B, T, D] on the device}. Rows are padded at their ends."""
+        return self.states_by(self.passes, windows, layers)
+
+    def states_by(self, passes: Passes, windows: Sequence[Window], layers: Sequence[int]) -> dict[int, torch.Tensor]:
+        """Return what `states` returns, from passes of another way."""
+        runner = self.clone_model() if passes.fresh else self
         ids = _padded([w.ids for w in windows], self._pad)
+        mask = _padded([np.ones(len(w.ids)) for w in windows], 0)
         if windows[0].blocks is None:
-            mask = _padded([np.ones(len(w.ids)) for w in windows], 0)
-        else:
-            mask = self._block_mask(_padded([w.blocks for w in windows if w.blocks is not None], 2**30))
-        return self._hooked(ids, mask, layers)
+            return runner._hooked(ids, mask, layers, passes.plain)
+        blocks = _padded([w.blocks for w in windows if w.blocks is not None], 2**30)
+        if passes.blocks == "own":
+            with within_own_masks(blocks.to(self.device)):
+                return runner._hooked(ids, mask, layers, passes.plain)
+        wide = binary_mask(blocks) if passes.blocks == "binary" else additive_mask(blocks, DTYPES[self.dtype])
+        return runner._hooked(ids, wide, layers, passes.plain)
 
-    def _block_mask(self, block: torch.Tensor) -> torch.Tensor:
-        """Additive mask [B, 1, T, T]: a token sees its own block and earlier ones. Padding is the last block."""
-        sees = block[:, None, :, None] >= block[:, None, None, :]
-        dtype = DTYPES[self.dtype]
-        return torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
+    def plain_states(self, ids: np.ndarray) -> list[torch.Tensor]:
+        """Return the hidden states of one text alone by transformers itself, in new modules: L + 1 tensors [T, D]."""
+        return [h[0] for h in self.clone_model()._plain(torch.from_numpy(ids.astype(np.int64))[None])]
 
-    def check_blocks(self) -> None:
-        """Check that `+block` shows a token nothing later. Raises TeacherError if the model ignores such a mask."""
-        blocks, ids = np.array([0, 0, 1, 2, 2], dtype=np.int32), _PROBE[0].numpy().astype(np.int32)
-        rows = (ids, np.where(blocks == 2, 9, ids).astype(np.int32))
-        try:
-            one, other = (self.states([Window(row, blocks, [])], [self.depth])[self.depth][0] for row in rows)
-        except (ValueError, RuntimeError, IndexError) as e:
-            raise TeacherError(f"it accepts no mask of blocks: {e}", where=self.source, remedy=_NO_BLOCK) from e
-        change = (one - other).abs().amax(dim=-1)
-        if float(change[:3].max()) > 1e-5 * float(one.abs().max()) or float(change[3:].min()) == 0:
-            raise TeacherError("it ignores a mask of blocks", where=self.source, remedy=_NO_BLOCK)
-
-    def _hooked(self, ids: torch.Tensor, mask: torch.Tensor, layers: Sequence[int]) -> dict[int, torch.Tensor]:
-        """One pass up to the highest of `layers`; the states are taken from hooks on the blocks."""
-        if self._blocks is None:
-            hidden = self._run(ids, mask, output_hidden_states=True).hidden_states
+    def _hooked(
+        self, ids: torch.Tensor, mask: torch.Tensor, layers: Sequence[int], plain: bool = False
+    ) -> dict[int, torch.Tensor]:
+        """One pass up to the highest of `layers`; the states are taken from hooks on the blocks, unless `plain`."""
+        blocks = None if plain else self._blocks
+        if blocks is None:
+            hidden = self._checked(self._run(ids, mask, output_hidden_states=True), ids)
             return {k: hidden[k] for k in set(layers)}
         top = max(layers)
         states: dict[int, torch.Tensor] = {}
@@ -190,8 +240,8 @@ class Teacher:
 
             return hook
 
-        hooks = [self._blocks[0].register_forward_pre_hook(before_first, with_kwargs=True)]
-        hooks += [self._blocks[k - 1].register_forward_hook(after(k)) for k in set(layers) if 0 < k <= self.depth]
+        hooks = [blocks[0].register_forward_pre_hook(before_first, with_kwargs=True)]
+        hooks += [blocks[k - 1].register_forward_hook(after(k)) for k in set(layers) if 0 < k <= self.depth]
         try:
             out = self._run(ids, mask)
             if self.depth in layers:
@@ -205,14 +255,13 @@ class Teacher:
 
     def embedding(self, ids: np.ndarray) -> np.ndarray:
         """Return the input embeddings of K token ids: float32 [K, D'], where factorised models have D' ≠ D."""
-        weight = self.model.get_input_embeddings().weight
         with torch.inference_mode():
-            return weight[torch.from_numpy(ids.astype(np.int64)).to(weight.device)].float().cpu().numpy()
+            return self._table[torch.from_numpy(ids.astype(np.int64)).to(self._table.device)].float().cpu().numpy()
 
     @property
     def embedding_rows(self) -> int:
         """The number of token ids that the model has an embedding for."""
-        return int(self.model.get_input_embeddings().weight.shape[0])
+        return int(self._table.shape[0])
 
     def layer_numbers(self, asked: Sequence[int]) -> list[int]:
         """Return layers as ascending numbers; negative ones count from the end. Raises UsageError out of range."""
@@ -281,52 +330,19 @@ def load_teacher(
 
     Raises TeacherError for an unusable model, and UsageError for a device that is missing or an impossible window.
     """
-    folder, options = Path(source), {"trust_remote_code": trust_remote_code, "revision": revision}
-    if folder.is_file():
-        raise TeacherError("this is a file", where=source, expected="a folder with safetensors", remedy=_CONVERT)
-    if folder.is_dir():
-        options.pop("revision")
-        if not any(folder.glob("*.safetensors")):
-            remedy = _CONVERT if any(folder.glob("*.gguf")) else PICKLED
-            raise TeacherError("this folder has no weights", where=source, expected="*.safetensors", remedy=remedy)
+    check_folder(source)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if not Path(source).is_dir():
+        options["revision"] = revision
     device = pick_device(device)
     # On a CPU bfloat16 rounds matrix products only, see Teacher.
     loaded = torch.float32 if device == "cpu" and dtype == "bfloat16" else DTYPES[dtype]
     model, tokenizer = read_pretrained(source, use_safetensors=True, dtype=loaded, **options)
-    return Teacher(model.to(device), tokenizer, source=source, device=device, dtype=dtype, window=window)
-
-
-def read_pretrained(source: str, *, dtype: Any, use_safetensors: bool | None = None, **options: Any) -> Any:
-    """Return (backbone, tokenizer) as transformers reads them, without progress bars and advice on stderr.
-
-    `source` is a local path or a hub name. Raises TeacherError as `load_teacher` does.
-    """
-    gguf = "gguf_file" in options
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(source, **options)
-        if config.is_encoder_decoder:
-            raise TeacherError("it is an encoder-decoder", where=source, expected="an encoder or a causal decoder")
-        if Path(source).is_dir() and not gguf:
-            require_tokenizer(Path(source))
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model, info = AutoModel.from_pretrained(
-            source, config=config, use_safetensors=use_safetensors, dtype=dtype, output_loading_info=True, **options
-        )
-    except (OSError, ValueError, KeyError, ImportError) as e:
-        where, reason = Path(source) / options["gguf_file"] if gguf else source, str(e).strip().split("\n")[0]
-        if "trust_remote_code" in str(e):
-            remedy = _TRUST if "trust_remote_code" in options else None
-            raise TeacherError("it needs its own code to run", where=where, remedy=remedy) from e
-        remedy = PICKLED if "safetensors" in str(e) else "give a folder with config.json, or a name on the hub"
-        raise TeacherError(f"cannot be loaded: {reason}", where=where, remedy=None if gguf else remedy) from e
-    missing = sorted(k for k in info["missing_keys"] if "pooler" not in k)
-    if missing:
-        names = f"{', '.join(missing[:3])} ({len(missing)} in all)"
-        raise TeacherError(f"its file lacks weights of the model: {names}", where=source)
-    return model.eval().requires_grad_(False), tokenizer
+        model = model.to(device)
+    except torch.cuda.OutOfMemoryError as e:
+        remedy = "give --model-dtype bfloat16, --device cpu, or a smaller model"
+        raise TeacherError("it does not fit into the device's memory", where=source, remedy=remedy) from e
+    teacher = Teacher(model, tokenizer, source=source, device=device, dtype=dtype, window=window)
+    teacher.revision = commit_of(source, revision)
+    return teacher

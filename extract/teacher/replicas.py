@@ -34,6 +34,7 @@ class Task:
     where: object  # names the batch in an error
     owner: Any = None  # what the batch belongs to
     last: bool = False  # it is the owner's last batch
+    ids: Sequence[str] = ()  # names of the utterances that `KeptTokens.utterance` counts, for an error
 
 
 class TeacherPool:
@@ -81,8 +82,9 @@ class TeacherPool:
         def one(task: Task) -> tuple[Task, list[tuple[list[Window], Any]]]:
             teacher, began = self._idle.get(), time.perf_counter()
             try:
-                parts = forward(teacher, task.batch, task.layers, task.keep, task.where) if task.batch else ()
-                return task, list(parts)
+                if not task.batch:
+                    return task, []
+                return task, list(forward(teacher, task.batch, task.layers, task.keep, task.where, task.ids))
             finally:
                 self.seconds += time.perf_counter() - began
                 self._idle.put(teacher)

@@ -106,6 +106,7 @@ class Generation:
     created: str
     edition: int = 0  # the table of utterances (see index.py) that is the corpus as this teacher has it
     vocabulary: int = 0  # rows of `embedding` that count; 0: all
+    passes: str = ""  # how windows go through the model, as `teacher.passes.Passes` spells it
     # Shards that earlier generations asked for and that serve nothing now, and likewise "CONTEXT/LAYER"
     dropped_shards: list[int] = field(default_factory=list)
     dropped_views: list[str] = field(default_factory=list)
@@ -258,7 +259,7 @@ def write_generation(plan: Plan, generation: Generation, written: Sums) -> None:
     value = dataclasses.asdict(generation)
     value["shards"] = [[s.first, s.last, s.rows] for s in generation.shards]
     # Fields that a store never needed are left out, so that older versions can read the store.
-    optional = ("edition", "vocabulary", "dropped_shards", "dropped_views")
+    optional = ("edition", "vocabulary", "passes", "dropped_shards", "dropped_views")
     value = {k: v for k, v in value.items() if v or k not in optional}
     write_json(plan.paths.plan(generation.number), value)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from stillhouse.data.errors import StoreError, UsageError
+from stillhouse.data.errors import StoreError, TeacherError, UsageError
 from stillhouse.data.manifest import write_manifest
 from stillhouse.extract.pipeline.extract import extract, make_plan
 from stillhouse.extract.pipeline.request import Request
@@ -41,7 +41,7 @@ def test_three_workers_make_the_same_bytes(bert: Path, tmp_path: Path) -> None:
 
 def test_the_error_of_a_worker(bert: Path, tmp_path: Path) -> None:
     load = {"source": str(tmp_path / "no model here"), "device": "cpu"}
-    with pytest.raises(Exception, match="cannot be loaded"):
+    with pytest.raises(TeacherError, match="there is no such folder"):
         extract(
             tmp_path / "s", long_corpus(1), loaded(bert), REQUEST, start_workers=start_workers("t", load, 2, (0, 1))
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -203,7 +204,14 @@ def test_a_model_that_ignores_masks_is_refused(bert: Path, tmp_path: Path) -> No
     from stillhouse.extract.teacher.model import load_teacher
 
     teacher = load_teacher(str(bert), device="cpu")
-    forward = teacher.model.forward
-    teacher.model.forward = lambda attention_mask=None, **kw: forward(**kw)
+
+    def without_mask(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        def drop(value: Any) -> Any:
+            return None if isinstance(value, torch.Tensor) and value.dim() == 4 else value
+
+        return tuple(map(drop, args)), {k: drop(v) for k, v in kwargs.items()}
+
+    for layer in teacher.model.encoder.layer:
+        layer.register_forward_pre_hook(without_mask, with_kwargs=True)
     with pytest.raises(TeacherError, match="mask of blocks"):
         stored(tmp_path / "s", TEXTS, teacher, ["past:6+block"])
