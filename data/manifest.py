@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -185,6 +186,11 @@ def describe_validation(error: ValidationError) -> str:
         message = item["msg"].removeprefix("Value error, ")
         parts.append(f"{field}: {message}{given}" if field else f"{message}{given}")
     return "; ".join(parts)
+
+
+def is_manifest(head: bytes) -> bool:
+    """Return whether a file begins like a manifest, with the id of an utterance, and not with a hypothesis."""
+    return re.match(rb'\s*\{\s*"id"\s*:(?!.*"hyp"\s*:)', head.split(b"\n")[0]) is not None
 
 
 def read_manifest(path: Path | str, root: Path | None = None) -> Corpus:

@@ -164,6 +164,15 @@ class Units:
                 raise CorpusError(f"the units cannot be written: {e.strerror}", where=folder / name) from None
 
 
+def is_units(folder: Path) -> bool:
+    """Return whether `corpus tokenizer` wrote a folder, and not `train`, whose models need their own units."""
+    try:
+        head = json.loads(read_plain(folder / "units.json"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(head, dict) and head.get("format") == FORMAT and not (folder.parent / "identity.json").exists()
+
+
 def load_units(folder: Path | str) -> Units:
     """Read a folder that `Units.save` wrote. Raises CorpusError if it is missing, damaged or of another version."""
     folder = Path(folder)

@@ -7,6 +7,7 @@ Try: `stillhouse corpus --help`.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import textwrap
 import time
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .corpus_import import EXISTING, PATH, import_, root_option, say
+from .corpus_import import import_, root_option, say
+from .paths import EXISTING, PATH
 
 FEATURE_SUFFIXES = (".h5", ".hdf5")
 
@@ -151,10 +153,12 @@ def tokenizer(
     Example: stillhouse corpus tokenizer corpus.jsonl units --size 500 --split train
     """
     from ..errors import first_few
+    from ..files.outputs import check_folder
     from ..manifest import read_manifest
     from ..text import MARK
-    from ..units import train_units
+    from ..units import is_units, train_units
 
+    check_folder(folder, lambda names: is_units(folder), "a folder of units")
     texts = [u.text for u in read_manifest(manifest).select(split).utterances]
     found = sorted({match[0] for text in texts for match in MARK.finditer(text) if " " not in match[0]})
     if marks == "drop":
@@ -196,13 +200,20 @@ def split(
     """
     from ..corpus.info import describe
     from ..corpus.split import parse_share, split_corpus
+    from ..errors import UsageError
+    from ..files.outputs import check_file
     from ..files.paths import relative_audio
-    from ..manifest import Corpus, read_manifest, write_manifest
+    from ..manifest import Corpus, is_manifest, read_manifest, write_manifest
 
     source = read_manifest(manifest)
+    target = out or source.path
+    if target.exists() and not os.path.samefile(target, source.path):
+        check_file(target, own=is_manifest, remedy="choose another name, or remove it")
+        if not set(read_manifest(target).by_id) <= set(source.by_id):
+            what = "this is the manifest of another corpus"
+            raise UsageError(what, where=target, remedy="choose another name, or remove it")
     names = only.split(",") if only else None
     utterances = split_corpus(source, by, parse_share(dev), parse_share(test), seed, names)
-    target = out or source.path
     if target.absolute().parent != source.path.absolute().parent:
         moved = {u.id: relative_audio(source.audio_path(u), target) for u in utterances if u.audio is not None}
         utterances = [u.model_copy(update={"audio": moved.get(u.id)}) for u in utterances]

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .paths import EXISTING, PATH, AnyPath
+
 if TYPE_CHECKING:
     from ..sources.common import Imported
 
-EXISTING = click.Path(exists=True, path_type=Path)
-PATH = click.Path(path_type=Path)
-FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+FOLDER = AnyPath(exists=True, file_okay=False)
 COLUMNS = ("id", "text", "audio", "session", "order", "speaker", "split", "start", "end", "duration", "channel")
 
 
@@ -67,6 +67,7 @@ def _importer(
     module = module or name
 
     def command(sources: Any, manifest: Path, force: bool, as_json: bool, **options: Any) -> None:
+        from ..files.outputs import check_file
         from ..sources.common import named_sources
 
         read = getattr(importlib.import_module(f"..sources.{module}", __package__), f"import_{module}")
@@ -74,6 +75,9 @@ def _importer(
             sources = named_sources(sources)
         if _columns in parameters:
             options["columns"] = {c: v for c in COLUMNS if (v := options.pop(f"{c}_column")) is not None}
+        inputs = sources if isinstance(sources, (list, tuple)) else [sources]
+        inputs = [source[1] if isinstance(source, tuple) else source for source in inputs]
+        check_file(manifest, inputs, force=True)
         _finish(read(sources, *([manifest] if audio else []), **options), manifest, force, as_json)
 
     shared = (
@@ -215,7 +219,8 @@ _importer(
 def _finish(result: Imported, manifest: Path, force: bool, as_json: bool) -> None:
     """Print findings and notes, write the manifest, and print facts."""
     from ..errors import CorpusError, PartialError, UsageError
-    from ..manifest import to_line, write_manifest
+    from ..files.outputs import check_file
+    from ..manifest import is_manifest, to_line, write_manifest
 
     for finding in result.findings[:50]:
         say(str(finding))
@@ -236,6 +241,7 @@ def _finish(result: Imported, manifest: Path, force: bool, as_json: bool) -> Non
                 same = all(file.readline() == (to_line(u) + "\n").encode() for u in utterances) and not file.read(1)
             if not same:
                 raise UsageError("there is a different manifest", where=manifest, remedy="--force replaces it")
+        check_file(manifest, own=is_manifest, remedy="choose another name, or remove it")
         write_manifest(manifest, utterances)
     hours = sum(u.duration_s or 0 for u in utterances) / 3600
     if as_json:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import click
 
+from .paths import PATH
+
 SHOWN = {"ok": ("ok", "green"), "low": ("low", "yellow"), "absent": ("-", "blue"), "broken": ("BROKEN", "red")}
 GROUPS = {"python": "", "library": "libraries", "gpu": "GPU", "extra": "extras", "machine": "machine"}
 
@@ -17,7 +19,7 @@ GROUPS = {"python": "", "library": "libraries", "gpu": "GPU", "extra": "extras",
 @click.command()
 @click.option(
     "--path",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default=Path("."),
     show_default="the current folder",
     help="Folder for stores. Its file system and free space are checked.",

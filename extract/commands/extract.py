@@ -50,7 +50,7 @@ def parse_layers(ctx: click.Context, param: click.Parameter, value: str) -> list
 
 @click.command()
 @click.argument("corpus", type=opt.EXISTING)
-@click.argument("store", type=opt.PATH)
+@click.argument("store", type=opt.STORE)
 @click.option("--teacher", help="The model: a folder, or a name on the Hugging Face hub.")
 @opt.name_option
 @click.option("--layers", default="-1", show_default=True, callback=parse_layers, help=_LAYERS)
@@ -101,9 +101,10 @@ def _run(options: dict[str, Any]) -> tuple[Any, str]:
     from ..pipeline.extract import extract as run
     from ..pipeline.request import Request
     from ..pipeline.workers import parse_part, part_of, share_threads, start_ray_workers, start_workers
-    from ..store.storage import has_locks, writable_files
+    from ..store.storage import check_place, has_locks, writable_files
     from ..teacher.model import load_teacher
 
+    check_place(options["store"])
     store, part, workers = options["store"], parse_part(options["shard"]), options["workers"]
     load = _load_options(options)
     corpus = read_manifest(options["corpus"]).select(options["split"])
@@ -189,7 +190,7 @@ def teacher() -> None:
 
 @teacher.command(epilog="Example: stillhouse teacher convert SmolLM2-135M-Instruct.Q4_1.gguf teachers/smollm2")
 @click.argument("source", type=opt.EXISTING)
-@click.argument("out", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("out", type=opt.PATH)
 @click.option("--note", default="", help="Words about the model to keep beside the facts in its file.")
 @opt.flag("--json", "Print the teacher.json of the new folder.")
 def convert(source: Path, out: Path, note: str, as_json: bool) -> None:

@@ -27,7 +27,7 @@ for command in (numbers.stats, numbers.similarity, numbers.neighbours, numbers.c
 
 
 @inspect.command(epilog="Example: stillhouse inspect info corpus.zarr")
-@click.argument("store", type=opt.PATH)
+@click.argument("store", type=opt.STORE)
 @opt.json_option
 def info(store: Path, as_json: bool) -> None:
     """Show the teachers, contexts, layers and sizes of STORE, and whether it is complete."""
@@ -38,7 +38,7 @@ def info(store: Path, as_json: bool) -> None:
 
 
 @inspect.command(epilog="Example: stillhouse inspect ls corpus.zarr --utterances '84-*'")
-@click.argument("store", type=opt.PATH)
+@click.argument("store", type=opt.STORE)
 @click.argument("patterns", nargs=-1)
 @opt.flag("--utterances", "List utterances. PATTERNS are then globs on their ids.")
 @opt.json_option
@@ -67,7 +67,7 @@ def ls(store: Path, patterns: tuple[str, ...], utterances: bool, as_json: bool, 
 
 
 @inspect.command(epilog="Example: stillhouse inspect show corpus.zarr 84-121123-0001 --view 'minilm/*/6'")
-@click.argument("store", type=opt.PATH)
+@click.argument("store", type=opt.STORE)
 @click.argument("utterance", shell_complete=opt.complete_utterance)
 @opt.views_option("--view")
 @opt.flag("--values", "Print the states themselves, too.")
@@ -83,7 +83,7 @@ def show(store: Path, utterance: str, views: tuple[str, ...], values: bool, corp
 
 
 @inspect.command(epilog="Example: stillhouse inspect verify corpus.zarr --sample 5%")
-@click.argument("store", type=opt.PATH)
+@click.argument("store", type=opt.STORE)
 @opt.flag("--data", "Read all states and compare their checksums.")
 @click.option("--sample", type=opt.Share(), help="Do so for this share of the utterances, as in 5%.")
 @opt.flag("--repair", "Extract damaged states again, with the teachers that STORE names.")
@@ -125,7 +125,7 @@ def verify(
 
 
 @inspect.command(epilog="Example: stillhouse inspect tree corpus.zarr")
-@click.argument("store", type=opt.PATH)
+@click.argument("store", type=opt.STORE)
 @opt.json_option
 def tree(store: Path, as_json: bool) -> None:
     """Show the files, folders and arrays of STORE."""
@@ -137,7 +137,7 @@ def tree(store: Path, as_json: bool) -> None:
 
 
 @inspect.command(epilog="Example: stillhouse inspect export corpus.zarr states.npz --view minilm/alone/6 '84-*'")
-@click.argument("store", type=opt.PATH)
+@click.argument("store", type=opt.STORE)
 @click.argument("out", type=opt.NEW_FILE)
 @click.argument("patterns", nargs=-1)
 @opt.views_option("--view")
@@ -160,8 +160,8 @@ def export(
 
 
 @inspect.command(epilog="Example: stillhouse inspect diff old.zarr new.zarr")
-@click.argument("a", type=opt.PATH)
-@click.argument("b", type=opt.PATH)
+@click.argument("a", type=opt.STORE)
+@click.argument("b", type=opt.STORE)
 @opt.sample_options("20,000")
 @opt.full_option
 @opt.json_option

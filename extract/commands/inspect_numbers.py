@@ -20,7 +20,7 @@ _VIEWS = "Addresses of views joined by commas, or a pattern. Default: all."
 
 
 @click.command(epilog="Example: stillhouse inspect stats corpus.zarr --view 'minilm/*/*'")
-@click.argument("store", type=opt.PATH)
+@click.argument("store", type=opt.STORE)
 @opt.views_option("--view")
 @opt.sample_options("20,000")
 @opt.full_option
@@ -34,7 +34,7 @@ def stats(store: Path, views: tuple[str, ...], tokens: int | None, seed: int, fu
 
 
 @click.command(epilog="Example: stillhouse inspect similarity corpus.zarr --view '*/alone/*'")
-@click.argument("store", type=opt.PATH)
+@click.argument("store", type=opt.STORE)
 @opt.views_option("--view")
 @opt.sample_options("2,000")
 @opt.json_option
@@ -49,7 +49,7 @@ def similarity(store: Path, views: tuple[str, ...], tokens: int | None, seed: in
 @click.command(
     epilog="Example: stillhouse inspect neighbours corpus.zarr 84-121123-0001:staircase --view minilm/both:64/6"
 )
-@click.argument("store", type=opt.PATH)
+@click.argument("store", type=opt.STORE)
 @click.argument("word", metavar="UTT:WORD", shell_complete=opt.complete_utterance)
 @click.option("--view", metavar="VIEW", help=_VIEW, shell_complete=opt.complete_view)
 @opt.number("--count", 10, "Number of tokens to show.", least=1)
@@ -79,7 +79,7 @@ def neighbours(
 @click.command(
     epilog="Example: stillhouse inspect compare corpus.zarr 84-121123-0001 --views minilm/alone/6,minilm/both:64/6"
 )
-@click.argument("store", type=opt.PATH)
+@click.argument("store", type=opt.STORE)
 @click.argument("utterance", shell_complete=opt.complete_utterance)
 @click.option("--views", metavar="A,B", help=_VIEWS, shell_complete=opt.complete_view)
 @opt.json_option
@@ -98,7 +98,7 @@ def split_views(views: str) -> list[str]:
 
 
 @click.command(epilog="Example: stillhouse inspect plot corpus.zarr bank.png --kind word --word bank --view '*/*/6'")
-@click.argument("store", type=opt.PATH)
+@click.argument("store", type=opt.STORE)
 @click.argument("out", type=opt.NEW_FILE)
 @opt.choice("--kind", KINDS, "Draw a heat map of CKA, the norms by layer, or all occurrences of a word on a plane.")
 @click.option("--word", help="The word of --kind word.")
@@ -113,7 +113,7 @@ def plot(store: Path, out: Path, kind: str, word: str | None, views: tuple[str, 
     from ..inspect.output import check_output
     from ..inspect.show import plots
 
-    check_output(out, plots.SUFFIXES, force)
+    check_output(out, plots.SUFFIXES, force, [store])
     if kind == "word" and word is None:
         raise click.UsageError("--kind word needs --word")
     opened, chosen = opt.open_undamaged(store, views)
@@ -128,7 +128,7 @@ def plot(store: Path, out: Path, kind: str, word: str | None, views: tuple[str, 
 
 
 @click.command(epilog="Example: stillhouse inspect report corpus.zarr store.html --word bank --word light")
-@click.argument("store", type=opt.PATH)
+@click.argument("store", type=opt.STORE)
 @click.argument("out", type=opt.NEW_FILE)
 @click.option("--word", "words", multiple=True, help="A word to look at. You can repeat it. Default: frequent words.")
 @opt.sample_options("2,000")
@@ -142,7 +142,7 @@ def report(
     from ..inspect.show import page
     from ..store import Store
 
-    check_output(out, (".html",), force)
+    check_output(out, (".html",), force, [store])
     opened = Store.open(store)
     collected = page.collect(opened, words=words, tokens=tokens, seed=seed, full=full, on_progress=opt.progress())
     page.write(collected, out)
@@ -150,7 +150,7 @@ def report(
 
 
 @click.command("views", epilog="Example: stillhouse views corpus.zarr --corpus corpus.jsonl --units units")
-@click.argument("store", type=opt.PATH)
+@click.argument("store", type=opt.STORE)
 @click.option("--corpus", required=True, type=opt.PATH, help="The manifest, for its transcripts.")
 @click.option("--units", required=True, type=opt.PATH, help="The folder of ASR units.")
 @opt.split_option
@@ -183,7 +183,7 @@ def choose_views(
     from ..inspect.show import plots
 
     if plot is not None:
-        check_output(plot, plots.SUFFIXES, False)
+        check_output(plot, plots.SUFFIXES, False, [store, corpus, units])
     opened, chosen = opt.open_undamaged(store, views)
     texts, symbols = read_manifest(corpus).select(split), load_units(units)
     choice = choose(opened, chosen, texts, symbols, **sample, on_progress=opt.progress())

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from ...data.commands import paths
+
 if TYPE_CHECKING:
     from ..store import Store, View
 
+EXISTING, NEW_FILE, PATH, STORE = paths.EXISTING, paths.NEW_FILE, paths.PATH, paths.STORE
 F = TypeVar("F", bound=Callable[..., Any])
-PATH = click.Path(path_type=Path)
-EXISTING = click.Path(exists=True, path_type=Path)
-NEW_FILE = click.Path(path_type=Path, dir_okay=False)
 PROGRESS_EVERY_S = 5.0
 
 

@@ -26,7 +26,7 @@ utterances_option = click.option("--utterances", type=IDS_FILE, help="A file wit
 
 
 @store.command("rm", epilog="Example: stillhouse store rm corpus.zarr 'minilm/both:64/*'")
-@click.argument("store", type=opt.PATH)
+@click.argument("store", type=opt.STORE)
 @click.argument("views", nargs=-1)
 @utterances_option
 @dry_run_option
@@ -49,7 +49,7 @@ def remove(store: Path, views: tuple[str, ...], utterances: Path | None, dry_run
 
 
 @store.command("gc", epilog="Example: stillhouse store gc corpus.zarr --dry-run")
-@click.argument("store", type=opt.PATH)
+@click.argument("store", type=opt.STORE)
 @dry_run_option
 @opt.outcome_option
 def collect(store: Path, dry_run: bool, as_json: bool) -> None:
@@ -64,8 +64,8 @@ def collect(store: Path, dry_run: bool, as_json: bool) -> None:
 
 
 @store.command("subset", epilog="Example: stillhouse store subset corpus.zarr part.zarr --utterances ids.txt")
-@click.argument("store", type=opt.PATH)
-@click.argument("out", type=opt.PATH)
+@click.argument("store", type=opt.STORE)
+@click.argument("out", type=opt.STORE)
 @utterances_option
 @click.option("--split", help="Use the utterances of these splits of --corpus, as in train,dev.")
 @click.option("--corpus", type=opt.EXISTING, help="The manifest, for --split.")
@@ -94,8 +94,8 @@ def subset(
 
 
 @store.command("cp", epilog="Example: stillhouse store cp corpus.zarr small.zarr --views 'minilm/*/3,6'")
-@click.argument("store", type=opt.PATH)
-@click.argument("out", type=opt.PATH)
+@click.argument("store", type=opt.STORE)
+@click.argument("out", type=opt.STORE)
 @opt.views_option("--views")
 @opt.outcome_option
 def copy(store: Path, out: Path, views: tuple[str, ...], as_json: bool) -> None:
@@ -109,9 +109,9 @@ def copy(store: Path, out: Path, views: tuple[str, ...], as_json: bool) -> None:
 
 
 @store.command("merge", epilog="Example: stillhouse store merge clean.zarr other.zarr both.zarr")
-@click.argument("a", type=opt.PATH)
-@click.argument("b", type=opt.PATH)
-@click.argument("out", type=opt.PATH)
+@click.argument("a", type=opt.STORE)
+@click.argument("b", type=opt.STORE)
+@click.argument("out", type=opt.STORE)
 @opt.views_option("--views")
 @opt.outcome_option
 def merge(a: Path, b: Path, out: Path, views: tuple[str, ...], as_json: bool) -> None:

@@ -29,7 +29,7 @@ def store() -> None:
     "--teacher all-MiniLM-L6-v2 --layers 6 --drop 1,1",
 )
 @click.argument("corpus", type=opt.EXISTING)
-@click.argument("store", type=opt.PATH)
+@click.argument("store", type=opt.STORE)
 @click.option("--from", "source", required=True, type=opt.PATH, help=_FROM)
 @click.option("--file", help="File of an utterance in the folder, as in {split}/{id}.npz. Default: {id}.npy.")
 @click.option("--key", help="Array in the file, as in layer_{layer}. Default: the only one, or {id} in a single file.")
@@ -58,10 +58,14 @@ def import_(**options: Any) -> None:
     from dataclasses import replace
 
     from ...data.errors import UsageError
+    from ...data.files.outputs import refuse_input
     from ...data.manifest import read_manifest
     from ..maintain.import_states import ImportCache, import_states, read_names
     from ..pipeline.request import Request
+    from ..store.storage import check_place
 
+    check_place(options["store"])
+    refuse_input(options["store"], [options["source"]])
     sources = [n for n in ("teacher", "tokenizer", "token_ids") if options[n]]
     if len(sources) != 1 or bool(options["token_ids"]) != bool(options["spans"]):
         expected = "--teacher, or --tokenizer, or --token-ids with --spans"

@@ -12,10 +12,15 @@ from pathlib import Path
 
 from ...data.errors import StoreError, UsageError
 from ...data.files.atomic import draft_of
+from ...data.files.outputs import refuse_input
 
 
-def check_output(path: Path, suffixes: Iterable[str], force: bool) -> None:
-    """Check that a file may be written. Raises UsageError for another suffix, or if it exists without `force`."""
+def check_output(path: Path, suffixes: Iterable[str], force: bool, inputs: Iterable[str | Path] = ()) -> None:
+    """Check that a file may be written.
+
+    Raises UsageError for another suffix, if it exists without `force`, or if it is one of `inputs` or inside of it.
+    """
+    refuse_input(path, map(Path, inputs), inside=True)
     if path.suffix not in suffixes:
         name = path.suffix or "a file without suffix"
         raise UsageError(f"cannot write {name}", where=path, expected=", ".join(suffixes))

@@ -16,6 +16,7 @@ from pathlib import Path
 from ...data.errors import UsageError
 from ...data.files.atomic import sync
 from ...data.files.lock import FileLock
+from ...data.files.outputs import check_folder
 from .disk.files import StoreFiles
 from .remote.client import is_url, split_url
 from .remote.files import reading_files, writing_files
@@ -29,8 +30,25 @@ def open_files(store: str | Path | StoreFiles) -> StoreFiles:
 
 
 def writable_files(store: str | Path) -> AbstractContextManager[StoreFiles]:
-    """Return a context of the files of a store to be written. What is reported committed is in the store by then."""
-    return writing_files(store) if is_url(store) else nullcontext(StoreFiles(Path(store)))
+    """Return a context of the files of a store to be written. What is reported committed is in the store by then.
+
+    Raises UsageError for a folder that holds something else than a store.
+    """
+    if is_url(store):
+        return writing_files(store)
+    check_place(store)
+    return nullcontext(StoreFiles(Path(store)))
+
+
+def check_place(store: str | Path) -> None:
+    """Raise UsageError where a store cannot be written: a file, or a folder that holds something else."""
+    if not is_url(store):
+        check_folder(Path(store), _is_store, "a store")
+
+
+def _is_store(names: set[str]) -> bool:
+    """Return whether a folder with these names is a store, or what a planner left that was killed."""
+    return "store.json" in names or ("locks" in names and names <= {"data.zarr", "locks", "tmp", "plan", "commits"})
 
 
 def address_of(store: str | Path) -> str:

@@ -11,9 +11,9 @@ from typing import Any
 
 import click
 
+from ...data.commands.paths import PATH
 from .live import decode_live, features_of, read_samples, sample_rate, say, speed, write_data
 
-PATH = click.Path(path_type=Path)
 POSITIVE = click.IntRange(min=1)
 
 
@@ -195,6 +195,7 @@ def _search(
 @click.argument("features", type=PATH)
 @run_options
 @click.option("--textgrid", "folder", type=PATH, help="Also write FOLDER/ID.TextGrid for Praat.")
+@click.option("--force", is_flag=True, help="Replace TextGrid files that `align` did not write, such as edited ones.")
 @click.option("--delay", "delay_s", type=click.FloatRange(min=0), callback=finite, metavar="SECONDS",
               help="Time from a sound to the model's unit for it. [default: measured on the corpus]")  # fmt: skip
 def align(
@@ -205,6 +206,7 @@ def align(
     checkpoint: str,
     device: str,
     folder: Path | None,
+    force: bool,
     delay_s: float | None,
 ) -> None:
     """Write the start and the duration of each word of the transcripts to stdout, as CTM lines.
@@ -214,11 +216,13 @@ def align(
 
     Example: stillhouse align runs/kathleen corpus.jsonl features.h5 --split test > words.ctm
     """
+    from ...data.files.atomic import write_atomic
+    from ...data.files.outputs import check_file, file_names
     from ...data.manifest import read_manifest
     from ..decode.align import align as alignments
     from ..decode.align import find_delay
     from ..decode.decode import decoding_loader
-    from ..decode.write import check_ids, ctm_lines, textgrid
+    from ..decode.write import check_ids, ctm_lines, is_textgrid, textgrid
     from ..model.build import resolve_device
     from ..run.load import load_run
 
@@ -226,6 +230,10 @@ def align(
     model, units, _, step = load_run(run, checkpoint)
     loader = decoding_loader(read_manifest(corpus).select(split), features, units, trained=features_of(run))
     check_ids((u.id for u in loader.utterances), "ctm")
+    names = file_names(u.id for u in loader.utterances)
+    grids = {id: folder / f"{name}.TextGrid" for id, name in names.items()} if folder is not None else {}
+    for path in grids.values():
+        check_file(path, (corpus, features), own=is_textgrid, force=force)
     words = 0
     model = model.to(where)
     if delay_s is None:
@@ -243,5 +251,5 @@ def align(
             write_data(line)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{alignment.id.replace('/', '_')}.TextGrid").write_text(textgrid(alignment), encoding="utf-8")
+            write_atomic(grids[alignment.id], textgrid(alignment), durable=False)
     say(f"step {step}: {words} words of {len(loader.utterances)} utterances")

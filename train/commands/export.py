@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-PATH = click.Path(path_type=Path)
+from ...data.commands.paths import PATH
 
 
 @click.command()

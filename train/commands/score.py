@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ...data.commands.paths import PATH
+
 if TYPE_CHECKING:
     from ..score.scoring import Scored
     from ..score.significance import SystemComparison
-
-PATH = click.Path(path_type=Path)
 
 
 @click.command()
@@ -38,6 +38,7 @@ PATH = click.Path(path_type=Path)
 @click.option("--against", type=PATH, help="Test the difference to other hypotheses of the same utterances.")
 @click.option("--errors", "shown", type=click.IntRange(min=0), default=0, help="Show so many of the worst utterances.")
 @click.option("--html", type=PATH, help="Write all errors to this HTML page.")
+@click.option("--force", is_flag=True, help="Replace the file of --html, whatever it is.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")  # fmt: skip
 def score(
     hypotheses: Path,
@@ -51,6 +52,7 @@ def score(
     against: Path | None,
     shown: int,
     html: Path | None,
+    force: bool,
     as_json: bool,
 ) -> None:
     """Print WER and CER of HYPOTHESES, the output of `stillhouse decode`, with 95 % bootstrap intervals.
@@ -67,6 +69,7 @@ def score(
     from dataclasses import asdict
 
     from ...data.errors import UsageError
+    from ...data.files.outputs import check_file, is_page
     from ..report.score import write_page
     from ..score.alignment import as_text, frequent_errors
     from ..score.groups import group_names, score_groups, worst_utterances
@@ -77,6 +80,8 @@ def score(
         if value is not None and needed is None:
             expected = "--reference FILE" if option == "--pair" else f"--corpus corpus.jsonl {option} {value}"
             raise UsageError(f"{option} needs --{'reference' if option == '--pair' else 'corpus'}", expected=expected)
+    if html is not None:
+        check_file(html, (hypotheses, corpus, reference, against), own=is_page, force=force)
     scoring = Scoring(transform, corpus, reference, pairing, split, allow_missing)
     manifest = scoring.manifest
     scored = scoring.read(hypotheses)

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ...data.commands.paths import PATH
 from .live import say
 
 if TYPE_CHECKING:
     from ...data.files.stopping import StopRequest
-
-PATH = click.Path(path_type=Path)
 
 
 @contextmanager
@@ -119,12 +118,17 @@ def study(
     """
     from dataclasses import asdict
 
+    from ...data.files.outputs import check_folder
     from ..study.definition import choose_runs, load_study
     from ..study.report import limit_text, markdown, write_reports
     from ..study.runs import StudyError, run_study
     from ..study.table import detectable_differences, mean_curves, tabulate
 
     loaded = load_study(study, out or Path("runs") / study.stem)
+    own = {"study.json", *loaded.definition.arms}
+    check_folder(
+        loaded.out, lambda names: bool(names & own) or all(Path(n).suffix == ".log" for n in names), "a study's"
+    )
     runs = choose_runs(loaded, only, seeds)
     failures: list[str] = []
     if not table_only:

@@ -8,6 +8,7 @@ Try: `stillhouse decode RUN CORPUS FEATURES --format ctm`.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from .decode import Hypothesis
 from .emissions import Word
 from .stream import StreamResult
 
+GRID_HEAD = 'File type = "ooTextFile"\nObject class = "TextGrid"\n'
 FORMATS = ("jsonl", "trn", "ctm", "text")
 
 
@@ -97,7 +99,7 @@ def textgrid(alignment: Alignment) -> str:
     if end_s < alignment.duration_s or not intervals:
         intervals.append((end_s, alignment.duration_s, ""))
     lines = [
-        'File type = "ooTextFile"\nObject class = "TextGrid"\n',
+        GRID_HEAD,
         f"xmin = 0\nxmax = {alignment.duration_s:.4f}\ntiers? <exists>\nsize = 1\nitem []:\n    item [1]:",
         '        class = "IntervalTier"\n        name = "words"\n        xmin = 0',
         f"        xmax = {alignment.duration_s:.4f}\n        intervals: size = {len(intervals)}",
@@ -106,6 +108,12 @@ def textgrid(alignment: Alignment) -> str:
         lines.append(f"        intervals [{number}]:\n            xmin = {begin:.4f}")
         lines.append(f'            xmax = {end:.4f}\n            text = "{text}"')
     return "\n".join(lines) + "\n"
+
+
+def is_textgrid(head: bytes) -> bool:
+    """Return whether a file begins as `textgrid` begins it. Praat would write spaces at the ends of lines."""
+    pattern = rf"{re.escape(GRID_HEAD)}\nxmin = 0\nxmax = [0-9.]+\n"
+    return re.match(pattern, head.decode("utf-8", "replace")) is not None
 
 
 def _words(words: Iterable[Word]) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from typing import Any
 
 from ...data.errors import STOPPED, StillhouseError, TeacherError
 from ...data.files.atomic import write_atomic
+from ...data.files.outputs import check_folder
 from ...data.files.stopping import SIGNALS, StopNow
 from ..config import load_config
 from ..report.demo import DemoPage, ErrorRow, Stage, render, store_facts
@@ -34,6 +35,7 @@ from .plan import FULL, QUICK, Size
 from .stories import homophones
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+STAGES, LOGS = "stages.json", (".log", ".out", ".err")  # what makes a folder a demo's, and what a shell writes there
 LIMITS = {"test-known": 0.30, "test-new": 0.60}  # largest WER of a recogniser that works
 WHAT = {
     "test-known": "Training sentences, in voices that are not in the training set.",
@@ -69,7 +71,10 @@ class Demo:
     on_progress: Callable[[str], None]
 
     def __post_init__(self) -> None:
+        check_folder(self.out, lambda names: STAGES in names or all(Path(n).suffix in LOGS for n in names), "a demo's")
         self.out.mkdir(parents=True, exist_ok=True)
+        if not (self.out / STAGES).exists():  # a killed demo is known by it
+            (self.out / STAGES).write_text("[]\n")
 
     def command(self, stage: str, *args: str, to: str | None = None) -> None:
         """Run `stillhouse ARGS` in the folder, with its output in the file `to`. Raises DemoError if it fails."""
@@ -109,12 +114,12 @@ class Demo:
             before = sum(s.seconds for s in stages if s.name == stage)
             stages = [s for s in stages if s.name != stage]
             stages.append(Stage(stage, command, before + time.monotonic() - began))
-            (self.out / "stages.json").write_text(json.dumps([asdict(s) for s in stages], indent=1) + "\n")
+            (self.out / STAGES).write_text(json.dumps([asdict(s) for s in stages], indent=1) + "\n")
 
     @property
     def stages(self) -> list[Stage]:
         try:
-            return [Stage(**s) for s in json.loads((self.out / "stages.json").read_text())]
+            return [Stage(**s) for s in json.loads((self.out / STAGES).read_text())]
         except (OSError, ValueError, TypeError):
             return []
 

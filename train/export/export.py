@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from ...data.errors import UsageError
 from ...data.files.atomic import sha256_plain
+from ...data.files.outputs import refuse_input
 from ...data.units import Units
 from ..config import Config, dump_config
 from ..decode.greedy import MAX_SYMBOLS
@@ -75,6 +76,7 @@ def export_run(
     stream, ExportError if a graph cannot be written or its outputs differ from the model's, and UsageError if the
     format does not support an option or `out` may not be replaced.
     """
+    refuse_input(out, [run])
     if kind == "onnx":
         from .onnx import need_onnx
 

@@ -50,7 +50,7 @@ def export(
     Arrays are packed: `TEACHER/length` has the number of tokens of each utterance. Without `float32`, int8 becomes
     float16, bfloat16 becomes float32, and other dtypes stay as they are.
     """
-    check_output(path, _WRITERS, force)
+    check_output(path, _WRITERS, force, [store.path])
     available = available_rows(store, views)
     ids = ids_of(store, available)
     if rows is not None:

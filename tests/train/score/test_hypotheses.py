@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from stillhouse.data.errors import CorpusError, UsageError
+from stillhouse.train.decode.align import Alignment
 from stillhouse.train.decode.decode import Hypothesis, ScoredText
 from stillhouse.train.decode.emissions import Word
 from stillhouse.train.decode.stream import StreamResult
-from stillhouse.train.decode.write import FORMATS, check_ids, hypothesis_lines, stream_lines
+from stillhouse.train.decode.write import FORMATS, check_ids, hypothesis_lines, is_textgrid, stream_lines, textgrid
 from stillhouse.train.score.hypotheses import read_hypotheses
 
 WORDS = [Word("oh", 0.04, 0.12, 0.61), Word("(so)", 0.12, 0.16, 0.4)]
@@ -104,3 +105,9 @@ def test_damage_is_named_with_its_line(tmp_path: Path, name: str, text: str, wor
     with pytest.raises(CorpusError) as e:
         read_hypotheses(tmp_path / name, REFERENCES)
     assert words in str(e.value)
+
+
+def test_an_edited_textgrid_is_no_output_of_align() -> None:
+    ours = textgrid(Alignment("a", 1.0, [Word("oh", 0.1, 0.4, 0.9)])).encode()
+    edited_by_praat = ours.replace(b"\n", b" \n").replace(b'" \n', b'"\n', 2)
+    assert is_textgrid(ours[:4096]) and not is_textgrid(edited_by_praat) and not is_textgrid(b"\xff")
