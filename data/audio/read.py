@@ -20,6 +20,8 @@ from .whole import REMEDY, SLACK_S, flaw_of
 
 # Channels whose mean has less of their power cancel each other out: 40 dB, far below what microphones apart lose.
 CANCELLED = 1e-4
+# A frame of MP3 borrows bits from those before it, so the first frames after a jump are not decoded correctly.
+MP3_EARLIER = 12 * 1152
 
 
 def open_audio(path: Path) -> soundfile.SoundFile:
@@ -122,8 +124,9 @@ def read_channels(
         if count <= 0:
             raise AudioError("the audio is empty", where=path, remedy="delete the utterance from the manifest")
         try:
-            file.seek(begin)
-            samples = file.read(count, dtype="float32", always_2d=True)
+            early = min(begin, MP3_EARLIER) if file.format == "MP3" else 0
+            file.seek(begin - early)
+            samples = file.read(early + count, dtype="float32", always_2d=True)[early:]
         except (soundfile.SoundFileError, RuntimeError) as e:
             raise AudioError(f"the audio is damaged: {getattr(e, 'error_string', e)}", where=path) from e
         except MemoryError as e:

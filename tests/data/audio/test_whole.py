@@ -215,3 +215,19 @@ def test_whole_files_of_any_length(tmp_path: Path, name: str) -> None:
         for samples in (np.zeros(count), 0.1 * rng.standard_normal(count)):
             soundfile.write(tmp_path / f"a.{name}", samples, 16000, **FORMATS[name])
             assert flaw(tmp_path / f"a.{name}") is None
+
+
+@pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
+def test_segments_of_mp3_are_those_of_the_whole(tmp_path: Path, mode: str) -> None:
+    """A frame borrows bits from those before it. After a jump, the first frames would sound of something else."""
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal(16000)
+    samples = np.concatenate(
+        [0 * noise, 0.3 * noise, 0 * noise, 0.1 * noise, np.sin(np.arange(16000) / 9) / 2, 0.2 * noise]
+    )
+    path = tmp_path / "a.mp3"
+    soundfile.write(path, samples, 16000, bitrate_mode=mode, compression_level=0.5)
+    whole = read_audio(path)
+    for start_s in (0.0, 0.01, 0.5, 1.0, 1.3, 2.0, 3.05, 3.7, 4.9, 5.4):
+        at = round(start_s * 16000)
+        np.testing.assert_allclose(read_audio(path, start_s, 0.5), whole[at : at + 8000], atol=1e-5)

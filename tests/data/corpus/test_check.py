@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from stillhouse.data.audio.read import read_audio
+from stillhouse.data.audio.read import read_audio, resample
 from stillhouse.data.corpus.check import Checked, check_corpus
 from stillhouse.data.errors import AudioError, CorpusError
 from stillhouse.data.manifest import Corpus, Utterance, to_line, write_manifest
@@ -189,3 +189,14 @@ def test_mixed_rates_are_counted(tmp_path: Path, tone: Callable[..., Path]) -> N
     assert done.notes == [
         "rates: 8000 Hz in 1 files, 16000 Hz in 2 files. `corpus features --rate 8000` makes all of them alike"
     ]
+
+
+def test_narrow_audio_at_a_wide_rate_is_said(tmp_path: Path) -> None:
+    noise = (0.1 * np.random.default_rng(0).standard_normal(16000)).astype(np.float32)
+    soundfile.write(tmp_path / "wide.wav", noise, 16000)
+    soundfile.write(tmp_path / "made.wav", resample(noise, 8000, 16000), 16000)
+    soundfile.write(tmp_path / "narrow.wav", noise, 8000)
+    names = ("wide", "made", "narrow")
+    done = full(tmp_path, *(Utterance(id=name, text="x", audio=f"{name}.wav") for name in names))
+    [note] = [note for note in done.notes if "upper band" in note]
+    assert note.startswith("1 utterances, for example made, have next to nothing in the upper band")
