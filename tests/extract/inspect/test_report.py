@@ -115,3 +115,14 @@ def test_in_a_browser_nothing_is_wider_than_a_phone_or_a_desk(page, broad, tmp_p
         light, dark = sorted((sum(map(int, re.findall(r"\d+", c)[:3])) for c in (paper, ink)), reverse=True)
         assert light > 600 and dark < 150
         assert (sum(map(int, re.findall(r"\d+", paper)[:3])) == light) is (scheme == "light")
+
+
+def test_ids_are_not_broken_across_lines(known, tmp_path):
+    """A line may break behind each hyphen of an id, unless the page forbids it."""
+    store = known.build(tmp_path, ["one two riverside"] * 9, contexts=("alone",))
+    found = report.collect(store, words=["riverside"])
+    text = report.render(found)
+    for name in (found.utterances[0].utterance, found.neighbours[0].utterance):
+        assert f'<span class="whole">{name}</span>' in text
+    assert re.search(r"\.whole \{[^}]*white-space: nowrap", text)
+    assert not re.search(r"\.near td\.soft \{[^}]*overflow-wrap: anywhere", text)
