@@ -218,6 +218,9 @@ class _DatasetReader:
         unused = [name for name in self.schema.names if name not in self.columns.values()]
         known = {field: None for field, name in self.given.items() if name == NO_COLUMN} | self.columns
         self.result.unread_times(str(self.path), unused, known, lambda name: _is_number(self.schema.field(name).type))
+        inside = {f"{n}.{f.name}": f.type for n in unused for f in _fields_of(self.schema.field(n).type)}
+        remedy = "call `dataset.flatten()` before saving, and name the column"
+        self.result.unread_times(str(self.path), list(inside), known, lambda name: _is_number(inside[name]), remedy)
 
     def _start(self, value: Any) -> float | None:
         with suppress(ValueError, CorpusError):
@@ -334,6 +337,13 @@ def _is_audio(kind: Any) -> bool:
     import pyarrow.types
 
     return pyarrow.types.is_struct(kind) and {"bytes", "path"} <= {f.name for f in kind}
+
+
+def _fields_of(kind: Any) -> list[Any]:
+    """Return the fields of a struct, and none of anything else."""
+    import pyarrow.types
+
+    return list(kind) if pyarrow.types.is_struct(kind) else []
 
 
 def _is_number(kind: Any) -> bool:

@@ -169,6 +169,16 @@ def test_a_duration_without_a_start_that_is_not_that_of_the_file(tmp_path: Path,
     assert segments(huggingface_of(tmp_path, [row], duration="-")) == [("a", 0.0, 4.0)]
 
 
+def test_times_inside_of_a_column(tmp_path: Path, tone: Tone) -> None:
+    tone(tmp_path / "call.wav", 9.5)
+    rows = [{"id": "a", "audio": "call.wav", "text": "x", "part": {"start": 1.0, "end": 2.0, "side": "A"}}]
+    result = huggingface_of(tmp_path, rows)
+    assert [(f.kind, f.what) for f in result.findings] == [
+        ("column", f"column 'part.{name}' looks like a time, but it is not read") for name in ("start", "end")
+    ]
+    assert "dataset.flatten()" in result.findings[0].remedy
+
+
 # Channels
 
 
