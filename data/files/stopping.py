@@ -52,9 +52,14 @@ class StopRequest:
         return self.signal is not None
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        self._before = self.listen()
         return self
+
+    def listen(self) -> dict[int, Any]:
+        """Take the signals, also from a library that has taken them since, and return the handlers before."""
+        if threading.current_thread() is not threading.main_thread():
+            return {}
+        return {number: signal.signal(number, self._on_signal) for number in SIGNALS}
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: TracebackType | None) -> None:
         stopped = getattr(error, "exit_code", None) == STOPPED

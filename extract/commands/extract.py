@@ -17,6 +17,7 @@ import click
 from . import options as opt
 
 if TYPE_CHECKING:
+    from ...data.files.stopping import StopRequest
     from ..pipeline.progress import ExtractionProgress, Summary
 
 
@@ -83,7 +84,19 @@ def extract(**options: Any) -> None:
 
     Example: stillhouse extract corpus.jsonl teacher.zarr --teacher bert-base-uncased --layers 6,12 --context both:64
     """
-    outcome, text = _status(options["store"]) if options["status"] else _run(options)
+    from ...data.errors import StoppedError
+    from ...data.files.stopping import StopNow, StopRequest
+
+    if options["status"]:
+        outcome, text = _status(options["store"])
+    else:
+        with StopRequest() as stop:
+            try:
+                outcome, text = _run(options, stop)
+            except (StoppedError, StopNow) as e:
+                said = f"{e.what}." if isinstance(e, StoppedError) else f"stopped by {stop.signal}. {stop.after}"
+                click.echo(said, err=True)
+                raise e if isinstance(e, StoppedError) else StoppedError(said) from None
     click.echo(json.dumps(outcome, indent=1) if options["as_json"] else text)
 
 
@@ -94,7 +107,7 @@ def _status(store: Path) -> tuple[Any, str]:
     return current.as_json(), render_status(current)
 
 
-def _run(options: dict[str, Any]) -> tuple[Any, str]:
+def _run(options: dict[str, Any], stop: StopRequest) -> tuple[Any, str]:
     from ...data.manifest import read_manifest
     from ..pipeline.estimate import check_draft, size_up
     from ..pipeline.estimate import render as render_sizing
@@ -107,9 +120,12 @@ def _run(options: dict[str, Any]) -> tuple[Any, str]:
     check_place(options["store"])
     store, part, workers = options["store"], parse_part(options["shard"]), options["workers"]
     load = _load_options(options)
+    name = options["name"] or default_name(load["source"])
+    start: Any = None
+    if options["engine"] == "ray" and not options["dry_run"]:
+        start = start_ray_workers(name, load, workers, part, options["ray_address"])
     corpus = read_manifest(options["corpus"]).select(options["split"])
     teacher = load_teacher(**load)
-    name = options["name"] or default_name(load["source"])
     settings = ("layers", "contexts", "transform", "leading_space", "join", "dtype", "batch_tokens", "seed")
     numbers = [k if k >= 0 else teacher.depth + 1 + k for k in options["layers"]]
     for what, asked in (("layer", numbers), ("context", list(options["contexts"]))):
@@ -121,15 +137,14 @@ def _run(options: dict[str, Any]) -> tuple[Any, str]:
             sizing = size_up(files, corpus, teacher, request, refresh=options["refresh"])
         return sizing.as_json(), render_sizing(sizing)
     own_part: tuple[int, int] | None = None
-    if options["engine"] == "ray":
-        start: Any = start_ray_workers(name, load, workers, part, options["ray_address"])
-    else:
+    if options["engine"] == "local":
         share_threads(workers)
         start = start_workers(name, load, workers, part)
         own_part = part_of(has_locks(store), part, 0, workers)
     check = partial(check_draft, on_warning=warn, force=options["force"])
     on_progress = opt.progress(progress_line)
-    summary = run(store, corpus, teacher, request, on_progress, own_part, start, check, options["refresh"])
+    refresh = options["refresh"]
+    summary = run(store, corpus, teacher, request, on_progress, own_part, start, check, refresh, stop=stop)
     return summary.as_json(), render(summary)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ...data.files.atomic import sync
+from ...data.files.lock import FileLock
 from ..pipeline.progress import folder_bytes
 from ..store.disk.files import StoreFiles
 from ..store.format.arrays import RawArray
@@ -57,6 +58,15 @@ def delete_files(paths: list[Path]) -> None:
     for folder in {p.parent for p in paths}:
         if folder.is_dir():
             sync(folder)
+
+
+def delete_locks(plan: Plan) -> None:
+    """Delete the locks of work items. The caller has the store for itself, so a free one is nobody's."""
+    for path in _entries(plan.paths.locks):
+        lock = FileLock(path)
+        if path.name not in (plan.paths.lock("plan").name, plan.paths.lock("tmp").name) and lock.acquire():
+            path.unlink()
+            lock.release()
 
 
 def _entries(path: Path) -> list[Path]:

@@ -27,7 +27,7 @@ from ..store.reader import Store
 from ..store.verify.sums import check_sound
 from ..teacher.tokenizer import Tokens
 from .exclusive import Removed, exclusive_plan, replace_plan
-from .garbage import delete_files, size_of, unreferenced_files
+from .garbage import delete_files, delete_locks, size_of, unreferenced_files
 
 
 def collect_garbage(root: Path, dry_run: bool = False) -> Removed:
@@ -69,6 +69,7 @@ def collect_garbage(root: Path, dry_run: bool = False) -> Removed:
         replace_plan(plan, after, writer.sums)
         garbage = unreferenced_files(after)
         delete_files(garbage)
+        delete_locks(plan)
         return replace(removed, files=len(garbage), bytes=size - size_of(plan.paths.files, [root]))
 
 

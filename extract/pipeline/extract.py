@@ -8,12 +8,15 @@ Try: `stillhouse extract CORPUS STORE --teacher …`.
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Protocol
 
+from ...data.errors import StillhouseError, StoppedError
 from ...data.files.lock import FileLock
+from ...data.files.stopping import StopNow, StopRequest
 from ...data.manifest import Corpus
 from ..store.disk.files import StoreFiles
 from ..store.disk.locks import Scratch, exclusive_access
@@ -37,6 +40,12 @@ class Workers(Protocol):
     def finish(self) -> ExtractionProgress:
         """Wait for all of them and return what they did. Raise the error of one that failed."""
 
+    def ask_to_stop(self) -> None:
+        """Tell all of them to commit what is whole and end. They may have ended."""
+
+    def wait(self) -> None:
+        """Wait until all of them have ended, however they did."""
+
 
 def extract(
     root: Path,
@@ -49,6 +58,7 @@ def extract(
     check: Callable[[PlanDraft], None] | None = None,
     refresh: bool = False,
     make_runner: Callable[..., ItemRunner] | None = None,
+    stop: StopRequest | None = None,
 ) -> Summary:
     """Extract everything that is asked for and not in the store yet.
 
@@ -63,8 +73,10 @@ def extract(
         check: sees a drafted plan before it is written, and may refuse it with an error.
         refresh: extract changed utterances again, and hide those that the corpus does not have.
         make_runner: makes another runner than `ItemRunner`, with the same arguments.
+        stop: where a signal asks to stop. Work items of which all batches are computed are committed first.
 
     Raises:
+        StoppedError: `stop` was requested; says how much is committed.
         StaleError: the store was made with other settings or from other texts.
         LockedError: the corpus has changed and another process writes to the store.
         StoreError: a value is not finite, or the disk is full.
@@ -74,16 +86,39 @@ def extract(
         progress = ExtractionProgress()
         with Scratch(plan.paths) as scratch:
             plan = read_plan(files)  # again: from here on no other process changes it under this one
-            workers = start_workers(plan) if start_workers is not None else None
+            # Ray is not to be interrupted by an exception, so its workers poll for a request to stop.
+            calm = stop.deferred if stop is not None else lambda yes: nullcontext()
+            with calm(True):
+                workers = start_workers(plan) if start_workers is not None else None
+            if stop is not None and workers is not None:
+                stop.pass_on = workers.ask_to_stop
+                stop.listen()  # Ray takes them for itself.
+                if stop.requested:
+                    stop.pass_on()
             try:
-                if part is None:
-                    progress.items_total = len(plan.work_items(request.name))
-                else:
-                    folder = scratch.folder
-                    run_work_items(plan, request.name, teacher, folder, progress, on_progress, part, make_runner)
-            finally:
-                if workers is not None:
-                    progress.add(workers.finish())
+                try:
+                    if part is None:
+                        progress.items_total = len(plan.work_items(request.name))
+                    else:
+                        folder = scratch.folder
+                        run_work_items(
+                            plan, request.name, teacher, folder, progress, on_progress, part, make_runner, stop
+                        )
+                finally:
+                    if workers is not None and not (stop is not None and stop.requested):
+                        with calm(part is None):
+                            progress.add(workers.finish())
+                if stop is not None and stop.requested:
+                    raise StopNow
+            except (StopNow, StillhouseError):
+                if stop is None or not stop.requested:
+                    raise
+                with stop.deferred():
+                    if workers is not None:
+                        workers.wait()
+                    done, rest = split_committed(plan, plan.work_items(request.name))
+                what = f"{len(done):,} of {len(done) + len(rest):,} work items of {request.name} are committed"
+                raise StoppedError(f"stopped by {stop.signal}: {what}. Repeat the command to resume") from None
             for context in plan.teachers[request.name].contexts:
                 write_norms(plan, request.name, context, scratch.folder)
         share_arrays(plan, request.name)
@@ -129,8 +164,12 @@ def run_work_items(
     on_progress: OnProgress | None = None,
     part: tuple[int, int] = (0, 1),
     make_runner: Callable[..., ItemRunner] | None = None,
+    stop: StopRequest | None = None,
 ) -> None:
-    """Run every work item that is not committed. Wait for those that another process has locked at the end."""
+    """Run every work item that is not committed. Wait for those that another process has locked at the end.
+
+    Raises StopNow if `stop` is requested, after items that are computed are committed.
+    """
     items = plan.work_items(name)[part[0] :: part[1]]
     _, open_items = split_committed(plan, items)
     progress.items_total = len(items)
@@ -145,7 +184,9 @@ def run_work_items(
     def lock_items(items: Sequence[WorkItem], wait: bool) -> Iterator[LockedItem]:
         for item in items:
             lock = FileLock(plan.paths.lock(item.teacher, item.context, item.shard.number))
-            if not lock.acquire(wait=wait):
+            with stop.deferred(not wait) if stop is not None else nullcontext():
+                acquired = lock.acquire(wait=wait)
+            if not acquired:
                 busy.append(item)
                 continue
             try:
@@ -159,10 +200,13 @@ def run_work_items(
             else:
                 yield LockedItem(item, lock)
 
-    with (make_runner or ItemRunner)(plan, teacher, TeacherRows(plan, name), scratch, progress, on_progress) as runner:
+    runner = (make_runner or ItemRunner)(plan, teacher, TeacherRows(plan, name), scratch, progress, on_progress)
+    runner.stop, began = stop, time.perf_counter()
+    with stop.deferred() if stop is not None else nullcontext(), runner:
         runner.run_items(lock_items(open_items, wait=False))
         for item in busy:  # one at a time: two processes that wait for each other must not both hold locks
             runner.run_items(lock_items([item], wait=True))
+    progress.worker_s += time.perf_counter() - began
 
 
 def share_arrays(plan: Plan, name: str) -> None:

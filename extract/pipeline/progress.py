@@ -35,13 +35,14 @@ class ExtractionProgress:
     rows_total: int = 0
     fed_tokens: int = 0
     padded_tokens: int = 0
-    model_s: float = 0.0
+    model_s: float = 0.0  # that the model has run
+    worker_s: float = 0.0  # that work items were run, over all workers
     started: float = field(default_factory=time.perf_counter)
     item: str = ""
 
     def add(self, other: ExtractionProgress) -> None:
         """Add what another process has done."""
-        for name in ("items", "rows", "fed_tokens", "padded_tokens"):
+        for name in ("items", "rows", "fed_tokens", "padded_tokens", "model_s", "worker_s"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     @property
@@ -107,7 +108,7 @@ def summarise(plan: Plan, name: str, progress: ExtractionProgress) -> Summary:
         tokens_per_s=progress.rows / wall,
         fed_tokens_per_s=progress.fed_tokens / wall,
         padding_share=progress.padding_share,
-        model_share=progress.model_s / wall,
+        model_share=progress.model_s / progress.worker_s if progress.worker_s else 0.0,
         wall_s=wall,
         store_bytes=folder_bytes(files, files.root),
         hidden_bytes=sum(folder_bytes(files, data / array) for array in ("hidden", "scale")),

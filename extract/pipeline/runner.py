@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...data.files.lock import FileLock
+from ...data.files.stopping import StopNow, StopRequest
 from ..store.format.index import Index
 from ..store.format.int8 import Quantised
 from ..store.format.plan import Generation, Plan, WorkItem
@@ -106,6 +107,7 @@ class ItemRunner:
         self._writing: Future[None] | None = None
         self._committing: Future[None] | None = None
         self._open: dict[OpenItem, None] = {}
+        self.stop: StopRequest | None = None  # a request ends the run before the next batch is written
         self._most_open = max(2, most_handles() // max(1, len(teacher_rows.record.layers)))
 
     def __enter__(self) -> ItemRunner:
@@ -121,12 +123,14 @@ class ItemRunner:
         """Run and commit work items. Raises StoreError if a value is not finite or the disk is full.
 
         The next item is asked for when the threads have no batch of the last one left to begin. So the model never
-        waits for a lock, and seldom more than one locked item waits for the model. After an error committed items stay,
-        and all locks are released.
+        waits for a lock, and seldom more than one locked item waits for the model. After an error or a
+        request to stop, items of which all batches are computed are committed, and all locks are released.
         """
         try:
             for opened, write in self.blocks(self._opened(items)):
                 if write is not None:
+                    if self.stop is not None and self.stop.requested:
+                        raise StopNow
                     _wait_for(self._writing)
                     self._writing = self._writer.submit(write)
                 else:

@@ -171,6 +171,15 @@ class Plan:
         """Return the table of utterances that a teacher is at, or the newest of all teachers."""
         return max(self.latest(t).edition for t in (self.teachers if teacher is None else [teacher]))
 
+    def summed(self) -> set[int]:
+        """Return the generations whose sums are used: every teacher's latest, the newest, and those of its tables.
+
+        Each has the sums of all that it uses, so those of earlier generations say the same again.
+        """
+        editions = {self.edition(name) for name in self.teachers}
+        tables = {max(g.number for g in self.generations if g.edition == e) for e in editions}
+        return {self.generations[-1].number, *tables, *(self.latest(name).number for name in self.teachers)}
+
     def latest(self, teacher: str) -> Generation:
         """Return the newest generation of a teacher. Its list of shards is the whole list."""
         return [g for g in self.generations if g.teacher == teacher][-1]
@@ -280,3 +289,7 @@ def write_head(plan: Plan, publish: bool = True) -> None:
     )
     if publish:
         plan.paths.files.publish_plan()
+    if plan.paths.files.has_locks:  # Nothing in an object store is deleted.
+        for g in plan.generations:
+            if g.number not in plan.summed():
+                plan.paths.sums(g.number).unlink(missing_ok=True)

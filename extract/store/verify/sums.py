@@ -22,7 +22,7 @@ from ..disk.paths import Paths
 from ..format.arrays import RawArray
 from ..format.block_sums import Sums, read_sums
 from ..format.commits import Commit
-from ..format.plan import WorkItem
+from ..format.plan import WorkItem, read_plan
 from ..reader import Store
 from ..views import View
 
@@ -55,12 +55,17 @@ def record_files(paths: Paths) -> list[Path]:
 
 def record_damage(paths: Paths) -> Iterator[tuple[str, Path]]:
     """Yield (what, file) of JSON files that cannot be read or differ from their checksum, and of sums that are gone."""
+    try:
+        summed = {paths.sums(number) for number in read_plan(paths.files).summed()}
+    except _UNREADABLE:
+        summed = set()
     for path in record_files(paths):
         try:
             value = paths.files.read_json(path)
             damage = checksum_error(value, path.name)
             sums = path.with_name("sums.json")
-            if path.name == "plan.json" and has_checksum(value, path.name) and not paths.files.local(sums).exists():
+            needed = path.name == "plan.json" and sums in summed and has_checksum(value, path.name)
+            if needed and not paths.files.local(sums).exists():
                 yield "is missing", sums
         except _UNREADABLE as e:
             damage = str(e) if not isinstance(e, StillhouseError) else e.what

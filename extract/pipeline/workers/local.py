@@ -1,7 +1,7 @@
-"""Run work items in several processes, here or on a Ray cluster. Each loads the teacher.
+"""Run work items in several processes of this machine. Each loads the teacher.
 
 Guarantees: workers share nothing but the store. On one kind of processor the store gets the same bytes with any number
-of workers, and if some of them are killed. Ray carries settings and counts, and states go straight into the store.
+of workers, and if some of them are killed.
 Try: `stillhouse extract CORPUS STORE --teacher … --workers 3`.
 """
 
@@ -15,15 +15,15 @@ from pathlib import Path
 from queue import Empty
 from typing import Any
 
-from ...data.errors import StillhouseError, StoreError, UsageError
-from ..store.disk.locks import Scratch
-from ..store.disk.paths import Paths
-from ..store.format.plan import Plan, read_plan
-from ..store.storage import writable_files
-from .progress import ExtractionProgress
+from ....data.errors import STOPPED, StillhouseError, StoreError, UsageError
+from ....data.files.stopping import StopNow, StopRequest
+from ...store.disk.locks import Scratch
+from ...store.disk.paths import Paths
+from ...store.format.plan import Plan, read_plan
+from ...store.storage import writable_files
+from ..progress import ExtractionProgress
 
-RAY_RETRIES = 3  # of a task whose node was lost
-_RESUME = "give the same command again: it keeps what is committed, and resumes"
+RESUME = "give the same command again: it keeps what is committed, and resumes"
 
 
 def parse_part(text: str | None) -> tuple[int, int]:
@@ -68,24 +68,34 @@ class WorkerProcesses:
             process.start()
             self._processes.append(process)
 
-    def finish(self) -> ExtractionProgress:
-        """Wait for all and return what they did. Raises a worker's error, and StoreError if one was killed."""
+    def ask_to_stop(self) -> None:
+        """Send SIGTERM to all that are alive."""
+        for process in self._processes:
+            if process.is_alive():
+                process.terminate()
+
+    def wait(self) -> None:
+        """Wait until all have ended, however they did."""
         for process in self._processes:
             process.join()
+
+    def finish(self) -> ExtractionProgress:
+        """Wait for all and return what they did. Raises a worker's error, and StoreError if one was killed."""
+        self.wait()
         results = []
         while True:
             try:
                 results.append(self._results.get_nowait())
             except Empty:
                 break
-        total = _sum(results)
+        total = sum_results(results)
         dead = [p.name for p in self._processes if p.exitcode]
         if dead:
-            raise StoreError(f"{', '.join(dead)} died", remedy=_RESUME)
+            raise StoreError(f"{', '.join(dead)} died", remedy=RESUME)
         return total
 
 
-def _sum(results: Iterable[ExtractionProgress | StillhouseError]) -> ExtractionProgress:
+def sum_results(results: Iterable[ExtractionProgress | StillhouseError]) -> ExtractionProgress:
     total = ExtractionProgress()
     for result in results:
         if isinstance(result, StillhouseError):
@@ -124,92 +134,35 @@ def share_threads(count: int) -> None:
 
 
 def run_worker(
-    root: Path | str, name: str, load: dict[str, Any], part: tuple[int, int], threads: int
+    root: Path | str,
+    name: str,
+    load: dict[str, Any],
+    part: tuple[int, int],
+    threads: int,
+    stop: StopRequest | None = None,
 ) -> ExtractionProgress:
-    """Run work items of a planned store until all of them are committed."""
+    """Run work items of a planned store until all of them are committed. Raises StopNow if `stop` is requested."""
     import torch
 
-    from ..teacher.model import load_teacher
-    from .extract import run_work_items
+    from ...teacher.model import load_teacher
+    from ..extract import run_work_items
 
     torch.set_num_threads(threads)
     progress = ExtractionProgress()
     with writable_files(root) as files, Scratch(Paths(files)) as scratch:
         plan = read_plan(files)
-        run_work_items(plan, name, load_teacher(**load), scratch.folder, progress, None, part)
+        run_work_items(plan, name, load_teacher(**load), scratch.folder, progress, None, part, stop=stop)
     return progress
 
 
 def _run_process(*arguments: Any) -> None:
     *arguments_of_worker, results = arguments
     try:
-        results.put(run_worker(*arguments_of_worker))
+        with StopRequest() as stop:
+            results.put(run_worker(*arguments_of_worker, stop))
     except StillhouseError as e:
         results.put(e)
+    except StopNow:
+        os._exit(STOPPED)
     except KeyboardInterrupt:
         os._exit(130)
-
-
-def ray_module() -> Any:
-    """Return the module ray. Raises UsageError if it is not installed."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try:
-        import ray
-    except ImportError as e:
-        raise UsageError("--engine ray needs Ray", remedy="pip install 'stillhouse[cluster]'") from e
-    return ray
-
-
-class RayWorkers:
-    """`count` tasks on the Ray cluster at `address`, where "auto" is that of this machine; None starts one for them.
-
-    Every node needs Stillhouse, the teacher under the same name, and the store under the same path or URL. If a node
-    is lost, its task runs again elsewhere and resumes from the commits.
-    """
-
-    def __init__(
-        self, plan: Plan, name: str, load: dict[str, Any], count: int, part: tuple[int, int], address: str | None
-    ) -> None:
-        ray = self._ray = ray_module()
-        device = pick_device(load["device"])
-        self._began = not ray.is_initialized()
-        if self._began:
-            own = {} if address else {"num_cpus": max(count, os.cpu_count() or 1)}
-            ray.init(address=address, log_to_driver=False, include_dashboard=None if address else False, **own)
-        threads = int(ray.cluster_resources().get("CPU", 1)) // count if device == "cpu" else 1
-        threads = max(1, threads)
-        needs: dict[str, Any] = {"num_cpus": threads} | ({"num_gpus": 1} if device != "cpu" else {})
-        task = ray.remote(**needs, max_retries=RAY_RETRIES)(_run_task)
-        root = plan.paths.files.address
-        root = str(root.absolute() if isinstance(root, Path) else root)
-        load = load | {"device": device}
-        self._tasks = [
-            task.remote(root, name, load, part_of(plan.paths.files.has_locks, part, rank, count), threads)
-            for rank in range(count)
-        ]
-
-    def finish(self) -> ExtractionProgress:
-        """Wait for all and return what they did. Raises a worker's error, and StoreError if Ray gave one up."""
-        try:
-            return _sum(self._ray.get(self._tasks))
-        except self._ray.exceptions.RayError as e:
-            raise StoreError(f"a Ray worker failed: {str(e).strip().splitlines()[-1]}", remedy=_RESUME) from e
-        finally:
-            if self._began:
-                self._ray.shutdown()
-
-
-def start_ray_workers(
-    name: str, load: dict[str, Any], count: int, part: tuple[int, int], address: str | None
-) -> Callable[[Plan], RayWorkers]:
-    """Return what starts the tasks, for `extract`."""
-    ray_module()
-    return lambda plan: RayWorkers(plan, name, load, count, part, address)
-
-
-def _run_task(*arguments: Any) -> ExtractionProgress | StillhouseError:
-    try:
-        return run_worker(*arguments)
-    except StillhouseError as e:
-        return e  # as a value: Ray would wrap an exception into a type of its own
