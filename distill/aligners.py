@@ -2,7 +2,7 @@
 
 An aligner prepares a batch once (`frames`) and is then called for the positions of each teacher. It returns states
 [M', width] and which of the M kept positions they belong to, int64 [M'], or None if to all.
-Guarantees: attention, occupancy and cif mix *values of encoder frames* of the position's own utterance. The text
+Guarantees: all but the predictor mix *values of encoder frames* of the position's own utterance. The text
 chooses frames (through queries without context) and never enters the state, or a head could predict the target from
 the transcript without the audio. Padding of frames and positions changes nothing.
 Try: `pytest tests/distill/test_aligners.py`.
@@ -20,68 +20,35 @@ from torch import Tensor, nn
 from ..data.errors import ConfigError
 from .batch import Positions
 
-ALIGNERS = ("attention", "occupancy", "cif", "predictor")
+ALIGNERS = ("attention", "occupancy", "cif", "transport", "predictor")
+NEED_EMBEDDINGS = ("attention", "transport")
 _OCTAVES = 6
+_NOTHING = -1e9  # a logarithm of nothing
 
 Aligned = tuple[Tensor, Tensor | None]  # states [M', width], and their kept positions int64 [M'], None if all
 
 
-class Attention(nn.Module):
-    """Cross-attention from the positions' stored input embeddings (queries) to encoder frames (keys and values).
-
-    All teachers share keys and values, so one more teacher costs its queries and one attention. Two equal words have
-    equal embeddings, so queries and keys also carry their place, as a fraction of the transcript or of the frames.
-    After Sunder et al. 2022, "Tokenwise contrastive pretraining".
+class QueryAligner(nn.Module):
+    """The aligners that compare frames with the positions' stored input embeddings, which know no context.
 
     Arguments:
-        encoder_dim: H, the width of the encoder frames.
         embeddings: a float table [K, D] for each teacher. The tables are not trained and not saved with the model.
-        dim: A, the width of the states, a multiple of `heads`. None: encoder_dim.
+        dim: A, the width of queries and keys.
     """
 
-    def __init__(
-        self, encoder_dim: int, embeddings: Mapping[str, Tensor], *, dim: int | None = None, heads: int = 4
-    ) -> None:
+    width: int
+
+    def __init__(self, encoder_dim: int, embeddings: Mapping[str, Tensor], dim: int) -> None:
         super().__init__()
-        self.dim = self.width = dim or encoder_dim
-        self.heads = heads
-        if self.dim % heads:
-            raise ConfigError(f"the aligner's width {self.dim} is not a multiple of its {heads} heads")
+        self.dim = dim
         self.teachers = list(embeddings)
         for number, table in enumerate(embeddings.values()):
             self.register_buffer(f"table{number}", torch.as_tensor(table), persistent=False)
-        widths = [table.shape[1] for table in embeddings.values()]
-        self.query = nn.ModuleList(nn.Linear(width, self.dim) for width in widths)
-        self.key, self.value = nn.Linear(encoder_dim, self.dim), nn.Linear(encoder_dim, self.dim)
-        # Both sides share one projection. With this scale the scores begin as the waves' own kernel,
-        # Σ cos(π 2^k (p - t)): attention prefers the diagonal, as speech does, and can leave it.
-        self.place = nn.Linear(2 * _OCTAVES, self.dim, bias=False)
-        nn.init.normal_(self.place.weight, std=(self.dim / heads) ** -0.25)
+        self.query = nn.ModuleList(nn.Linear(table.shape[1], dim) for table in embeddings.values())
+        self.key = nn.Linear(encoder_dim, dim)
 
-    def frames(self, encoder: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return keys and values [B, heads, T, A / heads] and a mask [B, 1, 1, T] of the encoder [B, T, H].
-
-        The encoder must be 0 in the padding.
-        """
-        batch, frames, _ = encoder.shape
-        frame = torch.arange(frames, device=encoder.device)
-        mask = frame < lengths[:, None]  # (B, T)
-        place = (frame + 0.5) / lengths.clamp_min(1)[:, None]
-        key = self.key(encoder) + self.place(_waves(place)).to(encoder.dtype)
-        split = (batch, frames, self.heads, self.dim // self.heads)
-        key, value = key.view(split).transpose(1, 2), self.value(encoder).view(split).transpose(1, 2)
-        return key, value, mask[:, None, None]
-
-    def forward(self, frames: tuple[Tensor, Tensor, Tensor], positions: Positions, teacher: str) -> Aligned:
-        """Return states [M, A]. `frames` is what the method `frames` returned."""
-        key, value, mask = frames
-        query = self._query(positions, teacher).to(key.dtype)  # (M, A)
-        grid = query.new_zeros(len(key) * positions.grid, self.dim).index_copy(0, positions.row, query)
-        grid = grid.view(len(key), positions.grid, self.heads, -1).transpose(1, 2)  # (B, heads, P, A / heads)
-        state = F.scaled_dot_product_attention(grid, key, value, attn_mask=mask)
-        return state.transpose(1, 2).reshape(-1, self.dim)[positions.row], None
-
-    def _query(self, positions: Positions, teacher: str) -> Tensor:
+    def projected(self, positions: Positions, teacher: str) -> Tensor:
+        """Return the projected embedding of each kept position, [M, A]."""
         number = self.teachers.index(teacher)
         table: Tensor = getattr(self, f"table{number}")
         if positions.query_start is None or positions.query_weight is None:
@@ -95,8 +62,126 @@ class Attention(nn.Module):
                 per_sample_weights=positions.query_weight.to(table.dtype),
             )
         # Tables of different teachers differ tenfold in scale, but all have one learning rate.
-        embedding = F.layer_norm(embedding.float(), embedding.shape[-1:])
-        return self.query[number](embedding) + self.place(_waves(positions.place))
+        return self.query[number](F.layer_norm(embedding.float(), embedding.shape[-1:]))
+
+
+class Attention(QueryAligner):
+    """Cross-attention from the positions' stored input embeddings (queries) to encoder frames (keys and values).
+
+    All teachers share keys and values, so one more teacher costs its queries and one attention. Two equal words have
+    equal embeddings, so queries and keys also carry their place, as a fraction of the transcript or of the frames.
+    After Sunder et al. 2022, "Tokenwise contrastive pretraining".
+
+    Arguments:
+        encoder_dim: H, the width of the encoder frames.
+        dim: A, the width of the states, a multiple of `heads`. None: encoder_dim.
+    """
+
+    def __init__(
+        self, encoder_dim: int, embeddings: Mapping[str, Tensor], *, dim: int | None = None, heads: int = 4
+    ) -> None:
+        super().__init__(encoder_dim, embeddings, dim or encoder_dim)
+        self.width, self.heads = self.dim, heads
+        if self.dim % heads:
+            raise ConfigError(f"the aligner's width {self.dim} is not a multiple of its {heads} heads")
+        self.value = nn.Linear(encoder_dim, self.dim)
+        # Both sides share one projection. With this scale the scores begin as the waves' own kernel,
+        # Σ cos(π 2^k (p - t)): attention prefers the diagonal, as speech does, and can leave it.
+        self.place = nn.Linear(2 * _OCTAVES, self.dim, bias=False)
+        nn.init.normal_(self.place.weight, std=(self.dim / heads) ** -0.25)
+
+    def frames(self, encoder: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return keys and values [B, heads, T, A / heads] and a mask [B, 1, 1, T] of the encoder [B, T, H].
+
+        The encoder must be 0 in the padding.
+        """
+        batch, frames, _ = encoder.shape
+        mask, place = _places_of_frames(encoder, lengths)
+        key = self.key(encoder) + self.place(_waves(place)).to(encoder.dtype)
+        split = (batch, frames, self.heads, self.dim // self.heads)
+        key, value = key.view(split).transpose(1, 2), self.value(encoder).view(split).transpose(1, 2)
+        return key, value, mask[:, None, None]
+
+    def forward(self, frames: tuple[Tensor, Tensor, Tensor], positions: Positions, teacher: str) -> Aligned:
+        """Return states [M, A]. `frames` is what the method `frames` returned."""
+        key, value, mask = frames
+        query = self._query(positions, teacher).to(key.dtype)  # (M, A)
+        grid = _on_grid(query, positions, len(key))
+        grid = grid.view(len(key), positions.grid, self.heads, -1).transpose(1, 2)  # (B, heads, P, A / heads)
+        state = F.scaled_dot_product_attention(grid, key, value, attn_mask=mask)
+        return state.transpose(1, 2).reshape(-1, self.dim)[positions.row], None
+
+    def _query(self, positions: Positions, teacher: str) -> Tensor:
+        return self.projected(positions, teacher) + self.place(_waves(positions.place))
+
+
+class Transport(QueryAligner):
+    """Entropic optimal transport from frames to positions, which prefers the temporal order and leaves silence out.
+
+    The cost of a frame and a position is one minus the cosine of the frame's key and the position's query.
+    The plan minimises
+
+        sum(plan * cost) + blur * KL(plan | order) + slack * KL(sum over positions of plan | uniform)
+
+    where every position receives its equal share, and `order` is a Gaussian in the distance of their places, as
+    fractions of the frames and of the transcript. With a finite slack a frame may give less than its share, so silence
+    needs no partner. A position's state is the mean of the encoder frames, weighted with its column of the plan.
+    After Lu et al. 2023 (arXiv 2309.16093), 2024 (2409.02239) and 2025 (2509.05609). `rounds` of the scaling algorithm
+    of Chizat et al. 2018 (arXiv 1607.05816) compute the plan, and gradients flow through them.
+
+    Arguments:
+        encoder_dim: H, the width of the encoder frames.
+        dim: A, the width of queries and keys. None: encoder_dim.
+        blur: above 0. A smaller one gives sharper plans.
+        spread: standard deviation of the order, as a fraction of the utterance.
+        slack: above 0. A larger one makes frames give their share.
+    """
+
+    def __init__(
+        self, encoder_dim: int, embeddings: Mapping[str, Tensor], *, dim: int | None = None,
+        blur: float = 0.1, spread: float = 0.1, slack: float = 0.1, rounds: int = 20,
+    ) -> None:  # fmt: skip
+        super().__init__(encoder_dim, embeddings, dim or encoder_dim)
+        self.width = encoder_dim
+        self.blur, self.spread, self.slack, self.rounds = blur, spread, slack, rounds
+
+    def frames(self, encoder: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the encoder [B, T, H], its keys [B, T, A] of length 1, a mask and the places of frames [B, T].
+
+        The encoder must be 0 in the padding.
+        """
+        mask, place = _places_of_frames(encoder, lengths)
+        return encoder, F.normalize(self.key(encoder).float(), dim=-1), mask, place
+
+    def plan(self, frames: tuple[Tensor, Tensor, Tensor, Tensor], positions: Positions, teacher: str = "") -> Tensor:
+        """Return the weight of each frame for each position, float32 [B, T, P]. Columns of kept positions sum to 1."""
+        _, key, mask, place = frames
+        batch = len(key)
+        with torch.autocast(key.device.type, enabled=False):
+            query = _on_grid(F.normalize(self.projected(positions, teacher).float(), dim=-1), positions, batch)
+            there = _on_grid(torch.ones_like(positions.place), positions, batch) > 0  # (B, P)
+            middle = _on_grid(positions.place, positions, batch)
+            cost = 1 - key @ query.transpose(1, 2)
+            kernel = -cost / self.blur - ((place[..., None] - middle[:, None]) / self.spread).square() / 2
+            # The sums over a batch's padding must not count, and a finite number keeps gradients from becoming NaN.
+            kernel = kernel.masked_fill(~(mask[..., None] & there[:, None]), _NOTHING)
+            share = -mask.sum(1).clamp_min(1).log()[:, None]  # the logarithm of a frame's
+            wanted = -there.sum(1).clamp_min(1).log()[:, None]  # and of a position's
+            yielding = self.slack / (self.slack + self.blur)
+            of_position = torch.zeros_like(middle)
+            for _ in range(self.rounds):
+                of_frame = yielding * (share - (kernel + of_position[:, None]).logsumexp(2))
+                of_frame = of_frame.masked_fill(~mask, 0)
+                of_position = wanted - (kernel + of_frame[..., None]).logsumexp(1)
+                of_position = of_position.masked_fill(~there, 0)
+            return (kernel + of_frame[..., None]).softmax(1)
+
+    def forward(
+        self, frames: tuple[Tensor, Tensor, Tensor, Tensor], positions: Positions, teacher: str = ""
+    ) -> Aligned:
+        """Return states [M, H]. `frames` is what the method `frames` returned."""
+        weight = self.plan(frames, positions, teacher).to(frames[0].dtype)
+        return (weight.transpose(1, 2) @ frames[0]).flatten(0, 1)[positions.row], None
 
 
 class UnitAligner(nn.Module):
@@ -190,6 +275,19 @@ class Predictor(UnitAligner):
     def frames(self, predictor: Tensor) -> Tensor:
         """Return one state for each unit, [B, U, W], of states [B, U + 1, W], where state u has read u units."""
         return predictor[:, 1:] if self.after else predictor[:, :-1]
+
+
+def _places_of_frames(encoder: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Which frames exist, bool [B, T], and the middle of each as a fraction of the utterance, [B, T]."""
+    frame = torch.arange(encoder.shape[1], device=encoder.device)
+    return frame < lengths[:, None], (frame + 0.5) / lengths.clamp_min(1)[:, None]
+
+
+def _on_grid(values: Tensor, positions: Positions, batch: int) -> Tensor:
+    """Values [M, …] of the kept positions on the padded grid [B, P, …], 0 elsewhere."""
+    shape = values.shape[1:]
+    grid = values.new_zeros(batch * positions.grid, *shape).index_copy(0, positions.row, values)
+    return grid.view(batch, positions.grid, *shape)
 
 
 def _waves(place: Tensor) -> Tensor:

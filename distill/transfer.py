@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.errors import ConfigError
-from .aligners import ALIGNERS, Aligned, Attention, Cif, Occupancy, Predictor, UnitAligner
+from .aligners import ALIGNERS, NEED_EMBEDDINGS, Aligned, Attention, Cif, Occupancy, Predictor, Transport, UnitAligner
 from .batch import TransferBatch
 from .distances import distance_named
 from .mixing import Mixing
@@ -51,12 +51,13 @@ class Transfer(nn.Module):
     Arguments:
         views: the `views` of a TargetReader.
         encoder_dim: H, the width of the encoder states.
-        aligner: "attention" (needs `embeddings`), "occupancy", "cif" or "predictor" (needs `predictor_dim`).
+        aligner: "occupancy", "attention" or "transport" (need `embeddings`), "cif", or "predictor" (needs
+            `predictor_dim`).
         distance: "cosine", "l1", "smooth_l1", "mse" or "contrastive".
         mixing: "mean", "sum", "learned" or "sample". For "sample" the reader draws the views, TargetReader(sample=k).
         embeddings: the `embeddings` of a TargetReader.
         temperature: above 0, of the distance "contrastive".
-        attention_dim, attention_heads: width (None: encoder_dim) and heads of the attention.
+        attention_dim, attention_heads: width (None: encoder_dim) and heads of attention. `transport` has the width.
         predictor_dim: W, the width of the prediction network's states.
         predictor_after: take the state that has read a unit. False: the one that predicts it.
         taps: the number of encoder layers that `forward` gets. Their softmax-weighted mean is aligned.
@@ -78,14 +79,17 @@ class Transfer(nn.Module):
         self.of_teacher: dict[str, list[int]] = {}
         for number, view in enumerate(views):
             self.of_teacher.setdefault(view.teacher, []).append(number)
-        self.aligner: Attention | Occupancy | Cif | Predictor
-        if aligner == "attention":
+        self.aligner: Attention | Transport | Occupancy | Cif | Predictor
+        if aligner in NEED_EMBEDDINGS:
             tables = embeddings or {}
             absent = ", ".join(sorted(self.of_teacher.keys() - tables.keys()))
             if absent:
-                raise ConfigError(f"there are no input embeddings of {absent} for the attention aligner")
+                raise ConfigError(f"there are no input embeddings of {absent} for the {aligner} aligner")
             tables = {name: tables[name] for name in self.of_teacher}
-            self.aligner = Attention(encoder_dim, tables, dim=attention_dim, heads=attention_heads)
+            if aligner == "attention":
+                self.aligner = Attention(encoder_dim, tables, dim=attention_dim, heads=attention_heads)
+            else:
+                self.aligner = Transport(encoder_dim, tables, dim=attention_dim)
         elif aligner == "occupancy":
             self.aligner = Occupancy(encoder_dim)
         elif aligner == "cif":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from stillhouse.data.errors import ConfigError
-from stillhouse.distill.aligners import Attention, Cif, Occupancy, Predictor
+from stillhouse.distill.aligners import Attention, Cif, Occupancy, Predictor, Transport
 from stillhouse.distill.batch import Positions
 
 
@@ -268,3 +269,128 @@ def test_the_predictor_before_and_after_a_unit():
         aligner = Predictor(3, after)
         state, rows = aligner(aligner.frames(predictor), positions)
         assert state.tolist() == expected and rows.tolist() == [0, 1]
+
+
+def float64_plan(aligner: Transport, encoder, tokens: list[int]) -> np.ndarray:
+    """The plan [T, P] of one utterance in float64 by a plain loop, until nothing changes."""
+
+    def linear(layer, rows):
+        rows = rows @ layer.weight.detach().double().numpy().T + layer.bias.detach().double().numpy()
+        return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+    table = aligner.table0.double().numpy()[tokens]
+    table = (table - table.mean(1, keepdims=True)) / np.sqrt(table.var(1, keepdims=True) + 1e-5)
+    key, query = linear(aligner.key, encoder.double().numpy()), linear(aligner.query[0], table)
+    frames, positions = len(key), len(query)
+    kernel = np.zeros((frames, positions))
+    for t in range(frames):
+        for p in range(positions):
+            apart = ((t + 0.5) / frames - (p + 0.5) / positions) / aligner.spread
+            kernel[t, p] = np.exp(-(1 - key[t] @ query[p]) / aligner.blur - apart**2 / 2)
+    u, v, before = np.ones(frames), np.ones(positions), None
+    while before is None or np.abs(u - before).max() > 1e-14 * np.abs(u).max():
+        before = u
+        u = (1 / frames / (kernel @ v)) ** (aligner.slack / (aligner.slack + aligner.blur))
+        v = 1 / positions / (kernel.T @ u)
+    return u[:, None] * kernel * v
+
+
+def test_the_transport_plan_is_that_of_float64_and_the_minimum_of_its_objective():
+    generator = torch.manual_seed(2)
+    table = torch.randn(9, 10, generator=generator)
+    aligner = Transport(16, {"t": table}, dim=12)
+    tokens = [[1, 5, 2, 2, 8], [3], [4, 4, 0]]
+    lengths = torch.tensor([40, 7, 23])
+    encoder = torch.randn(3, 40, 16, generator=generator)
+    encoder = encoder * (torch.arange(40) < lengths[:, None])[..., None]
+    positions = positions_of(tokens)
+    found = aligner.plan(aligner.frames(encoder, lengths), positions, "t").detach().double().numpy()
+    for b, words in enumerate(tokens):
+        count, n = int(lengths[b]), len(words)
+        plan = float64_plan(aligner, encoder[b, :count], words)
+        np.testing.assert_allclose(plan.sum(0), 1 / n, rtol=1e-12)
+        np.testing.assert_allclose(found[b, :count, :n], plan * n, atol=2e-4)
+        assert not found[b, count:, :n].any()
+    # No other plan with the same sums over frames is better. Mass is moved between two frames of a position.
+    count, n = 40, 5
+    plan = float64_plan(aligner, encoder[0], tokens[0])
+    key = torch.nn.functional.normalize(aligner.key(encoder[0]), dim=-1).detach().double().numpy()
+    query = torch.nn.functional.normalize(aligner.projected(positions, "t")[:n], dim=-1).detach().double().numpy()
+    cost = 1 - key @ query.T
+    apart = ((np.arange(count)[:, None] + 0.5) / count - (np.arange(n) + 0.5) / n) / aligner.spread
+    order = np.exp(-(apart**2) / 2)
+
+    def objective(x: np.ndarray) -> float:
+        rows = x.sum(1)
+        blurred = (x * np.log(x / order) - x + order).sum()
+        return (
+            (x * cost).sum()
+            + aligner.blur * blurred
+            + aligner.slack * (rows * np.log(rows * count) - rows + 1 / count).sum()
+        )
+
+    rng = np.random.default_rng(0)
+    tried = 0
+    for _ in range(2000):
+        t, other, p = rng.integers(count), rng.integers(count), rng.integers(n)
+        if t != other and min(plan[t, p], plan[other, p]) > 1e-4:
+            tried += 1
+            moved, step = plan.copy(), 0.2 * min(plan[t, p], plan[other, p])
+            moved[t, p], moved[other, p] = plan[t, p] + step, plan[other, p] - step
+            assert objective(moved) > objective(plan)
+    assert tried > 100
+
+
+def test_transport_leaves_silence_out_and_finds_a_planted_alignment_from_the_targets_alone():
+    generator = torch.manual_seed(0)
+    vocabulary, width = 12, 16
+    sounds = torch.randn(vocabulary, width, generator=generator)
+    states, table = (torch.randn(vocabulary, n, generator=generator) for n in (8, 10))
+    aligner = Transport(width, {"t": table})
+    head = nn.Linear(width, 8)
+    optimiser = torch.optim.Adam([*aligner.parameters(), *head.parameters()], lr=1e-2)
+
+    def batch(size):
+        tokens = [
+            torch.randint(
+                vocabulary, (int(torch.randint(3, 9, (), generator=generator)),), generator=generator
+            ).tolist()
+            for _ in range(size)
+        ]
+        encoder, lengths, where = speak(tokens, sounds, generator)
+        silence = 0.1 * torch.randn(size, 6, width, generator=generator)  # before the first word
+        return positions_of(tokens), torch.cat([silence, encoder], 1), lengths + 6, where
+
+    for _ in range(300):
+        positions, encoder, lengths, _ = batch(16)
+        encoder = encoder.masked_fill((torch.arange(encoder.shape[1]) >= lengths[:, None])[..., None], 0)
+        state, rows = aligner(aligner.frames(encoder, lengths), positions, "t")
+        assert rows is None
+        loss = (head(state) - states[positions.key]).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    positions, encoder, lengths, where = batch(40)
+    encoder = encoder.masked_fill((torch.arange(encoder.shape[1]) >= lengths[:, None])[..., None], 0)
+    plan = aligner.plan(aligner.frames(encoder, lengths), positions, "t").detach()
+    own = [
+        float(plan[b, [6 + t for t in frames], p].sum())
+        for b, words in enumerate(where)
+        for p, frames in enumerate(words)
+    ]
+    assert sum(own) / len(own) > 0.7
+    silent = float(plan[:, :6].sum()) / len(own)  # of the mass; its share of the frames is larger
+    assert silent < 0.2 < 6 * 40 / float(lengths.sum())
+
+
+def test_padding_and_company_change_nothing_in_transport_and_an_utterance_without_positions_gives_no_nan():
+    generator = torch.manual_seed(3)
+    aligner = Transport(8, {"t": torch.randn(6, 5, generator=generator)})
+    encoder, lengths = torch.randn(3, 20, 8, generator=generator), torch.tensor([20, 11, 6])
+    encoder = encoder * (torch.arange(20) < lengths[:, None])[..., None]
+    tokens = [[0, 1, 2, 3], [4, 5], []]
+    state, _ = aligner(aligner.frames(encoder, lengths), positions_of(tokens), "t")
+    state.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in aligner.parameters())
+    alone, _ = aligner(aligner.frames(encoder[1:2, :11], lengths[1:2]), positions_of(tokens[1:2]), "t")
+    torch.testing.assert_close(alone, state[4:], rtol=1e-5, atol=1e-6)

@@ -149,7 +149,7 @@ class TransferSettings(ConfigSection):
     """One transfer from teachers: its views, and how the student learns them. Lambda is the weight of its loss."""
 
     views: list[str] = Field([], description="View addresses or patterns. Without views there is no transfer.")
-    aligner: Literal["attention", "occupancy", "cif", "predictor"] = Field(
+    aligner: Literal["occupancy", "attention", "transport", "cif", "predictor"] = Field(
         "occupancy", description="How encoder states are brought to the positions that have a target."
     )
     position: Literal["token", "word", "unit"] = Field(

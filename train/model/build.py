@@ -103,6 +103,7 @@ def build_transfers(config: Config, encoder_dim: int) -> tuple[dict[str, Any], d
     targets: dict[str, Any] = {}
     if not config.transfer.transfers:
         return transfers, targets
+    from ...distill.aligners import NEED_EMBEDDINGS
     from ...distill.targets import TargetReader
     from ...distill.transfer import Transfer
     from ...distill.views import resolve_views
@@ -126,7 +127,7 @@ def build_transfers(config: Config, encoder_dim: int) -> tuple[dict[str, Any], d
                 targets[name].views,
                 encoder_dim,
                 **t.model_dump(include={"aligner", "distance", "temperature", "mixing"}),
-                embeddings=targets[name].embeddings if t.aligner == "attention" else None,
+                embeddings=targets[name].embeddings if t.aligner in NEED_EMBEDDINGS else None,
                 predictor_dim=config.model.predictor_dim,
                 taps=max(1, len(t.layers)),
             )

@@ -40,7 +40,7 @@ CHOICES: dict[str, list[Any]] = {
     "model.chunk_choices": [[], [], [0, 8, 16]],
     "loss.kind": ["full", "full", "pruned", "tdt"],
     "loss.inter_ctc_layers": [[], [1]],
-    "transfer.aligner": ["attention", "occupancy", "cif", "predictor"],
+    "transfer.aligner": ["attention", "occupancy", "cif", "predictor", "transport"],
     "transfer.position": ["token", "word", "unit"],
     "transfer.distance": ["cosine", "l1", "smooth_l1", "mse", "contrastive"],
     "transfer.mixing": ["mean", "sum", "learned", "sample"],

@@ -31,7 +31,13 @@ def run(tones: Path, out: Path, *changes: str) -> list[dict]:
 
 @pytest.mark.parametrize(
     ("aligner", "distance"),
-    [("attention", "cosine"), ("occupancy", "contrastive"), ("cif", "l1"), ("predictor", "cosine")],
+    [
+        ("attention", "cosine"),
+        ("occupancy", "contrastive"),
+        ("cif", "l1"),
+        ("predictor", "cosine"),
+        ("transport", "contrastive"),
+    ],
 )
 def test_the_transfer_loss_falls_and_every_view_is_logged(
     tones: Path, store: Path, tmp_path: Path, aligner: str, distance: str

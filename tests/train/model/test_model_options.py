@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from stillhouse.data.batches.loader import Batch
 from stillhouse.data.errors import ConfigError
-from stillhouse.distill.aligners import ALIGNERS
+from stillhouse.distill.aligners import ALIGNERS, NEED_EMBEDDINGS
 from stillhouse.distill.batch import Positions, TransferBatch
 from stillhouse.distill.targets import ViewSpec
 from stillhouse.distill.transfer import Transfer
@@ -290,7 +290,7 @@ def test_every_model_learns_with_transfer(
     views = [ViewSpec(f"t/alone/{k}", "t", 8, zeros, ones) for k in (1, 2)]
     torch.manual_seed(0)
     net = build_model(settings, 10).train()
-    tables = {"t": torch.randn(10, 6)} if aligner == "attention" else None
+    tables = {"t": torch.randn(10, 6)} if aligner in NEED_EMBEDDINGS else None
     taps = len(settings.transfer.layers) or 1
     transfer = Transfer(views, 16, aligner=aligner, embeddings=tables, predictor_dim=12, taps=taps)
     parameters = [*net.named_parameters(), *transfer.named_parameters()]
