@@ -48,7 +48,7 @@ class ViewFacts:
     tokens_planned: int
     bytes: int
     fingerprint: str | None
-    int8_error: float | None  # for int8: root mean square error over root mean square of all states
+    int8_error: float | None  # for int8: root mean square error over root mean square, without a decoder's first tokens
     int8_error_standardised: float | None  # the same for standardised states
     behind: int = 0  # utterances that differ from the newest corpus, because this teacher has not been refreshed
 

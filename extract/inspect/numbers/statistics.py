@@ -44,7 +44,7 @@ class Statistics:
     dead: list[int]  # dimensions whose deviation is below 1e-3 of the median dimension's
     outliers: list[Dimension]  # root mean square above 5 times the median dimension's, largest first
     not_finite: int  # states with a NaN or an infinity, first ones included; nothing else counts them
-    int8_error: float | None  # for int8: root mean square error over root mean square, of all tokens as written
+    int8_error: float | None  # for int8: root mean square error over root mean square of all states as written
     int8_error_standardised: float | None  # the same for standardised states, which training sees
     rank_tokens: int = 0  # tokens behind the rank, which bounds it: 1,024 in a sample of wider states
 

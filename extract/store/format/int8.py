@@ -75,7 +75,7 @@ def _compiled() -> Callable[..., None]:
 
 @dataclass(frozen=True)
 class Int8Error:
-    """How far int8 states are from the model's: a ratio of root mean squares over all tokens."""
+    """How far int8 states are from the model's: a ratio of root mean squares, without a decoder's first tokens."""
 
     relative: float  # for the states as they are
     standardised: float  # for the standardised ones that training sees

@@ -20,6 +20,7 @@ from stillhouse.extract.inspect.numbers import neighbours
 from stillhouse.extract.inspect.numbers.similarity import centred_gram, similarity, states_at
 from stillhouse.extract.inspect.numbers.statistics import statistics
 from stillhouse.extract.inspect.numbers.word_map import word_map
+from stillhouse.extract.inspect.sample import counted
 from stillhouse.extract.inspect.show import numbers as text
 from stillhouse.extract.inspect.show import page, plots
 from stillhouse.extract.store import Store, View
@@ -116,3 +117,20 @@ def test_a_difference_is_not_hidden(stores: tuple[Store, Store]) -> None:
     """The share of the largest number is that of the largest number of the same kind of token."""
     [numbers] = [n for n in diff(*stores, full=True).numbers if n.view == VIEWS[-1].address]
     assert numbers.equal < 1 and numbers.largest > 100 and 0.9 < numbers.largest_share < 1.1
+
+
+def test_the_error_of_int8_is_not_hidden(known: SimpleNamespace, tmp_path: Path) -> None:
+    """The long states widen the norms, by which all others are quantised, and would make their error look small."""
+    made = []
+    for dtype in ("float32", "int8"):
+        folder, teacher = tmp_path / dtype, sinking(known, 160.0)
+        made.append(known.build(folder, TEXTS, layers=(4,), contexts=("alone",), teacher=teacher, dtype=dtype))
+    view, ids = VIEWS[-1], made[0].utterance_ids
+    true, stored = (s.gather(ids, [view], "float32") for s in made)
+    later = counted(made[0], "known", true.lengths["known"])
+    error = (true.states[view] - stored.states[view])[later]
+    share = float(np.sqrt(np.square(error).mean() / np.square(true.states[view][later]).mean()))
+    loss = made[1].loss(view)
+    assert share > 0.03 and loss is not None and loss.relative == pytest.approx(share, rel=0.05)
+    [found] = statistics(made[1], [view], full=True)
+    assert found.int8_error == loss.relative and f"{loss.relative:.2%}" in text.statistics([found])
