@@ -90,22 +90,21 @@ class Scoring:
         own = all(pair.own for pair in pairs if pair.reference.text)
         self.applied = "none" if own else found
         if found != "none":
-            what = "Only the references or only the hypotheses have " + " and ".join(
-                name
-                for step, name in (("lower", "upper case or lower case"), ("no_punct", "punctuation"))
-                if step in found
-            )
-            remedy = f"drop it with --transform {found}" if own else "compare as written with --transform none"
-            notes.append(f"{what}: it {'counts as errors' if own else 'is dropped'} ({remedy})")
+            names = [name for step, name in (("lower", "case"), ("no_punct", "punctuation")) if step in found]
+            what = f"the references and the hypotheses differ in {' and '.join(names)} throughout"
+            if own:
+                notes.append(f"{what}, and this counts as errors (drop it with --transform {found})")
+            else:
+                notes.append(f"{what}, and this is dropped (compare as written with --transform none)")
 
     def _reading(self, pair: Pair) -> tuple[str, str, str]:
         spell = normaliser(self.applied)
         ref, hyp = pair.reference.text, pair.hypothesis
         sides = ((ref, pair.reference.nist, OPTIONAL), (hyp, pair.nist, HESITATION))
-        networks = [parse_network(text, spell, optional if nist else None) for text, nist, optional in sides]
-        if any(network.branches for network in networks):
-            ref, hyp = best_reading(*networks)
-            return pair.reference.id, ref, hyp
+        if any(nist and ("{" in text or "(" in text) for text, nist, _ in sides):
+            networks = [parse_network(text, spell, optional if nist else None) for text, nist, optional in sides]
+            if any(network.branches for network in networks):
+                return pair.reference.id, *best_reading(*networks)
         return pair.reference.id, spell(ref), spell(hyp)
 
     def _pair(self, path: Path) -> Paired:

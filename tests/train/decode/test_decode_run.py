@@ -180,3 +180,20 @@ def test_what_is_no_number_is_refused(option: str, value: str, tmp_path: Path) -
 def test_what_cannot_be_meant_is_refused(hearing: Path, tones: Path, options: list, words: str) -> None:
     args = [str(tones / o) if str(o).endswith((".jsonl", ".h5", ".wav")) else str(o) for o in options]
     stillhouse("decode", hearing, *args, error=words)
+
+
+def test_two_ids_share_no_textgrid_and_edited_ones_stay(hearing: Path, tones: Path, tmp_path: Path) -> None:
+    corpus = read_manifest(tones / "corpus.jsonl").select("dev")
+    features = tones / "features.h5"
+    grids = tmp_path / "grids"
+    command = ("align", hearing, tones / "corpus.jsonl", features, "--split", "dev", "--textgrid", grids)
+    for _ in range(2):  # its own files are replaced
+        stillhouse(*command)
+    edited = grids / f"{corpus.utterances[0].id}.TextGrid"
+    assert len(list(grids.iterdir())) == len(corpus)
+    edited.write_text(edited.read_text().replace("\n", " \n"))
+    before = edited.read_text()
+    stillhouse(*command, error="--force")
+    assert edited.read_text() == before
+    stillhouse(*command, "--force")
+    assert edited.read_text() != before
