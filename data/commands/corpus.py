@@ -160,13 +160,15 @@ def tokenizer(
 
     check_folder(folder, lambda names: is_units(folder), "a folder of units")
     texts = [u.text for u in read_manifest(manifest).select(split).utterances]
-    found = sorted({match[0] for text in texts for match in MARK.finditer(text) if " " not in match[0]})
+    found = sorted({match[0] for text in texts for match in MARK.finditer(text)})
+    whole = [mark for mark in found if " " not in mark]
+    spelled = [mark for mark in found if marks == "spell" or mark not in whole]
     if marks == "drop":
         options["transform"] = f"drop_marks+{options['transform']}"
-    elif marks == "spell" and found and "drop_marks" not in options["transform"]:
-        remedy = "--marks drop leaves them out, --marks keep makes each a unit"
-        say(f"the transcripts hold {len(found)} marks that become words or symbols: {first_few(found)}. {remedy}")
-    units = train_units(texts, size=size, marks=found if marks == "keep" else (), **options)
+    elif spelled and "drop_marks" not in options["transform"]:
+        remedy = "--marks drop leaves them out" + (", --marks keep makes each a unit" if marks == "spell" else "")
+        say(f"the transcripts hold {len(spelled)} marks that become words or symbols: {first_few(spelled)}. {remedy}")
+    units = train_units(texts, size=size, marks=whole if marks == "keep" else (), **options)
     units.save(folder)
     facts: dict[str, Any] = {"marks": sorted(units.marks)} if units.marks else {}
     facts |= {"kind": units.kind, "size": units.size, "transform": units.transform, "fingerprint": units.fingerprint}
