@@ -41,11 +41,12 @@ def check_folder(source: str) -> None:
             raise TeacherError("there is no such folder", where=source, expected="a model's folder", remedy=_SAVE)
         return
     weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        remedy = _CONVERT if any(folder.glob("*.gguf")) else PICKLED
-        raise TeacherError("this folder has no weights", where=source, expected="*.safetensors", remedy=remedy)
+    if not weights and any(folder.glob("*.gguf")):
+        raise TeacherError("this folder has no weights", where=source, expected="*.safetensors", remedy=_CONVERT)
     if not (folder / "config.json").is_file():
         raise TeacherError("this folder has no config.json", where=source, expected="a model's folder", remedy=_SAVE)
+    if not weights:
+        raise TeacherError("this folder has no weights", where=source, expected="*.safetensors", remedy=PICKLED)
     _check_weights(folder, weights)
 
 
@@ -196,7 +197,7 @@ def _in_words(e: Exception, where: str, gguf: bool, may_trust: bool) -> TeacherE
     if found(errors.RevisionNotFoundError) or "is not a valid git identifier" in text:
         what, remedy = "the model has no such revision", f"choose one of {page}/tree/main"
         return TeacherError(what, where=where, expected="a branch, a tag or a commit", remedy=remedy)
-    if found(errors.OfflineModeIsEnabled):
+    if found(errors.OfflineModeIsEnabled) or (constants.is_offline_mode() and found(errors.LocalEntryNotFoundError)):
         return _unreachable(where, "HF_HUB_OFFLINE=1 forbids to ask the hub")
     if found(errors.LocalEntryNotFoundError) or "couldn't connect to" in text:
         return _unreachable(where, "the hub cannot be reached")

@@ -50,6 +50,8 @@ def test_folders_that_are_no_models(bert: Path, tmp_path: Path) -> None:
     assert "cannot be loaded" in refused(folder) or "lacks weights" in refused(folder)
     (folder / "config.json").unlink()
     assert "this folder has no config.json" in refused(folder)
+    weights.unlink()
+    assert "this folder has no config.json" in refused(folder)
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -133,4 +135,5 @@ def test_offline_by_choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
     point_at(monkeypatch, "http://127.0.0.1:9", tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "--teacher FOLDER" in refused("org/none")
+    message = refused("org/none")
+    assert "--teacher FOLDER" in message and "HF_HUB_OFFLINE=1 forbids" in message
