@@ -93,7 +93,8 @@ class BatchLoader:
     def only(self, numbers: Sequence[int]) -> BatchLoader:
         """Return a loader of the utterances with these numbers. It may have none."""
         other = copy.copy(self)
-        other.utterances, other.encoded = ([part[i] for i in numbers] for part in (self.utterances, self.encoded))
+        other.utterances = [self.utterances[i] for i in numbers]
+        other.encoded = [self.encoded[i] for i in numbers]
         other.frames = self.frames[np.asarray(numbers, np.int64)]
         return other
 

@@ -120,8 +120,8 @@ def decode(
     if threads is not None:
         torch.set_num_threads(threads)
     where = resolve_device(device)
-    model, units, _, step = load_run(run, checkpoint)
-    model = model.to(where)
+    model, units, config, step = load_run(run, checkpoint)
+    model, longest = model.to(where), config.data.max_frames
     search, nbest = _search(model, units, kind, **settings)
     if features is not None:
         live = {"--raw": raw, "--id": name, "--chunk": chunk, "--segment": segment, "--endpoint": endpoint}
@@ -131,8 +131,11 @@ def decode(
         chosen = read_manifest(corpus).select(split)
         loader = decoding_loader(chosen, features, units, untranscribed=True, trained=features_of(run))
         check_ids((u.id for u in loader.utterances), kind)
+        if long := int((loader.frames > longest).sum()):
+            say(f"{long} utterances are cut at quiet places: the model's training had at most {longest / 100:g} s.")
         began = time.perf_counter()
-        for hypothesis in transcribe(model, loader, device=where, search=search, nbest=nbest, delay_s=delay_s):
+        options: Any = {"search": search, "nbest": nbest, "delay_s": delay_s, "longest": longest}
+        for hypothesis in transcribe(model, loader, device=where, **options):
             for line in hypothesis_lines(hypothesis, kind, nbest):
                 write_data(line)
         seconds, audio_s = time.perf_counter() - began, loader.frames.sum() / 100
@@ -141,8 +144,8 @@ def decode(
     if split is not None:
         raise UsageError("--split is for a corpus", expected="CORPUS and FEATURES")
     rate_hz = sample_rate(run)
-    chunk = chunk_size(model, chunk)
-    kept = {"nbest": nbest, "delay_s": delay_s}
+    chunk = chunk_size(model, chunk, longest)
+    kept: Any = {"nbest": nbest, "delay_s": delay_s, "longest": longest}
     decoder = StreamDecoder(
         model, units, search=search, rate_hz=rate_hz, chunk=chunk, segment_s=segment, endpoint_s=endpoint, **kept
     )

@@ -54,8 +54,9 @@ def sample_rate(run: Path) -> int:
 
 def read_samples(source: Path, rate_hz: int, raw: bool) -> Iterator[Any]:
     """Yield mono samples of standard input as they arrive, or of a file in blocks of a second, resampled."""
+    from ...data.audio.blocks import read_blocks
     from ...data.audio.pcm import PcmStream
-    from ...data.audio.read import open_audio, read_segment, resample
+    from ...data.audio.read import open_audio
     from ...data.audio.whole import flaw_of
     from ...data.errors import UsageError
 
@@ -85,8 +86,8 @@ def read_samples(source: Path, rate_hz: int, raw: bool) -> Iterator[Any]:
         say(f"{source} has {channels} channels, and their mean is decoded.")
     if flaw is not None:
         say(f"{source}: {flaw}")
-    samples = resample(*read_segment(source, whole=False), rate_hz)
-    yield from (samples[at : at + rate_hz] for at in range(0, len(samples), rate_hz))
+    for block in read_blocks(source, rate_hz):
+        yield from (block[at : at + rate_hz] for at in range(0, len(block), rate_hz))
 
 
 class Interruptible:
@@ -147,6 +148,9 @@ def decode_live(
     finally:
         if count:
             write(decoder.finish())
+            if decoder.cuts:
+                least = f"the model's training had at most {decoder.longest / 100:g} s"
+                say(f"The audio is cut at {decoder.cuts} quiet places: {least}.")
             total_s = time.perf_counter() - began
             say(f"{speed(count / decoder.fbank.rate_hz, busy)}; {total_s:.1f} s with the wait for audio")
     if blocks.interrupted:

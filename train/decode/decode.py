@@ -8,23 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ...data.batches.loader import Batch, BatchLoader
 from ...data.batches.sampler import BatchPlan, BatchSampler
 from ...data.features.compute import FeatureFile
 from ...data.features.provenance import refuse_changed_rows
 from ...data.manifest import Corpus
+from ...data.text import SPACE_MARK
 from ...data.units import Units
 from ..model.transducer import Transducer
 from ..run.load import TrainedOn
 from .emissions import Emissions, Word, timed_words
 from .greedy import Search, greedy_search
-from .times import loudness
+from .times import FRAME_S, loudness
+
+LONGEST = 3_000  # frames of an utterance that is decoded as a whole, unless the caller knows the model's own limit
+SMOOTHED_FRAMES = 21  # width of the triangle that loudness is averaged with, to find a pause
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,43 @@ def encoded_batches(
         yield plan, batch, states, lengths
 
 
+def join_texts(units: Units, parts: list[list[ScoredText]], most: int = 1) -> list[ScoredText]:
+    """Return the best `most` texts of an utterance, best first, from those of its parts in order."""
+    glue = " " if any(SPACE_MARK in piece for piece in units.pieces) else ""
+    best = parts[0] if parts else [ScoredText("", 0.0, 0.0, 0.0)]
+    for part in parts[1:]:
+        pairs = [
+            ScoredText(
+                glue.join(filter(None, (a.hyp, b.hyp))),
+                a.score + b.score,
+                a.acoustic + b.acoustic,
+                a.fused + b.fused,
+                [*a.words, *b.words] if most > 1 else a.words,
+            )
+            for a in best
+            for b in part
+        ]
+        best = sorted(pairs, key=lambda t: -t.score)[:most]
+    if most == 1 and len(parts) > 1:  # The words of all parts are joined once, because a day has half a million.
+        best = [replace(best[0], words=[word for part in parts for word in part[0].words])]
+    return best
+
+
+def moved(texts: list[ScoredText], by_s: float) -> list[ScoredText]:
+    """Return texts whose words come by_s seconds later."""
+    return [
+        replace(t, words=[replace(w, start_s=w.start_s + by_s, end_s=w.end_s + by_s) for w in t.words]) for t in texts
+    ]
+
+
+def quietest(features: np.ndarray) -> int:
+    """Return how many frames come before the quietest place in the last third of log mel energies [T, bins]."""
+    smooth = np.convolve(features.mean(axis=1), np.bartlett(SMOOTHED_FRAMES + 2)[1:-1], mode="same")
+    first = len(features) * 2 // 3
+    last = max(first + 1, len(features) - SMOOTHED_FRAMES // 2)  # Later, the mean would reach beyond the end.
+    return max(1, first + int(smooth[first:last].argmin()))
+
+
 def batch_loudness(batch: Batch, number: int) -> np.ndarray:
     """Return the loudness of each frame of one utterance of a batch."""
     return loudness(batch.features[number, : int(batch.feature_lengths[number])].cpu().numpy())
@@ -94,12 +137,39 @@ def transcribe(
     search: Callable[[Transducer, int], Search] = greedy_search,
     nbest: int = 1,
     delay_s: float = 0.0,
+    longest: int = LONGEST,
 ) -> Iterator[Hypothesis]:
     """Yield a hypothesis of each utterance of `loader` at speed 1, longest first, with its `nbest` best texts.
 
     The model is on `device` and emits units delay_s after their sound. A batch has batch_frames feature frames, padding
-    included. `search` makes the search of a batch from the model and the number of utterances.
+    included. `search` makes the search of a batch from the model and the number of utterances. An utterance of more
+    than `longest` frames is cut at its quietest places, and the texts of its parts are joined.
     """
+    long = loader.frames[:, 0] > longest
+    for number in np.flatnonzero(long)[np.argsort(-loader.frames[long, 0], kind="stable")].tolist():
+        features = loader.features.gather([loader.utterances[number].id])[0]
+        bounds = [0]
+        while len(features) - bounds[-1] > longest:
+            bounds.append(bounds[-1] + quietest(features[bounds[-1] : bounds[-1] + longest].astype(np.float32)))
+        ranges = list(pairwise([*bounds, len(features)]))
+        parts: list[list[ScoredText]] = []
+        for at in range(0, len(ranges), size := max(1, batch_frames // longest)):
+            group = ranges[at : at + size]
+            cut = [torch.from_numpy(features[begin:end].astype(np.float32)) for begin, end in group]
+            lengths = torch.tensor([len(part) for part in cut], device=device)
+            decoder = search(model, len(cut))
+            with torch.no_grad():
+                decoder.feed(*model.encode(pad_sequence(cut, batch_first=True).to(device), lengths))
+            for (begin, _), part, results in zip(group, cut, decoder.finish(), strict=True):
+                loud = loudness(part.numpy())
+                texts = rank_texts(loader.units, results, model.encoder.subsampling, loud, nbest, delay_s)
+                parts.append(moved(texts, begin * FRAME_S))
+        texts = join_texts(loader.units, parts, nbest)
+        (ref,) = loader.references(BatchPlan(np.array([number]), np.zeros(1, np.int64), 0))
+        yield Hypothesis(loader.utterances[number].id, texts[0].hyp, ref, texts)
+    loader = loader.only(np.flatnonzero(~long).tolist())
+    if not loader.utterances:
+        return
     for plan, batch, states, lengths in encoded_batches(model, loader, device, batch_frames):
         decoder = search(model, len(batch.ids))
         decoder.feed(states, lengths)

@@ -2,15 +2,18 @@
 
 A model trained with chunked attention is fed chunk by chunk. Any other model gets a segment as a whole, at its end.
 
-Guarantees: without segments, the final result is that of decoding the whole audio. The size of the arrivals changes
-nothing.
+A segment that is longer than the model's training utterances is cut at pauses, and the texts of its parts are joined.
+
+Guarantees: without segments, the final result of audio that is not cut is that of decoding it whole. The size of the
+arrivals changes nothing. Memory grows with the text alone.
 Try: `sox … | stillhouse decode RUN -`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 import torch
@@ -21,19 +24,20 @@ from ...data.errors import UsageError
 from ...data.units import Units
 from ..model.streaming import EncoderStream
 from ..model.transducer import Transducer
-from .decode import Hypothesis, ScoredText, rank_texts
+from .decode import LONGEST, Hypothesis, ScoredText, join_texts, moved, quietest, rank_texts
 from .emissions import Emissions
 from .greedy import Search
 from .times import FRAME_S, loudness
 
-SMOOTHED_FRAMES = 21  # width of the triangle that loudness is averaged with, to find a pause
+PAUSE_S = 0.3  # without a unit, where a long segment may be cut
 
 
 @dataclass(frozen=True)
 class StreamResult:
     """The result for the audio from start_s to end_s of a segment. The last result of a segment is `final`.
 
-    All times, those of words too, count from the start of the audio.
+    A result that is not final has the part of the segment since its last cut. All times, those of words too, count from
+    the start of the audio.
     """
 
     segment: int
@@ -50,12 +54,16 @@ class StreamResult:
         return Hypothesis(id, self.hyp, "", self.ranked)
 
 
-def chunk_size(model: Transducer, requested: int | None = None) -> int:
+def chunk_size(model: Transducer, requested: int | None = None, longest: int = LONGEST) -> int:
     """Return how many feature frames to feed at a time, or 0 for a model that needs whole utterances.
 
-    Raises UsageError if a chunk is requested of such a model.
+    Raises UsageError if a chunk is requested of such a model, or one of more than `longest` frames.
     """
     encoder = model.encoder
+    if requested and requested > longest:
+        raise UsageError(
+            f"--chunk {requested} is longer than the utterances of training", expected=f"at most {longest} frames"
+        )
     if encoder.causal:
         return requested or encoder.chunk_frames or max(encoder.chunk_choices, default=0)
     if requested:
@@ -73,6 +81,7 @@ class StreamDecoder:
     endpoint_s: a segment ends if no unit is emitted for this long after one. For models that stream.
     nbest: texts to keep.
     delay_s: seconds between a sound and the model's unit for it.
+    longest: feature frames that are decoded at once. Longer segments are cut, and `cuts` counts how often.
     """
 
     model: Transducer
@@ -85,6 +94,7 @@ class StreamDecoder:
     endpoint_s: float | None = None
     nbest: int = 1
     delay_s: float = 0.0
+    longest: int = LONGEST
 
     def __post_init__(self) -> None:
         model, chunk = self.model, self.chunk
@@ -94,8 +104,11 @@ class StreamDecoder:
         self.encoder = EncoderStream(model.encoder, chunk_frames=chunk) if chunk else None
         self.loud = np.empty(0, np.float32)  # of the frames from the segment's start on
         self.waiting = np.empty((0, self.fbank.bins), np.float32)  # features, for a model that does not stream
-        # Start and length of the segment are in encoder states, or in feature frames if the model does not stream.
-        self.segment = self.start = self.length = 0
+        # Starts and lengths are in encoder states, or in feature frames if the model does not stream: of the segment,
+        # and of its part since the last cut.
+        self.segment = self.start = self.part = self.length = 0
+        self.parts: list[list[ScoredText]] = []  # the texts of the segment's earlier parts
+        self.cuts = 0
         self.step_s = self.frame_s if chunk else FRAME_S
         self.last_units: list[int] = []  # of the last partial result
         self.decoder = self.search(model, 1)
@@ -109,75 +122,91 @@ class StreamDecoder:
         yield from self._push_features(self.fbank.finish())
         if self.encoder is not None:
             yield from self._push_states(self.encoder.finish(), partial=False)
-            if self.length or not self.segment:
+            if self.length or self.parts or not self.segment:
                 yield self._end_segment()
-        elif len(self.waiting) or not self.segment:
-            yield self._decode_waiting(len(self.waiting))
+        elif len(self.waiting) or self.parts or not self.segment:
+            self._decode_waiting(len(self.waiting))
+            yield self._end_segment()
 
     def _push_features(self, features: np.ndarray) -> Iterator[StreamResult]:
         # The model was trained on features.h5, which holds float16.
         features = features.astype(np.float16).astype(np.float32)
         self.loud = np.concatenate([self.loud, loudness(features)])
         if self.encoder is not None:
-            yield from self._push_states(self.encoder.push(torch.from_numpy(features)))
+            # A few chunks at a time, because the states of a long arrival would all be in memory.
+            for piece in torch.from_numpy(features).split(max(self.longest, self.chunk)):
+                yield from self._push_states(self.encoder.push(piece))
             return
         self.waiting = np.concatenate([self.waiting, features])
-        while self.segment_s is not None and len(self.waiting) > self.segment_s / FRAME_S:
-            yield self._decode_waiting(quietest(self.waiting[: max(1, round(self.segment_s / FRAME_S))]))
+        while len(self.waiting) > (most := min(self.longest, self._left())):
+            ends = most == self._left()
+            self._decode_waiting(quietest(self.waiting[:most]))
+            if ends:
+                yield self._end_segment()
+            else:
+                self._cut()
+
+    def _left(self) -> float:
+        """Return how much longer the segment may become, in steps of `step_s`."""
+        whole = math.inf if self.segment_s is None else max(1, round(self.segment_s / self.step_s))
+        return whole - (self.part - self.start) - self.length
 
     @torch.no_grad()
-    def _decode_waiting(self, count: int) -> StreamResult:
-        """Decode the first `count` waiting frames as a segment."""
+    def _decode_waiting(self, count: int) -> None:
+        """Decode the first `count` waiting frames as a part."""
         features, self.waiting, self.length = self.waiting[:count], self.waiting[count:], count
         if count:
             batch = torch.from_numpy(features)[None].to(self.device)
             self.decoder.feed(*self.model.encode(batch, torch.tensor([count], device=self.device)))
-        return self._end_segment()
 
     def _push_states(self, states: Tensor, *, partial: bool = True) -> Iterator[StreamResult]:
-        longest = max(1, round(self.segment_s / self.frame_s)) if self.segment_s is not None else None
-        # One state at a time, because an endpoint must not depend on how many states come at once.
-        step = len(states) if self.endpoint_s is None else 1
+        longest = max(3, self.longest // self.model.encoder.subsampling)
         while len(states):
-            count = min(step, len(states), longest - self.length if longest is not None else len(states))
+            # One state at a time where a pause ends a segment or a part, because this must not depend on how many
+            # states come at once.
+            free = longest * 2 // 3 - self.length if self.endpoint_s is None else 1
+            count = int(min(max(1, free), len(states), self._left()))
             self.decoder.feed(states[None, :count], torch.tensor([count]))
             states = states[count:]
             self.length += count
-            if self.length == longest or self._at_endpoint():
+            if self._left() <= 0 or self._paused(self.endpoint_s):
                 yield self._end_segment()
+            elif self.length >= longest or (self.length >= longest * 2 // 3 and self._paused(PAUSE_S)):
+                self._cut()
         best = self.decoder.best()[0] if partial and self.length else []
         if best and best[0].units != self.last_units:
             self.last_units = best[0].units
-            yield self._result(best, final=False)
+            yield self._result(self._texts(best), self.part, final=False)
 
-    def _at_endpoint(self) -> bool:
-        if self.endpoint_s is None:
+    def _paused(self, seconds: float | None) -> bool:
+        """Return whether no unit has come for so long, after one."""
+        if seconds is None:
             return False
         frames = self.decoder.best()[0][0].frames
-        return bool(frames) and (self.length - 1 - frames[-1]) * self.frame_s >= self.endpoint_s
+        return bool(frames) and (self.length - 1 - frames[-1]) * self.frame_s >= seconds
 
     def _end_segment(self) -> StreamResult:
-        result = self._result(self.decoder.finish()[0], final=True)
-        self.loud = self.loud[round(self.length * self.step_s / FRAME_S) :]
-        self.segment, self.start, self.length, self.last_units = self.segment + 1, self.start + self.length, 0, []
-        self.decoder = self.search(self.model, 1)
+        self._end_part()
+        result = self._result(join_texts(self.units, self.parts, self.nbest), self.start, final=True)
+        self.segment, self.start, self.parts = self.segment + 1, self.part, []
         return result
 
-    def _result(self, results: list[Emissions], *, final: bool) -> StreamResult:
-        start_s, end_s = self.start * self.step_s, (self.start + self.length) * self.step_s
+    def _cut(self) -> None:
+        self._end_part()
+        self.cuts += 1
+
+    def _end_part(self) -> None:
+        self.parts.append(self._texts(self.decoder.finish()[0]))
+        self.loud = self.loud[round(self.length * self.step_s / FRAME_S) :]
+        self.part, self.length, self.last_units = self.part + self.length, 0, []
+        self.decoder = self.search(self.model, 1)
+
+    def _texts(self, results: list[Emissions]) -> list[ScoredText]:
+        loud = self.loud[: round(self.length * self.step_s / FRAME_S)]
         subsampling = self.model.encoder.subsampling
-        loud = self.loud[: round((end_s - start_s) / FRAME_S)]
-        texts = [
-            replace(t, words=[replace(w, start_s=w.start_s + start_s, end_s=w.end_s + start_s) for w in t.words])
-            for t in rank_texts(self.units, results, subsampling, loud, self.nbest, self.delay_s)
-        ]
-        return StreamResult(self.segment, start_s, end_s, final, texts)
+        texts = rank_texts(self.units, results, subsampling, loud, self.nbest, self.delay_s)
+        return moved(texts, self.part * self.step_s)
 
-
-def quietest(features: np.ndarray) -> int:
-    """Return how many frames come before the quietest place in the last third of log mel energies [T, bins]."""
-    loudness = features.mean(axis=1)
-    smooth = np.convolve(loudness, np.bartlett(SMOOTHED_FRAMES + 2)[1:-1], mode="same")
-    first = len(features) * 2 // 3
-    last = max(first + 1, len(features) - SMOOTHED_FRAMES // 2)  # Later, the mean would reach beyond the end.
-    return max(1, first + int(smooth[first:last].argmin()))
+    def _result(self, texts: list[ScoredText], start: int, *, final: bool) -> StreamResult:
+        end_s = (self.part + self.length) * self.step_s
+        return StreamResult(self.segment, start * self.step_s, end_s, final, texts)

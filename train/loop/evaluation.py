@@ -32,7 +32,8 @@ def evaluate_dev(
     Each rank decodes its part `dev`, and rank 0 writes the hypotheses to `path`, as `stillhouse decode` does.
     """
     asked, some = partial(getattr, stop, "requested"), bool(dev.utterances)
-    found = takewhile(lambda _: not asked(), transcribe(model, dev, device=device) if some and not asked() else ())
+    decoded = transcribe(model, dev, device=device, longest=config.data.max_frames) if some and not asked() else ()
+    found = takewhile(lambda _: not asked(), decoded)
     hypotheses = [(h.id, h.ref, h.hyp) for h in found]
     own_cost = held_out_cost(model, dev, config, device, asked) if some else (0.0, 0)
     stops, own_costs = zip(*ranks.gather((asked(), own_cost)))

@@ -195,7 +195,8 @@ def _decode(config: Config, folder: Path, split: str, checkpoint: str) -> None:
     model, units, _, _ = load_run(folder, checkpoint)
     corpus = read_manifest(config.data.corpus).select(split)
     loader = decoding_loader(corpus, config.data.features, units, trained=trained_on(folder))
-    triples = sorted((h.id, h.ref, h.hyp) for h in transcribe(model.to(device), loader, device=device))
+    decoded = transcribe(model.to(device), loader, device=device, longest=config.data.max_frames)
+    triples = sorted((h.id, h.ref, h.hyp) for h in decoded)
     write_hypotheses(folder / f"hyp-{split}.jsonl", triples)
 
 

@@ -18,10 +18,12 @@ from click.testing import CliRunner
 
 from stillhouse.cli import cli
 from stillhouse.data.errors import StillhouseError
-from stillhouse.data.manifest import read_manifest
+from stillhouse.data.features.compute import compute_features
+from stillhouse.data.manifest import Utterance, read_manifest, write_manifest
 from stillhouse.train.config import load_config
 from stillhouse.train.decode import align as align_module
 from stillhouse.train.loop.trainer import Trainer
+from stillhouse.train.run.load import load_run
 
 SETTINGS = ("model.chunk_frames=32", "optim.steps=100", "run.eval_every=50", "run.checkpoint_every=50")
 
@@ -87,6 +89,48 @@ def test_beam_and_language_model_make_fewer_errors(hearing: Path, tones: Path, t
     assert rates == [found["greedy"]] * 3
 
 
+def test_long_utterances_are_cut_at_quiet_places(
+    hearing: Path, tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [f"{k}" for k in range(60, 68)]
+    silence = np.zeros(8_000, np.float32)
+    joined = np.concatenate(
+        [p for id in ids for p in (soundfile.read(tones / f"{id}.wav", dtype="float32")[0], silence)]
+    )
+    soundfile.write(tmp_path / "long.wav", joined + 1e-4, 16_000)
+    texts = {u.id: u.text for u in read_manifest(tones / "corpus.jsonl").utterances}
+    row = Utterance(id="a/b", text=" ".join(texts[f"u{id}"] for id in ids), audio="long.wav")
+    write_manifest(tmp_path / "corpus.jsonl", [row])
+    compute_features(read_manifest(tmp_path / "corpus.jsonl"), tmp_path / "features.h5", workers=0)
+
+    def shorter(*args: object) -> tuple:
+        model, units, config, step = load_run(*args)
+        data = config.data.model_copy(update={"max_frames": 300})
+        return model, units, config.model_copy(update={"data": data}), step
+
+    monkeypatch.setattr("stillhouse.train.run.load.load_run", shorter)
+    known = (tmp_path / "corpus.jsonl", tmp_path / "features.h5")
+    out, said = stillhouse("decode", hearing, *known, "--nbest", 2, "--beam", 2)
+    assert "1 utterances are cut at quiet places" in said and "at most 3 s" in said
+    (found,) = records(out)
+    assert (found["id"], found["ref"]) == ("a/b", row.text)
+    assert [w["word"] for w in found["words"]] == found["hyp"].split()
+    assert found["nbest"][0]["hyp"] == found["hyp"] and len(found["nbest"]) == 2
+    times = [t for w in found["words"] for t in (w["start_s"], w["end_s"])]
+    assert times == sorted(times) and times[-1] <= len(joined) / 16_000
+    assert times[-2] > 6  # beyond two cuts, times still count from the start of the audio
+    live, said = stillhouse("decode", hearing, tmp_path / "long.wav", "--no-partial")
+    assert "The audio is cut at" in said
+    (final,) = records(live)
+    assert (
+        final["id"] == "long"
+        and final["start_s"] == 0
+        and final["end_s"] == pytest.approx(len(joined) / 16_000, abs=0.05)
+    )
+    assert [w["word"] for w in final["words"]] == final["hyp"].split()
+    assert final["words"][-1]["start_s"] > 6
+
+
 def test_align_names_what_it_gives_no_times(
     hearing: Path, tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,7 +149,7 @@ def test_align_names_what_it_gives_no_times(
         else:
             assert own == utterance.text.split() and f"{utterance.id}:" not in said
     assert 0 < long < 12
-    assert "--delay 0." in said
+    assert "too few pauses" in said and "(--delay 0)" in said
     moved = stillhouse("align", hearing, *dev, "--delay", 0.3)[0]
     again, said = stillhouse("align", hearing, *dev, "--delay", 0.3)
     assert moved == again != out and "--delay" not in said

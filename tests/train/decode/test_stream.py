@@ -13,9 +13,9 @@ from stillhouse.data.audio.fbank import fbank
 from stillhouse.data.errors import ConfigError, UsageError
 from stillhouse.data.units import Units
 from stillhouse.train.decode.beam import Beam
-from stillhouse.train.decode.decode import rank_texts
+from stillhouse.train.decode.decode import quietest, rank_texts
 from stillhouse.train.decode.greedy import Greedy, greedy_search
-from stillhouse.train.decode.stream import StreamDecoder, StreamResult, chunk_size, quietest
+from stillhouse.train.decode.stream import StreamDecoder, StreamResult, chunk_size
 from stillhouse.train.decode.times import loudness
 from stillhouse.train.model.transducer import BLANK, Transducer
 
@@ -168,3 +168,43 @@ def test_the_chunk_is_the_models_or_another() -> None:
         chunk_size(model(), 32)
     with pytest.raises(ConfigError, match="chunk_frames = 30"):
         StreamDecoder(net, UNITS, search=Greedy, chunk=30)
+    with pytest.raises(UsageError, match="longer than the utterances of training"):
+        chunk_size(net, 3_200)
+
+
+@pytest.mark.parametrize("options", [{}, {"segment_s": 4.0}], ids=["whole", "segments"])
+@pytest.mark.parametrize("streams", [False, True])
+def test_long_audio_is_cut_and_its_texts_are_joined(streams: bool, options: dict) -> None:
+    net = model(**STREAMING) if streams else model()
+    samples = sound(9.3, 5)
+    told = []
+    for arrivals in (1_111, 1_000_000):
+        decoder = StreamDecoder(net, UNITS, search=Greedy, chunk=32 if streams else 0, longest=150, **options)
+        told.append([h for h in hear(decoder, samples, arrivals) if h.final])
+        assert decoder.cuts >= 4
+    for a, b in zip(*told, strict=True):
+        assert (a.segment, a.start_s, a.end_s) == (b.segment, b.start_s, b.end_s)
+        assert_same(a, b)
+    assert len(told[0]) == 1 if not options else len(told[0]) >= 3
+    assert told[0][0].start_s == 0 and told[0][-1].end_s == pytest.approx(9.3, abs=0.04)
+    assert all(a.end_s == b.start_s for a, b in pairwise(told[0]))
+    assert all(h.end_s - h.start_s <= 4.0 + 1e-6 for h in told[0] if options)
+    for result in told[0]:
+        words = result.ranked[0].words
+        assert [w.text for w in words] == result.hyp.split()
+        assert all(a.end_s <= b.start_s + 1e-9 for a, b in pairwise(words))
+        assert words[0].start_s >= result.start_s and words[-1].end_s <= result.end_s + 1e-6
+        assert words[-1].start_s > result.end_s - 2  # times count from the start of the audio
+
+
+def test_memory_does_not_grow_with_the_audio() -> None:
+    """An hour has no more in memory than a minute: features, loudness and states are those of a part."""
+    for net, chunk in ((model(), 0), (model(**STREAMING), 32)):
+        decoder = StreamDecoder(net, UNITS, search=Greedy, chunk=chunk, longest=200)
+        features = np.random.default_rng(0).normal(-6, 3, (6_000, 80)).astype(np.float32)
+        sizes = []
+        for at in range(0, len(features), 500):
+            list(decoder._push_features(features[at : at + 500]))
+            sizes.append(len(decoder.waiting) + len(decoder.loud) + sum(len(r.units) for r in decoder.decoder.results))
+        assert decoder.cuts >= 20
+        assert max(sizes) < 700
