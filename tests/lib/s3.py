@@ -19,9 +19,9 @@ from pathlib import Path
 
 import pytest
 
-# (method, path) -> what to do wrong, or None: "500", "503", "403"; "drop" (half of the body), "slow", "lost" (done, but
-# no answer), "flip" (one bit of the body), "cut" (fewer bytes, and a Content-Length that says so), "stale" (the first
-# answer for this path)
+# (method, path) -> what to do wrong, or None: "500" or "400 Code" (a status, and the code of an error), "drop" (half of
+# the body), "slow", "lost" (done, but no answer), "flip" (one bit of the body), "cut" (fewer bytes, with a
+# Content-Length that says so), "stale" (the first answer for this path)
 Fault = Callable[[str, str], str | None]
 
 # Moto looks at who asks, and not at the signature.
@@ -92,10 +92,12 @@ class Proxy:
                 fault = proxy.fault(self.command, self.path)
                 if fault is not None:
                     proxy.harmed[fault] += 1
-                if fault in ("500", "503", "403"):
-                    self.send_response(int(fault))
-                    self.send_header("Content-Length", "0")
+                if fault and fault[:3].isdigit():
+                    code = f"<Error><Code>{fault[4:]}</Code></Error>".encode() if fault[4:] else b""
+                    self.send_response(int(fault[:3]))
+                    self.send_header("Content-Length", str(len(code)))
                     self.end_headers()
+                    self.wfile.write(code)
                     return
                 upstream = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
                 headers = {k: v for k, v in self.headers.items() if k.lower() not in ("connection",)}

@@ -90,7 +90,7 @@ def _row_sums(path: Path, part: list[Any]) -> RowSums:
     return RowSums(first, last, crc)
 
 
-def _damaged(path: Path) -> StoreError:
+def _damaged(path: str | Path) -> StoreError:
     return StoreError("the checksums of the plan are damaged", where=path, remedy="stillhouse inspect verify STORE")
 
 

@@ -24,6 +24,8 @@ _KINDS = {
 }
 _CODES = {
     "NoSuchBucket": "bucket",
+    "ExpiredToken": "denied",
+    "InvalidToken": "denied",
     "RequestTimeTooSkewed": "clock",
     "AuthorizationHeaderMalformed": "region",
     "PermanentRedirect": "region",
@@ -108,7 +110,7 @@ def kind_of(e: Exception, answered: bool) -> str:
 def in_one_line(e: Exception) -> str:
     """Return what a failure says, in one line: the server's code and message where it gives them."""
     text = str(e)
-    lines = [line for line in text.splitlines() if line.strip()] or [type(e).__name__]
+    lines = [line for line in text.splitlines() if line.strip()] or ["no answer came in time"]
     first = lines[0].strip().split("<?xml")[0].rstrip(" :")[:300]
     said = [m[1] for m in (_CODE.search(text), _MESSAGE.search(text)) if m is not None]
     cause = re.search(r'"(tcp connect error|dns error)"', text)

@@ -16,7 +16,7 @@ import pytest
 import s3
 from click.testing import CliRunner
 
-from stillhouse.data.errors import StillhouseError, StoreError
+from stillhouse.data.errors import StillhouseError, StoreError, UsageError
 from stillhouse.extract.commands.inspect import inspect
 from stillhouse.extract.pipeline.extract import extract
 from stillhouse.extract.pipeline.request import Request
@@ -225,3 +225,71 @@ def test_what_is_damaged_in_the_bucket_is_told_from_the_cache(proxy: s3.Proxy, s
         s3.put(server, f"faults/bucket/{name}", data)  # restored from a backup, under the cache that has the other
         assert verify(Store.open(url)) == []
         same(url, small_store)
+
+
+@pytest.mark.parametrize(
+    "fault,words,requests",
+    [
+        ("404 NoSuchBucket", "s3://bucket: there is no such bucket.*AWS_ENDPOINT_URL", 1),
+        ("400 AuthorizationHeaderMalformed", "refuses: .*AuthorizationHeaderMalformed.*set AWS_REGION", 1),
+        ("301 PermanentRedirect", "set AWS_REGION", 1),
+        ("403 RequestTimeTooSkewed", "set the clock of this machine", 1),
+        ("403 InvalidAccessKeyId", "InvalidAccessKeyId.*AWS_SECRET_ACCESS_KEY", 1),
+        ("400 ExpiredToken", "ExpiredToken.*AWS_SECRET_ACCESS_KEY", 1),
+        ("400 InvalidRequest", "refuses: .*InvalidRequest", 1),
+        ("503 SlowDown", r"does not answer: .*SlowDown \(4 attempts\)", 4),
+    ],
+)
+def test_words_for_what_no_second_attempt_changes(
+    proxy: s3.Proxy, uploaded: str, monkeypatch: pytest.MonkeyPatch, fault: str, words: str, requests: int
+) -> None:
+    monkeypatch.setattr(objects_module.asyncio, "sleep", _no_pause(objects_module.asyncio.sleep))
+    proxy.fault = lambda method, path: fault
+    with pytest.raises(StoreError, match=words):
+        Store.open(uploaded)
+    assert proxy.counts.total() == requests
+
+
+def test_words_for_settings(proxy: s3.Proxy, uploaded: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each is named before or with the first request, and what helps with it."""
+    (tmp_path / "file").write_bytes(b"")
+    cases = {
+        "STILLHOUSE_CACHE_BYTES": (str(10**17), UsageError, "STILLHOUSE_CACHE_BYTES=1.* more than the disk"),
+        "STILLHOUSE_REMOTE_ATTEMPTS": ("many", UsageError, "STILLHOUSE_REMOTE_ATTEMPTS=many"),
+        "STILLHOUSE_CACHE": (str(tmp_path / "file"), StoreError, "the cache cannot be used: .*STILLHOUSE_CACHE"),
+        "AWS_ENDPOINT_URL": ("localhost:9000", UsageError, "AWS_ENDPOINT_URL=localhost:9000"),
+        "AWS_SECRET_ACCESS_KEY": (None, UsageError, "settings of the object store: .*SecretAccessKey"),
+    }
+    for name, (value, kind, words) in cases.items():
+        objects_module.close_all()
+        with monkeypatch.context() as patch:
+            patch.delenv(name) if value is None else patch.setenv(name, value)
+            with pytest.raises(kind, match=words):
+                Store.open(uploaded)
+    objects_module.close_all()
+    with monkeypatch.context() as patch:  # Nothing listens there: two attempts, and not as many as a failure gets.
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{s3.free_port()}")
+        with pytest.raises(StoreError, match=r"cannot be reached: .*connect error \(2 attempts\).*AWS_ENDPOINT_URL"):
+            Store.open(uploaded)
+    objects_module.close_all()
+    with monkeypatch.context() as patch:  # The service that a cloud's machine asks for its credentials.
+        patch.delenv("AWS_ACCESS_KEY_ID")
+        patch.delenv("AWS_SECRET_ACCESS_KEY")
+        patch.setenv("AWS_METADATA_ENDPOINT", proxy.url)
+        proxy.fault = lambda method, path: "404" if "/latest/" in path else None
+        with pytest.raises(StoreError, match=r"there are no credentials .*AWS_SKIP_SIGNATURE"):
+            Store.open(uploaded)
+
+
+def test_a_full_disk_under_the_cache_is_not_the_object_stores_fault(
+    proxy: s3.Proxy, uploaded: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    Store.open(uploaded)
+    before = proxy.counts.total()
+    monkeypatch.setattr("stillhouse.extract.store.remote.cache.os.replace", full)
+    with pytest.raises(StoreError, match=r"the disk of the cache is full.*STILLHOUSE_CACHE"):
+        Store.open(uploaded)
+    assert proxy.counts.total() == before + 1
