@@ -87,14 +87,17 @@ def main(argv: list[str] | None = None) -> None:
 
 def _run(args: list[str]) -> None:
     from stillhouse.data.errors import StillhouseError, StoppedError
+    from stillhouse.data.files.trouble import in_words
 
     try:
         code = cli.main(args=args, prog_name="stillhouse", standalone_mode=False)
+        sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
     except click.exceptions.Exit as e:
         sys.exit(e.exit_code)
     except click.ClickException as e:
         e.show()
+        _hint(args)
         sys.exit(e.exit_code)
     except (click.Abort, KeyboardInterrupt):
         words = [a for a in args if not a.startswith("-")]
@@ -109,13 +112,22 @@ def _run(args: list[str]) -> None:
 
             traceback.print_exc()
             sys.exit(1)
-        if isinstance(e, StillhouseError):
-            click.echo(f"error: {e}", err=True, color=True)
-            sys.exit(e.exit_code)
-        reason = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else f"{type(e).__name__}: {e}"
+        error = e if isinstance(e, StillhouseError) else in_words(e)
+        if error is not None:
+            click.echo(f"error: {error}", err=True, color=True)
+            _hint(args)
+            sys.exit(error.exit_code)
         advice = "Set STILLHOUSE_DEBUG=1 for the traceback, and please report it."
-        click.echo(f"error: unexpected error: {reason}. {advice}", err=True, color=True)
+        click.echo(f"error: unexpected error: {type(e).__name__}: {e}. {advice}", err=True, color=True)
         sys.exit(1)
+
+
+def _hint(args: list[str]) -> None:
+    """Say so if two arguments of a command that failed seem swapped."""
+    from stillhouse.data.commands.arguments import hint
+
+    if said := hint(cli, args):
+        click.echo(f"hint: {said}", err=True, color=True)
 
 
 if __name__ == "__main__":

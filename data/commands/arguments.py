@@ -62,6 +62,8 @@ def _given(cli: click.Command, args: Sequence[str]) -> list[tuple[str, str]]:
     context = cli.make_context("stillhouse", list(args), resilient_parsing=True)
     while isinstance(context.command, click.Group):
         rest = [*getattr(context, "_protected_args", []), *context.args]
+        if not rest:
+            return []
         name, command, rest = context.command.resolve_command(context, rest)
         if command is None:
             return []

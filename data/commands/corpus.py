@@ -113,7 +113,7 @@ def features(manifest: Path, features_file: Path, speeds: str, as_json: bool, **
         click.echo(json.dumps({**asdict(report), "seconds": round(took, 3)}))
     else:
         say(
-            f"{features_file}: {report.rows_computed} rows of {report.audio_s / 3600:.2f} h in {took:.1f} s "
+            f"{features_file}: {report.rows_computed} rows of {report.audio_s / 3600:.2f} h of audio in {took:.1f} s "
             f"({report.audio_s / took:.0f}× real time), {report.frames} frames at {report.rate_hz} Hz in the file"
         )
     if report.upsampled:

@@ -70,7 +70,7 @@ def compute_part(target: Path, jobs: list[FeatureJob], settings: FeatureSettings
             rows.add(job.id, speed, name, mel, source)
         ids.append(job.id)
         upsampled += own_hz < settings.rate_hz
-        audio_s += sum(seconds / s for s in job.speeds)
+        audio_s += seconds
     if ids:
         write_rows(target, settings, rows)
     return PartDone(ids, len(rows.ids), audio_s, failures, upsampled)

@@ -7,7 +7,6 @@ Try: `stillhouse corpus features corpus.jsonl features.h5`.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from ..errors import FeatureError
 from ..files.atomic import draft_of
+from ..files.trouble import in_words, os_error
 from .file import FORMAT, RECORD, VERSION, FeatureFile, FeatureSettings, checksum, sum_of_tables
 
 # A write has so many frames: 20 MB of whole pages for any number of bins. Linux makes large folios of page cache from
@@ -133,8 +133,9 @@ def _write(
                 at += len(block)
             assert at == offsets[-1], (at, offsets[-1])
     except (OSError, RuntimeError) as e:  # h5py raises both.
-        why = os.strerror(e.errno) if isinstance(e, OSError) and e.errno else str(e)
-        raise FeatureError(f"cannot write: {why}", where=path, remedy="free disk space and repeat the command") from e
+        trouble = in_words(os_error(e, path) or e)
+        what, remedy = (trouble.what, trouble.remedy) if trouble else (str(e), "repeat the command")
+        raise FeatureError(f"cannot write: {what}", where=path, remedy=remedy) from e
 
 
 def _large(blocks: Iterator[np.ndarray], bins: int) -> Iterator[np.ndarray]:

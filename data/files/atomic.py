@@ -13,9 +13,11 @@ import secrets
 import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BufferedReader, FileIO
 from pathlib import Path
+
+from .trouble import os_error
 
 
 @contextmanager
@@ -28,14 +30,43 @@ def draft_of(path: Path, *, folder: Path | None = None, suffix: str = ".tmp", du
     """
     draft = (folder or path.parent) / f".{path.name}.{secrets.token_hex(4)}{suffix}"
     try:
-        yield draft
-        if durable:
-            sync(draft)
-        os.replace(draft, path)
+        with named(path):
+            yield draft
+            if durable:
+                sync(draft)
+            os.replace(draft, path)
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing can be written, nothing can be deleted either
+            draft.unlink(missing_ok=True)
     if durable:
         sync(path.parent)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Give an OSError of the block that names no file the name of this one. Those of writes name none."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno is not None and e.filename is None:
+            e.filename = str(path)
+        raise
+
+
+@contextmanager
+def usual_mode(path: Path) -> Iterator[None]:
+    """Give a new file, which a library writes in the block, the mode that the umask asks for.
+
+    An exception that has the number of a system error in its text is raised as OSError.
+    """
+    with named(path):
+        path.touch()
+        mode = stat.S_IMODE(path.stat().st_mode)
+        try:
+            yield
+        except Exception as e:
+            raise (os_error(e, path) or e) from None
+        os.chmod(path, mode)
 
 
 def write_atomic(path: Path, data: bytes | memoryview | str, *, durable: bool = True) -> None:

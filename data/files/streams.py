@@ -10,8 +10,12 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
+
+from .atomic import named
+from .trouble import OUTPUT
 
 # Control characters, line separators, what embeds, overrides or isolates a direction, and halves of surrogate pairs
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -46,8 +50,17 @@ class EscapedStream:
     def write(self, text: str) -> int:
         """Write a text. Raises TypeError for bytes."""
         begin = _CURSOR.match(text).end() if self.cursor else 0  # type: ignore[union-attr]
-        self.stream.write(text[:begin] + escaped(text[begin:]))
+        with self._named():
+            self.stream.write(text[:begin] + escaped(text[begin:]))
         return len(text)
+
+    def flush(self) -> None:
+        """Write what is buffered. An OSError names the stream, because the system does not."""
+        with self._named():
+            self.stream.flush()
+
+    def _named(self) -> AbstractContextManager[None]:
+        return named(Path(OUTPUT)) if not self.cursor else nullcontext()
 
     def writelines(self, lines: Iterator[str]) -> None:
         """Write several texts."""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..errors import StillhouseError
 
+OUTPUT = "standard output"
 AGAIN = "and repeat the command"
 # errno: what is wrong, and what to do. OSErrors of other numbers are what the system calls them.
 TROUBLE = {
@@ -35,7 +36,8 @@ MEMORY = "raise the limit, see `ulimit -v`, close other programs, or choose smal
 # What libraries raise instead of MemoryError: torch on the CPU and on CUDA, threads, and the loader of libraries.
 _MEMORY = re.compile(
     r"can't allocate memory|not enough memory|out of memory|can't start new thread|cannot allocate memory"
-    r"|failed to map segment|Unable to allocate|bad_alloc|Resource temporarily unavailable",
+    r"|failed to map segment|Unable to allocate|bad_alloc"
+    r"|could not create a (?:primitive|memory)|Resource temporarily unavailable",
     re.IGNORECASE,
 )
 _NUMBER = re.compile(r"os error (\d+)|errno = (\d+)|error code: (\d+)", re.IGNORECASE)
@@ -69,7 +71,7 @@ def in_words(error: BaseException, where: object = None) -> StillhouseError | No
     if place is None and known is None:
         return None  # a socket, for example
     what, remedy = known or (os.strerror(error.errno), f"remove the cause, {AGAIN}")
-    if error.errno == errno.ENOSPC and place is not None:
+    if error.errno == errno.ENOSPC and place not in (None, OUTPUT):
         what += _free(Path(str(place)))
     shown = str(place) if place is None or len(str(place)) < 300 else str(place)[:120] + "…"
     return StillhouseError(what, where=shown if place is not None else None, remedy=remedy)

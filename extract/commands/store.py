@@ -7,6 +7,7 @@ Try: `stillhouse store gc STORE --dry-run`.
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,9 +31,12 @@ utterances_option = click.option("--utterances", type=IDS_FILE, help="A file wit
 @click.argument("views", nargs=-1)
 @utterances_option
 @dry_run_option
+@opt.flag("--yes", "Do not ask before several views are deleted.")
 @opt.outcome_option
-def remove(store: Path, views: tuple[str, ...], utterances: Path | None, dry_run: bool, as_json: bool) -> None:
-    """Delete VIEWS of STORE, or hide utterances.
+def remove(
+    store: Path, views: tuple[str, ...], utterances: Path | None, dry_run: bool, yes: bool, as_json: bool
+) -> None:
+    """Delete VIEWS of STORE, or hide utterances. The command asks before it deletes several views.
 
     The files of the views are deleted. You can no longer read the utterances, but their text stays part of their
     neighbours' context. `stillhouse store gc` frees their disk space.
@@ -43,6 +47,8 @@ def remove(store: Path, views: tuple[str, ...], utterances: Path | None, dry_run
     if bool(views) == (utterances is not None):
         raise click.UsageError("name views, or give --utterances FILE")
     if utterances is None:
+        if not (dry_run or yes):
+            _ask(remove_views(on_disk(store), views, True))
         _print_removed(remove_views(on_disk(store), views, dry_run), as_json)
     else:
         _print_removed(remove_utterances(on_disk(store), read_ids(utterances), dry_run), as_json)
@@ -123,6 +129,18 @@ def merge(a: Path, b: Path, out: Path, views: tuple[str, ...], as_json: bool) ->
     from ..maintain.combine import merge as run
 
     _print_combined(run(a, b, out, views), as_json)
+
+
+def _ask(planned: Removed) -> None:
+    """Ask whether to delete the views, if they are several. Raises UsageError where nobody can answer."""
+    from ...data.errors import UsageError
+
+    if len(planned.views) < 2:
+        return
+    what = f"this deletes {len(planned.views)} views, {planned.bytes / 1e6:,.1f} MB: {', '.join(planned.views)}"
+    if not sys.stdin.isatty():
+        raise UsageError(what, where=planned.store, remedy="add --yes to delete them, or name fewer views")
+    click.confirm(f"{planned.store}: {what}. Continue?", abort=True, err=True)
 
 
 def read_ids(path: Path) -> list[str]:

@@ -151,6 +151,8 @@ def _write(source: _Source, folder: Path, note: str) -> ConvertedTeacher:
     plain = AutoModel.from_config(type(model.config).from_dict(config), dtype=model.dtype)
     plain.load_state_dict(model.state_dict(), strict=True)
     plain.save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):
+        path.chmod((folder / "config.json").stat().st_mode & 0o777)  # safetensors writes for this user alone
     tokenizer.save_pretrained(folder)
     parameters = sum(p.numel() for p in plain.parameters())
     del plain

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from ...data.commands.paths import PATH
-from .live import decode_live, features_of, read_samples, sample_rate, say, speed, write_data
+from .live import decode_live, features_of, read_samples, sample_rate, say, speed, telling, write_data
 
 POSITIVE = click.IntRange(min=1)
 
@@ -107,29 +107,32 @@ def decode(
 
     Example: stillhouse decode runs/kathleen - --format text < talk.wav
     """
-    import torch
+    with telling("loading the libraries"):
+        import torch
 
-    from ...data.errors import UsageError
-    from ...data.manifest import read_manifest
-    from ..decode.decode import decoding_loader, transcribe
-    from ..decode.stream import StreamDecoder, chunk_size
-    from ..decode.write import check_ids, hypothesis_lines
-    from ..model.build import resolve_device
-    from ..run.load import load_run
+        from ...data.errors import UsageError
+        from ...data.manifest import read_manifest
+        from ..decode.decode import decoding_loader, transcribe
+        from ..decode.stream import StreamDecoder, chunk_size
+        from ..decode.write import check_ids, hypothesis_lines
+        from ..model.build import resolve_device
+        from ..run.load import load_run
 
     if threads is not None:
         torch.set_num_threads(threads)
     where = resolve_device(device)
-    model, units, config, step = load_run(run, checkpoint)
-    model, longest = model.to(where), config.data.max_frames
+    with telling(f"loading the model of {run}"):
+        model, units, config, step = load_run(run, checkpoint)
+        model, longest = model.to(where), config.data.max_frames
     search, nbest = _search(model, units, kind, **settings)
     if features is not None:
         live = {"--raw": raw, "--id": name, "--chunk": chunk, "--segment": segment, "--endpoint": endpoint}
         for option, value in {**live, "--no-partial": no_partial}.items():
             if value:
                 raise UsageError(f"{option} is for audio", expected="- or AUDIO, and no FEATURES")
-        chosen = read_manifest(corpus).select(split)
-        loader = decoding_loader(chosen, features, units, untranscribed=True, trained=features_of(run))
+        with telling("reading the corpus, and comparing it with the features"):
+            chosen = read_manifest(corpus).select(split)
+            loader = decoding_loader(chosen, features, units, untranscribed=True, trained=features_of(run))
         check_ids((u.id for u in loader.utterances), kind)
         if long := int((loader.frames > longest).sum()):
             say(f"{long} utterances are cut at quiet places: the model's training had at most {longest / 100:g} s.")
@@ -170,6 +173,12 @@ def _search(
     from ..decode.ngram import read_arpa
 
     blank_penalty, ilm_weight = terms["blank_penalty"], terms["ilm_weight"]
+    if lm is None:
+        given = click.get_current_context().get_parameter_source
+        for name in ("lm_weight", "lm_unit", "lm_unknown"):
+            if given(name) == click.core.ParameterSource.COMMANDLINE:
+                option = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{option} needs a language model", expected=f"--lm words.arpa {option} …")
     if nbest > beam:
         raise UsageError(f"--nbest {nbest} is more than --beam {beam}", expected=f"--beam {nbest} or more")
     if nbest > 1 and kind != "jsonl":
@@ -230,8 +239,9 @@ def align(
     from ..run.load import load_run
 
     where = resolve_device(device)
-    model, units, _, step = load_run(run, checkpoint)
-    loader = decoding_loader(read_manifest(corpus).select(split), features, units, trained=features_of(run))
+    with telling(f"loading the model of {run}, and comparing the corpus with the features"):
+        model, units, _, step = load_run(run, checkpoint)
+        loader = decoding_loader(read_manifest(corpus).select(split), features, units, trained=features_of(run))
     check_ids((u.id for u in loader.utterances), "ctm")
     names = file_names(u.id for u in loader.utterances)
     grids = {id: folder / f"{name}.TextGrid" for id, name in names.items()} if folder is not None else {}

@@ -8,23 +8,42 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
+from ...data.files.atomic import named
 from ...data.files.streams import exact
+from ...data.files.trouble import OUTPUT
+
+TELL_S = 2.0
 
 
 def say(line: str) -> None:
     click.echo(line, err=True)
 
 
+@contextmanager
+def telling(what: str) -> Iterator[None]:
+    """Say what the block does, if it takes longer than TELL_S."""
+    timer = threading.Timer(TELL_S, say, [f"{what} …"])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def write_data(line: str) -> None:
     """Write a line of results to stdout, with escapes for control characters on a terminal only."""
-    click.echo(line, file=exact(sys.stdout))
+    with named(Path(OUTPUT)):
+        click.echo(line, file=exact(sys.stdout))
 
 
 def speed(audio_s: float, wall_s: float) -> str:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from ...data.commands.paths import PATH
-from .live import say
+from .live import say, telling
 
 if TYPE_CHECKING:
     from ...data.files.stopping import StopRequest
@@ -62,10 +62,13 @@ def _train(
     from dataclasses import asdict
 
     from ...data.errors import StillhouseError
+    from ...data.files.trouble import in_words
     from ..config import load_config
-    from ..loop.trainer import Trainer
-    from ..run.profile import Profile, Profiled
-    from ..run.ranks import joined
+
+    with telling("loading the libraries"):
+        from ..loop.trainer import Trainer
+        from ..run.profile import Profile, Profiled
+        from ..run.ranks import joined
 
     settings = load_config(config, changes)
     profiled: Profiled | None = None
@@ -78,14 +81,16 @@ def _train(
 
     with joined(settings.run.backend, settings.run.timeout_s) as ranks:
         try:
-            trainer = Trainer(settings, folder, say, ranks, stop)
+            what = "reading the corpus, and comparing it with the features and stores"
+            with telling(what) if ranks.first else nullcontext():
+                trainer = Trainer(settings, folder, say, ranks, stop)
             trainer.run(Profile(folder / "profile", profile, show) if profile else None)
-        except OSError as e:  # The disk is full, or something else lies where the run writes.
-            raise StillhouseError(
-                f"cannot be read or written: {e.strerror or e}",
-                where=e.filename2 or e.filename or folder,  # A rename names its target second.
-                remedy="remove the cause, and repeat the command to resume from the last checkpoint",
-            ) from e
+        except (OSError, MemoryError, RuntimeError) as e:
+            trouble = in_words(e, folder)
+            if trouble is None:
+                raise
+            remedy = f"{trouble.remedy}. {stop.after}"
+            raise StillhouseError(trouble.what, where=trouble.where, remedy=remedy) from e
         if not ranks.first:
             return
         if as_json:

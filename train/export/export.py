@@ -19,7 +19,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from ...data.errors import UsageError
-from ...data.files.atomic import sha256_plain
+from ...data.files.atomic import sha256_plain, usual_mode
 from ...data.files.outputs import refuse_input
 from ...data.units import Units
 from ..config import Config, dump_config
@@ -149,6 +149,7 @@ def _write_graphs(graphs: list[Graph], units: Units, draft: Path, kind: ExportKi
 def _write_weights(model: Transducer, units: Units, config: Config, draft: Path) -> None:
     """Write the weights without the simple joint, which only training needs, and the config with all its settings."""
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if not k.startswith("simple.")}
-    save_file(weights, draft / "model.safetensors")
+    with usual_mode(draft / "model.safetensors"):
+        save_file(weights, draft / "model.safetensors")
     (draft / "config.toml").write_text(dump_config(config), encoding="utf-8")
     units.save(draft / "units")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...data.batches.loader import Batch
 from ...data.errors import StillhouseError
-from ...data.files.atomic import draft_of
+from ...data.files.atomic import draft_of, usual_mode
 from ..run.ranks import ALONE, Ranks
 
 KEPT = 20
@@ -72,6 +72,6 @@ class BadSteps:
         tensors = {name: getattr(batch, name) for name in names}
         tensors |= {"costs": costs, "step": torch.tensor(step), "seed": torch.tensor(self.seed)}
         arrays = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        with draft_of(path) as draft:
+        with draft_of(path) as draft, usual_mode(draft):
             save_file(arrays, draft, {"ids": json.dumps(batch.ids)})
         return path

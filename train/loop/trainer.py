@@ -243,7 +243,7 @@ class Trainer:
             self.on_progress(f"{self.out} is done, at step {self.step}")
             return
         parameters = sum(p.numel() for p in self.model.parameters())
-        hours = self.loader.frames[:, 0].sum() / 360_000
+        hours = self.loader.frames[:, 0].sum() * self.loader.speeds[0] / 360_000
         left_out = ", ".join(f"{n} {why}" for why, n in self.loader.left_out.items() if n) or "none"
         self.on_progress(
             f"{parameters / 1e6:.2f} M parameters, {self.units.size} units, {len(self.loader.utterances)} utterances "

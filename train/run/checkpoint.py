@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ...data.errors import CheckpointError
-from ...data.files.atomic import read_plain, sha256_plain, sync
+from ...data.files.atomic import named, read_plain, sha256_plain, sync, usual_mode
 
 FORMAT = 2  # In format 1, state.json has no digest of its own.
 _NAME = re.compile(r"step-(\d{8,})")
@@ -71,15 +71,21 @@ def save(folder: Path, state: dict[str, Any], tensors: dict[str, dict[str, Tenso
     draft, old = (folder / f".{final.name}.{what}" for what in (os.getpid(), "old"))
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
-    sums = {}
-    for name, values in tensors.items():
-        path = draft / f"{name}.safetensors"
-        save_file({k: v.detach().cpu().contiguous() for k, v in values.items()}, path)
-        sums[path.name] = sha256_plain(path)
-    state = {"format": FORMAT, **state, "sha256": sums}
-    state["digest"] = _digest(state)
-    (draft / "state.json").write_text(json.dumps(state, indent=1))
-    sync(*draft.iterdir(), draft)
+    try:
+        sums = {}
+        for name, values in tensors.items():
+            path = draft / f"{name}.safetensors"
+            with usual_mode(path):
+                save_file({k: v.detach().cpu().contiguous() for k, v in values.items()}, path)
+            sums[path.name] = sha256_plain(path)
+        state = {"format": FORMAT, **state, "sha256": sums}
+        state["digest"] = _digest(state)
+        with named(draft / "state.json"):
+            (draft / "state.json").write_text(json.dumps(state, indent=1))
+        sync(*draft.iterdir(), draft)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)  # A full disk gets its space back.
+        raise
     if final.exists():
         final.rename(old)
     draft.rename(final)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from ...data.errors import ConfigError, StillhouseError
-from ...data.files.atomic import read_plain, write_atomic
+from ...data.files.atomic import named, read_plain, write_atomic
 from ..config import flatten
 
 Record = Mapping[str, Any]
@@ -65,12 +65,14 @@ class JsonLines:
 
     def log(self, record: Record) -> None:
         assert self.file is not None
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        with named(self.path):
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
 
     def flush(self) -> None:
         assert self.file is not None
-        os.fsync(self.file.fileno())
+        with named(self.path):
+            os.fsync(self.file.fileno())
 
     def close(self, failed: bool) -> None:
         if self.file is not None:

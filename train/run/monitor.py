@@ -23,6 +23,8 @@ from . import loggers
 from .profile import Profile
 from .stopwatch import HOST, Stopwatch, shares
 
+WIDTH = 100  # columns of a line on the terminal
+LOSSES = {"loss": 0, "rnnt": 1, "ctc": 1, "transfer": 0}  # a higher number is left out of the line earlier
 OnProgress = Callable[[str], None]
 
 
@@ -165,24 +167,27 @@ def memory(device: torch.device) -> dict[str, float]:
 
 
 def line(record: Mapping[str, Any], steps: int, left: float) -> str:
-    """Return a record of kind "train" as a line for people, with `left` seconds to the end."""
-    losses = [f"{n} {record[n]:.3f}" for n in ("loss", "rnnt", "ctc", "transfer") if n in record]
-    parts = {part: s for part, s in record["time"].items() if part not in HOST}
-    whole = sum(parts.values()) or 1.0
-    took = ", ".join(f"{part.replace('_', ' ')} {100 * s / whole:.0f}" for part, s in parts.items())
+    """Return a record of kind "train" as a line for people, with `left` seconds to the end.
+
+    It has at most WIDTH columns, so the fields that matter least are left out if there are too many.
+    """
+    whole = sum(s for part, s in record["time"].items() if part not in HOST)
     share, used = record["share"], record["memory"]
     fields = [
-        f"step {record['step']}/{steps}",
-        f"epoch {record['epoch']}",
-        *losses,
-        f"{record['realtime']:.0f}x real time",
-        f"{1000 * whole:.0f} ms a step (% {took})",
-        f"outside ASR {100 * share['transfer']:.1f} %",
-        f"waiting for data {100 * share['data']:.1f} %",
-        f"{used['resident'] / 1e9:.2f} GB" + (f" + {used['cuda'] / 1e9:.2f} GB CUDA" if "cuda" in used else ""),
-        f"{duration(left)} left",
+        (0, f"step {record['step']}/{steps}"),
+        (2, f"epoch {record['epoch']}"),
+        *((rank, f"{n} {record[n]:.3f}") for n, rank in LOSSES.items() if n in record),
+        (1, f"{record['realtime']:.0f}x real time"),
+        (2, f"{1000 * whole:.0f} ms a step"),
+        (3, f"outside ASR {100 * share['transfer']:.1f} %" if share["transfer"] else ""),
+        (1, f"waiting for data {100 * share['data']:.1f} %" if share["data"] > 0.05 else ""),
+        (4, f"{used['resident'] / 1e9:.2f} GB" + (f" + {used['cuda'] / 1e9:.2f} GB CUDA" if "cuda" in used else "")),
+        (0, f"{duration(left)} left"),
     ]
-    return "  ".join(fields)
+    fields = [(rank, text) for rank, text in fields if text]
+    while sum(len(text) + 2 for _, text in fields) - 2 > WIDTH and (last := max(rank for rank, _ in fields)):
+        fields.remove(next(field for field in reversed(fields) if field[0] == last))
+    return "  ".join(text for _, text in fields)
 
 
 def duration(seconds: float) -> str:

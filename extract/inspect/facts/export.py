@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ....data.errors import NoStoreError, StoreError, UsageError, first_few
+from ....data.files.atomic import usual_mode
 from ...store import Store, View
 from ..output import check_output, output_draft
 from ..sample import available_rows, ids_of
@@ -109,7 +110,8 @@ def _safetensors(path: Path, ids: list[str], arrays: dict[str, np.ndarray]) -> N
 
     texts = {k: json.dumps(v.tolist(), ensure_ascii=False) for k, v in arrays.items() if v.dtype.kind == "U"}
     tensors = {k: np.ascontiguousarray(v) for k, v in arrays.items() if v.dtype.kind != "U"}
-    save_file(tensors, path, metadata={"utterance": json.dumps(ids, ensure_ascii=False), **texts})
+    with usual_mode(path):
+        save_file(tensors, path, metadata={"utterance": json.dumps(ids, ensure_ascii=False), **texts})
 
 
 def _csv(path: Path, ids: list[str], arrays: dict[str, np.ndarray]) -> None:

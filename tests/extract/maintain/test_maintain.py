@@ -320,7 +320,10 @@ def test_the_commands(bert: Path, tmp_path: Path, stillhouse: Callable) -> None:
     (tmp_path / "ids").write_text("u1\nu7\n\n")
     told = json.loads(stillhouse("store", "rm", root, "t/past:4/*", "--dry-run", "--json").out)
     assert told["views"] == ["t/past:4/0", "t/past:4/2"] and not told["done"]
-    assert "t/past:4/0" in stillhouse("store", "rm", root, "t/past:4/*").out
+    asked = stillhouse("store", "rm", root, "t/past:4/*")  # where nobody can answer
+    assert asked.code == 2 and "deletes 2 views" in asked.err and "t/past:4/2" in asked.err and "--yes" in asked.err
+    assert len(Store.open(root).resolve(["t/past:4/*"])) == 2
+    assert "t/past:4/0" in stillhouse("store", "rm", root, "t/past:4/*", "--yes").out
     assert stillhouse("store", "subset", root, tmp_path / "sub", "--utterances", tmp_path / "ids").code == 0
     assert sorted(Store.open(tmp_path / "sub").utterance_ids) == ["u1", "u7"]
     assert stillhouse("store", "rm", root, "--utterances", tmp_path / "ids").code == 0

@@ -16,7 +16,7 @@ from stillhouse.data.errors import ConfigError, StillhouseError
 from stillhouse.train.config import Config, load_config
 from stillhouse.train.loop.trainer import Trainer
 from stillhouse.train.run import loggers, monitor, stopwatch
-from stillhouse.train.run.monitor import Monitor, TimeLeft, duration
+from stillhouse.train.run.monitor import Monitor, TimeLeft, duration, line
 from stillhouse.train.run.stopwatch import Stopwatch, shares
 
 
@@ -274,3 +274,21 @@ def test_wandb_writes_one_run_offline(tones: Path, tmp_path: Path, monkeypatch: 
                 found[row["step"]] = row["train/loss"]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert found == {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
+
+
+@pytest.mark.parametrize("left", [0.0, 40_000.0])
+@pytest.mark.parametrize("steps", [24, 10_000_000])
+@pytest.mark.parametrize("used", [{"resident": 1e9}, {"resident": 4.2e11, "cuda": 1.4e11}])
+def test_a_line_fits_100_columns_and_keeps_what_matters(left: float, steps: int, used: dict[str, float]) -> None:
+    losses = {"loss": 1234.5678, "rnnt": 1000.5, "ctc": 234.0678, "transfer": 123.4}
+    times = {"data": 1.0, "encoder": 0.9, "transfer_backward": 0.9, "optimiser": 10.0}
+    shares = {"data": 0.9999, "transfer": 0.3}
+    record = {"step": steps, "epoch": 12_345, "realtime": 12_345.6, "time": times, "share": shares, "memory": used}
+    text = line(record | losses, steps, left)
+    assert len(text) <= 100
+    for part in (f"step {steps}/{steps}  ", "loss 1234.568", "transfer 123.400", f"{duration(left)} left"):
+        assert part in text
+    short = line(record | {"loss": 0.5}, 24, 3.0)
+    assert len(short) <= 100
+    assert "12346x real time" in short
+    assert "waiting for data 100.0 %" in short
