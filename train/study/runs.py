@@ -22,6 +22,7 @@ from typing import Any
 from ...data.errors import StaleError, StillhouseError
 from ...data.files.atomic import read_plain, write_atomic
 from ...data.files.stopping import StopNow, StopRequest
+from ...data.files.trouble import in_words
 from ..config import Config, load_config
 from ..run import identity
 from .definition import Study, StudyRun
@@ -180,8 +181,9 @@ def _train_and_decode(
         send(end=str(e))
     except KeyboardInterrupt:
         os._exit(130)  # The study reports it.
-    except Exception:
-        send(end=traceback.format_exc())
+    except Exception as e:
+        trouble = in_words(e, folder)
+        send(end=traceback.format_exc() if trouble is None else str(trouble))
 
 
 def _decode(config: Config, folder: Path, split: str, checkpoint: str) -> None:
