@@ -159,7 +159,7 @@ def _run_process(*arguments: Any) -> None:
     *arguments_of_worker, results = arguments
     try:
         with StopRequest() as stop:
-            results.put(run_worker(*arguments_of_worker, stop))
+            results.put(run_worker(*arguments_of_worker, stop=stop))
     except StillhouseError as e:
         results.put(e)
     except StopNow:
