@@ -97,6 +97,7 @@ def copy_item(
     for store, where, rows in by_store(sources):
         lengths[where] = store.row_lengths(item.teacher, rows)
     starts = shard.number * item.generation.shard_rows + np.cumsum(lengths) - lengths
+    inputs: tuple[np.ndarray, ...]
     inputs = np.zeros(len(ids), np.uint64), np.zeros(len(ids), np.int32), np.zeros(len(ids), np.int32)
     with ItemWriter(plan.paths, scratch, record, item, starts, lengths, list(ids)) as writer:
         for part in _parts(sources, lengths, max(1, READ_BYTES // writer.row_bytes)):

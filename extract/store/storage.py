@@ -89,15 +89,21 @@ def new_files(out: str | Path, undertaking: str) -> Iterator[StoreFiles]:
 @contextmanager
 def _staging(out: Path) -> Iterator[Path]:
     """Yield a folder that becomes `out` when all of it is on disk. Folders that killed commands left are removed."""
-    if out.exists():
-        raise UsageError("is there already", where=out, remedy="give another name, or remove it")
+    root = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        if out.exists():
+            raise UsageError("is there already", where=out, remedy="give another name, or remove it")
+        os.stat(root)
+    except FileNotFoundError:
+        pass
+    except OSError as e:
+        raise UsageError(f"cannot be made: {e.strerror}", where=out, remedy="give another name") from e
     out.parent.mkdir(parents=True, exist_ok=True)
     for old in out.parent.glob(f".{out.name}.*.partial"):
         lock = FileLock(old / "builder.lock")
         if lock.acquire():
             shutil.rmtree(old, ignore_errors=True)
             lock.release()
-    root = out.with_name(f".{out.name}.{os.getpid()}.partial")
     with FileLock(root / "builder.lock", wait=True):
         try:
             yield root

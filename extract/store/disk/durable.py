@@ -70,10 +70,16 @@ def read_json(path: Path, where: str | None = None) -> Any:
 
 @contextmanager
 def explain_full_disk(where: Path) -> Iterator[None]:
-    """Turn a full disk into an error that says what to do. The store stays valid, so the same command resumes."""
+    """Turn a full disk into an error that says what to do. The store stays valid, so the same command resumes.
+
+    A limit on the size of files (`ulimit -f`, or the file system's) is named likewise.
+    """
     try:
         yield
     except OSError as e:
+        if e.errno == errno.EFBIG:
+            what, remedy = "a file may not become so large here", "raise the limit (ulimit -f), or choose another disk"
+            raise StoreError(what, where=where, remedy=remedy) from e
         if e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         remedy = "free some disk space and give the same command again: it resumes"
