@@ -137,8 +137,10 @@ class Teacher:
         try:
             weight = self.model.get_input_embeddings().weight
         except (AttributeError, NotImplementedError, TypeError) as e:
-            what = "it has no table of input embeddings, one row for each token"
-            raise TeacherError(what, where=self.source, remedy="use another teacher") from e
+            weight = getattr(getattr(self.model, "embed_tokens", None), "weight", None)  # FSMT's encoder
+            if weight is None:
+                what = "it has no table of input embeddings, one row for each token"
+                raise TeacherError(what, where=self.source, remedy="use another teacher") from e
         return weight
 
     def _find_kind(self, plain: list[torch.Tensor]) -> str:

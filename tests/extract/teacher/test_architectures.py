@@ -45,7 +45,7 @@ windows of each layer. A causal decoder does not need it. For a refused encoder 
 """
 QUICK = [
     *("bert", "mobilebert", "convbert", "fnet", "yoso", "reformer", "modernbert", "big_bird", "nystromformer"),
-    *("t5", "gpt2", "llama", "xlnet", "gemma3_text"),
+    *("t5", "fsmt", "gpt2", "llama", "xlnet", "gemma3_text"),
 ]
 _SHORT = [
     ("batches with padding", "padded"),
