@@ -256,7 +256,7 @@ def _with_passes(draft: PlanDraft, teacher: Teacher, name: str) -> PlanDraft:
     plan, drafted = draft.plan, DraftedCorpus(draft, name)
     texts = np.flatnonzero(drafted.length > 0)
     ranked = texts[np.argsort(drafted.length[texts], kind="stable")]
-    spread = np.linspace(0, len(ranked) - 1, TRIED_TEXTS).round().astype(int) if len(ranked) else []
+    spread: list[int] = np.linspace(0, len(ranked) - 1, TRIED_TEXTS).round().astype(int).tolist() if len(ranked) else []
     # Windows with context depend on the neighbours, so more texts than the shortest and the longest are laid out.
     positions = np.unique(ranked[[i for i in (0, 1, *spread, -2, -1) if -len(ranked) <= i < len(ranked)]])
     record, core_tokens = plan.teachers[name], plan.latest(name).core_tokens

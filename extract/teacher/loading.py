@@ -202,8 +202,7 @@ def _in_words(e: Exception, where: str, gguf: bool, may_trust: bool) -> TeacherE
     if found(errors.LocalEntryNotFoundError) or "couldn't connect to" in text:
         return _unreachable(where, "the hub cannot be reached")
     if "trust_remote_code" in text:
-        remedy = _TRUST if may_trust else None
-        return TeacherError("it needs its own code to run", where=where, remedy=remedy)
+        return TeacherError("it needs its own code to run", where=where, remedy=_TRUST if may_trust else None)
     if "does not recognize this architecture" in text:
         remedy = "pip install -U transformers, or use another teacher"
         return TeacherError(f"cannot be loaded: {first_line(e)}", where=where, remedy=remedy)

@@ -156,10 +156,10 @@ def run_worker(
 
 
 def _run_process(*arguments: Any) -> None:
-    *arguments_of_worker, results = arguments
+    of_worker, results = arguments[:-1], arguments[-1]
     try:
         with StopRequest() as stop:
-            results.put(run_worker(*arguments_of_worker, stop=stop))
+            results.put(run_worker(*of_worker, stop=stop))
     except StillhouseError as e:
         results.put(e)
     except StopNow:
