@@ -22,6 +22,8 @@ from ...data.units import BLANK, UNKNOWN, UNKNOWN_TEXT, Units
 from .graphs import Graph
 from .torch import checked, traced
 
+OPSET, IR_VERSION = 18, 8  # onnxruntime reads them from version 1.14 on, and the exporter writes no older operators
+
 
 def need_onnx() -> None:
     """Raise UsageError, which names the extra, if a package is missing."""
@@ -46,13 +48,14 @@ def write_onnx(graph: Graph, path: Path) -> float:
             dynamo=True,
             input_names=list(graph.axes),
             output_names=list(graph.outputs),
+            opset_version=OPSET,
             verbose=False,
         )
     assert program is not None
     proto = program.model_proto
     _tidy(proto, graph)
     onnx.helper.set_model_props(proto, graph.metadata)
-    onnx.save(proto, str(path))
+    _save(proto, path)
     return checked(graph, lambda inputs: run_onnx(path, inputs), path)
 
 
@@ -68,12 +71,26 @@ def run_onnx(path: Path, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
 
 def write_int8(source: Path, path: Path) -> None:
     """Write a copy whose matrix products and embeddings have 8-bit weights. Activations are quantised at run time."""
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with _quiet():
         quantize_dynamic(
             str(source), str(path), weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm", "Gather"]
         )
+    _save(onnx.load(str(path)), path)
+
+
+def _save(proto: Any, path: Path) -> None:
+    """Write a graph in the oldest file format that holds its operators. Raises ExportError if a newer one is needed."""
+    import onnx
+
+    opset = max(entry.version for entry in proto.opset_import if not entry.domain)
+    if opset > OPSET:
+        raise ExportError(f"the exporter wrote operators of opset {opset}", where=path, expected=f"{OPSET} or less")
+    proto.ir_version = IR_VERSION
+    onnx.checker.check_model(proto)
+    onnx.save(proto, str(path))
 
 
 def tokens_txt(units: Units) -> str:
