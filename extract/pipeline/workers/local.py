@@ -139,6 +139,7 @@ def run_worker(
     load: dict[str, Any],
     part: tuple[int, int],
     threads: int,
+    *,
     stop: StopRequest | None = None,
 ) -> ExtractionProgress:
     """Run work items of a planned store until all of them are committed. Raises StopNow if `stop` is requested."""
@@ -156,7 +157,7 @@ def run_worker(
 
 
 def _run_process(*arguments: Any) -> None:
-    of_worker, results = arguments[:-1], arguments[-1]
+    *of_worker, results = arguments
     try:
         with StopRequest() as stop:
             results.put(run_worker(*of_worker, stop=stop))
