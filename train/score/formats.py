@@ -1,4 +1,4 @@
-"""Read files of hypotheses and references: JSON lines, NIST's trn, ctm and stm, Kaldi's text, NeMo's predictions.
+"""Read files of hypotheses and references: JSON lines, NIST's trn, ctm and stm, Kaldi's text, and those of peers.
 
 Guarantees: a line that is none of its format, and a second text of one utterance, are errors that name the line.
 Try: `stillhouse score HYP.ctm --reference REF.stm`.
@@ -15,6 +15,7 @@ from typing import Any
 from ...data.errors import CorpusError
 from ...data.files.lines import objects_in, read_lines
 from ...data.sources.nemo import LineIds
+from .listed import is_listed, read_listed
 
 REMEDY = "make it with `stillhouse decode`"
 NOTHING = ": nothing was heard"  # ends a comment in ctm, whose lines are words
@@ -73,6 +74,12 @@ def read_file(path: Path, heard: Sequence[str] = HYPOTHESIS) -> list[Line]:
         found = _unique(_objects(path, numbered, heard))
     elif kind == "ctm":
         found = _ctm(path, numbered)
+    elif kind == "listed":
+        both = read_listed(path, numbered)
+        if heard is REFERENCE:
+            found = [Line(id, ref, where) for id, ref, _, where in both]
+        else:
+            found = [Line(id, hyp, where, ref) for id, ref, hyp, where in both]
     else:
         parse = {"trn": _trn, "text": _text, "stm": _stm}[kind]
         comments = kind != "text"
@@ -83,7 +90,12 @@ def read_file(path: Path, heard: Sequence[str] = HYPOTHESIS) -> list[Line]:
 
 
 def kind_of(path: Path, lines: list[str]) -> str:
-    """Return jsonl, trn, ctm, stm or text: by the end of the file's name, or else by its lines."""
+    """Return jsonl, trn, ctm, stm, text or listed: by the end of the file's name, or else by its lines.
+
+    `listed` are references and hypotheses under each other, as in icefall's recogs, which end in .txt.
+    """
+    if KINDS.get(path.suffix.lower(), "text") == "text" and is_listed(lines):
+        return "listed"
     if path.suffix.lower() in KINDS:
         return KINDS[path.suffix.lower()]
     content = [line.strip() for line in lines if not line.startswith(";;")]

@@ -1,7 +1,8 @@
 """Alternatives in transcripts, by the rules of NIST's sclite: `{ a / b }` is a or b, and `@` is no word.
 
 Guarantees: of all readings of a reference and a hypothesis, a pair with the fewest word errors is chosen. Of equally
-good ones it is that with the alternatives that come first. A text without alternatives stays as it is.
+good ones it is that with the alternatives that come first. A text without alternatives stays as it is. A word `(uh)` of
+a reference is right where the hypothesis lacks it, as in `sclite -D`, so that all systems have as many reference words.
 Try: `stillhouse score HYP.trn --reference REF.stm`.
 """
 
@@ -17,7 +18,14 @@ OPTIONAL = re.compile(r"\([^\s()]+\)")  # NIST's mark for a word that may be mis
 NEVER = re.compile(r"(?!)")
 HESITATION = re.compile(r"\(%[^\s()]+\)")
 
-Step = tuple[tuple[int, int], int, "str | None", "str | None"]  # from where, its errors, and the words of both sides
+ERROR, ABSENT = 1 << 20, 1  # costs of a reading. Of equal numbers of errors, that with the fewer absent words is best.
+
+
+class Absent(str):
+    """Optional words of a reference that the hypothesis lacks. They count as right, on both sides."""
+
+
+Step = tuple[tuple[int, int], int, "str | None", "str | None"]  # from where, its cost, and the words of both sides
 Edge = tuple[int, str | None]  # the node that it leaves, and its word, or None for no word
 
 
@@ -37,8 +45,9 @@ class Network:
 def parse_network(text: str, spell: Callable[[str], str] = str, optional: re.Pattern[str] | None = OPTIONAL) -> Network:
     """Return the readings of a text, whose words `spell` normalises.
 
-    `optional` matches words that may be missing: OPTIONAL in a reference, HESITATION in a hypothesis. With None, the
-    text has one reading. Braces that do not match or hold no "/" are part of their words.
+    `optional` matches words that may be missing: OPTIONAL in a reference, HESITATION in a hypothesis, where they do not
+    count. A bare `@` is a word where the other text has it, and else none. With None, the text has one reading. Braces
+    that do not match or hold no "/" are part of their words.
     """
     network = Network()
     if optional is None:
@@ -57,24 +66,28 @@ def best_reading(reference: Network, hypothesis: Network) -> tuple[str, str]:
     best: dict[tuple[int, int], Step] = {(0, 0): ((0, 0), 0, None, None)}
     for i, above in enumerate(reference.edges):
         for j, left in enumerate(hypothesis.edges):
-            steps: list[Step] = [
-                ((u, v), int(a != b), a, b) for u, a in above if a is not None for v, b in left if b is not None
-            ]
-            steps += [((u, j), int(a is not None), a, None) for u, a in above]
-            steps += [((i, v), int(b is not None), None, b) for v, b in left]
+            words = [(u, a) for u, a in above if a is not None and not isinstance(a, Absent)]
+            steps: list[Step] = [((u, v), ERROR * (a != b), a, b) for u, a in words for v, b in left if b is not None]
+            steps += [((u, j), _alone(a), a, a if isinstance(a, Absent) else None) for u, a in above]
+            steps += [((i, v), _alone(b), None, b) for v, b in left]
             if steps:
                 costs = [best[place][1] + cost for place, cost, _, _ in steps]
                 cheapest = min(costs)
                 place, _, a, b = steps[costs.index(cheapest)]
                 best[i, j] = place, cheapest, a, b
-    words: tuple[list[str], list[str]] = [], []
+    sides: tuple[list[str], list[str]] = [], []
     place = len(reference.edges) - 1, len(hypothesis.edges) - 1
     while place != (0, 0):
         place, _, *pair = best[place]
-        for side, word in zip(words, pair, strict=True):
+        for side, word in zip(sides, pair, strict=True):
             if word is not None:
                 side.append(word)
-    return " ".join(reversed(words[0])), " ".join(reversed(words[1]))
+    return " ".join(reversed(sides[0])), " ".join(reversed(sides[1]))
+
+
+def _alone(word: str | None) -> int:
+    """Return the cost of a word that stands on one side only."""
+    return 0 if word is None else ABSENT if isinstance(word, Absent) else ERROR
 
 
 Tree = list["str | list[Tree]"]
@@ -111,12 +124,18 @@ def _sequence(
 ) -> int:
     """Add the readings of `tree` behind node `at` and return the node where they end."""
     for item in tree:
-        if isinstance(item, str) and not optional.fullmatch(item):
+        if isinstance(item, str) and not optional.fullmatch(item) and (inside or item != EMPTY or optional is NEVER):
             for word in [] if item == EMPTY and inside else spell(item).split():
                 at = network.node((at, word))
             continue
-        alternatives: list[Tree] = [[item[1:-1]], []] if isinstance(item, str) else item
         network.branches = True
-        ends = [_sequence(network, at, alternative, spell, optional, inside=True) for alternative in alternatives]
+        if isinstance(item, str):
+            end = at
+            for word in spell(item if item == EMPTY else item[1:-1]).split():
+                end = network.node((end, word))
+            absent = Absent(spell(item[1:-1])) if optional is OPTIONAL and item != EMPTY else None
+            at = network.node((end, None), (at, absent or None))
+            continue
+        ends = [_sequence(network, at, alternative, spell, optional, inside=True) for alternative in item]
         at = network.node(*((end, None) for end in ends))
     return at

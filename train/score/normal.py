@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from ...data.text import APOSTROPHES, INVISIBLE, check_transform
+from ...data.text import APOSTROPHES, INVISIBLE, MARK, check_transform
 from ...data.text import transform as transformed
 from ...data.units import load_units
 
@@ -34,9 +34,11 @@ def one_sided(references: Sequence[str], hypotheses: Sequence[str]) -> str:
     """Return the transforms that remove what only one of two lists of texts has, or "none".
 
     They fold the case if only one side has upper-case (or lower-case) letters, and drop punctuation if only one side
-    has any. A tenth of the share of the other side counts as none.
+    has any. A tenth of the share of the other side counts as none. Marks such as `<unk>` are no punctuation.
     """
-    sides = [[unicodedata.normalize("NFC", text) for text in texts] for texts in (references, hypotheses)]
+    sides = [
+        [unicodedata.normalize("NFC", MARK.sub(" ", text)) for text in texts] for texts in (references, hypotheses)
+    ]
     steps = []
     if _one_sided(sides, _has_upper) or _one_sided(sides, _has_lower):
         steps.append("lower")

@@ -101,7 +101,7 @@ class Scoring:
         spell = normaliser(self.applied)
         ref, hyp = pair.reference.text, pair.hypothesis
         sides = ((ref, pair.reference.nist, OPTIONAL), (hyp, pair.nist, HESITATION))
-        if any(nist and ("{" in text or "(" in text) for text, nist, _ in sides):
+        if any(nist and any(c in text for c in "{(@") for text, nist, _ in sides):
             networks = [parse_network(text, spell, optional if nist else None) for text, nist, optional in sides]
             if any(network.branches for network in networks):
                 return pair.reference.id, *best_reading(*networks)

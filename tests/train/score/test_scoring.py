@@ -110,10 +110,11 @@ def test_comments_and_alternatives_of_trn(tmp_path: Path) -> None:
     assert errors(score(odd, "--corpus", path)) == (0, 0, 0, 5)
     reference = written(tmp_path, "ref.trn", "{ i am / i'm / @ } { going to / gonna } go (uh) now (a)\n")
     for text, expected in (
-        ("i'm gonna go now", (0, 0, 0, 4)),
+        # An absent "uh" is right, so that it counts among the reference words, as sclite 2.4.10 -D says.
+        ("i'm gonna go now", (0, 0, 0, 5)),
         ("i am going to go uh now", (0, 0, 0, 7)),
-        ("gonna go now", (0, 0, 0, 3)),
-        ("i'm gone go now", (1, 0, 0, 4)),
+        ("gonna go now", (0, 0, 0, 4)),
+        ("i'm gone go now", (1, 0, 0, 5)),
     ):
         assert errors(score(written(tmp_path, "h.trn", f"{text} (a)\n"), "--reference", reference)) == expected
     one, two = written(tmp_path, "1.trn", "i am gonna go now (a)\n"), written(tmp_path, "2.trn", "gone go now (a)\n")
@@ -129,7 +130,14 @@ def test_comments_and_alternatives_of_trn(tmp_path: Path) -> None:
         ("a {um} b", "a b", ("a {um} b", "a b")),  # no alternatives: words as they are
         ("a { b / c", "a b", ("a { b / c", "a b")),
         ("{ a / b }", "{ b / c }", ("b", "b")),
-        ("(uh) a", "a", ("a", "a")),
+        # As sclite 2.4.10 -D scores them: absent words are right, and a word in their place is substituted.
+        ("(uh) a", "a", ("uh a", "uh a")),
+        ("the (uh) (um) cat", "the er cat", ("the uh um cat", "the uh er cat")),
+        ("(%hes)", "foo", ("%hes", "foo")),
+        ("a (b c) d", "a d", ("a (b c) d", "a d")),
+        ("the { um / @ } cat @", "the cat", ("the cat", "the cat")),
+        ("the cat", "@ the (%hes)", ("the cat", "the")),
+        ("me @ home", "me @ home", ("me @ home", "me @ home")),
         ("a", "(%hes) a (b)", ("a", "a (b)")),
         ("", "", ("", "")),
     ],
@@ -253,3 +261,43 @@ def test_one_sided_texts_beside_each_other_are_named(tmp_path: Path) -> None:
     assert Scoring("lower").read(path).triples == [("a", "hello, world", "hello world")]
     with pytest.raises(StillhouseError, match="unknown text transform"):
         score(path, "--transform", "lowr")
+
+
+def test_marks_are_no_punctuation_of_a_side(tmp_path: Path) -> None:
+    path = corpus(tmp_path, {"u1": "we're sure of it"})
+    facts = score(written(tmp_path, "h.txt", "u1 were <UNK> of it [noise]\n"), "--corpus", path)
+    assert errors(facts) == (2, 0, 1, 4) and facts["transform"] == "none"
+
+
+RECOGS = """u1-0:\tref=['HELLO', 'WORLD']
+u1-0:\thyp=['HELLO', 'WORD']
+u2-1:\tref=["IT'S", 'SO']
+u2-1:\thyp=[]
+"""
+PER_UTT = """u1-0 ref  HELLO  WORLD  ***
+u1-0 hyp  HELLO  WORD  NOW
+u1-0 op   C      S     I
+u1-0 #csid 1 1 1 0
+u2-1 ref IT'S SO
+u2-1 hyp *** ***
+u2-1 op D D
+u2-1 #csid 0 0 0 2
+"""
+
+
+def test_references_and_hypotheses_under_each_other(tmp_path: Path) -> None:
+    recogs = written(tmp_path, "recogs-test-clean.txt", RECOGS)
+    assert errors(score(recogs)) == (1, 2, 0, 4)
+    assert errors(score(written(tmp_path, "per_utt", PER_UTT))) == (1, 2, 1, 4)
+    path = corpus(tmp_path, {"u1-0": "hello word", "u2-1": "it's so"})
+    facts = score(recogs, "--corpus", path)
+    assert errors(facts) == (0, 2, 0, 4) and facts["transform"] == "lower"
+    hyp = written(tmp_path, "h.txt", "u1-0 hello world\nu2-1 it's so\n")
+    assert errors(score(hyp, "--reference", recogs)) == (0, 0, 0, 4)
+    for text, what in (
+        (RECOGS + RECOGS, r"r\.txt:5: this is a second ref of 'u1-0', after that of .*r\.txt:1"),
+        (RECOGS[: RECOGS.rindex("u2-1")], r"r\.txt:3: u2-1 has no hyp"),
+        (RECOGS.replace("[]", "[print(1)]"), r"r\.txt:4: the words are no list of texts"),
+    ):
+        with pytest.raises(CorpusError, match=what):
+            score(written(tmp_path, "r.txt", text))
