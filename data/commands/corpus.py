@@ -228,38 +228,46 @@ def split(
 @click.option("--rate", "rate_hz", type=int, help="Expected rate in Hz. By default the rate of most files.")
 @click.option("--full", is_flag=True, help="Decode all audio, not only headers and the ends of segments.")
 @click.option("--audio/--no-audio", default=True, help="Whether to read audio files at all.")
+@click.option("--ignore", metavar="KINDS", help="Accept findings of these kinds, with commas between: mark,rate.")
 @root_option
 @click.option("--json", "as_json", is_flag=True, help="Print facts as JSON.")
 @click.pass_context
-def check(
-    ctx: click.Context, manifest: Path, rate_hz: int | None, full: bool, audio: bool, root: Path | None, as_json: bool
-) -> None:
+def check(ctx: click.Context, manifest: Path, ignore: str | None, as_json: bool, **options: Any) -> None:
     """Check a corpus, or a feature file (.h5). The exit code is 1 if there are findings.
+
+    Findings of kinds that --ignore names are only counted.
 
     Example: stillhouse corpus check corpus.jsonl --full
     """
-    from ..corpus.check import check_corpus, check_features
+    from collections import Counter
 
-    if manifest.suffix in FEATURE_SUFFIXES:
-        done = check_features(manifest)
-    else:
-        done = check_corpus(manifest, rate_hz=rate_hz, full=full, audio=audio, root=root)
+    from ..corpus.check import KINDS, check_corpus, check_features
+    from ..errors import UsageError
+
+    accepted = set(ignore.replace(" ", "").split(",")) if ignore is not None else set()
+    if unknown := accepted - set(KINDS):
+        raise UsageError(f"--ignore {min(unknown)}: no finding is of this kind", expected=", ".join(KINDS))
+    done = check_features(manifest) if manifest.suffix in FEATURE_SUFFIXES else check_corpus(manifest, **options)
+    ignored = Counter(f.kind for f in done.findings if f.kind in accepted)
+    findings = [f for f in done.findings if f.kind not in accepted]
     if as_json:
         facts = {
             "utterances": done.utterances,
             "files": done.files,
             "rates": done.rates,
             "notes": done.notes,
-            "findings": [f.facts() for f in done.findings],
+            "findings": [f.facts() for f in findings],
+            "ignored": ignored,
         }
         click.echo(json.dumps(facts, ensure_ascii=False, indent=1))
     else:
-        for finding in done.findings:
+        for finding in findings:
             click.echo(str(finding))
         for note in done.notes:
             say(note)
-        say(f"{done.utterances} utterances, {done.files} audio files: {len(done.findings) or 'no'} findings")
-    if done.findings:
+        more = f", and {ignored.total()} that are ignored ({', '.join(sorted(ignored))})" if ignored else ""
+        say(f"{done.utterances} utterances, {done.files} audio files: {len(findings) or 'no'} findings{more}")
+    if findings:
         ctx.exit(1)
 
 

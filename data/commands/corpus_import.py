@@ -212,7 +212,7 @@ _importer(
 
     Example: stillhouse corpus import huggingface my_dataset corpus.jsonl --text-column sentence
     """,
-    (_folders, _columns, _pattern),
+    (_folders, _columns, _audio_root, _pattern),
 )
 
 

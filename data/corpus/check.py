@@ -20,6 +20,22 @@ from .text import text_findings
 # A tab or a line end in a transcript is left over from a table.
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]|[\ud800-\udfff]")
 LOST = "\ufffd"
+KINDS = (
+    *("missing", "audio", "silence", "antiphase", "segment", "rate", "duplicate-id", "duplicate-audio", "empty-id"),
+    *(
+        "empty-text",
+        "control",
+        "encoding",
+        "mark",
+        "invisible",
+        "unicode",
+        "script",
+        "line",
+        "root",
+        "damaged",
+        "empty",
+    ),
+)
 _PLACE = re.compile(r"(?P<file>.*):(?P<line>\d+)", re.DOTALL)
 
 

@@ -27,6 +27,7 @@ ALIKE = 0.3  # the correlation of the loudness of two channels, below which they
 # The share of the power in the upper three tenths of the band, below which they are empty. Read speech at 16 kHz has at
 # least 2e-4 there. The same speech, brought from 8 to 16 kHz by `resample`, has at most 3e-7.
 EMPTY = 1e-5
+LOUDEST = 16.0  # samples of float files, whose full scale is 1. No gain of a recording is so far above it.
 LONGEST = 1 << 20  # samples of which a spectrum is computed
 # (kind, what, remedy)
 Problem = tuple[str, str, str]
@@ -131,6 +132,11 @@ def _sound(samples: np.ndarray, path: Path) -> Iterator[Problem]:
     """Yield what is wrong with the samples of a segment, float32 [S, channels]. Several channels will be mixed."""
     if not np.isfinite(samples).all():
         yield "audio", f"{path}: the audio holds samples that are not numbers", RESTORE
+    elif (peak := float(np.abs(samples).max())) > LOUDEST:
+        what = (
+            f"{path}: its samples reach {peak:g}, where full scale is 1, as if they were written without being scaled"
+        )
+        yield "audio", what, "write the file again with samples from -1 to 1"
     elif (samples == samples[0]).all():
         value = "0" if not samples.any() else f"{samples[0, 0]:g}"
         yield "silence", f"{path}: all samples of the segment are {value}", "restore the recording or delete the line"
@@ -144,6 +150,8 @@ def _sound(samples: np.ndarray, path: Path) -> Iterator[Problem]:
 
 def _has_empty_band(samples: np.ndarray) -> bool:
     """Return whether the upper part of the spectrum has next to no power, as after a doubling of the rate."""
+    if not np.isfinite(samples).all():
+        return False  # A finding says so.
     spectrum = np.square(np.abs(np.fft.rfft(samples[:LONGEST].mean(axis=1))))
     power = float(spectrum[1:].sum())
     return len(spectrum) > 1000 and float(spectrum[len(spectrum) * 7 // 10 :].sum()) < EMPTY * power

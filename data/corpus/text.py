@@ -18,7 +18,10 @@ from ..text import INVISIBLE, MARK
 SPACES = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f]")
 SCRIPTS = ("LATIN", "CYRILLIC", "GREEK", "ARMENIAN", "CHEROKEE")  # whose letters look alike
 FORMS = ("[[", "((", "++", "<", "[", "(", "{", "%", "!", "*")
-REMEDY = "drop them with `stillhouse corpus tokenizer --marks drop`, or make each a unit with --marks keep"
+REMEDY = (
+    "drop them with `stillhouse corpus tokenizer --marks drop`, or make each a unit with --marks keep, "
+    "and accept them here with --ignore mark"
+)
 COMPOSE = "correct the source, or add nfc to the --transform of `corpus tokenizer` and `extract`"
 
 

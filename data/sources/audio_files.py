@@ -20,6 +20,7 @@ from ..errors import AudioError
 from ..files.atomic import draft_of
 from ..files.paths import confined
 
+SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".sph")  # of names that a list has without them
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -42,16 +43,19 @@ class AudioFiles:
         self._lengths: dict[Path, AudioLength] = {}
 
     def find(self, text: str) -> Path:
-        """Return the file of a path. Raises AudioError if it is missing or outside the root."""
+        """Return the file of a path, which may lack its suffix if one file alone has that name.
+
+        Raises AudioError if it is missing or outside the root.
+        """
         try:
-            for k, folder in enumerate(self._folders):
-                path = folder / text
-                if os.path.isfile(path):
-                    if k:
+            for suffixes in (("",), SUFFIXES):
+                for k, folder in enumerate(self._folders):
+                    found = [path for s in suffixes if os.path.isfile(path := Path(f"{folder / text}{s}"))]
+                    if len(found) > 1:
+                        raise AudioError(f"{len(found)} files have this name", where=text[:1000], expected="a suffix")
+                    if found:
                         self._folders.insert(0, self._folders.pop(k))
-                    return confined(path, self._root)
-                if os.path.isabs(text):
-                    break
+                        return confined(found[0], self._root)
         except ValueError as e:  # The text holds a NUL or half of a surrogate pair.
             raise AudioError(f"not a path: {e}", where=repr(text[:80])) from e
         confined(self._folders[0] / text, self._root)

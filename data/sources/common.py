@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -52,6 +53,7 @@ class Imported:
         self._orders: dict[str, str] = {}
         self.places: dict[str, str] = {}  # where each id was read
         self._mixed: list[str] = []
+        self._whole: Counter[tuple[str, int | None]] = Counter()  # files without times, by channel
         self._recordings: dict[str, tuple[Path, set[Path]]] = {}
         try:
             self._pattern = re.compile(self.session_pattern) if self.session_pattern else None
@@ -161,6 +163,8 @@ class Imported:
         """
         begin, span = segment(start, end, duration)
         duration_s = self.duration(begin, length.seconds if span is None else begin + span, length, audio)
+        if start is None and end is None and duration is None:
+            self._whole[str(audio), channel] += 1
         if channel is None and length.channels > 1:
             self._mixed.append(str(audio))
         return {"audio": audio, "start_s": begin, "duration_s": duration_s, "channel": channel}
@@ -220,6 +224,11 @@ class Imported:
 
     def in_session_order(self) -> Imported:
         """Sort: a session stands where its first utterance was, each in its order. Return the result itself."""
+        if repeated := [audio for (audio, _), uses in self._whole.items() if uses > 1]:
+            self.note(
+                f"several lines name the whole of one file, for example of {repeated[0]} ({len(repeated)} such files). "
+                "If they are parts of it, name the columns or keys of their times"
+            )
         if self._mixed:
             files = f"{len(set(self._mixed))} files with several channels, for example {self._mixed[0]}"
             self.note(

@@ -18,7 +18,6 @@ from typing import Any
 from ..audio.channels import ChannelNames
 from ..errors import ConfigError, CorpusError
 from ..files.lines import read_text
-from ..files.paths import confined
 from .audio_files import AudioFiles
 from .columns.names import AudioNames
 from .columns.times import TIMES, fold, seconds, segment
@@ -27,10 +26,13 @@ from .common import Imported
 # The usual names of a field's column. The first that a header has counts.
 USUAL: dict[str, tuple[str, ...]] = {
     "id": ("id", "utt", "utt_id", "uttid", "utterance", "utterance_id", "segment_id", "key"),
-    "text": ("text", "transcript", "transcription", "sentence", "txt"),
-    "audio": ("audio", "path", "wav", "file", "filename", "audio_path", "audio_filepath", "file_name"),
+    "text": ("text", "transcript", "transcription", "sentence", "txt", "wrd", "tgt_text"),
+    "audio": (
+        *("audio", "path", "wav", "file", "filename", "audio_path", "audio_filepath", "file_name", "file_path"),
+        *("filepath", "audio_file", "audio_filename", "wav_path", "wav_filename", "wav_file"),
+    ),
     "session": ("session", "session_id", "chapter", "chapter_id", "conversation", "conversation_id", "recording"),
-    "speaker": ("speaker", "speaker_id", "spk", "client_id"),
+    "speaker": ("speaker", "speaker_id", "spk", "spk_id", "client_id"),
     "split": ("split", "subset"),
     **TIMES,
     "channel": ("channel", "channel_id", "chan", "side"),
@@ -81,7 +83,7 @@ def add_tables(
 ) -> None:
     """Add the rows of tables, given as (split or None, file), to an import. See `import_table`.
 
-    A .jsonl file has an object for each row.
+    A .jsonl or .json file has an object for each row.
     """
     names = AudioNames()
     opened = [(split, _Table(result, table, given, form or TableForm(), names)) for split, table in tables]
@@ -97,7 +99,7 @@ class _Table:
     ) -> None:
         self.result, self.table = result, table
         header = form.header
-        if table.suffix == ".jsonl":
+        if table.suffix.lower() in (".jsonl", ".json"):
             self.decimal_comma, rows, header = False, list(_object_rows(result, table)), True
         else:
             line, text, delimiter = _first_line(table, read_text(table), form.delimiter)
@@ -116,17 +118,19 @@ class _Table:
         width = max((k + 1 for _, cells in first for k, cell in enumerate(cells) if cell.strip()), default=0)
         self.rows = [(n, cells if any(c.strip() for c in cells[width:]) else cells[:width]) for n, cells in rows]
         names = self.rows[0][1] if header else [f"column_{k + 1}" for k in range(width)]
-        self.names = names = [name.strip() for name in names]
+        self.names = names = [name.strip() or f"column_{k + 1}" for k, name in enumerate(names)]
         if len(set(names)) != len(names):
             raise CorpusError("two columns have the same name", where=f"{table}:1", expected=", ".join(names))
         self.places = places = _places(table, names, given, guess=header)
         listed = f"one of {', '.join(names)}"
         if "text" not in places:
             what = "no column holds the transcript"
-            raise ConfigError(what, where=table, expected=listed, remedy="--text-column NAME")
+            remedy = "--text-column NAME, or its number if no row names the columns"
+            remedy = remedy if len(names) > 1 else "name the delimiter, for example --delimiter '|'"
+            raise ConfigError(what, where=table, expected=listed, remedy=remedy)
         if "id" not in places and "audio" not in places:
             what = "no column names the utterances"
-            raise ConfigError(what, where=table, expected=listed, remedy="--id-column NAME")
+            raise ConfigError(what, where=table, expected=listed, remedy="--id-column NAME or --audio-column NAME")
         self.rows = body = self.rows[1:] if header else self.rows
         columns_read: dict[str, str | None] = {field: None for field, column in given.items() if column == NO_COLUMN}
         columns_read |= {field: names[ks[0]] for field, ks in places.items()}
@@ -138,7 +142,8 @@ class _Table:
             if not ChannelNames(labels).known:  # Such a column is about something else, for example a broadcaster.
                 del places["channel"]
         values = [self._value(cells) for _, cells in body if len(cells) == len(names)]
-        self.audio = _TableAudio(result.audio_root or table.parent, columns_read, values, audio_names)
+        folder = result.audio_root or table.parent
+        self.audio = _TableAudio(folder, AudioFiles([folder], result.root), columns_read, values, audio_names)
 
     def add(self, split: str | None) -> None:
         """Add the rows to the import."""
@@ -180,10 +185,15 @@ class _TableAudio:
     """What depends on the audio: ids, times and channels. `columns` is {field: name of its column}."""
 
     def __init__(
-        self, folder: Path, columns: Mapping[str, str | None], rows: list[dict[str, str]], names: AudioNames
+        self,
+        folder: Path,
+        files: AudioFiles,
+        columns: Mapping[str, str | None],
+        rows: list[dict[str, str]],
+        names: AudioNames,
     ) -> None:
         self.folder, self.columns = folder, columns
-        self.files = AudioFiles([folder], None)
+        self.files = files
         self.names, self.channels = names, ChannelNames({value.get("channel", "") for value in rows})
         for value in rows:
             if value.get("audio") and not value.get("id"):
@@ -202,7 +212,7 @@ class _TableAudio:
         id = value.get("id") or (self.names.id(self.folder, path, start_s, channel) if path else "")
         session, order = result.session(id, value.get("session") or None, value.get("order", ""))
         if path:
-            audio = confined(self.folder / path, result.root)
+            audio = self.files.find(path)
             length = self.files.length(audio)
             which = self.channels.channel(channel, length.channels, audio)
             placed = result.placed(audio, length, start_s, end_s, duration_s, which)

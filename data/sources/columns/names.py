@@ -1,7 +1,7 @@
 """Ids of utterances that have none of their own, from the names of their audio files.
 
 Guarantees: an id depends on all files of an import together, never on their order. Files of one name in several folders
-get ids from their paths, and rows that share a file get ids from their times and channels.
+get ids from their paths, with suffixes if only these differ. Rows that share a file get ids from times and channels.
 Try: `stillhouse corpus import nemo train_manifest.json corpus.jsonl`.
 """
 
@@ -79,7 +79,8 @@ class AudioNames:
             if stems[name] > 1:
                 name = paths[file] if twice[paths[file]] == 1 else _without_suffix(os.path.relpath(file, folder))
             names[file] = name
-        return names
+        uses = Counter(names.values())  # Files of one path may differ in the suffix alone.
+        return {file: n if uses[n] == 1 else n + os.path.splitext(self._given[file])[1] for file, n in names.items()}
 
 
 def _file(folder: Path | str, path: str) -> str:

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from click.testing import CliRunner, Result
 
+from stillhouse.cli import cli
 from stillhouse.data.audio.read import read_audio, resample
-from stillhouse.data.corpus.check import Checked, check_corpus
-from stillhouse.data.errors import AudioError, CorpusError
+from stillhouse.data.corpus.check import KINDS, Checked, check_corpus
+from stillhouse.data.errors import AudioError, CorpusError, UsageError
 from stillhouse.data.manifest import Corpus, Utterance, to_line, write_manifest
 
 Make = Callable[..., Corpus]
@@ -200,3 +203,35 @@ def test_narrow_audio_at_a_wide_rate_is_said(tmp_path: Path) -> None:
     done = full(tmp_path, *(Utterance(id=name, text="x", audio=f"{name}.wav") for name in names))
     [note] = [note for note in done.notes if "upper band" in note]
     assert note.startswith("1 utterances, for example made, have next to nothing in the upper band")
+
+
+def test_samples_that_no_recording_has(tmp_path: Path) -> None:
+    noise = 0.1 * np.random.default_rng(0).standard_normal(16000)
+    sounds = {"int16": 3000 * noise, "loud": 10 * noise, "nan": np.where(np.arange(16000) == 5, np.nan, noise)}
+    for name, samples in sounds.items():
+        soundfile.write(tmp_path / f"{name}.wav", samples, 16000, subtype="FLOAT")
+    done = full(tmp_path, *(Utterance(id=name, text="x", audio=f"{name}.wav") for name in sounds))
+    assert [(f.kind, f.id) for f in done.findings] == [("audio", "int16"), ("audio", "nan")]
+    assert "where full scale is 1" in done.findings[0].what
+
+
+def test_findings_that_are_accepted(tmp_path: Path) -> None:
+    texts = {"a": "oh [noise] no", "b": "zero\u200bwidth", "c": "plain"}
+    write_manifest(tmp_path / "c.jsonl", [Utterance(id=id, text=text) for id, text in texts.items()])
+
+    def check(*options: str) -> Result:
+        return CliRunner().invoke(cli, ["corpus", "check", str(tmp_path / "c.jsonl"), *options])
+
+    done = check()
+    assert done.exit_code == 1 and "2 findings" in done.output and "--ignore mark" in done.output
+    done = check("--ignore", "mark")
+    assert done.exit_code == 1 and "1 findings, and 1 that are ignored (mark)" in done.output
+    assert "[noise]" not in done.output
+    done = check("--ignore", "mark, invisible")
+    assert done.exit_code == 0 and "no findings, and 2 that are ignored (invisible, mark)" in done.output
+    facts = json.loads(check("--ignore", "mark", "--json").stdout)
+    assert facts["ignored"] == {"mark": 1} and [f["kind"] for f in facts["findings"]] == ["invisible"]
+    done = check("--ignore", "marks")
+    assert isinstance(done.exception, UsageError) and "invisible" in str(done.exception)
+    page = (Path(__file__).parents[3] / "docs" / "guide" / "corpus.md").read_text()
+    assert all(f"`{kind}`" in page for kind in KINDS)
