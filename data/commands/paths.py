@@ -1,6 +1,7 @@
 """Paths on the command line: an empty one, a URL and a quoted ~ do not become folders of that name.
 
-Guarantees: file://PATH is PATH, and ~ at the beginning is the home folder. Only the path of a store may be s3://.
+Guarantees: file://PATH is PATH, and ~ at the beginning is the home folder. Only the path of a store may be s3://. A
+file that the shell has opened as standard output is no input.
 Try: `stillhouse extract corpus.jsonl "" --teacher MODEL`.
 """
 
@@ -8,6 +9,8 @@ from __future__ import annotations
 
 import os
 import re
+import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -43,7 +46,21 @@ class AnyPath(click.Path):
             self.fail(f"{text}: {scheme}:// is not supported here; give {instead}", param, ctx)
         elif re.match(r"~[^/]*(/|$)", text) and not os.path.lexists(text.split("/", 1)[0]):
             text = os.path.expanduser(text)
+        if _is_standard_output(text):
+            self.fail(
+                f"{text} is also standard output (> or >>), which writes over it; choose another name", param, ctx
+            )
         return super().convert(text, param, ctx)
+
+
+def _is_standard_output(path: str) -> bool:
+    """Return whether the shell has opened a regular file as standard output. Devices may be named twice."""
+    if os.path.abspath(path).startswith(("/dev/", "/proc/")):
+        return False
+    with suppress(OSError, ValueError):
+        own = os.fstat(1)
+        return stat.S_ISREG(own.st_mode) and os.path.samestat(own, os.stat(path))
+    return False
 
 
 PATH = AnyPath()

@@ -24,7 +24,14 @@ DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # 
 
 
 def refuse_input(out: Path, inputs: Iterable[Path | None], *, inside: bool = False) -> None:
-    """Raise UsageError if `out` is the same file or folder as one of the inputs, or is `inside` one of them."""
+    """Raise UsageError if `out` is the same file or folder as one of the inputs, or is `inside` one of them.
+
+    It is also raised if `out` lies in a store, which holds nothing but its own files.
+    """
+    for folder in Path(os.path.realpath(out)).parents:
+        if (folder / "store.json").is_file():
+            what = f"this is inside of the store {folder}"
+            raise UsageError(what, where=out, remedy="choose a place outside of it")
     for path in inputs:
         if path is None or not path.exists():
             continue

@@ -91,6 +91,12 @@ def load_study(path: Path, out: Path) -> Study:
     for arm in definition.arms:
         if not _NAME.fullmatch(arm):
             raise ConfigError(f"{arm!r} cannot be the name of an arm", where=path, expected="letters, digits, . _ + -")
+    arms = list(definition.arms)
+    folders = [arm.casefold() for arm in arms]
+    if len(set(folders)) < len(folders):
+        twice = ", ".join(arm for arm, folder in zip(arms, folders, strict=True) if folders.count(folder) > 1)
+        what = f"arms {twice} differ in case alone, and share a folder where case does not count"
+        raise ConfigError(what, where=path, remedy="rename one of them")
     if len(set(definition.seeds)) < len(definition.seeds):
         raise ConfigError("a seed is named twice", where=path)
     if unknown := set(definition.against or []) - definition.arms.keys():

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import click
@@ -228,3 +231,26 @@ def test_features_and_demos_leave_other_files_alone(tmp_path: Path, corpus: Path
     run("corpus", "features", corpus, corpus)
     assert corpus.read_bytes() == before
     assert "a demo's" in run("demo", "--out", tmp_path) and corpus.read_bytes() == before
+
+
+def test_nothing_else_is_written_into_a_store(tmp_path: Path) -> None:
+    (tmp_path / "s.zarr" / "plan").mkdir(parents=True)
+    (tmp_path / "s.zarr" / "store.json").write_text("{}")
+    for out in ("s.zarr/x", "s.zarr/plan/deep/x.html"):
+        with pytest.raises(UsageError, match=r"inside of the store .*s\.zarr"):
+            refuse_input(tmp_path / out, [])
+    refuse_input(tmp_path / "s.zarr", [])
+    refuse_input(tmp_path / "s.zarr2" / "x", [])
+
+
+@pytest.mark.parametrize("how", [">", ">>"])
+def test_an_input_that_is_standard_output_is_named(tmp_path: Path, how: str) -> None:
+    write_manifest(tmp_path / "c.jsonl", [Utterance(id="a", text="b")])
+    (tmp_path / "link.jsonl").symlink_to("c.jsonl")
+    command = f"{sys.executable} -m stillhouse.cli corpus info "
+    run = partial(subprocess.run, shell=True, capture_output=True, text=True, cwd=tmp_path)
+    assert run(f"{command} c.jsonl {how} facts.txt").returncode == 0
+    before = (tmp_path / "c.jsonl").stat().st_size
+    done = run(f"{command} link.jsonl {how} c.jsonl")
+    assert done.returncode == 2 and "link.jsonl is also standard output" in done.stderr
+    assert (tmp_path / "c.jsonl").stat().st_size == (before if how == ">>" else 0)

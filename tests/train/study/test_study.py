@@ -157,6 +157,7 @@ def test_other_settings_than_the_runs_have_are_refused(finished: tuple[Path, Pat
         (STUDY.replace("optim.lr = 1e-5", "loss.ctc_weight = 0"), "ctc_weight above 0 is True and False"),
         (STUDY.replace("optim.lr = 1e-5", "data.batch_frames = 900"), "data.batch_frames is 1200 and 900"),
         (STUDY.replace("optim.lr", "optim.rate"), "arm slow: optim.rate"),
+        (STUDY + "\n[arms.Slow]\noptim.lr = 1e-6\n", "arms slow, Slow differ in case alone"),
         (STUDY.replace("[arms.slow]", '[arms."a/b"]'), "'a/b' cannot be the name of an arm"),
         (STUDY.replace("[1, 2]", "[1, 1]"), "a seed is named twice"),
         (STUDY.replace("seeds", 'against = ["single"]\nseeds'), "against names single"),
