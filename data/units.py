@@ -23,6 +23,7 @@ import numpy as np
 
 from .errors import ConfigError, CorpusError
 from .files.atomic import read_plain, write_atomic
+from .files.trouble import not_written
 from .text import MARK, SPACE_MARK, MappedText, check_transform, transform, transform_around
 
 FORMAT, VERSION = "stillhouse-units", 1
@@ -161,7 +162,7 @@ class Units:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_atomic(folder / name, data)
             except OSError as e:
-                raise CorpusError(f"the units cannot be written: {e.strerror}", where=folder / name) from None
+                raise not_written(CorpusError, e, folder / name, "the units cannot be written") from None
 
 
 def is_units(folder: Path) -> bool:

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..errors import FeatureError
 from ..files.atomic import draft_of
+from ..files.patient import PatientFile
 from ..files.trouble import in_words, os_error
 from .file import FORMAT, RECORD, VERSION, FeatureFile, FeatureSettings, checksum, sum_of_tables
 
@@ -107,7 +108,8 @@ def _write(
         # texts of fixed length, but not other texts.
         with (
             draft_of(path, folder=drafts) as draft,
-            h5py.File(draft, "w", locking=False, libver="v110", **aligned) as file,
+            PatientFile(draft) as output,
+            h5py.File(output, "w", libver="v110", **aligned) as file,
         ):
             file.attrs["format"] = np.bytes_(FORMAT)
             file.attrs["version"] = VERSION

@@ -10,8 +10,11 @@ import errno
 import os
 import re
 from pathlib import Path
+from typing import TypeVar
 
 from ..errors import StillhouseError
+
+E = TypeVar("E", bound=StillhouseError)
 
 OUTPUT = "standard output"
 AGAIN = "and repeat the command"
@@ -75,6 +78,12 @@ def in_words(error: BaseException, where: object = None) -> StillhouseError | No
         what += _free(Path(str(place)))
     shown = str(place) if place is None or len(str(place)) < 300 else str(place)[:120] + "…"
     return StillhouseError(what, where=shown if place is not None else None, remedy=remedy)
+
+
+def not_written(kind: type[E], error: OSError, path: Path, what: str = "cannot be written") -> E:
+    """Return the error of a file that could not be written, as an error of a `kind`."""
+    trouble = in_words(error, path) or StillhouseError(str(error))
+    return kind(f"{what}: {trouble.what}", where=path, remedy=trouble.remedy)
 
 
 def _free(place: Path) -> str:

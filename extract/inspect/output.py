@@ -13,6 +13,7 @@ from pathlib import Path
 from ...data.errors import StoreError, UsageError
 from ...data.files.atomic import draft_of
 from ...data.files.outputs import refuse_input
+from ...data.files.trouble import not_written
 
 
 def check_output(path: Path, suffixes: Iterable[str], force: bool, inputs: Iterable[str | Path] = ()) -> None:
@@ -35,4 +36,4 @@ def output_draft(path: Path) -> Iterator[Path]:
         with draft_of(path, suffix=path.suffix, durable=False) as draft:
             yield draft
     except OSError as e:
-        raise StoreError(f"cannot be written: {e.strerror}", where=path) from e
+        raise not_written(StoreError, e, path) from e

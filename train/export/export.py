@@ -19,7 +19,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from ...data.errors import UsageError
-from ...data.files.atomic import sha256_plain, usual_mode
+from ...data.files.atomic import named, sha256_plain, usual_mode
 from ...data.files.outputs import refuse_input
 from ...data.units import Units
 from ..config import Config, dump_config
@@ -93,7 +93,7 @@ def export_run(
     if symbols is not None and sherpa:
         raise UsageError(f"--symbols-per-frame is for sherpa-onnx, which cannot run this: {sherpa}", where=run)
     symbols = (symbols or MAX_SYMBOLS) if sherpa is None else 1
-    with new_folder(out, force) as draft:
+    with named(out), new_folder(out, force) as draft:
         difference = 0.0
         if kind == "safetensors":
             _write_weights(model, units, config, draft)

@@ -11,6 +11,7 @@ from typing import Any
 
 from ...data.errors import CorpusError
 from ...data.files.atomic import write_atomic
+from ...data.files.trouble import not_written
 from .html import page
 
 
@@ -25,4 +26,4 @@ def write_page(path: Path, name: str, **values: Any) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, page("score.html.j2", f"Errors of {name}", **values))
     except OSError as e:
-        raise CorpusError(f"the page cannot be written: {e.strerror}", where=path) from e
+        raise not_written(CorpusError, e, path, "the page cannot be written") from e

@@ -16,6 +16,7 @@ import numpy as np
 
 from ....data.errors import NoStoreError, StoreError, UsageError, first_few
 from ....data.files.atomic import usual_mode
+from ....data.files.patient import PatientFile
 from ...store import Store, View
 from ..output import check_output, output_draft
 from ..sample import available_rows, ids_of
@@ -90,7 +91,7 @@ def _hdf5(path: Path, ids: list[str], arrays: dict[str, np.ndarray]) -> None:
     import h5py
 
     text = h5py.string_dtype()
-    with h5py.File(path, "w") as f:
+    with PatientFile(path) as output, h5py.File(output, "w") as f:
         f.create_dataset("utterance", data=np.array(ids, object), dtype=text, shape=(len(ids),))
         for name, values in arrays.items():
             is_text = values.dtype.kind == "U"
