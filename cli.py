@@ -6,10 +6,12 @@ Try: `stillhouse --help`.
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import os
 import signal
 import sys
+from types import TracebackType
 from typing import Any
 
 import click
@@ -74,6 +76,9 @@ def cli(ctx: click.Context, debug: bool) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line. Errors become messages and exit codes here and nowhere else."""
     args = sys.argv[1:] if argv is None else argv
+    ending = _Ending()
+    if argv is None:
+        atexit.register(ending.leave)  # registered first, so it is called last
     # Set before torch is loaded. Threads that spin while they wait make everything up to 100 times slower if other
     # processes use the cores too. On a quiet machine, waking them costs nothing measurable.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -81,8 +86,34 @@ def main(argv: list[str] | None = None) -> None:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `stillhouse … | head` ends without a traceback
     from stillhouse.data.files.streams import escaped_output
 
-    with escaped_output():
+    with escaped_output(), ending:
         _run(args)
+
+
+class _Ending:
+    """A context manager that keeps the exit code, and the end of a process that has nothing left to do but free memory.
+
+    Libraries take half a second or more for that, which a scheduler that kills does not always give.
+    """
+
+    code: int | None = None
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if isinstance(error, SystemExit) and isinstance(error.code, int):
+            self.code = error.code
+
+    def leave(self) -> None:
+        if self.code is None:
+            return  # An exception that nothing expects, which Python reports with an exit code of its own.
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except OSError:
+            return  # Python says so.
+        os._exit(self.code)
 
 
 def _run(args: list[str]) -> None:

@@ -7,8 +7,10 @@ Try: `stillhouse train CONFIG --out RUN`, and `kill -USR1` its process.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +23,7 @@ from ..errors import STOPPED
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # A scheduler may signal the launcher and its processes, and the launcher passes its own signal on.
 SAME_REQUEST_S = 1.0
+PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
 class StopNow(BaseException):
@@ -36,7 +39,8 @@ class StopRequest:
     """A context manager in which the first signal is a request to stop. In threads it changes nothing.
 
     Outside of `deferred`, the request raises StopNow at once. `signal` is its name, or None. A signal more than a
-    second after the first ends the process, with the text `after` on standard error.
+    second after the first ends the process, with the text `after` on standard error. With `follow_launcher`, the end of
+    the process that started this one is a request too.
     """
 
     def __init__(self) -> None:
@@ -46,6 +50,7 @@ class StopRequest:
         self._asked_s = 0.0
         self._deferred = False
         self._before: dict[int, Any] = {}
+        self._launcher: int | None = None  # the process id of the launcher, while it lives
 
     @property
     def requested(self) -> bool:
@@ -61,6 +66,15 @@ class StopRequest:
             return {}
         return {number: signal.signal(number, self._on_signal) for number in SIGNALS}
 
+    def follow_launcher(self) -> None:
+        """Have Linux send SIGTERM when the launcher ends, for example by a signal that it does not pass on.
+
+        Other systems leave this process running then.
+        """
+        if sys.platform == "linux":
+            self._launcher = os.getppid()
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+
     def __exit__(self, kind: type | None, error: BaseException | None, _: TracebackType | None) -> None:
         stopped = getattr(error, "exit_code", None) == STOPPED
         for number, handler in self._before.items():
@@ -69,12 +83,16 @@ class StopRequest:
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
+        orphaned = self._launcher is not None and os.getppid() != self._launcher
+        if orphaned:
+            self._launcher = None
         if self.signal is None:
-            self.signal, self._asked_s = signal.Signals(number).name, now
+            self.signal = "the end of its launcher" if orphaned else signal.Signals(number).name
+            self._asked_s = now
             self.pass_on()
             if not self._deferred:
                 raise StopNow
-        elif now - self._asked_s > SAME_REQUEST_S:
+        elif now - self._asked_s > SAME_REQUEST_S and not orphaned:
             os.write(2, f"stopped at once by {signal.Signals(number).name}. {self.after}\n".encode())
             os._exit(STOPPED)
 

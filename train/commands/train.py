@@ -24,15 +24,17 @@ def stoppable() -> Iterator[StopRequest]:
     from ...data.errors import StoppedError
     from ...data.files.stopping import StopNow, StopRequest
 
+    say_first = say if os.environ.get("RANK", "0") == "0" else lambda _: None  # Every rank is stopped.
     with StopRequest() as stop:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            stop.follow_launcher()
         try:
             yield stop
         except StopNow:
-            if os.environ.get("RANK", "0") == "0":
-                say(f"stopped by {stop.signal}. {stop.after}")
+            say_first(f"stopped by {stop.signal}. {stop.after}")
             raise StoppedError(f"stopped by {stop.signal}") from None
         except KeyboardInterrupt:
-            say(f"interrupted. {stop.after}")
+            say_first(f"interrupted. {stop.after}")
             raise click.exceptions.Exit(130) from None
 
 

@@ -296,7 +296,9 @@ class Trainer:
     def _stop(self, monitor: Monitor) -> None:
         """End the run with a checkpoint of this step, which all ranks have agreed on."""
         self._checkpoint(monitor)
-        by = f"by {self.stop.signal}" if self.stop.requested else "by a signal to another rank"
+        signals = self.ranks.gather(self.stop.signal)
+        rank = next(r for r, name in enumerate(signals) if name is not None)  # of several, the first
+        by = f"by {signals[rank]}" + (f" (rank {rank})" if rank else "")
         place = self.out / "checkpoints" / f"step-{self.step:08d}"
         kept = f"{place} is on disk" if self.step else "nothing was computed yet"
         self.on_progress(

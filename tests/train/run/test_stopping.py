@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -245,26 +246,36 @@ def rank_of(process: subprocess.Popen, rank: int) -> int:
     raise AssertionError(f"torchrun has no rank {rank}")
 
 
-@pytest.mark.parametrize("way", ["launcher", "rank 1"])
-def test_all_ranks_stop_at_one_step(tones: Path, tmp_path: Path, way: str) -> None:
-    """torchrun passes SIGTERM on. It ends with 1 whatever its processes end with, and reports their 143."""
+@pytest.mark.parametrize(
+    ("way", "number"),
+    [
+        ("launcher", signal.SIGTERM),
+        ("rank 1", signal.SIGUSR1),
+        ("launcher, which ends", signal.SIGUSR1),
+        pytest.param("launcher, which ends", signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param("launcher, told to pass it on", signal.SIGUSR1, marks=pytest.mark.slow),
+    ],
+)
+def test_all_ranks_stop_at_one_step(tones: Path, tmp_path: Path, way: str, number: signal.Signals) -> None:
+    """torchrun passes SIGTERM on. It ends with 1 whatever its processes end with, and reports their 143.
 
-    def signal_it(process: subprocess.Popen) -> None:
-        if way == "launcher":
-            process.send_signal(signal.SIGTERM)
-        else:
-            os.kill(rank_of(process, 1), signal.SIGUSR1)
-
+    A signal that it does not pass on ends it at once, and its processes follow.
+    """
     out = tmp_path / "run"
-    command = [*TORCHRUN, *options(tones, out, "optim.steps=4000", "run.checkpoint_every=4000", "run.eval_every=4000")]
-    code, said = said_until(command, "step 3/", signal_it)
-    assert code == 1
-    by = "by SIGTERM" if way == "launcher" else "by a signal to another rank"
+    handled = ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"] if "told" in way else []
+    launch = [*TORCHRUN[:3], *handled, *TORCHRUN[3:]]
+    command = [*launch, *options(tones, out, "optim.steps=4000", "run.checkpoint_every=4000", "run.eval_every=4000")]
+    code, said = said_until(command, "step 3/", lambda p: os.kill(rank_of(p, 1) if way == "rank 1" else p.pid, number))
+    assert code == (-number if "ends" in way else 1)
     step = newest(out)["step"]
     assert step >= 3
-    assert said.count(f"stopped {by} at step {step} of 4000: {out}/checkpoints/step-{step:08d} is on disk.") == 1
+    # Rank 1 may hear of the launcher's end some milliseconds before rank 0.
+    by = {"launcher, which ends": r"the end of its launcher( \(rank 1\))?", "rank 1": r"SIGUSR1 \(rank 1\)"}
+    place = re.escape(f"{out}/checkpoints/step-{step:08d}")
+    line = rf"^stopped by {by.get(way, number.name)} at step {step} of 4000: {place} is on disk\."
+    assert len(re.findall(line, said, re.MULTILINE)) == 1
     assert "error: " not in said
-    if way != "launcher":
+    if way == "rank 1":
         assert "143" in said
 
 
