@@ -90,12 +90,14 @@ def features(manifest: Path, features_file: Path, speeds: str, as_json: bool, **
     from ..errors import UsageError
     from ..features.compute import FeatureSettings, compute_features
     from ..features.rates import default_rate
+    from ..files.outputs import refuse_input
     from ..manifest import read_manifest
 
     try:
         factors = tuple(float(s) for s in speeds.split(","))
     except ValueError as e:
         raise UsageError(f"the speeds are {speeds!r}", expected="numbers with commas between") from e
+    refuse_input(features_file, [manifest])
     chosen = read_manifest(manifest, options.pop("root")).select(options.pop("split"))
     rate_hz = options.pop("rate_hz")
     options["upsample"] = rate_hz is not None

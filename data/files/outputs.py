@@ -28,10 +28,7 @@ def refuse_input(out: Path, inputs: Iterable[Path | None], *, inside: bool = Fal
 
     It is also raised if `out` lies in a store, which holds nothing but its own files.
     """
-    for folder in Path(os.path.realpath(out)).parents:
-        if (folder / "store.json").is_file():
-            what = f"this is inside of the store {folder}"
-            raise UsageError(what, where=out, remedy="choose a place outside of it")
+    _refuse_store(out)
     for path in inputs:
         if path is None or not path.exists():
             continue
@@ -41,6 +38,13 @@ def refuse_input(out: Path, inputs: Iterable[Path | None], *, inside: bool = Fal
             raise UsageError(what, where=out, remedy="choose another name")
         if inside and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(path)):
             what = f"this is inside of {path}, which is an input of the command"
+            raise UsageError(what, where=out, remedy="choose a place outside of it")
+
+
+def _refuse_store(out: Path) -> None:
+    for folder in Path(os.path.realpath(out)).parents:
+        if (folder / "store.json").is_file():
+            what = f"this is inside of the store {folder}"
             raise UsageError(what, where=out, remedy="choose a place outside of it")
 
 
@@ -77,10 +81,11 @@ def is_page(head: bytes) -> bool:
 
 
 def check_folder(out: Path, fits: Callable[[set[str]], bool], what: str) -> None:
-    """Raise UsageError unless a folder is absent or empty, or the names of what it holds fit.
+    """Raise UsageError unless a folder is absent or empty, or the names of what it holds fit, or if it is in a store.
 
     `what` names a folder that fits, for the error. Names that begin with a dot do not count.
     """
+    _refuse_store(out)
     if not out.exists() and not out.is_symlink():
         return
     if not out.is_dir():

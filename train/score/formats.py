@@ -171,9 +171,8 @@ def _stm(line: str, where: str) -> Line:
         expected = "file channel speaker begin end words"
         raise CorpusError("this is not a line of stm", where=where, expected=expected) from None
     text = fields[5].strip() if len(fields) > 5 else ""
-    label = text.split(None, 1)[0] if text.startswith("<") else ""
-    if label.endswith(">") and "," in label:  # the subset of the segment, as <o,f0,male>
-        text = text.removeprefix(label).strip()
+    if text.startswith("<") and (label := text.split(None, 1)[0]).endswith(">"):
+        text = text.removeprefix(label).strip()  # the subset of the segment, as <o,f0,male> or <NA>, also for sclite
     counts = text.lower() != IGNORED and speaker.lower() not in GAPS
     id = f"{name}-{channel}-{round(begin_s * 1000):07d}-{round(end_s * 1000):07d}"
     part = Line(id, text, where, nist=True, recordings=(name,), channel=channel, counts=counts)

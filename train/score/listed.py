@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from ...data.errors import CorpusError
 
-RECOGS = re.compile(r"(?P<id>\S.*?):?\s+(?P<side>ref|hyp)=(?P<words>\[.*\])\s*")
+RECOGS = re.compile(r"(?P<id>\S.*?):?\s+(?P<side>ref|hyp|timestamp_\w+)=(?P<words>\[.*\])\s*")
 PER_UTT = re.compile(r"(?P<id>\S+)\s+(?P<side>ref|hyp|op|#csid)(?:\s+(?P<words>.*))?")
 NO_WORD = re.compile(r"\*+|<eps>")  # what Kaldi writes in the place of a deleted or inserted word
 

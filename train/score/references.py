@@ -13,11 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ...data.errors import CorpusError, UsageError, first_few
+from ...data.audio.channels import ChannelNames
+from ...data.errors import AudioError, CorpusError, UsageError, first_few
 from ...data.files.lines import headed_by_ids, read_lines
 from ...data.manifest import Corpus
 from .formats import REFERENCE, Line, kind_of, read_file
 from .hypotheses import no_references
+
+Sides = dict["str | None", "str | int | None"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,9 @@ def manifest_references(corpus: Corpus) -> list[Line]:
         names |= {os.path.splitext(os.path.basename(u.audio))[0]} if u.audio is not None else set()
         end_s = u.start_s + u.duration_s if u.duration_s is not None else float("inf")
         where = f"{corpus.path}: {u.id}"
-        lines.append(Line(u.id, u.text, where, recordings=tuple(names), begin_s=u.start_s, end_s=end_s))
+        channel = None if u.channel is None else "ABCD"[u.channel] if u.channel < 4 else str(u.channel)
+        line = Line(u.id, u.text, where, recordings=tuple(names), channel=channel)
+        lines.append(replace(line, begin_s=u.start_s, end_s=end_s))
     return lines
 
 
@@ -87,6 +92,8 @@ def read_pair(hypotheses: Path, reference: Path, pairing: str | None = None) -> 
         what = f"{len(texts[0])} lines do not pair with the {len(texts[1])} of {reference}"
         remedy = "give both files the same lines, or start each line with its id"
         raise CorpusError(what, where=hypotheses, remedy=remedy)
+    if not any(line for _, line in texts[0]):
+        raise CorpusError("the file has no hypothesis", where=hypotheses)
     hyps, refs = (
         [Line(f"line {n}", line.strip(), f"{path}:{n}") for n, line in lines]
         for path, lines in zip((hypotheses, reference), texts, strict=True)
@@ -172,8 +179,26 @@ def _parts(line: Line, hypotheses: Sequence[Line], parts: list[Line]) -> list[Li
     channels = {part.channel for part in parts}
     own = {other.channel for other in hypotheses if other.id == line.id}
     if len(channels) > 1 or len(own) > 1:
-        parts = [part for part in parts if part.channel == line.channel]
-        if not parts or channels == {None}:
+        sides = _sides(channels, own)
+        parts = [part for part in parts if sides is not None and sides[0][part.channel] == sides[1][line.channel]]
+        if not parts:
             expected = f"one of {first_few(sorted(map(str, channels)))}"
             raise CorpusError(f"{line.id} has no channel {line.channel}", where=line.where, expected=expected)
     return sorted(parts, key=lambda part: part.begin_s)
+
+
+def _sides(channels: set[str | None], own: set[str | None]) -> tuple[Sides, Sides] | None:
+    """Return {channel: what it is} of references and hypotheses, which may call a side A or 1.
+
+    None: they do not fit.
+    """
+    if channels == {None}:
+        return None
+    if own <= channels:
+        return {name: name for name in channels}, {name: name for name in own}
+    many = max(2, len(channels))
+    try:
+        theirs, ours = (ChannelNames(name or "" for name in names) for names in (channels, own))
+        return {c: theirs.channel(c, many) for c in channels}, {c: ours.channel(c, many) for c in own}
+    except AudioError:
+        return None

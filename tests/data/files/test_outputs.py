@@ -239,6 +239,8 @@ def test_nothing_else_is_written_into_a_store(tmp_path: Path) -> None:
     for out in ("s.zarr/x", "s.zarr/plan/deep/x.html"):
         with pytest.raises(UsageError, match=r"inside of the store .*s\.zarr"):
             refuse_input(tmp_path / out, [])
+        with pytest.raises(UsageError, match=r"inside of the store .*s\.zarr"):
+            check_folder(tmp_path / out, lambda names: True, "anything")
     refuse_input(tmp_path / "s.zarr", [])
     refuse_input(tmp_path / "s.zarr2" / "x", [])
 

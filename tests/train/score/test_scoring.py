@@ -194,6 +194,11 @@ def test_stm_by_times(tmp_path: Path) -> None:
     assert errors(score(heard, "--reference", two)) == (0, 0, 0, 2)
     with pytest.raises(CorpusError, match=r"no channel 1 \(expected one of A, B\)"):
         score(written(tmp_path, "one.ctm", "r1 1 0.1 1 bye\n"), "--reference", two)
+    sides = written(tmp_path, "sides.ctm", "r1 2 0.1 1 bye\nr1 1 0.1 1 hello\n")
+    assert errors(score(sides, "--reference", two)) == (0, 0, 0, 2)
+    labels = written(tmp_path, "labels.stm", "r1 A s 0 2 <NA> hello world\nr1 A s 3 8 <unk> bye\n")
+    heard_all = written(tmp_path, "all.ctm", "r1 1 0.1 1 hello\nr1 1 1.1 0.5 world\nr1 1 3.1 1 bye\n")
+    assert errors(score(heard_all, "--reference", labels)) == (0, 0, 0, 3)  # sclite takes each <…> there for a label
     with pytest.raises(CorpusError, match=r"bad\.stm:1: this is not a line of stm"):
         score(heard, "--reference", written(tmp_path, "bad.stm", "r1 A s 2 1 hello\n"))
 
@@ -206,6 +211,23 @@ def test_ctm_of_recordings_against_a_manifest(tmp_path: Path) -> None:
     facts = score(ctm, "--corpus", path)
     assert errors(facts) == (0, 0, 0, 3) and facts["missing"] == 0
     assert "by their times" in facts["notes"][0]
+
+
+def test_ctm_of_the_sides_of_a_call_against_a_manifest(tmp_path: Path) -> None:
+    side: dict = {"audio": "call.wav", "session": "call", "duration_s": 2.0}
+    fields = {"a": {**side, "channel": 0}, "b": {**side, "channel": 1, "start_s": 1.0}}
+    path = corpus(tmp_path, {"a": "hello there", "b": "hi"}, **fields)
+    for one, two in ("AB", "12", "01"):
+        ctm = f"call {one} 0.1 0.2 hello\ncall {two} 1.2 0.2 hi\ncall {one} 1.3 0.2 there\n"
+        assert errors(score(written(tmp_path, "h.ctm", ctm), "--corpus", path)) == (0, 0, 0, 3)
+    mixed = written(tmp_path, "m.ctm", "call 1 0.1 0.2 hello\ncall 1 1.2 0.2 hi\ncall 1 1.3 0.2 there\n")
+    with pytest.raises(CorpusError, match=r"call has no channel 1 \(expected one of A, B\)"):
+        score(mixed, "--corpus", path)
+
+
+def test_an_empty_file_has_no_hypothesis(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match=r"e\.txt: the file has no hypothesis"):
+        score(written(tmp_path, "e.txt", ""), "--reference", written(tmp_path, "r.txt", "a line of text\n"))
 
 
 def test_pairs_of_text_files(tmp_path: Path) -> None:
@@ -288,6 +310,8 @@ u2-1 #csid 0 0 0 2
 def test_references_and_hypotheses_under_each_other(tmp_path: Path) -> None:
     recogs = written(tmp_path, "recogs-test-clean.txt", RECOGS)
     assert errors(score(recogs)) == (1, 2, 0, 4)
+    timed = written(tmp_path, "recogs-timed.txt", RECOGS + "u1-0:\ttimestamp_hyp=[0.1, 0.5]\n")
+    assert errors(score(timed)) == (1, 2, 0, 4)
     assert errors(score(written(tmp_path, "per_utt", PER_UTT))) == (1, 2, 1, 4)
     path = corpus(tmp_path, {"u1-0": "hello word", "u2-1": "it's so"})
     facts = score(recogs, "--corpus", path)
