@@ -113,7 +113,11 @@ _importer(
             default=None,
             help="Whether the first row names the columns. By default yes, unless columns are given by number.",
         ),
-        click.option("--quote/--no-quote", default=None, help="Whether double quotes quote. By default not in a TSV."),
+        click.option(
+            "--quote/--no-quote",
+            default=None,
+            help="Whether double quotes quote. By default yes, but in a TSV only if it doubles quotes inside of cells.",
+        ),
         click.option(
             "--audio-root", type=EXISTING, help="Folder where audio paths start. By default the folder of the table."
         ),

@@ -39,6 +39,7 @@ USUAL: dict[str, tuple[str, ...]] = {
     "order": ("order", "index"),
 }
 FIELDS = tuple(USUAL)
+QUOTED = re.compile(r'"(?:[^"]|"")*"')  # a cell as spreadsheets and pandas quote it
 NO_COLUMN = "-"  # in the place of a column: the field has none
 LONGEST_ROW = 1_000  # lines. A quote that stays open for longer is a stray one.
 STRAY = 'double the quotes inside of a cell ("") or read them as letters with --no-quote'
@@ -60,8 +61,8 @@ def import_table(
     `columns` is {field of FIELDS: name of a column, or its number from 1}. Several joined by "," are joined by "-".
     NO_COLUMN says that a field has no column. Other fields are found by USUAL names. By default the delimiter is a tab
     for .tsv and .tab, else the one that splits the first line. The first row is a header unless all columns are given
-    by number, and double quotes quote unless the delimiter is a tab. Without `audio_root`, paths start in the table's
-    folder.
+    by number. Double quotes quote unless the delimiter is a tab, but also in a TSV that doubles quotes inside of cells.
+    Without `audio_root`, paths start in the table's folder.
     """
     result = Imported(manifest, **settings)
     form = TableForm(delimiter, header, quote)
@@ -105,6 +106,9 @@ class _Table:
             line, text, delimiter = _first_line(table, read_text(table), form.delimiter)
             self.decimal_comma = delimiter != ","
             quote = delimiter != "\t" if form.quote is None else form.quote
+            if form.quote is None and delimiter == "\t" and _doubles_quotes(text):
+                quote = True
+                result.note(f"{table}: quotes are read as those of cells, because they are doubled inside (--no-quote)")
             rows = list(_rows(result, table, line, text, delimiter, quote))
         if header is None:
             chosen = [value for value in given.values() if value != NO_COLUMN]
@@ -148,6 +152,7 @@ class _Table:
     def add(self, split: str | None) -> None:
         """Add the rows to the import."""
         names, used = self.names, {k for columns in self.places.values() for k in columns}
+        silent: list[str] = []  # places of rows without audio, beside others that have some
         for number, cells in self.rows:
             where = f"{self.table}:{number}"
             if len(cells) != len(names):
@@ -155,10 +160,14 @@ class _Table:
                 self.result.finding("line", where, what)
                 continue
             value = self._value(cells)
+            if "audio" in self.places and not value.get("audio"):
+                silent.append(where)
             meta = {names[k]: cells[k] for k in range(len(names)) if k not in used and cells[k] != ""}
             with self.result.line(where, value.get("id")):
                 fields = self.audio.fields(value, self.result)
                 self.result.add(where, split=value.get("split") or split, meta=meta, **fields)
+        if silent:
+            self.result.note(f"{len(silent)} rows name no audio and are text alone, for example {silent[0]}")
 
     def _value(self, cells: list[str]) -> dict[str, str]:
         """Return {field: its text} of a row. Where the delimiter is no comma, 1,5 is a time with a decimal comma."""
@@ -166,6 +175,12 @@ class _Table:
         if self.decimal_comma:
             value |= {f: re.sub(r"^(-?\d+),(\d+)$", r"\1.\2", value[f]) for f in TIMES if f in value}
         return value
+
+
+def _doubles_quotes(text: str) -> bool:
+    """Return whether each cell of a TSV that begins with a quote is a quoted one, and some have quotes inside."""
+    cells = [cell for line in text.splitlines() for cell in line.split("\t") if cell.startswith('"')]
+    return any('""' in cell[1:-1] for cell in cells) and all(QUOTED.fullmatch(cell) for cell in cells)
 
 
 def known_fields(columns: Mapping[str, str] | None) -> dict[str, str]:

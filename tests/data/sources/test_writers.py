@@ -128,3 +128,23 @@ def test_the_folder_of_a_datasets_audio(tmp_path: Path) -> None:
     assert done.exit_code == 1 and "--audio-root" in done.output
     done = CliRunner().invoke(cli, [*arguments, "--audio-root", str(tmp_path / "clips")])
     assert done.exit_code == 0, done.output
+
+
+def test_quotes_of_a_tsv(tmp_path: Path) -> None:
+    sound(tmp_path / "a.wav")
+    sound(tmp_path / "b.wav")
+    pandas = 'path\tsentence\na.wav\t"He said ""hi"""\nb.wav\tplain\n'
+    result = read(tmp_path, pandas, "t.tsv")
+    assert [u.text for u in result.utterances] == ['He said "hi"', "plain"]
+    assert any("--no-quote" in note for note in result.notes)
+    assert read(tmp_path, pandas, "t.tsv", quote=False).utterances[0].text == '"He said ""hi"""'
+    voice = 'path\tsentence\na.wav\t"Hello," she said.\nb.wav\t"All of it."\n'  # Common Voice
+    result = read(tmp_path, voice, "t.tsv")
+    assert [u.text for u in result.utterances] == ['"Hello," she said.', '"All of it."'] and not result.findings
+
+
+def test_rows_without_audio_are_counted(tmp_path: Path) -> None:
+    sound(tmp_path / "a.wav")
+    result = read(tmp_path, "id,audio,text\nu,a.wav,one\nTotal,,1\n")
+    assert [u.audio for u in result.utterances] == ["a.wav", None]
+    assert any(note.startswith("1 rows name no audio") and note.endswith("t.csv:3") for note in result.notes)
