@@ -114,7 +114,8 @@ def combine(
         if edition:
             write_new_rows(writer, NewRows(edition, len(rows), order, session, served))
         facts = corpus | {"utterances": count, "sessions": int(session.max()) + 1}
-        plan = Plan(paths, utc_now(), facts, versions(), {}, [])
+        compared = [n for n in names if all(s.plan.is_compared(n) for s in stores)]
+        plan = Plan(paths, utc_now(), facts, versions(), {}, [], compared)
         for number, name in enumerate(names, start=edition):
             layout, record, generation = _draft_teacher(rows, count, sources[name], views, name, number, edition)
             write_teacher(writer, record, _CopiedVocabulary(dict.fromkeys(s for s, _ in sources[name]), name), layout)

@@ -22,9 +22,11 @@ from ..store.format.index import Index
 from ..store.format.plan import Plan, TeacherRecord
 from ..store.read.rows import TeacherRows
 from ..store.views import parse_context
-from ..teacher.contexts import ItemWindows, TokenLists, WindowFormat, item_windows
+from ..teacher.contexts import ItemWindows, TokenLists, Window, WindowFormat, item_windows, window_lengths
 from ..teacher.tokenizer import Tokeniser, Tokens
 from .layout import order_sessions
+
+TRIED_TEXTS = 48  # in each context, the shortest and the longest among them
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,29 @@ def windows_of(
     record: TeacherRecord, context: str, core_tokens: int, texts: TokenLists, session: np.ndarray, positions: np.ndarray
 ) -> ItemWindows:
     """Return the windows of a teacher for utterances that are given by their positions in the corpus."""
+    return item_windows(parse_context(context), format_of(record, core_tokens), texts, session, positions)
+
+
+def format_of(record: TeacherRecord, core_tokens: int) -> WindowFormat:
+    """Return what a teacher puts around a text, and how long its windows are."""
     causal = record.kind == "decoder"
-    form = WindowFormat(record.prefix_ids, record.suffix_ids, record.join_ids, record.window, core_tokens, causal)
-    return item_windows(parse_context(context), form, texts, session, positions)
+    return WindowFormat(record.prefix_ids, record.suffix_ids, record.join_ids, record.window, core_tokens, causal)
+
+
+def tried_windows(
+    record: TeacherRecord, core_tokens: int, texts: TokenLists, length: np.ndarray, session: np.ndarray
+) -> list[Window]:
+    """Return the windows of some utterances in each context of a teacher: the shortest, the longest, some between.
+
+    `length` is int64 [n], the tokens of each utterance of the corpus.
+    """
+    windows: list[Window] = []
+    for context in record.contexts:
+        tokens = window_lengths(parse_context(context), format_of(record, core_tokens), length, session)
+        texts_with = np.flatnonzero(tokens)
+        if len(texts_with):
+            ranked = texts_with[np.argsort(tokens[texts_with], kind="stable")]
+            spread = np.linspace(0, len(ranked) - 1, TRIED_TEXTS).round().astype(int)
+            positions = np.unique(ranked[spread])
+            windows += windows_of(record, context, core_tokens, texts, session, positions).windows
+    return windows

@@ -22,7 +22,7 @@ from ..store.disk.files import StoreFiles
 from ..store.disk.locks import Scratch, exclusive_access
 from ..store.disk.paths import Paths
 from ..store.format.arrays import RawArray
-from ..store.format.plan import Plan, WorkItem, read_plan
+from ..store.format.plan import Plan, WorkItem, read_plan, write_head
 from ..store.read.rows import TeacherRows
 from ..store.storage import open_files, writable_files
 from ..teacher.model import Teacher
@@ -152,6 +152,8 @@ def make_plan(
                 if draft.replaces:
                     forget_teacher(read_plan(files), record.name)
                 write_plan(draft, teacher)
+        elif files.has_locks and record.name not in read_plan(files).compared:
+            write_head(draft.plan)  # so that the next run need not compare again
     return draft.plan
 
 

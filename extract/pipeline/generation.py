@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...data.errors import StoreError
+from ...data.errors import StaleError, StoreError
 from ...data.manifest import Corpus
 from ..store.disk.files import StoreFiles
 from ..store.disk.layout import hash_text
@@ -24,17 +24,15 @@ from ..store.format.index import Index
 from ..store.format.plan import Generation, Plan, PlannedWork, Shard, TeacherRecord, read_plan
 from ..store.read.rows import TeacherRows
 from ..store.writer import versions
-from ..teacher.contexts import Window
-from ..teacher.exact import choose_passes
+from ..teacher.exact import choose_passes, give_same_states
+from ..teacher.passes import PADDED
 from ..teacher.tokenizer import Tokeniser, Tokens
-from .corpus_diff import CorpusDiff, CorpusTexts, diff_corpus, split_tokens, windows_of
+from .corpus_diff import CorpusDiff, CorpusTexts, diff_corpus, split_tokens, tried_windows
 from .layout import Layout, cut_layout, cut_shards, lay_out
 from .request import Request, check_settings, differences
 
 if TYPE_CHECKING:
     from ..teacher.model import Teacher
-
-TRIED_TEXTS = 48
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ def draft_plan(
     """
     draft = _draft(files, corpus, teacher, record, request, refresh)
     draft = replace(draft, warnings=_check_tokens(draft, teacher))
-    return _with_passes(draft, teacher, record.name) if draft.new else draft
+    return _with_passes(draft, teacher, record.name)
 
 
 def _draft(
@@ -108,9 +106,14 @@ def _draft(
 
 
 def is_unused(plan: Plan, record: TeacherRecord) -> bool:
-    """Whether a store has a teacher of this name with other settings, and no states of it: it can be planned again."""
+    """Whether a store has a teacher of this name, no states of it, and other settings or none of its batches tried.
+
+    Then it can be planned again.
+    """
     old = plan.teachers.get(record.name)
-    if old is None or not plan.paths.files.has_locks or not differences(old, record):
+    if old is None or not plan.paths.files.has_locks:
+        return False
+    if not differences(old, record) and plan.is_compared(record.name):
         return False
     commits = (Commits(plan.paths, old.name, context).of for context in old.contexts)
     return all(shard == "norms" for of in commits for shard, _ in of)
@@ -252,19 +255,28 @@ class DraftedCorpus:
 
 
 def _with_passes(draft: PlanDraft, teacher: Teacher, name: str) -> PlanDraft:
-    """The draft with the way in which windows go through its teacher, tried on the shortest and longest ones."""
-    plan, drafted = draft.plan, DraftedCorpus(draft, name)
-    texts = np.flatnonzero(drafted.length > 0)
-    ranked = texts[np.argsort(drafted.length[texts], kind="stable")]
-    spread: list[int] = np.linspace(0, len(ranked) - 1, TRIED_TEXTS).round().astype(int).tolist() if len(ranked) else []
-    # Windows with context depend on the neighbours, so more texts than the shortest and the longest are laid out.
-    positions = np.unique(ranked[[i for i in (0, 1, *spread, -2, -1) if -len(ranked) <= i < len(ranked)]])
-    record, core_tokens = plan.teachers[name], plan.latest(name).core_tokens
-    windows: list[Window] = []
-    for context in record.contexts if len(positions) else ():
-        windows += windows_of(record, context, core_tokens, drafted.texts, drafted.session, positions).windows
-    plan.generations[-1] = replace(plan.generations[-1], passes=str(choose_passes(teacher, windows)))
-    return draft
+    """The draft with the way in which windows go through its teacher, tried on the shortest and longest ones.
+
+    Raises StaleError if an earlier version has begun the teacher in batches that change its states.
+    """
+    plan, known = draft.plan, draft.layout is None  # whether the store has this teacher
+    if not draft.new and plan.is_compared(name):
+        return draft
+    drafted, core_tokens = DraftedCorpus(draft, name), plan.latest(name).core_tokens
+    windows = tried_windows(plan.teachers[name], core_tokens, drafted.texts, drafted.length, drafted.session)
+    chosen = choose_passes(teacher, windows)
+    if known and not plan.is_compared(name) and not give_same_states(teacher, windows, chosen):
+        now = chosen.words if chosen.words != PADDED.words else "them with masks that keep the model's own windows"
+        raise StaleError(
+            f"an earlier version has begun the teacher {name!r} in {PADDED.words}, and its states are wrong there. "
+            f"This version runs {now}",
+            where=plan.paths.root,
+            remedy="extract into another store, or give another --name",
+        )
+    if draft.new:
+        plan.generations[-1] = replace(plan.generations[-1], passes=str(chosen))
+    plan = replace(plan, compared=[*dict.fromkeys([*plan.compared, name])])
+    return replace(draft, plan=plan)
 
 
 def missing_views(plan: Plan, record: TeacherRecord) -> dict[str, list[int]]:

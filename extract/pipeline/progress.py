@@ -21,7 +21,7 @@ from ..store.format.commits import Commits
 from ..store.format.plan import Plan, WorkItem
 from ..store.reader import Store
 from ..store.storage import open_files
-from ..store.verify.stale import behind, behind_text
+from ..store.verify.stale import behind, behind_text, uncompared_text
 from ..teacher.passes import passes_of
 
 
@@ -157,6 +157,7 @@ class Status:
     store: str
     contexts: list[ContextStatus]
     behind: dict[str, int] = field(default_factory=dict)  # see `behind` in extract/store/verify/stale.py
+    uncompared: list[str] = field(default_factory=list)  # teachers of which an earlier version did not try batches
 
     @property
     def complete(self) -> bool:
@@ -194,7 +195,8 @@ def status(root: Path) -> Status:
                     complete=not rest and Commits(plan.paths, teacher, context).has("norms", layers),
                 )
             )
-    return Status(str(root), contexts, behind(store))
+    uncompared = [name for name in plan.teachers if not plan.is_compared(name)]
+    return Status(str(root), contexts, behind(store), uncompared)
 
 
 def _is_locked(path: Path) -> bool:
@@ -214,4 +216,5 @@ def render_status(s: Status) -> str:
         view = f"{c.teacher}/{c.context}/{','.join(map(str, c.layers))}"
         state += f" of {c.units} work items, {c.tokens_done:,} of {c.tokens:,} tokens"
         lines.append(f"{view}  {state}" if len(view) + len(state) < 79 else f"{view}\n  {state}")
-    return "\n".join([*lines, *(behind_text(*of) for of in s.behind.items())])
+    lines += [behind_text(*of) for of in s.behind.items()]
+    return "\n".join([*lines, *map(uncompared_text, s.uncompared)])

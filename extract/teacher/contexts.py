@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -149,13 +150,23 @@ def _window_groups(context: Context, form: WindowFormat, session: SessionTokens)
     return groups
 
 
+def _extent(context: Context, session: SessionTokens, first: int, last: int) -> tuple[int, int]:
+    """Return the positions [begin, end) of a session that the utterances [first, last) and their context take."""
+    begin = session.left(int(session.begin[first]), context.left)
+    return begin, session.right(int(session.end[last - 1]), context.right)
+
+
+def _suffix(context: Context, form: WindowFormat) -> Sequence[int]:
+    """The special ids after a text. They would tell a block how much comes after it."""
+    return () if context.block else form.suffix
+
+
 def _cut_windows(
     context: Context, form: WindowFormat, session: SessionTokens, first: int, last: int
 ) -> list[tuple[Window, int]]:
     """Windows over the utterances [first, last) and their context: one, or several overlapping ones."""
-    begin = session.left(int(session.begin[first]), context.left)
-    end = session.right(int(session.end[last - 1]), context.right)
-    suffix = () if context.block else form.suffix  # a suffix would tell a block how much comes after it
+    begin, end = _extent(context, session, first, last)
+    suffix = _suffix(context, form)
     limit = form.window - len(form.prefix) - len(suffix)
     excess = max(0, end - begin - limit)
     steps = -(-excess // (limit - limit // 2))
@@ -246,6 +257,29 @@ def item_windows(
         at = stop
     result.windows = list(known.values())
     result.input_hash[:] = [hash64(b"\1".join(parts)) for parts in inputs]
+    return result
+
+
+def window_lengths(context: Context, form: WindowFormat, length: np.ndarray, sessions: np.ndarray) -> np.ndarray:
+    """Return the tokens of the longest window of each utterance of a corpus, or 0 if it has no tokens: int64 [U].
+
+    Arguments:
+        length: tokens of each utterance.
+        sessions: session numbers, in the order of the corpus.
+    """
+    around = len(form.prefix) + len(_suffix(context, form))
+    most = form.window - around
+    if not context.size:
+        return np.where(length > 0, np.minimum(length, most) + around, 0)
+    result = np.zeros(len(length), np.int64)
+    bounds = [0, *(np.flatnonzero(np.diff(sessions)) + 1).tolist(), len(sessions)]
+    for begin, end in pairwise(bounds):
+        texts = [np.zeros(n, np.int32) for n in length[begin:end].tolist()]
+        session = SessionTokens(texts, form.join)
+        for first, last in _window_groups(context, form, session):
+            a, b = _extent(context, session, first, last)
+            result[begin + first : begin + last] = min(b - a, most) + around
+    result[length == 0] = 0
     return result
 
 

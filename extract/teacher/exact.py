@@ -48,6 +48,22 @@ def choose_passes(teacher: Any, windows: Sequence[Window]) -> Passes:
     return passes
 
 
+def give_same_states(teacher: Any, windows: Sequence[Window], chosen: Passes) -> bool:
+    """Return whether batches with padding, as earlier versions made them, give what `chosen` gives.
+
+    The arguments are those of `choose_passes`, and what it has returned.
+    """
+    if replace(chosen, blocks="additive") != Passes():
+        return False
+    with_blocks = [w for w in windows if w.blocks is not None]
+    if chosen.blocks == "additive" or not with_blocks:
+        return True
+    try:
+        return _Trial(teacher).choose_blocks(Passes(), _samples(with_blocks, []), ("additive",)) == Passes()
+    except TeacherError:
+        return False
+
+
 def _samples(windows: Sequence[Window], sizes: Sequence[int]) -> list[Window]:
     """A few windows of different lengths, ascending, and parts of the longest that exceed one of `sizes` by a token."""
     of = {len(w.ids): w for w in windows}
@@ -161,10 +177,11 @@ class _Trial:
                 return replace(passes, rows=rows)
         return replace(passes, rows="single")
 
-    def choose_blocks(self, passes: Passes, samples: Sequence[Window]) -> Passes:
+    def choose_blocks(
+        self, passes: Passes, samples: Sequence[Window], kinds: Sequence[BlockMask] = ("own", "additive", "binary")
+    ) -> Passes:
         """The way of giving a mask of blocks. Raises TeacherError if the model follows none."""
         gaps = []
-        kinds: tuple[BlockMask, ...] = ("own", "additive", "binary")
         for kind in kinds:
             way = replace(passes, blocks=kind)
             gaps.append(max(self._block_gap(way, w.ids) for w in samples))

@@ -144,13 +144,26 @@ class Teacher:
         return weight
 
     def _find_kind(self, plain: list[torch.Tensor]) -> str:
-        """A model is causal if a change of the last token leaves the other states as they were."""
-        for other in (9, 4, 3):
-            changed = _PROBE.clone()
-            changed[0, -1] = other
-            difference = (self.clone_model()._plain(changed)[-1] - plain[-1])[0, :-1].abs().max()
-            if not float(difference) <= 1e-6 * float(plain[-1].abs().max()):
-                return "encoder"
+        """A model is causal if a change of the last token leaves the other states as they were.
+
+        Raises TeacherError if a state depends on no other token, as where a model's attention needs a missing kernel.
+        """
+
+        def spreads(place: int, to: slice) -> bool:
+            for other in (9, 4, 3):
+                changed = _PROBE.clone()
+                changed[0, place] = other
+                difference = (self.clone_model()._plain(changed)[-1] - plain[-1])[0, to].abs().max()
+                if not float(difference) <= 1e-6 * float(plain[-1].abs().max()):
+                    return True
+            return False
+
+        if spreads(-1, slice(0, -1)):
+            return "encoder"
+        if not spreads(-2, slice(-1, None)):
+            what = "its states are those of single words: no token changes the state of another"
+            remedy = f"use another teacher, or run it where its own kernels are installed (not on {self.device})"
+            raise TeacherError(what, where=self.source, expected="states that depend on the text", remedy=remedy)
         return "decoder"
 
     def _find_stack(self, plain: list[torch.Tensor]) -> str | None:

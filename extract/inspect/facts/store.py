@@ -84,6 +84,7 @@ class TeacherFacts:
     behind: int = 0  # as of its views
     work_items: int = 0  # committed, as `extract --status` counts them
     work_items_planned: int = 0
+    compared: bool = True  # whether batches were compared with one text at a time; earlier versions did not
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,7 @@ def _teacher_facts(store: Store, name: str, views: list[ViewFacts]) -> TeacherFa
         behind=max((v.behind for v in views), default=0),
         work_items=sum(_committed(store, item) for item in items),
         work_items_planned=len(items),
+        compared=store.plan.is_compared(name),
     )
 
 

@@ -28,6 +28,7 @@ def store(s: StoreFacts) -> str:
         ("corpus", f"{s.utterances:,} utterances in {s.sessions:,} sessions"),
         ("size", f"{size(s.bytes)}, of which states {size(s.hidden_bytes)}"),
         *(("behind", text) for text in _behind({t.name: t.behind for t in s.teachers})),
+        *(("batches", text) for text in _uncompared(s.teachers)),
         ("made with", ", ".join(f"{k} {v}" for k, v in s.versions.items())),
     ]
     return "\n\n".join([pairs(rows), *(_teacher(t) for t in s.teachers)])
@@ -65,6 +66,12 @@ def views(listed: Sequence[ViewFacts]) -> str:
     ]  # fmt: skip
     drawn = fitted(rows, header=("view", "done", "utterances", "tokens", "states", ""), right="lrrrr")
     return "\n".join([drawn, *(wrap(text, indent=2) for text in _behind({v.teacher: v.behind for v in listed}))])
+
+
+def _uncompared(teachers: Sequence[TeacherFacts]) -> list[str]:
+    from ...store.verify.stale import uncompared_text
+
+    return [uncompared_text(t.name) for t in teachers if not t.compared]
 
 
 def _behind(teachers: dict[str, int]) -> list[str]:

@@ -139,6 +139,8 @@ class Plan:
     versions: dict[str, str]
     teachers: dict[str, TeacherRecord]
     generations: list[Generation]
+    # Teachers of which batches were compared with one text at a time. Earlier versions of Stillhouse did not.
+    compared: list[str] = field(default_factory=list)
 
     def work_items(self, teacher: str | None = None) -> list[WorkItem]:
         """Return all work items in the order in which writers take them, without what a later generation dropped."""
@@ -180,6 +182,14 @@ class Plan:
         tables = {max(g.number for g in self.generations if g.edition == e) for e in editions}
         return {self.generations[-1].number, *tables, *(self.latest(name).number for name in self.teachers)}
 
+    def is_compared(self, teacher: str) -> bool:
+        """Return whether a teacher's batches were compared with one text at a time, or its states come from elsewhere.
+
+        Earlier versions did not compare them.
+        """
+        chosen = teacher in self.compared or bool(self.latest(teacher).passes)
+        return chosen or self.teachers[teacher].architecture == "imported"
+
     def latest(self, teacher: str) -> Generation:
         """Return the newest generation of a teacher. Its list of shards is the whole list."""
         return [g for g in self.generations if g.teacher == teacher][-1]
@@ -200,6 +210,8 @@ def read_plan(files: StoreFiles) -> Plan:
     for key, kind in _HEAD.items():
         if not matches_type(head.get(key), kind):
             raise StoreError(f"the plan is damaged: {key} is {head.get(key)!r:.60}", where=place)
+    if not matches_type(head.get("compared", []), list[str]):
+        raise StoreError(f"the plan is damaged: compared is {head['compared']!r:.60}", where=place)
     teachers = {name: as_record(TeacherRecord, t, place) for name, t in head["teachers"].items()}
     for name, teacher in teachers.items():
         _check_teacher(name, teacher, place)
@@ -207,7 +219,8 @@ def read_plan(files: StoreFiles) -> Plan:
     idle = teachers.keys() - {g.teacher for g in generations}
     if idle or not teachers or len({g.number for g in generations}) < len(generations):
         raise StoreError("the plan is damaged: teachers and generations do not belong together", where=place)
-    return Plan(paths, head["created"], head["corpus"], head["versions"], teachers, generations)
+    compared = [name for name in head.get("compared", []) if name in teachers]
+    return Plan(paths, head["created"], head["corpus"], head["versions"], teachers, generations, compared)
 
 
 _HEAD = {
@@ -285,6 +298,7 @@ def write_head(plan: Plan, publish: bool = True) -> None:
             "teachers": {name: dataclasses.asdict(t) for name, t in plan.teachers.items()},
             "generations": [g.number for g in plan.generations],
             "versions": plan.versions,
+            "compared": [name for name in plan.compared if name in plan.teachers],
         },
     )
     if publish:

@@ -42,6 +42,14 @@ def behind_text(teacher: str, count: int) -> str:
     return f"{teacher} is behind the corpus: {utterances}; {REFRESH}"
 
 
+def uncompared_text(teacher: str) -> str:
+    """Return what it means that the plan's `is_compared` is False of a teacher, as a line for people."""
+    return (
+        f"{teacher} was planned by an earlier version, which did not compare its batches with one text at a time; the "
+        "same extract command does, and refuses to go on if the states differ"
+    )
+
+
 def stale(store: Store, views: Sequence[View], sessions: Sequence[Session]) -> dict[str, list[str]]:
     """Return {utterance: contexts} that saw other neighbours than `sessions` has. Its own text is not compared.
 

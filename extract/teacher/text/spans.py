@@ -106,12 +106,14 @@ def _count_unread(visible: np.ndarray, read: np.ndarray, size: np.ndarray) -> np
 
 def _clusters(mapped: Sequence[MappedText], normalise: Normalise) -> tuple[np.ndarray, np.ndarray]:
     """First character and end of what each character is normalised with: itself, or a letter with its marks."""
+    # A zero-width space can be white space to the tokenizer, and begins the next word then.
+    parts = lru_cache(maxsize=1 << 12)(lambda sign: normalise(f"a{sign}a") == normalise("a a"))
     changes = lru_cache(maxsize=1 << 12)(lambda cluster: normalise(cluster).strip(f" {SPACE_MARK}") != cluster)
     first = np.arange(sum(len(m.text) for m in mapped))
     behind, base = first + 1, 0
     for m in mapped:
         if not m.text.isascii():
-            cuts = [k for k, c in enumerate(m.text) if not _joins(c) or k == 0 or m.text[k - 1].isspace()]
+            cuts = [k for k, c in enumerate(m.text) if not _joins(c) or k == 0 or m.text[k - 1].isspace() or parts(c)]
             for a, b in zip(cuts, [*cuts[1:], len(m.text)]):
                 if b > a + 1 and changes(m.text[a:b]):
                     first[base + a : base + b], behind[base + a : base + b] = base + a, base + b

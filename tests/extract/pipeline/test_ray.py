@@ -68,7 +68,7 @@ def test_a_node_without_the_model(bert: Path, tmp_path: Path) -> None:
     error = run_task(
         plan.created, str(tmp_path / "s"), "t", {"source": str(tmp_path / "gone"), "device": "cpu"}, (0, 1), 1
     )
-    assert isinstance(error, TeacherError) and "gone: cannot be loaded" in str(error)
+    assert isinstance(error, TeacherError) and "gone: there is no such folder" in str(error)
     assert f"the node {socket.gethostname()} has none" in str(error)
 
 

@@ -11,15 +11,23 @@ import pytest
 import torch
 from architectures import teacher_of, windows_of
 
-from stillhouse.data.errors import TeacherError
+from stillhouse.data.errors import StaleError, TeacherError
 from stillhouse.data.manifest import Corpus, Utterance
 from stillhouse.extract.commands.extract import extract as command
+from stillhouse.extract.inspect.facts.store import store_facts
+from stillhouse.extract.inspect.show.facts import store as show_store
+from stillhouse.extract.pipeline import generation
+from stillhouse.extract.pipeline.corpus_diff import format_of, tried_windows
+from stillhouse.extract.pipeline.corpus_diff import windows_of as windows_of_texts
 from stillhouse.extract.pipeline.extract import extract, make_plan
-from stillhouse.extract.pipeline.request import Request
+from stillhouse.extract.pipeline.progress import render_status, status
+from stillhouse.extract.pipeline.request import Request, teacher_record
 from stillhouse.extract.store import Store
 from stillhouse.extract.store.format.plan import read_plan
 from stillhouse.extract.store.storage import open_files
+from stillhouse.extract.store.views import parse_context
 from stillhouse.extract.teacher.batching import make_batches
+from stillhouse.extract.teacher.contexts import window_lengths
 from stillhouse.extract.teacher.exact import choose_passes
 from stillhouse.extract.teacher.model import load_teacher
 from stillhouse.extract.teacher.passes import PADDED, Passes, sizes_of
@@ -146,6 +154,90 @@ def test_a_plain_model_is_padded_and_its_plan_has_no_new_field(bert: Path, tmp_p
     assert "passes" not in json.loads(plan.read_text())
 
 
+def begun_by_an_earlier_version(root: Path, folder: Path, contexts: list[str], commit: bool = True) -> Request:
+    """A store as it was made before batches were compared: with padding, whatever the model does with it."""
+    request = Request("t", [2], contexts, dtype="float32")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "choose_passes", lambda *_: PADDED)
+        teacher = load_teacher(str(folder), device="cpu")
+        extract(root, make_corpus(TEXTS), teacher, request) if commit else make_plan(
+            root, make_corpus(TEXTS), teacher, request
+        )
+    head = json.loads((root / "store.json").read_text())
+    assert head.pop("compared") == ["t"]
+    (root / "store.json").write_text(json.dumps(head))
+    return request
+
+
+def test_a_store_that_an_earlier_version_has_begun_is_refused_if_its_states_are_wrong(
+    mobilebert: Path, tmp_path: Path
+) -> None:
+    request = begun_by_an_earlier_version(tmp_path / "s", mobilebert, ["alone"])
+    teacher = load_teacher(str(mobilebert), device="cpu")
+    for texts, refresh in ((TEXTS, False), (TEXTS[:-1], True)):
+        with pytest.raises(StaleError, match="earlier version has begun the teacher 't' in batches with padding") as e:
+            extract(tmp_path / "s", make_corpus(texts), teacher, request, refresh=refresh)
+        assert "another store" in str(e.value.remedy) and "equal length" in e.value.what
+    assert "t was planned by an earlier version" in render_status(status(tmp_path / "s"))
+    facts = store_facts(Store.open(tmp_path / "s"))
+    assert not facts.teachers[0].compared and "t was planned by an earlier" in " ".join(show_store(facts).split())
+
+
+def test_a_store_that_an_earlier_version_has_planned_is_planned_again(mobilebert: Path, tmp_path: Path) -> None:
+    request = begun_by_an_earlier_version(tmp_path / "s", mobilebert, ["alone"], commit=False)
+    extract(tmp_path / "s", make_corpus(TEXTS), load_teacher(str(mobilebert), device="cpu"), request)
+    check_against_transformers(tmp_path / "s", mobilebert)
+
+
+@pytest.mark.parametrize("contexts", [["alone"], ["alone", "past:8+block"]])
+def test_a_store_of_an_earlier_version_with_right_states_is_compared_once(
+    contexts: list[str], bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BERT's mask of blocks is built otherwise now, and gives the same states."""
+    request = begun_by_an_earlier_version(tmp_path / "s", bert, contexts)
+    extract(tmp_path / "s", make_corpus(TEXTS), loaded(bert), request)
+    assert read_plan(open_files(tmp_path / "s")).compared == ["t"]
+    assert "was planned by" not in render_status(status(tmp_path / "s"))
+    monkeypatch.setattr(generation, "choose_passes", None)
+    extract(tmp_path / "s", make_corpus(TEXTS), loaded(bert), request)
+
+
+def test_wide_blocks_of_an_earlier_version_are_refused(bert: Path, tmp_path: Path) -> None:
+    """ModernBERT's windows were overwritten by a mask of blocks."""
+    folder = save(tmp_path / "modernbert", bert, modernbert())
+    request = begun_by_an_earlier_version(tmp_path / "s", folder, ["past:16+block"])
+    with pytest.raises(StaleError, match="earlier version"):
+        extract(tmp_path / "s", make_corpus(TEXTS), load_teacher(str(folder), device="cpu"), request)
+
+
+@pytest.mark.parametrize("context", ["alone", "past:6", "past:6+block", "future:5", "both:5"])
+def test_the_longest_and_the_shortest_window_of_a_corpus_are_tried(context: str, bert: Path, tmp_path: Path) -> None:
+    """Windows depend on neighbours, so they are counted for every utterance, not for some of them."""
+    generator = np.random.default_rng(3)
+    texts = [" ".join(["the"] * n) for n in generator.integers(0, 30, 300).tolist()]
+    corpus = Corpus(tmp_path / "c", [Utterance(id=f"u{i}", session=f"s{i // 4}", text=t) for i, t in enumerate(texts)])
+    teacher = loaded(bert)
+    teacher.window = 24
+    request = Request("t", [2], [context], join=" and ", core_tokens=12)
+    draft = generation.draft_plan(
+        open_files(tmp_path / "s"), corpus, teacher, teacher_record(teacher, request), request
+    )
+    drafted = generation.DraftedCorpus(draft, "t")
+    record, everything = draft.plan.teachers["t"], np.arange(len(texts))
+    windows = windows_of_texts(record, context, 12, drafted.texts, drafted.session, everything).windows
+    tried = tried_windows(record, 12, drafted.texts, drafted.length, drafted.session)
+    assert len(tried) < len(windows)
+    for most in (max, min):
+        assert most(len(w.ids) for w in tried) == most(len(w.ids) for w in windows)
+    longest = np.zeros(len(texts), int)
+    for window in windows:
+        for kept in window.kept:
+            longest[kept.utterance] = max(longest[kept.utterance], len(window.ids))
+    form = format_of(record, 12)
+    counted = window_lengths(parse_context(context), form, drafted.length, drafted.session)
+    np.testing.assert_array_equal(counted, longest)
+
+
 def test_the_dry_run_says_how_texts_share_batches(
     mobilebert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -227,7 +319,7 @@ class _Odd(torch.nn.Module):
     def forward(self, input_ids: Any, attention_mask: Any = None, output_hidden_states: bool = False) -> Any:
         from transformers.modeling_outputs import BaseModelOutput
 
-        first = self.table(input_ids)
+        first = self.table(input_ids).cumsum(1)  # each state depends on the tokens before it
         last = self.layers[0](first)
         self.calls += 1
         if self.how == "batch":
@@ -348,3 +440,20 @@ def test_the_encoder_of_an_encoder_decoder_is_a_teacher(bert: Path, tmp_path: Pa
 
 def test_causal_models_are_not_asked_for_blocks(gpt2: Path) -> None:
     assert choose_passes(loaded(gpt2), windows_of((4, 12, 40))) == PADDED
+
+
+def test_a_model_whose_attention_does_nothing_is_refused() -> None:
+    """MRA returns zeros instead of attention where its CUDA kernel is missing."""
+    from transformers import MraConfig, MraModel
+
+    config = MraConfig(
+        vocab_size=200,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=96,
+    )
+    with pytest.raises(TeacherError, match="no token changes the state of another") as e:
+        teacher_of(MraModel(config), "mra")
+    assert "kernels" in str(e.value.remedy)

@@ -130,3 +130,15 @@ def test_characters_that_a_vocabulary_drops_are_counted() -> None:
     )
     assert tokens.unread is not None and tokens.unread.tolist() == [2, 1]
     assert tokens.span.max() == 10
+
+
+@pytest.mark.parametrize(
+    "replaced", [normalizers.Nmt(), normalizers.Sequence([normalizers.Nmt(), normalizers.Strip()])]
+)
+def test_a_format_sign_that_is_a_space_to_the_tokenizer_does_not_join_words(replaced: Any) -> None:
+    """Normalisers of SentencePiece make spaces of them. The word behind does not begin in the word before."""
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "zero": 1, "▁width": 2, "▁q": 3}, unk_token="<unk>"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = replaced, pre_tokenizers.Metaspace(prepend_scheme="never")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    found = raws(Tokeniser(fast, "encoder"), "zero\u200bwidth\ufeffq")
+    assert found == [("zero", "zero"), ("▁width", "\u200bwidth"), ("▁q", "\ufeffq")]
