@@ -18,6 +18,7 @@ OPTIONAL = re.compile(r"\([^\s()]+\)")  # NIST's mark for a word that may be mis
 NEVER = re.compile(r"(?!)")
 HESITATION = re.compile(r"\(%[^\s()]+\)")
 
+CONTEXT = 8  # words
 ERROR, ABSENT = 1 << 20, 1  # costs of a reading. Of equal numbers of errors, that with the fewer absent words is best.
 
 
@@ -54,11 +55,23 @@ def parse_network(text: str, spell: Callable[[str], str] = str, optional: re.Pat
         tree: Tree = list(spell(text).split())
         spell, optional = str, NEVER
     else:
-        tree = _tree(text)
+        tree, spell = _tree(text), _in_context(spell)
     last = _sequence(network, 0, tree, spell, optional)
     if last != len(network.edges) - 1:
         network.node((last, None))
     return network
+
+
+def _in_context(spell: Callable[[str], str]) -> Callable[[str], str]:
+    """Return what spells words one by one as `spell` does in a whole text. sentence_case looks at those before."""
+    before: list[str] = []
+
+    def spelled(word: str) -> str:
+        left = " ".join(before[-CONTEXT:])
+        before.append(word)
+        return " ".join(spell(f"{left} {word}").split()[len(spell(left).split()) :])
+
+    return spelled
 
 
 def best_reading(reference: Network, hypothesis: Network) -> tuple[str, str]:
@@ -130,10 +143,10 @@ def _sequence(
             continue
         network.branches = True
         if isinstance(item, str):
-            end = at
-            for word in spell(item if item == EMPTY else item[1:-1]).split():
+            end, words = at, spell(item if item == EMPTY else item[1:-1])
+            for word in words.split():
                 end = network.node((end, word))
-            absent = Absent(spell(item[1:-1])) if optional is OPTIONAL and item != EMPTY else None
+            absent = Absent(words) if optional is OPTIONAL and item != EMPTY else None
             at = network.node((end, None), (at, absent or None))
             continue
         ends = [_sequence(network, at, alternative, spell, optional, inside=True) for alternative in item]

@@ -84,8 +84,9 @@ class Scoring:
         if self.transform != AUTO:
             self.applied = resolve_transform(self.transform)
             return
-        refs = [without_notation(p.reference.text) if p.reference.nist else p.reference.text for p in pairs]
-        hyps = [without_notation(p.hypothesis) if p.nist else p.hypothesis for p in pairs]
+        # In all formats, so that one decode gets one transform.
+        refs = [without_notation(pair.reference.text) for pair in pairs]
+        hyps = [without_notation(pair.hypothesis) for pair in pairs]
         found = one_sided(refs, hyps)
         own = all(pair.own for pair in pairs if pair.reference.text)
         self.applied = "none" if own else found

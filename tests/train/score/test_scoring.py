@@ -285,6 +285,19 @@ def test_one_sided_texts_beside_each_other_are_named(tmp_path: Path) -> None:
         score(path, "--transform", "lowr")
 
 
+@pytest.mark.parametrize("transform", ["auto", "sentence_case", "no_punct", "drop_marks+lower"])
+def test_signs_of_nist_in_plain_words_change_no_score(tmp_path: Path, transform: str) -> None:
+    path = corpus(tmp_path, {"u1": "Me @ home (quietly) at 5. It is", "u2": "THE NASA PROBE"})
+    heard = {"u1": "ME @ HOME QUIETLY AT 5. IT WAS", "u2": "the nasa probe"}
+    found = []
+    for kind in ("text", "trn", "jsonl"):
+        lines = {"text": "{0} {1}", "trn": "{1} ({0})", "jsonl": '{{"id": "{0}", "hyp": "{1}"}}'}[kind]
+        file = written(tmp_path, f"h.{kind}", "".join(lines.format(*pair) + "\n" for pair in heard.items()))
+        facts = score(file, "--corpus", path, "--transform", transform)
+        found.append((facts["wer"], facts["cer"], facts["transform"]))
+    assert found[0] == found[1] == found[2]
+
+
 def test_marks_are_no_punctuation_of_a_side(tmp_path: Path) -> None:
     path = corpus(tmp_path, {"u1": "we're sure of it"})
     facts = score(written(tmp_path, "h.txt", "u1 were <UNK> of it [noise]\n"), "--corpus", path)
