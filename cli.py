@@ -34,6 +34,13 @@ COMMANDS = {
     "export": ("stillhouse.train.commands.export:export", "Export a trained model: ONNX, torch.export, safetensors."),
     "doctor": ("stillhouse.data.commands.doctor:doctor", "Check this machine and tell what to install."),
 }
+# Commands of a group that live in another part of the package: group -> {name: module:attribute}
+ADDED = {"corpus": {"features": "stillhouse.extract.commands.features:features"}}
+
+
+def _load(place: str) -> click.Command:
+    module, attribute = place.split(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 class LazyGroup(click.Group):
@@ -49,8 +56,11 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        module, attribute = COMMANDS[name][0].split(":")
-        return getattr(importlib.import_module(module), attribute)
+        command = _load(COMMANDS[name][0])
+        if isinstance(command, click.Group):
+            for added, place in ADDED.get(name, {}).items():
+                command.add_command(_load(place), added)
+        return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

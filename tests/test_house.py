@@ -33,6 +33,8 @@ MAY_IMPORT = {
     "distill": {"distill", "extract.store", "data"},
     "train": {"train", "distill", "extract.store", "data"},
     "train.rnnt": {"train.rnnt"},
+    # `decode` and `align` of new audio run the speech encoder that computed a run's features. Training never does.
+    "train.commands": {"train", "distill", "extract.store", "extract.speech", "data"},
 }
 # Folders and files from the lowest to the highest: a module imports from its own line and from lower ones alone.
 LAYERS = {
@@ -104,7 +106,7 @@ def edges() -> dict[str, set[str]]:
 def test_who_may_import_whom() -> None:
     wrong = []
     for module, path in modules().items():
-        part = "train.rnnt" if module.startswith("train.rnnt") else module.split(".")[0]
+        part = max((p for p in MAY_IMPORT if f"{module}.".startswith(f"{p}.")), key=len)
         for name in imports(path):
             inside = name.removeprefix("stillhouse.")
             if name.startswith("stillhouse.") and inside.split(".")[0] in PACKAGES:
@@ -114,7 +116,7 @@ def test_who_may_import_whom() -> None:
             top = name.split(".")[0]
             if top in {"click", "rich"} and path.parent.name != "commands":
                 wrong.append(f"{module} imports {top}: only cli.py and folders named commands/ may")
-            if top == "transformers" and part != "extract":
+            if top == "transformers" and module.split(".")[0] != "extract":
                 wrong.append(f"{module} imports transformers")
             if top in {"pickle", "joblib"}:
                 wrong.append(f"{module} imports {top}")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CorpusError
-from ..features.compute import FeatureFile
+from ..features.file import FBANK_HZ, FeatureFile, is_encoder
 from ..manifest import Corpus, Utterance
 from ..units import Units
 from .sampler import BatchPlan, BatchSampler
@@ -29,7 +29,7 @@ JOIN_S = 5.0  # A read from a slow disk does not keep a run from its end for lon
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's part of a batch. Features are fbank as stored, padding is 0, `share` and `part` as in `BatchPlan`."""
+    """One rank's part of a batch. Features are as stored, padding is 0, `share` and `part` as in `BatchPlan`."""
 
     ids: list[str]
     features: Tensor  # float32 [B, T, bins]
@@ -41,6 +41,8 @@ class Batch:
     teacher_s: float  # seconds spent on teacher targets
     share: float = 1.0
     part: tuple[int, range] | None = None
+    frame_hz: float = FBANK_HZ
+    mel: bool = True  # whether a frame has the energies of mel bins
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch with features and targets of the transfer loss on a device, copied from pinned memory."""
@@ -126,6 +128,8 @@ class BatchLoader:
             time.perf_counter() - read,
             plan.share,
             plan.part,
+            self.features.frame_times.hz,
+            not is_encoder(self.features.settings),
         )
 
     def references(self, plan: BatchPlan) -> list[str]:

@@ -1,4 +1,6 @@
-"""`stillhouse corpus`: import, check, split and describe a corpus, compute features, learn ASR units.
+"""`stillhouse corpus`: import, check, split and describe a corpus, learn ASR units.
+
+`cli.py` adds `corpus features`, which may need a speech encoder, from extract/commands/features.py.
 
 Guarantees: a command imports everything heavier than click inside its function.
 Try: `stillhouse corpus --help`.
@@ -8,9 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import textwrap
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,6 @@ FEATURE_SUFFIXES = (".h5", ".hdf5")
 
 if TYPE_CHECKING:
     from ..corpus.info import CorpusFacts
-    from ..features.compute import PartDone
 
 
 @click.group()
@@ -33,96 +32,6 @@ def corpus() -> None:
 
 
 corpus.add_command(import_)
-
-
-class _Progress:
-    """A progress bar on a terminal, and a line every few seconds elsewhere."""
-
-    def __init__(self, name: str) -> None:
-        self.name, self.rows, self.missing, self.audio_s, self.shown = name, 0, 0, 0.0, 0.0
-        self.bar: Any = None
-
-    def start(self, present: int, missing: int) -> None:
-        say(f"{self.name}: {present} rows present, {missing} to compute")
-        self.missing, self.begun = missing, time.monotonic()
-        if missing and sys.stderr.isatty():
-            self.bar = click.progressbar(length=missing, label="features", file=sys.stderr)
-            self.bar.render_progress()
-
-    def part(self, part: PartDone) -> None:
-        self.rows, self.audio_s, now = self.rows + part.rows, self.audio_s + part.audio_s, time.monotonic()
-        if self.bar is not None:
-            self.bar.update(part.rows)
-        elif now - self.shown > 5:
-            self.shown = now
-            speed = self.audio_s / (now - self.begun)
-            say(f"{self.rows}/{self.missing} rows, {self.audio_s / 3600:.2f} h, {speed:.0f}× real time")
-
-    def stop(self) -> None:
-        if self.bar is not None:
-            self.bar.render_finish()
-
-
-@corpus.command()
-@click.argument("manifest", type=EXISTING)
-@click.argument("features_file", metavar="FEATURES", type=PATH)
-@click.option("--speeds", default="1.0", show_default=True, help="Speed factors with commas between: 0.9,1.0,1.1.")
-@click.option("--split", help="Compute only these splits, with commas between.")
-@click.option(
-    "--rate",
-    "rate_hz",
-    type=int,
-    help="Resample audio to this rate in Hz, also upwards. By default that of the feature file, or else of the audio, "
-    "16000 at most.",
-)
-@click.option("--bins", default=80, show_default=True, help="Number of mel bins.")
-@click.option("--workers", type=int, help="Worker processes. By default the cores, if that pays.")
-@click.option("--redo-changed", is_flag=True, help="Compute again utterances whose audio changed.")
-@root_option
-@click.option("--json", "as_json", is_flag=True, help="Print facts as JSON.")
-def features(manifest: Path, features_file: Path, speeds: str, as_json: bool, **options: Any) -> None:
-    """Compute Kaldi fbank features into an HDF5 file.
-
-    The same command again resumes a run that was stopped, and adds new utterances and speeds.
-
-    Example: stillhouse corpus features corpus.jsonl features.h5 --speeds 0.9,1.0,1.1
-    """
-    from ..errors import UsageError
-    from ..features.compute import FeatureSettings, compute_features
-    from ..features.rates import default_rate
-    from ..files.outputs import refuse_input
-    from ..manifest import read_manifest
-
-    try:
-        factors = tuple(float(s) for s in speeds.split(","))
-    except ValueError as e:
-        raise UsageError(f"the speeds are {speeds!r}", expected="numbers with commas between") from e
-    refuse_input(features_file, [manifest])
-    chosen = read_manifest(manifest, options.pop("root")).select(options.pop("split"))
-    rate_hz = options.pop("rate_hz")
-    options["upsample"] = rate_hz is not None
-    rate_hz = default_rate(chosen, features_file) if rate_hz is None else rate_hz
-    settings = FeatureSettings(rate_hz=rate_hz, bins=options.pop("bins"))
-    started = time.monotonic()
-    progress = _Progress(str(features_file))
-    hooks: dict[str, Any] = {"on_start": progress.start, "on_part": progress.part}
-    try:
-        report = compute_features(chosen, features_file, factors, settings=settings, **options, **hooks)
-    finally:
-        progress.stop()
-    took = time.monotonic() - started
-    if as_json:
-        click.echo(json.dumps({**asdict(report), "seconds": round(took, 3)}))
-    else:
-        say(
-            f"{features_file}: {report.rows_computed} rows of {report.audio_s / 3600:.2f} h of audio in {took:.1f} s "
-            f"({report.audio_s / took:.0f}× real time), {report.frames} frames at {report.rate_hz} Hz in the file"
-        )
-    if report.upsampled:
-        say(
-            f"{report.upsampled} utterances have a lower sample rate than {report.rate_hz} Hz and were upsampled. "
-            "Nothing is in their upper band, and a model comes to depend on that"
-        )
 
 
 @corpus.command()
@@ -325,6 +234,9 @@ def _show_features(path: Path, as_json: bool) -> None:
         "speeds": file.speeds,
         "rows": len(file.row_ids),
         "frames": int(file.offsets[-1]),
+        "frame_hz": file.frame_times.hz,
+        "hours": int(file.offsets[-1]) / file.frame_times.hz / 3600,
+        "width": file.width,
         "bytes": path.stat().st_size,
         "settings": file.settings,
         "fingerprint": file.fingerprint,

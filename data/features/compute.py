@@ -1,4 +1,4 @@
-"""Acoustic features: Kaldi fbank, computed by worker processes into parts and merged into one features.h5.
+"""Acoustic features, computed by worker processes into parts and merged into one features.h5.
 
 Guarantees: a part gets its name when it is whole, and it is deleted after the file that holds its rows is in place. A
 kill at any moment therefore neither loses rows that were reported nor computes them again.
@@ -22,6 +22,7 @@ from ..files.atomic import sweep_drafts
 from ..files.lock import FileLock
 from ..manifest import Corpus
 from .file import FeatureFile, FeatureSettings
+from .methods import FbankMethod, FeatureMethod
 from .parts import FeatureJob, PartDone, compute_parts
 from .provenance import RowSource, compare
 from .rates import default_rate
@@ -51,6 +52,7 @@ def compute_features(
     speeds: Sequence[float] = (1.0,),
     *,
     settings: FeatureSettings | None = None,
+    method: FeatureMethod | None = None,
     upsample: bool | None = None,
     workers: int | None = None,
     part_s: float = 300.0,
@@ -60,11 +62,12 @@ def compute_features(
 ) -> FeatureReport:
     """Compute the rows that features.h5 lacks: every utterance of the corpus at every speed.
 
-    Without `settings`, the rate is `default_rate`. Audio of a lower rate than the features fails, unless it may be
-    upsampled, as by default if there are `settings`. With 0 workers it computes in this process, and None uses the
-    cores. A kill costs each worker at most a part, of `part_s` seconds of features. `on_start` gets (rows in the file,
-    rows to compute), and `on_part` each part when its rows are on disk. Raises PartialError if utterances failed, and
-    StaleError if the file has other settings, or if the audio of an utterance changed and `redo_changed` is not set.
+    Without a `method` it computes Kaldi fbank. Without `settings`, the rate is `default_rate`. Audio of a lower rate
+    than the features fails, unless it may be upsampled, as by default if there are `settings`. With 0 workers it
+    computes in this process, and None uses the cores. A kill costs each worker at most a part, of `part_s` seconds of
+    features. `on_start` gets (rows in the file, rows to compute), and `on_part` each part when its rows are on disk.
+    Raises PartialError if utterances failed, and StaleError if the file has other settings, or if the audio of an
+    utterance changed and `redo_changed` is not set.
     """
     path = Path(path)
     parts = path.with_name(path.name + ".parts")
@@ -73,7 +76,8 @@ def compute_features(
     with_audio = sum(u.audio is not None for u in corpus.utterances)
     if not with_audio:
         raise FeatureError("no utterance of the corpus has audio", where=corpus.path)
-    settings = settings or FeatureSettings(rate_hz=default_rate(corpus, path))
+    method = method or FbankMethod(settings or FeatureSettings(rate_hz=default_rate(corpus, path)))
+    settings = method.settings
     done: list[PartDone] = []
     with FileLock(parts / "lock", f"features {path}"):
         try:
@@ -85,11 +89,11 @@ def compute_features(
             jobs = _missing(corpus, speeds, stored, path, redo_changed, upsample)
             if on_start is not None:
                 on_start(before, sum(len(j.speeds) for j in jobs))
-            workers = _worker_count(workers, jobs)
+            workers = _worker_count(workers, jobs, method.worker_s)
             first = 1 + max((int(p.stem.removeprefix("part-")) for p in left), default=-1)
             tasks = enumerate(_tasks(jobs, part_s, workers), start=first)
             named = [(parts / f"part-{number:08d}.h5", task) for number, task in tasks]
-            for part in compute_parts(named, settings, workers):
+            for part in compute_parts(named, method, workers):
                 done.append(part)
                 if on_part is not None and part.ids:
                     on_part(part)
@@ -192,13 +196,12 @@ def _seconds(job: FeatureJob) -> float:
     return (job.duration_s or ASSUMED_S) * sum(1 / s for s in job.speeds)
 
 
-def _worker_count(workers: int | None, jobs: list[FeatureJob]) -> int:
+def _worker_count(workers: int | None, jobs: list[FeatureJob], worker_s: float) -> int:
     if workers is not None and workers < 0:
         raise ConfigError(f"{workers} workers", expected="0 or more")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if workers is None:
-        # Starting a process takes about as long as 15 minutes of audio.
-        workers = min(cores, int(sum(map(_seconds, jobs)) / 900))
+        workers = min(cores, int(sum(map(_seconds, jobs)) / worker_s))
         workers = 0 if workers == 1 else workers
     return min(workers, len(jobs))
 

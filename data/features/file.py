@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import h5py
@@ -43,6 +44,8 @@ TABLES = {
 # end, and channel -1 is the mean. A stamp of 0 says that nothing is recorded.
 RECORD = np.dtype([("content", "<u8"), ("stamp", "<u8"), ("start_s", "<f8"), ("duration_s", "<f8"), ("channel", "<i4")])
 MAKE = "`stillhouse corpus features CORPUS FEATURES`"
+FBANK_HZ = 100.0  # frames in a second of files that record no frame_hz
+PLACES = ("encoder",)  # Settings that say where something lies, and decide no number.
 
 
 @dataclass(frozen=True)
@@ -59,22 +62,81 @@ class FeatureSettings:
     def __post_init__(self) -> None:
         if not 1000 <= self.rate_hz <= 192000:
             raise ConfigError(f"a rate of {self.rate_hz} Hz", expected="1000 to 192000 Hz")
+        self._check_width()
+
+    def _check_width(self) -> None:
         if not 4 <= self.bins <= 256:
             raise ConfigError(f"{self.bins} mel bins", expected="4 to 256")
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the settings."""
-        return blake2b(json.dumps(asdict(self), sort_keys=True).encode(), digest_size=8).hexdigest()
+        """A hash of the settings, without the place of an encoder."""
+        deciding = {name: value for name, value in asdict(self).items() if name not in PLACES}
+        return blake2b(json.dumps(deciding, sort_keys=True).encode(), digest_size=8).hexdigest()
 
     def differences(self, stored: dict) -> list[str]:
-        """Return, as texts, what differs from the settings of a file."""
-        own = asdict(self)
-        return [
-            f"{name} is {stored.get(name)!r} there and {own.get(name)!r} here"
-            for name in own | stored
-            if stored.get(name) != own.get(name)
-        ]
+        """Return, as texts, what differs from the settings of a file. An encoder may lie elsewhere."""
+        return differing(stored, asdict(self), "here")
+
+
+@dataclass(frozen=True)
+class EncoderSettings(FeatureSettings):
+    """The settings of rows that are the states of a speech encoder. `bins` is the width of a state.
+
+    encoder         where it was loaded from: a folder, or its name on the Hugging Face hub
+    architecture    its model_type, such as "whisper"
+    weights         a hash of its weights and of its feature extractor's settings
+    layer           0 is what goes into the first layer
+    frame_hz        rows in a second of audio
+    offset_s        time of the middle of row 0
+    """
+
+    method: str = "encoder 1"
+    encoder: str = ""
+    architecture: str = ""
+    weights: str = ""
+    layer: int = 0
+    frame_hz: float = 50.0
+    offset_s: float = 0.0
+
+    def _check_width(self) -> None:
+        if not 1 <= self.bins <= 1 << 16:
+            raise ConfigError(f"states of {self.bins} numbers", expected="1 to 65536")
+
+
+@dataclass(frozen=True)
+class FrameTimes:
+    """When the frames of features are: `hz` in a second, and the first begins at `start_s`."""
+
+    hz: float = FBANK_HZ
+    start_s: float = 0.0
+
+
+FBANK_TIMES = FrameTimes()
+
+
+def times_of(settings: Mapping[str, Any] | None) -> FrameTimes:
+    """Return when the frames are, by the settings of a feature file. None is fbank, which begins with the audio."""
+    if settings is None or "frame_hz" not in settings:
+        return FBANK_TIMES
+    hz = float(settings["frame_hz"])
+    if not 0 < hz <= 1000:
+        raise ValueError(f"{hz} frames in a second")
+    return FrameTimes(hz, float(settings["offset_s"]) - 0.5 / hz)
+
+
+def is_encoder(settings: Mapping[str, Any] | None) -> bool:
+    """Return whether rows of these settings are the states of a speech encoder."""
+    return settings is not None and "encoder" in settings
+
+
+def differing(stored: Mapping[str, Any], own: Mapping[str, Any], place: str) -> list[str]:
+    """Return in words which settings of a file differ from `own` ones, which are those at `place`."""
+    return [
+        f"{name} is {stored.get(name)!r} there and {own.get(name)!r} {place}"
+        for name in {**own, **stored}
+        if stored.get(name) != own.get(name) and name not in PLACES
+    ]
 
 
 def sum_of_tables(tables: Mapping[str, np.ndarray]) -> int:
@@ -175,6 +237,7 @@ class FeatureFile:
             self._settings = json.loads(_text(file.attrs["settings"]))
             if not isinstance(self._settings, dict):
                 raise ValueError("its settings are not an object")
+            times_of(self._settings)
             self._fingerprint = _text(file.attrs["fingerprint"])
             size = os.fstat(fd).st_size
             tables = {name: _table(file[name], kind, size) for name, kind in TABLES.items()}
@@ -222,6 +285,11 @@ class FeatureFile:
     def fingerprint(self) -> str:
         """The hash of the settings. New rows do not change it, because each row has its own identity (`audio`)."""
         return self.open()._fingerprint
+
+    @property
+    def frame_times(self) -> FrameTimes:
+        """When the frames are."""
+        return times_of(self.settings)
 
     @property
     def ids(self) -> list[str]:

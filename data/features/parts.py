@@ -14,10 +14,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from ..audio.fbank import fbank
 from ..audio.read import change_speed, read_segment, resample
 from ..errors import AudioError, FeatureError, StillhouseError
-from .file import FeatureSettings
+from .file import EncoderSettings, FeatureSettings
+from .methods import FeatureMethod
 from .provenance import identity, record
 from .writer import Rows, write_rows
 
@@ -46,8 +46,9 @@ class PartDone:
     upsampled: int = 0
 
 
-def compute_part(target: Path, jobs: list[FeatureJob], settings: FeatureSettings) -> PartDone:
+def compute_part(target: Path, jobs: list[FeatureJob], method: FeatureMethod) -> PartDone:
     """Compute one part and write it to `target`."""
+    settings = method.settings
     rows = Rows()
     ids: list[str] = []
     failures: dict[str, str] = {}
@@ -59,15 +60,15 @@ def compute_part(target: Path, jobs: list[FeatureJob], settings: FeatureSettings
         try:
             samples, own_hz = read_segment(*segment)
             if own_hz < settings.rate_hz and not job.upsample:
-                raise _narrow(job.path, own_hz, settings.rate_hz)
+                raise _narrow(job.path, own_hz, settings)
             name, source = identity(*segment, excerpts), record(*segment, files)
             samples, seconds = resample(samples, own_hz, settings.rate_hz), len(samples) / own_hz
-            mels = [fbank(change_speed(samples, s), settings.rate_hz, settings.bins) for s in job.speeds]
+            rows_of = [method.rows(change_speed(samples, s), job.id) for s in job.speeds]
         except (AudioError, OSError) as e:
             failures[job.id] = str(e)
             continue
-        for speed, mel in zip(job.speeds, mels):
-            rows.add(job.id, speed, name, mel, source)
+        for speed, own in zip(job.speeds, rows_of):
+            rows.add(job.id, speed, name, own, source)
         ids.append(job.id)
         upsampled += own_hz < settings.rate_hz
         audio_s += seconds
@@ -76,14 +77,16 @@ def compute_part(target: Path, jobs: list[FeatureJob], settings: FeatureSettings
     return PartDone(ids, len(rows.ids), audio_s, failures, upsampled)
 
 
-def _narrow(path: Path, own_hz: int, rate_hz: int) -> AudioError:
+def _narrow(path: Path, own_hz: int, settings: FeatureSettings) -> AudioError:
     """Return the error of audio whose rate is lower than that of the features."""
-    remedy = f"compute all features at --rate {own_hz} into another file, or give --rate {rate_hz} to upsample it"
+    rate_hz, remedy = settings.rate_hz, f"give --rate {settings.rate_hz} to upsample it"
+    if not isinstance(settings, EncoderSettings):  # An encoder takes one rate alone.
+        remedy = f"compute all features at --rate {own_hz} into another file, or {remedy}"
     return AudioError(f"the audio has {own_hz} Hz", where=path, expected=f"{rate_hz} Hz or more", remedy=remedy)
 
 
 def compute_parts(
-    named: list[tuple[Path, list[FeatureJob]]], settings: FeatureSettings, workers: int
+    named: list[tuple[Path, list[FeatureJob]]], method: FeatureMethod, workers: int
 ) -> Iterator[PartDone]:
     """Compute parts, given as (path, jobs), and yield each when it is in place, in any order.
 
@@ -97,7 +100,7 @@ def compute_parts(
         torch.set_num_threads(1)
         try:
             for target, jobs in named:
-                yield compute_part(target, jobs, settings)
+                yield compute_part(target, jobs, method)
         finally:
             torch.set_num_threads(threads)
         return
@@ -109,7 +112,7 @@ def compute_parts(
     try:
         for _ in range(min(workers, len(named))):
             pipe, other = context.Pipe()
-            process = context.Process(target=_work, args=(other, settings), daemon=True)
+            process = context.Process(target=_work, args=(other, method), daemon=True)
             process.start()
             other.close()
             busy[pipe] = process
@@ -140,7 +143,7 @@ def compute_parts(
             process.join()
 
 
-def _work(pipe: Connection, settings: FeatureSettings) -> None:
+def _work(pipe: Connection, method: FeatureMethod) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent ends its workers.
     import torch
 
@@ -151,7 +154,7 @@ def _work(pipe: Connection, settings: FeatureSettings) -> None:
         except (EOFError, ConnectionError):
             return
         try:
-            answer: PartDone | BaseException = compute_part(target, jobs, settings)
+            answer: PartDone | BaseException = compute_part(target, jobs, method)
         except StillhouseError as e:
             answer = e
         except Exception as e:

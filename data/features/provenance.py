@@ -20,7 +20,7 @@ import numpy as np
 from ..errors import StaleError, first_few
 from ..files.atomic import open_plain, plain_descriptor
 from ..manifest import Corpus, Utterance
-from .file import RECORD, FeatureFile, FeatureSettings
+from .file import RECORD, FeatureFile, FeatureSettings, differing, is_encoder
 
 THREADS = 16  # They wait for the disk, or for the network.
 
@@ -205,10 +205,8 @@ def refuse_other_settings(file: FeatureFile, settings: Mapping[str, object] | No
     """Raise StaleError if a model was trained on features of other settings, as far as these are known."""
     differ: list[str] = []
     if settings is not None:
-        there = file.settings
-        differ = [
-            f"{k} is {there.get(k)!r} there and {v!r} in the model" for k, v in settings.items() if there.get(k) != v
-        ]
+        there = {name: file.settings.get(name) for name in settings}
+        differ = differing(there, settings, "in the model")
     elif fingerprint is not None and fingerprint != file.fingerprint:
         differ = [f"the fingerprint is {file.fingerprint} there and {fingerprint} in the model"]
     if differ:
@@ -219,8 +217,8 @@ def refuse_other_settings(file: FeatureFile, settings: Mapping[str, object] | No
 
 def _options(settings: Mapping[str, object]) -> str:
     """Return settings as options of `corpus features`."""
-    options = (("rate_hz", "rate"), ("bins", "bins"))
-    return "".join(f" --{option} {settings[name]}" for name, option in options if name in settings)
+    names = {"encoder": "encoder", "layer": "layer"} if is_encoder(settings) else {"rate_hz": "rate", "bins": "bins"}
+    return "".join(f" --{option} {settings[name]}" for name, option in names.items() if name in settings)
 
 
 def _number(data: bytes) -> int:

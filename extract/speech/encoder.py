@@ -272,7 +272,10 @@ def load_encoder(source: str, device: str = "cpu") -> SpeechEncoder:
         TeacherError: it cannot be loaded, is no known speech encoder, or lacks its feature extractor.
     """
     from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as e:

@@ -88,7 +88,7 @@ def test_every_section_and_setting_is_described_in_whole_sentences() -> None:
 def test_ranges_and_choices_are_named() -> None:
     model = section("model")["properties"]
     assert values(model["dim"]) == "whole number ≥ 8 and ≤ 65 536" and default(model["dim"]) == "`176`"
-    assert values(model["subsampling"]) == "`2`, `3`, `4`, `6`, `8`"
+    assert values(model["subsampling"]) == "`1`, `2`, `3`, `4`, `6`, `8`"
     assert values(section("optim")["properties"]["betas"]) == "list of 2: number ≥ 0 and < 1"
     assert values(section("transfer")["properties"]["decay"]) == "`linear`, `cosine`"
     assert default(section("data")["properties"]["corpus"]) == "required"

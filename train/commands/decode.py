@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from ...data.commands.paths import PATH
+from .front import front_end, given_features, is_manifest_name
 from .live import decode_live, features_of, read_samples, sample_rate, say, speed, telling, write_data
 
 POSITIVE = click.IntRange(min=1)
@@ -33,6 +34,8 @@ run_options = with_options(
     click.option("--checkpoint", default="best", show_default=True,
                  help="Weights to use: best, last, a step, raw or average:N."),
     click.option("--device", default="auto", show_default=True, help="Device: cpu, cuda, cuda:1 or auto."),
+    click.option("--encoder", "source", metavar="MODEL",
+                 help="Where the speech encoder of the features is now. [default: where it was]"),
 )  # fmt: skip
 search_options = with_options(
     click.option("--beam", type=POSITIVE, default=1, show_default=True,
@@ -81,6 +84,7 @@ def decode(
     split: str | None,
     checkpoint: str,
     device: str,
+    source: str | None,
     kind: str,
     delay_s: float,
     threads: int | None,
@@ -101,6 +105,9 @@ def decode(
     trained with chunks writes {"id", "hyp", "final", "start_s", "end_s", …} while the audio arrives. Any other model
     writes results at the end of the audio, or after each --segment.
 
+    If the model's features are the states of a speech encoder, the command loads the encoder, and FEATURES of CORPUS
+    may be left out. Results of audio then come at its end.
+
     Example: stillhouse decode runs/kathleen corpus.jsonl features.h5 --split test > hyp.jsonl
 
     Example: stillhouse decode runs/kathleen corpus.jsonl features.h5 --beam 8 --lm words.arpa.gz --format ctm
@@ -111,9 +118,10 @@ def decode(
         import torch
 
         from ...data.errors import UsageError
+        from ...data.features.file import times_of
         from ...data.manifest import read_manifest
         from ..decode.decode import decoding_loader, transcribe
-        from ..decode.stream import StreamDecoder, chunk_size
+        from ..decode.stream import StreamDecoder, WholeFront, chunk_size
         from ..decode.write import check_ids, hypothesis_lines
         from ..model.build import resolve_device
         from ..run.load import load_run
@@ -125,30 +133,42 @@ def decode(
         model, units, config, step = load_run(run, checkpoint)
         model, longest = model.to(where), config.data.max_frames
     search, nbest = _search(model, units, kind, **settings)
-    if features is not None:
+    front = front_end(run, device, source) if features is None else None
+    if features is not None or (front is not None and is_manifest_name(corpus)):
         live = {"--raw": raw, "--id": name, "--chunk": chunk, "--segment": segment, "--endpoint": endpoint}
         for option, value in {**live, "--no-partial": no_partial}.items():
             if value:
-                raise UsageError(f"{option} is for audio", expected="- or AUDIO, and no FEATURES")
-        with telling("reading the corpus, and comparing it with the features"):
-            chosen = read_manifest(corpus).select(split)
-            loader = decoding_loader(chosen, features, units, untranscribed=True, trained=features_of(run))
-        check_ids((u.id for u in loader.utterances), kind)
-        if long := int((loader.frames > longest).sum()):
-            say(f"{long} utterances are cut at quiet places: the model's training had at most {longest / 100:g} s.")
-        began = time.perf_counter()
-        options: Any = {"search": search, "nbest": nbest, "delay_s": delay_s, "longest": longest}
-        for hypothesis in transcribe(model, loader, device=where, **options):
-            for line in hypothesis_lines(hypothesis, kind, nbest):
-                write_data(line)
-        seconds, audio_s = time.perf_counter() - began, loader.frames.sum() / 100
-        say(f"step {step}: {len(loader.utterances)} utterances, {speed(audio_s, seconds)}")
+                raise UsageError(f"{option} is for audio", expected="- or AUDIO, and no CORPUS")
+        with given_features(read_manifest(corpus).select(split), features, front) as (path, chosen):
+            with telling("reading the corpus, and comparing it with the features"):
+                loader = decoding_loader(chosen, path, units, untranscribed=True, trained=features_of(run))
+            check_ids((u.id for u in loader.utterances), kind)
+            hz = loader.features.frame_times.hz
+            if long := int((loader.frames > longest).sum()):
+                where_cut = "at quiet places" if front is None else "somewhere"
+                say(f"{long} utterances are cut {where_cut}: the model's training had at most {longest / hz:g} s.")
+            began = time.perf_counter()
+            options: Any = {"search": search, "nbest": nbest, "delay_s": delay_s, "longest": longest}
+            for hypothesis in transcribe(model, loader, device=where, **options):
+                for line in hypothesis_lines(hypothesis, kind, nbest):
+                    write_data(line)
+            seconds, audio_s = time.perf_counter() - began, loader.frames.sum() / hz
+            say(f"step {step}: {len(loader.utterances)} utterances, {speed(audio_s, seconds)}")
         return
     if split is not None:
         raise UsageError("--split is for a corpus", expected="CORPUS and FEATURES")
-    rate_hz = sample_rate(run)
-    chunk = chunk_size(model, chunk, longest)
     kept: Any = {"nbest": nbest, "delay_s": delay_s, "longest": longest}
+    if front is None:
+        rate_hz = sample_rate(run)
+        chunk = chunk_size(model, chunk, longest)
+    else:
+        for option, value in (("--chunk", chunk), ("--segment", segment), ("--endpoint", endpoint)):
+            if value:
+                what = f"the speech encoder of the features needs whole audio, so {option} is not possible"
+                raise UsageError(what, expected=f"no {option}, or a model of fbank that was trained to stream")
+        rate_hz, chunk = front.settings.rate_hz, 0
+        whole = WholeFront(partial(front.rows, id=name or str(corpus)), rate_hz, front.settings.bins)
+        kept |= {"front": whole, "times": times_of(vars(front.settings))}
     decoder = StreamDecoder(
         model, units, search=search, rate_hz=rate_hz, chunk=chunk, segment_s=segment, endpoint_s=endpoint, **kept
     )
@@ -156,7 +176,8 @@ def decode(
         if endpoint is not None:
             raise UsageError("--endpoint is for a model that streams", expected="--segment SECONDS")
         when = f"after at most {segment:g} s" if segment else "when the audio ends"
-        say(f"This model needs whole utterances, because it was not trained to stream. Results come {when}.")
+        why = "it was not trained to stream" if front is None else "a speech encoder computes its features"
+        say(f"This model needs whole utterances, because {why}. Results come {when}.")
     name = name or ("stdin" if str(corpus) == "-" else corpus.stem)
     samples = read_samples(corpus, rate_hz, raw)
     decode_live(decoder, samples, kind, nbest, name, bool(segment or endpoint), not no_partial)
@@ -204,7 +225,7 @@ def _search(
 @click.command()
 @click.argument("run", type=PATH)
 @click.argument("corpus", type=PATH)
-@click.argument("features", type=PATH)
+@click.argument("features", type=PATH, required=False)
 @run_options
 @click.option("--textgrid", "folder", type=PATH, help="Also write FOLDER/ID.TextGrid for Praat.")
 @click.option("--force", is_flag=True, help="Replace TextGrid files that `align` did not write, such as edited ones.")
@@ -213,10 +234,11 @@ def _search(
 def align(
     run: Path,
     corpus: Path,
-    features: Path,
+    features: Path | None,
     split: str | None,
     checkpoint: str,
     device: str,
+    source: str | None,
     folder: Path | None,
     force: bool,
     delay_s: float | None,
@@ -225,9 +247,11 @@ def align(
 
     A word ends where the next one begins or a silence starts. The model emits a unit some time after its sound. The
     command measures this delay at the pauses of up to 256 utterances. Give --delay to get the same times in any corpus.
+    If the model's features are the states of a speech encoder, FEATURES may be left out.
 
     Example: stillhouse align runs/kathleen corpus.jsonl features.h5 --split test > words.ctm
     """
+    from ...data.errors import UsageError
     from ...data.files.atomic import write_atomic
     from ...data.files.outputs import check_file, file_names
     from ...data.manifest import read_manifest
@@ -241,28 +265,31 @@ def align(
     where = resolve_device(device)
     with telling(f"loading the model of {run}, and comparing the corpus with the features"):
         model, units, _, step = load_run(run, checkpoint)
-        loader = decoding_loader(read_manifest(corpus).select(split), features, units, trained=features_of(run))
-    check_ids((u.id for u in loader.utterances), "ctm")
-    names = file_names(u.id for u in loader.utterances)
-    grids = {id: folder / f"{name}.TextGrid" for id, name in names.items()} if folder is not None else {}
-    for path in grids.values():
-        check_file(path, (corpus, features), own=is_textgrid, force=force)
-    words = 0
-    model = model.to(where)
-    if delay_s is None:
-        found = find_delay(model, loader, device=where)
-        delay_s = found or 0.0
-        told = (
-            f"The model emits units {delay_s:.2f} s after their sound (--delay {delay_s:.2f}), measured at the pauses."
-        )
-        say("There are too few pauses to measure the model's delay (--delay 0)." if found is None else told)
-    for alignment in alignments(model, loader, device=where, delay_s=delay_s):
-        words += len(alignment.words)
-        if alignment.untimed:
-            say(f"{alignment.id}: {alignment.untimed} words have no times, because {alignment.why}.")
-        for line in ctm_lines(alignment.id, alignment.words):
-            write_data(line)
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(grids[alignment.id], textgrid(alignment), durable=False)
-    say(f"step {step}: {words} words of {len(loader.utterances)} utterances")
+    front = front_end(run, device, source) if features is None else None
+    if features is None and front is None:
+        raise UsageError("FEATURES is missing", where=corpus, remedy="stillhouse corpus features CORPUS features.h5")
+    with given_features(read_manifest(corpus).select(split), features, front) as (path, chosen):
+        loader = decoding_loader(chosen, path, units, trained=features_of(run))
+        check_ids((u.id for u in loader.utterances), "ctm")
+        names = file_names(u.id for u in loader.utterances)
+        grids = {id: folder / f"{name}.TextGrid" for id, name in names.items()} if folder is not None else {}
+        for grid in grids.values():
+            check_file(grid, (corpus, path), own=is_textgrid, force=force)
+        words = 0
+        model = model.to(where)
+        if delay_s is None:
+            found = find_delay(model, loader, device=where)
+            delay_s = found or 0.0
+            told = f"The model emits units {delay_s:.2f} s after their sound (--delay {delay_s:.2f}), "
+            none = "There are too few pauses to measure the model's delay (--delay 0)."
+            say(none if found is None else f"{told}measured at the pauses.")
+        for alignment in alignments(model, loader, device=where, delay_s=delay_s):
+            words += len(alignment.words)
+            if alignment.untimed:
+                say(f"{alignment.id}: {alignment.untimed} words have no times, because {alignment.why}.")
+            for line in ctm_lines(alignment.id, alignment.words):
+                write_data(line)
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_atomic(grids[alignment.id], textgrid(alignment), durable=False)
+        say(f"step {step}: {words} words of {len(loader.utterances)} utterances")

@@ -168,10 +168,10 @@ def decode_live(
         if count:
             write(decoder.finish())
             if decoder.cuts:
-                least = f"the model's training had at most {decoder.longest / 100:g} s"
+                least = f"the model's training had at most {decoder.longest / decoder.times.hz:g} s"
                 say(f"The audio is cut at {decoder.cuts} quiet places: {least}.")
             total_s = time.perf_counter() - began
-            say(f"{speed(count / decoder.fbank.rate_hz, busy)}; {total_s:.1f} s with the wait for audio")
+            say(f"{speed(count / decoder.rate_hz, busy)}; {total_s:.1f} s with the wait for audio")
     if blocks.interrupted:
         raise KeyboardInterrupt
     if not count:

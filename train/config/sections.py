@@ -40,7 +40,10 @@ class ConfigSection(BaseModel):
 
 
 class DataSection(ConfigSection):
-    """The corpus, and how it makes batches. Paths start from the folder of the command, and a frame is 10 ms."""
+    """The corpus, and how it makes batches. Paths start from the folder of the command.
+
+    A frame is a row of the feature file: 10 ms of fbank, and 20 ms of most speech encoders.
+    """
 
     corpus: Path = Field(description="Corpus file, such as corpus.jsonl.")
     features: Path = Field(description="Feature file, such as features.h5.")
@@ -61,7 +64,7 @@ class ModelSection(ConfigSection):
     heads: Positive = Field(4, description="Attention heads of a block.")
     inner: int = Field(704, ge=8, le=1 << 18, description="Width inside the feed-forward modules.")
     kernel: int = Field(15, ge=1, le=1 << 16, description="Encoder states that a convolution spans, odd.")
-    subsampling: Literal[2, 3, 4, 6, 8] = Field(4, description="Frames in one encoder state.")
+    subsampling: Literal[1, 2, 3, 4, 6, 8] = Field(4, description="Frames in one encoder state.")
     causal: bool = Field(False, description="Convolutions see no later frame. Chunks imply it.")
     chunk_frames: Natural = Field(0, description="Frames of a streaming chunk. 0 means the whole utterance.")
     left_chunks: Natural = Field(4, description="Earlier chunks that a frame attends to, beside its own.")
@@ -136,13 +139,24 @@ class OptimSection(ConfigSection):
 
 
 class SpecAugmentSection(ConfigSection):
-    """Masks over the features of a training batch (Park et al. 2019, arXiv 1904.08779)."""
+    """Masks over the features of a training batch (Park et al. 2019, arXiv 1904.08779).
+
+    The states of a speech encoder have no masks of frequencies, because their numbers are not in the order of any.
+    """
 
     frequency_masks: int = Field(2, ge=0, le=1_024, description="Masked bands of frequencies in an utterance.")
     frequency_width: Natural = Field(20, description="Widest band, in bins.")
     time_masks: int = Field(5, ge=0, le=1_024, description="Masked stretches of time in an utterance.")
-    time_width: Natural = Field(30, description="Longest stretch, in frames.")
+    time_width: Natural = Field(30, description="Longest stretch, in steps of 10 ms.")
+    time_width_s: float | None = Field(None, ge=0, description="Longest stretch in seconds, instead of time_width.")
     time_share: float = Field(0.25, ge=0, le=1, description="Largest share of an utterance that time masks cover.")
+
+    def masks(self, frame_hz: float, mel: bool) -> dict[str, Any]:
+        """Return the arguments of `spec_augment` for features of `frame_hz` frames in a second, of mel bins or not."""
+        masks = self.model_dump(exclude={"time_width_s"})
+        longest_s = self.time_width / 100 if self.time_width_s is None else self.time_width_s
+        masks["time_width"] = round(longest_s * frame_hz)
+        return masks if mel else masks | {"frequency_masks": 0}
 
 
 class TransferSettings(ConfigSection):

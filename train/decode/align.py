@@ -19,7 +19,7 @@ import torch
 from ...data.batches.loader import BatchLoader
 from ..model.losses import transducer_costs
 from ..model.transducer import Transducer
-from .decode import batch_loudness, encoded_batches
+from .decode import batch_loudness, encoded_batches, state_frames
 from .emissions import Word, words_and_units, words_of
 from .times import FRAME_S, measured_delay
 
@@ -81,10 +81,11 @@ def emitted(
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
     """Yield (number, frames [U], confidence [U], loudness [F]) of each utterance of `loader`, longest first.
 
-    Frames are those of features. They are empty if no alignment exists.
+    Frames are of FRAME_S. They are empty if no alignment exists.
     """
     if not loader.utterances:
         return
+    times = loader.features.frame_times
     for plan, batch, states, lengths in encoded_batches(model, loader, device, batch_frames):
         with torch.no_grad():
             _, occupancy = transducer_costs(
@@ -103,7 +104,8 @@ def emitted(
             frames = confidence = np.zeros(0)
             if own.sum() > 0:
                 frames, confidence = emission_frames(own)
-            yield number, frames * model.encoder.subsampling, confidence, batch_loudness(batch, b)
+            placed = frames * state_frames(model, times) + times.start_s / FRAME_S
+            yield number, placed, confidence, batch_loudness(batch, b)
 
 
 def find_delay(
@@ -131,10 +133,10 @@ def align(
     The model is on `device` and emits units delay_s after their sound (see `find_delay`). A batch has batch_frames
     feature frames, padding included.
     """
-    long = loader.frames[:, 0] > LONGEST
+    long, hz = loader.frames[:, 0] > LONGEST, loader.features.frame_times.hz
     for number in np.flatnonzero(long).tolist():
-        utterance, duration_s = loader.utterances[number], int(loader.frames[number, 0]) * FRAME_S
-        why = f"it lasts {duration_s / 60:.1f} minutes, and {LONGEST * FRAME_S / 60:.0f} are the most"
+        utterance, duration_s = loader.utterances[number], int(loader.frames[number, 0]) / hz
+        why = f"it lasts {duration_s / 60:.1f} minutes, and {LONGEST / hz / 60:.0f} are the most"
         yield Alignment(utterance.id, duration_s, [], len(utterance.text.split()), why)
     rest = loader.only(np.flatnonzero(~long).tolist())
     for number, frames, confidence, loud in emitted(model, rest, device, batch_frames):

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ...data.batches.loader import Batch, BatchLoader
 from ...data.batches.sampler import BatchPlan, BatchSampler
-from ...data.features.compute import FeatureFile
+from ...data.features.file import FeatureFile, FrameTimes, is_encoder
 from ...data.features.provenance import refuse_changed_rows
 from ...data.manifest import Corpus
 from ...data.text import SPACE_MARK
@@ -55,7 +55,7 @@ class Hypothesis:
 
 
 def rank_texts(
-    units: Units, results: list[Emissions], subsampling: int, loud: np.ndarray, most: int = 1, delay_s: float = 0.0
+    units: Units, results: list[Emissions], subsampling: float, loud: np.ndarray, most: int = 1, delay_s: float = 0.0
 ) -> list[ScoredText]:
     """Return the best `most` texts of a search, best first, with words by `timed_words`.
 
@@ -115,8 +115,13 @@ def moved(texts: list[ScoredText], by_s: float) -> list[ScoredText]:
     ]
 
 
-def quietest(features: np.ndarray) -> int:
-    """Return how many frames come before the quietest place in the last third of log mel energies [T, bins]."""
+def quietest(features: np.ndarray, mel: bool = True) -> int:
+    """Return how many frames come before the quietest place in the last third of log mel energies [T, bins].
+
+    The states of a speech encoder, which are not `mel`, do not tell it, so that all frames come before it.
+    """
+    if not mel:
+        return len(features)
     smooth = np.convolve(features.mean(axis=1), np.bartlett(SMOOTHED_FRAMES + 2)[1:-1], mode="same")
     first = len(features) * 2 // 3
     last = max(first + 1, len(features) - SMOOTHED_FRAMES // 2)  # Later, the mean would reach beyond the end.
@@ -125,7 +130,13 @@ def quietest(features: np.ndarray) -> int:
 
 def batch_loudness(batch: Batch, number: int) -> np.ndarray:
     """Return the loudness of each frame of one utterance of a batch."""
-    return loudness(batch.features[number, : int(batch.feature_lengths[number])].cpu().numpy())
+    own = batch.features[number, : int(batch.feature_lengths[number])].cpu().numpy()
+    return loudness(own, batch.frame_hz, batch.mel)
+
+
+def state_frames(model: Transducer, times: FrameTimes) -> float:
+    """Return how many frames of FRAME_S an encoder state of the model has, over features with these `times`."""
+    return model.encoder.subsampling / (times.hz * FRAME_S)
 
 
 def transcribe(
@@ -145,12 +156,14 @@ def transcribe(
     included. `search` makes the search of a batch from the model and the number of utterances. An utterance of more
     than `longest` frames is cut at its quietest places, and the texts of its parts are joined.
     """
+    times, mel = loader.features.frame_times, not is_encoder(loader.features.settings)
+    state, late_s = state_frames(model, times), delay_s - times.start_s
     long = loader.frames[:, 0] > longest
     for number in np.flatnonzero(long)[np.argsort(-loader.frames[long, 0], kind="stable")].tolist():
         features = loader.features.gather([loader.utterances[number].id])[0]
         bounds = [0]
         while len(features) - bounds[-1] > longest:
-            bounds.append(bounds[-1] + quietest(features[bounds[-1] : bounds[-1] + longest].astype(np.float32)))
+            bounds.append(bounds[-1] + quietest(features[bounds[-1] : bounds[-1] + longest].astype(np.float32), mel))
         ranges = list(pairwise([*bounds, len(features)]))
         parts: list[list[ScoredText]] = []
         for at in range(0, len(ranges), size := max(1, batch_frames // longest)):
@@ -161,9 +174,9 @@ def transcribe(
             with torch.no_grad():
                 decoder.feed(*model.encode(pad_sequence(cut, batch_first=True).to(device), lengths))
             for (begin, _), part, results in zip(group, cut, decoder.finish(), strict=True):
-                loud = loudness(part.numpy())
-                texts = rank_texts(loader.units, results, model.encoder.subsampling, loud, nbest, delay_s)
-                parts.append(moved(texts, begin * FRAME_S))
+                loud = loudness(part.numpy(), times.hz, mel)
+                texts = rank_texts(loader.units, results, state, loud, nbest, late_s)
+                parts.append(moved(texts, begin / times.hz))
         texts = join_texts(loader.units, parts, nbest)
         (ref,) = loader.references(BatchPlan(np.array([number]), np.zeros(1, np.int64), 0))
         yield Hypothesis(loader.utterances[number].id, texts[0].hyp, ref, texts)
@@ -175,7 +188,7 @@ def transcribe(
         decoder.feed(states, lengths)
         for b, (id, results, ref) in enumerate(zip(batch.ids, decoder.finish(), loader.references(plan))):
             loud = batch_loudness(batch, b)
-            texts = rank_texts(loader.units, results, model.encoder.subsampling, loud, nbest, delay_s)
+            texts = rank_texts(loader.units, results, state, loud, nbest, late_s)
             yield Hypothesis(id, texts[0].hyp, ref, texts)
 
 

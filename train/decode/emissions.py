@@ -64,9 +64,12 @@ def text_and_spans(units: Units, ids: Sequence[int]) -> tuple[str, np.ndarray]:
 
 
 def timed_words(
-    units: Units, emissions: Emissions, subsampling: int, loud: np.ndarray, delay_s: float = 0.0
+    units: Units, emissions: Emissions, subsampling: float, loud: np.ndarray, delay_s: float = 0.0
 ) -> tuple[str, list[Word]]:
-    """Return the text of a hypothesis and its words, with times by `words_of`. An encoder frame has `subsampling`."""
+    """Return the text of a hypothesis and its words, with times by `words_of`.
+
+    An encoder frame lasts as long as `subsampling` frames of the loudness.
+    """
     text, spans = text_and_spans(units, emissions.units)
     frames, confidence = np.array(emissions.frames, np.float64), np.array(emissions.confidence, np.float64)
     return text, words_of(text, spans, frames * subsampling, confidence, loud, delay_s, combine=np.prod)

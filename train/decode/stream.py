@@ -21,15 +21,38 @@ from torch import Tensor
 
 from ...data.audio.fbank import OnlineFbank
 from ...data.errors import UsageError
+from ...data.features.file import FBANK_TIMES, FrameTimes
 from ...data.units import Units
 from ..model.streaming import EncoderStream
 from ..model.transducer import Transducer
-from .decode import LONGEST, Hypothesis, ScoredText, join_texts, moved, quietest, rank_texts
+from .decode import LONGEST, Hypothesis, ScoredText, join_texts, moved, quietest, rank_texts, state_frames
 from .emissions import Emissions
 from .greedy import Search
 from .times import FRAME_S, loudness
 
 PAUSE_S = 0.3  # without a unit, where a long segment may be cut
+
+
+class WholeFront:
+    """A front end that needs whole audio, in the place of OnlineFbank: its rows come when the audio ends.
+
+    rows            computes [T, bins] of samples
+    rate_hz         of the samples
+    """
+
+    def __init__(self, rows: Callable[[np.ndarray], np.ndarray], rate_hz: int, bins: int) -> None:
+        self.rows, self.rate_hz, self.bins = rows, rate_hz, bins
+        self._samples: list[np.ndarray] = []
+
+    def push(self, samples: np.ndarray) -> np.ndarray:
+        """Keep samples [n]. There are no rows yet."""
+        self._samples.append(np.asarray(samples, np.float32))
+        return np.empty((0, self.bins), np.float32)
+
+    def finish(self) -> np.ndarray:
+        """End the recording and return its rows [T, bins]."""
+        samples, self._samples = np.concatenate(self._samples), []
+        return self.rows(samples)
 
 
 @dataclass(frozen=True)
@@ -82,6 +105,7 @@ class StreamDecoder:
     nbest: texts to keep.
     delay_s: seconds between a sound and the model's unit for it.
     longest: feature frames that are decoded at once. Longer segments are cut, and `cuts` counts how often.
+    front: what computes features instead of fbank, with frames at `times`.
     """
 
     model: Transducer
@@ -95,31 +119,34 @@ class StreamDecoder:
     nbest: int = 1
     delay_s: float = 0.0
     longest: int = LONGEST
+    front: WholeFront | None = None
+    times: FrameTimes = FBANK_TIMES
 
     def __post_init__(self) -> None:
         model, chunk = self.model, self.chunk
-        self.frame_s = FRAME_S * model.encoder.subsampling
+        self.feature_s = 1 / self.times.hz
+        self.frame_s = self.feature_s * model.encoder.subsampling
         self.device = model.encoder.feature_mean.device
-        self.fbank = OnlineFbank(self.rate_hz, len(model.encoder.feature_mean))
+        self.features = self.front or OnlineFbank(self.rate_hz, len(model.encoder.feature_mean))
         self.encoder = EncoderStream(model.encoder, chunk_frames=chunk) if chunk else None
         self.loud = np.empty(0, np.float32)  # of the frames from the segment's start on
-        self.waiting = np.empty((0, self.fbank.bins), np.float32)  # features, for a model that does not stream
+        self.waiting = np.empty((0, self.features.bins), np.float32)  # features, for a model that does not stream
         # Starts and lengths are in encoder states, or in feature frames if the model does not stream: of the segment,
         # and of its part since the last cut.
         self.segment = self.start = self.part = self.length = 0
         self.parts: list[list[ScoredText]] = []  # the texts of the segment's earlier parts
         self.cuts = 0
-        self.step_s = self.frame_s if chunk else FRAME_S
+        self.step_s = self.frame_s if chunk else self.feature_s
         self.last_units: list[int] = []  # of the last partial result
         self.decoder = self.search(model, 1)
 
     def push(self, samples: np.ndarray) -> Iterator[StreamResult]:
         """Yield the new results after more samples [n] in [-1, 1]."""
-        yield from self._push_features(self.fbank.push(samples))
+        yield from self._push_features(self.features.push(samples))
 
     def finish(self) -> Iterator[StreamResult]:
         """Yield the last results. The audio has ended."""
-        yield from self._push_features(self.fbank.finish())
+        yield from self._push_features(self.features.finish())
         if self.encoder is not None:
             yield from self._push_states(self.encoder.finish(), partial=False)
             if self.length or self.parts or not self.segment:
@@ -131,7 +158,7 @@ class StreamDecoder:
     def _push_features(self, features: np.ndarray) -> Iterator[StreamResult]:
         # The model was trained on features.h5, which holds float16.
         features = features.astype(np.float16).astype(np.float32)
-        self.loud = np.concatenate([self.loud, loudness(features)])
+        self.loud = np.concatenate([self.loud, loudness(features, self.times.hz, self.front is None)])
         if self.encoder is not None:
             # A few chunks at a time, because the states of a long arrival would all be in memory.
             for piece in torch.from_numpy(features).split(max(self.longest, self.chunk)):
@@ -140,7 +167,7 @@ class StreamDecoder:
         self.waiting = np.concatenate([self.waiting, features])
         while len(self.waiting) > (most := min(self.longest, self._left())):
             ends = most == self._left()
-            self._decode_waiting(quietest(self.waiting[:most]))
+            self._decode_waiting(quietest(self.waiting[:most], self.front is None))
             if ends:
                 yield self._end_segment()
             else:
@@ -203,8 +230,8 @@ class StreamDecoder:
 
     def _texts(self, results: list[Emissions]) -> list[ScoredText]:
         loud = self.loud[: round(self.length * self.step_s / FRAME_S)]
-        subsampling = self.model.encoder.subsampling
-        texts = rank_texts(self.units, results, subsampling, loud, self.nbest, self.delay_s)
+        state, late_s = state_frames(self.model, self.times), self.delay_s - self.times.start_s
+        texts = rank_texts(self.units, results, state, loud, self.nbest, late_s)
         return moved(texts, self.part * self.step_s)
 
     def _result(self, texts: list[ScoredText], start: int, *, final: bool) -> StreamResult:

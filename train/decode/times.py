@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-FRAME_S = 0.01  # duration of one feature frame
+FRAME_S = 0.01  # duration of a frame of fbank. All numbers of frames in this file are of this duration.
 QUIET = 0.35  # A frame is quiet below this part of the way from the utterance's quietest to its loud frames.
 SILENCE = 6  # Shorter quiet stretches are closures of stops, in frames.
 NEAR = 6  # A silence this many frames beside the two units of a boundary still belongs to it.
@@ -27,8 +27,13 @@ LATEST = 60  # the largest delay in frames
 WIDTH = 8  # Words this many frames beside a delay do not speak for it.
 
 
-def loudness(features: np.ndarray) -> np.ndarray:
-    """Return the mean log mel energy of each frame, float32 [F], of fbank [F, bins]."""
+def loudness(features: np.ndarray, frame_hz: float = 1 / FRAME_S, mel: bool = True) -> np.ndarray:
+    """Return the mean log mel energy of each frame, float32 [F], of features [T, bins].
+
+    The states of a speech encoder, which are not `mel`, do not tell it. They get 0 for each 10 ms, where no silence is.
+    """
+    if not mel:
+        return np.zeros(max(1, round(len(features) / (frame_hz * FRAME_S))), np.float32)
     return np.asarray(features, np.float32).mean(axis=1)
 
 

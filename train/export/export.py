@@ -4,6 +4,7 @@
     onnx         encoder.onnx decoder.onnx joiner.onnx tokens.txt [*.int8.onnx]
     torch        encoder.pt2 decoder.pt2 joiner.pt2 tokens.txt
     safetensors  model.safetensors config.toml units/
+    README.md    what must feed the model, if its features are the states of a speech encoder
 
 Guarantees: the folder is complete or not there, has no transfer head, and replaces only an earlier export.
 Try: `stillhouse export RUN --format onnx --out FOLDER`.
@@ -27,6 +28,7 @@ from ..decode.greedy import MAX_SYMBOLS
 from ..model.transducer import Transducer
 from ..run.load import EXPORT_FORMAT, EXPORT_HEAD, EXPORT_VERSION, ExportKind, load_run, trained_on
 from .folder import new_folder
+from .front import front_metadata, front_readme
 from .graphs import Graph, offline_graph, search_graphs, unfit_for_sherpa
 from .streaming import stream_graph
 
@@ -89,7 +91,13 @@ def export_run(
         raise UsageError("--streaming is for ONNX and torch, because weights keep the settings of their run")
     model, units, config, step = load_run(run, which)
     trained = trained_on(run)
+    front = trained.encoder
+    if streaming and front is not None:
+        what = f"the features are states of {front['encoder']}, which needs whole audio, so the model cannot stream"
+        raise UsageError(what, where=run, expected="no --streaming")
     sherpa = unfit_for_sherpa(model) if kind == "onnx" else "it reads ONNX only"
+    if front is not None and sherpa is None:
+        sherpa = f"its features are states of {front['encoder']}, and sherpa-onnx computes fbank"
     if symbols is not None and sherpa:
         raise UsageError(f"--symbols-per-frame is for sherpa-onnx, which cannot run this: {sherpa}", where=run)
     symbols = (symbols or MAX_SYMBOLS) if sherpa is None else 1
@@ -103,7 +111,12 @@ def export_run(
                 if streaming
                 else offline_graph(model, symbols=symbols)
             )
+            if front is not None:
+                encoder.metadata.pop("model_type", None)
+                encoder.metadata.update(front_metadata(front))
             difference = _write_graphs([encoder, *search_graphs(model)], units, draft, kind, int8)
+        if front is not None:
+            (draft / "README.md").write_text(front_readme(front), encoding="utf-8")
         files = sorted(str(p.relative_to(draft)) for p in draft.rglob("*") if p.is_file())
         exported = ExportedModel(
             kind=kind,

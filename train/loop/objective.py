@@ -76,7 +76,7 @@ def losses(
     with timed("encoder"):
         features = model.encoder.normalise(batch.features, lengths)
         if augment is not None:
-            masks = config.specaugment.model_dump()
+            masks = config.specaugment.masks(batch.frame_hz, batch.mel)
             features = spec_augment(features, batch.feature_lengths, augment, part=batch.part, **masks)
         layers = {name: config.transfer.transfers[name].layers for name in transfers}
         with autocast(device, precision):

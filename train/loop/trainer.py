@@ -71,7 +71,7 @@ class Trainer:
         corpus = read_manifest(data.corpus)
         self.units = load_units(data.units)
         self.features = FeatureFile(data.features)
-        self.model = build_model(config, self.units.size)
+        self.model = build_model(config, self.units.size, self.features.open().width)
         self.transfers, targets = build_transfers(config, self.model.encoder.dim)
         of_transfers = {in_transfer("transfer", name): module for name, module in self.transfers.items()}
         self.modules: dict[str, torch.nn.Module] = {"model": self.model} | of_transfers  # by file of a checkpoint
@@ -105,9 +105,7 @@ class Trainer:
             self._begin()
 
     def _refuse_other_features(self, corpus: Corpus) -> None:
-        """Check that the features fit the model, and that they are of this corpus as it is now."""
-        bins = len(self.model.encoder.feature_mean)
-        refuse_other_settings(self.features, {"bins": bins}, None)
+        """Check that the features are of this corpus as it is now."""
         used = [*self.loader.utterances, *(self.dev.utterances if self.dev is not None else [])]
         if absent := refuse_changed_rows(corpus, self.features, used):
             self.on_progress(f"the audio of {absent} utterances is not here, so it was not compared with the features")
@@ -150,9 +148,9 @@ class Trainer:
                 checkpoint.load_weights(self.model, self.ranks.tensors_from_first(first), self.out)
         else:
             state, where = progress.state, progress.where
+            refuse_other_settings(self.features, state.features, None)
             for name, module in self.modules.items():
                 checkpoint.load_weights(module, progress.of(name), where)
-            refuse_other_settings(self.features, state.features, None)
             identity.refuse_other_data(state.data, self.identity["data"], where)
             self.step, self.epoch, self.position = state.step, state.epoch, state.position
             self.best = {} if state.best is None else state.best.model_dump()
@@ -243,7 +241,7 @@ class Trainer:
             self.on_progress(f"{self.out} is done, at step {self.step}")
             return
         parameters = sum(p.numel() for p in self.model.parameters())
-        hours = self.loader.frames[:, 0].sum() * self.loader.speeds[0] / 360_000
+        hours = self.loader.frames[:, 0].sum() * self.loader.speeds[0] / self.features.frame_times.hz / 3600
         left_out = ", ".join(f"{n} {why}" for why, n in self.loader.left_out.items() if n) or "none"
         self.on_progress(
             f"{parameters / 1e6:.2f} M parameters, {self.units.size} units, {len(self.loader.utterances)} utterances "

@@ -63,11 +63,12 @@ def _matmul_seconds(dtype: torch.dtype) -> float:
     return min(timeit.repeat(lambda: torch.nn.functional.linear(x, w), number=1, repeat=9))
 
 
-def build_model(config: Config, size: int) -> Transducer:
-    """Return a transducer over `size` units, with first weights from the run's seed."""
+def build_model(config: Config, size: int, bins: int = 80) -> Transducer:
+    """Return a transducer over `size` units and features of `bins` numbers, with first weights from the run's seed."""
     m, loss = config.model, config.loss
     names = {"predictor", "predictor_dim", "predictor_context", "joint_dim", "joint", "dropout"}
     encoder, rest = m.model_dump(exclude=names), m.model_dump(include=names)
+    encoder["bins"] = bins
     encoder["causal"] = m.causal or m.chunk_frames > 0 or bool(m.chunk_choices)
     rest["durations"] = loss.durations if loss.kind == "tdt" else ()
     with torch.random.fork_rng(devices=[]):

@@ -50,7 +50,7 @@ class Dropout(nn.Module):
         return dropout(x, self.p, self.training)
 
 
-STRIDES = {2: (2,), 3: (3,), 4: (2, 2), 6: (2, 3), 8: (2, 2, 2)}
+STRIDES = {1: (1,), 2: (2,), 3: (3,), 4: (2, 2), 6: (2, 3), 8: (2, 2, 2)}
 
 
 class Subsampling(nn.Module):

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ...data.errors import CheckpointError
-from ...data.features.file import FeatureFile, FeatureSettings
+from ...data.features.file import FeatureFile, FeatureSettings, FrameTimes, is_encoder, times_of
 from ...data.features.provenance import refuse_other_settings
 from ...data.files.atomic import read_plain, sha256_plain
 from ...data.units import Units, load_units
@@ -44,6 +44,16 @@ class TrainedOn:
     @property
     def rate_hz(self) -> int | None:
         return None if self.settings is None else int(self.settings["rate_hz"])
+
+    @property
+    def frame_times(self) -> FrameTimes:
+        """When the frames of such features are."""
+        return times_of(self.settings)
+
+    @property
+    def encoder(self) -> dict[str, Any] | None:
+        """The settings, if a speech encoder computes the features, and None for fbank."""
+        return self.settings if is_encoder(self.settings) else None
 
     def refuse_others(self, features: FeatureFile) -> None:
         """Raise StaleError if the settings of a feature file are not these."""
@@ -84,8 +94,9 @@ def load_run(out: Path, which: str = "best") -> tuple[Transducer, Units, Config,
         raise CheckpointError("this is not a run's folder", where=out, expected="what `stillhouse train --out` wrote")
     config = load_config(out / "config.toml", saved=True)
     units = load_units(out / "units")
-    model = build_model(config, units.size)
     chosen = chosen_checkpoints(out / "checkpoints", which)
+    recorded = chosen[-1].state.get("features") or {}  # Earlier versions recorded none, and all had 80 bins.
+    model = build_model(config, units.size, recorded.get("bins", 80))
     _refuse_changed_folder(out, chosen[-1], config, units)
     averaged = config.optim.ema > 0 and which != "raw" and not which.startswith("average:")
     if which == "ema" and not averaged:
@@ -152,11 +163,11 @@ def load_export(folder: Path) -> tuple[Transducer, Units, Config, int]:
         for name, expected in head["files"].items():
             if sha256_plain(folder / name) != expected:
                 raise CheckpointError("damaged: its checksum differs", where=folder / name, remedy=remedy)
-        tensors, step = load_file(folder / "model.safetensors"), int(head["step"])
+        tensors, step, bins = load_file(folder / "model.safetensors"), int(head["step"]), int(head.get("bins", 80))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as e:
         raise CheckpointError(f"this is not a complete export: {e!r}", where=folder, remedy=remedy) from None
     config, units = load_config(folder / "config.toml", saved=True), load_units(folder / "units")
-    model = build_model(config, units.size)
+    model = build_model(config, units.size, bins)
     model.simple = None
     checkpoint.load_weights(model, tensors, folder / "model.safetensors")
     return model.eval(), units, config, step

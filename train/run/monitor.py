@@ -68,7 +68,7 @@ class Monitor:
 
     def _restart(self) -> None:
         self.window: dict[str, float] = defaultdict(float)
-        self.steps, self.frames = 0, 0.0
+        self.steps, self.audio_s = 0, 0.0
         self.before = 0  # steps of the window that an earlier process computed
         self.began, self.elsewhere = time.perf_counter(), 0.0
 
@@ -88,7 +88,8 @@ class Monitor:
         self.steps += 1
         if self.profile is not None:
             self.profile.step(step)
-        self.frames += int(batch.feature_lengths.sum()) / (batch.share or 1.0)  # other ranks have the rest
+        frames = int(batch.feature_lengths.sum()) / (batch.share or 1.0)  # other ranks have the rest
+        self.audio_s += frames / batch.frame_hz
         self.watch.seconds["teacher"] += batch.teacher_s
         for name, value in figures.items():
             self.window[name] += value
@@ -106,7 +107,7 @@ class Monitor:
         record |= {"lr": learning_rate(step - 1, self.config), "seconds": elapsed}
         transfers = self.config.transfer.transfers
         record |= {in_transfer("lambda", name): transfer_weight(step - 1, t) for name, t in transfers.items()}
-        record |= {"realtime": self.frames / 100 / elapsed, "batch": batch.part[0] if batch.part else len(batch.ids)}
+        record |= {"realtime": self.audio_s / elapsed, "batch": batch.part[0] if batch.part else len(batch.ids)}
         # These are seconds a step. The prefetch thread reads the teacher beside the other parts.
         record["time"] = {part: s / self.steps for part, s in parts.items()}
         record["share"] = shares(record["time"], elapsed / self.steps)

@@ -97,7 +97,7 @@ def test_time_left_counts_evaluations_and_checkpoints_and_forgets_the_first_wind
 def test_a_record_holds_means_of_its_window_and_speed_without_evaluation(tmp_path: Path, clock: Clock) -> None:
     said: list[str] = []
     batch: Any = SimpleNamespace(
-        feature_lengths=torch.tensor([300, 100]), share=0.5, teacher_s=0.1, ids=["a", "b"], part=None
+        feature_lengths=torch.tensor([300, 100]), share=0.5, frame_hz=100.0, teacher_s=0.1, ids=["a", "b"], part=None
     )
     settings = config(log_every=2, loggers=[])
     with Monitor(settings, tmp_path, 0, said.append, torch.device("cpu")) as watched:
@@ -122,7 +122,9 @@ def test_a_record_holds_means_of_its_window_and_speed_without_evaluation(tmp_pat
 
 
 def test_means_leave_skipped_steps_out(tmp_path: Path) -> None:
-    batch: Any = SimpleNamespace(feature_lengths=torch.tensor([300]), share=1.0, teacher_s=0.0, ids=["a"], part=None)
+    batch: Any = SimpleNamespace(
+        feature_lengths=torch.tensor([300]), share=1.0, frame_hz=100.0, teacher_s=0.0, ids=["a"], part=None
+    )
     with Monitor(config(log_every=4, loggers=[]), tmp_path, 0, lambda _: None, torch.device("cpu")) as watched:
         for step, found in enumerate(({"loss": 3.0}, {"skipped": 1.0}, {"loss": 4.0}, {"loss": 5.0}), 1):
             watched.step(step, 0, batch, found)
@@ -131,7 +133,9 @@ def test_means_leave_skipped_steps_out(tmp_path: Path) -> None:
 
 
 def test_a_monitor_that_is_off_writes_and_says_nothing(tmp_path: Path) -> None:
-    batch: Any = SimpleNamespace(feature_lengths=torch.tensor([300]), share=1.0, teacher_s=0.0, ids=["a"], part=None)
+    batch: Any = SimpleNamespace(
+        feature_lengths=torch.tensor([300]), share=1.0, frame_hz=100.0, teacher_s=0.0, ids=["a"], part=None
+    )
 
     def report(line: str) -> None:
         pytest.fail(line)

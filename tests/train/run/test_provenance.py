@@ -152,17 +152,26 @@ def test_units_and_settings_that_are_not_the_model_s_are_refused(tones: Path, ru
         load_run(out)
 
 
-def test_features_of_another_width_are_refused_before_anything_is_written(tones: Path, tmp_path: Path) -> None:
+def test_the_width_comes_from_the_file_and_a_run_keeps_it(tones: Path, tmp_path: Path) -> None:
     few = read_manifest(tones / "corpus.jsonl")
     corpus = Corpus(few.path, [u for u in few.utterances if u.id in ("u1", "u2", "u60")])
     moved = [u.model_copy(update={"audio": str(tones / str(u.audio))}) for u in corpus.utterances]
     write_manifest(tmp_path / "corpus.jsonl", moved)
-    compute_features(read_manifest(tmp_path / "corpus.jsonl"), tmp_path / "f.h5", (1.0, 1.1),
-                     settings=FeatureSettings(bins=40), workers=0)  # fmt: skip
-    own = [f"data.corpus='{tmp_path}/corpus.jsonl'", f"data.features='{tmp_path}/f.h5'"]
+    for bins in (40, 80):
+        compute_features(read_manifest(tmp_path / "corpus.jsonl"), tmp_path / f"{bins}.h5", (1.0, 1.1),
+                         settings=FeatureSettings(bins=bins), workers=0)  # fmt: skip
+    own = {
+        bins: [f"data.corpus='{tmp_path}/corpus.jsonl'", f"data.features='{tmp_path}/{bins}.h5'"] for bins in (40, 80)
+    }
+    trained(tones, tmp_path / "run", *own[80])
+    files = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     with pytest.raises(StaleError, match=r"bins is 40 there and 80 in the model.*--bins 80"):
-        trained(tones, tmp_path / "run", *own)
-    assert not (tmp_path / "run").exists()
+        trained(tones, tmp_path / "run", *own[40])
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == files
+    assert len(trained(tones, tmp_path / "narrow", *own[40]).model.encoder.feature_mean) == 40
+    assert len(load_run(tmp_path / "narrow", "last")[0].encoder.feature_mean) == 40
+    export_run(tmp_path / "narrow", tmp_path / "weights", "safetensors", which="last")
+    assert len(load_run(tmp_path / "weights")[0].encoder.feature_mean) == 40
 
 
 def test_identities_of_earlier_versions_can_be_compared() -> None:
