@@ -269,11 +269,11 @@ def window_lengths(context: Context, form: WindowFormat, length: np.ndarray, ses
     """
     around = len(form.prefix) + len(_suffix(context, form))
     most = form.window - around
-    if not context.size:
-        return np.where(length > 0, np.minimum(length, most) + around, 0)
-    result = np.zeros(len(length), np.int64)
+    result = np.where(length > 0, np.minimum(length, most) + around, 0)
     bounds = [0, *(np.flatnonzero(np.diff(sessions)) + 1).tolist(), len(sessions)]
     for begin, end in pairwise(bounds):
+        if not context.size or end - begin == 1:
+            continue  # without neighbours
         texts = [np.zeros(n, np.int32) for n in length[begin:end].tolist()]
         session = SessionTokens(texts, form.join)
         for first, last in _window_groups(context, form, session):
