@@ -138,6 +138,8 @@ def split(
 @click.argument("manifest", type=EXISTING)
 @click.option("--rate", "rate_hz", type=int, help="Expected rate in Hz. By default the rate of most files.")
 @click.option("--full", is_flag=True, help="Decode all audio, not only headers and the ends of segments.")
+@click.option("--features", type=EXISTING, metavar="FEATURES",
+              help="Compare the rows of this feature file with the audio and times of the corpus.")  # fmt: skip
 @click.option("--audio/--no-audio", default=True, help="Whether to read audio files at all.")
 @click.option("--ignore", metavar="KINDS", help="Accept findings of these kinds, with commas between: mark,rate.")
 @root_option

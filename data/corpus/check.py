@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..errors import AudioError, CorpusError
 from ..files.paths import confined
-from ..manifest import BadLine, Utterance, scan_manifest
+from ..manifest import BadLine, Corpus, Utterance, scan_manifest
 from .sound import SoundCheck
 from .text import text_findings
 
@@ -33,6 +33,7 @@ KINDS = (
         "line",
         "root",
         "damaged",
+        "features",
         "empty",
     ),
 )
@@ -82,13 +83,19 @@ class Checked:
 
 
 def check_corpus(
-    path: Path, *, rate_hz: int | None = None, full: bool = False, audio: bool = True, root: Path | None = None
+    path: Path,
+    *,
+    rate_hz: int | None = None,
+    full: bool = False,
+    audio: bool = True,
+    root: Path | None = None,
+    features: Path | None = None,
 ) -> Checked:
     """Check corpus.jsonl, or that of a folder, and the `audio` that it names, which should not leave `root`.
 
     The expected rate is `rate_hz`, or the rate of most files. With `full`, every segment is decoded, and silence and
     channels that cancel each other out are found. Otherwise headers are read, and the last tenth of a second of each
-    segment, which finds files that are cut off.
+    segment, which finds files that are cut off. The rows of the file `features` are compared with audio and times.
     """
     findings: list[Finding] = []
     valid: list[tuple[str, Utterance]] = []
@@ -114,8 +121,30 @@ def check_corpus(
                 problems.append(("root", f"{e.where}: {e.what}", e.remedy or "correct the path"))
         findings += (Finding(kind, where, u.id, what, remedy) for kind, what, remedy in problems)
     findings += (Finding("rate", where, id, what, remedy) for where, id, what, remedy in sound.other_rates(rate_hz))
+    if features is not None:
+        findings += _changed_rows(path, valid, features, full)
     findings.sort(key=lambda f: f.line or 0)
     return Checked(findings, len(valid), len(sound.files), sound.notes(), dict(sound.rates))
+
+
+def _changed_rows(path: Path, valid: list[tuple[str, Utterance]], features: Path, full: bool) -> Iterator[Finding]:
+    """Yield a finding for each utterance whose rows were computed from other audio or times, or that has none."""
+    from ..features.file import FeatureFile
+    from ..features.provenance import compare, sources_of
+
+    spoken = [(where, u) for where, u in valid if u.audio is not None]
+    utterances = [u for _, u in spoken]
+    with FeatureFile(features) as file:
+        rows = sources_of(file, utterances)
+    changed = compare(Corpus(path, utterances), rows, utterances, full=full).changed
+    again = f"`stillhouse corpus features {path} {features}"
+    for where, u in spoken:
+        if u.id not in rows:
+            yield Finding("features", where, u.id, f"{features} has no row of it", f"compute it with {again}`")
+        elif u.id in changed:
+            why = next(iter(changed[u.id].values()))
+            what = f"the sound has changed since {features} was made: {why}"
+            yield Finding("features", where, u.id, what, f"compute it again with {again} --redo-changed`")
 
 
 def check_features(path: Path) -> Checked:

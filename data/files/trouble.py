@@ -46,14 +46,14 @@ _MEMORY = re.compile(
 _NUMBER = re.compile(r"os error (\d+)|errno = (\d+)|error code: (\d+)", re.IGNORECASE)
 
 
-def os_error(error: Exception, path: Path) -> OSError | None:
+def os_error(error: Exception, path: Path | None) -> OSError | None:
     """Return the OSError that a library hid in the text of another exception, or None."""
     if isinstance(error, OSError) and error.errno is not None:
         found: int | None = error.errno
     else:
         match = _NUMBER.search(str(error))
         found = int(next(filter(None, match.groups()))) if match else None
-    return None if found is None else OSError(found, os.strerror(found), str(path))
+    return None if found is None else OSError(found, os.strerror(found), *([] if path is None else [str(path)]))
 
 
 def in_words(error: BaseException, where: object = None) -> StillhouseError | None:
@@ -65,6 +65,8 @@ def in_words(error: BaseException, where: object = None) -> StillhouseError | No
         return StillhouseError(
             "there is too little memory" + (f": {text[0][:200]}" if text else ""), where=where, remedy=MEMORY
         )
+    if isinstance(error, Exception) and not isinstance(error, OSError):  # as safetensors' error of a full disk
+        error = os_error(error, Path(str(where)) if where is not None else None) or error
     if not isinstance(error, OSError) or error.errno is None:
         return None
     place = error.filename2 or error.filename or where  # A rename names its target second.

@@ -141,6 +141,7 @@ class Trainer:
     def _begin(self) -> None:
         """Create the run's folder, or resume the run that is in it."""
         progress = folder.resume(self.out, self.config, self.ranks, self.on_progress)
+        texts = identity.text_hashes(self.loader)
         if progress is None:
             self._fit_normalisation()
             if self.ranks.size > 1:  # Every rank gets the same bits.
@@ -151,7 +152,7 @@ class Trainer:
             refuse_other_settings(self.features, state.features, None)
             for name, module in self.modules.items():
                 checkpoint.load_weights(module, progress.of(name), where)
-            identity.refuse_other_data(state.data, self.identity["data"], where)
+            identity.refuse_other_data(state.data, self.identity["data"], where, self.out, texts)
             self.step, self.epoch, self.position = state.step, state.epoch, state.position
             self.best = {} if state.best is None else state.best.model_dump()
             self.dev_due = state.dev_due
@@ -169,7 +170,7 @@ class Trainer:
             if self.average is not None:
                 checkpoint.load_weights(self.average.module, progress.of("ema"), where)
                 self.average.n_averaged.fill_(state.averaged)
-        self.ranks.from_first(lambda: folder.create(self.out, self.config, self.units, self.identity, self.step))
+        self.ranks.from_first(lambda: folder.create(self.out, self.config, self.units, self.identity, texts, self.step))
 
     def _fit_normalisation(self) -> None:
         """Set the mean and deviation of each bin, over up to 500 training utterances, spread evenly."""

@@ -10,7 +10,7 @@ Try: `stillhouse train CONFIG --out RUN`, killed and started again.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,7 +29,7 @@ SETTINGS = "config.toml"
 CHECKPOINTS = "checkpoints"
 HYPOTHESES = "dev.jsonl"
 # A new run may find these in its folder: what a run writes before its settings, and the logs that a shell redirects.
-_BEFORE = {identity.FILE, "units"}
+_BEFORE = {identity.FILE, identity.TEXTS, "units"}
 _LOGS = {".log", ".out", ".err"}
 
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -148,16 +148,17 @@ def refuse_other_folder(out: Path) -> None:
         )
 
 
-def create(out: Path, config: Config, units: Units, own: dict[str, Any], step: int) -> None:
+def create(out: Path, config: Config, units: Units, own: dict[str, Any], texts: Mapping[str, str], step: int) -> None:
     """Write the files that describe a run, which begins or resumes at `step`, and delete drafts of a killed process.
 
-    The caller holds the run's lock.
+    `own` is its identity, and `texts` are the hashes of its transcripts. The caller holds the run's lock.
     """
     for folder in (out, out / "units"):
         sweep_drafts(folder)
     write_atomic(out / SETTINGS, dump_config(config))
     if not step:
         write_atomic(out / identity.FILE, json.dumps(own, indent=1) + "\n")
+        write_atomic(out / identity.TEXTS, json.dumps(texts, ensure_ascii=True, indent=0) + "\n")
     units.save(out / "units")
     checkpoint.sweep(out / CHECKPOINTS, step)
 

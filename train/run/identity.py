@@ -17,11 +17,12 @@ from torch import nn
 
 from ...data.batches.loader import BatchLoader
 from ...data.batches.sampler import BatchSampler
-from ...data.errors import StaleError
+from ...data.errors import StaleError, first_few
 from ...data.files.atomic import read_plain
 from ..config import Config, flatten
 
 FILE = "identity.json"
+TEXTS = "transcripts.json"  # {id: hash of its text}, so that changed ones can be named; earlier versions lack it
 SOUND = "sound"  # what the features were computed from; runs of earlier versions do not have it
 
 
@@ -39,6 +40,11 @@ def data_identity(loader: BatchLoader, sampler: BatchSampler) -> dict[str, Any]:
         "transcripts": _hash(json.dumps(utterances).encode()),
         "order": _hash(json.dumps(batches).encode()),  # in the first epoch, which the seed and the settings decide
     }
+
+
+def text_hashes(loader: BatchLoader) -> dict[str, str]:
+    """Return a short hash of each transcript that a run trains on, by utterance id."""
+    return {u.id: _hash(u.text.encode("utf-8", "surrogatepass"))[:8] for u in loader.utterances}
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -87,11 +93,31 @@ def refuse_other_settings(old: Config, new: Config, where: Path) -> None:
     _refuse("the run has other settings", differ, where, "choose another --out for the new settings")
 
 
-def refuse_other_data(old: dict[str, Any], new: dict[str, Any], where: Path) -> None:
-    """Raise StaleError if the data of a run, as in `data_identity`, changed."""
+def refuse_other_data(
+    old: dict[str, Any], new: dict[str, Any], where: Path, out: Path, texts: Mapping[str, str]
+) -> None:
+    """Raise StaleError if the data of a run in `out`, as in `data_identity` and `text_hashes`, changed."""
     names = [k for k in new if k != SOUND or k in old]
     differ = [f"{k}: {old.get(k)} when the run began, {new[k]} now" for k in names if old.get(k) != new[k]]
+    if old.get("transcripts") != new["transcripts"]:
+        differ += _changed_texts(out, texts)
     _refuse("the run's data changed", differ, where, "restore the data or choose another --out")
+
+
+def _changed_texts(out: Path, now: Mapping[str, str]) -> list[str]:
+    """Return in words which transcripts differ from those that a run began with, as far as that is known."""
+    try:
+        then = json.loads(read_plain(out / TEXTS))
+    except (OSError, ValueError):
+        return []
+    if not isinstance(then, dict):
+        return []
+    of = {
+        "other text": [id for id in now if then.get(id, now[id]) != now[id]],
+        "added": [id for id in now if id not in then],
+        "missing": [id for id in then if id not in now],
+    }
+    return [f"{what}: {first_few(ids)}" for what, ids in of.items() if ids]
 
 
 def _refuse(what: str, differ: list[str], where: Path, remedy: str) -> None:

@@ -180,3 +180,18 @@ def test_identities_of_earlier_versions_can_be_compared() -> None:
     assert identity.differences(old, new) == []
     assert identity.differences(new, {"data": new["data"] | {"sound": "y"}}) == ["data.sound: x and y"]
     assert identity.differences(new, {"data": {"units": "a", "sound": "x"}}) == ["data.frames: 1 and None"]
+
+
+def test_changed_transcripts_of_a_resumed_run_are_named(tones: Path, tmp_path: Path) -> None:
+    out, path = tmp_path / "run", tmp_path / "corpus.jsonl"
+    corpus = read_manifest(tones / "corpus.jsonl")
+    here = [u.model_copy(update={"audio": str(tones / str(u.audio))}) for u in corpus.utterances]
+    own = [f"data.corpus='{path}'"]
+    write_manifest(path, here)
+    trained(tones, out, *own)
+    write_manifest(path, [here[1], here[2].model_copy(update={"text": "abc"}), *here[3:]])
+    with pytest.raises(StaleError, match=r"the run's data changed: .*; other text: u2; missing: u0; restore"):
+        trained(tones, out, *own)
+    (out / "transcripts.json").unlink()  # as in a run of an earlier version
+    with pytest.raises(StaleError, match=r"the run's data changed: .*transcripts: \w+ when the run began, \w+ now; "):
+        trained(tones, out, *own)
