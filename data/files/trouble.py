@@ -65,7 +65,7 @@ def in_words(error: BaseException, where: object = None) -> StillhouseError | No
         return StillhouseError(
             "there is too little memory" + (f": {text[0][:200]}" if text else ""), where=where, remedy=MEMORY
         )
-    if isinstance(error, Exception) and not isinstance(error, OSError):  # as safetensors' error of a full disk
+    if isinstance(error, Exception) and not isinstance(error, OSError) and "os error" in str(error):  # of Rust's
         error = os_error(error, Path(str(where)) if where is not None else None) or error
     if not isinstance(error, OSError) or error.errno is None:
         return None

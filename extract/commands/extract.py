@@ -216,9 +216,14 @@ def convert(source: Path, out: Path, note: str, as_json: bool) -> None:
     tokenizer, or the weights of a Whisper, are compared with the source's, bit by bit. OUT/teacher.json has the facts.
     GGUF needs the extra gguf.
     """
+    from ...data.errors import StillhouseError
+    from ...data.files.trouble import in_words
     from ..speech.convert import convert_whisper, is_ctranslate2
     from ..teacher.convert import convert as run
     from ..teacher.convert import render as render_facts
 
-    facts = (convert_whisper if is_ctranslate2(source) else run)(source, out, note)
+    try:
+        facts = (convert_whisper if is_ctranslate2(source) else run)(source, out, note)
+    except Exception as e:  # safetensors has its own error for a full disk
+        raise (None if isinstance(e, StillhouseError) else in_words(e, out)) or e from None
     click.echo(json.dumps(facts.as_json(), indent=1, ensure_ascii=False) if as_json else render_facts(facts))

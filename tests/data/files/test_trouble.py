@@ -97,3 +97,12 @@ def test_a_full_standard_output(tmp_path: Path, options: tuple[str, ...]) -> Non
     assert done.returncode == 1
     assert done.stderr.startswith("error: standard output: no space is left")
     assert done.stderr.count("\n") == 1  # neither a traceback nor "Exception ignored"
+
+
+def test_what_libraries_in_rust_say_of_a_full_disk() -> None:
+    class SafetensorError(Exception):
+        pass
+
+    text = str(in_words(SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")))
+    assert text.startswith("no space is left on the file system; free some space there")
+    assert in_words(SafetensorError("Error while deserializing header: invalid header")) is None
