@@ -118,7 +118,7 @@ def decode(
         import torch
 
         from ...data.errors import UsageError
-        from ...data.features.file import times_of
+        from ...data.features.file import is_encoder, times_of
         from ...data.manifest import read_manifest
         from ..decode.decode import decoding_loader, transcribe
         from ..decode.stream import StreamDecoder, WholeFront, chunk_size
@@ -145,8 +145,8 @@ def decode(
             check_ids((u.id for u in loader.utterances), kind)
             hz = loader.features.frame_times.hz
             if long := int((loader.frames > longest).sum()):
-                where_cut = "at quiet places" if front is None else "somewhere"
-                say(f"{long} utterances are cut {where_cut}: the model's training had at most {longest / hz:g} s.")
+                place = "without regard to pauses" if is_encoder(loader.features.settings) else "at quiet places"
+                say(f"{long} utterances are cut {place}: the model's training had at most {longest / hz:g} s.")
             began = time.perf_counter()
             options: Any = {"search": search, "nbest": nbest, "delay_s": delay_s, "longest": longest}
             for hypothesis in transcribe(model, loader, device=where, **options):
