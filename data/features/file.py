@@ -29,6 +29,7 @@ import numpy as np
 
 from ..errors import ConfigError, FeatureError, first_few
 from ..files.atomic import plain_descriptor
+from ..files.declared import own_dataset
 
 HDF5 = b"\x89HDF\r\n\x1a\n"
 FORMAT, VERSION = "stillhouse-features", 1
@@ -157,8 +158,9 @@ def _text(value: object) -> str:
     return value.decode("utf-8") if isinstance(value, bytes) else str(value)
 
 
-def _table(data: h5py.Dataset, kind: type | np.dtype, most: int) -> np.ndarray:
-    """One of TABLES, or the records. ValueError if it is not a list of such numbers."""
+def _table(file: h5py.File, name: str, kind: type | np.dtype, most: int) -> np.ndarray:
+    """One of TABLES, or the records. ValueError if it is not a list of such numbers in this file."""
+    data = own_dataset(file, name)
     if data.ndim != 1 or data.dtype != kind or data.nbytes > most:
         raise ValueError(f"{data.name} is {data.dtype} {data.shape}")
     return data[:]
@@ -240,25 +242,28 @@ class FeatureFile:
             times_of(self._settings)
             self._fingerprint = _text(file.attrs["fingerprint"])
             size = os.fstat(fd).st_size
-            tables = {name: _table(file[name], kind, size) for name, kind in TABLES.items()}
+            tables = {name: _table(file, name, kind, size) for name, kind in TABLES.items()}
             if (stored := file.attrs.get("tables_crc32c")) is not None and stored != sum_of_tables(tables):
                 raise ValueError("its tables do not match their checksum")
             self.records: np.ndarray = np.zeros(len(tables["audio"]), RECORD)
             if "records" in file:
-                self.records = _table(file["records"], RECORD, size)
+                self.records = _table(file, "records", RECORD, size)
                 if file.attrs["records_crc32c"] != checksum(self.records):
                     raise ValueError("its records do not match their checksum")
             self.offsets: np.ndarray = tables["offsets"]
             blob, cuts = tables["ids"].tobytes(), tables["id_offsets"].tolist()
             self.row_ids = [blob[a:b].decode("utf-8") for a, b in pairwise(cuts)]
             self.row_speeds, self.audio, self.crc32c = tables["speeds"], tables["audio"], tables["crc32c"]
-            data = file["features"]
+            data = own_dataset(file, "features")
             if data.dtype != np.float16 or data.chunks is not None or data.ndim != 2 or data.shape[1] < 1:
                 raise ValueError(f"features are {data.dtype} {data.shape}, chunks {data.chunks}")
             if not len(self.offsets) or len(data) != self.offsets[-1]:
                 raise ValueError(f"{len(data)} frames of {int(self.offsets[-1]) if len(self.offsets) else 0}")
             self.width = int(data.shape[1])
-            self._offset = data.id.get_offset() or 0  # It is None if there are no frames at all.
+            offset = data.id.get_offset()  # It is None if there are no frames at all.
+            if offset is None and len(data):
+                raise ValueError(f"{len(data)} frames without bytes of their own")
+            self._offset = offset or 0
         n = len(self.row_ids)
         if not n + 1 == len(self.offsets) or {*map(len, self._columns())} != {n}:
             raise ValueError("its tables disagree on the number of rows")

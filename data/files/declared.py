@@ -66,7 +66,18 @@ def _check_npy(file: IO[bytes], name: str, size: int) -> None:
 
 
 def read_hdf5(file: Any, name: str) -> np.ndarray:
-    """Return a dataset of an open HDF5 file. Raises KeyError, OSError, or ValueError as `read_npy`.
+    """Return a dataset of an open HDF5 file as an array of numbers. Raises as `own_dataset`, or as `read_npy`."""
+    at = own_dataset(file, name)
+    if at.dtype.kind not in "fiub":
+        raise ValueError(f"{name!r} is {at.dtype}, and no array of numbers")
+    held = int(at.id.get_storage_size())
+    for shape in (at.shape or (), at.chunks or ()):
+        check_declared(name, shape, at.dtype, held, packed=True)
+    return np.asarray(at[()])
+
+
+def own_dataset(file: Any, name: str) -> Any:
+    """Return a dataset of an open HDF5 file whose bytes lie in that file. Raises KeyError, OSError or ValueError.
 
     Links into other files, virtual datasets and datasets whose bytes lie in other files are refused.
     """
@@ -85,9 +96,4 @@ def read_hdf5(file: Any, name: str) -> np.ndarray:
         raise ValueError(f"{name!r} is no dataset")
     if at.is_virtual or at.external or at.file.filename != file.filename:
         raise ValueError(f"the bytes of {name!r} lie in other files")
-    if at.dtype.kind not in "fiub":
-        raise ValueError(f"{name!r} is {at.dtype}, and no array of numbers")
-    held = int(at.id.get_storage_size())
-    for shape in (at.shape or (), at.chunks or ()):
-        check_declared(name, shape, at.dtype, held, packed=True)
-    return np.asarray(at[()])
+    return at

@@ -35,6 +35,7 @@ TROUBLE = {
     errno.EISDIR: ("a folder lies where a file is needed", "choose another place"),
     errno.ENOENT: ("no such file or folder", "check the name"),
 }
+INSTALL = "stillhouse doctor names what is missing; install that package again"
 MEMORY = "raise the limit, see `ulimit -v`, close other programs, or choose smaller batches or a smaller model"
 # What libraries raise instead of MemoryError: torch on the CPU and on CUDA, threads, and the loader of libraries.
 _MEMORY = re.compile(
@@ -42,6 +43,11 @@ _MEMORY = re.compile(
     r"|failed to map segment|Unable to allocate|bad_alloc"
     r"|could not create a (?:primitive|memory)|Resource temporarily unavailable",
     re.IGNORECASE,
+)
+# What the loader of libraries says of files that are missing, cut short, or of another system.
+_LIBRARY = re.compile(
+    r"cannot open shared object file|invalid ELF header|file too short|undefined symbol|wrong ELF class"
+    r"|version [`'].*' not found|ELF load command|symbol not found|DLL load failed|Library not loaded"
 )
 _NUMBER = re.compile(r"os error (\d+)|errno = (\d+)|error code: (\d+)", re.IGNORECASE)
 
@@ -65,10 +71,12 @@ def in_words(error: BaseException, where: object = None) -> StillhouseError | No
         return StillhouseError(
             "there is too little memory" + (f": {text[0][:200]}" if text else ""), where=where, remedy=MEMORY
         )
+    if isinstance(error, ImportError):
+        return _import_error(error)
     if isinstance(error, Exception) and not isinstance(error, OSError) and "os error" in str(error):  # of Rust's
         error = os_error(error, Path(str(where)) if where is not None else None) or error
     if not isinstance(error, OSError) or error.errno is None:
-        return None
+        return _library_error(error) if isinstance(error, OSError) and _LIBRARY.search(str(error)) else None
     place = error.filename2 or error.filename or where  # A rename names its target second.
     if isinstance(place, bytes):
         place = os.fsdecode(place)
@@ -86,6 +94,21 @@ def not_written(kind: type[E], error: OSError, path: Path, what: str = "cannot b
     """Return the error of a file that could not be written, as an error of a `kind`."""
     trouble = in_words(error, path) or StillhouseError(str(error))
     return kind(f"{what}: {trouble.what}", where=path, remedy=trouble.remedy)
+
+
+def _import_error(error: ImportError) -> StillhouseError | None:
+    """Return a package that is missing or broken in words, or None where the fault is Stillhouse's own."""
+    package = (error.name or "").split(".")[0]
+    if package == "stillhouse" or not (package or _LIBRARY.search(str(error))):
+        return None
+    if isinstance(error, ModuleNotFoundError) and error.name == package:
+        return StillhouseError(f"the package {package} is not installed", remedy=INSTALL)
+    return _library_error(error)
+
+
+def _library_error(error: Exception) -> StillhouseError:
+    text = str(error).strip().splitlines()[0][:200]
+    return StillhouseError(f"a library cannot be loaded: {text}", remedy=INSTALL)
 
 
 def _free(place: Path) -> str:

@@ -137,7 +137,9 @@ class Store:
         axes = self.axes(view)
         if not self.commits(view.teacher, view.context).has("norms", [view.layer]):
             raise NoStoreError(f"{view} is not complete", where=self.address, remedy="finish its extraction")
-        return self._array(view, "norm_mean", *axes), self._array(view, "norm_std", *axes)
+        width = self._teacher_rows(view.teacher).width
+        mean, std = (self._array(view, name, *axes, written=[(0, width)]) for name in ("norm_mean", "norm_std"))
+        return mean, std
 
     def loss(self, view: View) -> Int8Error | None:
         """Return how far int8 states of this view are from the model's, or None for other dtypes."""
@@ -363,7 +365,9 @@ class Store:
     def inputs_seen(self, view: View) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return, for every row's pass, input hash uint64 [U], and tokens of context seen left and right int32 [U]."""
         names = ("input_hash", "context_left", "context_right")
-        hashes, left, right = (self._array(view, name, self.axes(view)[0]) for name in names)
+        shards = self._teacher_rows(view.teacher).shards
+        done = [(s.first, s.last) for s, there in zip(shards, self._committed_shards(view)) if there]
+        hashes, left, right = (self._array(view, name, self.axes(view)[0], written=done) for name in names)
         return hashes, left, right
 
     def context_seen(self, ids: Sequence[str], view: View) -> tuple[np.ndarray, np.ndarray]:
@@ -375,8 +379,8 @@ class Store:
         """Return hashes of the exact ids and mask that the model was fed for each utterance, uint64 [B]."""
         return self.inputs_seen(view)[0][self.rows(ids, view.teacher)]
 
-    def _array(self, view: View, name: str, *lead: int) -> np.ndarray:
-        return RawArray(self.paths, view.teacher, name).read(*lead)
+    def _array(self, view: View, name: str, *lead: int, written: Sequence[tuple[int, int]]) -> np.ndarray:
+        return RawArray(self.paths, view.teacher, name).read(*lead, written=written)
 
     def _explain(self, error: StoreError) -> None:
         """Raise StoreError where the cause may be that the store has changed since it was opened."""

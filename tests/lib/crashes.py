@@ -60,6 +60,10 @@ MOMENTS = {
     "after_link": Moment(("os.link",), True, _is_commit),
     "item_copied": Moment(("os.link",), True, _is_commit),
     "built": Moment(("os.rename",), False, lambda path: path.endswith("/out")),
+    "block_named": Moment(("os.replace",), False, lambda path: "/blocks/" in path),
+    "block_kept": Moment(("os.replace",), True, lambda path: "/blocks/" in path),
+    "object_named": Moment(("os.replace",), False, lambda path: "/mirrors/" in path),
+    "object_kept": Moment(("os.replace",), True, lambda path: "/mirrors/" in path),
     "deleted": Moment(
         ("os.unlink", "shutil.rmtree"),
         True,

@@ -68,8 +68,9 @@ class StoreFiles:
         """Return what a JSON file holds. Raises as `durable.read_json`."""
         return read_json(self.local(path), self.place(path))
 
-    def fetch_records(self, folder: Path) -> None:
-        """Bring the commit records of a folder that are not on this disk yet."""
+    def record_names(self, folder: Path) -> list[str]:
+        """Return the names of a folder's files, in order, and bring those that are records to this disk."""
+        return sorted(os.listdir(folder)) if folder.is_dir() else []
 
     def sizes(self, folder: Path) -> Iterator[tuple[Path, int]]:
         """Yield every file under a folder with its bytes, without those that a writer removes meanwhile."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +97,12 @@ class RawArray:
         """Return where the chunks behind the leading indices lie or will lie; only the last axis may have several."""
         return [self.path.joinpath("c", *map(str, (*lead, n))) for n in range(-(-self.shape[-1] // self.chunks[-1]))]
 
-    def read(self, *lead: int) -> np.ndarray:
+    def read(self, *lead: int, written: Sequence[tuple[int, int]] = ()) -> np.ndarray:
         """Return the array behind the leading indices: a memory map where one chunk holds it, else a copy.
 
-        Leading axes must have chunks of length 1. A chunk without a file reads as the fill value. Raises StoreError.
+        Leading axes must have chunks of length 1. The ranges `written` [first, last) of the next axis have been
+        written, so that their chunks have files. Any other chunk without a file reads as the fill value.
+        Raises StoreError.
         """
         if any(not 0 <= i < n for i, n in zip(lead, self.shape)):
             raise StoreError(f"its shape {self.shape} has no {lead}", where=self.path, remedy=_VERIFY)
@@ -113,7 +115,8 @@ class RawArray:
         self._refuse_boundless(shape, math.prod(map(len, grid)), *lead)
         out = np.full(shape, self.fill, dtype=self.dtype)
         for index in itertools.product(*grid):
-            if self.file(*lead, *index).is_file():
+            begin, end = (index[0] * chunks[0], (index[0] + 1) * chunks[0]) if index else (0, 0)
+            if any(max(a, begin) < min(b, end) for a, b in written) or self.file(*lead, *index).is_file():
                 part = self._map(chunks, *lead, *index)
                 where = tuple(slice(i * c, min((i + 1) * c, n)) for i, c, n in zip(index, chunks, shape))
                 out[where] = part[tuple(slice(0, s.stop - s.start) for s in where)]

@@ -111,8 +111,7 @@ class Commits:
     def __init__(self, paths: Paths, teacher: str, context: str, below: int | None = None) -> None:
         self.folder = paths.commits(teacher, context)
         self.of: dict[tuple[int | str, int], Commit] = {}
-        paths.files.fetch_records(self.folder)
-        for name in sorted(os.listdir(self.folder)) if self.folder.is_dir() else []:
+        for name in paths.files.record_names(self.folder):
             match = _NAME.fullmatch(name)
             if match is None or (below is not None and int(match[2]) >= below):
                 continue

@@ -90,6 +90,12 @@ def write_edition(
     writer.write_json(paths.data / "utterances" / "editions" / "zarr.json", group_json({}))
 
 
+def _whole(paths: Paths, *name: str) -> np.ndarray:
+    """Return an array that is written once, so that all its chunks have files."""
+    array = RawArray(paths, *name)
+    return array.read(written=[(0, array.shape[0])])
+
+
 def _bounds(paths: Paths, table: Path) -> tuple[int, int]:
     """Return (first, rows) of an edition. Raises StoreError where they are damaged."""
     facts = paths.files.read_json(table / "zarr.json")
@@ -133,17 +139,18 @@ class Index:
         group = ("utterances", "editions", str(edition)) if edition else ("utterances",)
         table = self._table = paths.data.joinpath(*group)
         self.hash, self.row, self.session_of = (
-            RawArray(paths, *group, name).read() for name in ("id_hash", "id_row", "session")
+            _whole(paths, *group, name) for name in ("id_hash", "id_row", "session")
         )
         # Rows from `first` on came with this edition.
         self.first, count = _bounds(paths, table) if edition else (len(self.row), len(self.row))
         self._count = count
-        self._order = RawArray(paths, *group, "order").read() if edition else None
-        self.source = RawArray(paths, *group, "source").read() if edition else np.zeros(0, np.int32)
+        self._order = _whole(paths, *group, "order") if edition else None
+        self.source = _whole(paths, *group, "source") if edition else np.zeros(0, np.int32)
         # Rows that a later edition added, or would have added if its planner had not died, do not count here.
-        self.bytes = RawArray(paths, "utterances", "id_bytes").read()
-        self.offset = RawArray(paths, "utterances", "id_offset").read()[: count + 1]
-        self.text_hash = RawArray(paths, "utterances", "text_hash").read()[:count]
+        self.offset = RawArray(paths, "utterances", "id_offset").read(written=[(0, count + 1)])[: count + 1]
+        last = int(self.offset[-1]) if len(self.offset) else 0
+        self.bytes = RawArray(paths, "utterances", "id_bytes").read(written=[(0, last)])
+        self.text_hash = RawArray(paths, "utterances", "text_hash").read(written=[(0, count)])[:count]
         whole = len(self.offset) == count + 1 and len(self.text_hash) == count and len(self.hash) == len(self.row)
         whole &= len(self.session_of) == len(self.row if self._order is None else self._order)
         whole &= bool((np.diff(self.offset) > 0).all())  # No id is empty. Missing chunks read as zeros.

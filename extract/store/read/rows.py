@@ -123,7 +123,8 @@ class TeacherRows:
         self.width, self.dtype = self.record.width, dtype_of(self.record.dtype)
         self.row_bytes = self.width * self.dtype.bytes
         self.shard_rows, self.shards = latest.shard_rows, latest.shards
-        self.start, self.length = (RawArray(self.paths, name, array).read() for array in ("start", "length"))
+        rows = [(s.first, s.last) for s in self.shards]
+        self.start, self.length = (RawArray(self.paths, name, a).read(written=rows) for a in ("start", "length"))
         self.token_id, self.span = (RawArray(self.paths, name, array) for array in ("token_id", "span"))
         if len(self.start) != len(self.length) or self.span.shape != (self.token_id.shape[0], 2):
             raise self.damaged()

@@ -18,8 +18,9 @@ class Vocabulary:
 
     def __init__(self, plan: Plan, teacher: str) -> None:
         self._paths, self._teacher = plan.paths, teacher
+        self._count = plan.latest(teacher).vocabulary
         ids = self._array("vocab_id")
-        count = plan.latest(teacher).vocabulary or len(ids)
+        count = self._count or len(ids)
         self._order = np.argsort(ids[:count], kind="stable")
         if len(ids) < count or (np.diff(ids[self._order]) <= 0).any():
             raise self._damaged()
@@ -28,7 +29,9 @@ class Vocabulary:
         self.ids = ids if self._in_order else ids[self._order]
 
     def _array(self, name: str) -> np.ndarray:
-        return RawArray(self._paths, self._teacher, name).read()
+        array = RawArray(self._paths, self._teacher, name)
+        # What a planner that died has put behind the plan's vocabulary may lack files. Spellings are counted in bytes.
+        return array.read(written=[(0, 0 if name == "vocab_piece" else self._count or array.shape[0])])
 
     def _damaged(self) -> StoreError:
         where = self._paths.data / self._teacher

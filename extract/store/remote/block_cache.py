@@ -8,7 +8,6 @@ Try: `pytest tests/extract/store/test_remote.py`.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import tempfile
@@ -19,12 +18,11 @@ from typing import Any
 
 from ....data.errors import StoreError
 from ..disk.durable import pwrite_all
-from .cache import cache_error, cache_folder, made_folder
+from .cache import TOUCH_S, cache_error, cache_folder, made_folder, mark_used
 from .client import Conflict, Missing, Objects
 
 BLOCK_BYTES = 1 << 20
 JOINED_BLOCKS = 8  # neighbours that are asked for in one request
-TOUCH_S = 60.0  # A block in use is marked as used this often.
 _CACHE = "give it more space: STILLHOUSE_CACHE_BYTES, or another disk: STILLHOUSE_CACHE"
 
 
@@ -140,8 +138,7 @@ class CachedFile:
         last = self._checked.get(number)
         if last is not None and now - last < TOUCH_S:
             return True
-        with contextlib.suppress(OSError):
-            os.utime(self.folder / str(number))  # `evict` removes what was used longest ago.
+        mark_used(self.folder / str(number))
         self._checked[number] = now
         if last is not None:
             return True

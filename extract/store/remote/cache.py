@@ -13,6 +13,7 @@ import errno
 import os
 import secrets
 import shutil
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ from pathlib import Path
 from ....data.errors import StoreError, UsageError
 from ....data.files.lock import FileLock
 
+TOUCH_S = 60.0  # A file in use is marked as used this often.
+HELD_S = 600.0  # Files of a store's plan that were used so short a time ago stay: a process may be about to open them.
 OTHER_CACHE = "name another folder with STILLHOUSE_CACHE, or a smaller size with STILLHOUSE_CACHE_BYTES"
 
 
@@ -84,6 +87,13 @@ def write_file(path: Path, *parts: bytes | memoryview) -> None:
                 raise cache_error(e, path) from e
 
 
+def mark_used(path: Path) -> None:
+    """Note that a file of the cache is in use now, which `evict` goes by."""
+    for file in (path, _seal(path)):
+        with contextlib.suppress(OSError):
+            os.utime(file)
+
+
 def keep(path: Path, data: bytes, etag: str) -> None:
     """Write a file of the cache that came whole, and beside it what it is recognised by."""
     write_file(_seal(path), f"{len(data)} {zlib.crc32(data):08x} {etag}".encode())
@@ -101,18 +111,28 @@ def kept_etag(path: Path) -> str | None:
     return etag if (size, crc) == (str(len(data)), f"{zlib.crc32(data):08x}") else None
 
 
+def is_sealed(path: Path) -> bool:
+    """Return whether there is what a file of `keep` is recognised by. `evict` may have removed it."""
+    return _seal(path).exists()
+
+
 def _seal(path: Path) -> Path:
     return path.with_name(f".{path.name}.sum")
 
 
 def evict(cache: Path, limit: int) -> None:
-    """Remove what was used longest ago until a tenth of `limit` bytes is free, unless another process does so."""
+    """Remove what was used longest ago until a tenth of `limit` bytes is free, unless another process does so.
+
+    The files of stores that are in use stay, blocks excepted, which have a quarter of the limit in any case.
+    """
     lock = FileLock(cache / "lock")
     if not lock.acquire():
         return
     try:
-        files = sorted(_files(cache))
-        total = sum(size for _, size, _ in files)
+        files, mirrors, now = sorted(_files(cache)), os.path.join(cache, "mirrors", ""), time.time()
+        held = {path: size for used, size, path in files if path.startswith(mirrors) and now - used < HELD_S}
+        files = [file for file in files if file[2] not in held]
+        total, limit = sum(size for _, size, _ in files), max(limit - sum(held.values()), limit // 4)
         left = limit - limit // 10 if total > limit else total
         for _, size, path in files:
             if total <= left:

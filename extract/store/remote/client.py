@@ -308,6 +308,12 @@ class Objects:
 
         return self.wait((key, client.begin(operation)))
 
+    def read(self, key: str) -> tuple[bytes, str]:
+        """Return an object's bytes and its etag. Raises Missing."""
+        client = self._client()
+        data, meta = self.wait((key, client.begin(lambda: client.read_whole(key))))
+        return data, meta["etag"]
+
     def get(self, files: dict[str, Path], keep: bool = False) -> dict[str, dict[str, Any]]:
         """Bring objects into files, {key: file}, many at a time. Return size and etag of those that exist.
 

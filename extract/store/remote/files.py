@@ -17,7 +17,6 @@ import os
 import secrets
 import shutil
 import socket
-import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -30,7 +29,7 @@ from ....data.errors import StaleError, StoreError, UsageError
 from ..disk.files import StoreFiles
 from .assembly import apply_parts
 from .block_cache import CachedFile
-from .cache import cache_folder, keep, kept_etag, made_folder
+from .cache import TOUCH_S, cache_folder, is_sealed, keep, kept_etag, made_folder, mark_used
 from .client import Conflict, Missing, Objects, no_store
 
 T = TypeVar("T")
@@ -62,7 +61,7 @@ class RemoteFiles(StoreFiles):
         super().__init__(root)
         self.objects, self.etag, self.writable = Objects(url), etag, writable
         self.renewed: list[str] = []
-        self._checked: set[Path] = set()  # files that this process has compared with what they are recognised by
+        self._used: dict[Path, float] = {}  # when this process marked files as used, after it had compared them
         self._listed: dict[str, dict[str, tuple[int, str]]] = {}
         self._assembly = root
         if not writable:
@@ -90,18 +89,20 @@ class RemoteFiles(StoreFiles):
         wanted = {self.key(p): p for p in paths if not self._is_here(p)}
         if wanted:
             for key in self.objects.get(wanted, keep=not self.writable):
-                self._sent[key] = _stamp(wanted[key])
-                self._checked.add(wanted[key])
+                self._used[wanted[key]] = time.monotonic()
+                if self.writable:
+                    self._sent[key] = _stamp(wanted[key])
 
     def _is_here(self, path: Path) -> bool:
         """Whether a file is on this disk as it came. It is compared once a process: the disk may have lost power."""
-        if self.writable or path in self._checked or not path.exists():
-            return path.exists()
-        if kept_etag(path) is None:
-            self.note_renewed(path)
-            return False
-        self._checked.add(path)
-        return True
+        if not self.writable and time.monotonic() - self._used.get(path, -TOUCH_S) >= TOUCH_S:
+            mark_used(path)  # before it is looked for, so that no other process removes it from here on
+            if path not in self._used and kept_etag(path) is None:
+                if path.exists() and is_sealed(path):
+                    self.note_renewed(path)
+                return False
+            self._used[path] = time.monotonic()
+        return path.exists()
 
     def note_renewed(self, path: Path) -> None:
         if (place := self.place(path)) not in self.renewed:
@@ -114,8 +115,11 @@ class RemoteFiles(StoreFiles):
         self.fetch([path])
         return path
 
-    def fetch_records(self, folder: Path) -> None:
-        self.fetch(self.root / k for k in self._list(self.key(folder)) if k.endswith(".json"))
+    def record_names(self, folder: Path) -> list[str]:
+        # By the list, since another process may remove files from this disk.
+        keys = self._list(self.key(folder))
+        self.fetch(self.root / k for k in keys if k.endswith(".json"))
+        return [k.rsplit("/", 1)[1] for k in keys]
 
     def _list(self, folder: str) -> dict[str, tuple[int, str]]:
         """Return what is in a folder: for a writer, now; for a reader, when it first looked. Replaced copies go."""
@@ -126,7 +130,7 @@ class RemoteFiles(StoreFiles):
             for key, (_, etag) in self._listed[folder].items():
                 path = self.root / key
                 if path.exists() and kept_etag(path) not in (None, etag):  # None: see `_is_here`.
-                    self._checked.discard(path)
+                    self._used.pop(path, None)
                     path.unlink(missing_ok=True)
         return self._listed[folder]
 
@@ -179,6 +183,7 @@ class RemoteFiles(StoreFiles):
         record = json.loads(self.local(self.root / "store.json").read_bytes())["teachers"][teacher]
         meta = json.loads(self.local(self.root / "data.zarr" / teacher / name / "zarr.json").read_bytes())
         target = self._assembly / path.relative_to(self.root)
+        mark_used(target)
         if not target.exists():
             self._applied.pop(str(target), None)
             self.objects.get({self.key(path): target})
@@ -353,15 +358,14 @@ class RemoteFiles(StoreFiles):
 def reading_files(url: str | Path) -> RemoteFiles:
     """Return the files of the store at a URL as it is now. Raises NoStoreError where there is none."""
     objects = Objects(url)
-    with tempfile.TemporaryDirectory(dir=made_folder(cache_folder())) as scratch:
-        head = Path(scratch, "store.json")
-        meta = objects.get({"store.json": head}).get("store.json")
-        if meta is None:
-            raise no_store(objects.url)
-        name = hashlib.blake2b(f"{objects.url} {meta['etag']}".encode(), digest_size=12).hexdigest()
-        root = made_folder(cache_folder() / "mirrors" / name)
-        keep(root / "store.json", head.read_bytes(), meta["etag"])
-    return RemoteFiles(objects.url, root, meta["etag"], writable=False)
+    try:
+        head, etag = objects.read("store.json")
+    except Missing:
+        raise no_store(objects.url) from None
+    name = hashlib.blake2b(f"{objects.url} {etag}".encode(), digest_size=12).hexdigest()
+    root = made_folder(cache_folder() / "mirrors" / name)
+    keep(root / "store.json", head, etag)
+    return RemoteFiles(objects.url, root, etag, writable=False)
 
 
 @contextlib.contextmanager

@@ -195,11 +195,16 @@ def _check_items(
             on_progress(item)
         yield from _check_item(store, item, data, arrays)
     for view in store.views:
-        if view.teacher == name:
+        if view.teacher != name:
+            continue
+        try:
             mean, std = store.norm(view)
-            if not (np.isfinite(mean).all() and (std > 0).all()):
-                yield StoreFinding("norm_mean or norm_std is not finite", view.address, _ANEW)
-            yield from (_finding(d) for d in norm_damage(store, view))
+        except StoreError as e:
+            yield StoreFinding(e.what, str(e.where), _ANEW)
+            continue
+        if not (np.isfinite(mean).all() and (std > 0).all()):
+            yield StoreFinding("norm_mean or norm_std is not finite", view.address, _ANEW)
+        yield from (_finding(d) for d in norm_damage(store, view))
 
 
 def _check_item(store: Store, item: WorkItem, data: float, arrays: Arrays) -> Iterator[StoreFinding]:

@@ -279,11 +279,31 @@ def _dies_at_the_third(pipe, settings: FeatureSettings) -> None:
     os.kill(os.getpid(), 9)
 
 
+def _elsewhere(file: h5py.File, name: str, link: h5py.ExternalLink | None, other: Path | None = None) -> None:
+    """Replace a dataset by a link, or by a virtual dataset whose bytes lie in `other`."""
+    shape, dtype = file[name].shape, file[name].dtype
+    del file[name]
+    if link is not None:
+        file[name] = link
+        return
+    layout = h5py.VirtualLayout(shape, dtype)
+    layout[:] = h5py.VirtualSource(other, name, shape, dtype)
+    file.create_virtual_dataset(name, layout)
+
+
+def _unwritten(file: h5py.File, name: str) -> None:
+    """Replace a dataset by one that has no bytes in the file."""
+    shape, dtype = file[name].shape, file[name].dtype
+    del file[name]
+    file.create_dataset(name, shape, dtype)
+
+
 def test_damaged_files_are_refused(make_corpus: Make, tmp_path: Path) -> None:
     corpus = make_corpus(4)
-    path = tmp_path / "f.h5"
+    path, elsewhere = tmp_path / "f.h5", tmp_path / "other.h5"
     compute_features(corpus, path, workers=0)
     good = path.read_bytes()
+    elsewhere.write_bytes(good)
 
     def refuse(data: bytes, match: str) -> None:
         path.write_bytes(data)
@@ -317,6 +337,11 @@ def test_damaged_files_are_refused(make_corpus: Make, tmp_path: Path) -> None:
         ),
         (lambda f: (f.__delitem__("features"), f.create_group("features")), "damaged"),
         (lambda f: f.attrs.__setitem__("settings", "[1]"), "settings"),
+        (lambda f: _elsewhere(f, "features", h5py.ExternalLink(elsewhere, "features")), "leads into another file"),
+        (lambda f: _elsewhere(f, "records", h5py.ExternalLink(elsewhere, "records")), "leads into another file"),
+        (lambda f: _elsewhere(f, "features", None, elsewhere), "lie in other files"),
+        (lambda f: _elsewhere(f, "ids", None, elsewhere), "lie in other files"),
+        (lambda f: _unwritten(f, "features"), "frames without bytes of their own"),
     ):
         path.write_bytes(good)
         with h5py.File(path, "r+") as file:

@@ -50,6 +50,27 @@ def test_too_little_memory_by_all_its_names(error: Exception) -> None:
     assert "ulimit -v" in text
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("libcudart.so.12: cannot open shared object file: No such file or directory"),
+        OSError("/lib/libtorch_cpu.so: undefined symbol: iJIT_NotifyEvent"),
+        ImportError("/lib/x.so: invalid ELF header", name="x"),
+        ImportError("/lib/libm.so.6: version `GLIBC_2.38' not found (required by x.so)"),
+        ImportError("cannot import name 'a' from 'torch' (/lib/torch)", name="torch"),
+    ],
+)
+def test_libraries_that_cannot_be_loaded(error: Exception) -> None:
+    text = str(in_words(error))
+    assert text.startswith("a library cannot be loaded: ") and str(error)[:30] in text and "stillhouse doctor" in text
+
+
+def test_packages_that_are_missing() -> None:
+    error = ModuleNotFoundError("No module named 'soundfile'", name="soundfile")
+    assert str(in_words(error)).startswith("the package soundfile is not installed; stillhouse doctor")
+    assert in_words(ModuleNotFoundError("No module named 'stillhouse.x'", name="stillhouse.x")) is None
+
+
 @pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("shapes differ"), OSError("no number"), KeyError("a")])
 def test_other_errors_stay_unexpected(error: Exception) -> None:
     assert in_words(error) is None

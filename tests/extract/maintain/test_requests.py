@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import s3
@@ -11,6 +12,7 @@ from click.testing import CliRunner
 
 from stillhouse.cli import cli
 from stillhouse.data.manifest import write_manifest
+from stillhouse.data.units import train_units
 from stillhouse.extract.maintain.combine import copy, merge, subset
 from stillhouse.extract.pipeline.extract import extract
 from stillhouse.extract.pipeline.request import Request
@@ -33,6 +35,9 @@ MOST = {
     "inspect tree": 30,
     "inspect export": 50,
     "extract --status": 30,
+    "extract --dry-run": 40,
+    "extract of nothing": 70,
+    "views": 60,
     "store cp": 75,
     "store subset": 75,
     "store merge": 150,
@@ -48,8 +53,20 @@ def stores(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> dict[int, Pa
     for count in (40, 160):
         made[count] = tmp_path_factory.mktemp("requests") / str(count)
         made[count].mkdir()
-        corpus = make_corpus(["she would not", "a knight rode", "it's done", "we"] * (count // 4))
+        (made[count] / "bert").symlink_to(bert)
+        texts = [
+            "she would not",
+            "a knight rode",
+            "it's done",
+            "we",
+            "their boat",
+            "the old tea",
+            "by the weir",
+            "a seal",
+        ]
+        corpus = make_corpus(texts * (count // 8))
         write_manifest(made[count] / "corpus.jsonl", corpus.utterances)
+        train_units([u.text for u in corpus.utterances], "characters").save(made[count] / "units")
         ids = [u.id for u in corpus.utterances]
         for name, part in (("ids", ids), ("first", ids[: count // 2]), ("second", ids[count // 2 :])):
             (made[count] / name).write_text("\n".join(part))
@@ -60,6 +77,8 @@ def stores(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> dict[int, Pa
 def commands(folder: Path, url: str, halves: list[str], new: Callable[[], Path]) -> dict[str, list[str]]:
     """The arguments of each command."""
     corpus = str(folder / "corpus.jsonl")
+    run = ["extract", corpus, url, "--teacher", str(folder / "bert"), "--layers", "0,2", "--context", "alone"]
+    run += ["--context", "both:4", "--device", "cpu"]
     return {
         "inspect info": ["inspect", "info", url],
         "inspect ls": ["inspect", "ls", url],
@@ -71,6 +90,9 @@ def commands(folder: Path, url: str, halves: list[str], new: Callable[[], Path])
         "inspect tree": ["inspect", "tree", url],
         "inspect export": ["inspect", "export", url, f"{new()}.npz"],
         "extract --status": ["extract", corpus, url, "--status"],
+        "extract --dry-run": [*run, "--dry-run"],
+        "extract of nothing": run,
+        "views": ["views", url, "--corpus", corpus, "--units", str(folder / "units")],
         "store cp": ["store", "cp", url, str(new())],
         "store subset": ["store", "subset", url, str(new()), "--utterances", str(folder / "first")],
         "store merge": ["store", "merge", *halves, str(new())],
@@ -110,10 +132,10 @@ def test_look_ups_of_copies_do_not_grow_with_utterances(
     reads = 0
     read = RawArray.read
 
-    def counting(self: RawArray, *lead: int) -> object:
+    def counting(self: RawArray, *lead: int, **options: Any) -> object:
         nonlocal reads
         reads += 1
-        return read(self, *lead)
+        return read(self, *lead, **options)
 
     monkeypatch.setattr(RawArray, "read", counting)
     counted: dict[int, list[int]] = {}

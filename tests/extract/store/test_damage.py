@@ -207,3 +207,30 @@ def test_every_bit_of_a_record(name: str) -> None:
             except ValueError:
                 found = True
             assert found or same_value(Path(name), data, other), other
+
+
+def test_a_chunk_that_is_missing_is_never_read_as_zeros(sound: Path, tmp_path: Path) -> None:
+    """Every file of an array that the plan or a commit names: what is read without it is the same, or an error."""
+    root = tmp_path / "s"
+    shutil.copytree(sound, root)
+
+    def everything() -> list[bytes]:
+        store = Store.open(root)
+        found = [store.lengths("bert"), store.text_hash(store.utterance_ids), *store.embedding("bert")]
+        for view in store.views:
+            found += [*store.inputs_seen(view), *store.norm(view)]
+        return [*served(root), *(a.tobytes() for a in found), str(store.pieces("bert")).encode()]
+
+    want, named = everything(), set()
+    for path in files(root):
+        if "c" not in path.relative_to(root).parts:
+            continue
+        data = path.read_bytes()
+        path.unlink()
+        try:
+            assert everything() == want, path
+        except StoreError:
+            named.add(path.relative_to(root / "data.zarr").parts[1])
+            assert verify(Store.open(root), data=0.1), path
+        path.write_bytes(data)
+    assert {"start", "length", "input_hash", "context_left", "norm_mean", "id_hash", "text_hash", "embedding"} <= named

@@ -5,8 +5,14 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
+import crashes
 import numpy as np
 import pytest
 import s3
@@ -27,6 +33,7 @@ from stillhouse.extract.store.remote import block_cache as blocks_module
 from stillhouse.extract.store.remote import cache as cache_module
 from stillhouse.extract.store.remote import client as objects_module
 from stillhouse.extract.store.remote.cache import evict
+from stillhouse.extract.store.remote.files import RemoteFiles
 from stillhouse.extract.store.verify.verify import verify
 from stillhouse.train.commands.train import train
 
@@ -220,6 +227,92 @@ def test_the_cache_is_bounded(tmp_path: Path) -> None:
     assert left == list(range(11, 20)) and own.exists()
     evict(tmp_path, 10_000)
     assert len(list((tmp_path / "blocks").rglob("*"))) == 3 + 9
+
+
+def test_files_of_stores_in_use_are_not_removed(tmp_path: Path) -> None:
+    """Blocks have a quarter of the limit in any case; files of stores that are not in use go by their age."""
+    for i in range(20):
+        for path in (tmp_path / folder / str(i) for folder in ("blocks", "mirrors", "mirrors/used")):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(bytes(1000))
+            if path.parent.name != "used":
+                os.utime(path, (i, i))
+    evict(tmp_path, 22_000)
+    assert len(list((tmp_path / "mirrors" / "used").iterdir())) == 20
+    left = [int(p.name) for p in (*(tmp_path / "blocks").iterdir(), *(tmp_path / "mirrors").glob("[0-9]*"))]
+    assert sorted(left) == [18, 18, 19, 19]
+
+
+def test_what_another_process_removes_from_the_cache_is_never_missed(
+    proxy: s3.Proxy, uploaded: str, small_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process with the same cache removes all that it may, between each look for a file and its use."""
+    fetch = RemoteFiles.fetch
+
+    def fetch_and_lose(self: RemoteFiles, paths: Iterable[Path]) -> None:
+        fetch(self, paths)
+        evict(cache_module.cache_folder(), 1000)
+
+    monkeypatch.setattr(RemoteFiles, "fetch", fetch_and_lose)
+    for _ in range(2):
+        same(uploaded, small_store)
+        for path in cache_module.cache_folder().rglob("*"):
+            os.utime(path, (1, 1))
+    assert verify(store := Store.open(uploaded)) == [] and store.paths.files.renewed == []
+
+
+READER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import crashes
+import numpy as np
+from stillhouse.extract.store import Store
+from stillhouse.extract.store.remote import block_cache, client
+
+url, root, moment = sys.argv[2:]
+block_cache.BLOCK_BYTES = 4096
+if moment:
+    crashes.signal_at(moment)
+else:
+    client.cache_limit_bytes = lambda: 30_000
+here = Store.open(root)
+ids = here.utterance_ids
+for _ in range(1 if moment else 3):
+    there = Store.open(url)
+    assert there.views == here.views
+    a, b = there.gather(ids, here.views), here.gather(ids, here.views)
+    assert all(np.array_equal(a.states[v], b.states[v]) for v in here.views)
+    assert all(np.array_equal(there.input_hash(ids, v), here.input_hash(ids, v)) for v in here.views)
+"""
+
+
+def start_reader(url: str, root: Path, moment: str = "") -> subprocess.Popen:
+    """A process that compares all states; killed at a moment, or with a cache that is too small."""
+    command = [sys.executable, "-c", READER, str(Path(crashes.__file__).parent), url, str(root), moment]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_processes_share_a_cache_that_is_too_small(proxy: s3.Proxy, uploaded: str, small_store: Path) -> None:
+    readers = [start_reader(uploaded, small_store) for _ in range(2)]
+    said = [reader.communicate()[1] for reader in readers]
+    assert [reader.returncode for reader in readers] == [0, 0], said
+
+
+@pytest.mark.parametrize("kind", ["block", "object"])
+def test_readers_that_are_killed_leave_a_cache_that_is_right(
+    proxy: s3.Proxy, uploaded: str, small_store: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Killed before and after a block or a whole object gets its name; the next reader uses what is there."""
+    monkeypatch.setattr(blocks_module, "BLOCK_BYTES", 4096)
+    for moment in (f"{kind}_named:2", f"{kind}_kept:3"):
+        reader = start_reader(uploaded, small_store, moment)
+        said = reader.communicate()[1]
+        assert reader.returncode == -signal.SIGKILL, said
+        assert "kept" in moment or list(cache_module.cache_folder().rglob("*.tmp"))
+        store = Store.open(uploaded)
+        assert store.views == VIEWS and verify(store) == [] and store.paths.files.renewed == []
+        same(uploaded, small_store)
+        shutil.rmtree(cache_module.cache_folder())
 
 
 @pytest.mark.slow
