@@ -86,7 +86,7 @@ def cli(ctx: click.Context, debug: bool) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line. Errors become messages and exit codes here and nowhere else."""
     args = sys.argv[1:] if argv is None else argv
-    ending = _Ending()
+    ending = _Ending(final=argv is None)
     if argv is None:
         atexit.register(ending.leave)  # registered first, so it is called last
     # Set before torch is loaded. Threads that spin while they wait make everything up to 100 times slower if other
@@ -108,12 +108,20 @@ class _Ending:
 
     code: int | None = None
 
+    def __init__(self, final: bool) -> None:
+        self.final = final  # whether the process ends with this command
+
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: TracebackType | None) -> None:
         if isinstance(error, SystemExit) and isinstance(error.code, int):
             self.code = error.code
+            if self.final:
+                # Nothing is left to save, so a signal that comes now must not make a failure of what is done.
+                for name in ("SIGTERM", "SIGUSR1"):
+                    if hasattr(signal, name):
+                        signal.signal(getattr(signal, name), signal.SIG_IGN)
 
     def leave(self) -> None:
         if self.code is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 
@@ -38,3 +39,12 @@ def test_a_full_disk_at_the_end_is_no_success() -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-c", child, "--version"], stdout=full, stderr=subprocess.PIPE)
     assert done.returncode != 0
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_after_a_command_has_done_its_work_changes_no_exit_code(name: str) -> None:
+    """Threads and libraries take seconds to end, in which a scheduler's signal may come."""
+    kill = f"__import__('os').kill, __import__('os').getpid(), {int(getattr(signal, name))}"
+    child = CHILD.replace('print, "registered after"', kill)
+    done = subprocess.run([sys.executable, "-c", child, "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
