@@ -168,8 +168,9 @@ def decode_live(
         if count:
             write(decoder.finish())
             if decoder.cuts:
+                quiet = "quiet places" if decoder.front is None else "places without regard to pauses"
                 least = f"the model's training had at most {decoder.longest / decoder.times.hz:g} s"
-                say(f"The audio is cut at {decoder.cuts} quiet places: {least}.")
+                say(f"The audio is cut at {decoder.cuts} {quiet}: {least}.")
             total_s = time.perf_counter() - began
             say(f"{speed(count / decoder.rate_hz, busy)}; {total_s:.1f} s with the wait for audio")
     if blocks.interrupted:
