@@ -30,7 +30,7 @@ def draft_of(path: Path, *, folder: Path | None = None, suffix: str = ".tmp", du
     """
     draft = (folder or path.parent) / f".{path.name}.{secrets.token_hex(4)}{suffix}"
     try:
-        with named(path):
+        with named(path, draft):
             yield draft
             if durable:
                 sync(draft)
@@ -43,12 +43,12 @@ def draft_of(path: Path, *, folder: Path | None = None, suffix: str = ".tmp", du
 
 
 @contextmanager
-def named(path: Path) -> Iterator[None]:
-    """Give an OSError of the block that names no file the name of this one. Those of writes name none."""
+def named(path: Path, draft: Path | None = None) -> Iterator[None]:
+    """Give an OSError of the block that names no file, as those of writes do, or the `draft`, the name of this one."""
     try:
         yield
     except OSError as e:
-        if e.errno is not None and e.filename is None:
+        if e.errno is not None and e.filename in (None, str(draft)):
             e.filename = str(path)
         raise
 

@@ -66,3 +66,10 @@ def test_drafts_of_killed_processes_are_swept(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == len(kept) + 1
     sweep_drafts(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == kept
+
+
+def test_an_error_names_the_file_and_not_its_draft(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    with pytest.raises(OSError) as caught:
+        write_atomic(tmp_path / "a" / "b", b"")
+    assert caught.value.filename == str(tmp_path / "a" / "b")
