@@ -24,6 +24,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # A scheduler may signal the launcher and its processes, and the launcher passes its own signal on.
 SAME_REQUEST_S = 1.0
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+LAUNCHER_ENDS_S = 0.2
 
 
 class StopNow(BaseException):
@@ -81,9 +82,18 @@ class StopRequest:
             # A process that ends with a request behind it ends by its own code, whatever the launcher sends now.
             signal.signal(number, signal.SIG_IGN if stopped else handler)
 
+    def _has_lost_launcher(self) -> bool:
+        """Whether the launcher has ended. Its threads end one by one, and Linux signals at the first of them."""
+        deadline = time.monotonic() + LAUNCHER_ENDS_S
+        while self._launcher is not None and time.monotonic() < deadline:
+            if os.getppid() != self._launcher:
+                return True
+            time.sleep(0.001)
+        return False
+
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
-        orphaned = self._launcher is not None and os.getppid() != self._launcher
+        orphaned = number == signal.SIGTERM and self._has_lost_launcher()
         if orphaned:
             self._launcher = None
         if self.signal is None:

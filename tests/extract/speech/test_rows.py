@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -136,7 +137,10 @@ def test_workers_give_the_same_bytes_and_a_killed_run_resumes(corpus: Path, tmp_
     kept = sum(len(FeatureFile(p).open().row_ids) for p in parts.glob("part-*.h5"))
     assert process.returncode == -signal.SIGKILL and kept
     said = done(tmp_path / "corpus.jsonl", tmp_path / "killed.h5", *options[:-1], 0)
-    assert f"{kept} rows present, {24 - kept} to compute" in said and not parts.exists()
+    counts = re.search(r"(\d+) rows present, (\d+) to compute", said)
+    # The worker may finish the part at which it was when its parent died.
+    assert counts is not None and int(counts[1]) >= kept and int(counts[1]) + int(counts[2]) == 24
+    assert not parts.exists()
     done(tmp_path / "corpus.jsonl", tmp_path / "whole.h5", *options[:-1], 0)
     killed, whole = FeatureFile(tmp_path / "killed.h5"), FeatureFile(tmp_path / "whole.h5")
     np.testing.assert_array_equal(killed.gather(whole.ids)[0], whole.gather(whole.ids)[0])

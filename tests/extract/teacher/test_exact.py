@@ -211,13 +211,15 @@ def test_wide_blocks_of_an_earlier_version_are_refused(bert: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("context", ["alone", "past:6", "past:6+block", "future:5", "both:5"])
-def test_the_longest_and_the_shortest_window_of_a_corpus_are_tried(context: str, bert: Path, tmp_path: Path) -> None:
+def test_the_longest_and_the_shortest_window_of_a_corpus_are_tried(
+    context: str, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Windows depend on neighbours, so they are counted for every utterance, not for some of them."""
     generator = np.random.default_rng(3)
     texts = [" ".join(["the"] * n) for n in generator.integers(0, 30, 300).tolist()]
     corpus = Corpus(tmp_path / "c", [Utterance(id=f"u{i}", session=f"s{i // 4}", text=t) for i, t in enumerate(texts)])
     teacher = loaded(bert)
-    teacher.window = 24
+    monkeypatch.setattr(teacher, "window", 24)  # other tests share the loaded teacher
     request = Request("t", [2], [context], join=" and ", core_tokens=12)
     draft = generation.draft_plan(
         open_files(tmp_path / "s"), corpus, teacher, teacher_record(teacher, request), request
