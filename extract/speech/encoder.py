@@ -192,26 +192,22 @@ class SpeechEncoder:
         finally:
             table.weight.data, table.num_embeddings, self.encoder.config.max_source_positions = whole
 
-    def _forward(self, samples: np.ndarray, **options: Any) -> Any:
-        inputs = self._input(samples)
+    def _forward(self, inputs: dict[str, torch.Tensor], **options: Any) -> Any:
         with torch.inference_mode(), self._fitted(inputs):
             return self.encoder(**inputs, **options)
 
-    def _frames(self, samples: np.ndarray) -> int | None:
+    def _kept(self, samples: np.ndarray, inputs: dict[str, torch.Tensor]) -> int | None:
         """The frames that belong to the audio, of all that the model gives. None: all."""
         if self.kind == "whisper":
             return -(-len(samples) // self.framing.stride)
+        if self.kind == "parakeet_encoder":
+            return int(self.encoder._get_subsampling_output_length(inputs["attention_mask"].sum(-1)))
         return None
 
     def _plain(self, samples: np.ndarray) -> list[torch.Tensor]:
-        result = self._forward(samples, output_hidden_states=True)
-        kept = self._kept(result, samples)
-        return [h[:, :kept] for h in result.hidden_states]
-
-    def _kept(self, result: Any, samples: np.ndarray) -> int | None:
-        """How many frames belong to the audio. None: all."""
-        mask = getattr(result, "attention_mask", None)
-        return self._frames(samples) if mask is None else int(mask.sum())
+        inputs = self._input(samples)
+        kept = self._kept(samples, inputs)
+        return [h[:, :kept] for h in self._forward(inputs, output_hidden_states=True).hidden_states]
 
     def _hooked(self, samples: np.ndarray, layers: set[int]) -> dict[int, torch.Tensor]:
         """Return the states of `layers` by number, without the layers behind the highest."""
@@ -237,21 +233,14 @@ class SpeechEncoder:
             if self.depth in layers and not self._last_is_normed:
                 handle = self._layers[-1].register_forward_hook(last)
                 stack.callback(handle.remove)
-            result = None
+            inputs, result = self._input(samples), None
             with contextlib.suppress(_Enough):
-                result = self._forward(samples)
+                result = self._forward(inputs)
         if self.depth in layers and self._last_is_normed:
             assert result is not None
             found[self.depth] = result.last_hidden_state
-        kept = self._kept(result, samples) if result is not None else self._frames_of(samples)
+        kept = self._kept(samples, inputs)
         return {k: h[:, :kept] for k, h in found.items()}
-
-    def _frames_of(self, samples: np.ndarray) -> int | None:
-        """As `_kept`, for a pass that stopped early."""
-        if self.kind != "parakeet_encoder":
-            return self._frames(samples)
-        mask = self._input(samples)["attention_mask"]
-        return int(self.encoder._get_subsampling_output_length(mask.sum(-1)))
 
     def _find_layers(self, noise: np.ndarray, plain: list[torch.Tensor]) -> list[torch.nn.Module] | None:
         """The stack whose inputs are the hidden states, or None where no stack reproduces them."""

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -129,3 +130,15 @@ def end_of(child: int) -> dict[str, int]:
     status = os.waitpid(child, 0)[1]
     killed = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
     return {"killed": killed, "exit": 0 if killed else status}
+
+
+def rank_of(process: subprocess.Popen, rank: int) -> int:
+    """The process id of a rank of torchrun's."""
+    for folder in Path("/proc").iterdir():
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == process.pid and f"RANK={rank}" in (folder / "environ").read_text().split("\0"):
+                return int(folder.name)
+        except (OSError, ValueError):
+            continue
+    raise AssertionError(f"torchrun has no rank {rank}")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from crashes import rank_of
 
 from stillhouse.data.errors import UsageError
 from stillhouse.train.config import load_config
@@ -88,18 +89,6 @@ def test_whatever_a_run_transfers_two_ranks_compute_what_one_does(tones: Path, s
     )
 
 
-def child_of(process: subprocess.Popen, rank: int) -> int:
-    """The process id of a rank of torchrun's."""
-    for folder in Path("/proc").iterdir():
-        try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == process.pid and f"RANK={rank}" in (folder / "environ").read_text().split("\0"):
-                return int(folder.name)
-        except (OSError, ValueError):
-            continue
-    raise AssertionError(f"torchrun has no rank {rank}")
-
-
 def killed(command: list[str], rank: int, after: str) -> str:
     """What was said by a job of which `rank` was killed when it said `after`; it must end by itself."""
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
@@ -108,7 +97,7 @@ def killed(command: list[str], rank: int, after: str) -> str:
         for line in process.stderr:
             said.append(line)
             if line.startswith(after):
-                os.kill(child_of(process, rank), signal.SIGKILL)
+                os.kill(rank_of(process, rank), signal.SIGKILL)
                 break
         rest = process.communicate(timeout=60)[1]
     assert process.returncode == 1, "".join(said) + rest

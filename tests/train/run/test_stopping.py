@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from crashes import rank_of
 
 from stillhouse.data.batches import loader
 from stillhouse.data.errors import StoppedError
@@ -232,18 +233,6 @@ def test_the_command_ends_with_143_and_ctrl_c_tells_how_to_resume(tones: Path, t
     assert code == 130
     step = newest(tmp_path / "run")["step"]
     assert f"interrupted. Repeat the command to resume {tmp_path}/run from the last checkpoint, of step {step}." in said
-
-
-def rank_of(process: subprocess.Popen, rank: int) -> int:
-    """Return the process id of a rank of torchrun's."""
-    for folder in Path("/proc").iterdir():
-        try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == process.pid and f"RANK={rank}" in (folder / "environ").read_text().split("\0"):
-                return int(folder.name)
-        except (OSError, ValueError):
-            continue
-    raise AssertionError(f"torchrun has no rank {rank}")
 
 
 @pytest.mark.parametrize(
