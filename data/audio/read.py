@@ -43,12 +43,6 @@ def open_audio(path: Path) -> soundfile.SoundFile:
     return file
 
 
-def audio_length(path: Path | str) -> float:
-    """Return the seconds of audio in a file, by its header."""
-    with open_audio(Path(path)) as file:
-        return file.frames / file.samplerate
-
-
 def read_audio(
     path: Path | str,
     start_s: float = 0.0,
