@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any, Protocol
 
 import numpy as np
@@ -86,7 +85,7 @@ def write_groups(writer: ArrayWriter, plan: Plan) -> None:
     """Write the metadata of the Zarr groups of all teachers."""
     writer.write_json(plan.paths.data / "zarr.json", group_json({"stillhouse": {"teachers": list(plan.teachers)}}))
     for name, record in plan.teachers.items():
-        writer.write_json(plan.paths.data / name / "zarr.json", group_json({"stillhouse": asdict(record)}))
+        writer.write_json(plan.paths.data / name / "zarr.json", group_json({"stillhouse": record.as_json()}))
 
 
 def write_teacher(writer: ArrayWriter, record: TeacherRecord, teacher: VocabularySource, layout: Layout) -> None:

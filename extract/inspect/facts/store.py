@@ -17,7 +17,6 @@ import numpy as np
 from ....data.errors import NoStoreError, StoreError
 from ...maintain.repair import Repaired
 from ...store import Store, View
-from ...store.disk.layout import VERSION
 from ...store.disk.paths import Paths
 from ...store.format.arrays import RawArray
 from ...store.format.index import same_text
@@ -120,7 +119,7 @@ def store_facts(store: Store) -> StoreFacts:
     session = store.index.session
     return StoreFacts(
         path=store.address,
-        version=VERSION,
+        version=store.plan.version,
         created=store.plan.created,
         complete=all(v.complete for v in views),
         utterances=len(store.utterance_ids),

@@ -21,6 +21,7 @@ from ....data.errors import StoreError, UsageError
 
 FORMAT = "stillhouse-store"
 VERSION = 1
+FRAME_VERSION = 2  # of a store that has a speech teacher, whose states are those of frames
 INNER_ROWS = 64  # rows of `hidden` a chunk inside a shard
 MAX_SHARD_BYTES = 128 << 20
 MIN_SHARD_ROWS = 2048

@@ -15,20 +15,21 @@ from ..disk.checksums import without_checksum
 from ..disk.durable import write_json
 from ..disk.files import StoreFiles
 from ..disk.json_records import MOST, as_record, matches_type
-from ..disk.layout import DTYPES, FORMAT, INNER_ROWS, VERSION, check_teacher_name
+from ..disk.layout import DTYPES, FORMAT, FRAME_VERSION, INNER_ROWS, VERSION, check_teacher_name
 from ..disk.paths import Paths
 from .block_sums import Sums, inherited_sums, write_sums
 
 
 @dataclass(frozen=True)
 class TeacherRecord:
-    """A language model as one store uses it: all that decides what its states are.
+    """A teacher as one store uses it: all that decides what its states are.
 
-    `contexts` and `layers` are the axes C and L of its arrays, in the order in which they were added.
+    `contexts` and `layers` are the axes C and L of its arrays, in the order in which they were added. A text teacher's
+    states are those of tokens. A speech teacher's are those of frames of audio: its `axis` is "frame".
     """
 
     name: str
-    kind: str  # "encoder" or "decoder"
+    kind: str  # "encoder" or "decoder" of text, or "speech"
     model: str  # the name or path that the user gave
     architecture: str
     revision: str | None
@@ -42,7 +43,7 @@ class TeacherRecord:
     leading_space: bool
     width: int
     depth: int
-    window: int  # most tokens a pass, special ones included
+    window: int  # most tokens a pass, special ones included, or most frames
     dtype: str  # of the stored states
     model_dtype: str
     contexts: list[str] = field(default_factory=list)
@@ -50,6 +51,19 @@ class TeacherRecord:
     fingerprints: dict[str, str] = field(default_factory=dict)  # "CONTEXT/LAYER" -> hash of the view's settings
     space_by_script: bool = False  # a leading space only before texts in scripts that write spaces between words
     about: str = ""  # what the model's folder says about it, as "instruct-tuned, 4-bit quantised"
+    axis: str = "token"  # what a state belongs to: a "token" of the text, or a "frame" of the audio
+    rate_hz: float = 0.0  # frames in a second, of a speech teacher
+    offset_s: float = 0.0  # time of the middle of frame 0
+    sample_rate_hz: int = 0  # of the samples that a speech teacher takes
+
+    @property
+    def is_speech(self) -> bool:
+        """Whether the states are those of frames of audio."""
+        return self.axis == "frame"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the record as a store keeps it. That of a text teacher can be read by older versions."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if self.is_speech or k not in _OF_SPEECH}
 
     @property
     def space_choice(self) -> str:
@@ -57,9 +71,12 @@ class TeacherRecord:
         return "auto" if self.space_by_script else "yes" if self.leading_space else "no"
 
 
+_OF_SPEECH = ("axis", "rate_hz", "offset_s", "sample_rate_hz")
+
+
 @dataclass(frozen=True)
 class TeacherInfo:
-    """A teacher's settings (the fields of TeacherRecord) and how many tokens of the corpus it has."""
+    """A teacher's settings (the fields of TeacherRecord) and how many tokens of the corpus it has, or frames."""
 
     settings: TeacherRecord
     tokens: int
@@ -142,6 +159,11 @@ class Plan:
     # Teachers of which batches were compared with one text at a time. Earlier versions of Stillhouse did not.
     compared: list[str] = field(default_factory=list)
 
+    @property
+    def version(self) -> int:
+        """The version of the format. Readers that do not know frames must not take them for tokens."""
+        return FRAME_VERSION if any(t.is_speech for t in self.teachers.values()) else VERSION
+
     def work_items(self, teacher: str | None = None) -> list[WorkItem]:
         """Return all work items in the order in which writers take them, without what a later generation dropped."""
         items: list[WorkItem] = []
@@ -205,8 +227,9 @@ def read_plan(files: StoreFiles) -> Plan:
         raise NoStoreError("there is no store", where=root, remedy="stillhouse extract CORPUS STORE …") from e
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise NoStoreError("this is not a store", where=place, expected=f"format {FORMAT!r}")
-    if head.get("version") != VERSION:
-        raise StoreError(f"version {head.get('version')!r:.60}", where=root, expected=f"version {VERSION}")
+    if head.get("version") not in (VERSION, FRAME_VERSION):
+        expected = f"version {VERSION} or {FRAME_VERSION}"
+        raise StoreError(f"version {head.get('version')!r:.60}", where=root, expected=expected)
     for key, kind in _HEAD.items():
         if not matches_type(head.get(key), kind):
             raise StoreError(f"the plan is damaged: {key} is {head.get(key)!r:.60}", where=place)
@@ -220,7 +243,11 @@ def read_plan(files: StoreFiles) -> Plan:
     if idle or not teachers or len({g.number for g in generations}) < len(generations):
         raise StoreError("the plan is damaged: teachers and generations do not belong together", where=place)
     compared = [name for name in head.get("compared", []) if name in teachers]
-    return Plan(paths, head["created"], head["corpus"], head["versions"], teachers, generations, compared)
+    plan = Plan(paths, head["created"], head["corpus"], head["versions"], teachers, generations, compared)
+    if plan.version != head["version"]:
+        what = f"the plan is damaged: version {head['version']}, and its teachers need version {plan.version}"
+        raise StoreError(what, where=place)
+    return plan
 
 
 _HEAD = {
@@ -240,6 +267,8 @@ def _check_teacher(name: str, t: TeacherRecord, where: str) -> None:
         raise StoreError(f"the plan is damaged: {e.what}", where=where) from None
     sound = t.name == name and t.dtype in DTYPES and 0 < t.width < 1 << 20 and 0 <= t.depth < 1 << 16
     sound &= all(c and not set(c) & set("/\\\0") and c[0] != "." for c in t.contexts)
+    sound &= t.axis in ("token", "frame") and t.is_speech == (t.kind == "speech")
+    sound &= not t.is_speech or (0 < t.rate_hz < 1e6 and 0 <= t.offset_s < 1e6 and 0 < t.sample_rate_hz < 1 << 32)
     if not sound or len(set(t.contexts)) < len(t.contexts) or len(set(t.layers)) < len(t.layers):
         raise StoreError(f"the plan is damaged: the record of the teacher {name}", where=where)
 
@@ -292,10 +321,10 @@ def write_head(plan: Plan, publish: bool = True) -> None:
         plan.paths.store_json,
         {
             "format": FORMAT,
-            "version": VERSION,
+            "version": plan.version,
             "created": plan.created,
             "corpus": plan.corpus,
-            "teachers": {name: dataclasses.asdict(t) for name, t in plan.teachers.items()},
+            "teachers": {name: t.as_json() for name, t in plan.teachers.items()},
             "generations": [g.number for g in plan.generations],
             "versions": plan.versions,
             "compared": [name for name in plan.compared if name in plan.teachers],
