@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..data.errors import ConfigError
 from .batch import Positions
 
-ALIGNERS = ("attention", "occupancy", "cif", "transport", "predictor")
+ALIGNERS = ("attention", "occupancy", "cif", "transport", "predictor", "frames")
 NEED_EMBEDDINGS = ("attention", "transport")
 _OCTAVES = 6
 _NOTHING = -1e9  # a logarithm of nothing
@@ -275,6 +275,29 @@ class Predictor(UnitAligner):
     def frames(self, predictor: Tensor) -> Tensor:
         """Return one state for each unit, [B, U, W], of states [B, U + 1, W], where state u has read u units."""
         return predictor[:, 1:] if self.after else predictor[:, :-1]
+
+
+class Frames(nn.Module):
+    """The encoder states themselves, for speech teachers, whose frames the reader maps to the states by time.
+
+    It has no parameters. A state's target is what the teacher's frames hold in the state's own stretch of time, so the
+    student can use all that the state holds. With the frames as positions, states would have to be interpolated.
+    """
+
+    def __init__(self, encoder_dim: int) -> None:
+        super().__init__()
+        self.width = encoder_dim
+
+    def frames(self, encoder: Tensor, lengths: Tensor) -> Tensor:
+        """Return the encoder [B, T, H] itself."""
+        return encoder
+
+    def forward(self, frames: Tensor, positions: Positions, teacher: str = "") -> Aligned:
+        """Return the states [M, H] of the positions. `frames` is what the method `frames` returned."""
+        if positions.grid > frames.shape[1]:
+            raise ValueError(f"there are {positions.grid} states in the positions, {frames.shape[1]} in the encoder")
+        utterance = positions.row // positions.grid
+        return frames[utterance, positions.row - utterance * positions.grid], None
 
 
 def _places_of_frames(encoder: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,19 +17,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Positions:
-    """The transfer positions of one teacher in one batch. M of them are kept, the others are masked."""
+    """The transfer positions of one teacher in one batch. M of them are kept, the others are masked or not drawn."""
 
     lengths: Tensor  # int64 [B]: positions of each utterance, masked ones included
     grid: int  # P ≥ 1: the positions of the longest utterance
     row: Tensor  # int64 [M]: b * P + p of each kept position
-    key: Tensor  # int64 [M]: equal numbers are occurrences of the same token, word or unit
+    key: Tensor  # int64 [M]: equal numbers are occurrences of the same token, word or unit; see also `reach`
     place: Tensor  # float32 [M]: the middle of the position's span, as a fraction of the transcript's length
     query_row: Tensor  # int64 [E]: rows of the teacher's embedding table
     query_start: Tensor | None  # int64 [M]: where the entries of each position begin, None if each has one
     query_weight: Tensor | None  # float32 [E]
     unit_weight: Tensor | None  # float32 [B, P, U]: row-stochastic map from ASR units to positions
     unit_rows: Tensor | None  # int64 [M']: those of the M kept positions that an ASR unit overlaps
-    masked: int  # positions that no teacher token overlaps
+    masked: int  # positions that no teacher token or frame overlaps
+    share: Tensor | None = None  # float32 [M, K]: shares of the tokens or frames behind each position, for codes
+    reach: int = 0  # Keys that are at most so far apart are no contrast of each other.
 
     @property
     def kept(self) -> int:
@@ -39,7 +41,7 @@ class Positions:
 
 @dataclass(frozen=True)
 class TransferBatch:
-    """Standardised targets float32 [M, D] by view address, and their positions by teacher."""
+    """Standardised targets float32 [M, D], or codes uint8 [M, K, C], by view address; their positions by teacher."""
 
     utterances: int
     positions: dict[str, Positions]

@@ -90,7 +90,7 @@ def word_numbers(
     place = before - before[np.flatnonzero(first)][word]
     number = np.zeros(word[-1] + 1, np.uint64)
     with np.errstate(over="ignore"):
-        codes = _scatter(token_id.astype(np.uint64) + _scatter(place.astype(np.uint64) + _ODD))
+        codes = scatter(token_id.astype(np.uint64) + scatter(place.astype(np.uint64) + _ODD))
         np.add.at(number, word[spoken], codes[spoken])
     return number[word]
 
@@ -116,7 +116,7 @@ def word_codes(numbers: np.ndarray, words: np.ndarray) -> np.ndarray:
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 
 
-def _scatter(x: np.ndarray) -> np.ndarray:
+def scatter(x: np.ndarray) -> np.ndarray:
     """Return uint64 hashes of uint64 numbers, by splitmix64's finaliser (Steele et al. 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

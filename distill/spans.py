@@ -1,7 +1,8 @@
-"""Character spans: from the pieces of one tokeniser to the positions of another.
+"""Spans: from the pieces of one tokeniser to the positions of another, and from frames of audio to encoder states.
 
 Spans [begin, end) count Unicode code points of the raw transcript. Teacher tokens, words and ASR units all cut the same
 text, so their spans can be compared. No pair of tokenisers needs code of its own, nor do scripts without spaces.
+Spans of audio count microseconds (see frames.py).
 Guarantees: each row of an `Overlaps` sums to 1, or is empty and not `covered`. Nothing is divided by zero.
 Try: `pytest tests/distill/test_spans.py`.
 """
@@ -23,7 +24,7 @@ _RUN = re.compile(r"\S+")
 
 @dataclass(frozen=True)
 class Overlaps:
-    """A sparse row-stochastic matrix [P, N]: the share of position p's characters that piece n covers.
+    """A sparse row-stochastic matrix [P, N]: the share of position p's characters, or of its time, that piece n covers.
 
     Row p holds the entries `start[p] : start[p + 1]` of `column` and `weight`.
     """
@@ -65,6 +66,14 @@ class Overlaps:
             out[rows] += values[self.column[entry]].astype(np.float32, copy=False) * self.weight[entry, None]
         return out
 
+    def listed(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the pieces of each row, int64 [P, K], and their weights, float32 [P, K]. Padding weighs 0."""
+        counts = np.diff(self.start)
+        inside = np.arange(max(1, int(counts.max(initial=0)))) < counts[:, None]
+        column, weight = np.zeros(inside.shape, np.int64), np.zeros(inside.shape, np.float32)
+        column[inside], weight[inside] = self.column, self.weight
+        return column, weight
+
     def dense(self) -> np.ndarray:
         """Return the whole matrix, float32 [P, N], for tests and small matrices."""
         out = np.zeros((self.rows, self.columns), np.float32)
@@ -96,7 +105,7 @@ def places(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def overlaps(
     positions: np.ndarray, position_lengths: np.ndarray, pieces: np.ndarray, piece_lengths: np.ndarray
 ) -> Overlaps:
-    """Return how packed positions overlap, in characters, with packed pieces of the same B utterances.
+    """Return how packed positions overlap, in characters or in time, with packed pieces of the same B utterances.
 
     Arguments:
         positions, pieces: spans, int [ΣP, 2] and int [ΣN, 2]. Pieces of one utterance may share characters, as the

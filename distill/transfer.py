@@ -15,7 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from ..data.errors import ConfigError
-from .aligners import ALIGNERS, NEED_EMBEDDINGS, Aligned, Attention, Cif, Occupancy, Predictor, Transport, UnitAligner
+from .aligners import (
+    ALIGNERS,
+    NEED_EMBEDDINGS,
+    Aligned,
+    Attention,
+    Cif,
+    Frames,
+    Occupancy,
+    Predictor,
+    Transport,
+    UnitAligner,
+)
 from .batch import TransferBatch
 from .distances import distance_named
 from .mixing import Mixing
@@ -51,9 +62,9 @@ class Transfer(nn.Module):
     Arguments:
         views: the `views` of a TargetReader.
         encoder_dim: H, the width of the encoder states.
-        aligner: "occupancy", "attention" or "transport" (need `embeddings`), "cif", or "predictor" (needs
-            `predictor_dim`).
-        distance: "cosine", "l1", "smooth_l1", "mse" or "contrastive".
+        aligner: "occupancy", "attention" or "transport" (need `embeddings`), "cif", "predictor" (needs
+            `predictor_dim`), or "frames" for the position "state".
+        distance: "cosine", "l1", "smooth_l1", "mse", "contrastive" or "codes" (needs TargetReader(codes=True)).
         mixing: "mean", "sum", "learned" or "sample". For "sample" the reader draws the views, TargetReader(sample=k).
         embeddings: the `embeddings` of a TargetReader.
         temperature: above 0, of the distance "contrastive".
@@ -79,7 +90,7 @@ class Transfer(nn.Module):
         self.of_teacher: dict[str, list[int]] = {}
         for number, view in enumerate(views):
             self.of_teacher.setdefault(view.teacher, []).append(number)
-        self.aligner: Attention | Transport | Occupancy | Cif | Predictor
+        self.aligner: Attention | Transport | Occupancy | Cif | Predictor | Frames
         if aligner in NEED_EMBEDDINGS:
             tables = embeddings or {}
             absent = ", ".join(sorted(self.of_teacher.keys() - tables.keys()))
@@ -94,6 +105,8 @@ class Transfer(nn.Module):
             self.aligner = Occupancy(encoder_dim)
         elif aligner == "cif":
             self.aligner = Cif(encoder_dim)
+        elif aligner == "frames":
+            self.aligner = Frames(encoder_dim)
         elif aligner == "predictor":
             if predictor_dim is None:
                 raise ConfigError("the predictor aligner needs the width of the prediction network's states")
@@ -104,7 +117,11 @@ class Transfer(nn.Module):
             raise ConfigError(f"there is no aligner {aligner!r}", expected=", ".join(ALIGNERS))
         self.heads = nn.ModuleList(nn.Linear(self.aligner.width, view.width) for view in views)
         self.distance = distance_named(distance, temperature=temperature)
-        self.contrasts = distance == "contrastive"
+        self.contrasts, self.of_codes = distance == "contrastive", distance == "codes"
+        for view in views:
+            if bool(view.codebooks) != self.of_codes:
+                what = "codes" if view.codebooks else "states"
+                raise ConfigError(f"the targets of {view.address} are {what}", where=f"distance {distance}")
         self.mixing = Mixing(mixing, len(views))
         self.tap_logits = nn.Parameter(torch.zeros(taps)) if taps > 1 else None
 
@@ -165,11 +182,19 @@ class Transfer(nn.Module):
                     idle = idle + self.heads[number](state[:0]).float().sum()
                     continue
                 prediction = self.heads[number](state).float()
-                targets = [(target if row is None else target[row]).float()]
-                if others is not None:  # All ranks gather or none does, even one without rows, because they wait.
-                    targets += others.gather(teacher, targets[0])
+                target = target if row is None else target[row]
                 with torch.autocast(encoder.device.type, enabled=False):
-                    each = self.distance(prediction, torch.cat(targets), torch.cat(keys))
+                    if self.of_codes:
+                        assert positions.share is not None
+                        share = positions.share if row is None else positions.share[row]
+                        each = self.distance(prediction, target, share)
+                    elif self.contrasts:
+                        # All ranks gather or none does, even one without rows, because they wait.
+                        targets = [] if others is None else others.gather(teacher, target.float())
+                        all_targets = torch.cat([target.float(), *targets])
+                        each = self.distance(prediction, all_targets, torch.cat(keys), positions.reach)
+                    else:
+                        each = self.distance(prediction, target.float(), key)
                 losses.append(each.sum() / count)
                 index.append(number)
         loss = self.mixing(losses, index) + idle if losses else idle + self.mixing.idle()

@@ -106,7 +106,8 @@ class BatchLoader:
         utterances = [self.utterances[i] for i in plan.indices]
         encoded = [self.encoded[i] for i in plan.indices]
         ids = [u.id for u in utterances]
-        packed, lengths = self.features.gather(ids, [self.speeds[s] for s in plan.speeds])
+        speeds = [self.speeds[s] for s in plan.speeds]
+        packed, lengths = self.features.gather(ids, speeds)
         # torch aligns its memory, NumPy does not, and matrix products round differently by alignment.
         padded = torch.zeros(len(ids), int(lengths.max()), packed.shape[1])
         features = padded.numpy()
@@ -116,7 +117,8 @@ class BatchLoader:
         targets[np.arange(targets.shape[1]) < target_lengths[:, None]] = np.concatenate([e.ids for e in encoded])
         read = time.perf_counter()
         texts, spans = [u.text for u in utterances], [e.spans for e in encoded]
-        transfer = {k: reader.read(ids, texts, spans, step=plan.number) for k, reader in self.targets.items()}
+        at = {"step": plan.number, "rows": lengths, "speeds": speeds}
+        transfer = {k: reader.read(ids, texts, spans, **at) for k, reader in self.targets.items()}
         return Batch(
             ids,
             padded,

@@ -53,7 +53,8 @@ class FakeStore:
         return np.searchsorted(self.tables[teacher][0], token_id)
 
     def teacher(self, name: str) -> SimpleNamespace:
-        return SimpleNamespace(dtype=self.teachers[name].dtype, width=self.teachers[name].width)
+        t = self.teachers[name]
+        return SimpleNamespace(dtype=t.dtype, width=t.width, is_speech=False)
 
     def has(self, ids: Sequence[str], view: View) -> np.ndarray:
         return np.array([i in self.teachers[view.teacher].tokens for i in ids], bool)

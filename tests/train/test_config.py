@@ -185,6 +185,13 @@ def test_named_transfers_are_read_written_and_changed(tmp_path: Path) -> None:
         ("transfer.text.decay=linear", "transfer.text.decay and transfer.text.decay_steps go together"),
         ("transfer.a b.weight=1", "transfer.a b: the name of a transfer has"),
         ("transfer.stores=[]", "transfer.text.views needs a store"),
+        (
+            "transfer.text={aligner='frames', position='word'}",
+            "transfer.text.position = word is not for",
+        ),
+        ("transfer.text={aligner='frames', control='static'}", "transfer.text.control = static needs the tokens"),
+        ("transfer.text={distance='codes', control='words'}", "set transfer.text.control = shuffled"),
+        ("transfer.text={aligner='frames', sampled_states=-1}", "transfer.text.sampled_states"),
     ],
 )
 def test_named_transfers_that_cannot_be(tmp_path: Path, change: str, message: str) -> None:

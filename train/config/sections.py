@@ -163,14 +163,20 @@ class TransferSettings(ConfigSection):
     """One transfer from teachers: its views, and how the student learns them. Lambda is the weight of its loss."""
 
     views: list[str] = Field([], description="View addresses or patterns. Without views there is no transfer.")
-    aligner: Literal["occupancy", "attention", "transport", "cif", "predictor"] = Field(
-        "occupancy", description="How encoder states are brought to the positions that have a target."
+    aligner: Literal["occupancy", "attention", "transport", "cif", "predictor", "frames"] = Field(
+        "occupancy",
+        description="How encoder states are brought to the positions that have a target. frames: for speech teachers.",
     )
     position: Literal["token", "word", "unit"] = Field(
-        "token", description="What has a target: token, word or ASR unit."
+        "token", description="What has a target: token, word or ASR unit. With frames, each encoder state has one."
     )
-    distance: Literal["cosine", "l1", "smooth_l1", "mse", "contrastive"] = Field(
-        "cosine", description="Distance between predicted and teacher states."
+    distance: Literal["cosine", "l1", "smooth_l1", "mse", "contrastive", "codes"] = Field(
+        "cosine",
+        description="Distance between predicted and teacher states. codes predicts the codes of views of dtype pq:M.",
+    )
+    sampled_states: Natural = Field(
+        500,
+        description="For frames: encoder states of a full batch that enter the loss. Each step draws others. 0: all.",
     )
     temperature: float = Field(0.1, ge=1e-3, description="Temperature of contrastive. A lower one is stricter.")
     mixing: Literal["mean", "sum", "learned", "sample"] = Field(
@@ -243,6 +249,18 @@ class TransferSection(TransferSettings):
                 raise ValueError(f"{section}.views needs a store in transfer.stores")
             if (t.decay is None) != (t.decay_steps is None):
                 raise ValueError(f"{section}.decay and {section}.decay_steps go together")
+            if t.aligner == "frames" and t.position != "token":
+                raise ValueError(
+                    f"{section}.position = {t.position} is not for {section}.aligner = frames, with which each encoder "
+                    f"state has a target: leave {section}.position out"
+                )
+            needs_text = t.control in ("static", "words", "words-shuffled")
+            for name, needs in (("aligner", t.aligner == "frames"), ("distance", t.distance == "codes")):
+                if needs and needs_text:
+                    raise ValueError(
+                        f"{section}.control = {t.control} needs the tokens and the states of a text, which "
+                        f"{section}.{name} = {getattr(t, name)} does not learn: set {section}.control = shuffled"
+                    )
             if (t.mixing == "sample") != (t.sample is not None):
                 raise ValueError(
                     f"{section}.sample, the views drawn in a step, and {section}.mixing = sample go together"

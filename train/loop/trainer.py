@@ -72,7 +72,7 @@ class Trainer:
         self.units = load_units(data.units)
         self.features = FeatureFile(data.features)
         self.model = build_model(config, self.units.size, self.features.open().width)
-        self.transfers, targets = build_transfers(config, self.model.encoder.dim)
+        self.transfers, targets = build_transfers(config, self.model.encoder, self.features.frame_times)
         of_transfers = {in_transfer("transfer", name): module for name, module in self.transfers.items()}
         self.modules: dict[str, torch.nn.Module] = {"model": self.model} | of_transfers  # by file of a checkpoint
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ...data.errors import ConfigError, UsageError
+from ...data.features.file import FrameTimes
 from ...data.manifest import read_manifest
-from ..config import Config
-from .transducer import Transducer
+from ..config import Config, in_transfer
+from .transducer import Encoder, Transducer
 
 
 def resolve_device(name: str, local: int | None = None) -> torch.device:
@@ -98,13 +99,17 @@ def build_optimiser(parameters: Iterable[Tensor], config: Config, device: torch.
     return torch.optim.AdamW([decayed, others], lr=config.optim.lr, betas=config.optim.betas, fused=fused)
 
 
-def build_transfers(config: Config, encoder_dim: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a distill.Transfer and a distill.TargetReader for each transfer, by its name."""
+def build_transfers(config: Config, encoder: Encoder, times: FrameTimes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a distill.Transfer and a distill.TargetReader for each transfer, by its name.
+
+    `times` are those of the features that the encoder reads.
+    """
     transfers: dict[str, Any] = {}
     targets: dict[str, Any] = {}
     if not config.transfer.transfers:
         return transfers, targets
     from ...distill.aligners import NEED_EMBEDDINGS
+    from ...distill.frames import StudentTimes
     from ...distill.targets import TargetReader
     from ...distill.transfer import Transfer
     from ...distill.views import resolve_views
@@ -112,21 +117,31 @@ def build_transfers(config: Config, encoder_dim: int) -> tuple[dict[str, Any], d
 
     stores = [Store.open(path, checksums=True) for path in config.transfer.stores]
     corpus = read_manifest(config.data.corpus)
+    student = StudentTimes(encoder.subsampling, times.hz, times.start_s, encoder.front.shift)
     for name, t in config.transfer.transfers.items():
-        targets[name] = TargetReader(
-            resolve_views(stores, t.views),
-            **t.model_dump(include={"position", "sample", "control"}),
-            on_missing=config.transfer.on_missing,
-            seed=config.run.seed,
-            pin=resolve_device(config.run.device).type == "cuda",
-            corpus=corpus,
-        )
+        drawn = t.sampled_states * encoder.subsampling / config.data.batch_frames
+        try:
+            targets[name] = TargetReader(
+                resolve_views(stores, t.views),
+                "state" if t.aligner == "frames" else t.position,
+                **t.model_dump(include={"sample", "control"}),
+                on_missing=config.transfer.on_missing,
+                seed=config.run.seed,
+                pin=resolve_device(config.run.device).type == "cuda",
+                corpus=corpus,
+                codes=t.distance == "codes",
+                student=student,
+                share=min(1.0, drawn) if drawn else 1.0,
+            )
+        except ConfigError as e:
+            where = in_transfer("transfer", name) + (f": {e.where}" if e.where else "")
+            raise ConfigError(e.what, where=where, expected=e.expected, remedy=e.remedy) from None
         with torch.random.fork_rng(devices=[]):
             # A transfer's first weights depend on its name, so those of the others change nothing.
             torch.manual_seed(config.run.seed + 1 + crc32(name.encode()))
             transfers[name] = Transfer(
                 targets[name].views,
-                encoder_dim,
+                encoder.dim,
                 **t.model_dump(include={"aligner", "distance", "temperature", "mixing"}),
                 embeddings=targets[name].embeddings if t.aligner in NEED_EMBEDDINGS else None,
                 predictor_dim=config.model.predictor_dim,

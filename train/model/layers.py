@@ -73,6 +73,16 @@ class Subsampling(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.drop = Dropout(dropout_p)
 
+    @property
+    def shift(self) -> int:
+        """The feature frame in the middle of what state 0 sees. It is before the utterance, if causal."""
+        shift, factor = 0, 1
+        for stride, (back, _) in zip(self.strides, self.past_shapes):
+            half = stride // 2 + 1  # of the frames that a convolution spans, without the one in the middle
+            shift += factor * (half - (back if self.causal else half))
+            factor *= stride
+        return shift
+
     def forward(
         self, x: Tensor, lengths: Tensor, past: Sequence[Tensor] | None = None
     ) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stillhouse.train.model.layers import ConvolutionModule, dropout
+from stillhouse.train.model.layers import ConvolutionModule, Subsampling, dropout
 from stillhouse.train.model.transducer import LstmPredictor, StatelessPredictor, Transducer
 
 ENCODER = {"bins": 80, "dim": 48, "layers": 2, "heads": 4, "inner": 96, "kernel": 7}
@@ -34,6 +34,20 @@ def test_batch_gives_each_utterance_what_it_gets_alone(subsampling: int) -> None
             assert alone.shape[1] == n.item()
             torch.testing.assert_close(states[b, : n.item()], alone[0], atol=1e-5, rtol=0)
             assert (states[b, n.item() :] == 0).all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("factor", [1, 2, 3, 4, 6, 8])
+def test_the_middle_of_what_a_state_sees(factor: int, causal: bool) -> None:
+    """By the gradients: state t has the frames around t * factor + shift in its convolutions, as many on each side."""
+    torch.manual_seed(0)
+    front = Subsampling(4, 16, factor, 0.0, causal).eval()
+    features = torch.randn(1, 200, 4, requires_grad=True)
+    states = front(features, torch.tensor([200]))[0]
+    for state in (60 // factor, 61 // factor):
+        [gradient] = torch.autograd.grad((states[0, state] * torch.randn(16)).sum(), features, retain_graph=True)
+        seen = gradient[0].abs().sum(1).nonzero().flatten()
+        assert (int(seen[0]) + int(seen[-1])) / 2 == state * factor + front.shift
 
 
 def test_what_is_in_the_padding_does_not_matter() -> None:
