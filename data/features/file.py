@@ -5,8 +5,9 @@
     ids, id_offsets                      UTF-8 bytes [..] and int64 [rows + 1]
     speeds      float64 [rows]           audio  uint64 [rows], identity of the sound     crc32c  uint32 [rows]
     records     RECORD [rows]            what each row was computed from; absent from older files
-    attributes: format, version, settings (JSON), fingerprint (of the settings), tables_crc32c (of all but features and
-    records), records_crc32c
+    loudness    float16 [..] and loudness_offsets int64 [rows + 1]   see `FeatureFile.loudness`; absent from fbank
+    attributes: format, version, settings (JSON), fingerprint (of the settings), tables_crc32c (of TABLES),
+    records_crc32c, loudness_crc32c (of its offsets)
 
 Guarantees: a reader holds one inode from the first look to the last read.
 Try: `stillhouse corpus info features.h5`.
@@ -148,9 +149,10 @@ def sum_of_tables(tables: Mapping[str, np.ndarray]) -> int:
     return total
 
 
-def checksum(frames: np.ndarray) -> int:
-    """Return the crc32c of a row's frames."""
-    return google_crc32c.value(np.ascontiguousarray(frames).tobytes())
+def checksum(frames: np.ndarray, loudness: np.ndarray | None = None) -> int:
+    """Return the crc32c of a row's frames, followed by its loudness."""
+    total = google_crc32c.value(np.ascontiguousarray(frames).tobytes())
+    return total if loudness is None else google_crc32c.extend(total, loudness.tobytes())
 
 
 def _text(value: object) -> str:
@@ -164,6 +166,19 @@ def _table(file: h5py.File, name: str, kind: type | np.dtype, most: int) -> np.n
     if data.ndim != 1 or data.dtype != kind or data.nbytes > most:
         raise ValueError(f"{data.name} is {data.dtype} {data.shape}")
     return data[:]
+
+
+def _place(file: h5py.File, name: str, offsets: np.ndarray, axes: int) -> tuple[tuple[int, ...], int]:
+    """Return the shape of contiguous float16 numbers up to the last offset, and where in the file they begin."""
+    data = own_dataset(file, name)
+    if data.dtype != np.float16 or data.chunks is not None or data.ndim != axes or 0 in data.shape[1:]:
+        raise ValueError(f"{name} is {data.dtype} {data.shape}, chunks {data.chunks}")
+    if not len(offsets) or len(data) != offsets[-1]:
+        raise ValueError(f"{name} has {len(data)} frames of {int(offsets[-1]) if len(offsets) else 0}")
+    at = data.id.get_offset()  # It is None if there are no frames at all.
+    if at is None and len(data):
+        raise ValueError(f"{name} has {len(data)} frames without bytes of their own")
+    return data.shape, at or 0
 
 
 class FeatureFile:
@@ -214,8 +229,11 @@ class FeatureFile:
                 raise self._damaged(str(e)) from e
             except MemoryError as e:
                 raise self._damaged("its tables claim to be larger than the memory") from e
-            end = self._offset + int(self.offsets[-1]) * self.width * 2
-            if (size := os.fstat(fd).st_size) < end:
+            ends = (
+                self._offset + int(self.offsets[-1]) * self.width * 2,
+                self._loud_at + int(self.loud_offsets[-1]) * 2,
+            )
+            if (size := os.fstat(fd).st_size) < (end := max(ends)):
                 raise self._damaged(f"{size} bytes of {end}")
         except BaseException:
             os.close(fd)
@@ -254,22 +272,21 @@ class FeatureFile:
             blob, cuts = tables["ids"].tobytes(), tables["id_offsets"].tolist()
             self.row_ids = [blob[a:b].decode("utf-8") for a, b in pairwise(cuts)]
             self.row_speeds, self.audio, self.crc32c = tables["speeds"], tables["audio"], tables["crc32c"]
-            data = own_dataset(file, "features")
-            if data.dtype != np.float16 or data.chunks is not None or data.ndim != 2 or data.shape[1] < 1:
-                raise ValueError(f"features are {data.dtype} {data.shape}, chunks {data.chunks}")
-            if not len(self.offsets) or len(data) != self.offsets[-1]:
-                raise ValueError(f"{len(data)} frames of {int(self.offsets[-1]) if len(self.offsets) else 0}")
-            self.width = int(data.shape[1])
-            offset = data.id.get_offset()  # It is None if there are no frames at all.
-            if offset is None and len(data):
-                raise ValueError(f"{len(data)} frames without bytes of their own")
-            self._offset = offset or 0
+            (_, self.width), self._offset = _place(file, "features", self.offsets, 2)
+            self.loud_offsets: np.ndarray = np.zeros(len(self.offsets), np.int64)
+            self._loud_at = 0
+            if "loudness" in file:
+                self.loud_offsets = _table(file, "loudness_offsets", np.int64, size)
+                if file.attrs["loudness_crc32c"] != checksum(self.loud_offsets):
+                    raise ValueError("the places of its loudness do not match their checksum")
+                _, self._loud_at = _place(file, "loudness", self.loud_offsets, 1)
         n = len(self.row_ids)
-        if not n + 1 == len(self.offsets) or {*map(len, self._columns())} != {n}:
+        if {len(self.offsets), len(self.loud_offsets)} != {n + 1} or {*map(len, self._columns())} != {n}:
             raise ValueError("its tables disagree on the number of rows")
         self.lengths = np.diff(self.offsets)
-        if n and (self.offsets[0] != 0 or self.lengths.min() < 0):
-            raise ValueError("offsets run backwards")
+        for offsets in (self.offsets, self.loud_offsets):
+            if n and (offsets[0] != 0 or np.diff(offsets).min() < 0):
+                raise ValueError("offsets run backwards")
         self._row: dict[float, dict[str, int]] = {}
         for r, (id, speed) in enumerate(self.keys()):
             self._row.setdefault(speed, {})[id] = r
@@ -297,6 +314,11 @@ class FeatureFile:
         return times_of(self.settings)
 
     @property
+    def tells_loudness(self) -> bool:
+        """Whether it can be told where the audio is quiet: from mel bins, or from `loudness`."""
+        return not is_encoder(self.settings) or bool(self.loud_offsets[-1])
+
+    @property
     def ids(self) -> list[str]:
         """Every utterance once, in file order."""
         return list(dict.fromkeys(self.open().row_ids))
@@ -308,22 +330,22 @@ class FeatureFile:
 
     def frames(self, ids: Sequence[str], speeds: Sequence[float] | float = 1.0) -> np.ndarray:
         """Return lengths in frames, int64 [B]. Raises FeatureError, which names the rows that are missing."""
-        return self.open().lengths[self._find(ids, speeds)]
+        return self.open().lengths[self.numbers(ids, speeds)]
 
     def sounds(self, ids: Sequence[str], speeds: Sequence[float] | float = 1.0) -> np.ndarray:
         """Return the identity of the sound of each row, uint64 [B]. Raises FeatureError as `frames`."""
-        return self.open().audio[self._find(ids, speeds)]
+        return self.open().audio[self.numbers(ids, speeds)]
 
     def gather(self, ids: Sequence[str], speeds: Sequence[float] | float = 1.0) -> tuple[np.ndarray, np.ndarray]:
         """Return (float16 [ΣT, bins], one utterance after the other, and int64 lengths [B])."""
-        numbers = self.open()._find(ids, speeds)
+        numbers = self.open().numbers(ids, speeds)
         return self.rows(numbers), self.lengths[numbers]
 
-    def _find(self, ids: Sequence[str], speeds: Sequence[float] | float) -> np.ndarray:
-        """The numbers of rows, int64 [B]."""
+    def numbers(self, ids: Sequence[str], speeds: Sequence[float] | float = 1.0) -> np.ndarray:
+        """Return the numbers of rows, int64 [B]. Raises FeatureError as `frames`."""
         if isinstance(speeds, (int, float)):
             speeds = [speeds] * len(ids)
-        rows = self._row
+        rows = self.open()._row
         try:
             return np.array([rows[s][i] for i, s in zip(ids, speeds, strict=True)], np.int64)
         except KeyError:
@@ -337,10 +359,22 @@ class FeatureFile:
         """Return the frames of rows by number: int64 [B] -> float16 [ΣT, bins]."""
         self.open()
         frame = self.width * 2
-        sizes = self.lengths[numbers] * frame
-        out = np.empty((int(sizes.sum()) // frame, self.width), np.float16)
-        target, at, fd, read = out.view(np.uint8).reshape(-1).data, 0, self._fd, os.preadv
         starts = self.offsets[numbers] * frame + self._offset
+        return self._read(starts, self.lengths[numbers] * frame).reshape(-1, self.width)
+
+    def loudness(self, numbers: np.ndarray) -> np.ndarray:
+        """Return the mean log mel energy of every 10 ms of rows by number, where the frames do not tell it.
+
+        int64 [B] -> float16 [ΣF]. A row of fbank has none, and neither has one that an earlier version wrote.
+        """
+        self.open()
+        starts, ends = self.loud_offsets[numbers], self.loud_offsets[numbers + 1]
+        return self._read(starts * 2 + self._loud_at, (ends - starts) * 2)
+
+    def _read(self, starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """Read `sizes` bytes from each of `starts`, as float16."""
+        out = np.empty(int(sizes.sum()) // 2, np.float16)
+        target, at, fd, read = out.view(np.uint8).data, 0, self._fd, os.preadv
         for start, size in zip(starts.tolist(), sizes.tolist(), strict=True):
             end = at + size
             # One call reads at most 2 GiB, and may read less.
@@ -354,4 +388,5 @@ class FeatureFile:
     def damaged_rows(self) -> list[tuple[str, float]]:
         """Return (id, speed) of the rows whose bytes do not match their checksum."""
         self.open()
-        return [key for r, key in enumerate(self.keys()) if checksum(self.rows(np.array([r]))) != self.crc32c[r]]
+        rows = [(key, np.array([r])) for r, key in enumerate(self.keys())]
+        return [key for key, r in rows if checksum(self.rows(r), self.loudness(r)) != self.crc32c[r[0]]]

@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from ..audio.fbank import fbank
+from ..errors import AudioError
 from .file import FeatureSettings
 
 
@@ -35,6 +36,18 @@ class FeatureMethod(Protocol):
         """Return [T, bins] of samples float32 [S] in [-1, 1]. Raises AudioError if these samples have no rows."""
         ...
 
+    def loudness(self, samples: np.ndarray) -> np.ndarray | None:
+        """Return the `mean_energy` [F] of samples, or None if the rows are its log mel energies themselves."""
+        ...
+
+
+def mean_energy(samples: np.ndarray, rate_hz: int) -> np.ndarray:
+    """Return the mean log mel energy of each 10 ms, float32 [F], of samples [S]. Too few for fbank give F = 0."""
+    try:
+        return fbank(samples, rate_hz).mean(axis=1)
+    except AudioError:
+        return np.zeros(0, np.float32)
+
 
 class FbankMethod:
     """Kaldi fbank."""
@@ -46,3 +59,7 @@ class FbankMethod:
 
     def rows(self, samples: np.ndarray, id: str) -> np.ndarray:
         return fbank(samples, self.settings.rate_hz, self.settings.bins)
+
+    def loudness(self, samples: np.ndarray) -> None:
+        """The rows tell it."""
+        return None

@@ -63,12 +63,13 @@ def compute_part(target: Path, jobs: list[FeatureJob], method: FeatureMethod) ->
                 raise _narrow(job.path, own_hz, settings)
             name, source = identity(*segment, excerpts), record(*segment, files)
             samples, seconds = resample(samples, own_hz, settings.rate_hz), len(samples) / own_hz
-            rows_of = [method.rows(change_speed(samples, s), job.id) for s in job.speeds]
+            heard = [change_speed(samples, s) for s in job.speeds]
+            rows_of = [(method.rows(own, job.id), method.loudness(own)) for own in heard]
         except (AudioError, OSError) as e:
             failures[job.id] = str(e)
             continue
-        for speed, own in zip(job.speeds, rows_of):
-            rows.add(job.id, speed, name, own, source)
+        for speed, (frames, loudness) in zip(job.speeds, rows_of):
+            rows.add(job.id, speed, name, frames, source, loudness)
         ids.append(job.id)
         upsampled += own_hz < settings.rate_hz
         audio_s += seconds

@@ -7,7 +7,7 @@ Try: `stillhouse corpus features corpus.jsonl features.h5`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -34,9 +34,22 @@ class Rows:
     audio: list[int] = field(default_factory=list)
     frames: list[np.ndarray] = field(default_factory=list)
     records: list[np.void] = field(default_factory=list)
+    loudness: list[np.ndarray] = field(default_factory=list)
 
-    def add(self, id: str, speed: float, audio: int, frames: np.ndarray, record: np.void | None = None) -> None:
-        """Add a row. `audio` is the identity of its sound, `frames` are [T, bins], and `record` says its source."""
+    def add(
+        self,
+        id: str,
+        speed: float,
+        audio: int,
+        frames: np.ndarray,
+        record: np.void | None = None,
+        loudness: np.ndarray | None = None,
+    ) -> None:
+        """Add a row. `audio` is the identity of its sound, `frames` are [T, bins], and `record` says its source.
+
+        `loudness` [F] is what `FeatureFile.loudness` returns.
+        """
+        self.loudness.append(np.zeros(0, np.float16) if loudness is None else np.asarray(loudness, np.float16))
         self.records.append(np.zeros(1, RECORD)[0] if record is None else record)
         self.ids.append(id)
         self.speeds.append(speed)
@@ -46,10 +59,10 @@ class Rows:
 
 def write_rows(path: Path, settings: FeatureSettings, rows: Rows) -> None:
     """Write a part, whole or not at all."""
-    lengths = np.array([len(f) for f in rows.frames], np.int64)
-    crc = np.array([checksum(f) for f in rows.frames], np.uint32)
+    crc = np.array([checksum(*own) for own in zip(rows.frames, rows.loudness)], np.uint32)
     records = np.array(rows.records, RECORD)
-    _write(path, settings, list(zip(rows.ids, rows.speeds)), rows.audio, records, crc, lengths, iter(rows.frames))
+    runs = [_Run(np.array([len(own) for own in each], np.int64), iter(each)) for each in (rows.frames, rows.loudness)]
+    _write(path, settings, list(zip(rows.ids, rows.speeds)), rows.audio, records, crc, *runs)
 
 
 def merge(path: Path, settings: FeatureSettings, sources: Sequence[FeatureFile], drafts: Path) -> int:
@@ -66,27 +79,44 @@ def merge(path: Path, settings: FeatureSettings, sources: Sequence[FeatureFile],
     picked = [last[key] for key in keys]
     audio = [int(sources[s].audio[r]) for s, r in picked]
     crc = np.array([sources[s].crc32c[r] for s, r in picked], np.uint32)
-    lengths = np.array([sources[s].lengths[r] for s, r in picked], np.int64)
     records = np.array([sources[s].records[r] for s, r in picked], RECORD)
-    blocks = _blocks(sources, picked)
-    _write(path, settings, keys, audio, records, crc, lengths, blocks, drafts)
+    lengths = [np.array([sources[s].lengths[r] for s, r in picked], np.int64)]
+    lengths.append(np.array([np.diff(sources[s].loud_offsets[r : r + 2])[0] for s, r in picked], np.int64))
+    read = (FeatureFile.rows, FeatureFile.loudness)
+    runs = [_Run(own, _blocks(sources, picked, own, of)) for own, of in zip(lengths, read, strict=True)]
+    _write(path, settings, keys, audio, records, crc, *runs, drafts=drafts)
     return len(picked)
 
 
-def _blocks(sources: Sequence[FeatureFile], picked: list[tuple[int, int]]) -> Iterator[np.ndarray]:
-    """Yield the frames of the picked rows. Neighbours are read together."""
+def _blocks(
+    sources: Sequence[FeatureFile],
+    picked: list[tuple[int, int]],
+    lengths: np.ndarray,
+    read: Callable[[FeatureFile, np.ndarray], np.ndarray],
+) -> Iterator[np.ndarray]:
+    """Yield what `read` returns of the picked rows, which have `lengths`. Neighbours are read together."""
     k = 0
     while k < len(picked):
         s, first = picked[k]
-        last, frames = first, int(sources[s].lengths[first])
+        last, frames = first, int(lengths[k])
         k += 1
         while k < len(picked) and picked[k] == (s, last + 1) and frames < WRITE_FRAMES:
-            last += 1
-            frames += int(sources[s].lengths[last])
-            k += 1
-        yield sources[s].rows(np.arange(first, last + 1))
+            last, frames, k = last + 1, frames + int(lengths[k]), k + 1
+        yield read(sources[s], np.arange(first, last + 1))
         if k == len(picked) or picked[k][0] != s:
             sources[s].close()
+
+
+@dataclass
+class _Run:
+    """Numbers of all rows, one row behind the other: how many each has, and blocks of them."""
+
+    lengths: np.ndarray
+    blocks: Iterator[np.ndarray]
+
+    @property
+    def offsets(self) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
 
 
 def _write(
@@ -96,11 +126,10 @@ def _write(
     audio: list[int],
     records: np.ndarray,
     crc: np.ndarray,
-    lengths: np.ndarray,
-    blocks: Iterator[np.ndarray],
+    frames: _Run,
+    loudness: _Run,
     drafts: Path | None = None,
 ) -> None:
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     encoded = [id.encode("utf-8") for id, _ in keys]
     try:
         aligned = {"alignment_threshold": 1 << 16, "alignment_interval": 4096}
@@ -116,7 +145,7 @@ def _write(
             file.attrs["settings"] = np.bytes_(json.dumps(asdict(settings), sort_keys=True))
             file.attrs["fingerprint"] = np.bytes_(settings.fingerprint)
             tables: dict[str, np.ndarray] = {
-                "offsets": offsets,
+                "offsets": frames.offsets,
                 "ids": np.frombuffer(b"".join(encoded), np.uint8),
                 "id_offsets": np.concatenate([[0], np.cumsum([len(e) for e in encoded])]).astype(np.int64),
                 "speeds": np.array([speed for _, speed in keys], np.float64),
@@ -128,21 +157,30 @@ def _write(
             file["records"] = records
             file.attrs["records_crc32c"] = np.uint32(checksum(records))
             file.attrs["tables_crc32c"] = np.uint32(sum_of_tables(tables))
-            data = file.create_dataset("features", (int(offsets[-1]), settings.bins), np.float16)
-            at = 0
-            for block in _large(blocks, settings.bins):
-                data[at : at + len(block)] = block
-                at += len(block)
-            assert at == offsets[-1], (at, offsets[-1])
+            if loudness.offsets[-1]:
+                file["loudness_offsets"] = loudness.offsets
+                file.attrs["loudness_crc32c"] = np.uint32(checksum(loudness.offsets))
+                _fill(file, "loudness", loudness)
+            _fill(file, "features", frames, settings.bins)
     except (OSError, RuntimeError) as e:  # h5py raises both.
         trouble = in_words(os_error(e, path) or e)
         what, remedy = (trouble.what, trouble.remedy) if trouble else (str(e), "repeat the command")
         raise FeatureError(f"cannot write: {what}", where=path, remedy=remedy) from e
 
 
-def _large(blocks: Iterator[np.ndarray], bins: int) -> Iterator[np.ndarray]:
+def _fill(file: h5py.File, name: str, run: _Run, *width: int) -> None:
+    """Write a run into a new dataset [frames, *width]."""
+    count, at = int(run.offsets[-1]), 0
+    data = file.create_dataset(name, (count, *width), np.float16)
+    for block in _large(run.blocks, *width):
+        data[at : at + len(block)] = block
+        at += len(block)
+    assert at == count, (name, at, count)
+
+
+def _large(blocks: Iterator[np.ndarray], *width: int) -> Iterator[np.ndarray]:
     """Yield the same frames in runs of WRITE_FRAMES. Each is valid until the next."""
-    buffer, filled = np.empty((WRITE_FRAMES, bins), np.float16), 0
+    buffer, filled = np.empty((WRITE_FRAMES, *width), np.float16), 0
     for block in blocks:
         done = 0
         while done < len(block):

@@ -15,6 +15,7 @@ import numpy as np
 
 from ...data.errors import AudioError, StaleError, UsageError
 from ...data.features.file import EncoderSettings
+from ...data.features.methods import mean_energy
 from ..teacher.model import pick_device
 from .encoder import SpeechEncoder, load_encoder
 
@@ -50,6 +51,10 @@ class EncoderMethod:
             what = f"a state of layer {self.settings.layer} has a number of {largest:.3g}, which float16 cannot hold"
             raise AudioError(what, where=id, expected=f"at most {LARGEST:.0f}", remedy="choose another --layer")
         return states
+
+    def loudness(self, samples: np.ndarray) -> np.ndarray:
+        """Return the mean log mel energy of each 10 ms, which states do not tell, float32 [F]."""
+        return mean_energy(samples, self.settings.rate_hz)
 
 
 def encoder_method(source: str, layer: int, device: str = "auto") -> EncoderMethod:

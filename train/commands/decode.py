@@ -106,7 +106,7 @@ def decode(
     writes results at the end of the audio, or after each --segment.
 
     If the model's features are the states of a speech encoder, the command loads the encoder, and FEATURES of CORPUS
-    may be left out. Results of audio then come at its end.
+    may be left out. Results of audio then come at its end, or after each --segment.
 
     Example: stillhouse decode runs/kathleen corpus.jsonl features.h5 --split test > hyp.jsonl
 
@@ -118,10 +118,10 @@ def decode(
         import torch
 
         from ...data.errors import UsageError
-        from ...data.features.file import is_encoder, times_of
+        from ...data.features.file import times_of
         from ...data.manifest import read_manifest
         from ..decode.decode import decoding_loader, transcribe
-        from ..decode.stream import StreamDecoder, WholeFront, chunk_size
+        from ..decode.stream import AudioFront, StreamDecoder, chunk_size
         from ..decode.write import check_ids, hypothesis_lines
         from ..model.build import resolve_device
         from ..run.load import load_run
@@ -145,7 +145,7 @@ def decode(
             check_ids((u.id for u in loader.utterances), kind)
             hz = loader.features.frame_times.hz
             if long := int((loader.frames > longest).sum()):
-                place = "without regard to pauses" if is_encoder(loader.features.settings) else "at quiet places"
+                place = "at quiet places" if loader.features.tells_loudness else "without regard to pauses"
                 say(f"{long} utterances are cut {place}: the model's training had at most {longest / hz:g} s.")
             began = time.perf_counter()
             options: Any = {"search": search, "nbest": nbest, "delay_s": delay_s, "longest": longest}
@@ -162,13 +162,12 @@ def decode(
         rate_hz = sample_rate(run)
         chunk = chunk_size(model, chunk, longest)
     else:
-        for option, value in (("--chunk", chunk), ("--segment", segment), ("--endpoint", endpoint)):
+        for option, value in (("--chunk", chunk), ("--endpoint", endpoint)):
             if value:
                 what = f"the speech encoder of the features needs whole audio, so {option} is not possible"
-                raise UsageError(what, expected=f"no {option}, or a model of fbank that was trained to stream")
+                raise UsageError(what, expected=f"no {option}, --segment SECONDS, or a model of fbank that streams")
         rate_hz, chunk = front.settings.rate_hz, 0
-        whole = WholeFront(partial(front.rows, id=name or str(corpus)), rate_hz, front.settings.bins)
-        kept |= {"front": whole, "times": times_of(vars(front.settings))}
+        kept["front"] = AudioFront(partial(front.rows, id=name or str(corpus)), times_of(vars(front.settings)))
     decoder = StreamDecoder(
         model, units, search=search, rate_hz=rate_hz, chunk=chunk, segment_s=segment, endpoint_s=endpoint, **kept
     )

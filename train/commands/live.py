@@ -168,9 +168,8 @@ def decode_live(
         if count:
             write(decoder.finish())
             if decoder.cuts:
-                quiet = "quiet places" if decoder.front is None else "places without regard to pauses"
-                least = f"the model's training had at most {decoder.longest / decoder.times.hz:g} s"
-                say(f"The audio is cut at {decoder.cuts} {quiet}: {least}.")
+                least = f"the model's training had at most {decoder.longest_s:g} s"
+                say(f"The audio is cut at {decoder.cuts} quiet places: {least}.")
             total_s = time.perf_counter() - began
             say(f"{speed(count / decoder.rate_hz, busy)}; {total_s:.1f} s with the wait for audio")
     if blocks.interrupted:

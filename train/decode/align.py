@@ -105,7 +105,7 @@ def emitted(
             if own.sum() > 0:
                 frames, confidence = emission_frames(own)
             placed = frames * state_frames(model, times) + times.start_s / FRAME_S
-            yield number, placed, confidence, batch_loudness(batch, b)
+            yield number, placed, confidence, batch_loudness(loader.features, batch, b)
 
 
 def find_delay(

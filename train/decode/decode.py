@@ -115,23 +115,34 @@ def moved(texts: list[ScoredText], by_s: float) -> list[ScoredText]:
     ]
 
 
-def quietest(features: np.ndarray, mel: bool = True) -> int:
-    """Return how many frames come before the quietest place in the last third of log mel energies [T, bins].
-
-    The states of a speech encoder, which are not `mel`, do not tell it, so that all frames come before it.
-    """
-    if not mel:
-        return len(features)
-    smooth = np.convolve(features.mean(axis=1), np.bartlett(SMOOTHED_FRAMES + 2)[1:-1], mode="same")
-    first = len(features) * 2 // 3
-    last = max(first + 1, len(features) - SMOOTHED_FRAMES // 2)  # Later, the mean would reach beyond the end.
+def quietest(loud: np.ndarray) -> int:
+    """Return how many frames come before the quietest place in the last third of the loudness [F]."""
+    smooth = np.convolve(loud, np.bartlett(SMOOTHED_FRAMES + 2)[1:-1], mode="same")
+    first = len(loud) * 2 // 3
+    last = max(first + 1, len(loud) - SMOOTHED_FRAMES // 2)  # Later, the mean would reach beyond the end.
     return max(1, first + int(smooth[first:last].argmin()))
 
 
-def batch_loudness(batch: Batch, number: int) -> np.ndarray:
-    """Return the loudness of each frame of one utterance of a batch."""
+def loudness_of(file: FeatureFile, id: str, features: np.ndarray) -> np.ndarray:
+    """Return the loudness [F] of each FRAME_S of an utterance of a feature file, with features [T, bins] at speed 1.
+
+    It is 0 throughout, where no silence is, if the file does not tell it.
+    """
+    if not is_encoder(file.settings):
+        return loudness(features)
+    known = file.loudness(file.numbers([id])).astype(np.float32)
+    return known if len(known) else np.zeros(max(1, round(len(features) / (file.frame_times.hz * FRAME_S))), np.float32)
+
+
+def batch_loudness(file: FeatureFile, batch: Batch, number: int) -> np.ndarray:
+    """Return the loudness of one utterance of a batch of `file`."""
     own = batch.features[number, : int(batch.feature_lengths[number])].cpu().numpy()
-    return loudness(own, batch.frame_hz, batch.mel)
+    return loudness_of(file, batch.ids[number], own)
+
+
+def place_of(frame: int, times: FrameTimes) -> int:
+    """Return the frame of FRAME_S that is at the beginning of a feature frame. The first one gets 0."""
+    return max(0, round((times.start_s + frame / times.hz) / FRAME_S)) if frame else 0
 
 
 def state_frames(model: Transducer, times: FrameTimes) -> float:
@@ -156,14 +167,17 @@ def transcribe(
     included. `search` makes the search of a batch from the model and the number of utterances. An utterance of more
     than `longest` frames is cut at its quietest places, and the texts of its parts are joined.
     """
-    times, mel = loader.features.frame_times, not is_encoder(loader.features.settings)
+    file, times = loader.features, loader.features.frame_times
     state, late_s = state_frames(model, times), delay_s - times.start_s
     long = loader.frames[:, 0] > longest
     for number in np.flatnonzero(long)[np.argsort(-loader.frames[long, 0], kind="stable")].tolist():
-        features = loader.features.gather([loader.utterances[number].id])[0]
-        bounds = [0]
-        while len(features) - bounds[-1] > longest:
-            bounds.append(bounds[-1] + quietest(features[bounds[-1] : bounds[-1] + longest].astype(np.float32), mel))
+        id = loader.utterances[number].id
+        features = file.gather([id])[0]
+        loud, bounds = loudness_of(file, id, features), [0]
+        while len(features) - (begin := bounds[-1]) > longest:
+            at = place_of(begin, times)
+            quiet_s = (at + quietest(loud[at : place_of(begin + longest, times)])) * FRAME_S
+            bounds.append(min(max(round((quiet_s - times.start_s) * times.hz), begin + 1), begin + longest))
         ranges = list(pairwise([*bounds, len(features)]))
         parts: list[list[ScoredText]] = []
         for at in range(0, len(ranges), size := max(1, batch_frames // longest)):
@@ -173,13 +187,16 @@ def transcribe(
             decoder = search(model, len(cut))
             with torch.no_grad():
                 decoder.feed(*model.encode(pad_sequence(cut, batch_first=True).to(device), lengths))
-            for (begin, _), part, results in zip(group, cut, decoder.finish(), strict=True):
-                loud = loudness(part.numpy(), times.hz, mel)
-                texts = rank_texts(loader.units, results, state, loud, nbest, late_s)
-                parts.append(moved(texts, begin / times.hz))
+            for (begin, end), results in zip(group, decoder.finish(), strict=True):
+                first = min(place_of(begin, times), len(loud) - 1)
+                own = loud[first : None if end == len(features) else max(first + 1, place_of(end, times))]
+                begin_s = first * FRAME_S  # The times of the part count from there.
+                own_late_s = late_s + begin_s - begin / times.hz
+                texts = rank_texts(loader.units, results, state, own, nbest, own_late_s)
+                parts.append(moved(texts, begin_s))
         texts = join_texts(loader.units, parts, nbest)
         (ref,) = loader.references(BatchPlan(np.array([number]), np.zeros(1, np.int64), 0))
-        yield Hypothesis(loader.utterances[number].id, texts[0].hyp, ref, texts)
+        yield Hypothesis(id, texts[0].hyp, ref, texts)
     loader = loader.only(np.flatnonzero(~long).tolist())
     if not loader.utterances:
         return
@@ -187,7 +204,7 @@ def transcribe(
         decoder = search(model, len(batch.ids))
         decoder.feed(states, lengths)
         for b, (id, results, ref) in enumerate(zip(batch.ids, decoder.finish(), loader.references(plan))):
-            loud = batch_loudness(batch, b)
+            loud = batch_loudness(file, batch, b)
             texts = rank_texts(loader.units, results, state, loud, nbest, late_s)
             yield Hypothesis(id, texts[0].hyp, ref, texts)
 

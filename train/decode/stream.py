@@ -3,6 +3,7 @@
 A model trained with chunked attention is fed chunk by chunk. Any other model gets a segment as a whole, at its end.
 
 A segment that is longer than the model's training utterances is cut at pauses, and the texts of its parts are joined.
+If a speech encoder computes the features, it gets each part alone.
 
 Guarantees: without segments, the final result of audio that is not cut is that of decoding it whole. The size of the
 arrivals changes nothing. Memory grows with the text alone.
@@ -30,29 +31,21 @@ from .emissions import Emissions
 from .greedy import Search
 from .times import FRAME_S, loudness
 
+BINS = 80  # of the fbank that tells the loudness
+LEAST_S = 0.1  # Less audio behind a cut gives no text, because an encoder may need a few frames.
 PAUSE_S = 0.3  # without a unit, where a long segment may be cut
 
 
-class WholeFront:
-    """A front end that needs whole audio, in the place of OnlineFbank: its rows come when the audio ends.
+@dataclass(frozen=True)
+class AudioFront:
+    """A speech encoder that computes features of a stretch of audio, which it needs as a whole.
 
-    rows            computes [T, bins] of samples
-    rate_hz         of the samples
+    rows            computes [T, D] of samples
+    times           when the rows are
     """
 
-    def __init__(self, rows: Callable[[np.ndarray], np.ndarray], rate_hz: int, bins: int) -> None:
-        self.rows, self.rate_hz, self.bins = rows, rate_hz, bins
-        self._samples: list[np.ndarray] = []
-
-    def push(self, samples: np.ndarray) -> np.ndarray:
-        """Keep samples [n]. There are no rows yet."""
-        self._samples.append(np.asarray(samples, np.float32))
-        return np.empty((0, self.bins), np.float32)
-
-    def finish(self) -> np.ndarray:
-        """End the recording and return its rows [T, bins]."""
-        samples, self._samples = np.concatenate(self._samples), []
-        return self.rows(samples)
+    rows: Callable[[np.ndarray], np.ndarray]
+    times: FrameTimes
 
 
 @dataclass(frozen=True)
@@ -105,7 +98,7 @@ class StreamDecoder:
     nbest: texts to keep.
     delay_s: seconds between a sound and the model's unit for it.
     longest: feature frames that are decoded at once. Longer segments are cut, and `cuts` counts how often.
-    front: what computes features instead of fbank, with frames at `times`.
+    front: what computes features instead of fbank. The model does not stream then.
     """
 
     model: Transducer
@@ -119,29 +112,33 @@ class StreamDecoder:
     nbest: int = 1
     delay_s: float = 0.0
     longest: int = LONGEST
-    front: WholeFront | None = None
-    times: FrameTimes = FBANK_TIMES
+    front: AudioFront | None = None
 
     def __post_init__(self) -> None:
         model, chunk = self.model, self.chunk
-        self.feature_s = 1 / self.times.hz
-        self.frame_s = self.feature_s * model.encoder.subsampling
+        self.times = FBANK_TIMES if self.front is None else self.front.times
+        self.longest_s = self.longest / self.times.hz
+        self.frame_s = model.encoder.subsampling / self.times.hz
         self.device = model.encoder.feature_mean.device
-        self.features = self.front or OnlineFbank(self.rate_hz, len(model.encoder.feature_mean))
+        # With a front it tells the loudness.
+        self.features = OnlineFbank(self.rate_hz, len(model.encoder.feature_mean) if self.front is None else BINS)
         self.encoder = EncoderStream(model.encoder, chunk_frames=chunk) if chunk else None
-        self.loud = np.empty(0, np.float32)  # of the frames from the segment's start on
-        self.waiting = np.empty((0, self.features.bins), np.float32)  # features, for a model that does not stream
-        # Starts and lengths are in encoder states, or in feature frames if the model does not stream: of the segment,
-        # and of its part since the last cut.
+        self.loud = np.empty(0, np.float32)  # of the frames from the part's start on
+        # What a model that does not stream will get: fbank, or the samples that the front will get.
+        self.waiting = np.empty((0, self.features.bins) if self.front is None else 0, np.float32)
+        # Starts and lengths are in encoder states, or in frames of FRAME_S if the model does not stream: of the
+        # segment, and of its part since the last cut.
         self.segment = self.start = self.part = self.length = 0
         self.parts: list[list[ScoredText]] = []  # the texts of the segment's earlier parts
         self.cuts = 0
-        self.step_s = self.frame_s if chunk else self.feature_s
+        self.step_s = self.frame_s if chunk else FRAME_S
         self.last_units: list[int] = []  # of the last partial result
         self.decoder = self.search(model, 1)
 
     def push(self, samples: np.ndarray) -> Iterator[StreamResult]:
         """Yield the new results after more samples [n] in [-1, 1]."""
+        if self.front is not None:
+            self.waiting = np.concatenate([self.waiting, np.asarray(samples, np.float32)])
         yield from self._push_features(self.features.push(samples))
 
     def finish(self) -> Iterator[StreamResult]:
@@ -151,23 +148,26 @@ class StreamDecoder:
             yield from self._push_states(self.encoder.finish(), partial=False)
             if self.length or self.parts or not self.segment:
                 yield self._end_segment()
-        elif len(self.waiting) or self.parts or not self.segment:
-            self._decode_waiting(len(self.waiting))
+        elif len(self.loud) or self.parts or not self.segment:
+            self._decode_waiting(len(self.loud), last=True)
             yield self._end_segment()
 
     def _push_features(self, features: np.ndarray) -> Iterator[StreamResult]:
-        # The model was trained on features.h5, which holds float16.
-        features = features.astype(np.float16).astype(np.float32)
-        self.loud = np.concatenate([self.loud, loudness(features, self.times.hz, self.front is None)])
+        if self.front is None:
+            # The model was trained on features.h5, which holds float16.
+            features = features.astype(np.float16).astype(np.float32)
+        own = loudness(features) if self.front is None else loudness(features).astype(np.float16)  # as in the file
+        self.loud = np.concatenate([self.loud, own])
         if self.encoder is not None:
             # A few chunks at a time, because the states of a long arrival would all be in memory.
             for piece in torch.from_numpy(features).split(max(self.longest, self.chunk)):
                 yield from self._push_states(self.encoder.push(piece))
             return
-        self.waiting = np.concatenate([self.waiting, features])
-        while len(self.waiting) > (most := min(self.longest, self._left())):
+        if self.front is None:
+            self.waiting = np.concatenate([self.waiting, features])
+        while len(self.loud) > (most := min(max(1, int(self.longest_s / FRAME_S + 1e-6)), self._left())):
             ends = most == self._left()
-            self._decode_waiting(quietest(self.waiting[:most], self.front is None))
+            self._decode_waiting(quietest(self.loud[:most]))
             if ends:
                 yield self._end_segment()
             else:
@@ -179,12 +179,18 @@ class StreamDecoder:
         return whole - (self.part - self.start) - self.length
 
     @torch.no_grad()
-    def _decode_waiting(self, count: int) -> None:
+    def _decode_waiting(self, count: int, last: bool = False) -> None:
         """Decode the first `count` waiting frames as a part."""
-        features, self.waiting, self.length = self.waiting[:count], self.waiting[count:], count
-        if count:
-            batch = torch.from_numpy(features)[None].to(self.device)
-            self.decoder.feed(*self.model.encode(batch, torch.tensor([count], device=self.device)))
+        self.length = count
+        late = last and bool(self.parts or self.segment)
+        if not count or (self.front is not None and late and count * FRAME_S < LEAST_S):
+            return
+        cut = len(self.waiting) if last else count if self.front is None else count * self.features.shift
+        features, self.waiting = self.waiting[:cut], self.waiting[cut:]
+        if self.front is not None:
+            features = self.front.rows(features).astype(np.float16).astype(np.float32)
+        batch = torch.from_numpy(features)[None].to(self.device)
+        self.decoder.feed(*self.model.encode(batch, torch.tensor([len(features)], device=self.device)))
 
     def _push_states(self, states: Tensor, *, partial: bool = True) -> Iterator[StreamResult]:
         longest = max(3, self.longest // self.model.encoder.subsampling)

@@ -27,13 +27,8 @@ LATEST = 60  # the largest delay in frames
 WIDTH = 8  # Words this many frames beside a delay do not speak for it.
 
 
-def loudness(features: np.ndarray, frame_hz: float = 1 / FRAME_S, mel: bool = True) -> np.ndarray:
-    """Return the mean log mel energy of each frame, float32 [F], of features [T, bins].
-
-    The states of a speech encoder, which are not `mel`, do not tell it. They get 0 for each 10 ms, where no silence is.
-    """
-    if not mel:
-        return np.zeros(max(1, round(len(features) / (frame_hz * FRAME_S))), np.float32)
+def loudness(features: np.ndarray) -> np.ndarray:
+    """Return the mean log mel energy of each frame, float32 [F], of fbank [F, bins]."""
     return np.asarray(features, np.float32).mean(axis=1)
 
 

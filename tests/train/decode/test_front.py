@@ -139,7 +139,7 @@ def test_an_encoder_that_is_gone_is_asked_for(tones: Path, run: Path, tmp_path: 
 
 
 def test_live_options_are_refused_in_words(run: Path, tones: Path) -> None:
-    for option in ("--chunk", "--segment", "--endpoint"):
+    for option in ("--chunk", "--endpoint"):
         assert f"so {option} is not possible" in refused("decode", run, tones / "60.wav", option, 4)
 
 
