@@ -35,7 +35,12 @@ COMMANDS = {
     "doctor": ("stillhouse.data.commands.doctor:doctor", "Check this machine and tell what to install."),
 }
 # Commands of a group that live in another part of the package: group -> {name: module:attribute}
-ADDED = {"corpus": {"features": "stillhouse.extract.commands.features:features"}}
+ADDED = {
+    "corpus": {
+        "features": "stillhouse.extract.commands.features:features",
+        "ngram": "stillhouse.train.commands.ngram:ngram",
+    }
+}
 
 
 def _load(place: str) -> click.Command:

@@ -57,8 +57,9 @@ class Batch:
 class BatchLoader:
     """Make a `Batch` of each `BatchPlan` over `utterances`. Plans name `speeds` by index.
 
-    Utterances with more than `max_frames` at some speed (0: no limit) are left out, and so are empty texts, unless
-    `untranscribed` keeps them for decoding. `left_out` counts them, and CorpusError is raised if no utterance is left.
+    Utterances without audio are left out, and so are those with more than `max_frames` at some speed (0: no limit) and
+    empty texts, unless `untranscribed` keeps these for decoding. `left_out` counts them by the reason, and CorpusError
+    is raised if no utterance is left.
     `targets` has the `TargetReader` of each transfer, by name.
     """
 
@@ -74,17 +75,22 @@ class BatchLoader:
         untranscribed: bool = False,
     ) -> None:
         self.features, self.units, self.speeds, self.targets = features, units, list(speeds), targets or {}
-        ids = [u.id for u in corpus.utterances]
+        spoken = with_sound(corpus, features)
+        ids = [u.id for u in spoken]
         frames = np.stack([features.frames(ids, [s] * len(ids)) for s in self.speeds], axis=1)
-        encoded = [units.encode(u.text) for u in corpus.utterances]
+        encoded = [units.encode(u.text) for u in spoken]
         empty = np.array([len(e.ids) == 0 and not untranscribed for e in encoded], dtype=bool)
         long = (frames.max(axis=1) > max_frames) if max_frames and len(ids) else np.zeros(len(ids), bool)
         keep = np.flatnonzero(~(empty | long))
-        self.left_out = {"empty text": int(empty.sum()), f"longer than {max_frames} frames": int((long & ~empty).sum())}
+        self.left_out = {
+            "without audio": len(corpus) - len(spoken),
+            "empty text": int(empty.sum()),
+            f"longer than {max_frames} frames": int((long & ~empty).sum()),
+        }
         if not len(keep):
             expected = "one with text and fewer frames than data.max_frames"
             raise CorpusError("no utterance to use", where=corpus.path, expected=expected)
-        self.utterances: list[Utterance] = [corpus.utterances[i] for i in keep]
+        self.utterances: list[Utterance] = [spoken[i] for i in keep]
         self.encoded = [encoded[i] for i in keep]
         self.frames = frames[keep]
 
@@ -137,6 +143,19 @@ class BatchLoader:
     def references(self, plan: BatchPlan) -> list[str]:
         """Return the transcripts as the units spell them, to compare hypotheses with."""
         return [self.units.normalise(self.utterances[i].text).text for i in plan.indices]
+
+
+def with_sound(corpus: Corpus, features: FeatureFile) -> list[Utterance]:
+    """Return the utterances that have audio, or at least features. Raises CorpusError if all are text alone."""
+    if all(u.audio is not None for u in corpus.utterances):
+        return corpus.utterances
+    rows = set(features.ids)
+    spoken = [u for u in corpus.utterances if u.audio is not None or u.id in rows]
+    if not spoken:
+        of = f" of split {corpus.split}" if corpus.split is not None else ""
+        what = f"none of the {len(corpus)} utterances{of} has audio, for example {corpus.utterances[0].id}"
+        raise CorpusError(what, where=corpus.path, expected="a split with audio")
+    return spoken
 
 
 def plans_from(sampler: BatchSampler, epoch: int, position: int) -> Generator[tuple[int, int, BatchPlan], None, None]:

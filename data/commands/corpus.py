@@ -1,6 +1,7 @@
 """`stillhouse corpus`: import, check, split and describe a corpus, learn ASR units.
 
-`cli.py` adds `corpus features`, which may need a speech encoder, from extract/commands/features.py.
+`cli.py` adds `corpus features`, which may need a speech encoder, from extract/commands/features.py, and `corpus ngram`
+from train/commands/ngram.py, beside the search that reads n-gram models.
 
 Guarantees: a command imports everything heavier than click inside its function.
 Try: `stillhouse corpus --help`.
@@ -101,9 +102,18 @@ def tokenizer(
 @click.option("--test", default="10%", show_default=True, help="Share of the groups in test.")
 @click.option("--seed", default=0, show_default=True, help="Random seed. Each seed gives another split.")
 @click.option("--only", help="Change only utterances of these splits, with commas between.")
+@click.option("--text", metavar="SPLIT", help="Split of all utterances without audio. They need no group.")
 @click.option("--json", "as_json", is_flag=True, help="Print facts as JSON.")
 def split(
-    manifest: Path, out: Path | None, by: str, dev: str, test: str, seed: int, only: str | None, as_json: bool
+    manifest: Path,
+    out: Path | None,
+    by: str,
+    dev: str,
+    test: str,
+    seed: int,
+    only: str | None,
+    text: str | None,
+    as_json: bool,
 ) -> None:
     """Set the split of every utterance, in place or into OUT. No group is in two splits.
 
@@ -126,7 +136,7 @@ def split(
             what = "this is the manifest of another corpus"
             raise UsageError(what, where=target, remedy="choose another name, or remove it")
     names = only.split(",") if only else None
-    utterances = split_corpus(source, by, parse_share(dev), parse_share(test), seed, names)
+    utterances = split_corpus(source, by, parse_share(dev), parse_share(test), seed, names, text=text)
     if target.absolute().parent != source.path.absolute().parent:
         moved = {u.id: relative_audio(source.audio_path(u), target) for u in utterances if u.audio is not None}
         utterances = [u.model_copy(update={"audio": moved.get(u.id)}) for u in utterances]

@@ -17,6 +17,7 @@ import click
 from .paths import EXISTING, PATH, AnyPath
 
 if TYPE_CHECKING:
+    from ..manifest import Utterance
     from ..sources.common import Imported
 
 FOLDER = AnyPath(exists=True, file_okay=False)
@@ -54,7 +55,7 @@ def _columns(command: Callable) -> Callable:
 
 @click.group("import")
 def import_() -> None:
-    """Make corpus.jsonl from a corpus of another form.
+    """Make corpus.jsonl from a corpus of another form, or add to it with --add.
 
     Each line that cannot be imported is left out and shown: file, line, utterance, what to do. The exit code is then 3.
     """
@@ -66,7 +67,8 @@ def _importer(
     """Add the command of `sources.MODULE.import_MODULE`: its parameters, MANIFEST, and the options of all."""
     module = module or name
 
-    def command(sources: Any, manifest: Path, force: bool, as_json: bool, **options: Any) -> None:
+    def command(sources: Any, manifest: Path, force: bool, add: bool, as_json: bool, **options: Any) -> None:
+        from ..errors import UsageError
         from ..files.outputs import check_file
         from ..sources.common import named_sources
 
@@ -78,11 +80,16 @@ def _importer(
         inputs = sources if isinstance(sources, (list, tuple)) else [sources]
         inputs = [source[1] if isinstance(source, tuple) else source for source in inputs]
         check_file(manifest, inputs, force=True)
-        _finish(read(sources, *([manifest] if audio else []), **options), manifest, force, as_json)
+        if add and force:
+            raise UsageError("--add keeps what is there, and --force replaces it", expected="one of them")
+        if add and not manifest.exists():
+            raise UsageError("there is no manifest to add to", where=manifest, remedy="leave out --add to make one")
+        _finish(read(sources, *([manifest] if audio else []), **options), manifest, force, add, as_json)
 
     shared = (
         *((root_option,) if audio else ()),
         click.option("--force", is_flag=True, help="Replace a manifest that is different."),
+        click.option("--add", is_flag=True, help="Add to the manifest that is there what it lacks."),
         click.option("--json", "as_json", is_flag=True, help="Print facts and findings as JSON."),
     )
     for parameter in reversed((parameters[0], click.argument("manifest", type=PATH), *parameters[1:], *shared)):
@@ -130,16 +137,25 @@ _importer(
     """Import FOLDER, a LibriSpeech tree or one split, speaker or chapter of it.
 
     Example: stillhouse corpus import librispeech LibriSpeech corpus.jsonl
+
+    Example: stillhouse corpus import librispeech LibriSpeech corpus.jsonl --text-only --add --split text
     """,
-    (click.argument("sources", metavar="FOLDER", type=EXISTING),),
+    (
+        click.argument("sources", metavar="FOLDER", type=EXISTING),
+        click.option("--text-only", is_flag=True, help="Import the transcripts without their audio."),
+        click.option("--split", help="Split of all utterances. [default: the name of the folder of the speaker]"),
+    ),
 )
 _importer(
     "text",
     """Import FILES of text without audio.
 
-    Lines are UTT<TAB>TEXT, with --ids also UTT TEXT, or one sentence a line with blank lines between sessions.
+    Lines are UTT<TAB>TEXT, with --ids also UTT TEXT, or one sentence a line with blank lines between sessions. Files
+    may be gzip.
 
     Example: stillhouse corpus import text stories.txt corpus.jsonl
+
+    Example: stillhouse corpus import text novels.txt.gz corpus.jsonl --add --split text
     """,
     (
         click.argument("sources", metavar="FILES", type=EXISTING, nargs=-1, required=True),
@@ -220,11 +236,10 @@ _importer(
 )
 
 
-def _finish(result: Imported, manifest: Path, force: bool, as_json: bool) -> None:
+def _finish(result: Imported, manifest: Path, force: bool, add: bool, as_json: bool) -> None:
     """Print findings and notes, write the manifest, and print facts."""
-    from ..errors import CorpusError, PartialError, UsageError
-    from ..files.outputs import check_file
-    from ..manifest import is_manifest, to_line, write_manifest
+    from ..errors import CorpusError, PartialError
+    from ..files.lock import FileLock
 
     for finding in result.findings[:50]:
         say(str(finding))
@@ -237,16 +252,14 @@ def _finish(result: Imported, manifest: Path, force: bool, as_json: bool) -> Non
         result.note("sessions are unknown, so no utterance has context. --session-pattern can read them from ids")
     elif without:
         result.note(f"{sessions} sessions, and {without} utterances without one")
+    more: dict[str, int] = {}
+    if utterances and add:
+        with FileLock(manifest, "manifest"):
+            more = _add(result, manifest)
+    elif utterances:
+        _write(utterances, manifest, force)
     for note in result.notes:
         say(note)
-    if utterances:
-        if manifest.exists() and not force:
-            with manifest.open("rb") as file:
-                same = all(file.readline() == (to_line(u) + "\n").encode() for u in utterances) and not file.read(1)
-            if not same:
-                raise UsageError("there is a different manifest", where=manifest, remedy="--force replaces it")
-        check_file(manifest, own=is_manifest, remedy="choose another name, or remove it")
-        write_manifest(manifest, utterances)
     hours = sum(u.duration_s or 0 for u in utterances) / 3600
     if as_json:
         facts = {
@@ -258,10 +271,47 @@ def _finish(result: Imported, manifest: Path, force: bool, as_json: bool) -> Non
             "splits": sorted({u.split for u in utterances if u.split is not None}),
             "notes": result.notes,
             "findings": [f.facts() for f in result.findings],
+            **more,
         }
         click.echo(json.dumps(facts, ensure_ascii=False, indent=1))
     if not utterances:
         raise CorpusError("nothing could be imported", where=manifest)
-    say(f"{manifest}: {len(utterances)} utterances, {hours:.2f} h")
+    if add:
+        known = f", {more['known']} were there already" if more["known"] else ""
+        say(f"{manifest}: {more['added']} utterances added{known}, {more['total']} in all")
+    else:
+        say(f"{manifest}: {len(utterances)} utterances, {hours:.2f} h")
     if result.findings:
         raise PartialError(f"{len(result.findings)} findings are left out, see above", where=manifest)
+
+
+def _write(utterances: list[Utterance], manifest: Path, force: bool) -> None:
+    """Write a new manifest. A different one is replaced by `force` alone."""
+    from ..errors import UsageError
+    from ..files.outputs import check_file
+    from ..manifest import is_manifest, to_line, write_manifest
+
+    if manifest.exists() and not force:
+        with manifest.open("rb") as file:
+            same = all(file.readline() == (to_line(u) + "\n").encode() for u in utterances) and not file.read(1)
+        if not same:
+            remedy = "--force replaces it, and --add adds to it"
+            raise UsageError("there is a different manifest", where=manifest, remedy=remedy)
+    check_file(manifest, own=is_manifest, remedy="choose another name, or remove it")
+    write_manifest(manifest, utterances)
+
+
+def _add(result: Imported, manifest: Path) -> dict[str, int]:
+    """Add what is new to a manifest, whose lock the caller holds. Return the counts."""
+    from ..corpus.add import add_utterances
+    from ..manifest import read_manifest, write_manifest
+
+    added = add_utterances(read_manifest(manifest), result.utterances)
+    if added.sessions:
+        result.note(
+            f"new utterances stand behind those of {added.sessions} sessions that the corpus has. They are context of "
+            "each other in the order of the file, so extract a store again with --refresh"
+        )
+    if added.new:
+        write_manifest(manifest, added.utterances)
+    return {"added": added.new, "known": added.known, "total": len(added.utterances)}

@@ -22,11 +22,12 @@ LONGEST_LINE = 1 << 26  # bytes. No transcript is that long, and a file without 
 
 
 def read_text(path: Path) -> str:
-    """Return the whole file as text with "\\n" line ends. Raises CorpusError if it cannot be read."""
+    """Return the whole file, plain or gzip, as text with "\\n" line ends. Raises CorpusError if it cannot be read."""
     try:
         data = path.read_bytes()
-    except OSError as e:
-        raise CorpusError(f"cannot read: {e.strerror}", where=path) from e
+        data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+    except (OSError, EOFError, zlib.error) as e:
+        raise CorpusError(f"cannot read: {getattr(e, 'strerror', None) or e}", where=path) from e
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise _utf16(path)
     try:

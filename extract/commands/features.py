@@ -118,6 +118,8 @@ def features(manifest: Path, features_file: Path, speeds: str, as_json: bool, **
             f"{features_file}: {report.rows_computed} rows of {report.audio_s / 3600:.2f} h of audio in {took:.1f} s "
             f"({report.audio_s / took:.0f}× real time), {report.frames} frames at {report.rate_hz} Hz in the file"
         )
+    if report.text_only:
+        say(f"{report.text_only} utterances have no audio and are skipped")
     if report.upsampled:
         say(
             f"{report.upsampled} utterances have a lower sample rate than {report.rate_hz} Hz and were upsampled. "

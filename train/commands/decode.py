@@ -13,7 +13,7 @@ import click
 
 from ...data.commands.paths import PATH
 from .front import front_end, given_features, is_manifest_name
-from .live import decode_live, features_of, read_samples, sample_rate, say, speed, telling, write_data
+from .live import decode_live, features_of, read_samples, sample_rate, say, say_left_out, speed, telling, write_data
 
 POSITIVE = click.IntRange(min=1)
 
@@ -142,6 +142,7 @@ def decode(
         with given_features(read_manifest(corpus).select(split), features, front) as (path, chosen):
             with telling("reading the corpus, and comparing it with the features"):
                 loader = decoding_loader(chosen, path, units, untranscribed=True, trained=features_of(run))
+            say_left_out(loader, "decoded")
             check_ids((u.id for u in loader.utterances), kind)
             hz = loader.features.frame_times.hz
             if long := int((loader.frames > longest).sum()):
@@ -269,6 +270,7 @@ def align(
         raise UsageError("FEATURES is missing", where=corpus, remedy="stillhouse corpus features CORPUS features.h5")
     with given_features(read_manifest(corpus).select(split), features, front) as (path, chosen):
         loader = decoding_loader(chosen, path, units, trained=features_of(run))
+        say_left_out(loader, "aligned")
         check_ids((u.id for u in loader.utterances), "ctm")
         names = file_names(u.id for u in loader.utterances)
         grids = {id: folder / f"{name}.TextGrid" for id, name in names.items()} if folder is not None else {}

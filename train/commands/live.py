@@ -28,6 +28,12 @@ def say(line: str) -> None:
     click.echo(line, err=True)
 
 
+def say_left_out(loader: Any, done: str) -> None:
+    """Say how many utterances are not `done`, because they are text alone."""
+    if count := loader.left_out["without audio"]:
+        say(f"{count} utterances have no audio, so they are not {done}.")
+
+
 @contextmanager
 def telling(what: str) -> Iterator[None]:
     """Say what the block does, if it takes longer than TELL_S."""

@@ -118,8 +118,9 @@ class Scoring:
                 paired = pair_lines(kept, references, self.manifest.path)
                 if outside:
                     paired.notes.append(f"{outside} hypotheses of other splits are left out")
-                return paired
-            return self._in_touched_splits(pair_lines(lines, references, self.manifest.path))
+            else:
+                paired = self._in_touched_splits(pair_lines(lines, references, self.manifest.path))
+            return self._with_audio(paired)
         if self.reference is not None:
             hyps, refs, how = read_pair(path, self.reference, self.pairing)
             paired = pair_lines(hyps, refs, self.reference)
@@ -127,6 +128,15 @@ class Scoring:
                 paired.notes.append(f"{path} and {self.reference} are paired line by line (--pair ids pairs by ids)")
             return paired
         return pair_own(read_file(path))
+
+    def _with_audio(self, paired: Paired) -> Paired:
+        """Forget missing utterances that are text alone, beside others with audio: there was nothing to decode."""
+        assert self.selected is not None
+        own = self.selected.by_id
+        if not any(u.audio is not None for u in own.values()):
+            return paired  # Not even the audio of what was recognised is named.
+        missing = [line for line in paired.missing if own[line.id].audio is not None]
+        return Paired(paired.pairs, missing, paired.notes)
 
     def _in_touched_splits(self, paired: Paired) -> Paired:
         """Forget missing utterances of splits in which nothing was recognised: these were not to be decoded."""

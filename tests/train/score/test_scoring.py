@@ -338,3 +338,13 @@ def test_references_and_hypotheses_under_each_other(tmp_path: Path) -> None:
     ):
         with pytest.raises(CorpusError, match=what):
             score(written(tmp_path, "r.txt", text))
+
+
+def test_text_without_audio_beside_speech_is_not_missing(tmp_path: Path) -> None:
+    texts = {"a": "one two", "b": "three", "c": "four five six"}
+    path = corpus(tmp_path, texts, a={"audio": "a.wav"}, b={"audio": "b.wav"})
+    hyp = written(tmp_path, "h.trn", "one two (a)\n")
+    facts = score(hyp, "--corpus", path)
+    assert errors(facts) == (0, 1, 0, 3) and facts["missing_ids"] == ["b"]
+    # Without any audio, the corpus is a list of references.
+    assert score(hyp, "--corpus", corpus(tmp_path, texts))["missing_ids"] == ["b", "c"]
