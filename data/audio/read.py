@@ -99,24 +99,8 @@ def read_channels(
     """
     path = Path(path)
     with open_audio(path) as file:
-        own_hz, total = file.samplerate, file.frames
-        if channel is not None and channel >= file.channels:
-            raise no_such_channel(channel, file.channels, path)
-        begin = round(start_s * own_hz)
-        count = total - begin if duration_s is None else round(duration_s * own_hz)
-        if begin + count > total or begin >= total > 0:
-            if begin + count - total > SLACK_S * own_hz or begin >= total:
-                end = "end" if duration_s is None else f"{start_s + duration_s:.3f} s"
-                what = f"the segment from {start_s:.3f} s to {end} leaves the audio"
-                remedy = "correct start_s and duration_s in the manifest"
-                if flaw := flaw_of(path, file):
-                    what, remedy = f"{what}: {flaw}", REMEDY
-                raise AudioError(what, where=path, expected=f"at most {total / own_hz:.3f} s", remedy=remedy)
-            count = total - begin
-        if whole and begin + count > total - SLACK_S * own_hz and (flaw := flaw_of(path, file)):
-            raise AudioError(flaw, where=path, remedy=REMEDY)
-        if count <= 0:
-            raise AudioError("the audio is empty", where=path, remedy="delete the utterance from the manifest")
+        own_hz = file.samplerate
+        begin, count = segment_of(file, path, start_s, duration_s, channel, whole=whole)
         try:
             early = min(begin, MP3_EARLIER) if file.format == "MP3" else 0
             file.seek(begin - early)
@@ -124,11 +108,46 @@ def read_channels(
         except (soundfile.SoundFileError, RuntimeError) as e:
             raise AudioError(f"the audio is damaged: {getattr(e, 'error_string', e)}", where=path) from e
         except MemoryError as e:
-            raise AudioError(f"its header claims {total} samples, too many to hold", where=path) from e
+            raise AudioError(f"its header claims {file.frames} samples, too many to hold", where=path) from e
     if len(samples) != count:
         what = f"the audio ends early: {len(samples)} of {count} samples"
         raise AudioError(what, where=path, remedy="restore the file")
     return samples if channel is None else samples[:, channel, None], own_hz
+
+
+def segment_of(
+    file: soundfile.SoundFile,
+    path: Path,
+    start_s: float,
+    duration_s: float | None,
+    channel: int | None,
+    *,
+    whole: bool = True,
+    scan: bool = True,
+) -> tuple[int, int]:
+    """Return (first sample, number of samples) of a segment of an open file, which is as long as its header says.
+
+    Raises AudioError as `read_channels`. `scan` is that of `flaw_of`.
+    """
+    own_hz, total = file.samplerate, file.frames
+    if channel is not None and channel >= file.channels:
+        raise no_such_channel(channel, file.channels, path)
+    begin = round(start_s * own_hz)
+    count = total - begin if duration_s is None else round(duration_s * own_hz)
+    if begin + count > total or begin >= total > 0:
+        if begin + count - total > SLACK_S * own_hz or begin >= total:
+            end = "end" if duration_s is None else f"{start_s + duration_s:.3f} s"
+            what = f"the segment from {start_s:.3f} s to {end} leaves the audio"
+            remedy = "correct start_s and duration_s in the manifest"
+            if flaw := flaw_of(path, file, scan=scan):
+                what, remedy = f"{what}: {flaw}", REMEDY
+            raise AudioError(what, where=path, expected=f"at most {total / own_hz:.3f} s", remedy=remedy)
+        count = total - begin
+    if whole and begin + count > total - SLACK_S * own_hz and (flaw := flaw_of(path, file, scan=scan)):
+        raise AudioError(flaw, where=path, remedy=REMEDY)
+    if count <= 0:
+        raise AudioError("the audio is empty", where=path, remedy="delete the utterance from the manifest")
+    return begin, count
 
 
 def no_such_channel(channel: int, channels: int, where: object) -> AudioError:

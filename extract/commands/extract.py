@@ -114,8 +114,8 @@ def _run(options: dict[str, Any], stop: StopRequest) -> tuple[Any, str]:
     from ..pipeline.extract import extract as run
     from ..pipeline.request import Request
     from ..pipeline.workers import parse_part, part_of, share_threads, start_ray_workers, start_workers
+    from ..speech.teacher import load_any_teacher
     from ..store.storage import check_place, has_locks, writable_files
-    from ..teacher.model import load_teacher
 
     check_place(options["store"])
     store, part, workers = options["store"], parse_part(options["shard"]), options["workers"]
@@ -125,7 +125,7 @@ def _run(options: dict[str, Any], stop: StopRequest) -> tuple[Any, str]:
     if options["engine"] == "ray" and not options["dry_run"]:
         start = start_ray_workers(name, load, workers, part, options["ray_address"])
     corpus = read_manifest(options["corpus"]).select(options["split"])
-    teacher = load_teacher(**load)
+    teacher = load_any_teacher(**load | {"corpus": corpus})
     settings = ("layers", "contexts", "transform", "leading_space", "join", "dtype", "batch_tokens", "seed")
     numbers = [k if k >= 0 else teacher.depth + 1 + k for k in options["layers"]]
     for what, asked in (("layer", numbers), ("context", list(options["contexts"]))):
@@ -154,7 +154,7 @@ def warn(text: str) -> None:
 
 
 def _load_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `load_teacher`. Raises UsageError without a teacher, or if another model's code is trusted."""
+    """Arguments of `load_any_teacher`. Raises UsageError without a teacher, or if another model's code is trusted."""
     from ...data.errors import UsageError
 
     source, trusted = options["teacher"], options["trust_remote_code"]
@@ -163,6 +163,7 @@ def _load_options(options: dict[str, Any]) -> dict[str, Any]:
     if trusted is not None and trusted != source:
         raise UsageError(f"--trust-remote-code {trusted} is not the teacher", expected=source)
     kept = {key: options[key] for key in ("device", "window", "revision")}
+    kept["corpus"] = Path(options["corpus"]).absolute()
     return {"source": source, "dtype": options["model_dtype"], "trust_remote_code": trusted is not None, **kept}
 
 

@@ -34,7 +34,9 @@ def info(store: Path, as_json: bool) -> None:
     from ..inspect.facts.store import store_facts
     from ..store import Store
 
-    opt.print_fact(store_facts(Store.open(store)), "info", as_json, show_facts.store)
+    opened = Store.open(store)
+    opt.require_text(opened)
+    opt.print_fact(store_facts(opened), "info", as_json, show_facts.store)
 
 
 @inspect.command(epilog="Example: stillhouse inspect ls corpus.zarr --utterances '84-*'")
@@ -51,6 +53,7 @@ def ls(store: Path, patterns: tuple[str, ...], utterances: bool, as_json: bool, 
     from ..store import Store
 
     opened = Store.open(store)
+    opt.require_text(opened)
     listed: list[Any]
     render: Any
     if utterances:
@@ -170,7 +173,10 @@ def diff(a: Path, b: Path, tokens: int | None, seed: int, full: bool, as_json: b
     from ..inspect.facts import diff as facts
     from ..store import Store
 
-    difference = facts.diff(Store.open(a), Store.open(b), tokens, seed, opt.progress(), full=full)
+    first, second = Store.open(a), Store.open(b)
+    opt.require_text(first)
+    opt.require_text(second)
+    difference = facts.diff(first, second, tokens, seed, opt.progress(), full=full)
     opt.print_fact(difference, "diff", as_json, show_numbers.difference)
     if not difference.same:
         raise click.exceptions.Exit(1)

@@ -144,6 +144,7 @@ def report(
 
     check_output(out, (".html",), force, [store])
     opened = Store.open(store)
+    opt.require_text(opened)
     collected = page.collect(opened, words=words, tokens=tokens, seed=seed, full=full, on_progress=opt.progress())
     page.write(collected, out)
     click.echo(str(out))

@@ -130,11 +130,24 @@ def open_views(path: Path, patterns: Sequence[str], planned: bool = False) -> tu
             remedy = "stillhouse extract CORPUS STORE …"
             raise NoStoreError("nothing is extracted yet", where=store.address, remedy=remedy)
     chosen = store.resolve(tuple(patterns) or ("*/*/*",), among)
+    for view in chosen:
+        require_text(store, view.teacher)
     complete = set(store.views)
     partial = [v.address for v in chosen if v not in complete]
     if partial and not planned:
         click.echo(f"these views are not complete yet: {first_few(partial)}", file=sys.stderr)
     return store, chosen
+
+
+def require_text(store: Store, *teachers: str) -> None:
+    """Raise UsageError if one of these teachers, or of all, is a speech teacher, which this command does not take."""
+    from ...data.errors import UsageError
+
+    for name in teachers or store.plan.teachers:
+        if store.plan.teachers[name].is_speech:
+            others = " ".join(t for t, record in store.plan.teachers.items() if not record.is_speech)
+            what = f"{name} is a speech teacher, and this command knows text teachers alone"
+            raise UsageError(what, where=store.address, expected=f"views of {others}" if others else "another store")
 
 
 def open_undamaged(path: Path, patterns: Sequence[str]) -> tuple[Store, list[View]]:

@@ -18,12 +18,13 @@ import numpy as np
 
 from ...data.errors import UsageError
 from ..pipeline.extract import share_arrays
-from ..pipeline.generation import NewRows, first_generation, utc_now
-from ..pipeline.layout import Layout, cut_shards
+from ..pipeline.generation import first_generation, utc_now
+from ..pipeline.layout import Layout, NewRows, cut_shards
 from ..pipeline.new_store import write_groups, write_new_rows, write_teacher
 from ..pipeline.norms import commit_norms, write_norms
 from ..pipeline.progress import folder_bytes, split_committed
 from ..pipeline.reuse import by_store, copy_item
+from ..speech.sounds import Sounds
 from ..store.disk.layout import dtype_of, shard_rows
 from ..store.disk.locks import Scratch
 from ..store.disk.paths import Paths
@@ -31,6 +32,7 @@ from ..store.format import plan as plans
 from ..store.format.arrays import ArrayWriter
 from ..store.format.index import write_index
 from ..store.format.plan import Generation, Plan, PlannedWork, Shard, TeacherRecord
+from ..store.read.rows import TeacherRows
 from ..store.reader import Store
 from ..store.storage import address_of, new_files
 from ..store.verify.sums import check_sound
@@ -108,8 +110,9 @@ def combine(
         by_row = np.zeros(len(rows), np.int32)
         by_row[order] = session
         hashes = np.zeros(len(rows), np.uint64)
-        for store, where, source_rows in by_store(sources[names[0]]):
-            hashes[where] = store.index_of(names[0]).text_hash[source_rows]
+        texts_of = next((n for n in names if not stores[0].plan.teachers[n].is_speech), names[0])
+        for store, where, source_rows in by_store(sources[texts_of]):
+            hashes[where] = store.index_of(texts_of).text_hash[source_rows]
         write_index(writer, [m.id for m in rows], hashes, by_row)
         if edition:
             write_new_rows(writer, NewRows(edition, len(rows), order, session, served))
@@ -118,7 +121,9 @@ def combine(
         plan = Plan(paths, utc_now(), facts, versions(), {}, [], compared)
         for number, name in enumerate(names, start=edition):
             layout, record, generation = _draft_teacher(rows, count, sources[name], views, name, number, edition)
-            write_teacher(writer, record, _CopiedVocabulary(dict.fromkeys(s for s, _ in sources[name]), name), layout)
+            known = dict.fromkeys(s for s, _ in sources[name])
+            vocabulary = None if record.is_speech else _CopiedVocabulary(known, name)
+            write_teacher(writer, record, vocabulary, layout)
             teachers = plan.teachers | {name: record}
             plan = replace(plan, teachers=teachers, generations=[*plan.generations, generation])
         write_groups(writer, plan)
@@ -199,8 +204,14 @@ def _draft_teacher(
     return layout, record, generation
 
 
-def _tokens(sources: Sources, name: str) -> Tokens:
-    """The tokens of all rows in their order."""
+def _tokens(sources: Sources, name: str) -> Tokens | Sounds:
+    """The tokens of all rows in their order, or the sources of their audio."""
+    if sources[0][0].plan.teachers[name].is_speech:
+        length, source = np.zeros(len(sources), np.int32), np.zeros((len(sources), 4), np.int64)
+        for store, where, rows in by_store(sources):
+            of_store = TeacherRows(store.plan, name)
+            length[where], source[where] = of_store.length[rows], of_store.audio_source(rows)
+        return Sounds(length, source)
     parts = []
     for store, run in groupby(sources, key=lambda source: source[0]):
         parts.append(store.tokens_of_rows(np.array([row for _, row in run]), name))

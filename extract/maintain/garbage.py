@@ -94,6 +94,8 @@ def _states(plan: Plan, name: str) -> Iterator[Path]:
 
 def _tokens(plan: Plan, name: str, order: np.ndarray | None) -> Iterator[Path]:
     """Token chunks of dropped shards that hold no readable utterance and no neighbour of one."""
+    if plan.teachers[name].is_speech:
+        return  # Frames have none.
     start, length = (RawArray(plan.paths, name, a).read() for a in ("start", "length"))
     if order is None:
         order = Index(plan.paths, plan.edition(name)).order

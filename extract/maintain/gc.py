@@ -15,10 +15,11 @@ import numpy as np
 
 from ...data.errors import NoStoreError
 from ..pipeline.estimate import view_bytes
-from ..pipeline.generation import NewRows, later_generation, next_generation, rows_after
-from ..pipeline.layout import compact
+from ..pipeline.generation import later_generation, next_generation, rows_after
+from ..pipeline.layout import NewRows, compact
 from ..pipeline.new_store import grow_teacher, write_new_rows, write_tokens
 from ..pipeline.reuse import copy_item
+from ..speech.sounds import Sounds
 from ..store.format.arrays import ArrayWriter
 from ..store.format.index import Index
 from ..store.format.plan import Generation, Plan, PlannedWork, Shard
@@ -109,8 +110,13 @@ def _plan_move(
         tail.append(Shard(begin + len(tail), at, at + len(part), int(ends[-1])))
     order = index.order.copy()
     order[index.position[rows]] = first + np.arange(len(rows))
-    ranges = teacher_rows.ranges(rows)
-    token_id, span = (teacher_rows.tokens(a, ranges) for a in (teacher_rows.token_id, teacher_rows.span))
+    tokens: Tokens | Sounds
+    if teacher_rows.record.is_speech:
+        tokens = Sounds(lengths.astype(np.int32), teacher_rows.audio_source(rows))
+    else:
+        ranges = teacher_rows.ranges(rows)
+        token_id, span = (teacher_rows.tokens(a, ranges) for a in (teacher_rows.token_id, teacher_rows.span))
+        tokens = Tokens(token_id, lengths.astype(np.int32), span)
     moved = NewRows(
         number,
         first,
@@ -120,7 +126,7 @@ def _plan_move(
         ids=[index.id(r) for r in rows.tolist()],
         text_hash=np.asarray(index.text_hash[rows]),
         source=rows.astype(np.int32),
-        tokens=Tokens(token_id, lengths.astype(np.int32), span),
+        tokens=tokens,
         start=np.concatenate(starts),
         vocabulary=np.zeros(0, np.int32),
     )

@@ -45,8 +45,11 @@ def choose_utterances(store: Store, chosen: Callable[[str], bool]) -> list[Inclu
 
     Raises StaleError if the store's teachers have different tables of utterances.
     """
-    tables = [_table(store, name) for name in store.plan.teachers]
-    if any(t != tables[0] for t in tables[1:]):
+    # A speech teacher stays as it is where only texts or sessions change, so its table counts without them.
+    names = sorted(store.plan.teachers, key=lambda name: store.plan.teachers[name].is_speech)
+    tables = [_table(store, name) for name in names]
+    speech = [store.plan.teachers[name].is_speech for name in names]
+    if any((_ids(t) != _ids(tables[0])) if s else t != tables[0] for t, s in zip(tables, speech)):
         what = f"its teachers {', '.join(store.plan.teachers)} are at different states of the corpus"
         raise StaleError(what, where=store.address, remedy="extract the others with --refresh first")
     included: list[Included] = []
@@ -65,6 +68,10 @@ def _table(store: Store, name: str) -> list[tuple[str, int, int, bool]]:
     order, live = index.order.tolist(), index.live[index.order].tolist()
     texts = index.text_hash[index.order].tolist()
     return [(index.id(r), h, s, v) for r, h, s, v in zip(order, texts, index.session_of.tolist(), live)]
+
+
+def _ids(table: list[tuple[str, int, int, bool]]) -> set[tuple[str, bool]]:
+    return {(id_, served) for id_, _, _, served in table}
 
 
 def check_compatible(stores: list[Store], views: list[list[View]]) -> None:
@@ -117,7 +124,7 @@ def only_in_second(stores: list[Store], first: list[Included], views: list[View]
 
 
 def _check_same(a: Store, b: Store, ids: list[str], views: list[View]) -> None:
-    for name in dict.fromkeys(v.teacher for v in views):
+    for name in dict.fromkeys(v.teacher for v in views if not a.plan.teachers[v.teacher].is_speech):
         unlike = a.text_hash(ids, name) != b.text_hash(ids, name)
         if unlike.any():
             raise StaleError(f"{ids[int(unlike.argmax())]} has another text in each", where=f"{a.path}, {b.path}")
@@ -125,4 +132,5 @@ def _check_same(a: Store, b: Store, ids: list[str], views: list[View]) -> None:
         unlike = a.input_hash(ids, view) != b.input_hash(ids, view)
         if unlike.any():
             i = ids[int(unlike.argmax())]
-            raise StaleError(f"{i} saw another context in each", where=f"{view}: {a.path}, {b.path}")
+            other = "has other audio" if a.plan.teachers[view.teacher].is_speech else "saw another context"
+            raise StaleError(f"{i} {other} in each", where=f"{view}: {a.path}, {b.path}")

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from ...data.errors import UsageError
-from ..pipeline.generation import NewRows, later_generation, next_generation, rows_after
+from ..pipeline.generation import later_generation, next_generation, rows_after
+from ..pipeline.layout import NewRows
 from ..pipeline.new_store import write_groups, write_new_rows
 from ..store.format.arrays import ArrayWriter, RawArray
 from ..store.format.commits import Commit, Commits, link_commit

@@ -29,7 +29,7 @@ from ..store.verify.verify import StoreFinding, damaged_items, plan_findings
 
 if TYPE_CHECKING:
     from ..pipeline.progress import OnProgress
-    from ..teacher.model import Teacher
+    from ..speech.teacher import AnyTeacher
 
 DamagedItems = Sequence[tuple[WorkItem, list[StoreFinding]]]
 
@@ -84,6 +84,10 @@ def repair_all(
     damaged = damaged_items(store, data, intact)
     for name in dict.fromkeys(item.teacher for item, _ in damaged):
         t = store.plan.teachers[name]
+        if t.is_speech:
+            what = f"damaged states of the speech teacher {name}, which need the corpus's audio to be extracted again"
+            remedy = f"stillhouse store rm STORE '{name}/*/*', and extract it again"
+            raise StoreError(what, where=root, remedy=remedy)
         teacher = load_teacher(
             models.get(name, t.model), device=device, dtype=t.model_dtype, window=t.window, revision=t.revision
         )
@@ -93,7 +97,11 @@ def repair_all(
 
 
 def repair(
-    root: Path, teacher: Teacher, name: str, on_progress: OnProgress | None = None, damaged: DamagedItems | None = None
+    root: Path,
+    teacher: AnyTeacher,
+    name: str,
+    on_progress: OnProgress | None = None,
+    damaged: DamagedItems | None = None,
 ) -> DamagedItems:
     """Extract the damaged work items of a teacher again, and return them with what was wrong. None: look for them.
 

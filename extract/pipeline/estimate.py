@@ -18,6 +18,8 @@ import numpy as np
 
 from ...data.errors import StoreError, UsageError, first_few
 from ...data.manifest import Corpus
+from ..speech.sounds import Sounds
+from ..speech.teacher import AnyTeacher, SpeechTeacher
 from ..store.disk.files import StoreFiles
 from ..store.disk.layout import dtype_of, shard_bytes
 from ..store.format.int8 import SCALE_BYTES
@@ -25,12 +27,12 @@ from ..store.format.plan import Generation, Plan, TeacherRecord, WorkItem
 from ..store.storage import open_files
 from ..store.views import parse_context
 from ..teacher.batching import make_batches
-from ..teacher.model import Teacher
+from ..teacher.contexts import ItemWindows
 from ..teacher.passes import passes_of
 from ..teacher.replicas import TeacherPool
-from .corpus_diff import windows_of
-from .generation import DraftedCorpus, PlanDraft, draft_plan
-from .layout import Layout
+from .corpus_diff import DraftedCorpus, windows_of
+from .generation import draft_plan
+from .layout import Layout, PlanDraft
 from .progress import split_committed
 from .request import Request, choose_space, teacher_record
 
@@ -83,7 +85,7 @@ class Sizing:
 def size_up(
     store: str | Path | StoreFiles,
     corpus: Corpus,
-    teacher: Teacher,
+    teacher: AnyTeacher,
     request: Request,
     measure: bool = True,
     refresh: bool = False,
@@ -98,6 +100,8 @@ def size_up(
     draft = draft_plan(files, corpus, teacher, record, request, refresh)
     plan = draft.plan
     record = plan.teachers[record.name]
+    if isinstance(teacher, SpeechTeacher):
+        teacher.corpus = corpus
     drafted = DraftedCorpus(draft, record.name)
     other = other_bytes(plan, draft.layout) if draft.new else 0
     items = plan.work_items(record.name)
@@ -242,8 +246,10 @@ def other_bytes(plan: Plan, layout: Layout | None) -> int:
     sums = (16 * c + 4 * sum(len(w.layers) for w in g.work)) * u + 50_000
     if layout is None:
         return sums
-    tokens = 12 * len(layout.shards) * layout.shard_rows
     index = (8 + 8 + 4 + 8 + 4 + 8 + 4) * u + sum(len(i.encode()) for i in layout.ids)
+    if isinstance(layout.tokens, Sounds):
+        return sums + index + 32 * u
+    tokens = 12 * len(layout.shards) * layout.shard_rows
     return sums + tokens + index + len(np.unique(layout.tokens.ids)) * (4 + 10 + 2 * record.width)
 
 
@@ -257,16 +263,13 @@ class Measured:
     largest: tuple[float, str]  # magnitude of a state that is kept, and its view
 
 
-def _measure(plan: Plan, teacher: Teacher, items: list[WorkItem], drafted: DraftedCorpus) -> Measured:
+def _measure(plan: Plan, teacher: AnyTeacher, items: list[WorkItem], drafted: DraftedCorpus) -> Measured:
     fed_total, seconds_total = 0.0, 0.0
     largest = (0.0, "")
     for context in dict.fromkeys(item.context for item in items):
         same = [item for item in items if item.context == context]
         item = same[len(same) // 2]
-        positions = drafted.position[item.shard.first : item.shard.last]
-        record, core_tokens = plan.teachers[item.teacher], item.generation.core_tokens
-        windows = windows_of(record, context, core_tokens, drafted.texts, drafted.session, positions)
-        generation = item.generation
+        windows, generation = _windows(plan, teacher, item, drafted), item.generation
         batches = make_batches(
             windows.windows, generation.batch_tokens, generation.batch_overhead_tokens, teacher.passes
         )
@@ -278,15 +281,26 @@ def _measure(plan: Plan, teacher: Teacher, items: list[WorkItem], drafted: Draft
                 began = time.perf_counter()
                 probed = chosen if warm else chosen[:1] * threads.count
                 ran = list(threads.run(probed, item.layers, _magnitudes, item))
-        speed = sum(len(w.ids) for b in chosen for w in b) / (time.perf_counter() - began)
+        speed = sum(w.size for b in chosen for w in b) / (time.perf_counter() - began)
         for part, magnitudes in ran:
             for layer, values in magnitudes.items():
                 kept = [values[b, k.at : k.at + k.last - k.first] for b, w in enumerate(part) for k in w.kept]
                 view = f"{item.teacher}/{context}/{layer}"
                 largest = max(largest, (float(np.nan_to_num(np.concatenate(kept), nan=np.inf).max()), view))
-        fed = windows.tokens * sum(i.shard.rows for i in same) / max(1, item.shard.rows)
+        fed = windows.size * sum(i.shard.rows for i in same) / max(1, item.shard.rows)
         fed_total, seconds_total = fed_total + fed, seconds_total + fed / speed
     return Measured(int(fed_total), fed_total / max(seconds_total, 1e-9), seconds_total, largest)
+
+
+def _windows(plan: Plan, teacher: AnyTeacher, item: WorkItem, drafted: DraftedCorpus) -> ItemWindows:
+    """The windows of a work item whose rows need not be on disk."""
+    rows = range(item.shard.first, item.shard.last)
+    positions = drafted.position[rows.start : rows.stop]
+    if isinstance(teacher, SpeechTeacher):
+        length = np.where(positions < 0, 0, drafted.length[positions])
+        return teacher.windows(drafted.ids(rows), length)
+    core_tokens = item.generation.core_tokens
+    return windows_of(plan.teachers[item.teacher], item.context, core_tokens, drafted.texts, drafted.session, positions)
 
 
 def _magnitudes(states: dict[int, torch.Tensor]) -> dict[int, np.ndarray]:

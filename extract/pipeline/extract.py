@@ -18,6 +18,7 @@ from ...data.errors import StillhouseError, StoppedError
 from ...data.files.lock import FileLock
 from ...data.files.stopping import StopNow, StopRequest
 from ...data.manifest import Corpus
+from ..speech.teacher import AnyTeacher, SpeechTeacher
 from ..store.disk.files import StoreFiles
 from ..store.disk.locks import Scratch, exclusive_access
 from ..store.disk.paths import Paths
@@ -25,8 +26,8 @@ from ..store.format.arrays import RawArray
 from ..store.format.plan import Plan, WorkItem, read_plan, write_head
 from ..store.read.rows import TeacherRows
 from ..store.storage import open_files, writable_files
-from ..teacher.model import Teacher
-from .generation import PlanDraft, draft_plan
+from .generation import draft_plan
+from .layout import PlanDraft
 from .new_store import forget_teacher, write_plan
 from .norms import write_norms
 from .progress import ExtractionProgress, OnProgress, Summary, split_committed, summarise
@@ -50,7 +51,7 @@ class Workers(Protocol):
 def extract(
     root: Path,
     corpus: Corpus,
-    teacher: Teacher,
+    teacher: AnyTeacher,
     request: Request,
     on_progress: OnProgress | None = None,
     part: tuple[int, int] | None = (0, 1),
@@ -65,7 +66,7 @@ def extract(
     Arguments:
         root: the store, a folder or a URL.
         corpus: the utterances.
-        teacher: the language model.
+        teacher: the language model, or the speech encoder with the same corpus.
         request: what is asked for.
         on_progress: is called after every batch.
         part: (i, n) extracts every n-th work item from the i-th on. None leaves all of them to the workers.
@@ -81,6 +82,8 @@ def extract(
         LockedError: the corpus has changed and another process writes to the store.
         StoreError: a value is not finite, or the disk is full.
     """
+    if isinstance(teacher, SpeechTeacher):
+        teacher.corpus = corpus
     with writable_files(root) as files:
         plan = files.retry_plan(lambda: make_plan(files, corpus, teacher, request, check, refresh))
         progress = ExtractionProgress()
@@ -128,7 +131,7 @@ def extract(
 def make_plan(
     store: str | Path | StoreFiles,
     corpus: Corpus,
-    teacher: Teacher,
+    teacher: AnyTeacher,
     request: Request,
     check: Callable[[PlanDraft], None] | None = None,
     refresh: bool = False,
@@ -160,7 +163,7 @@ def make_plan(
 def run_work_items(
     plan: Plan,
     name: str,
-    teacher: Teacher,
+    teacher: AnyTeacher,
     scratch: Path,
     progress: ExtractionProgress,
     on_progress: OnProgress | None = None,

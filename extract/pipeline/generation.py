@@ -7,14 +7,16 @@ Try: `stillhouse extract CORPUS STORE --teacher … --dry-run`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ...data.errors import StaleError, StoreError
-from ...data.manifest import Corpus
+from ...data.manifest import Corpus, Utterance
+from ..speech.sounds import Sounds
+from ..speech.teacher import AnyTeacher, SpeechTeacher
 from ..store.disk.files import StoreFiles
 from ..store.disk.layout import hash_text
 from ..store.disk.paths import Paths
@@ -27,46 +29,27 @@ from ..store.writer import versions
 from ..teacher.exact import choose_passes, give_same_states
 from ..teacher.passes import PADDED
 from ..teacher.tokenizer import Tokeniser, Tokens
-from .corpus_diff import CorpusDiff, CorpusTexts, diff_corpus, split_tokens, tried_windows
-from .layout import Layout, cut_layout, cut_shards, lay_out
+from .corpus_diff import CorpusDiff, DraftedCorpus, diff_corpus, tried_windows
+from .layout import (
+    Layout,
+    NewRows,
+    PlanDraft,
+    check_sounds,
+    cut_layout,
+    cut_shards,
+    lay_out,
+    read_input,
+)
 from .request import Request, check_settings, differences
-
-if TYPE_CHECKING:
-    from ..teacher.model import Teacher
-
-
-@dataclass(frozen=True)
-class NewRows:
-    """A table of the n utterances of a changed corpus, and the rows that it adds to a store."""
-
-    number: int  # of the generation, and of its table of utterances
-    first: int  # the new rows are [first, first + len(ids))
-    order: np.ndarray  # int [n], rows of the corpus in its order
-    session: np.ndarray  # int32 [n], session of each utterance of the corpus
-    served: np.ndarray | None = None  # bool [n], utterances that can be read; None: all
-    ids: list[str] = field(default_factory=list)
-    text_hash: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
-    source: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # replaced by each new row, or -1
-    tokens: Tokens | None = None  # of the new rows; None: the teacher is new to the store
-    start: np.ndarray | None = None  # int64, place of each new row on the token axis
-    known: int = 0  # token ids of the vocabulary before this generation
-    vocabulary: np.ndarray | None = None  # int32, token ids that are added to these
-
-
-@dataclass(frozen=True)
-class PlanDraft:
-    """A plan whose last generation is not on disk yet if it is `new`."""
-
-    plan: Plan
-    layout: Layout | None = None  # of a teacher that is new to the store
-    new_rows: NewRows | None = None  # of a changed corpus
-    new: bool = True
-    replaces: bool = False  # the teacher that the store has under this name, of which nothing is committed
-    warnings: list[str] = field(default_factory=list)  # what is worth to know before it is written
 
 
 def draft_plan(
-    files: StoreFiles, corpus: Corpus, teacher: Teacher, record: TeacherRecord, request: Request, refresh: bool = False
+    files: StoreFiles,
+    corpus: Corpus,
+    teacher: AnyTeacher,
+    record: TeacherRecord,
+    request: Request,
+    refresh: bool = False,
 ) -> PlanDraft:
     """Draft the plan that holds all that is asked for. With `refresh`, rows that differ from the corpus are dropped.
 
@@ -81,7 +64,7 @@ def draft_plan(
 
 
 def _draft(
-    files: StoreFiles, corpus: Corpus, teacher: Teacher, record: TeacherRecord, request: Request, refresh: bool
+    files: StoreFiles, corpus: Corpus, teacher: AnyTeacher, record: TeacherRecord, request: Request, refresh: bool
 ) -> PlanDraft:
     """The draft before its tokens are checked, and the teacher is asked how windows go through it."""
     if not Paths(files).store_json.exists():
@@ -91,11 +74,11 @@ def _draft(
         number, plan = next_generation(plan), without_teacher(plan, record.name)
         if not plan.teachers:
             return replace(plan_new_store(files, corpus, teacher, record, request), replaces=True)
-        corpus_diff = diff_corpus(plan, corpus, record, teacher.tokeniser)
+        corpus_diff = diff_corpus(plan, corpus, record, teacher)
         draft = plan_new_teacher(plan, corpus, teacher, record, request, corpus_diff, number)
         return replace(draft, replaces=True)
     check_settings(plan, record)
-    corpus_diff = diff_corpus(plan, corpus, record, teacher.tokeniser)
+    corpus_diff = diff_corpus(plan, corpus, record, teacher)
     if corpus_diff is not None and not refresh:
         corpus_diff.check(plan, record.name)
     if record.name not in plan.teachers:
@@ -125,23 +108,27 @@ def without_teacher(plan: Plan, name: str) -> Plan:
     return replace(plan, teachers=teachers, generations=[g for g in plan.generations if g.teacher != name])
 
 
-def _check_tokens(draft: PlanDraft, teacher: Teacher) -> list[str]:
+def _check_tokens(draft: PlanDraft, teacher: AnyTeacher) -> list[str]:
     """Return warnings about the tokens that a draft adds. Few new texts may all be unknown, so only all texts fail."""
-    tokeniser, layout, rows = teacher.tokeniser, draft.layout, draft.new_rows
+    layout, rows = draft.layout, draft.new_rows
+    added = layout.tokens if layout is not None else rows.tokens if rows is not None else None
+    if isinstance(teacher, SpeechTeacher):
+        return added.notes if isinstance(added, Sounds) else []
+    tokeniser = teacher.tokeniser
     if not isinstance(tokeniser, Tokeniser):
         return []
-    if layout is not None:
-        return tokeniser.check(layout.tokens, layout.ids, teacher.source, teacher.embedding_rows)
-    if rows is not None and rows.tokens is not None:
-        return tokeniser.check(rows.tokens, rows.ids, teacher.source, teacher.embedding_rows, judge=False)
+    if layout is not None and isinstance(added, Tokens):
+        return tokeniser.check(added, layout.ids, teacher.source, teacher.embedding_rows)
+    if rows is not None and isinstance(added, Tokens):
+        return tokeniser.check(added, rows.ids, teacher.source, teacher.embedding_rows, judge=False)
     return []
 
 
 def plan_new_store(
-    files: StoreFiles, corpus: Corpus, teacher: Teacher, record: TeacherRecord, request: Request
+    files: StoreFiles, corpus: Corpus, teacher: AnyTeacher, record: TeacherRecord, request: Request
 ) -> PlanDraft:
     """Draft the plan of a new store."""
-    layout = lay_out(corpus, teacher.tokeniser, request.transform, request.seed, teacher.width, request.dtype)
+    layout = lay_out(corpus, teacher, request.transform, request.seed, request.dtype)
     batch = request.batch_sizes(teacher.device)
     generation = first_generation(0, record, layout, batch, request.core_tokens, request.seed)
     facts = {"utterances": len(layout.ids), "sessions": int(layout.session[-1]) + 1} | _split(corpus.split)
@@ -152,7 +139,7 @@ def plan_new_store(
 def plan_new_teacher(
     plan: Plan,
     corpus: Corpus,
-    teacher: Teacher,
+    teacher: AnyTeacher,
     record: TeacherRecord,
     request: Request,
     corpus_diff: CorpusDiff | None,
@@ -170,17 +157,20 @@ def plan_new_teacher(
     if corpus_diff is not None:
         new_rows = _changed_table(corpus_diff, np.flatnonzero(~corpus_diff.keep), number, len(index))
         edition, rows, ids = number, new_rows.order, ids + new_rows.ids
-    texts = [""] * len(ids)
+    utterances: list[Utterance | None] = [None] * len(ids)
     for row in rows.tolist():
-        texts[row] = corpus.by_id[ids[row]].text
-    layout = cut_layout(ids, teacher.tokeniser.encode(texts, record.transform), record.width, record.dtype)
+        utterances[row] = corpus.by_id[ids[row]]
+    tokens = read_input(teacher, utterances, record.transform)
+    if isinstance(tokens, Sounds):
+        check_sounds(tokens, corpus)
+    layout = cut_layout(ids, tokens, record.width, record.dtype)
     batch = request.batch_sizes(teacher.device)
     generation = first_generation(number, record, layout, batch, first.core_tokens, first.seed, edition)
     return PlanDraft(_with_generation(plan, record, generation, corpus_diff), layout, new_rows)
 
 
 def plan_more_views(
-    plan: Plan, teacher: Teacher, record: TeacherRecord, corpus_diff: CorpusDiff | None = None
+    plan: Plan, teacher: AnyTeacher, record: TeacherRecord, corpus_diff: CorpusDiff | None = None
 ) -> PlanDraft:
     """Draft a plan with more views of a teacher that the store has, and with what has changed in the corpus."""
     old, latest = plan.teachers[record.name], plan.latest(record.name)
@@ -218,49 +208,16 @@ def plan_more_views(
     return PlanDraft(_with_generation(plan, longer, generation, corpus_diff), new_rows=new_rows)
 
 
-class DraftedCorpus:
-    """The corpus of a draft in its order: `texts`, `session` and `length`; and `position` by row, or -1."""
-
-    def __init__(self, draft: PlanDraft, name: str) -> None:
-        plan, layout, new_rows = draft.plan, draft.layout, draft.new_rows
-        if new_rows is not None:
-            order, self.session, count = new_rows.order, new_rows.session, new_rows.first + len(new_rows.ids)
-        elif layout is not None and len(plan.generations) == 1:
-            order, self.session, count = np.arange(len(layout.ids)), layout.session, len(layout.ids)
-        else:
-            index = Index(plan.paths, plan.edition(name))
-            order, self.session, count = index.order, index.session_of, len(index)
-        self.position = np.full(count, -1)
-        self.position[order] = np.arange(len(order))
-        # Rows from `first` on are not on disk yet, and the draft has their tokens.
-        first = 0 if layout is not None else count if new_rows is None else new_rows.first
-        tokens = layout.tokens if layout is not None else None if new_rows is None else new_rows.tokens
-        teacher_rows = None if layout is not None else TeacherRows(plan, name)
-        stored = np.where(order < first, order, -1)
-        self.length = np.zeros(len(order), np.int64)
-        if teacher_rows is not None:
-            self.length[stored >= 0] = teacher_rows.length[stored[stored >= 0]]
-        if tokens is not None:
-            self.length[stored < 0] = tokens.length[order[stored < 0] - first]
-        new = {} if tokens is None else split_tokens(tokens, self.position[first:].tolist())
-        self.texts = CorpusTexts(stored, teacher_rows, new)
-
-    def around(self) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of the session before and after each utterance, int64 [n] each."""
-        ends = np.cumsum(self.length)
-        first = np.flatnonzero(np.diff(self.session, prepend=-1))
-        begin = np.repeat((ends - self.length)[first], np.diff(np.append(first, len(ends))))
-        end = np.repeat(ends[np.append(first[1:], len(ends)) - 1], np.diff(np.append(first, len(ends))))
-        return ends - self.length - begin, end - ends
-
-
-def _with_passes(draft: PlanDraft, teacher: Teacher, name: str) -> PlanDraft:
+def _with_passes(draft: PlanDraft, teacher: AnyTeacher, name: str) -> PlanDraft:
     """The draft with the way in which windows go through its teacher, tried on the shortest and longest ones.
 
     Raises StaleError if an earlier version has begun the teacher in batches that change its states.
     """
     plan, known = draft.plan, draft.layout is None  # whether the store has this teacher
     if not draft.new and plan.is_compared(name):
+        return draft
+    if isinstance(teacher, SpeechTeacher):
+        plan.generations[-1] = replace(plan.generations[-1], passes=str(teacher.passes))
         return draft
     drafted, core_tokens = DraftedCorpus(draft, name), plan.latest(name).core_tokens
     windows = tried_windows(plan.teachers[name], core_tokens, drafted.texts, drafted.length, drafted.session)
@@ -367,24 +324,26 @@ def _changed_table(corpus_diff: CorpusDiff, new: np.ndarray, number: int, first:
 
 
 def _new_rows(
-    plan: Plan, teacher: Teacher, record: TeacherRecord, corpus_diff: CorpusDiff, number: int
+    plan: Plan, teacher: AnyTeacher, record: TeacherRecord, corpus_diff: CorpusDiff, number: int
 ) -> tuple[NewRows, list[Shard]]:
     """Rows, tokens and shards for all utterances whose rows cannot stay. Raises StoreError if one exceeds a shard."""
     latest = plan.latest(record.name)
     first = rows_after(plan)
     new = np.flatnonzero(~corpus_diff.keep)
     table = _changed_table(corpus_diff, new, number, first)
-    tokens = teacher.tokeniser.encode([corpus_diff.utterances[p].text for p in new.tolist()], record.transform)
+    tokens = read_input(teacher, [corpus_diff.utterances[p] for p in new.tolist()], record.transform)
     lengths, rows, begin = tokens.length.astype(np.int64), latest.shard_rows, len(latest.shards)
     if len(new) and int(lengths.max()) > rows:
         raise StoreError(
-            f"{int(lengths.max()):,} tokens do not fit into a shard of this store, which has {rows:,} rows",
+            f"{int(lengths.max()):,} states do not fit into a shard of this store, which has {rows:,} rows",
             where=table.ids[int(lengths.argmax())],
             remedy="split the utterance in the manifest, or extract the corpus into a new store",
         )
     shards, start = cut_shards(lengths, rows) if len(new) else ([], np.zeros(0, np.int64))
-    known = RawArray(plan.paths, record.name, "vocab_id").read()
-    known = known[: latest.vocabulary or len(known)]
-    vocabulary = np.setdiff1d(tokens.ids, known).astype(np.int32)
-    new_rows = replace(table, tokens=tokens, start=start + begin * rows, known=len(known), vocabulary=vocabulary)
+    new_rows = replace(table, tokens=tokens, start=start + begin * rows)
+    if isinstance(tokens, Tokens):
+        known = RawArray(plan.paths, record.name, "vocab_id").read()
+        known = known[: latest.vocabulary or len(known)]
+        added = np.setdiff1d(tokens.ids, known).astype(np.int32)
+        new_rows = replace(new_rows, known=len(known), vocabulary=added)
     return new_rows, [Shard(begin + s.number, first + s.first, first + s.last, s.rows) for s in shards]

@@ -1,4 +1,4 @@
-"""The order of a store's utterances, and their shards.
+"""What a plan adds to a store: the order of its utterances, their shards, and the rows of a changed corpus.
 
 Guarantees: the layout depends on corpus, tokenizer and seed alone. Sessions stay whole and in order, so contexts stay
 together. No utterance lies in two shards.
@@ -8,17 +8,19 @@ Try: `pytest tests/extract/maintain/test_packing.py`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from ...data.errors import CorpusError, TeacherError
-from ...data.manifest import Corpus
+from ...data.manifest import Corpus, Utterance
 from ...data.text import transform as transform_text
+from ..speech.sounds import Sounds
+from ..speech.teacher import AnyTeacher, SpeechTeacher
 from ..store.disk.layout import dtype_of, hash_text, shard_rows
-from ..store.format.plan import Shard
-from ..teacher.tokenizer import Tokeniser, Tokens
+from ..store.format.plan import Plan, Shard
+from ..teacher.tokenizer import Tokens
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,42 @@ class Layout:
     """The rows of a teacher that is new to a store. A store with a table of utterances needs no hashes and sessions."""
 
     ids: list[str]  # by row
-    tokens: Tokens
-    start: np.ndarray  # int64 [U], place of each row on the token axis
-    shard_rows: int  # places on the token axis that a shard takes
+    tokens: Tokens | Sounds
+    start: np.ndarray  # int64 [U], place of each row on the axis of tokens or frames
+    shard_rows: int  # places on that axis that a shard takes
     shards: list[Shard]
     text_hash: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))  # [U]
     session: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # [U]
+
+
+@dataclass(frozen=True)
+class NewRows:
+    """A table of the n utterances of a changed corpus, and the rows that it adds to a store."""
+
+    number: int  # of the generation, and of its table of utterances
+    first: int  # the new rows are [first, first + len(ids))
+    order: np.ndarray  # int [n], rows of the corpus in its order
+    session: np.ndarray  # int32 [n], session of each utterance of the corpus
+    served: np.ndarray | None = None  # bool [n], utterances that can be read; None: all
+    ids: list[str] = field(default_factory=list)
+    text_hash: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    source: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # replaced by each new row, or -1
+    tokens: Tokens | Sounds | None = None  # of the new rows; None: the teacher is new to the store
+    start: np.ndarray | None = None  # int64, place of each new row on the token axis
+    known: int = 0  # token ids of the vocabulary before this generation
+    vocabulary: np.ndarray | None = None  # int32, token ids that are added to these
+
+
+@dataclass(frozen=True)
+class PlanDraft:
+    """A plan whose last generation is not on disk yet if it is `new`."""
+
+    plan: Plan
+    layout: Layout | None = None  # of a teacher that is new to the store
+    new_rows: NewRows | None = None  # of a changed corpus
+    new: bool = True
+    replaces: bool = False  # the teacher that the store has under this name, of which nothing is committed
+    warnings: list[str] = field(default_factory=list)  # what is worth to know before it is written
 
 
 def order_sessions(corpus: Corpus, seed: int) -> list[list[int]]:
@@ -48,17 +80,29 @@ def order_sessions(corpus: Corpus, seed: int) -> list[list[int]]:
     return sorted(corpus.sessions(), key=key)
 
 
-def lay_out(corpus: Corpus, tokeniser: Tokeniser, transform: str, seed: int, width: int, dtype: str) -> Layout:
-    """Tokenise a corpus in the order of a new store and cut it into shards. Raises CorpusError if it has no text.
+def read_input(teacher: AnyTeacher, utterances: Sequence[Utterance | None], transform: str) -> Tokens | Sounds:
+    """Return the tokens of utterances, or what a speech teacher knows of their audio by its headers. None is empty.
 
-    Raises TeacherError if the tokenizer makes nothing of the text.
+    Raises AudioError, with all utterances whose audio cannot be read.
+    """
+    if isinstance(teacher, SpeechTeacher):
+        return teacher.measure(utterances)
+    return teacher.tokeniser.encode(["" if u is None else u.text for u in utterances], transform)
+
+
+def lay_out(corpus: Corpus, teacher: AnyTeacher, transform: str, seed: int, dtype: str) -> Layout:
+    """Read a corpus in the order of a new store and cut it into shards. Raises CorpusError if it has no text or audio.
+
+    Raises TeacherError if the tokenizer makes nothing of the text, and AudioError as `read_input`.
     """
     if not corpus.utterances:
         raise CorpusError("the corpus is empty", where=corpus.path)
     sessions = order_sessions(corpus, seed)
     utterances = [corpus.utterances[i] for s in sessions for i in s]
-    tokens = tokeniser.encode([u.text for u in utterances], transform)
-    if not tokens.length.any():
+    tokens = read_input(teacher, utterances, transform)
+    if isinstance(tokens, Sounds):
+        check_sounds(tokens, corpus)
+    elif not tokens.length.any():
         spoken = next((u for u in utterances if transform_text(u.text, transform).text.strip()), None)
         if spoken is None:
             raise CorpusError("no utterance has any text", where=corpus.path)
@@ -66,14 +110,22 @@ def lay_out(corpus: Corpus, tokeniser: Tokeniser, transform: str, seed: int, wid
         raise TeacherError(what, expected="the tokenizer that the model was trained with")
     hashes = np.array([hash_text(u.text) for u in utterances], dtype=np.uint64)
     session = np.repeat(np.arange(len(sessions), dtype=np.int32), [len(s) for s in sessions])
-    layout = cut_layout([u.id for u in utterances], tokens, width, dtype)
+    layout = cut_layout([u.id for u in utterances], tokens, teacher.width, dtype)
     return replace(layout, text_hash=hashes, session=session)
 
 
-def cut_layout(ids: list[str], tokens: Tokens, width: int, dtype: str) -> Layout:
-    """Cut the rows of a teacher that is new to a store into shards."""
+def check_sounds(sounds: Sounds, corpus: Corpus) -> None:
+    """Raise CorpusError if no utterance has a frame."""
+    if not sounds.length.any():
+        what = "; ".join(sounds.notes) or "no utterance has audio"
+        raise CorpusError(f"there is nothing to extract: {what}", where=corpus.path)
+
+
+def cut_layout(ids: list[str], tokens: Tokens | Sounds, width: int, dtype: str) -> Layout:
+    """Cut the rows of a teacher that is new to a store into shards. Raises StoreError if one does not fit into one."""
     lengths = tokens.length.astype(np.int64)
-    rows = shard_rows(int(lengths.sum()), int(lengths.max()), width, dtype_of(dtype))
+    longest = int(lengths.argmax())
+    rows = shard_rows(int(lengths.sum()), int(lengths[longest]), width, dtype_of(dtype), ids[longest])
     shards, start = cut_shards(lengths, rows)
     return Layout(ids, tokens, start, rows, shards)
 

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from ...data.files.atomic import sync
+from ..speech.sounds import Sounds
+from ..speech.teacher import SpeechTeacher
 from ..store.disk.durable import WriteBatch
 from ..store.disk.layout import array_json, dtype_of, group_json, hidden_json, scale_json
 from ..store.format import plan as plans
@@ -24,8 +26,8 @@ from ..store.format.index import write_edition, write_index
 from ..store.format.plan import Plan, TeacherRecord
 from ..store.writer import encode
 from ..teacher.tokenizer import Tokens
-from .generation import NewRows, PlanDraft, without_teacher
-from .layout import Layout
+from .generation import without_teacher
+from .layout import Layout, NewRows, PlanDraft
 
 
 class VocabularySource(Protocol):
@@ -39,7 +41,7 @@ class VocabularySource(Protocol):
         """Return the input embeddings of token ids, float32 [n, E]."""
 
 
-def write_plan(draft: PlanDraft, teacher: VocabularySource) -> None:
+def write_plan(draft: PlanDraft, teacher: VocabularySource | SpeechTeacher) -> None:
     """Write the last generation of a draft and bring it into force. The caller holds the lock `plan`."""
     plan, layout, new_rows = draft.plan, draft.layout, draft.new_rows
     paths, generation = plan.paths, plan.generations[-1]
@@ -88,28 +90,39 @@ def write_groups(writer: ArrayWriter, plan: Plan) -> None:
         writer.write_json(plan.paths.data / name / "zarr.json", group_json({"stillhouse": record.as_json()}))
 
 
-def write_teacher(writer: ArrayWriter, record: TeacherRecord, teacher: VocabularySource, layout: Layout) -> None:
-    """Write the arrays of a teacher: tokens and vocabulary, and the metadata of those that work items fill."""
+def write_teacher(
+    writer: ArrayWriter, record: TeacherRecord, teacher: VocabularySource | SpeechTeacher | None, layout: Layout
+) -> None:
+    """Write the arrays of a teacher: tokens and vocabulary, and the metadata of those that work items fill.
+
+    A speech teacher has no vocabulary, and the sources of its audio in the place of tokens.
+    """
     u, s = len(layout.ids), layout.shard_rows
     n, c, k, d = len(layout.shards) * s, len(record.contexts), len(record.layers), record.width
-    token_id, span = _token_axis(layout.tokens, layout.start, n)
-    vocabulary = np.unique(layout.tokens.ids).astype(np.int32)
-    embedding, pieces = _embedding(teacher, vocabulary), _pieces(teacher, vocabulary)
-    filled = {
+    filled: dict[str, tuple[np.ndarray, str, tuple[int, ...], tuple[str, ...]]] = {
         "start": (layout.start, "i8", (u,), ("utterance",)),
         "length": (layout.tokens.length, "i4", (u,), ("utterance",)),
-        "token_id": (token_id, "i4", (s,), ("token",)),
-        "span": (span, "i4", (s, 2), ("token", "boundary")),
-        "vocab_id": (vocabulary, "i4", vocabulary.shape, ("vocabulary",)),
-        "vocab_piece": (pieces, "u1", pieces.shape, ("byte",)),
-        "embedding": (embedding, "f2", embedding.shape, ("vocabulary", "embedding")),
     }
+    if isinstance(layout.tokens, Sounds):
+        filled["audio_source"] = (layout.tokens.source, "i8", (u, 4), ("utterance", "audio_field"))
+    else:
+        assert teacher is not None and not isinstance(teacher, SpeechTeacher)
+        token_id, span = _token_axis(layout.tokens, layout.start, n)
+        vocabulary = np.unique(layout.tokens.ids).astype(np.int32)
+        embedding, pieces = _embedding(teacher, vocabulary), _pieces(teacher, vocabulary)
+        filled |= {
+            "token_id": (token_id, "i4", (s,), ("token",)),
+            "span": (span, "i4", (s, 2), ("token", "boundary")),
+            "vocab_id": (vocabulary, "i4", vocabulary.shape, ("vocabulary",)),
+            "vocab_piece": (pieces, "u1", pieces.shape, ("byte",)),
+            "embedding": (embedding, "f2", embedding.shape, ("vocabulary", "embedding")),
+        }
     for name, (values, dtype, chunks, dims) in filled.items():
         fill = -1 if name in ("token_id", "span") else 0
         writer.create((record.name, name), array_json(values.shape, dtype, chunks, dims, fill=fill), values)
     axes = ("context", "layer")
     empty = {
-        "hidden": hidden_json(c, k, n, d, s, dtype_of(record.dtype)),
+        "hidden": hidden_json(c, k, n, d, s, dtype_of(record.dtype), record.axis),
         "norm_mean": array_json((c, k, d), "f4", (1, 1, d), (*axes, "dimension"), fill="NaN"),
         "norm_std": array_json((c, k, d), "f4", (1, 1, d), (*axes, "dimension"), fill="NaN"),
         "input_hash": array_json((c, u), "u8", (1, u), ("context", "utterance")),
@@ -118,7 +131,7 @@ def write_teacher(writer: ArrayWriter, record: TeacherRecord, teacher: Vocabular
         "crc32c": array_json((c, k, u), "u4", (1, 1, u), (*axes, "utterance")),
     }
     if dtype_of(record.dtype).scaled:
-        empty["scale"] = scale_json(c, k, n, s)
+        empty["scale"] = scale_json(c, k, n, s, record.axis)
     for name, meta in empty.items():
         writer.create((record.name, name), meta)
 
@@ -147,17 +160,26 @@ def grow_teacher(writer: ArrayWriter, plan: Plan, new_rows: NewRows | None) -> N
         writer.grow((record.name, name), {0: c, 1: u})
 
 
-def write_tokens(writer: ArrayWriter, plan: Plan, new_rows: NewRows, teacher: VocabularySource | None) -> None:
-    """Write the tokens of new rows, and what they add to the vocabulary. Without additions no teacher is needed."""
+def write_tokens(
+    writer: ArrayWriter, plan: Plan, new_rows: NewRows, teacher: VocabularySource | SpeechTeacher | None
+) -> None:
+    """Write the tokens of new rows, or the sources of their audio, and what they add to the vocabulary.
+
+    Without additions no teacher is needed.
+    """
     generation = plan.generations[-1]
     name, rows = generation.teacher, generation.shard_rows
     tokens, start, vocabulary, known = new_rows.tokens, new_rows.start, new_rows.vocabulary, new_rows.known
-    assert tokens is not None and start is not None and vocabulary is not None
+    assert tokens is not None and start is not None
+    writer.append((name, "start"), start, new_rows.first)
+    writer.append((name, "length"), tokens.length, new_rows.first)
+    if isinstance(tokens, Sounds):
+        writer.append((name, "audio_source"), tokens.source, new_rows.first)
+        return
+    assert vocabulary is not None and not isinstance(teacher, SpeechTeacher)
     end = len(generation.shards) * rows
     begin = int(start[0]) // rows * rows if len(start) else end
     token_id, span = _token_axis(tokens, start - begin, end - begin)
-    writer.append((name, "start"), start, new_rows.first)
-    writer.append((name, "length"), tokens.length, new_rows.first)
     writer.append((name, "token_id"), token_id, begin)
     writer.append((name, "span"), span, begin)
     if len(vocabulary) and teacher is not None:

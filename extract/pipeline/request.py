@@ -10,10 +10,10 @@ import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from ...data.errors import StaleError, UsageError
 from ...data.text import check_transform
+from ..speech.teacher import ALONE, AnyTeacher, SpeechTeacher
 from ..store.disk.files import StoreFiles
 from ..store.disk.layout import check_teacher_name
 from ..store.disk.paths import Paths
@@ -21,9 +21,6 @@ from ..store.format.plan import Plan, TeacherRecord, read_plan
 from ..store.views import parse_context
 from ..teacher.contexts import check_context
 from ..teacher.tokenizer import Tokeniser
-
-if TYPE_CHECKING:
-    from ..teacher.model import Teacher
 
 
 @dataclass(frozen=True)
@@ -41,6 +38,21 @@ class Request:
     seed: int = 0  # of the order of sessions
     leading_space: str = "auto"  # "yes", "no", or "auto": what the store has, or what the vocabulary needs
 
+    def check_speech(self, source: str) -> None:
+        """Raise UsageError, with the option, for what is asked of texts and a speech teacher does not have."""
+        given = {
+            "--transform": self.transform != "none",
+            "--join": bool(self.join),
+            "--leading-space": self.leading_space != "auto",
+            "--batch-tokens": self.batch_tokens is not None,
+        }
+        for option in (name for name, there in given.items() if there):
+            what = f"{option} is for texts, and this teacher hears audio"
+            raise UsageError(what, where=source, remedy="give the command without it")
+        if others := [c for c in self.contexts if c != ALONE]:
+            what = f"a speech teacher hears an utterance alone, and not {', '.join(others)}"
+            raise UsageError(what, where=source, expected=f"--context {ALONE}")
+
     def batch_sizes(self, device: str) -> tuple[int, int]:
         """Return the most tokens in a batch, and the cost of one call of the model in tokens."""
         cuda = device.startswith("cuda")
@@ -50,6 +62,10 @@ class Request:
 def view_fingerprint(record: TeacherRecord, context: str, layer: int) -> str:
     """Return the hash of all settings that decide a view's numbers."""
     t = record
+    if t.is_speech:
+        sound = t.sample_rate_hz, t.rate_hz, t.offset_s, t.window
+        audio = t.kind, t.architecture, t.weights_hash, t.tokenizer_hash, *sound, t.dtype, t.model_dtype
+        return hashlib.blake2b(repr((*audio, context, layer)).encode(), digest_size=16).hexdigest()
     teacher = t.kind, t.architecture, t.weights_hash, t.tokenizer_hash
     space = "auto" if t.space_by_script else t.leading_space
     text = t.transform, t.join_ids, t.prefix_ids, t.suffix_ids, space, t.window
@@ -57,9 +73,9 @@ def view_fingerprint(record: TeacherRecord, context: str, layer: int) -> str:
     return hashlib.blake2b(repr(settings).encode(), digest_size=16).hexdigest()
 
 
-def choose_space(teacher: Teacher, request: Request, files: StoreFiles) -> Teacher:
+def choose_space(teacher: AnyTeacher, request: Request, files: StoreFiles) -> AnyTeacher:
     """Return the teacher with the leading space that is asked for; with "auto", as the store has it already."""
-    if not isinstance(teacher.tokeniser, Tokeniser):
+    if isinstance(teacher, SpeechTeacher) or not isinstance(teacher.tokeniser, Tokeniser):
         return teacher
     known = read_plan(files).teachers.get(request.name) if Paths(files).store_json.exists() else None
     choice = request.leading_space
@@ -70,11 +86,14 @@ def choose_space(teacher: Teacher, request: Request, files: StoreFiles) -> Teach
     return chosen
 
 
-def teacher_record(teacher: Teacher, request: Request) -> TeacherRecord:
+def teacher_record(teacher: AnyTeacher, request: Request) -> TeacherRecord:
     """Return the teacher as the store records it. Raises UsageError if it cannot give a context, a layer or a name."""
     check_transform(request.transform)
     layers = teacher.layer_numbers(request.layers)
     contexts = list(dict.fromkeys(request.contexts))
+    if isinstance(teacher, SpeechTeacher):
+        request.check_speech(teacher.source)
+        return _with_fingerprints(_speech_record(teacher, request, layers, contexts))
     t = teacher.tokeniser
     text_limit = teacher.window - len(t.prefix) - len(t.suffix)
     for name in contexts:
@@ -105,7 +124,44 @@ def teacher_record(teacher: Teacher, request: Request) -> TeacherRecord:
         layers=layers,
         about=teacher.about,
     )
-    return replace(record, fingerprints={f"{c}/{k}": view_fingerprint(record, c, k) for c in contexts for k in layers})
+    return _with_fingerprints(record)
+
+
+def _with_fingerprints(record: TeacherRecord) -> TeacherRecord:
+    views = [(c, k) for c in record.contexts for k in record.layers]
+    return replace(record, fingerprints={f"{c}/{k}": view_fingerprint(record, c, k) for c, k in views})
+
+
+def _speech_record(teacher: SpeechTeacher, request: Request, layers: list[int], contexts: list[str]) -> TeacherRecord:
+    """The record of a speech teacher. In the place of a tokenizer stands what turns audio into the model's input."""
+    encoder = teacher.encoder
+    return TeacherRecord(
+        name=check_teacher_name(request.name),
+        kind=teacher.kind,
+        model=teacher.source,
+        architecture=teacher.architecture,
+        revision=teacher.revision,
+        weights_hash=teacher.weights_hash(),
+        tokenizer_hash=encoder.input_hash(),
+        transform="none",
+        join="",
+        join_ids=[],
+        prefix_ids=[],
+        suffix_ids=[],
+        leading_space=False,
+        width=teacher.width,
+        depth=teacher.depth,
+        window=teacher.window,
+        dtype=request.dtype,
+        model_dtype=teacher.dtype,
+        contexts=contexts,
+        layers=layers,
+        about=teacher.about,
+        axis="frame",
+        rate_hz=encoder.rate_hz,
+        offset_s=encoder.offset_s,
+        sample_rate_hz=encoder.sample_rate_hz,
+    )
 
 
 _SETTINGS = {
@@ -121,13 +177,17 @@ _SETTINGS = {
     "suffix_ids": "the special tokens after a text",
     "dtype": "the stored dtype",
     "model_dtype": "the dtype of the model",
+    "rate_hz": "the frames in a second",
+    "offset_s": "the time of the first frame",
+    "sample_rate_hz": "the rate of the samples",
 }
+_OF_SPEECH = {"tokenizer_hash": "the feature extractor, the silence behind the audio, or the windows over long audio"}
 
 
 def differences(old: TeacherRecord, new: TeacherRecord) -> list[str]:
     """Return the settings in which two teachers differ, in words."""
     words = []
-    for name, setting in _SETTINGS.items():
+    for name, setting in (_SETTINGS | (_OF_SPEECH if new.is_speech else {})).items():
         if name == "weights_hash" and old.model_dtype != new.model_dtype:
             continue  # The same weights have another hash in another dtype.
         a, b = getattr(old, name), getattr(new, name)

@@ -19,6 +19,9 @@ import numpy as np
 
 from ...data.files.lock import FileLock
 from ...data.files.stopping import StopNow, StopRequest
+from ..speech.teacher import AnyTeacher, SpeechTeacher
+from ..store.format.arrays import RawArray
+from ..store.format.commits import Commits
 from ..store.format.index import Index
 from ..store.format.int8 import Quantised
 from ..store.format.plan import Generation, Plan, WorkItem
@@ -28,7 +31,6 @@ from ..store.writer import ItemWriter
 from ..teacher.batching import make_batches
 from ..teacher.contexts import ItemWindows, Window
 from ..teacher.forward import encode_tensor, largest_of, tensors
-from ..teacher.model import Teacher
 from ..teacher.passes import passes_of
 from ..teacher.replicas import Task, TeacherPool
 from .corpus_diff import CorpusTexts, windows_of
@@ -88,7 +90,7 @@ class ItemRunner:
     def __init__(
         self,
         plan: Plan,
-        teacher: Teacher,
+        teacher: AnyTeacher,
         teacher_rows: TeacherRows,
         scratch: Path,
         progress: ExtractionProgress,
@@ -98,7 +100,7 @@ class ItemRunner:
         self.progress, self.on_progress = progress, on_progress
         self.index = Index(plan.paths, plan.edition(teacher_rows.record.name))
         self.session = np.asarray(self.index.session_of)
-        self.texts = CorpusTexts(self.index.order, teacher_rows)
+        self.texts = None if teacher_rows.record.is_speech else CorpusTexts(self.index.order, teacher_rows)
         self.reuse = Reuse(plan, self.index)
         self.passes = teacher.passes = passes_of(plan, teacher_rows.record.name)
         self.threads = TeacherPool(teacher)
@@ -161,9 +163,10 @@ class ItemRunner:
         """Open an item's files and lay out its windows. Rows that the store has already are copied here."""
         item, record = locked.item, self.plan.teachers[locked.item.teacher]
         shard, generation = item.shard, item.generation
-        positions = self.index.position[shard.first : shard.last]
-        windows = self._windows(item, positions)
-        copies = self.reuse.copies(item, windows.input_hash)
+        rows = np.arange(shard.first, shard.last)
+        positions = self.index.position[rows]
+        windows = self._windows(item, rows)
+        copies = {} if record.is_speech else self.reuse.copies(item, windows.input_hash)
         ids = [self.index.id(row) for row in range(shard.first, shard.last)]
         starts, lengths = self.rows.start[shard.first : shard.last], self.rows.length[shard.first : shard.last]
         to_run = windows_without(windows.windows, set(copies))
@@ -179,9 +182,22 @@ class ItemRunner:
     def _batches(self, windows: list[Window], generation: Generation) -> list[list[Window]]:
         return make_batches(windows, generation.batch_tokens, generation.batch_overhead_tokens, self.passes)
 
-    def _windows(self, item: WorkItem, positions: np.ndarray) -> ItemWindows:
+    def _windows(self, item: WorkItem, rows: np.ndarray) -> ItemWindows:
         record, core_tokens = self.plan.teachers[item.teacher], item.generation.core_tokens
+        positions = self.index.position[rows]
+        if self.texts is None:
+            assert isinstance(self.teacher, SpeechTeacher)
+            length = np.where(positions < 0, 0, self.rows.length[rows])
+            ids, source = [self.index.id(row) for row in rows.tolist()], self.rows.audio_source(rows)
+            return self.teacher.windows(ids, length, source, self._known_hashes(item, rows))
         return windows_of(record, item.context, core_tokens, self.texts, self.session, positions)
+
+    def _known_hashes(self, item: WorkItem, rows: np.ndarray) -> np.ndarray:
+        """uint64 [n]: hashes of the audio of rows of which a layer is committed, 0 for others."""
+        shards = {shard for shard, _ in Commits(self.plan.paths, item.teacher, item.context).of}
+        committed = np.isin(self.rows.shard_of(rows), [s for s in shards if isinstance(s, int)])
+        stored = RawArray(self.plan.paths, item.teacher, "input_hash").read(0)[rows]
+        return np.where(committed, stored, np.uint64(0))
 
     def _commit(self, opened: OpenItem, written: Future[None] | None) -> None:
         opened.commit(written)
@@ -197,8 +213,8 @@ class ItemRunner:
             for windows, states in parts:
                 yield opened, WriteBlock(opened.writer, windows, states)
                 p.rows += sum(k.last - k.first for w in windows for k in w.kept)
-                p.fed_tokens += sum(len(w.ids) for w in windows)
-                p.padded_tokens += len(windows) * max(len(w.ids) for w in windows)
+                p.fed_tokens += sum(w.size for w in windows)
+                p.padded_tokens += len(windows) * max(w.size for w in windows)
                 if self.on_progress is not None:
                     self.on_progress(p)
             if task.last:
@@ -223,7 +239,7 @@ class ItemRunner:
 
     def sample(self, item: WorkItem, rows: np.ndarray, layers: Sequence[int]) -> Iterator[tuple[int, dict]]:
         """Yield (row, {layer: float32 [n, D]}) of the tokens of some rows in the item's context, in parts."""
-        windows = self._windows(item, self.index.position[rows])
+        windows = self._windows(item, rows)
         generation = item.generation
 
         def keep(states: dict[int, torch.Tensor]) -> dict[int, np.ndarray]:

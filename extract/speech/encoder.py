@@ -9,19 +9,22 @@ Try: `pytest tests/extract/speech/test_encoder.py`.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from ...data.errors import AudioError, TeacherError, UsageError
+from ..teacher.loading import DTYPES
 from ..teacher.model import hash_weights
-from .windows import audio_windows
+from .windows import AudioWindow, audio_windows
 
 LONGEST_S = 60.0  # longer audio goes through in windows, because attention grows with the square of the length
 OVERLAP_S = 6.0
@@ -38,29 +41,60 @@ class Framing:
 
     stride      samples between two frames
     middle      the sample in the middle of frame 0
+    count       returns the frames of so many samples in one pass: 0 where they are too few for the encoder
     """
 
     stride: int
     middle: float
+    count: Callable[[int], int]
 
 
 def _convolved(config: Any, _: Any) -> Framing:
     """wav2vec 2.0 and kin: convolutions over samples, without padding."""
+    layers = list(zip(config.conv_kernel, config.conv_stride, strict=True))
     stride, field = 1, 1
-    for kernel, step in zip(config.conv_kernel, config.conv_stride, strict=True):
+    for kernel, step in layers:
         field, stride = field + (kernel - 1) * stride, stride * step
-    return Framing(stride, (field - 1) / 2)
+
+    def count(samples: int) -> int:
+        for kernel, step in layers:
+            samples = (samples - kernel) // step + 1
+        return max(0, samples)
+
+    return Framing(stride, (field - 1) / 2, count)
 
 
-def _centred_mel(step: Callable[[Any, Any], int]) -> Callable[[Any, Any], Framing]:
-    """Log-mel frames around every hop, of which convolutions take every `step`-th."""
-    return lambda config, extractor: Framing(extractor.hop_length * step(config, extractor), 0.0)
+def _whisper(_: Any, extractor: Any) -> Framing:
+    """Log-mel frames around every hop, of which convolutions take every second one. Silence fills the last frame."""
+    stride = 2 * extractor.hop_length
+    return Framing(stride, 0.0, lambda samples: -(-samples // stride))
+
+
+def _parakeet(config: Any, extractor: Any) -> Framing:
+    """Log-mel frames around every hop, of which padded convolutions take every second one, several times."""
+    times, hop = (config.subsampling_factor - 1).bit_length(), extractor.hop_length
+    kernel, step = config.subsampling_conv_kernel_size, config.subsampling_conv_stride
+
+    def count(samples: int) -> int:
+        frames = (samples + extractor.n_fft // 2 * 2 - extractor.n_fft) // hop
+        if frames < 2:  # One frame has no deviation, by which they are divided.
+            return 0
+        for _ in range(times):
+            frames = (frames + (kernel - 1) // 2 * 2 - kernel) // step + 1
+        return frames
+
+    return Framing(hop * config.subsampling_factor, 0.0, count)
 
 
 def _stacked_mel(_: Any, extractor: Any) -> Framing:
-    """w2v-BERT 2.0: `stride` frames of 25 ms every 10 ms, side by side."""
+    """w2v-BERT 2.0: `stride` frames of 25 ms every 10 ms, side by side, with an even number of them."""
     hop, window = (round(extractor.sampling_rate * s) for s in (0.010, 0.025))
-    return Framing(hop * extractor.stride, (window - 1) / 2 + hop * (extractor.stride - 1) / 2)
+
+    def count(samples: int) -> int:
+        frames = (samples - window) // hop + 1
+        return 0 if frames < 2 else (frames + frames % 2) // extractor.stride  # One frame has no deviation.
+
+    return Framing(hop * extractor.stride, (window - 1) / 2 + hop * (extractor.stride - 1) / 2, count)
 
 
 # By model_type: how it frames audio. What is not here is refused.
@@ -69,9 +103,9 @@ FRAMINGS: dict[str, Callable[[Any, Any], Framing]] = {
         ("wav2vec2", "hubert", "wavlm", "data2vec-audio", "unispeech", "unispeech-sat", "wav2vec2-conformer"),
         _convolved,
     ),
-    "whisper": _centred_mel(lambda _, __: 2),
+    "whisper": _whisper,
     "wav2vec2-bert": _stacked_mel,
-    "parakeet_encoder": _centred_mel(lambda config, _: config.subsampling_factor),
+    "parakeet_encoder": _parakeet,
 }
 
 
@@ -97,8 +131,8 @@ class SpeechEncoder:
     longest_s       longest audio that goes through whole; longer audio goes through in windows
     """
 
-    def __init__(self, model: Any, extractor: Any, *, source: str, device: str = "cpu") -> None:
-        self.source, self.device, self._extractor = source, device, extractor
+    def __init__(self, model: Any, extractor: Any, *, source: str, device: str = "cpu", dtype: str = "float32") -> None:
+        self.source, self.device, self.dtype, self._extractor = source, device, dtype, extractor
         self.config = _inner(model.config)
         self.kind: str = self.config.model_type
         if self.kind not in FRAMINGS:
@@ -118,6 +152,7 @@ class SpeechEncoder:
             self.longest_s = len(self._positions) * self.framing.stride / self.sample_rate_hz - SILENCE_S
         self._lock = threading.Lock()
         self._layers: list[torch.nn.Module] | None = None
+        self._stack = ""  # the name of `_layers`
         self._last_is_normed = True  # whether a final normalisation is part of the last state
         count = int(min(1.0, self.longest_s) * self.sample_rate_hz)
         noise = np.random.default_rng(0).standard_normal(count).astype(np.float32) * 0.1
@@ -136,34 +171,73 @@ class SpeechEncoder:
         Raises:
             AudioError: the audio is too short for a frame, or the model's states are not finite.
         """
+        found = self.tensors(samples, layers, id=id)
+        return torch.stack([found[k] for k in layers]).cpu().numpy()
+
+    def tensors(self, samples: np.ndarray, layers: Sequence[int], *, id: str = "") -> dict[int, torch.Tensor]:
+        """Return what `states` returns as {layer: float32 [T, D] on the device}."""
         for layer in layers:
             if not 0 <= layer <= self.depth:
                 raise UsageError(f"layer {layer} of {self.source}", expected=f"0 to {self.depth}")
         samples = np.ascontiguousarray(samples, np.float32)
-        most, overlap = (int(s * self.sample_rate_hz) for s in (self.longest_s, OVERLAP_S))
-        parts = []
-        for w in audio_windows(len(samples), most, overlap, self.framing.stride):
+        parts: dict[int, list[torch.Tensor]] = {k: [] for k in layers}
+        for w in self._windows(len(samples)):
             try:
                 found = self._run(samples[w.start : w.stop], layers)
+            except torch.cuda.OutOfMemoryError:
+                raise
             except (RuntimeError, ValueError, IndexError) as e:
                 what = f"the encoder fails on {(w.stop - w.start) / self.sample_rate_hz:.3f} s of audio: {e}"
                 raise AudioError(what, where=id or self.source, expected="audio of at least a few frames") from None
-            parts.append(found[:, w.first : w.last])
-        states = np.concatenate(parts, axis=1)
-        if not states.shape[1] or not np.isfinite(states).all():
-            what = "states that are not finite" if states.shape[1] else "no frame: the audio is too short"
+            for k, states in found.items():
+                parts[k].append(states[w.first : w.last])
+        joined = {k: torch.cat(states) for k, states in parts.items()}
+        whole = all(len(states) for states in joined.values())
+        if not whole or not all(bool(torch.isfinite(states).all()) for states in joined.values()):
+            what = "states that are not finite" if whole else "no frame: the audio is too short"
             raise AudioError(f"the encoder gives {what}", where=id or self.source)
-        return states
+        return joined
+
+    def frames(self, samples: int) -> int:
+        """Return how many frames `states` gives of so many samples; 0: they are too few for the encoder."""
+        windows = self._windows(samples)
+        counts = [self.framing.count(w.stop - w.start) if w.last is None else w.last for w in windows]
+        return sum(max(0, count - w.first) for count, w in zip(counts, windows))
+
+    def _windows(self, samples: int) -> list[AudioWindow]:
+        overlap_s = min(OVERLAP_S, self.longest_s / 4)  # of an encoder that takes a few seconds alone
+        most, overlap = (int(s * self.sample_rate_hz) for s in (self.longest_s, overlap_s))
+        return audio_windows(samples, most, overlap, self.framing.stride)
+
+    def clone_model(self) -> SpeechEncoder:
+        """Return an encoder for another thread: the same weights in its own modules, because passes hook them."""
+        clone = copy.copy(self)
+        shared = {id(t): t for t in self.encoder.parameters()}
+        if self.kind == "whisper":
+            del shared[id(self.encoder.embed_positions.weight)]  # `_fitted` cuts it to the audio of one pass
+        clone.encoder, clone._extractor = copy.deepcopy(self.encoder, shared), copy.deepcopy(self._extractor)
+        clone.config = clone.encoder.config
+        clone._layers = None if self._layers is None else list(clone.encoder.get_submodule(self._stack))  # type: ignore[arg-type]
+        clone._lock = threading.Lock()
+        return clone
+
+    def input_hash(self) -> str:
+        """Return a hash of what turns audio into the model's input: its extractor's settings, silence and windows."""
+        silence = SILENCE_S if self.kind == "whisper" else 0.0
+        settings = self._settings(), self.sample_rate_hz, silence, self.longest_s, OVERLAP_S
+        return hashlib.blake2b(repr(settings).encode(), digest_size=16).hexdigest()
 
     def weights_hash(self) -> str:
         """Return a hash of the weights, by name, and of the feature extractor's settings."""
-        settings = json.dumps(self._extractor.to_dict(), sort_keys=True, default=str)
-        return hashlib.blake2b(f"{settings}\n{hash_weights(self.encoder)}".encode(), digest_size=16).hexdigest()
+        return hashlib.blake2b(f"{self._settings()}\n{hash_weights(self.encoder)}".encode(), digest_size=16).hexdigest()
 
-    def _run(self, samples: np.ndarray, layers: Sequence[int]) -> np.ndarray:
+    def _settings(self) -> str:
+        return json.dumps(self._extractor.to_dict(), sort_keys=True, default=str)
+
+    def _run(self, samples: np.ndarray, layers: Sequence[int]) -> dict[int, torch.Tensor]:
         with self._lock:  # one pass at a time, because it hooks the layers
             hidden = self._plain(samples) if self._layers is None else self._hooked(samples, set(layers))
-        return np.stack([hidden[k][0].float().cpu().numpy() for k in layers])
+            return {k: hidden[k][0].float() for k in set(layers)}
 
     def _input(self, samples: np.ndarray) -> dict[str, torch.Tensor]:
         """What the model takes, of one utterance."""
@@ -193,7 +267,8 @@ class SpeechEncoder:
             table.weight.data, table.num_embeddings, self.encoder.config.max_source_positions = whole
 
     def _forward(self, inputs: dict[str, torch.Tensor], **options: Any) -> Any:
-        with torch.inference_mode(), self._fitted(inputs):
+        autocast = torch.autocast(self.device.split(":")[0], dtype=DTYPES[self.dtype], enabled=self.dtype != "float32")
+        with torch.inference_mode(), autocast, self._fitted(inputs):
             return self.encoder(**inputs, **options)
 
     def _kept(self, samples: np.ndarray, inputs: dict[str, torch.Tensor]) -> int | None:
@@ -244,9 +319,9 @@ class SpeechEncoder:
 
     def _find_layers(self, noise: np.ndarray, plain: list[torch.Tensor]) -> list[torch.nn.Module] | None:
         """The stack whose inputs are the hidden states, or None where no stack reproduces them."""
-        for module in self.encoder.modules():
+        for name, module in self.encoder.named_modules():
             if isinstance(module, torch.nn.ModuleList) and len(module) == self.depth:
-                self._layers = list(module)
+                self._stack, self._layers = name, list(module)
                 for self._last_is_normed in (True, False):
                     found = self._hooked(noise, set(range(self.depth + 1)))
                     if all(k in found and torch.equal(found[k], plain[k]) for k in range(self.depth + 1)):
@@ -254,8 +329,15 @@ class SpeechEncoder:
         return None
 
 
-def load_encoder(source: str, device: str = "cpu") -> SpeechEncoder:
+def load_encoder(
+    source: str, device: str = "cpu", dtype: str = "float32", revision: str | None = None
+) -> SpeechEncoder:
     """Load a speech encoder from a folder or by its name on the Hugging Face hub.
+
+    Arguments:
+        device: "cpu", "cuda" or "cuda:1".
+        dtype: "float32", or what matrix products and convolutions are rounded to: "bfloat16" or "float16".
+        revision: of a model on the hub.
 
     Raises:
         TeacherError: it cannot be loaded, is no known speech encoder, or lacks its feature extractor.
@@ -265,8 +347,9 @@ def load_encoder(source: str, device: str = "cpu") -> SpeechEncoder:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    options: dict[str, Any] = {} if Path(source).is_dir() else {"revision": revision}
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, **options)
     except (OSError, ValueError) as e:
         raise TeacherError(f"cannot read its configuration: {e}", where=source) from None
     if not is_speech(config):
@@ -274,12 +357,12 @@ def load_encoder(source: str, device: str = "cpu") -> SpeechEncoder:
             f"a model of type {config.model_type} is no speech encoder", where=source, expected=", ".join(FRAMINGS)
         )
     try:
-        extractor = AutoFeatureExtractor.from_pretrained(source)
+        extractor = AutoFeatureExtractor.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError) as e:
         remedy = "copy preprocessor_config.json of the model into the folder"
         raise TeacherError(f"it has no feature extractor: {e}", where=source, remedy=remedy) from None
     try:
-        model = AutoModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
+        model = AutoModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32, **options)
     except (OSError, ValueError, RuntimeError) as e:
         raise TeacherError(f"cannot load its weights: {e}", where=source) from None
-    return SpeechEncoder(model, extractor, source=source, device=device)
+    return SpeechEncoder(model, extractor, source=source, device=device, dtype=dtype)

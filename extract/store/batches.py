@@ -25,7 +25,7 @@ def batches(
     tokens: int = 16_384,
     dtype: str | None = None,
 ) -> Iterator[tuple[list[str], Gathered]]:
-    """Yield (ids, batch), each of about `tokens` tokens of the first view's teacher, and at least one utterance.
+    """Yield (ids, batch), each of about `tokens` rows of the first view's teacher, and at least one utterance.
 
     Arguments:
         ids: these utterances, in this order; None: all that have states in every view.
@@ -35,7 +35,8 @@ def batches(
         StaleError: teachers have other texts of an utterance.
     """
     ids = available_ids(store, views) if ids is None else require_one_text(store, ids, views)
-    lengths = store.tokens(ids, views[0].teacher)[0] if len(ids) else np.zeros(0, np.int32)
+    teacher = views[0].teacher
+    lengths = store.row_lengths(teacher, store.rows(ids, teacher)) if len(ids) else np.zeros(0, np.int32)
     number = (np.cumsum(lengths, dtype=np.int64) - lengths) // max(1, tokens)
     edges = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(ids)]
     for first, last in pairwise(edges):

@@ -32,10 +32,11 @@ VIEWS_AT_ONCE = 16  # so that no batch needs more descriptors than a process has
 
 @dataclass(frozen=True)
 class Gathered:
-    """A batch out of a store. N is the number of tokens of the batch's utterances, for each teacher.
+    """A batch out of a store. N is the number of tokens of the batch's utterances, or frames, for each teacher.
 
     lengths: {teacher: int32 [B]}; states: {view: [N, D]}; token_id: {teacher: int32 [N]};
     span: {teacher: int32 [N, 2]}, code points of the manifest's raw text. Views of one teacher share its tokens.
+    Speech teachers have no token_id and span: the middle of frame k is at offset_s + k / rate_hz seconds.
     """
 
     lengths: dict[str, np.ndarray]

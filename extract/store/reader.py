@@ -180,7 +180,8 @@ class Store:
                 rows = rows_of[edition]
                 ranges = t.ranges(rows)
                 batch.lengths[name] = t.length[rows]
-                batch.token_id[name], batch.span[name] = t.tokens(t.token_id, ranges), t.tokens(t.span, ranges)
+                if not t.record.is_speech:
+                    batch.token_id[name], batch.span[name] = t.tokens(t.token_id, ranges), t.tokens(t.span, ranges)
                 axes = {v: self.axes(v) for v in views if v.teacher == name}
                 for view in axes:
                     self._require_committed(view, rows, ranges)
@@ -239,8 +240,7 @@ class Store:
     def vocabulary_rows(self, teacher: str, token_id: np.ndarray) -> np.ndarray:
         """Return the rows of `embedding(teacher)` and `pieces(teacher)` of token ids, int64 [N].
 
-        Raises:
-            StoreError: an id is not there, or the teacher's tokens are damaged.
+        Raises StoreError if an id is not there, or the teacher's tokens are damaged.
         """
         return self._vocabulary(teacher).rows(token_id)
 
@@ -248,8 +248,14 @@ class Store:
         """Return the tokenizer's spelling of each id of `embedding(teacher)`, for people to read."""
         return self._vocabulary(teacher).pieces()
 
-    def _vocabulary(self, teacher: str) -> Vocabulary:
+    def require_tokens(self, teacher: str) -> None:
+        """Raise UsageError for a speech teacher, which has frames and no tokens. NoStoreError: there is no teacher."""
         self._require_teacher(teacher)
+        if self.plan.teachers[teacher].is_speech:
+            raise UsageError(f"{teacher} is a speech teacher: it has frames, and no tokens", where=self.address)
+
+    def _vocabulary(self, teacher: str) -> Vocabulary:
+        self.require_tokens(teacher)
         return Vocabulary(self.plan, teacher)
 
     def _require_teacher(self, name: str) -> None:
@@ -294,8 +300,7 @@ class Store:
     def rows(self, ids: Sequence[str], teacher: str | None = None) -> np.ndarray:
         """Return the rows of utterances, int64 [B]; those of `teacher`, where teachers are at different editions.
 
-        Raises:
-            NoStoreError: names the ids that the store does not know.
+        Raises NoStoreError with the ids that the store does not know.
         """
         rows = (self.index if teacher is None else self.index_of(teacher)).rows(ids)
         if (rows < 0).any():
@@ -320,13 +325,15 @@ class Store:
         return self.index.text_hash[self.rows(ids, teacher)]  # A row's text never changes.
 
     def same_text(self, ids: Sequence[str], teachers: Sequence[str]) -> np.ndarray:
-        """Return which utterances all `teachers` have, from one text: bool [B]."""
-        return same_text([self.index_of(name) for name in teachers], ids)
+        """Return which utterances all `teachers` have, from one text: bool [B]. Speech teachers have it from none."""
+        held = [self.index_of(name).rows(ids) >= 0 for name in teachers if self.plan.teachers[name].is_speech]
+        texts = [self.index_of(name) for name in teachers if not self.plan.teachers[name].is_speech]
+        return np.logical_and.reduce([same_text(texts, ids), *held])
 
     def check_texts(self, ids: Sequence[str], texts: Sequence[str]) -> None:
-        """Raise StaleError naming the utterances whose transcript some teacher's states are not of."""
+        """Raise StaleError naming the utterances whose transcript some text teacher's states are not of."""
         hashes = [hash_text(t) for t in texts]
-        editions = {self.plan.edition(name): name for name in self.plan.teachers}
+        editions = {self.plan.edition(name): name for name, t in self.plan.teachers.items() if not t.is_speech}
         changed = [i for name in editions.values() for i, h, n in zip(ids, hashes, self.text_hash(ids, name)) if h != n]
         if changed := list(dict.fromkeys(changed)):
             what = f"the transcript has changed since extraction: {first_few(changed)}"
@@ -345,19 +352,18 @@ class Store:
     def tokens(self, ids: Sequence[str], teacher: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return lengths int32 [B], token ids int32 [N] and spans int32 [N, 2], which exist before any state does.
 
-        Raises:
-            NoStoreError: an id or the teacher is unknown.
-        """
+        Raises NoStoreError for an unknown id or teacher, and UsageError for a speech teacher."""
         return self.tokens_of_rows(self.rows(ids, teacher), teacher)
 
     def tokens_of_rows(self, rows: np.ndarray, teacher: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return lengths, token ids and spans by row, also of dead rows."""
+        self.require_tokens(teacher)
         t = self._teacher_rows(teacher)
         ranges = t.ranges(rows)
         return t.length[rows], t.tokens(t.token_id, ranges), t.tokens(t.span, ranges)
 
     def row_lengths(self, teacher: str, rows: np.ndarray) -> np.ndarray:
-        """Return the tokens of rows, dead or not, int32 [B]."""
+        """Return the tokens or frames of rows, dead or not, int32 [B]."""
         return self._teacher_rows(teacher).length[rows]
 
     # --- the teacher's input ---

@@ -23,8 +23,8 @@ def make_batches(
     """
     if passes.rows == "single":
         most_tokens = 1
-    ranked = sorted(windows, key=lambda w: -len(w.ids))
-    lengths = np.array([len(w.ids) for w in ranked], dtype=np.int64)
+    ranked = sorted(windows, key=lambda w: -w.size)
+    lengths = np.array([w.size for w in ranked], dtype=np.int64)
     n = len(ranked)
     cost, cut = np.zeros((2, n + 1), dtype=np.int64)
     low = 0

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -49,19 +49,28 @@ class Window:
     blocks: np.ndarray | None  # int32 [n]: a token sees its own block and earlier ones; None: what the model allows
     kept: list[KeptTokens]
 
+    @property
+    def size(self) -> int:
+        """What it costs the model, in tokens."""
+        return len(self.ids)
+
 
 @dataclass
 class ItemWindows:
-    """All windows of a work item of U utterances: input_hash uint64 [U], context_left and context_right int32 [U]."""
+    """All windows of a work item of U utterances: input_hash uint64 [U], context_left and context_right int32 [U].
 
-    windows: list[Window]
+    The hash of audio is 0 until the model has read it.
+    """
+
+    windows: list[Any]  # each a Window, or a SoundWindow of a speech teacher
     input_hash: np.ndarray
     context_left: np.ndarray
     context_right: np.ndarray
 
     @property
-    def tokens(self) -> int:
-        return sum(len(w.ids) for w in self.windows)
+    def size(self) -> int:
+        """What all of them cost the model, in tokens or frames."""
+        return sum(w.size for w in self.windows)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ Try: `pytest tests/extract/store/test_int8.py tests/extract/store/test_layout.py
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from ..store.format.int8 import LARGEST, Quantised
 from .contexts import Window
 from .exact import too_long
 from .loading import first_line
-from .model import Teacher
 
 T = TypeVar("T")
 Norm = tuple[torch.Tensor, torch.Tensor]  # mean and std float32 [D] of a view, on the teacher's device
@@ -61,7 +60,7 @@ def _quantise(states: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> Qu
 
 
 def forward(
-    teacher: Teacher,
+    teacher: Any,
     batch: list[Window],
     layers: Sequence[int],
     keep: Callable[[dict[int, torch.Tensor]], T],
@@ -77,7 +76,7 @@ def forward(
         kept = keep(_states(teacher, batch, layers, where, ids))
     except torch.cuda.OutOfMemoryError as e:
         if len(batch) == 1:
-            raise too_long(len(batch[0].ids), where) from e
+            raise too_long(batch[0].size, where) from e
         torch.cuda.empty_cache()
         half = len(batch) // 2
         for part in (batch[:half], batch[half:]):
@@ -87,7 +86,7 @@ def forward(
 
 
 def _states(
-    teacher: Teacher, batch: list[Window], layers: Sequence[int], where: object, ids: Sequence[str]
+    teacher: Any, batch: list[Window], layers: Sequence[int], where: object, ids: Sequence[str]
 ) -> dict[int, torch.Tensor]:
     """The states of a batch, with an error that says what the model could not run."""
     try:
@@ -97,7 +96,7 @@ def _states(
     except Exception as e:
         numbers = sorted({k.utterance for w in batch for k in w.kept})
         named = f" with {first_few([ids[u] for u in numbers])}" if ids and numbers else ""
-        longest = max(len(w.ids) for w in batch)
+        longest = max(w.size for w in batch)
         raise TeacherError(
             f"the model {teacher.source} fails at a batch of {len(batch)}, longest {longest} tokens{named}: "
             f"{first_line(e)}",

@@ -119,6 +119,24 @@ def read_pretrained(source: str, *, dtype: Any, use_safetensors: bool | None = N
     return model.eval().requires_grad_(False), tokenizer
 
 
+def read_config(source: str, revision: str | None = None) -> Any:
+    """Return the configuration of a model, or None if it cannot be read without running code of its repository.
+
+    Raises TeacherError if the hub cannot be reached, and the model is not in the cache either.
+    """
+    from transformers import AutoConfig
+
+    options: dict[str, Any] = {"trust_remote_code": False}
+    try:
+        if not Path(source).is_dir():
+            options |= {"revision": revision, "local_files_only": not _hub_answers(source, revision)}
+        return AutoConfig.from_pretrained(source, **options)
+    except StillhouseError:
+        raise
+    except Exception:  # What a configuration can be is as various as models are.
+        return None
+
+
 def _model_class(config: Any) -> Any:
     """The class to load: the model's backbone, or the encoder alone where transformers has a class for it."""
     import transformers

@@ -280,15 +280,19 @@ class Teacher:
 
     def layer_numbers(self, asked: Sequence[int]) -> list[int]:
         """Return layers as ascending numbers; negative ones count from the end. Raises UsageError out of range."""
-        for k in asked:
-            if not -self.depth - 1 <= k <= self.depth:
-                expected = f"0 to {self.depth}, or -{self.depth + 1} to -1"
-                raise UsageError(f"no layer {k}", where=self.source, expected=expected)
-        return sorted({k if k >= 0 else self.depth + 1 + k for k in asked})
+        return numbers_of_layers(asked, self.depth, self.source)
 
     def weights_hash(self) -> str:
         """Return the hash of the model's weights, by `hash_weights`."""
         return hash_weights(self.model)
+
+
+def numbers_of_layers(asked: Sequence[int], depth: int, source: str) -> list[int]:
+    """Return layers of a model of `depth` as ascending numbers. Raises UsageError out of range."""
+    for k in asked:
+        if not -depth - 1 <= k <= depth:
+            raise UsageError(f"no layer {k}", where=source, expected=f"0 to {depth}, or -{depth + 1} to -1")
+    return sorted({k if k >= 0 else depth + 1 + k for k in asked})
 
 
 def hash_weights(model: torch.nn.Module) -> str:

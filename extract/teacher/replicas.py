@@ -19,7 +19,6 @@ import torch
 
 from .contexts import Window
 from .forward import forward
-from .model import Teacher
 
 T = TypeVar("T")
 
@@ -40,14 +39,16 @@ class Task:
 class TeacherPool:
     """As many threads as torch may use on the CPU, each with a clone of the teacher. On a GPU one thread is enough.
 
+    `teacher` is a `Teacher` or a `SpeechTeacher`.
+
     As a context manager it sets torch's own number of threads to one, and back at its end.
     """
 
-    def __init__(self, teacher: Teacher) -> None:
+    def __init__(self, teacher: Any) -> None:
         self._before = torch.get_num_threads()
         self.count = self._before if teacher.device == "cpu" else 1
         self._teacher = teacher
-        self._idle: queue.SimpleQueue[Teacher] = queue.SimpleQueue()
+        self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._pool = ThreadPoolExecutor(self.count, "stillhouse-model", torch.set_num_threads, (1,))
         self.seconds = 0.0  # that the model has run, summed over threads
 

@@ -107,7 +107,7 @@ def sum_results(results: Iterable[ExtractionProgress | StillhouseError]) -> Extr
 def start_workers(
     name: str, load: dict[str, Any], count: int, part: tuple[int, int]
 ) -> Callable[[Plan], WorkerProcesses] | None:
-    """Return what starts `count - 1` processes, for `extract`; None for one. `load` are `load_teacher`'s arguments."""
+    """Return what starts `count - 1` processes, for `extract`; None for one. `load` is for `load_any_teacher`."""
     return (lambda plan: WorkerProcesses(plan, name, load, count, part)) if count > 1 else None
 
 
@@ -145,14 +145,14 @@ def run_worker(
     """Run work items of a planned store until all of them are committed. Raises StopNow if `stop` is requested."""
     import torch
 
-    from ...teacher.model import load_teacher
+    from ...speech.teacher import load_any_teacher
     from ..extract import run_work_items
 
     torch.set_num_threads(threads)
     progress = ExtractionProgress()
     with writable_files(root) as files, Scratch(Paths(files)) as scratch:
         plan = read_plan(files)
-        run_work_items(plan, name, load_teacher(**load), scratch.folder, progress, None, part, stop=stop)
+        run_work_items(plan, name, load_any_teacher(**load), scratch.folder, progress, None, part, stop=stop)
     return progress
 
 

@@ -167,21 +167,23 @@ def array_json(
     }
 
 
-def hidden_json(contexts: int, layers: int, rows: int, width: int, shard_rows: int, dtype: Dtype) -> dict[str, Any]:
+def hidden_json(
+    contexts: int, layers: int, rows: int, width: int, shard_rows: int, dtype: Dtype, axis: str = "token"
+) -> dict[str, Any]:
     """Return the metadata of `hidden` [C, L, N, D]: shards of (1, 1, S, D), chunks of (1, 1, 64, D), fill NaN."""
-    shape, dimensions = (contexts, layers, rows, width), ("context", "layer", "token", "dimension")
+    shape, dimensions = (contexts, layers, rows, width), ("context", "layer", axis, "dimension")
     chunks, inner = (1, 1, shard_rows, width), (1, 1, INNER_ROWS, width)
     stored, attributes = np.dtype(dtype.stored).str[1:], {"logical_dtype": dtype.logical}
     return array_json(shape, stored, chunks, dimensions, fill=dtype.fill, inner=inner, attributes=attributes)
 
 
-def scale_json(contexts: int, layers: int, rows: int, shard_rows: int) -> dict[str, Any]:
+def scale_json(contexts: int, layers: int, rows: int, shard_rows: int, axis: str = "token") -> dict[str, Any]:
     """Return the metadata of `scale` [C, L, N] of int8 stores, sharded as `hidden` is, fill NaN."""
-    shape, dimensions = (contexts, layers, rows), ("context", "layer", "token")
+    shape, dimensions = (contexts, layers, rows), ("context", "layer", axis)
     return array_json(shape, "f2", (1, 1, shard_rows), dimensions, fill="NaN", inner=(1, 1, INNER_ROWS))
 
 
-def shard_rows(total_rows: int, longest: int, width: int, dtype: Dtype) -> int:
+def shard_rows(total_rows: int, longest: int, width: int, dtype: Dtype, longest_id: str | None = None) -> int:
     """Return S: about a sixteenth of the rows, at least 2,048 and the longest utterance, at most 128 MiB."""
 
     def up(n: int) -> int:
@@ -189,8 +191,8 @@ def shard_rows(total_rows: int, longest: int, width: int, dtype: Dtype) -> int:
 
     most = max(INNER_ROWS, MAX_SHARD_BYTES // (width * dtype.bytes) // INNER_ROWS * INNER_ROWS)
     if up(longest) > most:
-        what = f"an utterance of {longest} tokens does not fit into a shard of {most} rows"
-        raise StoreError(what, remedy="split the utterance in the manifest")
+        what = f"an utterance with {longest} states does not fit into a shard of {most} rows"
+        raise StoreError(what, where=longest_id, remedy="split the utterance in the manifest")
     return min(most, max(up(math.ceil(total_rows / 16)), MIN_SHARD_ROWS, up(longest)))
 
 

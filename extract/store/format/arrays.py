@@ -34,6 +34,7 @@ _ARRAYS: dict[tuple[int, tuple[str, ...]], tuple[str, ...]] = {
     (1, ("int64",)): ("id_offset", "start"),
     (1, ("uint64",)): ("id_hash", "text_hash"),
     (2, ("int32",)): ("span", "context_left", "context_right"),
+    (2, ("int64",)): ("audio_source",),
     (2, ("uint64",)): ("input_hash",),
     (2, ("float16",)): ("embedding",),
     (3, ("float16",)): ("scale",),

@@ -57,6 +57,11 @@ class TeacherRecord:
     sample_rate_hz: int = 0  # of the samples that a speech teacher takes
 
     @property
+    def row_arrays(self) -> tuple[str, ...]:
+        """The arrays that a plan writes for each utterance and each token."""
+        return ("start", "length", "audio_source") if self.is_speech else ("start", "length", "token_id", "span")
+
+    @property
     def is_speech(self) -> bool:
         """Whether the states are those of frames of audio."""
         return self.axis == "frame"
@@ -268,7 +273,9 @@ def _check_teacher(name: str, t: TeacherRecord, where: str) -> None:
     sound = t.name == name and t.dtype in DTYPES and 0 < t.width < 1 << 20 and 0 <= t.depth < 1 << 16
     sound &= all(c and not set(c) & set("/\\\0") and c[0] != "." for c in t.contexts)
     sound &= t.axis in ("token", "frame") and t.is_speech == (t.kind == "speech")
-    sound &= not t.is_speech or (0 < t.rate_hz < 1e6 and 0 <= t.offset_s < 1e6 and 0 < t.sample_rate_hz < 1 << 32)
+    if t.is_speech:
+        sound &= t.contexts == ["alone"] and 0 < t.sample_rate_hz < 1 << 32
+        sound &= 0 < t.rate_hz <= t.sample_rate_hz and 0 <= t.offset_s < 1e6
     if not sound or len(set(t.contexts)) < len(t.contexts) or len(set(t.layers)) < len(t.layers):
         raise StoreError(f"the plan is damaged: the record of the teacher {name}", where=where)
 

@@ -115,7 +115,7 @@ class CopyPlan:
 
 
 class TeacherRows:
-    """What `gather` needs of one teacher: start, length, token ids and spans, memory-mapped."""
+    """What `gather` needs of one teacher: start, length, token ids and spans, memory-mapped. Frames have no tokens."""
 
     def __init__(self, plan: Plan, name: str) -> None:
         self.record, latest = plan.teachers[name], plan.latest(name)
@@ -125,9 +125,14 @@ class TeacherRows:
         self.shard_rows, self.shards = latest.shard_rows, latest.shards
         rows = [(s.first, s.last) for s in self.shards]
         self.start, self.length = (RawArray(self.paths, name, a).read(written=rows) for a in ("start", "length"))
-        self.token_id, self.span = (RawArray(self.paths, name, array) for array in ("token_id", "span"))
-        if len(self.start) != len(self.length) or self.span.shape != (self.token_id.shape[0], 2):
+        self.rows = len(self.shards) * self.shard_rows
+        if len(self.start) != len(self.length):
             raise self.damaged()
+        if not self.record.is_speech:
+            self.token_id, self.span = (RawArray(self.paths, name, array) for array in ("token_id", "span"))
+            self.rows = self.token_id.shape[0]
+            if self.span.shape != (self.rows, 2):
+                raise self.damaged()
         self._parts: dict[str, dict[int, memoryview]] = {}
         self._most_parts = most_handles() // 2
         self._arrays: dict[tuple[str, int, int], np.ndarray] = {}
@@ -141,7 +146,7 @@ class TeacherRows:
     def ranges(self, rows: np.ndarray | slice) -> RowRanges:
         """Return where the tokens of rows lie. Raises StoreError where start or length lead out of the store."""
         start, length = self.start[rows], self.length[rows]
-        if len(start) and (start.min() < 0 or length.min() < 0 or (start + length).max() > self.token_id.shape[0]):
+        if len(start) and (start.min() < 0 or length.min() < 0 or (start + length).max() > self.rows):
             raise self.damaged()
         return RowRanges(start, length, self.shard_rows)
 
@@ -170,6 +175,10 @@ class TeacherRows:
         if key not in self._arrays:
             self._arrays[key] = RawArray(self.paths, self.record.name, array).read(context, layer)
         return self._arrays[key]
+
+    def audio_source(self, rows: np.ndarray | slice) -> np.ndarray:
+        """Return int64 [n, 4], the audio of rows of a speech teacher: see `extract.speech.sounds.Sounds`."""
+        return RawArray(self.paths, self.record.name, "audio_source").read()[rows]
 
     def tokens(self, array: RawArray, ranges: RowRanges) -> np.ndarray:
         """Return [N, …] of a token array, packed in the order of the batch."""

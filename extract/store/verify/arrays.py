@@ -14,22 +14,24 @@ import numpy as np
 from ....data.errors import StillhouseError, StoreError
 from ..disk.paths import Paths
 from ..format.arrays import RawArray
+from ..format.plan import TeacherRecord
 from .sums import INPUT_ARRAYS, TABLES
 
 _EDITION = ("id_hash", "id_row", "order", "session", "source")
-# Arrays that are whole when a plan is written. Chunks of the others come with the commits.
-PLANNED = ("start", "length", "token_id", "span", "vocab_id", "embedding", "vocab_piece")
+# Arrays that are whole when a plan is written, beside those of rows. Chunks of the others come with the commits.
+_VOCABULARY = ("vocab_id", "embedding", "vocab_piece")
 
 
 def array_damage(
-    paths: Paths, teacher: str, contexts: set[int], rows: np.ndarray, shards: set[int]
+    paths: Paths, record: TeacherRecord, contexts: set[int], rows: np.ndarray, shards: set[int]
 ) -> Iterator[tuple[str, Path]]:
     """Yield (what, where) of all that is wrong with a teacher's arrays.
 
     `contexts` are the positions of complete contexts. Only the utterances in `rows` and `shards` can be read.
     """
-    group = paths.data / teacher
-    for name in sorted({p.name for p in group.iterdir() if p.is_dir()} | {"hidden", *PLANNED, *INPUT_ARRAYS}):
+    teacher, group = record.name, paths.data / record.name
+    planned = record.row_arrays if record.is_speech else (*record.row_arrays, *_VOCABULARY)
+    for name in sorted({p.name for p in group.iterdir() if p.is_dir()} | {"hidden", *planned, *INPUT_ARRAYS}):
         path = group / name
         try:
             array = _opened(paths, teacher, name)
@@ -39,13 +41,14 @@ def array_damage(
         except StoreError as e:
             yield e.what, path / "zarr.json"
             continue
-        served = set((rows.astype(np.int64) // max(1, array.chunks[-1])).tolist())
+        by_row = name in ("start", "length", "audio_source")
+        served = set((rows.astype(np.int64) // max(1, array.chunks[0 if by_row else -1])).tolist())
         for index in indices:
-            needed = name in PLANNED or (name in INPUT_ARRAYS and index[0] in contexts)
+            needed = name in planned or (name in INPUT_ARRAYS and index[0] in contexts)
             if name in ("token_id", "span"):
                 needed = index[0] in shards
-            elif name in ("start", "length", *INPUT_ARRAYS):
-                needed = needed and index[-1] in served
+            elif by_row or name in INPUT_ARRAYS:
+                needed = needed and index[0 if by_row else -1] in served
             yield from _chunk_damage(array, array.file(*index), needed)
 
 

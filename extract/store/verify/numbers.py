@@ -39,12 +39,13 @@ def teacher_numbers(store: Store, name: str) -> Iterator[str]:
         "context_right": (c, u),
         "start": (u,),
         "length": (u,),
-        "token_id": (n,),
-        "span": (n, ("boundaries", 2)),
-        "vocab_id": (latest.vocabulary,),
-        "embedding": (latest.vocabulary, 0),
     }
-    words = ("contexts", "layers", "tokens")
+    if record.is_speech:
+        expected["audio_source"] = (u, ("fields", 4))
+    else:
+        expected |= {"token_id": (n,), "span": (n, ("boundaries", 2))}
+        expected |= {"vocab_id": (latest.vocabulary,), "embedding": (latest.vocabulary, 0)}
+    words = ("contexts", "layers", "rows")
     for array, axes in expected.items():
         opened = RawArray(store.paths, name, array)
         for number, (axis, length) in enumerate(zip(axes, opened.shape)):

@@ -116,7 +116,7 @@ def _rows_for_people(store: Store, name: str, first: int, last: int) -> str:
         if array in ("token_id", "span"):
             start, length = (np.asarray(RawArray(store.paths, group, a).read()) for a in ("start", "length"))
             rows = np.flatnonzero((start < last) & (start + length > first)).tolist()
-        elif array in ("start", "length", "text_hash", "session"):
+        elif array in ("start", "length", "audio_source", "text_hash", "session"):
             rows = list(range(first, last))
         index = store.index if group == "utterances" else store.index_of(group)
         return f"{name} utterance {first_few([index.id(r) for r in rows])}" if rows else f"{name} row {first}"

@@ -45,7 +45,13 @@ _ANEW = "extract into a new store"
 _REPAIR = "stillhouse inspect verify STORE --data --repair extracts just this again"
 _RECORD = "restore this file from a backup, or extract into a new store"
 _UNREADABLE = (StillhouseError, OSError, ValueError)
-_ROW_ARRAYS = ("start", "length", "token_id", "span")  # While these are damaged, rows lead to no utterance.
+_ROW_ARRAYS = (
+    "start",
+    "length",
+    "audio_source",
+    "token_id",
+    "span",
+)  # While these are damaged, rows lead to no utterance.
 
 
 def _said(error: Exception) -> str:
@@ -153,13 +159,14 @@ def _check_index(store: Store) -> Iterator[StoreFinding]:
 
 
 def _check_tokens(store: Store, name: str) -> Iterator[StoreFinding]:
-    latest = store.plan.latest(name)
+    latest, has_tokens = store.plan.latest(name), not store.plan.teachers[name].is_speech
+    arrays = ("length", "start", *(["token_id"] if has_tokens else []))
     try:
-        length, start, token_id = (RawArray(store.paths, name, a).read() for a in ("length", "start", "token_id"))
+        length, start, *token_ids = (RawArray(store.paths, name, a).read() for a in arrays)
         live = np.flatnonzero(store.lengths(name) > 0)
     except _UNREADABLE as e:
         where = store.paths.files.place(store.paths.data / name)
-        yield StoreFinding(f"the tokens cannot be read: {_said(e)}", where, _ANEW)
+        yield StoreFinding(f"the {'tokens' if has_tokens else 'frames'} cannot be read: {_said(e)}", where, _ANEW)
         return
     for shard in store.plan.shards(name):
         rows = length[shard.first : shard.last].astype(np.int64)
@@ -167,7 +174,7 @@ def _check_tokens(store: Store, name: str) -> Iterator[StoreFinding]:
         if int(rows.sum()) != shard.rows or not np.array_equal(start[shard.first : shard.last], begins):
             yield StoreFinding("start and length contradict the plan", f"{name} shard {shard.number}", "a new store")
     for first, n in zip(start[live].tolist(), length[live].tolist()):
-        if (token_id[first : first + n] < 0).any():
+        if has_tokens and (token_ids[0][first : first + n] < 0).any():
             yield StoreFinding("an utterance has rows without token ids", f"{name} row {first}", "a new store")
             return
 
@@ -179,7 +186,7 @@ def _check_arrays(store: Store, name: str) -> Iterator[StoreFinding]:
     try:
         contexts = {store.plan.teachers[name].contexts.index(c) for c in whole}
         rows, shards = np.asarray(store.index_of(name).row), {s.number for s in store.plan.shards(name)}
-        for what, where in array_damage(store.paths, name, contexts, rows, shards):
+        for what, where in array_damage(store.paths, store.plan.teachers[name], contexts, rows, shards):
             yield StoreFinding(what, store.paths.files.place(where), _ANEW)
     except StoreError:
         return  # The index of utterances cannot be read, which is a finding already.
