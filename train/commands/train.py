@@ -16,6 +16,7 @@ from .live import say, telling
 
 if TYPE_CHECKING:
     from ...data.files.stopping import StopRequest
+    from ..config.toml import Layer
 
 
 @contextmanager
@@ -43,23 +44,50 @@ def stoppable() -> Iterator[StopRequest]:
 @click.option("--set", "changes", multiple=True, metavar="A.B=VALUE",
               help="Change one setting. You can repeat this option.")  # fmt: skip
 @click.option("--out", type=PATH, help="Write the run to this folder. [default: runs/NAME-OF-CONFIG]")
+@click.option("--init", type=PATH, metavar="RUN|EXPORT",
+              help="Start from the weights of this run, or of this export as safetensors.")  # fmt: skip
+@click.option("--init-parts", metavar="PARTS",
+              help="Take these parts alone, with commas between: encoder, predictor, joint. [all]")  # fmt: skip
+@click.option("--freeze", metavar="PARTS",
+              help="Do not train what was taken of these parts. encoder:N is its front and N blocks.")  # fmt: skip
 @click.option("--profile", type=click.IntRange(min=1), is_flag=False, flag_value=10, metavar="[STEPS]",
               help="Profile STEPS steps, from the fourth on, and write a trace and a table to RUN/profile. "
                    "[10 without a number]")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of the run's folder.")
-def train(config: Path, changes: tuple[str, ...], out: Path | None, profile: int | None, as_json: bool) -> None:
+def train(
+    config: Path,
+    changes: tuple[str, ...],
+    out: Path | None,
+    init: Path | None,
+    init_parts: str | None,
+    freeze: str | None,
+    profile: int | None,
+    as_json: bool,
+) -> None:
     """Train a transducer with the settings of CONFIG, a TOML file. Repeat the command to resume a stopped run.
+
+    --init, --init-parts and --freeze replace the recipe's init.source, init.parts and init.freeze. A run that resumes
+    does not need them.
 
     After SIGTERM or SIGUSR1 the run writes a checkpoint and ends with exit code 143.
 
     Example: stillhouse train recipes/kathleen.toml --set optim.steps=4000 --out runs/kathleen
     """
+    source = None if init is None else str(init)
+    given = {"--init": ("source", source), "--init-parts": ("parts", init_parts), "--freeze": ("freeze", freeze)}
+    options: list[Layer] = [(o, {"init": {name: value}}) for o, (name, value) in given.items() if value is not None]
     with stoppable() as stop:
-        _train(config, changes, out or Path("runs") / config.stem, profile, as_json, stop)
+        _train(config, changes, options, out or Path("runs") / config.stem, profile, as_json, stop)
 
 
 def _train(
-    config: Path, changes: tuple[str, ...], folder: Path, profile: int | None, as_json: bool, stop: StopRequest
+    config: Path,
+    changes: tuple[str, ...],
+    options: list[Layer],
+    folder: Path,
+    profile: int | None,
+    as_json: bool,
+    stop: StopRequest,
 ) -> None:
     from dataclasses import asdict
 
@@ -72,7 +100,7 @@ def _train(
         from ..run.profile import Profile, Profiled
         from ..run.ranks import joined
 
-    settings = load_config(config, changes)
+    settings = load_config(config, changes, options)
     profiled: Profiled | None = None
 
     def show(result: Profiled | None) -> None:
@@ -98,6 +126,7 @@ def _train(
         if as_json:
             profile_facts = asdict(profiled) if profiled else None
             facts = {"run": str(folder), "step": trainer.step, "best": trainer.best, "profile": profile_facts}
+            facts["init"] = trainer.identity.get("init")
             click.echo(json.dumps(facts, ensure_ascii=False))
         else:
             click.echo(folder)

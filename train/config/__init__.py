@@ -1,11 +1,13 @@
 """The settings of a training run, and the TOML files that they come from. Imports data/errors.py and files."""
 
-from .sections import Config, ConfigSection, flatten, in_transfer, learning_rate, transfer_weight
+from .schedules import learning_rate, transfer_weight
+from .sections import Config, ConfigSection, InitSection, flatten, in_transfer
 from .toml import dump_config, load_config, read_toml, validated, without_removed
 
 __all__ = [
     "Config",
     "ConfigSection",
+    "InitSection",
     "dump_config",
     "flatten",
     "in_transfer",

@@ -6,7 +6,6 @@ Try: `stillhouse train CONFIG --set optim.lr=1e-3`.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -284,6 +283,48 @@ class TransferSection(TransferSettings):
         return {name: t for name, t in self.settings.items() if t.views}
 
 
+class InitSection(ConfigSection):
+    """What a run takes from another run, or from an export as safetensors, and what of it never changes.
+
+    A weight is taken if it has the same place, shape and meaning there. Rows of units are taken by the unit's text.
+    """
+
+    source: Path | None = Field(None, description="Folder of the run or export. Without it, weights are random.")
+    checkpoint: str = Field(
+        "best", description="Weights of a run: best, last, a step, raw, or average:N, as in `decode`."
+    )
+    parts: list[Literal["encoder", "predictor", "joint"]] = Field(
+        ["encoder", "predictor", "joint"],
+        min_length=1,
+        description="Parts to take. The CTC head goes with the joint network.",
+    )
+    freeze: list[str] = Field(
+        [],
+        description="Parts whose taken weights are not trained: encoder, encoder:N (its front and first N blocks), "
+        "predictor, joint.",
+    )
+    lr_factor: float = Field(1.0, gt=0, description="Learning rate of what was taken, as a multiple of optim.lr.")
+
+    @field_validator("checkpoint", mode="before")
+    @classmethod
+    def _step(cls, value: Any) -> Any:
+        return str(value) if type(value) is int else value
+
+    @field_validator("parts", "freeze", mode="before")
+    @classmethod
+    def _with_commas(cls, value: Any) -> Any:
+        return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _parts_exist(self) -> Self:
+        for name in self.freeze:
+            if not re.fullmatch(r"encoder(:[0-9]+)?|predictor|joint", name):
+                raise ValueError(f"init.freeze has {name!r}; expected encoder, encoder:N, predictor or joint")
+            if name.partition(":")[0] not in self.parts:
+                raise ValueError(f"init.freeze has {name}, which init.parts = {', '.join(self.parts)} does not take")
+        return self
+
+
 class RunSection(ConfigSection):
     """The process: device, evaluations, checkpoints and logs. All but the seed may change when a run is resumed."""
 
@@ -316,12 +357,16 @@ class Config(ConfigSection):
     optim: OptimSection = OptimSection()
     specaugment: SpecAugmentSection = SpecAugmentSection()
     transfer: TransferSection = TransferSection()
+    init: InitSection = InitSection()
     run: RunSection = RunSection()
 
     @model_validator(mode="after")
     def _layers_exist(self) -> Config:
         depth = self.model.layers
         taps = [(in_transfer("transfer", n) + ".layers", t.layers, depth) for n, t in self.transfer.settings.items()]
+        deep = [int(name.partition(":")[2]) for name in self.init.freeze if ":" in name]
+        if deep and max(deep) > depth:
+            raise ValueError(f"init.freeze has encoder:{max(deep)}, but model.layers = {depth}")
         for name, layers, last in [*taps, ("loss.inter_ctc_layers", self.loss.inter_ctc_layers, depth - 1)]:
             for layer in layers:
                 if not 1 <= layer <= last:
@@ -339,24 +384,3 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
-
-
-def learning_rate(step: int, config: Config) -> float:
-    """Return the learning rate of a step, counted from 0: linear warm-up, then the schedule down to final_lr * lr."""
-    o = config.optim
-    if step < o.warmup_steps:
-        return o.lr * (step + 1) / o.warmup_steps
-    done = (step - o.warmup_steps) / max(1, o.steps - o.warmup_steps)
-    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[o.schedule]
-    return o.lr * (o.final_lr + (1 - o.final_lr) * shape)
-
-
-def transfer_weight(step: int, t: TransferSettings) -> float:
-    """Return lambda of a step, counted from 0: linear warm-up to `weight`, then the decay to `final_weight`."""
-    if step < t.warmup_steps:
-        return t.weight * (step + 1) / t.warmup_steps
-    if t.decay is None or t.decay_steps is None:
-        return t.weight
-    done = min(1.0, (step - t.warmup_steps) / t.decay_steps)
-    fallen = done if t.decay == "linear" else 0.5 * (1 - math.cos(math.pi * done))
-    return t.weight + (t.final_weight - t.weight) * fallen

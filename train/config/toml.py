@@ -25,19 +25,22 @@ Kind = TypeVar("Kind", bound=BaseModel)
 Layer = tuple[object, Mapping[str, Any]]  # where settings come from (a path or an option), and the settings
 
 
-def load_config(path: Path, changes: Sequence[str] = (), *, saved: bool = False) -> Config:
+def load_config(
+    path: Path, changes: Sequence[str] = (), options: Sequence[Layer] = (), *, saved: bool = False
+) -> Config:
     """Read a TOML file and apply changes of the form `section.name=value`.
 
     Arguments:
         path: the TOML file.
         changes: as of `--set`. Values are TOML, and a bare word is a string.
+        options: the settings of other options, each with the name of its option. They replace those of `changes`.
         saved: a run wrote the file, perhaps with an earlier version. See `without_removed`.
 
     Raises:
         ConfigError: names the setting, the file or the change that it comes from, and what is expected.
     """
     settings = without_removed(read_toml(path)) if saved else read_toml(path)
-    return validated(Config, [(path, settings), *map(_change, changes)])
+    return validated(Config, [(path, settings), *map(_change, changes), *options])
 
 
 def without_removed(saved: Any) -> Any:

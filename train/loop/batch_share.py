@@ -7,14 +7,19 @@ Try: `pytest tests/train/run/test_ranks.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ...data.batches.loader import Batch
+from ...data.batches.sampler import BatchSampler
+from ...data.errors import UsageError
+from ..config import Config
 from ..model.transducer import Transducer
+from ..run.identity import weights_hash
 from ..run.ranks import ALONE, Ranks
 
 
@@ -70,3 +75,34 @@ def part_sizes(model: Transducer, transfers: Mapping[str, Any], batch: Batch) ->
     if not batch.share:
         return PartSizes(0, 0, {name: dict.fromkeys(counts, 0) for name, counts in positions.items()})
     return PartSizes(int(batch.target_lengths.sum()), band, positions)
+
+
+def refuse_unlike_ranks(
+    ranks: Ranks,
+    config: Config,
+    run: Mapping[str, Any],
+    modules: Mapping[str, nn.Module],
+    sampler: BatchSampler,
+    on_progress: Callable[[str], None],
+) -> None:
+    """Check, before anything is written, that all ranks mean the same run and that each has work.
+
+    `run` is its identity. Raises RankError or UsageError.
+    """
+    if ranks.size == 1:
+        return
+    own_per_machine = {"run.device", "run.threads", "run.backend", "run.timeout_s"}
+    own = {name: value for name, value in config.flat().items() if name not in own_per_machine}
+    own |= {f"data {k}": v for k, v in run["data"].items()}
+    own |= {"first weights": run["initialisation"], "torch": torch.__version__}
+    own |= {name: weights_hash(module) for name, module in modules.items() if name != "model"}
+    ranks.refuse_unlike(own)
+    counts = [len(plan.indices) for plan in sampler.epoch(0)]
+    if max(counts) < ranks.size:
+        raise UsageError(
+            f"there are {ranks.size} ranks, but no batch has more than {max(counts)} utterances",
+            remedy="raise data.batch_frames, the size of the batch that ranks share, or start fewer ranks",
+        )
+    if few := sum(count < ranks.size for count in counts):
+        some = f"{few} of {len(counts)} batches have fewer than {ranks.size} utterances"
+        on_progress(f"{some}, so some ranks will be idle")

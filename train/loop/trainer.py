@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from ...data.batches.loader import Batch, BatchLoader, prefetch
 from ...data.batches.sampler import BatchSampler
-from ...data.errors import StoppedError, UsageError
+from ...data.errors import StoppedError
 from ...data.features.compute import FeatureFile
 from ...data.features.provenance import refuse_changed_rows, refuse_other_settings
 from ...data.files.lock import FileLock
@@ -31,14 +32,14 @@ from ...data.manifest import Corpus, read_manifest
 from ...data.units import load_units
 from ..config import Config, in_transfer, learning_rate, transfer_weight
 from ..model.build import build_model, build_optimiser, build_transfers, resolve_device, resolve_precision, store_shards
-from ..run import checkpoint, folder, identity
+from ..run import checkpoint, folder, identity, start
 from ..run.averaging import moving_average
 from ..run.monitor import Monitor, OnProgress
 from ..run.profile import Profile
 from ..run.ranks import ALONE, GradientSum, Ranks
 from ..run.stopwatch import Stopwatch
 from .bad_steps import BadSteps
-from .batch_share import GlobalBatch, part_sizes
+from .batch_share import GlobalBatch, part_sizes, refuse_unlike_ranks
 from .evaluation import evaluate_dev
 from .objective import gradient_norm, losses, squared_norm
 
@@ -59,7 +60,9 @@ class Trainer:
         ranks: Ranks = ALONE,
         stop: StopRequest | None = None,
     ) -> None:
-        self.config, self.out, self.ranks = config, out, ranks
+        self.given, self.out, self.ranks = config.init, out, ranks
+        init = ranks.from_first(lambda: start.with_recorded(out, config.init))
+        self.config = config = config.model_copy(update={"init": init})
         self.stop, self.stopping = stop or StopRequest(), False
         self.on_progress: OnProgress = on_progress if ranks.first else lambda _: None
         self.device = resolve_device(config.run.device, ranks.local if ranks.size > 1 else None)
@@ -92,7 +95,7 @@ class Trainer:
             "budget": budget,  # what the run may spend on learning
             "initialisation": identity.weights_hash(self.model),
         }
-        self._refuse_unlike_ranks(sampler)
+        refuse_unlike_ranks(ranks, config, self.identity, self.modules, sampler, self.on_progress)
         self.sampler = sampler.shared(ranks.rank, ranks.size)
         self.step = self.epoch = self.position = 0
         self.dev_due = False  # whether an evaluation at this step was interrupted
@@ -110,27 +113,6 @@ class Trainer:
         if absent := refuse_changed_rows(corpus, self.features, used):
             self.on_progress(f"the audio of {absent} utterances is not here, so it was not compared with the features")
 
-    def _refuse_unlike_ranks(self, sampler: BatchSampler) -> None:
-        """Check, before anything is written, that all ranks mean the same run and that each has work."""
-        ranks = self.ranks
-        if ranks.size == 1:
-            return
-        own_per_machine = {"run.device", "run.threads", "run.backend", "run.timeout_s"}
-        own = {name: value for name, value in self.config.flat().items() if name not in own_per_machine}
-        own |= {f"data {k}": v for k, v in self.identity["data"].items()}
-        own |= {"first weights": self.identity["initialisation"], "torch": torch.__version__}
-        own |= {name: identity.weights_hash(module) for name, module in self.modules.items() if name != "model"}
-        ranks.refuse_unlike(own)
-        counts = [len(plan.indices) for plan in sampler.epoch(0)]
-        if max(counts) < ranks.size:
-            raise UsageError(
-                f"there are {ranks.size} ranks, but no batch has more than {max(counts)} utterances",
-                remedy="raise data.batch_frames, the size of the batch that ranks share, or start fewer ranks",
-            )
-        if few := sum(count < ranks.size for count in counts):
-            some = f"{few} of {len(counts)} batches have fewer than {ranks.size} utterances"
-            self.on_progress(f"{some}, so some ranks will be idle")
-
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Hold the run's lock, which rank 0 holds for all ranks."""
@@ -143,7 +125,8 @@ class Trainer:
         progress = folder.resume(self.out, self.config, self.ranks, self.on_progress)
         texts = identity.text_hashes(self.loader)
         if progress is None:
-            self._fit_normalisation()
+            start.fit_normalisation(self.model, self.loader, self.config.data.speeds[0])
+            self.origin = self.ranks.from_first(self._take_weights)
             if self.ranks.size > 1:  # Every rank gets the same bits.
                 first = self.model.state_dict() if self.ranks.first else None
                 checkpoint.load_weights(self.model, self.ranks.tensors_from_first(first), self.out)
@@ -153,16 +136,24 @@ class Trainer:
             for name, module in self.modules.items():
                 checkpoint.load_weights(module, progress.of(name), where)
             identity.refuse_other_data(state.data, self.identity["data"], where, self.out, texts)
+            self.ranks.from_first(lambda: start.refuse_other_source(self.given, state.init, self.out, self.on_progress))
+            self.origin = None if state.init is None else start.Origin(**state.init)
             self.step, self.epoch, self.position = state.step, state.epoch, state.position
             self.best = {} if state.best is None else state.best.model_dump()
             self.dev_due = state.dev_due
             self.saved = self._version()
             self.precision, self.bad.count, self.window = state.precision, state.bad_steps, state.window.model_dump()
             self.on_progress(f"resuming {self.out} at step {self.step}")
-        self.names: dict[Tensor, str] = {}
+        if self.origin is not None:
+            self.identity["init"] = self.origin.facts
+        start.freeze(self.model, self.transfers, self.config, self.origin, self.on_progress)
+        self.names: dict[Tensor, str] = {}  # of what is trained
         for name, module in self.modules.items():
-            self.names |= {p: f"{name}.{n}" for n, p in module.to(self.device).named_parameters()}
-        self.optimiser = build_optimiser(self.names, self.config, self.device)
+            trained = ((n, p) for n, p in module.to(self.device).named_parameters() if p.requires_grad)
+            self.names |= {p: f"{name}.{n}" for n, p in trained}
+        taken = {f"model.{name}" for name in (self.origin.taken if self.origin else ())}
+        slow = {p for p, name in self.names.items() if name in taken}
+        self.optimiser = build_optimiser(self.names, self.config, self.device, slow)
         self.sum = GradientSum(list(self.names)) if self.ranks.size > 1 else None
         self.average = moving_average(self.model, self.config.optim.ema) if self.config.optim.ema else None
         if progress is not None:
@@ -171,16 +162,11 @@ class Trainer:
                 checkpoint.load_weights(self.average.module, progress.of("ema"), where)
                 self.average.n_averaged.fill_(state.averaged)
         self.ranks.from_first(lambda: folder.create(self.out, self.config, self.units, self.identity, texts, self.step))
+        if progress is None and self.origin is not None:
+            self.save()  # Then the run never needs its source again.
 
-    def _fit_normalisation(self) -> None:
-        """Set the mean and deviation of each bin, over up to 500 training utterances, spread evenly."""
-        count = len(self.loader.utterances)
-        chosen = np.unique(np.linspace(0, count - 1, min(count, 500)).astype(int))
-        ids = [self.loader.utterances[i].id for i in chosen]
-        packed = self.features.gather(ids, [self.config.data.speeds[0]] * len(ids))[0].astype(np.float64)
-        packed = packed[np.isfinite(packed).all(axis=1)]  # a bad step names the others
-        self.model.encoder.feature_mean.copy_(torch.from_numpy(packed.mean(axis=0)))
-        self.model.encoder.feature_std.copy_(torch.from_numpy(packed.std(axis=0).clip(min=1e-3)))
+    def _take_weights(self) -> start.Origin | None:
+        return start.take_weights(self.model, self.config, self.out, self.units, self.features, self.on_progress)
 
     def save(self) -> None:
         """Write a checkpoint, which is on disk on return. Raises RankError if the weights of the ranks differ."""
@@ -217,6 +203,7 @@ class Trainer:
             "data": self.identity["data"],
             "features": self.features.settings,
             "config": self.config.model_dump(mode="json"),
+            "init": None if self.origin is None else asdict(self.origin),
             "ranks": self.ranks.size,
             "versions": {"torch": torch.__version__},
         }
@@ -254,7 +241,8 @@ class Trainer:
             closing(prefetch(self.sampler, self.loader.load, epoch=self.epoch, position=self.position)) as batches,
         ):
             monitor.resume(self.window)
-            if self.dev_due:
+            # What a run starts from is evaluated, so that it can be seen whether it fits.
+            if self.dev_due or (not self.step and self.origin is not None and self.dev is not None):
                 self._evaluate(monitor)
                 self._checkpoint(monitor)
             while self.step < steps and not self.stopping:
@@ -350,7 +338,7 @@ class Trainer:
             finite = math.isfinite(norm) and math.isfinite(parts["loss"])  # This is the same on every rank.
             if finite:
                 for group in self.optimiser.param_groups:
-                    group["lr"] = learning_rate(step, config)
+                    group["lr"] = learning_rate(step, config) * group["lr_factor"]
                 self.optimiser.step()
                 if self.average is not None:
                     self.average.update_parameters(self.model)

@@ -66,6 +66,7 @@ class State(_Strict):
     precision: Literal["float32", "bfloat16"]
     data: dict[str, Any]
     features: dict[str, Any] | None = None
+    init: dict[str, Any] | None = None  # an Origin
 
 
 @dataclass(frozen=True)

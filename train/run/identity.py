@@ -1,7 +1,8 @@
 """What makes two runs comparable: their data and its order, their budget, the student's first weights.
 
 Guarantees: if two runs of one seed have equal identities, they differ in settings of learning alone, such as transfer,
-learning rate, dropout and masks. Every run writes its identity to RUN/identity.json before the first step.
+learning rate, dropout, masks and the run they start from. Every run writes its identity to RUN/identity.json before the
+first step.
 Try: `pytest tests/train/study/test_study.py`.
 """
 
@@ -67,8 +68,11 @@ def read(out: Path) -> dict[str, Any] | None:
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """Return the differences of two identities in words, such as "budget.steps: 400 and 800"."""
-    left, right = flatten(a), flatten(b)
+    """Return the differences of two identities in words, such as "budget.steps: 400 and 800".
+
+    Where runs start from other runs is a setting of learning. `initialisation` is of the weights before that.
+    """
+    left, right = ({k: v for k, v in flatten(x).items() if not k.startswith("init.")} for x in (a, b))
     names = (left | right).keys() - ({f"data.{SOUND}"} - (left.keys() & right.keys()))
     return [
         f"{k}: {left.get(k)} and {right.get(k)}" for k in left | right if k in names and left.get(k) != right.get(k)
@@ -78,10 +82,13 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
 def other_settings(old: Config, new: Config) -> list[str]:
     """Return in words which settings of a run changed that change its result.
 
-    Those of the section run may change, the seed excepted, and so may the paths of the data.
+    Those of the section run may change, the seed excepted, and so may the paths of the data. The source of the first
+    weights may have another path, but a run has one or none.
     """
     free = {f"run.{name}" for name in type(new.run).model_fields} - {"run.seed"}
     free |= {"data.corpus", "data.features", "data.units", "transfer.stores"}
+    if None not in (old.init.source, new.init.source):
+        free.add("init.source")
     a, b = old.flat(), new.flat()
     changed = [k for k in a | b if a.get(k) != b.get(k) and k not in free]
     return [f"{k}: {a.get(k)} in the run, {b.get(k)} in the new settings" for k in changed]

@@ -52,11 +52,14 @@ class JsonLines:
         self.file: IO[str] | None = None
 
     def start(self, settings: Mapping[str, Any], step: int) -> None:
-        """Drop the lines of steps after `step`, and append to the others."""
+        """Drop the lines of steps after `step`, and append to the others.
+
+        An evaluation of what a run starts from, which is step 0, is repeated.
+        """
         kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
             try:
-                if json.loads(line)["step"] <= step:
+                if json.loads(line)["step"] <= step and step:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue  # The run was killed while it wrote this line.

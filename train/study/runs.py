@@ -51,8 +51,12 @@ def check(study: Study) -> None:
 
 
 def check_identities(runs: Iterable[StudyRun]) -> None:
-    """Raise StaleError unless runs have equal identities for one seed, and equal budgets between seeds."""
+    """Raise StaleError unless runs have equal identities for one seed, and equal budgets between seeds.
+
+    Runs of all seeds that start from one source have to start from the same weights.
+    """
     by_seed: dict[int, tuple[StudyRun, dict]] = {}
+    began: dict[tuple[Path | None, str], tuple[StudyRun, str]] = {}
     for run in runs:
         own = identity.read(run.folder)
         if own is None:
@@ -68,6 +72,10 @@ def check_identities(runs: Iterable[StudyRun]) -> None:
         if not differ:
             other, theirs = next(iter(by_seed.values()))
             differ = identity.differences({"budget": theirs["budget"]}, {"budget": own["budget"]})
+        if not differ and "init" in own:
+            init, weights = run.config.init, own["init"]["weights"]
+            other, first = began.setdefault((init.source, init.checkpoint), (run, weights))
+            differ = [f"{init.source} had the weights {first} and {weights}"] if first != weights else []
         if differ:
             raise StaleError(
                 f"{other} and {run} cannot be compared: {'; '.join(differ)}",

@@ -21,6 +21,8 @@ from stillhouse.extract.pipeline.request import Request
 from stillhouse.extract.store import Store
 from stillhouse.extract.store.disk import layout
 from stillhouse.extract.teacher.model import load_teacher
+from stillhouse.train.config import load_config
+from stillhouse.train.loop.trainer import Trainer
 
 DRIVER = Path(__file__).with_name("kill_child.py")
 CLOCK = {"time", "seconds", "realtime", "share", "memory"}
@@ -47,6 +49,7 @@ CHOICES: dict[str, list[Any]] = {
     "transfer.layers": [[], [1, 2]],
     "transfer.control": [None, None, "shuffled", "static", "words"],
     "transfer.warmup_steps": [0, 7],
+    "init.lr_factor": [0.25, 1],
 }
 
 
@@ -78,6 +81,14 @@ def shards(tones: Path, minilm: Path, tmp_path_factory: pytest.TempPathFactory) 
     corpus = read_manifest(tones / "corpus.jsonl")
     assert len(set(Store.open(path).shards([u.id for u in corpus.utterances]).tolist())) == 3
     return path
+
+
+@pytest.fixture(scope="module")
+def source(tones: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that others start from, whose encoder all of them can take."""
+    out = tmp_path_factory.mktemp("source") / "run"
+    Trainer(load_config(tones / "run.toml", [*SHORT, "optim.steps=1", "run.seed=99"]), out).run()
+    return out
 
 
 def compare(out: Path) -> None:
@@ -112,14 +123,15 @@ def hunt(tones: Path, out: Path, cases: list[tuple[str, list[str], int, int]]) -
     return told
 
 
-def test_killed_anywhere_it_ends_as_it_would_have(tones: Path, shards: Path, tmp_path: Path) -> None:
+def test_killed_anywhere_it_ends_as_it_would_have(tones: Path, shards: Path, source: Path, tmp_path: Path) -> None:
     rng = random.Random(5)
+    init = {"init__source": str(source), "init__freeze": ["encoder:1"]}
     few = {"run.checkpoint_every": 2}
     several = [
         drawn(rng, shards, run__precision="bfloat16", optim__ema=0.9,
               transfer__mixing="sample", data__mix_shards=1, transfer__aligner="attention"),
         drawn(rng, shards, run__precision="float32", optim__ema=0, transfer__mixing="learned",
-              transfer__aligner="cif", run__log_every=3),
+              transfer__aligner="cif", run__log_every=3, **init),
     ]  # fmt: skip
     cases = [(str(i), [*c, *(f"{k}={v}" for k, v in few.items())], 3 - i, i) for i, c in enumerate(several)]
     told = hunt(tones, tmp_path, cases)
@@ -129,7 +141,9 @@ def test_killed_anywhere_it_ends_as_it_would_have(tones: Path, shards: Path, tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
-def test_killed_anywhere_with_any_settings(tones: Path, shards: Path, tmp_path: Path, seed: int) -> None:
+def test_killed_anywhere_with_any_settings(tones: Path, shards: Path, source: Path, tmp_path: Path, seed: int) -> None:
     rng = random.Random(100 + seed)
-    told = hunt(tones, tmp_path, [(str(i), drawn(rng, shards), 8, i) for i in range(6)])
+    inits: list[dict] = [{}, {"init__source": str(source), "init__freeze": ["encoder"]}]
+    cases = [(str(i), drawn(rng, shards, **rng.choice(inits)), 8, i) for i in range(6)]
+    told = hunt(tones, tmp_path, cases)
     assert sum(found["killed"] for found in told) >= 30

@@ -53,7 +53,12 @@ def test_two_ranks_compute_the_losses_of_one_process_and_one_goes_on_from_two(to
     """Masks of SpecAugment included; `few` has batches that leave a rank without an utterance."""
     short = [*EXACT, "optim.steps=8", "run.eval_every=4"]
     runs = {"plain": [*short, "optim.ema=0.9"], "few": [*short, "data.batch_frames=250", "loss.ctc_weight=0"]}
+    source = tmp_path / "source"
+    Trainer(load_config(tones / "run.toml", [*EXACT, "run.seed=7", "optim.steps=1"]), source).run()
+    tuned = [f"init.source={source}", "init.freeze=encoder:1,predictor", "init.lr_factor=0.5", "model.layers=3"]
+    runs["tuned"] = [*short, *tuned]
     both(tones, tmp_path, runs)
+    assert [m["step"] for m in metrics(tmp_path / "two/tuned") if m["kind"] == "dev"] == [0, 4, 8]
     state = json.loads((tmp_path / "two/plain/checkpoints/step-00000008/state.json").read_text())
     assert state["ranks"] == 2 and state["averaged"] == 8
     # The last checkpoint but one, of two ranks, taken up by one
