@@ -22,13 +22,18 @@ import numpy as np
 import torch
 
 from ...data.errors import AudioError, TeacherError, UsageError
-from ..teacher.loading import DTYPES
-from ..teacher.model import hash_weights
+from ..teacher.loading import DTYPES, check_folder, first_line, objections, refuse_missing
+from ..teacher.model import hash_weights, pick_device
 from .windows import AudioWindow, audio_windows
 
 LONGEST_S = 60.0  # longer audio goes through in windows, because attention grows with the square of the length
 OVERLAP_S = 6.0
+UNUSED = ("masked_spec_embed",)  # weights of the training alone
 SILENCE_S = 0.5  # behind the audio for Whisper, which expects silence there
+
+
+_EXPECTED = "the feature extractor that belongs to the model"
+_COPY = "copy preprocessor_config.json of the model into the folder"
 
 
 class _Enough(Exception):
@@ -120,6 +125,11 @@ def _inner(config: Any) -> Any:
     return inner if getattr(inner, "model_type", None) in FRAMINGS else config
 
 
+def encoder_of(model: Any) -> Any:
+    """Return the encoder of a model that reads audio, which may be the model itself."""
+    return model.get_encoder() if _inner(model.config).model_type in ("whisper", "parakeet_encoder") else model
+
+
 class SpeechEncoder:
     """A loaded speech encoder.
 
@@ -131,15 +141,13 @@ class SpeechEncoder:
     longest_s       longest audio that goes through whole; longer audio goes through in windows
     """
 
-    def __init__(self, model: Any, extractor: Any, *, source: str, device: str = "cpu", dtype: str = "float32") -> None:
+    def __init__(
+        self, encoder: Any, extractor: Any, *, source: str, device: str = "cpu", dtype: str = "float32"
+    ) -> None:
         self.source, self.device, self.dtype, self._extractor = source, device, dtype, extractor
-        self.config = _inner(model.config)
+        self.config = encoder.config
         self.kind: str = self.config.model_type
-        if self.kind not in FRAMINGS:
-            known = ", ".join(sorted(FRAMINGS))
-            raise TeacherError(f"a model of type {self.kind} is no known speech encoder", where=source, expected=known)
-        self.encoder = model.get_encoder() if self.kind in ("whisper", "parakeet_encoder") else model
-        self.encoder = self.encoder.to(device).eval()
+        self.encoder = encoder.to(device).eval().requires_grad_(False)
         if getattr(extractor, "dither", 0.0):
             extractor.dither = 0.0  # it adds random numbers, and no two passes would give the same states
         self.sample_rate_hz = int(extractor.sampling_rate)
@@ -335,34 +343,47 @@ def load_encoder(
     """Load a speech encoder from a folder or by its name on the Hugging Face hub.
 
     Arguments:
-        device: "cpu", "cuda" or "cuda:1".
+        device: "cpu", "cuda", "cuda:1" or "auto".
         dtype: "float32", or what matrix products and convolutions are rounded to: "bfloat16" or "float16".
         revision: of a model on the hub.
 
     Raises:
-        TeacherError: it cannot be loaded, is no known speech encoder, or lacks its feature extractor.
+        TeacherError: it cannot be loaded, is no known speech encoder, or has no feature extractor that fits it.
+        UsageError: there is no such device.
     """
-    from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    check_folder(source)
+    device = pick_device(device)
     options: dict[str, Any] = {} if Path(source).is_dir() else {"revision": revision}
-    try:
+    with objections(source, options):
+        from transformers import AutoConfig, AutoModel
+
         config = AutoConfig.from_pretrained(source, **options)
-    except (OSError, ValueError) as e:
-        raise TeacherError(f"cannot read its configuration: {e}", where=source) from None
-    if not is_speech(config):
-        raise TeacherError(
-            f"a model of type {config.model_type} is no speech encoder", where=source, expected=", ".join(FRAMINGS)
+        if not is_speech(config):
+            what = f"a model of type {config.model_type} is no speech encoder that is known here"
+            raise TeacherError(what, where=source, expected=", ".join(FRAMINGS))
+        extractor = _extractor(source, options)
+        model, info = AutoModel.from_pretrained(
+            source, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
         )
+    encoder = encoder_of(model)
+    own = {id(p) for p in encoder.parameters()}
+    named = dict(model.named_parameters())
+    refuse_missing((k for k in info["missing_keys"] if k not in UNUSED and id(named.get(k)) in own), source)
     try:
-        extractor = AutoFeatureExtractor.from_pretrained(source, **options)
+        return SpeechEncoder(encoder, extractor, source=source, device=device, dtype=dtype)
+    except torch.cuda.OutOfMemoryError as e:
+        what, remedy = "it does not fit into the device's memory", "give --device cpu, or a smaller model"
+        raise TeacherError(what, where=source, remedy=remedy) from e
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        what = f"it fails on a second of noise, with the feature extractor {type(extractor).__name__}: {first_line(e)}"
+        raise TeacherError(what, where=source, expected=_EXPECTED, remedy=_COPY) from e
+
+
+def _extractor(source: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoFeatureExtractor
+
+    try:
+        return AutoFeatureExtractor.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError) as e:
-        remedy = "copy preprocessor_config.json of the model into the folder"
-        raise TeacherError(f"it has no feature extractor: {e}", where=source, remedy=remedy) from None
-    try:
-        model = AutoModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32, **options)
-    except (OSError, ValueError, RuntimeError) as e:
-        raise TeacherError(f"cannot load its weights: {e}", where=source) from None
-    return SpeechEncoder(model, extractor, source=source, device=device, dtype=dtype)
+        what = f"it has no feature extractor: {first_line(e)}"
+        raise TeacherError(what, where=source, expected=_EXPECTED, remedy=_COPY) from None

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +90,9 @@ def read_pretrained(source: str, *, dtype: Any, use_safetensors: bool | None = N
     """
     gguf = "gguf_file" in options
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from transformers import AutoConfig, AutoTokenizer
-    from transformers.utils import logging
+    with objections(source, options):
+        from transformers import AutoConfig, AutoTokenizer
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        if not Path(source).is_dir() and not _hub_answers(source, options.get("revision")):
-            options["local_files_only"] = True
         config = AutoConfig.from_pretrained(source, **options)
         if Path(source).is_dir() and not gguf:
             require_tokenizer(Path(source))
@@ -107,16 +104,37 @@ def read_pretrained(source: str, *, dtype: Any, use_safetensors: bool | None = N
         if config.is_encoder_decoder and hasattr(model, "get_encoder"):
             model = model.get_encoder()
             model.config = config  # not every encoder has its own
+    refuse_missing([k for k in info["missing_keys"] if "pooler" not in k], source)
+    return model.eval().requires_grad_(False), tokenizer
+
+
+@contextmanager
+def objections(source: str, options: dict[str, Any]) -> Iterator[None]:
+    """Raise TeacherError for whatever transformers objects to inside, without progress bars and advice on stderr.
+
+    If the hub cannot be reached, `options` get local_files_only.
+    """
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    gguf = "gguf_file" in options
+    try:
+        if not Path(source).is_dir() and not _hub_answers(source, options.get("revision")):
+            options["local_files_only"] = True
+        yield
     except StillhouseError:
         raise
     except Exception as e:
         where = str(Path(source) / options["gguf_file"]) if gguf else source
         raise _in_words(e, where, gguf, "trust_remote_code" in options) from e
-    missing = sorted(k for k in info["missing_keys"] if "pooler" not in k)
-    if missing:
-        names = f"{', '.join(missing[:3])} ({len(missing)} in all)"
-        raise TeacherError(f"its file lacks weights of the model: {names}", where=source)
-    return model.eval().requires_grad_(False), tokenizer
+
+
+def refuse_missing(names: Iterable[str], source: str) -> None:
+    """Raise TeacherError if there are weights that the model has and its file lacks. They would be random."""
+    if missing := sorted(names):
+        shown = f"{', '.join(missing[:3])} ({len(missing)} in all)"
+        raise TeacherError(f"its file lacks weights of the model: {shown}", where=source)
 
 
 def read_config(source: str, revision: str | None = None) -> Any:
@@ -182,7 +200,8 @@ def _unreachable(source: str, why: str) -> TeacherError:
         where=source,
         expected="a model's folder, or a name on the Hugging Face hub that can be reached",
         remedy=f"where there is internet, run `hf download {source} --local-dir FOLDER`, copy FOLDER here and give "
-        "--teacher FOLDER. If you copied the cache instead (HF_HOME), set HF_HUB_OFFLINE=1",
+        "--teacher FOLDER, or --encoder FOLDER for features. If you copied the cache instead (HF_HOME), set "
+        "HF_HUB_OFFLINE=1",
     )
 
 

@@ -43,7 +43,7 @@ def front_end(run: Path, device: str, source: str | None) -> Any:
     try:
         method = recorded_method(settings, device, source)
     except TeacherError as e:
-        remedy = e.remedy or "say where it is now with --encoder MODEL"
+        remedy = "say where it is now with --encoder MODEL" + (f", or {e.remedy}" if e.remedy else "")
         raise TeacherError(e.what, where=e.where, expected=e.expected, remedy=remedy) from None
     where = method.settings
     say(f"The features are layer {where.layer} of {where.encoder} ({where.architecture}), {where.frame_hz:g} a second.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from stillhouse.data.errors import AudioError, TeacherError, UsageError
 from stillhouse.extract.speech.encoder import SpeechEncoder, load_encoder
@@ -58,6 +60,84 @@ MODELS: dict[str, tuple[Any, Any, Any]] = {
 }  # fmt: skip
 
 
+ODD = CONVOLVED | {
+    "conv_dim": (8, 12, 20), "conv_kernel": (11, 5, 3), "conv_stride": (7, 5, 3), "num_feat_extract_layers": 3,
+    "conv_bias": True,
+}  # fmt: skip
+UNUSUAL: dict[str, tuple[Any, Any, Any]] = {
+    "other strides and rate": (
+        transformers.Wav2Vec2Model,
+        transformers.Wav2Vec2Config(**ODD),
+        transformers.Wav2Vec2FeatureExtractor(sampling_rate=24000),
+    ),
+    "as many layers as convolutions": (
+        transformers.Wav2Vec2Model,
+        transformers.Wav2Vec2Config(**CONVOLVED | {"num_hidden_layers": 7}),
+        wav2vec2_extractor(),
+    ),
+    "convolutions behind the last layer": (
+        transformers.Wav2Vec2Model,
+        transformers.Wav2Vec2Config(**CONVOLVED, add_adapter=True, output_hidden_size=40),
+        wav2vec2_extractor(),
+    ),
+    "MMS": (
+        transformers.Wav2Vec2ForCTC,
+        transformers.Wav2Vec2Config(
+            **CONVOLVED, vocab_size=20, do_stable_layer_norm=True, feat_extract_norm="layer", adapter_attn_dim=8
+        ),
+        wav2vec2_extractor(),
+    ),
+    "batch norm of positions": (
+        transformers.HubertModel,
+        transformers.HubertConfig(**CONVOLVED, conv_pos_batch_norm=True),
+        wav2vec2_extractor(False),
+    ),
+    "unispeech-sat": (
+        transformers.UniSpeechSatModel,
+        transformers.UniSpeechSatConfig(**CONVOLVED),
+        wav2vec2_extractor(),
+    ),
+    "conformer": (
+        transformers.Wav2Vec2ConformerModel,
+        transformers.Wav2Vec2ConformerConfig(**CONVOLVED, position_embeddings_type="rotary"),
+        wav2vec2_extractor(),
+    ),
+    "three mel frames a state": (
+        transformers.Wav2Vec2BertModel,
+        transformers.Wav2Vec2BertConfig(**SMALL, feature_projection_input_dim=240, add_adapter=True),
+        transformers.SeamlessM4TFeatureExtractor(stride=3),
+    ),
+    "recogniser around the encoder": (
+        transformers.ParakeetForCTC,
+        transformers.ParakeetCTCConfig(
+            encoder_config=SMALL | {"num_mel_bins": 80, "subsampling_conv_channels": 8, "subsampling_factor": 4},
+            vocab_size=20,
+            pad_token_id=0,
+        ),
+        transformers.ParakeetFeatureExtractor(feature_size=80),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(UNUSUAL))
+def test_states_of_unusual_models_equal_plain_transformers(name: str, tmp_path: Path) -> None:
+    kind, config, extractor = UNUSUAL[name]
+    torch.manual_seed(1)
+    built = kind(config).eval()
+    for part in (built, extractor):
+        part.save_pretrained(tmp_path)
+    plain = built.get_encoder() if "encoder_config" in config.to_dict() else getattr(built, "wav2vec2", built)
+    encoder = load_encoder(str(tmp_path))
+    for seconds in (0.21, 1.3456):
+        samples = RNG.standard_normal(int(encoder.sample_rate_hz * seconds)).astype(np.float32) * 0.1
+        layers = [0, encoder.depth - 1, encoder.depth]
+        found, hidden = encoder.states(samples, layers), expected((tmp_path, plain, extractor), samples)
+        assert len(hidden) == encoder.depth + 1
+        for k, states in zip(layers, found, strict=True):
+            assert np.abs(states - hidden[k]).max() <= 1e-4 * np.abs(hidden[k]).max()
+        assert abs(found.shape[1] - seconds * encoder.rate_hz) <= 2
+
+
 @pytest.fixture(scope="module", params=list(MODELS))
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
     """A folder as save_pretrained leaves it, and plain transformers of it."""
@@ -74,7 +154,7 @@ def expected(model: tuple[Path, Any, Any], samples: np.ndarray) -> list[np.ndarr
     """Plain transformers' states of the utterance alone; Whisper's with silence behind, and positions for that long."""
     _, plain, extractor = model
     if plain.config.model_type != "whisper":
-        inputs = extractor(samples, sampling_rate=16000, return_tensors="pt")
+        inputs = extractor(samples, sampling_rate=extractor.sampling_rate, return_tensors="pt")
         with torch.no_grad():
             result = plain(**inputs, output_hidden_states=True)
         kept = int(result.attention_mask.sum()) if "attention_mask" in result else None
@@ -160,6 +240,46 @@ def test_what_cannot_be_is_named(model: tuple[Path, Any, Any], tmp_path: Path) -
 
 
 def test_a_language_model_is_no_speech_encoder(tmp_path: Path) -> None:
-    transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(tmp_path)
+    config = transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9)
+    transformers.BertModel(config).save_pretrained(tmp_path)
     with pytest.raises(TeacherError, match="type bert is no speech encoder"):
         load_encoder(str(tmp_path))
+
+
+def test_what_a_folder_lacks_or_has_wrong_is_named(tmp_path: Path) -> None:
+    """Weights that are not in the file would be random numbers, and nobody would see it."""
+    kind, config, extractor = MODELS["whisper"]
+
+    def refused(words: str) -> None:
+        with pytest.raises(TeacherError, match=words):
+            load_encoder(str(tmp_path))
+
+    kind(config).save_pretrained(tmp_path)
+    extractor.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    without = {k: v for k, v in weights.items() if not k.startswith("decoder")}
+    save_file(without, file, {"format": "pt"})
+    assert load_encoder(str(tmp_path)).depth == 3  # it needs no decoder
+    save_file({k: v for k, v in without.items() if "layers.1.fc1.weight" not in k}, file, {"format": "pt"})
+    refused(r"lacks weights of the model: encoder\.layers\.1\.fc1\.weight \(1 in all\)")
+    file.write_bytes(file.read_bytes()[:1000])
+    refused("damaged or cut.*copy it again")
+    file.unlink()
+    refused("no weights.*safetensors")
+    save_file(weights, file, {"format": "pt"})
+    settings = tmp_path / "preprocessor_config.json"
+    nested = {"processor_class": "WhisperProcessor", "feature_extractor": json.loads(settings.read_bytes())}
+    settings.unlink()
+    (tmp_path / "processor_config.json").write_text(json.dumps(nested))
+    assert load_encoder(str(tmp_path)).sample_rate_hz == 16000
+    (tmp_path / "processor_config.json").unlink()
+    wav2vec2_extractor().save_pretrained(tmp_path)
+    refused(
+        r"fails on a second of noise, with the feature extractor Wav2Vec2FeatureExtractor.*preprocessor_config\.json"
+    )
+    with pytest.raises(TeacherError, match="there is no such folder"):
+        load_encoder(str(tmp_path / "gone"))
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="no CUDA device"):
+            load_encoder(str(tmp_path), "cuda")
