@@ -48,6 +48,10 @@ search_options = with_options(
                  help="The n-grams are of words or of the recogniser's units."),
     click.option("--lm-unknown", type=click.FloatRange(min=0), callback=finite, default=10.0, show_default=True,
                  help="Cost of an unknown word beside <unk>, in nats, before --lm-weight."),
+    click.option("--hotwords", type=PATH,
+                 help="Prefer these phrases: one a line, with or without its own score, as in `NEW YORK :2.5`."),
+    click.option("--hotwords-score", type=click.FloatRange(min=0, min_open=True), callback=finite, default=1.5,
+                 show_default=True, help="What each unit of a hotword adds to the score, in nats."),
     click.option("--max-symbols", type=POSITIVE, default=8, show_default=True,
                  help="Largest number of units in one frame."),
     click.option("--blank-penalty", type=float, callback=finite, default=0.0,
@@ -99,7 +103,8 @@ def decode(
     """Write a hypothesis of each utterance of CORPUS to stdout, as JSON lines {"id", "hyp", "ref", "score", "words"}.
 
     A word ends where the next one begins or a silence starts. --delay corrects the times of a model that emits units
-    late. --lm adds the score of an n-gram model to each unit. It helps most with --beam above 1.
+    late. --lm adds the score of an n-gram model to each unit. It helps most with --beam above 1. --hotwords raises the
+    score of phrases, such as names, and needs --beam 2 or more.
 
     Without FEATURES, the command decodes audio: `-` from a pipe (WAV, or --raw), or the file AUDIO. A model that was
     trained with chunks writes {"id", "hyp", "final", "start_s", "end_s", …} while the audio arrives. Any other model
@@ -111,6 +116,8 @@ def decode(
     Example: stillhouse decode runs/kathleen corpus.jsonl features.h5 --split test > hyp.jsonl
 
     Example: stillhouse decode runs/kathleen corpus.jsonl features.h5 --beam 8 --lm words.arpa.gz --format ctm
+
+    Example: stillhouse decode runs/kathleen corpus.jsonl features.h5 --beam 8 --hotwords names.txt
 
     Example: stillhouse decode runs/kathleen - --format text < talk.wav
     """
@@ -189,37 +196,57 @@ def _search(
     """Return what makes the search of a batch, and how many hypotheses to keep."""
     from ...data.errors import UsageError
     from ..decode.beam import Beam, Fusion
-    from ..decode.fusion import UnitFusion, WordFusion
+    from ..decode.fusion import SumFusion, UnitFusion, WordFusion
     from ..decode.greedy import greedy_search
     from ..decode.ngram import read_arpa
 
-    blank_penalty, ilm_weight = terms["blank_penalty"], terms["ilm_weight"]
-    if lm is None:
-        given = click.get_current_context().get_parameter_source
-        for name in ("lm_weight", "lm_unit", "lm_unknown"):
-            if given(name) == click.core.ParameterSource.COMMANDLINE:
-                option = f"--{name.replace('_', '-')}"
-                raise UsageError(f"{option} needs a language model", expected=f"--lm words.arpa {option} …")
+    blank_penalty, ilm_weight, hotwords = terms["blank_penalty"], terms["ilm_weight"], terms["hotwords"]
+    given = click.get_current_context().get_parameter_source
+    for owner, names in ((lm, ("lm_weight", "lm_unit", "lm_unknown")), (hotwords, ("hotwords_score",))):
+        for name in names:
+            if owner is None and given(name) == click.core.ParameterSource.COMMANDLINE:
+                option, of = f"--{name.replace('_', '-')}", f"--{name.split('_')[0]}"
+                example = "words.arpa" if of == "--lm" else "names.txt"
+                what = "a language model" if of == "--lm" else "a file of hotwords"
+                raise UsageError(f"{option} needs {what}", expected=f"{of} {example} {option} …")
     if nbest > beam:
         raise UsageError(f"--nbest {nbest} is more than --beam {beam}", expected=f"--beam {nbest} or more")
     if nbest > 1 and kind != "jsonl":
         raise UsageError(f"{kind} holds one hypothesis, not --nbest {nbest}", expected="--format jsonl")
+    if hotwords is not None and beam == 1:
+        what = "--hotwords needs a beam search, because a greedy one keeps one hypothesis"
+        raise UsageError(what, expected="--beam 8")
     if beam == 1 and lm is None and not ilm_weight and not blank_penalty:
         return partial(greedy_search, max_symbols=max_symbols), 1
     if model.durations:
         raise UsageError(
             "this model emits tokens and durations, which only the greedy search supports",
-            expected="--beam 1, without --lm, --ilm-weight and --blank-penalty",
+            expected="--beam 1, without --lm, --hotwords, --ilm-weight and --blank-penalty",
         )
     if ilm_weight and model.joint.combine != "add":
         raise UsageError("a multiplicative joint has no internal language model", expected="--ilm-weight 0")
-    fusion: Fusion | None = None
+    parts: list[Fusion] = []
+    if hotwords is not None:
+        parts.append(_phrases(hotwords, units, terms["hotwords_score"]))
     if lm is not None and terms["lm_unit"] == "word":
-        fusion = WordFusion(read_arpa(lm), units, terms["lm_weight"], lm, unknown=terms["lm_unknown"])
+        parts.append(WordFusion(read_arpa(lm), units, terms["lm_weight"], lm, unknown=terms["lm_unknown"]))
     elif lm is not None:
-        fusion = UnitFusion(read_arpa(lm), units, terms["lm_weight"], lm)
+        parts.append(UnitFusion(read_arpa(lm), units, terms["lm_weight"], lm))
+    fusion = SumFusion(parts) if len(parts) > 1 else parts[0] if parts else None
     search = partial(Beam, width=beam, max_symbols=max_symbols, fusion=fusion)
     return partial(search, blank_penalty=blank_penalty, ilm_weight=ilm_weight), nbest
+
+
+def _phrases(path: Path, units: Any, score: float) -> Any:
+    """Return the hotwords of a file, and say which of them cannot count whole."""
+    from ...data.errors import first_few
+    from ..decode.hotwords import Hotwords, read_hotwords, space_unit
+
+    hotwords = Hotwords(read_hotwords(path, units, score), units.size, space_unit(units))
+    if cut := hotwords.cut_short:
+        names = first_few([f"{phrase.text!r} (line {phrase.line})" for phrase in cut])
+        say(f"{path}: only the beginning of {names} gets a score, because another phrase of the file ends inside.")
+    return hotwords
 
 
 @click.command()

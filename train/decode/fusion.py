@@ -10,6 +10,7 @@ Try: `stillhouse decode RUN CORPUS FEATURES --beam 8 --lm words.arpa --lm-unit w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from ...data.errors import UsageError
 from ...data.text import SPACE_MARK
 from ...data.units import BLANK, UNKNOWN, UNKNOWN_TEXT, Units
+from .beam import Fusion
 from .ngram import NGram
 
 SPACES = (SPACE_MARK, "<space>", "<SPACE>")
@@ -28,12 +30,12 @@ Context = tuple[int, ...]
 
 
 class NumberedStates:
-    """What both kinds of Fusion (see beam.py) share: the states of a search as small integers."""
+    """What kinds of Fusion (see beam.py) share: the states of a search as small integers."""
 
     start = 0
 
-    def __init__(self, lm: NGram, weight: float, first: Any) -> None:
-        self.lm, self.weight, self.first = lm, weight, first
+    def __init__(self, first: Any) -> None:
+        self.first = first
         self.reset()
 
     def reset(self) -> None:
@@ -47,13 +49,21 @@ class NumberedStates:
             self.states.append(state)
         return self.numbers[state]
 
+
+class NGramStates(NumberedStates):
+    """What both kinds of n-gram Fusion share."""
+
+    def __init__(self, lm: NGram, weight: float, first: Any) -> None:
+        self.lm, self.weight = lm, weight
+        super().__init__(first)
+
     def next_context(self, context: Context, word: int | None) -> Context:
         """Return the context after one more word. After a word that the model cannot know it is empty."""
         word = self.lm.unknown if word is None else word
         return () if word is None else self.lm.shortened((*context, word))
 
 
-class UnitFusion(NumberedStates):
+class UnitFusion(NGramStates):
     """A Fusion whose n-grams are of the recogniser's units. A lone ▁ may be written <space>. States: contexts.
 
     `weight` multiplies all scores. Raises UsageError, which names the model's file `where`, if it has no such unit.
@@ -88,7 +98,7 @@ class UnitFusion(NumberedStates):
         return self.weight * self.lm.score(self.states[state], self.lm.end) if self.lm.end is not None else 0.0
 
 
-class WordFusion(NumberedStates):
+class WordFusion(NGramStates):
     """A Fusion whose n-grams are of words. States: (context, partial word). The units' transform spells the words.
 
     `weight` multiplies all scores. An unknown word costs `unknown` beside the model's <unk>, or beside its rarest word.
@@ -180,3 +190,25 @@ class WordFusion(NumberedStates):
             added += self._lookahead(partial + part) - self._lookahead(partial)
             partial += part
         return added, context, partial
+
+
+class SumFusion(NumberedStates):
+    """A Fusion that adds up others. States: one state of each."""
+
+    def __init__(self, parts: Sequence[Fusion]) -> None:
+        self.parts = parts
+        super().__init__(tuple(part.start for part in parts))
+
+    def reset(self) -> None:
+        for part in self.parts:
+            part.reset()
+        super().reset()
+
+    def row(self, state: int) -> np.ndarray:
+        return np.sum([part.row(own) for part, own in zip(self.parts, self.states[state])], axis=0, dtype=np.float32)
+
+    def advance(self, state: int, unit: int) -> int:
+        return self.number(tuple(part.advance(own, unit) for part, own in zip(self.parts, self.states[state])))
+
+    def final(self, state: int) -> float:
+        return sum(part.final(own) for part, own in zip(self.parts, self.states[state]))

@@ -89,6 +89,36 @@ def test_beam_and_language_model_make_fewer_errors(hearing: Path, tones: Path, t
     assert rates == [found["greedy"]] * 3
 
 
+def test_hotwords_are_recovered_in_a_corpus_and_in_a_stream(hearing: Path, tones: Path, tmp_path: Path) -> None:
+    dev = (tones / "corpus.jsonl", tones / "features.h5", "--split", "dev", "--beam", 8)
+    (tmp_path / "names.txt").write_text("acc\nDAA :1\n")
+    hotwords = ("--hotwords", tmp_path / "names.txt", "--hotwords-score", 1)
+
+    def counted(found: list[dict]) -> tuple[int, int]:
+        """(how often a hotword was found where it was said, and where it was not)"""
+        said = [(set(r["ref"].split()), w) for r in found for w in r["hyp"].split() if w in ("acc", "daa")]
+        return sum(w in words for words, w in said), sum(w not in words for words, w in said)
+
+    plain = records(stillhouse("decode", hearing, *dev)[0])
+    found = records(stillhouse("decode", hearing, *dev, *hotwords, "--nbest", 2)[0])
+    assert counted(plain) == (0, 0)
+    right, wrong = counted(found)
+    assert right == 2 and wrong <= 4  # of 2 that were said, and of 22 other words
+    for best in (r["nbest"][0] for r in found):  # a space and three letters, each time
+        assert best["fused"] == 4 * sum(w.startswith(("acc", "daa")) for w in best["hyp"].split())
+    lm = language_model(tones, tmp_path / "dev.arpa")
+    both = records(stillhouse("decode", hearing, *dev, *hotwords, "--lm", lm, "--ilm-weight", 0.1)[0])
+    assert counted(both)[0] == 2 and [r["score"] for r in both] != [r["score"] for r in found]
+    piped, _ = stillhouse("decode", hearing, tones / "67.wav", "--beam", 8, *hotwords, "--no-partial")
+    assert [r["hyp"] for r in records(piped)] == [r["hyp"] for r in found if r["id"] == "u67"]
+
+    (tmp_path / "names.txt").write_text("da\ndaa\n")
+    told = stillhouse("decode", hearing, *dev, *hotwords)[1]
+    assert "only the beginning of 'daa' (line 2) gets a score" in told
+    (tmp_path / "names.txt").write_text("da\ndab e\n")
+    stillhouse("decode", hearing, *dev, *hotwords, error="names.txt:2: the model's units cannot write 'dab e'")
+
+
 def test_long_utterances_are_cut_at_quiet_places(
     hearing: Path, tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +246,9 @@ def test_what_is_no_number_is_refused(option: str, value: str, tmp_path: Path) -
         (["corpus.jsonl", "features.h5", "--raw"], "--raw is for audio"),
         (["corpus.jsonl", "features.h5", "--nbest", 2], "--beam 2 or more"),
         (["corpus.jsonl", "features.h5", "--beam", 2, "--nbest", 2, "--format", "trn"], "--format jsonl"),
+        (["corpus.jsonl", "features.h5", "--hotwords", "names.txt"], "--hotwords needs a beam search"),
+        (["corpus.jsonl", "features.h5", "--beam", 4, "--hotwords-score", 2], "--hotwords names.txt --hotwords-score"),
+        (["corpus.jsonl", "features.h5", "--beam", 4, "--hotwords", "no.txt"], "no.txt: cannot read"),
         (["60.wav", "--split", "dev"], "--split is for a corpus"),
         (["60.wav", "--format", "trn", "--id", "a b"], "white space"),
         (["60.wav", "--chunk", 30], "chunk_frames = 30"),
