@@ -47,6 +47,7 @@ MODULES = {
     "stillhouse.extract.adapters.dataset": ["States"],
     "stillhouse.extract.adapters.labelled": ["to_xarray"],
     "stillhouse.distill": None,
+    "stillhouse.train": None,
     "stillhouse.train.rnnt": None,
 }
 WIDTH = 100  # characters of a signature on one line

@@ -8,21 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..rnnt import rnnt_loss_joint, tdt_loss
-from .transducer import BLANK, Transducer
+from ..rnnt import rnnt_loss, rnnt_loss_joint, tdt_loss
+from .transducer import BLANK
 
-TDT_LOGITS = 1 << 26  # logits in memory at a time: 256 MiB, unless one utterance has more
+MOST_LOGITS = 1 << 26  # logits in memory at a time: 256 MiB, unless one utterance has more
+
+
+class JointModel(Protocol):
+    """What the losses use of a model: `size` units, `durations` (none for an RNN-T), and a joint network.
+
+    The joint network has the methods of `Joint`. Its `activation` is "tanh" or "relu" if a fused loss may compute
+    logits from `output`, and None if only the network itself can.
+    """
+
+    size: int
+    durations: tuple[int, ...]
+
+    @property
+    def joint(self) -> Any: ...
 
 
 def transducer_costs(
-    model: Transducer,
+    model: JointModel,
     encoder: Tensor,
     predictor: Tensor,
     targets: Tensor,
@@ -34,25 +48,28 @@ def transducer_costs(
     sigma: float = 0.0,
     ranges: Tensor | None = None,
     want_occupancy: bool = False,
+    blank: int = BLANK,
 ) -> tuple[Tensor, Tensor | None]:
     """Return costs [B] and, with `want_occupancy`, occupancies [B, U, T]: how probably frame t emits unit u.
 
     Encoder [B, T, J] and predictor [B, U + 1, J] are projected to the joint network's width J. The targets [B, U] and
     both lengths are on the CPU. `eps` and `ranges` are for the RNN-T loss (see rnnt_loss_joint), and `sigma` is for the
-    token-and-duration loss, whose logits are in memory for a few utterances at a time.
+    token-and-duration loss. Its logits, and those of a joint network that no fused loss knows, are in memory for a few
+    utterances at a time.
     """
     encoder, predictor, joint = encoder.float(), predictor.float(), model.joint
     known = (targets, lengths, target_lengths)
-    options: dict[str, Any] = {"blank": BLANK, "reduction": "none", "fastemit_lambda": fastemit}
+    options: dict[str, Any] = {"blank": blank, "reduction": "none", "fastemit_lambda": fastemit}
     options["return_occupancy"] = want_occupancy
-    if model.durations:
-        tdt: Callable[..., tuple[Tensor, Tensor | None]] = partial(_tdt_costs, model, sigma=sigma, **options)
-        cells = TDT_LOGITS // (model.size + len(model.durations))
+    if model.durations or joint.activation is None:
+        own: dict[str, Any] = {"sigma": sigma} if model.durations else {"eps": eps}
+        costs_of: Callable[..., tuple[Tensor, Tensor | None]] = partial(_costs_of_logits, model, **own, **options)
+        cells = MOST_LOGITS // (model.size + len(model.durations))
         parts = list(_slices(lengths.tolist(), target_lengths.tolist(), cells))
         if len(parts) > 1 and torch.is_grad_enabled():
             # The backward pass computes the logits of each part again, so that only one part's are in memory.
-            tdt = partial(checkpoint, tdt, use_reentrant=False, preserve_rng_state=False)
-        results = [tdt(encoder[p], predictor[p], *(v[p] for v in known)) for p in parts]
+            costs_of = partial(checkpoint, costs_of, use_reentrant=False, preserve_rng_state=False)
+        results = [costs_of(encoder[p], predictor[p], *(v[p] for v in known)) for p in parts]
         costs = torch.cat([costs for costs, _ in results])
         if not want_occupancy:
             return costs, None
@@ -61,13 +78,14 @@ def transducer_costs(
         return costs, torch.cat(padded)
     output = (joint.output.weight, joint.output.bias)
     result = rnnt_loss_joint(
-        encoder, predictor, *output, *known, combine=joint.combine, eps=eps, ranges=ranges, **options
-    )
+        encoder, predictor, *output, *known,
+        activation=joint.activation, combine=joint.combine, eps=eps, ranges=ranges, **options,
+    )  # fmt: skip
     return result if want_occupancy else (result, None)
 
 
-def _tdt_costs(
-    model: Transducer,
+def _costs_of_logits(
+    model: JointModel,
     encoder: Tensor,
     predictor: Tensor,
     targets: Tensor,
@@ -77,10 +95,14 @@ def _tdt_costs(
 ) -> tuple[Tensor, Tensor | None]:
     """The costs of utterances whose logits fit into memory. The occupancies end with the longest utterance."""
     frames, units = int(lengths.max()), int(target_lengths.max())
-    with torch.autocast(encoder.device.type, enabled=False):
-        tokens, durations = model.joint.with_durations(encoder[:, :frames, None], predictor[:, None, : units + 1])
+    grid = encoder[:, :frames, None], predictor[:, None, : units + 1]
     known = (targets[:, :units], lengths, target_lengths)
-    result = tdt_loss(tokens, durations, *known, durations=model.durations, **options)
+    with torch.autocast(encoder.device.type, enabled=False):
+        if model.durations:
+            tokens, durations = model.joint.with_durations(*grid)
+            result = tdt_loss(tokens, durations, *known, durations=model.durations, **options)
+        else:
+            result = rnnt_loss(model.joint(*grid), *known, **options)
     return result if options["return_occupancy"] else (result, None)
 
 

@@ -239,6 +239,8 @@ class Joint(nn.Module):
     transducer chooses from `durations` durations, by logits of their own.
     """
 
+    activation: Literal["tanh"] = "tanh"
+
     def __init__(
         self, encoder_dim: int, predictor_dim: int, dim: int, size: int, combine: Combine = "add", durations: int = 0
     ) -> None:

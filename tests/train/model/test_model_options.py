@@ -116,7 +116,7 @@ def test_token_and_duration_logits_come_a_few_utterances_at_a_time(monkeypatch: 
         (10 * 60, [(1, 9, 6), (2, 6, 5)]),
         (1, [(1, 9, 6), (1, 6, 1), (1, 3, 5)]),
     ):
-        monkeypatch.setattr(costs, "TDT_LOGITS", room)
+        monkeypatch.setattr(costs, "MOST_LOGITS", room)
         net.zero_grad()
         seen.clear()
         e, p = net.joint.encoder(x.float()), net.joint.predictor(net.predictor(targets))
