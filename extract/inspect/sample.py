@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from ...data.errors import NoStoreError, first_few
+from ...data.errors import NoStoreError, StoreError, first_few
 from ..store import Gathered, Store, View
+from ..store.disk.layout import dtype_of
 from ..store.verify.verify import damaged_items
 
 BLOCK_TOKENS = 16_384
@@ -35,7 +36,24 @@ def undamaged(store: Store, views: Sequence[View]) -> tuple[list[View], list[str
                 view = View(item.teacher, item.context, layer)
                 if finding.where.startswith(f"{view.address} "):
                     damage.setdefault(view, f"{view.address}: {finding.what}")
+    for view in views:
+        if view not in damage and dtype_of(store.plan.teachers[view.teacher].dtype).quantised:
+            try:
+                store.norms_stored(view)
+            except StoreError as e:
+                damage[view] = f"{view.address}: {e.what}"
     return [v for v in views if v not in damage], [text for v, text in damage.items() if v in views]
+
+
+def quantisation_errors(store: Store, view: View) -> dict[str, float | None]:
+    """Return the errors of an int8 or pq view, under the names that they have in JSON."""
+    loss = store.loss(view)
+    stored = "pq" if dtype_of(store.plan.teachers[view.teacher].dtype).codes else "int8"
+    errors: dict[str, float | None] = {}
+    for kind in ("int8", "pq"):
+        own = loss if kind == stored else None
+        errors |= {f"{kind}_error": own and own.relative, f"{kind}_error_standardised": own and own.standardised}
+    return errors
 
 
 def available_rows(store: Store, views: Sequence[View]) -> np.ndarray:

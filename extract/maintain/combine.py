@@ -137,7 +137,7 @@ def combine(
                     first, last = item.shard.first, item.shard.last
                     copy_item(plan, scratch.folder, item, sources[name][first:last], [m.id for m in rows[first:last]])
                 for context in plan.views(name):
-                    if len(stores) == 1 or dtype_of(plan.teachers[name].dtype).scaled:
+                    if len(stores) == 1 or dtype_of(plan.teachers[name].dtype).quantised:
                         _copy_norms(plan, stores[0], name, context, scratch.folder)
                     else:
                         write_norms(plan, name, context, scratch.folder)
@@ -243,5 +243,5 @@ class _CopiedVocabulary:
 
 def _copy_norms(plan: Plan, source: Store, name: str, context: str, scratch: Path) -> None:
     """Copy norms: they never change, so a part of a store has those of the whole store."""
-    norms = {k: source.norm(View(name, context, k)) for k in plan.views(name)[context]}
+    norms = {k: source.norms_stored(View(name, context, k)) for k in plan.views(name)[context]}
     commit_norms(plan, name, context, plan.latest(name).number, norms, scratch)

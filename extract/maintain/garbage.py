@@ -74,14 +74,14 @@ def _entries(path: Path) -> list[Path]:
 
 
 def _states(plan: Plan, name: str) -> Iterator[Path]:
-    """Files of `hidden` and `scale` for which there is no work item."""
+    """Files of `hidden`, `code` and `scale` for which there is no work item, and codebooks of deleted views."""
     record = plan.teachers[name]
     needed = {
         (record.contexts.index(item.context), record.layers.index(k), item.shard.number)
         for item in plan.work_items(name)
         for k in item.layers
     }
-    for array in ("hidden", "scale"):
+    for array in ("hidden", "code", "scale", "codebook"):
         chunks = plan.paths.array(name, array) / "c"
         for context in _entries(chunks):
             for layer in _entries(context):
@@ -89,7 +89,8 @@ def _states(plan: Plan, name: str) -> Iterator[Path]:
                 if not shards:
                     yield layer
                     continue
-                yield from (p for p in _entries(layer) if p.name.isdigit() and int(p.name) not in shards)
+                if array != "codebook":
+                    yield from (p for p in _entries(layer) if p.name.isdigit() and int(p.name) not in shards)
 
 
 def _tokens(plan: Plan, name: str, order: np.ndarray | None) -> Iterator[Path]:

@@ -29,6 +29,7 @@ from ..pipeline.runner import ItemRunner, OpenItem
 from ..store.disk.layout import dtype_of
 from ..store.format.int8 import quantise
 from ..store.format.plan import WorkItem
+from ..store.format.pq import encode_pq
 from ..store.writer import encode
 from ..teacher.tokenizer import Tokens
 
@@ -308,7 +309,8 @@ class ImportRunner(ItemRunner):
 
 def _write(opened: OpenItem, u: int, states: dict[int, np.ndarray], norms: Norms) -> None:
     for layer, values in states.items():
-        block = quantise(values, *norms[layer]) if norms else encode(values, opened.writer.dtype)
+        quantised = encode_pq if opened.writer.dtype.codes else quantise
+        block = quantised(values, *norms[layer]) if norms else encode(values, opened.writer.dtype)
         opened.writer.write(layer, u, 0, block)
 
 

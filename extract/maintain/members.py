@@ -87,9 +87,12 @@ def check_compatible(stores: list[Store], views: list[list[View]]) -> None:
         if differ:
             raise StaleError(f"teacher {name!r} of the two differs: {'; '.join(differ)}", where=where)
     for v in views[0]:
-        if dtype_of(a.plan.teachers[v.teacher].dtype).scaled and not np.array_equal(a.norm(v), b.norm(v)):
+        dtype = a.plan.teachers[v.teacher].dtype
+        same = all(np.array_equal(*pair) for pair in zip(a.norms_stored(v), b.norms_stored(v)))
+        if dtype_of(dtype).quantised and not same:
+            by = "codebooks or norms" if dtype_of(dtype).codes else "norms"
             raise StaleError(
-                f"int8 states of {v} are standardised by other norms in each",
+                f"{dtype} states of {v} are standardised by other {by} in each",
                 where=where,
                 remedy="extract one of the corpora into the other's store",
             )

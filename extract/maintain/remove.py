@@ -121,7 +121,7 @@ def _renew_norms(plan: Plan, views: Sequence[View], scratch: Path) -> None:
             sums: dict[str, int] = {}
             for k in layers:
                 recorded = commits.of["norms", k].checksums
-                sums |= {key: crc for key, crc in recorded.items() if key in (f"norm_mean.{k}", f"norm_std.{k}")}
+                sums |= {key: crc for key, crc in recorded.items() if key.partition(".")[2] == str(k)}
             number = plan.latest(name).number
             commit = Commit(name, context, "norms", number, layers, [], [], checksums=sums, versions=versions())
             link_commit(plan.paths, scratch, commit)

@@ -24,6 +24,7 @@ from ..store.disk.files import StoreFiles
 from ..store.disk.layout import dtype_of, shard_bytes
 from ..store.format.int8 import SCALE_BYTES
 from ..store.format.plan import Generation, Plan, TeacherRecord, WorkItem
+from ..store.format.pq import CENTROIDS
 from ..store.storage import open_files
 from ..store.views import parse_context
 from ..teacher.batching import make_batches
@@ -133,9 +134,9 @@ def size_up(
 
 
 def view_bytes(record: TeacherRecord, items: list[WorkItem]) -> dict[str, int]:
-    """Return the bytes of `hidden`, and of `scale` in int8 stores, that work items take, by view."""
+    """Return the bytes of `hidden` or `code`, and of `scale` in int8 stores, that work items take, by view."""
     dtype = dtype_of(record.dtype)
-    arrays = [record.width * dtype.bytes] + ([SCALE_BYTES] if dtype.scaled else [])
+    arrays = [dtype.row_bytes(record.width)] + ([SCALE_BYTES] if dtype.scaled else [])
     per_view: dict[str, int] = {}
     for item in items:
         for layer in item.layers:
@@ -239,11 +240,11 @@ def check_disk_space(draft: PlanDraft) -> None:
 
 
 def other_bytes(plan: Plan, layout: Layout | None) -> int:
-    """Return the bytes that the last generation adds beside `hidden`: hashes, and tokens of a new teacher."""
+    """Return the bytes that the last generation adds beside states: hashes, codebooks, and tokens of a new teacher."""
     g = plan.generations[-1]
     record = plan.teachers[g.teacher]
     u, c = plan.corpus["utterances"], len(g.work)
-    sums = (16 * c + 4 * sum(len(w.layers) for w in g.work)) * u + 50_000
+    sums = (16 * c + 4 * sum(len(w.layers) for w in g.work)) * u + 50_000 + codebook_bytes(plan)
     if layout is None:
         return sums
     index = (8 + 8 + 4 + 8 + 4 + 8 + 4) * u + sum(len(i.encode()) for i in layout.ids)
@@ -251,6 +252,17 @@ def other_bytes(plan: Plan, layout: Layout | None) -> int:
         return sums + index + 32 * u
     tokens = 12 * len(layout.shards) * layout.shard_rows
     return sums + tokens + index + len(np.unique(layout.tokens.ids)) * (4 + 10 + 2 * record.width)
+
+
+def codebook_bytes(plan: Plan) -> int:
+    """Return the bytes of the codebooks of the views that the last generation adds."""
+    last = plan.generations[-1]
+    record = plan.teachers[last.teacher]
+    if not dtype_of(record.dtype).codes:
+        return 0
+    earlier = [g for g in plan.generations[:-1] if g.teacher == last.teacher]
+    views = [{(w.context, k) for g in of for w in g.work for k in w.layers} for of in ([last], earlier)]
+    return len(views[0] - views[1]) * CENTROIDS * record.width * 2
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from ...data.files.atomic import sync
 from ..speech.sounds import Sounds
 from ..speech.teacher import SpeechTeacher
 from ..store.disk.durable import WriteBatch
-from ..store.disk.layout import array_json, dtype_of, group_json, hidden_json, scale_json
+from ..store.disk.layout import array_json, codebook_json, dtype_of, group_json, hidden_json, scale_json
 from ..store.format import plan as plans
 from ..store.format.arrays import ArrayWriter, RawArray
 from ..store.format.index import write_edition, write_index
@@ -99,6 +99,7 @@ def write_teacher(
     """
     u, s = len(layout.ids), layout.shard_rows
     n, c, k, d = len(layout.shards) * s, len(record.contexts), len(record.layers), record.width
+    dtype = dtype_of(record.dtype)
     filled: dict[str, tuple[np.ndarray, str, tuple[int, ...], tuple[str, ...]]] = {
         "start": (layout.start, "i8", (u,), ("utterance",)),
         "length": (layout.tokens.length, "i4", (u,), ("utterance",)),
@@ -117,12 +118,12 @@ def write_teacher(
             "vocab_piece": (pieces, "u1", pieces.shape, ("byte",)),
             "embedding": (embedding, "f2", embedding.shape, ("vocabulary", "embedding")),
         }
-    for name, (values, dtype, chunks, dims) in filled.items():
+    for name, (values, numbers, chunks, dims) in filled.items():
         fill = -1 if name in ("token_id", "span") else 0
-        writer.create((record.name, name), array_json(values.shape, dtype, chunks, dims, fill=fill), values)
+        writer.create((record.name, name), array_json(values.shape, numbers, chunks, dims, fill=fill), values)
     axes = ("context", "layer")
     empty = {
-        "hidden": hidden_json(c, k, n, d, s, dtype_of(record.dtype), record.axis),
+        dtype.array: hidden_json(c, k, n, d, s, dtype, record.axis),
         "norm_mean": array_json((c, k, d), "f4", (1, 1, d), (*axes, "dimension"), fill="NaN"),
         "norm_std": array_json((c, k, d), "f4", (1, 1, d), (*axes, "dimension"), fill="NaN"),
         "input_hash": array_json((c, u), "u8", (1, u), ("context", "utterance")),
@@ -130,8 +131,10 @@ def write_teacher(
         "context_right": array_json((c, u), "i4", (1, u), ("context", "utterance")),
         "crc32c": array_json((c, k, u), "u4", (1, 1, u), (*axes, "utterance")),
     }
-    if dtype_of(record.dtype).scaled:
+    if dtype.scaled:
         empty["scale"] = scale_json(c, k, n, s, record.axis)
+    if dtype.codes:
+        empty["codebook"] = codebook_json(c, k, d, dtype.codes)
     for name, meta in empty.items():
         writer.create((record.name, name), meta)
 
@@ -151,9 +154,10 @@ def grow_teacher(writer: ArrayWriter, plan: Plan, new_rows: NewRows | None) -> N
     c, k = len(record.contexts), len(record.layers)
     n = len(generation.shards) * generation.shard_rows
     u = new_rows.first + len(new_rows.ids) if new_rows is not None else 0
-    for name in ("hidden", "scale") if dtype_of(record.dtype).scaled else ("hidden",):
+    dtype = dtype_of(record.dtype)
+    for name in (dtype.array, "scale") if dtype.scaled else (dtype.array,):
         writer.grow((record.name, name), {0: c, 1: k, 2: n})
-    for name in ("norm_mean", "norm_std"):
+    for name in dtype.norms:
         writer.grow((record.name, name), {0: c, 1: k})
     writer.grow((record.name, "crc32c"), {0: c, 1: k, 2: u})
     for name in ("input_hash", "context_left", "context_right"):

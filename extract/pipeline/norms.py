@@ -1,8 +1,8 @@
 """Mean and standard deviation of each view's dimensions, over a sample of utterances that the plan decides.
 
 Guarantees: the sample is at most 2,000 utterances, spread evenly over the plan, and is the same for every view and
-writer. Norms are computed from the stored states, or for int8, which needs them first, from the model's. They are
-committed once and never change.
+writer. Norms are computed from the stored states, or for int8 and pq, which need them first, from the model's. They
+are committed once, together with the codebooks of pq, and never change.
 Try: `pytest tests/extract/store/test_reader.py -k norms`.
 """
 
@@ -24,15 +24,18 @@ from ..store.format.arrays import RawArray
 from ..store.format.commits import Commit, Commits, link_commit
 from ..store.format.index import Index
 from ..store.format.plan import Plan, TeacherRecord, WorkItem
+from ..store.format.pq import ROWS, learn
 from ..store.reader import Store
 from ..store.verify.sums import NORMS
 from ..store.views import View
 from ..store.writer import versions
 
 SAMPLE = 2000
+SAMPLE_BYTES = 1 << 30  # of rows in memory from which codebooks are learned
 LEAST_STD = 1e-3
 
-Norms = dict[int, tuple[np.ndarray, np.ndarray]]  # {layer: (mean, standard deviation)}, float32 [D] each
+# {layer: (mean, standard deviation)}, float32 [D] each; of pq also the codebooks, float16 [M, 256, D/M]
+Norms = dict[int, tuple[np.ndarray, ...]]
 # (work item, rows, layers) -> (row, {layer: float32 [n, D]}) of the tokens of these rows, in any order
 Sample = Callable[[WorkItem, np.ndarray, Sequence[int]], Iterable[tuple[int, dict[int, np.ndarray]]]]
 
@@ -61,10 +64,10 @@ def write_norms(plan: Plan, teacher: str, context: str, scratch: Path) -> None:
 def restore_norms(store: Store, view: View) -> bool:
     """Write a view's norms again, if its states still give the norms that were committed; return False if not.
 
-    The norms of int8 come from the model's own states, and those of a part of a store from the whole store.
+    The norms of int8 and pq come from the model's own states, and those of a part of a store from the whole store.
     """
     record, commits = store.plan.teachers[view.teacher], store.commits(view.teacher, view.context)
-    if dtype_of(record.dtype).scaled:
+    if dtype_of(record.dtype).quantised:
         return False
     norms = _norms_of(store, [view])
     recorded = commits.of["norms", view.layer].checksums
@@ -75,33 +78,74 @@ def restore_norms(store: Store, view: View) -> bool:
 
 
 def norms_before_states(plan: Plan, item: WorkItem, sample: Sample, scratch: Path) -> Norms:
-    """Return the norms of a work item's views before any of its states is written, as int8 needs them.
+    """Return the norms of a work item's views before any of its states is written, as int8 and pq need them.
 
     The first writer computes the sample's states for this alone, under a lock. What it commits holds for all writers.
-    Raises StoreError, with view and utterance, if a state is not finite.
+    Raises StoreError, with view and utterance, if a state is not finite, and if committed norms are damaged.
     """
     name, context = item.teacher, item.context
-    record = plan.teachers[name]
     with FileLock(plan.paths.lock(name, context, "norms"), wait=True):
         commits = Commits(plan.paths, name, context)
         missing = [k for k in item.layers if not commits.has("norms", [k])]
         if missing:
-            rows = sample_rows(np.asarray(RawArray(plan.paths, name, "length").read()))
-            moments = {k: Moments() for k in missing}
-            for row, states in sample(item, rows, missing):
-                for k, values in states.items():
-                    if not np.isfinite(values).all():
-                        raise StoreError(
-                            f"a value of {name}/{context}/{k} is not finite",
-                            where=Index(plan.paths).id(row),
-                            remedy="the model itself yields it: try --model-dtype float32",
-                        )
-                    moments[k].add(values)
-            norms = {k: m.result() for k, m in moments.items()}
+            norms = _norms_of_sample(plan, item, sample, missing)
             commit_norms(plan, name, context, item.generation.number, norms, scratch)
-    c, (mean, std) = record.contexts.index(context), (RawArray(plan.paths, name, array) for array in NORMS)
-    axes = {k: record.layers.index(k) for k in item.layers}
-    return {k: (mean.read(c, axis), std.read(c, axis)) for k, axis in axes.items()}
+    store = Store.open(plan.paths.files)
+    return {k: store.norms_stored(View(name, context, k)) for k in item.layers}
+
+
+def _norms_of_sample(plan: Plan, item: WorkItem, sample: Sample, layers: Sequence[int]) -> Norms:
+    """Compute norms from the model's own states. Of pq, all layers whose samples fit into memory are run at once."""
+    record = plan.teachers[item.teacher]
+    codes, lengths = dtype_of(record.dtype).codes, np.asarray(RawArray(plan.paths, item.teacher, "length").read())
+    rows = sample_rows(lengths)
+    kept_bytes = min(ROWS, int(lengths[rows].sum())) * record.width * 4 if codes else 0
+    at_once = max(1, SAMPLE_BYTES // kept_bytes) if kept_bytes else len(layers)
+    norms: Norms = {}
+    for first in range(0, len(layers), at_once):
+        part = layers[first : first + at_once]
+        moments = {k: Moments() for k in part}
+        kept = {k: KeptRows(rows, lengths[rows], record.width) for k in part if codes}
+        for row, states in sample(item, rows, part):
+            for k, values in states.items():
+                if not np.isfinite(values).all():
+                    raise StoreError(
+                        f"a value of {item.teacher}/{item.context}/{k} is not finite",
+                        where=Index(plan.paths).id(row),
+                        remedy="the model itself yields it: try --model-dtype float32",
+                    )
+                moments[k].add(values)
+                if codes:
+                    kept[k].add(row, values)
+        for k in part:
+            norms[k] = moments[k].result()
+            if codes:
+                norms[k] += (learn(kept.pop(k).result(), *norms[k], codes),)
+    return norms
+
+
+class KeptRows:
+    """At most 32,768 rows of a sample, spread evenly over its tokens. Rows come in blocks of single utterances."""
+
+    def __init__(self, rows: np.ndarray, lengths: np.ndarray, width: int) -> None:
+        ends = np.cumsum(lengths, dtype=np.int64)
+        total = int(ends[-1])
+        self._next = dict(zip(rows.tolist(), (ends - lengths).tolist()))  # {row: number of its next token}
+        self._chosen = np.unique(np.linspace(0, total - 1, min(ROWS, total)).round().astype(np.int64))
+        self._filled = np.zeros(len(self._chosen), bool)
+        self._states = np.empty((len(self._chosen), width), np.float32)
+
+    def add(self, row: int, states: np.ndarray) -> None:
+        """Add the next tokens of an utterance, float32 [n, D]."""
+        begin = self._next[row]
+        end = self._next[row] = begin + len(states)
+        first, last = np.searchsorted(self._chosen, (begin, end))
+        self._states[first:last] = states[self._chosen[first:last] - begin]
+        self._filled[first:last] = True
+
+    def result(self) -> np.ndarray:
+        """Return the rows in the order of the tokens, float32 [S, D]."""
+        return self._states[self._filled]
 
 
 def commit_norms(plan: Plan, teacher: str, context: str, generation: int, norms: Norms, scratch: Path) -> None:
@@ -124,7 +168,7 @@ def _write(paths: Paths, record: TeacherRecord, context: str, norms: Norms) -> l
 def _checksums(norms: Norms) -> dict[str, int]:
     """{"norm_mean.LAYER": crc32c, …}, as a commit record has them."""
     arrays = {f"{name}.{k}": array for k, values in norms.items() for name, array in zip(NORMS, values)}
-    return {key: crc32c(np.ascontiguousarray(array, "<f4")) for key, array in arrays.items()}
+    return {key: crc32c(np.ascontiguousarray(array, array.dtype.newbyteorder("<"))) for key, array in arrays.items()}
 
 
 class Moments:

@@ -111,7 +111,7 @@ def summarise(plan: Plan, name: str, progress: ExtractionProgress) -> Summary:
         model_share=progress.model_s / progress.worker_s if progress.worker_s else 0.0,
         wall_s=wall,
         store_bytes=folder_bytes(files, files.root),
-        hidden_bytes=sum(folder_bytes(files, data / array) for array in ("hidden", "scale")),
+        hidden_bytes=sum(folder_bytes(files, data / array) for array in ("hidden", "code", "scale")),
         passes=passes_of(plan, name).words,
     )
 

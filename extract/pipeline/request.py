@@ -15,7 +15,7 @@ from ...data.errors import StaleError, UsageError
 from ...data.text import check_transform
 from ..speech.teacher import ALONE, AnyTeacher, SpeechTeacher
 from ..store.disk.files import StoreFiles
-from ..store.disk.layout import check_teacher_name
+from ..store.disk.layout import check_teacher_name, dtype_of
 from ..store.disk.paths import Paths
 from ..store.format.plan import Plan, TeacherRecord, read_plan
 from ..store.views import parse_context
@@ -100,6 +100,7 @@ def teacher_record(teacher: AnyTeacher, request: Request) -> TeacherRecord:
         check_context(parse_context(name), teacher.kind, text_limit)
     if not layers or not contexts:
         raise UsageError("nothing to extract", expected="at least one layer and one context")
+    dtype_of(request.dtype).check_width(teacher.width)
     record = TeacherRecord(
         name=check_teacher_name(request.name),
         kind=teacher.kind,

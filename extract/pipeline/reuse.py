@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from ...data.errors import StoreError
+from ..store.disk.layout import Dtype, dtype_of
 from ..store.format.index import Index
-from ..store.format.int8 import Quantised
 from ..store.format.plan import Plan, WorkItem
+from ..store.format.quantised import Quantised
 from ..store.reader import Store
 from ..store.views import View
 from ..store.writer import ItemWriter
@@ -46,20 +47,22 @@ class Reuse:
         store, views = self._store, [View(item.teacher, item.context, k) for k in item.layers]
         hashes, commits = store.inputs_seen(views[0])[0], store.commits(item.teacher, item.context)
         copies: Copies = {}
+        dtype = dtype_of(self._plan.teachers[item.teacher].dtype)
         for u in np.flatnonzero(sources >= 0).tolist():
             source = int(sources[u])
             shard = int(store.shard_of(item.teacher, source))
             if hashes[source] == input_hash[u] and commits.has(shard, item.layers):
                 try:
-                    copies[u] = {v.layer: stored_block(*store.stored_rows(np.array([source]), v)) for v in views}
+                    source_row = np.array([source])
+                    copies[u] = {v.layer: stored_block(dtype, *store.stored_rows(source_row, v)) for v in views}
                 except StoreError:
                     continue  # It is damaged, so the model runs it again.
         return copies
 
 
-def stored_block(values: np.ndarray, scale: np.ndarray | None) -> np.ndarray | Quantised:
+def stored_block(dtype: Dtype, values: np.ndarray, scale: np.ndarray | None) -> np.ndarray | Quantised:
     """Return rows as `ItemWriter.write` takes them."""
-    return values if scale is None else Quantised(values, scale, np.zeros((len(values), 4), np.float32))
+    return Quantised(values, scale, np.zeros((len(values), 4), np.float32)) if dtype.quantised else values
 
 
 def write_copies(writer: ItemWriter, copies: Copies) -> None:
@@ -107,11 +110,12 @@ def copy_item(
                 end = 0
                 for u in part:
                     own = slice(end, end := end + int(lengths[u]))
-                    writer.write(layer, u, 0, stored_block(values[own], None if scale is None else scale[own]))
+                    block = stored_block(writer.dtype, values[own], None if scale is None else scale[own])
+                    writer.write(layer, u, 0, block)
         for store, where, rows in by_store(sources):
             for array, stored in zip(inputs, store.inputs_seen(View(item.teacher, item.context, item.layers[0]))):
                 array[where] = stored[rows]
-        for layer in item.layers if writer.dtype.scaled else ():
+        for layer in item.layers if writer.dtype.quantised else ():
             writer.loss[layer] += _losses(item, layer, sources, lengths)
         writer.commit(*inputs, item.generation.number)
 
@@ -139,7 +143,7 @@ def _parts(sources: Sequence[tuple[Store, int]], lengths: np.ndarray, most: int)
 
 
 def _losses(item: WorkItem, layer: int, sources: Sequence[tuple[Store, int]], lengths: np.ndarray) -> np.ndarray:
-    """The int8 loss of these rows. It is recorded by shard, so each row counts its share of the shard's rows."""
+    """The loss of these quantised rows. It is recorded by shard, so each row counts its share of the shard's rows."""
     total = np.zeros(4)
     for store, where, rows in by_store(sources):
         shards, records = store.shard_of(item.teacher, rows), store.commits(item.teacher, item.context).of

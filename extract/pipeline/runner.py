@@ -23,8 +23,8 @@ from ..speech.teacher import AnyTeacher, SpeechTeacher
 from ..store.format.arrays import RawArray
 from ..store.format.commits import Commits
 from ..store.format.index import Index
-from ..store.format.int8 import Quantised
 from ..store.format.plan import Generation, Plan, WorkItem
+from ..store.format.quantised import Quantised
 from ..store.read.handles import most_handles
 from ..store.read.rows import TeacherRows
 from ..store.writer import ItemWriter
@@ -234,8 +234,8 @@ class ItemRunner:
                 yield Task(batch, opened.item.layers, encode, opened.item, opened, number == len(batches), opened.ids)
 
     def norms(self, item: WorkItem) -> Norms:
-        """Return what standardises the states of an int8 store; {} for other dtypes. The first item computes it."""
-        return norms_before_states(self.plan, item, self.sample, self.scratch) if self.rows.dtype.scaled else {}
+        """Return what quantises the states of an int8 or pq store; {} for others. The first item computes it."""
+        return norms_before_states(self.plan, item, self.sample, self.scratch) if self.rows.dtype.quantised else {}
 
     def sample(self, item: WorkItem, rows: np.ndarray, layers: Sequence[int]) -> Iterator[tuple[int, dict]]:
         """Yield (row, {layer: float32 [n, D]}) of the tokens of some rows in the item's context, in parts."""
@@ -258,10 +258,10 @@ class Encode:
     """Encodes the states of a batch as they are stored. The model's thread calls it."""
 
     writer: ItemWriter
-    norms: dict[int, tuple[torch.Tensor, torch.Tensor]]
+    norms: dict[int, tuple[torch.Tensor, ...]]
 
     def __call__(self, states: dict[int, torch.Tensor]) -> EncodedStates:
-        narrow = self.writer.dtype.logical in ("float16", "int8")
+        narrow = self.writer.dtype.quantised or self.writer.dtype.logical == "float16"
         return {
             k: (encode_tensor(v, self.writer.dtype, self.norms.get(k)), largest_of(v) if narrow else math.nan)
             for k, v in states.items()

@@ -16,11 +16,12 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from ...data.errors import StoreError
+from ...data.errors import StoreError, UsageError
 from . import display
 from .disk.layout import dtype_of, to_float32
 from .disk.paths import Paths
 from .format.int8 import dequantise
+from .format.pq import decode_pq, decoding_table
 from .read.buffers import BATCH_BUFFERS
 from .read.handles import RENEWALS, Handle, Handles
 from .read.rows import RowRanges, ShardRead, TeacherRows, read_all
@@ -68,9 +69,10 @@ class DamagedRowError(Exception):
 class StateReader:
     """Reads the states of one store. With `checksums`, it raises DamagedRowError where stored bytes are damaged."""
 
-    def __init__(self, paths: Paths, checksums: bool) -> None:
-        self.paths, self.checksums = paths, checksums
+    def __init__(self, paths: Paths, checksums: bool, norms: Callable[[str, str, int], tuple[np.ndarray, ...]]) -> None:
+        self.paths, self.checksums, self._norms = paths, checksums, norms
         self.handles = Handles(paths.files)
+        self._decoders: dict[tuple[View, Any], Callable[[np.ndarray, np.ndarray | None, np.ndarray], None]] = {}
 
     def read(
         self,
@@ -83,8 +85,12 @@ class StateReader:
     ) -> dict[View, np.ndarray]:
         """Return {view: [N, D]} of views of one teacher, given with their positions on the axes C and L.
 
+        `dtype` is that of `Store.gather`, or "codes" for the codes of pq, uint8 [N, M].
         Their ranges are asked for together, so that waits for cold ones overlap.
         """
+        if dtype == "codes" and not t.dtype.codes:
+            what, expected = f"its states are stored in {t.dtype.logical}, without codes", "a view extracted as pq:M"
+            raise UsageError(what, where=next(iter(views)).address, expected=expected)
         states: dict[View, np.ndarray] = {}
         items = list(views.items())
         for first in range(0, len(items), VIEWS_AT_ONCE):
@@ -94,7 +100,7 @@ class StateReader:
     def stored(
         self, t: TeacherRows, view: View, axes: tuple[int, int], rows: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return states [N, D] as their bytes are on disk, and for int8 the scales float16 [N].
+        """Return states [N, D], for pq codes [N, M], as their bytes are on disk, and for int8 the scales float16 [N].
 
         Rows may be dead; their shards must be committed.
         """
@@ -114,8 +120,8 @@ class StateReader:
         dtype: str | None,
         allocate: Allocate,
     ) -> dict[View, np.ndarray]:
-        logical = dtype or ("float32" if t.dtype.scaled else t.dtype.logical)
-        direct = logical == t.dtype.logical
+        logical = dtype or ("float32" if t.dtype.quantised else t.dtype.logical)
+        direct = logical in (t.dtype.logical, "codes")
         buffers = [self._buffers(t, axes, ranges, allocate if direct else BATCH_BUFFERS.empty) for _, axes in views]
         states: dict[View, np.ndarray] = {}
 
@@ -128,9 +134,9 @@ class StateReader:
                 states[view] = stored
                 return
             out = allocate((ranges.total, t.width), np.dtype(dtype_of(logical).stored))
-            if scale is not None:
-                mean, std = (t.of_layer(name, *axes) for name in ("norm_mean", "norm_std"))
-                dequantise(stored, scale, mean, std, out)
+            if t.dtype.quantised:
+                if ranges.total:  # Views without any states have no norms yet.
+                    self._decoder(view, out.dtype)(stored, scale, out)
             else:
                 np.copyto(out, to_float32(stored, t.dtype.logical), casting="same_kind")
             states[view] = out
@@ -138,14 +144,25 @@ class StateReader:
         self._fill([reads for _, _, reads in buffers], finish)
         return states
 
+    def _decoder(self, view: View, dtype: Any) -> Callable[[np.ndarray, np.ndarray | None, np.ndarray], None]:
+        """Return what fills an array of this dtype from rows of a view as they are stored, and their scales."""
+        if (view, dtype) not in self._decoders:
+            mean, std, *book = self._norms(view.teacher, view.context, view.layer)
+            if book:
+                table = decoding_table(*book, mean, std, dtype)
+                self._decoders[view, dtype] = lambda codes, _, out: decode_pq(codes, table, out)
+            else:
+                self._decoders[view, dtype] = lambda values, scale, out: dequantise(values, scale, mean, std, out)
+        return self._decoders[view, dtype]
+
     def _buffers(
         self, t: TeacherRows, axes: tuple[int, int], ranges: RowRanges, allocate: Allocate
     ) -> tuple[np.ndarray, np.ndarray | None, list[ShardRead]]:
         """Return arrays for a view's states as stored and their scales (None: there are none), and what fills them."""
-        out = allocate((ranges.total, t.width), np.dtype(t.dtype.stored))
+        out = allocate((ranges.total, t.dtype.columns(t.width)), np.dtype(t.dtype.stored))
         scale = np.empty(ranges.total, np.float16) if t.dtype.scaled else None
         reads = []
-        for name, array in (("hidden", out), ("scale", scale)):
+        for name, array in ((t.dtype.array, out), ("scale", scale)):
             if array is None:
                 continue
             handles: dict[int, Handle] = {}

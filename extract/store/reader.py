@@ -22,14 +22,15 @@ from .format import plan as plans
 from .format.arrays import RawArray
 from .format.commits import Commits
 from .format.index import Index, same_text
-from .format.int8 import Int8Error, sum_up
 from .format.plan import TeacherInfo
+from .format.quantised import QuantisationError
 from .gather import Allocate, DamagedRowError, Gathered, StateReader
 from .read.buffers import BATCH_BUFFERS
 from .read.committed import CommittedWork
+from .read.norms import StoredNorms
 from .read.rows import RowRanges, TeacherRows
 from .read.vocabulary import Vocabulary
-from .storage import open_files
+from .storage import explain_change, open_files
 from .views import View, matching
 
 
@@ -62,8 +63,9 @@ class Store:
         self.path = Path(self.address)
         asked = self._asked_checksums
         self.checksums = self.paths.files.is_copied if asked is None else asked
-        self._states = StateReader(self.paths, self.checksums)
         self._committed = CommittedWork(self.plan)
+        self._norms = StoredNorms(self.plan, self._committed)
+        self._states = StateReader(self.paths, self.checksums, self._norms.checked)
         self._teachers: dict[str, TeacherRows] = {}
         self._indices: dict[int, Index] = {}
 
@@ -134,18 +136,26 @@ class Store:
 
     def norm(self, view: View) -> tuple[np.ndarray, np.ndarray]:
         """Return mean and standard deviation (≥ 1e-3) of each dimension, float32 [D], over the plan's sample."""
-        axes = self.axes(view)
-        if not self.commits(view.teacher, view.context).has("norms", [view.layer]):
-            raise NoStoreError(f"{view} is not complete", where=self.address, remedy="finish its extraction")
-        width = self._teacher_rows(view.teacher).width
-        mean, std = (self._array(view, name, *axes, written=[(0, width)]) for name in ("norm_mean", "norm_std"))
+        self.axes(view)
+        mean, std, *_ = self._norms.read(view.teacher, view.context, view.layer)
         return mean, std
 
-    def loss(self, view: View) -> Int8Error | None:
-        """Return how far int8 states of this view are from the model's, or None for other dtypes."""
-        commits = {id(c): c for (_, k), c in self.commits(view.teacher, view.context).of.items() if k == view.layer}
-        key = str(view.layer)
-        return sum_up([c.losses[key] for c in commits.values() if key in c.losses])
+    def norms_stored(self, view: View) -> tuple[np.ndarray, ...]:
+        """Return mean, std and, for pq, codebooks float16 as stored. Raises StoreError where they are damaged."""
+        self.axes(view)
+        return self._norms.checked(view.teacher, view.context, view.layer)
+
+    def codebooks(self, view: View) -> np.ndarray:
+        """Return the codebooks of a pq view, float32 [M, 256, D/M]. Raises UsageError for a view of another dtype.
+
+        A state is `codebooks[m, code[m]] · std + mean`, with codes of `gather(…, dtype="codes")` and `norm`'s numbers.
+        """
+        self.axes(view)
+        return self._norms.codebooks(view.teacher, view.context, view.layer)
+
+    def loss(self, view: View) -> QuantisationError | None:
+        """Return how far int8 or pq states of this view are from the model's, or None for other dtypes."""
+        return self._norms.loss(view.teacher, view.context, view.layer)
 
     # --- states ---
 
@@ -157,7 +167,8 @@ class Store:
         Arguments:
             ids: utterance ids, in any order; repeats are allowed.
             views: views to read, from `resolve`.
-            dtype: "float32" or "float16". None keeps the stored type: bfloat16 as uint16 bits, int8 as float32.
+            dtype: "float32" or "float16". None keeps the stored type: bfloat16 as uint16 bits, int8 and pq as float32.
+                "codes" reads the codes of pq views, uint8 [N, M], instead of what they stand for (see `codebooks`).
             allocate: makes the C-contiguous output array from (shape, dtype), for example in pinned memory.
 
         Returns:
@@ -168,8 +179,8 @@ class Store:
             NoStoreError: an id or view is unknown, or not extracted yet; names the utterances.
             StoreError: stored bytes are damaged; names the view and the utterance.
         """
-        if dtype not in (None, "float32", "float16"):
-            raise UsageError(f"states as {dtype!r}", expected="float32, float16 or None")
+        if dtype not in (None, "float32", "float16", "codes"):
+            raise UsageError(f"states as {dtype!r}", expected="float32, float16, codes or None")
         batch = Gathered({}, {}, {}, {})
         rows_of: dict[int, np.ndarray] = {}  # by edition: most teachers share one
         try:
@@ -188,7 +199,7 @@ class Store:
                 batch.states.update(self._states.read(t, axes, rows, ranges, dtype, allocate or BATCH_BUFFERS.empty))
         except (StoreError, DamagedRowError) as e:
             error = e if isinstance(e, StoreError) else e.named(self.index.id(e.row))
-            self._explain(error)
+            explain_change(error, self._source, self.plan)
             raise error from None
         return batch
 
@@ -288,7 +299,7 @@ class Store:
             try:
                 self._indices[edition] = Index(self.paths, edition)
             except StoreError as e:
-                self._explain(e)
+                explain_change(e, self._source, self.plan)
                 raise
         return self._indices[edition]
 
@@ -387,14 +398,3 @@ class Store:
 
     def _array(self, view: View, name: str, *lead: int, written: Sequence[tuple[int, int]]) -> np.ndarray:
         return RawArray(self.paths, view.teacher, name).read(*lead, written=written)
-
-    def _explain(self, error: StoreError) -> None:
-        """Raise StoreError where the cause may be that the store has changed since it was opened."""
-        try:
-            numbers = [g.number for g in plans.read_plan(open_files(self._source)).generations]
-        except StoreError:
-            return
-        if numbers != [g.number for g in self.plan.generations]:
-            what = f"{error.what}; and the store has changed since it was opened"
-            remedy = "open it again, or call its refresh()"
-            raise type(error)(what, where=error.where, remedy=remedy) from error

@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
-from ...data.errors import UsageError
+from ...data.errors import StoreError, UsageError
 from ...data.files.atomic import sync
 from ...data.files.lock import FileLock
 from ...data.files.outputs import check_folder
 from .disk.files import StoreFiles
+from .format.plan import Plan, read_plan
 from .remote.client import is_url, split_url
 from .remote.files import reading_files, writing_files
 
@@ -27,6 +28,18 @@ def open_files(store: str | Path | StoreFiles) -> StoreFiles:
     if isinstance(store, StoreFiles):
         return store
     return reading_files(store) if is_url(store) else StoreFiles(Path(store))
+
+
+def explain_change(error: StoreError, store: str | Path | StoreFiles, plan: Plan) -> None:
+    """Raise an error that says so where the store has changed since `plan` was read."""
+    try:
+        numbers = [g.number for g in read_plan(open_files(store)).generations]
+    except StoreError:
+        return
+    if numbers != [g.number for g in plan.generations]:
+        what = f"{error.what}; and the store has changed since it was opened"
+        remedy = "open it again, or call its refresh()"
+        raise type(error)(what, where=error.where, remedy=remedy) from error
 
 
 def writable_files(store: str | Path) -> AbstractContextManager[StoreFiles]:

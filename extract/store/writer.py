@@ -24,8 +24,9 @@ from .disk.layout import INNER_ROWS, Dtype, crc32c, dtype_of, footer, shard_byte
 from .disk.paths import Paths
 from .format.arrays import RawArray
 from .format.commits import Commit, Commits, link_commit
-from .format.int8 import SCALE_BYTES, Quantised
+from .format.int8 import SCALE_BYTES
 from .format.plan import TeacherRecord, WorkItem
+from .format.quantised import Quantised
 
 
 @functools.cache
@@ -35,7 +36,10 @@ def versions() -> dict[str, str]:
 
 
 def encode(states: np.ndarray, dtype: Dtype) -> np.ndarray:
-    """Return float32 [N, D] as it is stored (int8: see `quantise`). bfloat16 rounds to nearest even, as torch does."""
+    """Return float32 [N, D] as it is stored. bfloat16 rounds to nearest even, as torch does.
+
+    int8 and pq have functions of their own: `quantise` and `encode_pq`.
+    """
     if dtype.logical == "bfloat16":
         bits = np.ascontiguousarray(states, dtype=np.float32).view(np.uint32)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
@@ -70,7 +74,7 @@ class ItemWriter:
     ) -> None:
         self.paths, self.scratch, self.teacher, self.item = paths, scratch, teacher, item
         self.dtype = dtype_of(teacher.dtype)
-        self.row_bytes = teacher.width * self.dtype.bytes
+        self.row_bytes = self.dtype.row_bytes(teacher.width)
         self.ids, self.lengths = ids, lengths
         shard, rows = item.shard, item.generation.shard_rows
         self.starts = starts - shard.number * rows
@@ -83,7 +87,7 @@ class ItemWriter:
         self.scale = {
             layer: np.full(shard.rows + -shard.rows % INNER_ROWS, np.nan, dtype=np.float16) for layer in scaled
         }
-        self.loss = {layer: np.zeros(4) for layer in scaled}
+        self.loss = {layer: np.zeros(4) for layer in (item.layers if self.dtype.quantised else ())}
         self._split: set[tuple[int, int]] = set()
         size = shard_bytes(shard.rows, rows, self.row_bytes)
         try:
@@ -100,7 +104,7 @@ class ItemWriter:
     def write(
         self, layer: int, utterance: int, first_token: int, block: np.ndarray | Quantised, largest: float = math.nan
     ) -> None:
-        """Write [n, D], from `encode` or `quantise`, as tokens [first_token, first_token + n) of an utterance.
+        """Write [n, D], as `encode`, `quantise` or `encode_pq` returns it, as tokens from `first_token` on.
 
         Arguments:
             utterance: its position in the work item.
@@ -112,7 +116,7 @@ class ItemWriter:
         quantised = block if isinstance(block, Quantised) else None
         if isinstance(block, Quantised):
             block = block.values
-        if not (is_finite(block, self.dtype) if quantised is None else np.isfinite(quantised.scale).all()):
+        if not (is_finite(block, self.dtype) if quantised is None else quantised.finite):
             raise self._not_finite(layer, utterance, block, largest)
         row = int(self.starts[utterance]) + first_token
         data = memoryview(block.data).cast("B")
@@ -123,7 +127,8 @@ class ItemWriter:
                 raise
         self.written[layer][row : row + len(block)] = True
         if quantised is not None:
-            self.scale[layer][row : row + len(block)] = quantised.scale
+            if quantised.scale is not None:
+                self.scale[layer][row : row + len(block)] = quantised.scale
             # A decoder's first state can be so long that it alone would decide the shares, and hide the others' error.
             apart = self.teacher.kind == "decoder" and first_token == 0
             self.loss[layer] += quantised.loss[int(apart) :].sum(0, dtype=np.float64)
@@ -187,7 +192,7 @@ class ItemWriter:
         c = teacher.contexts.index(item.context)
         for layer in item.layers:
             axes = teacher.name, c, teacher.layers.index(layer), shard.number
-            moves = [(self.files[layer], self.paths.hidden(*axes), 4)]
+            moves = [(self.files[layer], self.paths.shard_file(self.dtype.array, *axes), 4)]
             if self.dtype.scaled:
                 moves.append((self.scale_files[layer], self.paths.scale(*axes), 3))
             for source, target, folders in moves:

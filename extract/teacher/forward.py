@@ -1,7 +1,7 @@
 """One batch through the teacher, and its states in the dtype of the store.
 
 Guarantees: on every device the rounding equals that of the store's numpy code (`writer.encode`, `int8.quantise`), bit
-by bit.
+by bit. The codes of pq equal `pq.encode_pq`, on a GPU except where two vectors are equally near but for rounding.
 Try: `pytest tests/extract/store/test_int8.py tests/extract/store/test_layout.py`.
 """
 
@@ -15,20 +15,24 @@ import torch
 
 from ...data.errors import StillhouseError, TeacherError, first_few
 from ..store.disk.layout import Dtype
-from ..store.format.int8 import LARGEST, Quantised
+from ..store.format.int8 import LARGEST
+from ..store.format.pq import encode_pq
+from ..store.format.quantised import Quantised
 from .contexts import Window
 from .exact import too_long
 from .loading import first_line
 
 T = TypeVar("T")
-Norm = tuple[torch.Tensor, torch.Tensor]  # mean and std float32 [D] of a view, on the teacher's device
+DISTANCES = 1 << 27  # at a time, float32 in the memory of a GPU
+# mean and std float32 [D] of a view, and for pq its codebooks float32 [M, 256, D/M], on the teacher's device
+Norm = tuple[torch.Tensor, ...]
 
 
 def encode_tensor(states: torch.Tensor, dtype: Dtype, norm: Norm | None = None) -> np.ndarray | Quantised:
-    """Return states [..., D] in the stored dtype, on the host. Rounding is to nearest even. int8 needs the norm."""
-    if dtype.scaled:
+    """Return states [..., D] in the stored dtype, on the host, rounded to nearest even. int8 and pq need the norm."""
+    if dtype.quantised:
         assert norm is not None
-        return _quantise(states.float(), *norm)
+        return (_encode_pq if dtype.codes else _quantise)(states.float(), *norm)
     if dtype.logical == "bfloat16":
         return states.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy().view(np.uint16)
     return states.to(getattr(torch, dtype.logical)).cpu().contiguous().numpy()
@@ -40,10 +44,9 @@ def largest_of(states: torch.Tensor) -> float:
         return float(torch.linalg.vector_norm(states, float("inf"))) if states.numel() else 0.0
 
 
-def tensors(norm: tuple[np.ndarray, np.ndarray], device: str) -> Norm:
-    """Return a view's mean and standard deviation as float32 tensors on a device."""
-    mean, std = (torch.from_numpy(np.array(v, np.float32)).to(device) for v in norm)
-    return mean, std
+def tensors(norm: tuple[np.ndarray, ...], device: str) -> Norm:
+    """Return the norms of a view as float32 tensors on a device."""
+    return tuple(torch.from_numpy(np.array(v, np.float32)).to(device) for v in norm)
 
 
 def _quantise(states: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> Quantised:
@@ -57,6 +60,27 @@ def _quantise(states: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> Qu
         loss = torch.stack([v.square().sum(-1) for v in (error * std, states, error, z)], dim=-1)
         whole = torch.nan_to_num(values).to(torch.int8)
         return Quantised(whole.cpu().contiguous().numpy(), scale.cpu().numpy(), loss.cpu().numpy())
+
+
+def _encode_pq(states: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, book: torch.Tensor) -> Quantised:
+    """`pq.encode_pq`, on a GPU as matrix products."""
+    with torch.inference_mode():
+        if states.device.type == "cpu":
+            return encode_pq(*(v.contiguous().numpy() for v in (states, mean, std, book)))
+        codes, _, width = book.shape
+        z = ((states - mean) / std).reshape(-1, codes, width)
+        half, last = book.square().sum(-1)[:, None] / 2, book.transpose(1, 2)
+        numbers, error = [], []
+        parts = torch.arange(codes, device=book.device)
+        for part in z.split(max(1, DISTANCES // (codes * book.shape[1]))):
+            number = torch.baddbmm(half, part.transpose(0, 1), last, alpha=-1).argmin(-1).t()  # [n, M]
+            numbers.append(number.to(torch.uint8))
+            error.append(part - book[parts, number])
+        whole = torch.cat(error).reshape(states.shape)
+        squares = (whole * std, states, whole, z.reshape(states.shape))
+        loss = torch.stack([v.square().sum(-1) for v in squares], dim=-1)
+        found = torch.cat(numbers).reshape(*states.shape[:-1], codes)
+        return Quantised(found.cpu().numpy(), None, loss.cpu().numpy())
 
 
 def forward(

@@ -40,7 +40,7 @@ def _is_head(path: str) -> bool:
 
 
 def _is_states(path: str) -> bool:
-    return "/hidden/c/" in path
+    return "/hidden/c/" in path or "/code/c/" in path
 
 
 def _is_commit(path: str) -> bool:
@@ -48,7 +48,7 @@ def _is_commit(path: str) -> bool:
 
 
 MOMENTS = {
-    "grown": Moment(("os.replace",), False, lambda path: path.endswith("/hidden/zarr.json")),
+    "grown": Moment(("os.replace",), False, lambda path: path.endswith(("/hidden/zarr.json", "/code/zarr.json"))),
     "planned": Moment(("os.replace",), False, _is_head),
     "written": Moment(("os.replace",), False, _is_head),
     "switched": Moment(("os.replace",), True, _is_head),

@@ -18,6 +18,7 @@ from ....data.errors import NoStoreError, StoreError, UsageError, first_few
 from ....data.files.atomic import usual_mode
 from ....data.files.patient import PatientFile
 from ...store import Store, View
+from ...store.disk.layout import dtype_of
 from ..output import check_output, output_draft
 from ..sample import available_rows, ids_of
 from .utterance import pieces_of
@@ -49,8 +50,8 @@ def export(
 
     `rows` are those of `store.rows`; None: all. Utterances that some view lacks, or that teachers have from different
     texts, are left out.
-    Arrays are packed: `TEACHER/length` has the number of tokens of each utterance. Without `float32`, int8 becomes
-    float16, bfloat16 becomes float32, and other dtypes stay as they are.
+    Arrays are packed: `TEACHER/length` has the number of tokens of each utterance. Without `float32`, int8 and pq
+    become float16, bfloat16 becomes float32, and other dtypes stay as they are.
     """
     check_output(path, _WRITERS, force, [store.path])
     available = available_rows(store, views)
@@ -75,8 +76,8 @@ def export(
         remedy = "name fewer views or utterances, or open data.zarr itself with zarr, xarray or tensorstore"
         raise UsageError(what, where=path, expected=expected, remedy=remedy)
     for view in views:
-        stored = store.teacher(view.teacher).dtype
-        dtype = "float32" if float32 or stored == "bfloat16" else "float16" if stored == "int8" else None
+        stored = dtype_of(store.teacher(view.teacher).dtype)
+        dtype = "float32" if float32 or stored.logical == "bfloat16" else "float16" if stored.quantised else None
         arrays[view.address] = store.gather(ids, [view], dtype).states[view]
         if dtype == "float16" and not np.isfinite(arrays[view.address]).all():
             raise StoreError("a state does not fit into float16", where=view.address, remedy="export it with --float32")

@@ -25,6 +25,7 @@ from ...store.storage import open_files
 from ...store.verify.stale import behind
 from ...store.verify.sums import unchecked
 from ...store.verify.verify import StoreFinding, damaged_records, findings
+from ..sample import quantisation_errors
 
 
 def as_json(fact: Any, kind: str) -> dict[str, Any]:
@@ -50,6 +51,8 @@ class ViewFacts:
     int8_error: float | None  # for int8: root mean square error over root mean square, without a decoder's first tokens
     int8_error_standardised: float | None  # the same for standardised states
     behind: int = 0  # utterances that differ from the newest corpus, because this teacher has not been refreshed
+    pq_error: float | None = None  # for pq: as int8_error
+    pq_error_standardised: float | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ class TeacherFacts:
     work_items: int = 0  # committed, as `extract --status` counts them
     work_items_planned: int = 0
     compared: bool = True  # whether batches were compared with one text at a time; earlier versions did not
+    pq_error: float | None = None  # largest of its views
+    pq_error_standardised: float | None = None
 
 
 @dataclass(frozen=True)
@@ -191,6 +196,10 @@ def unopened(path: Path, error: StoreError) -> Verified:
 
 def _teacher_facts(store: Store, name: str, views: list[ViewFacts]) -> TeacherFacts:
     t, items = store.plan.teachers[name], store.plan.work_items(name)
+
+    def largest(key: str) -> float | None:
+        return max((e for v in views if (e := getattr(v, key)) is not None), default=None)
+
     recorded = {f.name: getattr(t, f.name) for f in fields(TeacherFacts) if hasattr(t, f.name)}
     return TeacherFacts(
         **recorded | {"leading_space": t.space_choice},
@@ -201,7 +210,7 @@ def _teacher_facts(store: Store, name: str, views: list[ViewFacts]) -> TeacherFa
         views=sum(v.complete for v in views),
         views_planned=len(views),
         hidden_bytes=sum(v.bytes for v in views),
-        int8_error=max((v.int8_error for v in views if v.int8_error is not None), default=None),
+        **{key: largest(key) for key in ("int8_error", "pq_error", "pq_error_standardised")},
         behind=max((v.behind for v in views), default=0),
         work_items=sum(_committed(store, item) for item in items),
         work_items_planned=len(items),
@@ -224,7 +233,6 @@ def _view_facts(store: Store, view: View, complete: bool, late: int) -> ViewFact
     done = [s for s in shards.values() if commits.has(s.number, [view.layer], need[s.number])]
     records = [commits.of[s.number, view.layer] for s in done]
     live, lengths = store.index_of(view.teacher).live, store.lengths(view.teacher)
-    loss = store.loss(view)
 
     def total(counts: np.ndarray, of: Iterable[Shard]) -> int:
         return sum(int(counts[s.first : s.last].sum()) for s in of)
@@ -241,8 +249,7 @@ def _view_facts(store: Store, view: View, complete: bool, late: int) -> ViewFact
         tokens_planned=total(lengths, shards.values()),
         bytes=sum(r.files.get(str(view.layer), 0) for r in records),
         fingerprint=teacher.fingerprints.get(f"{view.context}/{view.layer}"),
-        int8_error=loss.relative if loss else None,
-        int8_error_standardised=loss.standardised if loss else None,
+        **quantisation_errors(store, view),
         behind=late,
     )
 

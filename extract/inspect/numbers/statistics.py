@@ -12,7 +12,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...store import Store, View, to_float32
-from ..sample import OnProgress, blocks, first_tokens, ids_of, ignore, read_states, sample_rows, sample_size
+from ..sample import (
+    OnProgress,
+    blocks,
+    first_tokens,
+    ids_of,
+    ignore,
+    quantisation_errors,
+    read_states,
+    sample_rows,
+    sample_size,
+)
 
 SAMPLE_TOKENS = 20_000  # of each view, if the views are neither wide nor many
 RANK_SIDE = 1024  # most tokens for the rank of wider states, because it takes width³ operations otherwise
@@ -47,6 +57,8 @@ class Statistics:
     int8_error: float | None  # for int8: root mean square error over root mean square of all states as written
     int8_error_standardised: float | None  # the same for standardised states, which training sees
     rank_tokens: int = 0  # tokens behind the rank, which bounds it: 1,024 in a sample of wider states
+    pq_error: float | None = None  # for pq: as int8_error
+    pq_error_standardised: float | None = None
 
 
 def statistics(
@@ -119,7 +131,6 @@ def _of_view(store: Store, view: View, rows: np.ndarray, rank: str) -> Statistic
     large = np.flatnonzero(rms > OUTLIER * np.median(rms))
     large = large[np.argsort(-rms[large], kind="stable")]
     pairs = count * (count - 1)
-    loss = store.loss(view)
     return Statistics(
         view=view.address,
         width=width,
@@ -135,8 +146,7 @@ def _of_view(store: Store, view: View, rows: np.ndarray, rank: str) -> Statistic
         dead=np.flatnonzero(std <= DEAD * np.median(std)).tolist() if count else [],
         outliers=[Dimension(d, float(mean[d]), float(rms[d])) for d in large.tolist()],
         not_finite=not_finite,
-        int8_error=loss.relative if loss else None,
-        int8_error_standardised=loss.standardised if loss else None,
+        **quantisation_errors(store, view),
         rank_tokens=0 if rank == "none" else ranked,
     )
 

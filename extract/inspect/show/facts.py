@@ -43,6 +43,8 @@ def _teacher(t: TeacherFacts) -> str:
     )
     revision = "" if t.revision is None else f" at {t.revision}"
     error = "" if t.int8_error is None else f" (error {t.int8_error:.2%} at most)"
+    if t.pq_error is not None and t.pq_error_standardised is not None:
+        error = f" (error {t.pq_error:.1%} of the states, {t.pq_error_standardised:.1%} standardised at most)"
     rows = [
         ("teacher", t.name),
         ("  model", f"{t.architecture}, {kind}, {t.depth} layers, {t.width} wide"),

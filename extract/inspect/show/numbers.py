@@ -39,9 +39,11 @@ def statistics(listed: Sequence[Statistics]) -> str:
             lines.append(wrap(f"{s.view} outliers: {first_few(named, MOST_NAMED)}", indent=2))
         if s.dead:
             lines.append(wrap(f"{s.view} dead: {first_few([str(d) for d in s.dead], MOST_NAMED)}", indent=2))
-        if s.int8_error is not None and s.int8_error_standardised is not None:
-            errors = f"{s.int8_error:.2%} of the states, {s.int8_error_standardised:.2%} standardised"
-            lines.append(wrap(f"{s.view} int8 error: {errors}", indent=2))
+        pairs = {"int8": (s.int8_error, s.int8_error_standardised), "pq": (s.pq_error, s.pq_error_standardised)}
+        for kind, (error, standardised) in pairs.items():
+            if error is not None and standardised is not None:
+                errors = f"{error:.2%} of the states, {standardised:.2%} standardised"
+                lines.append(wrap(f"{s.view} {kind} error: {errors}", indent=2))
     tokens = ", ".join(dict.fromkeys(f"{s.tokens:,}" for s in listed))
     bounded = sorted({f"{s.rank_tokens:,}" for s in listed if s.rank_tokens < s.tokens})
     rank = f"effective rank of {' or '.join(bounded)} tokens, which bounds it" if bounded else "effective rank"

@@ -8,6 +8,7 @@ Try: `pytest tests/extract/store/test_layout.py`.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import re
@@ -21,7 +22,7 @@ from ....data.errors import StoreError, UsageError
 
 FORMAT = "stillhouse-store"
 VERSION = 1
-FRAME_VERSION = 2  # of a store that has a speech teacher, whose states are those of frames
+LATER_VERSION = 2  # of a store that has states of frames, or codes in their place, which earlier readers do not know
 INNER_ROWS = 64  # rows of `hidden` a chunk inside a shard
 MAX_SHARD_BYTES = 128 << 20
 MIN_SHARD_ROWS = 2048
@@ -41,19 +42,52 @@ class Dtype:
     stored: str
     zarr: str
     fill: Any
+    codes: int = 0  # M of pq:M (see format/pq.py)
 
     @property
     def bytes(self) -> int:
         return np.dtype(self.stored).itemsize
 
     @property
+    def array(self) -> str:
+        """The array that has the rows."""
+        return "code" if self.codes else "hidden"
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """The arrays that have what a view's states are standardised and decoded by."""
+        return ("norm_mean", "norm_std", "codebook") if self.codes else ("norm_mean", "norm_std")
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the norms of a view must be there before its first state is written."""
+        return self.scaled or self.codes > 0
+
+    @property
     def scaled(self) -> bool:
-        """Whether rows need their scales and the view's norms (see format/int8.py)."""
+        """Whether rows have scales (see format/int8.py)."""
         return self.logical == "int8"
+
+    def columns(self, width: int) -> int:
+        """Return the numbers that a row of states of this width has."""
+        return self.codes or width
+
+    def row_bytes(self, width: int) -> int:
+        """Return the bytes of a row of states of this width, without its scale."""
+        return self.columns(width) * self.bytes
 
     def fill_rows(self, rows: int, width: int) -> np.ndarray:
         value = np.nan if self.fill == "NaN" else self.fill
-        return np.full((rows, width), value, dtype=self.stored)
+        return np.full((rows, self.columns(width)), value, dtype=self.stored)
+
+    def check_width(self, width: int) -> None:
+        """Raise UsageError if pq cannot cut states of this width into M parts of equal length."""
+        if self.codes and width % self.codes:
+            parts = [m for m in range(1, min(width, MOST_CODES) + 1) if width % m == 0]
+            raise UsageError(
+                f"{self.logical} cannot cut states of width {width} into {self.codes} equal parts",
+                expected=f"pq:M with M among {', '.join(map(str, parts))}",
+            )
 
 
 DTYPES = {
@@ -63,16 +97,26 @@ DTYPES = {
     "float32": Dtype("float32", "<f4", "float32", "NaN"),
     "int8": Dtype("int8", "|i1", "int8", 0),  # the scale of rows that hold nothing is NaN
 }
+MOST_CODES = 512  # of a row
 
 
+@functools.cache
 def dtype_of(name: str) -> Dtype:
-    if name not in DTYPES:
-        raise UsageError(f"unknown store dtype {name!r}", expected=" or ".join(DTYPES))
-    return DTYPES[name]
+    """Return a dtype by its name, of which pq:M are many. Raises UsageError for an unknown one."""
+    if name in DTYPES:
+        return DTYPES[name]
+    kind, _, number = name.partition(":")
+    if kind == "pq":
+        codes = int(number) if re.fullmatch("[1-9][0-9]{0,3}", number) else 0
+        if not 0 < codes <= MOST_CODES:
+            what = f"{name!r} does not say how many codes a row has"
+            raise UsageError(what, expected=f"pq:M with M from 1 to {MOST_CODES}, as in pq:32")
+        return Dtype(name, "|u1", "uint8", 0, codes)
+    raise UsageError(f"unknown store dtype {name!r}", expected=" or ".join([*DTYPES, "pq:M"]))
 
 
 def to_float32(states: np.ndarray, logical: str) -> np.ndarray:
-    """Return stored states, as `gather` returns them, as float32. bfloat16 comes as uint16 bits, int8 as float32."""
+    """Return stored states, as `gather` returns them, as float32. bfloat16 alone comes as uint16 bits."""
     if logical == "bfloat16":
         return (states.astype(np.uint32) << 16).view(np.float32)
     if logical == "float16":
@@ -170,9 +214,13 @@ def array_json(
 def hidden_json(
     contexts: int, layers: int, rows: int, width: int, shard_rows: int, dtype: Dtype, axis: str = "token"
 ) -> dict[str, Any]:
-    """Return the metadata of `hidden` [C, L, N, D]: shards of (1, 1, S, D), chunks of (1, 1, 64, D), fill NaN."""
-    shape, dimensions = (contexts, layers, rows, width), ("context", "layer", axis, "dimension")
-    chunks, inner = (1, 1, shard_rows, width), (1, 1, INNER_ROWS, width)
+    """Return the metadata of `hidden` [C, L, N, D]: shards of (1, 1, S, D), chunks of (1, 1, 64, D), fill NaN.
+
+    That of `code` [C, L, N, M] of a pq store is the same with M for D, and fill 0.
+    """
+    columns, last = dtype.columns(width), "part" if dtype.codes else "dimension"
+    shape, dimensions = (contexts, layers, rows, columns), ("context", "layer", axis, last)
+    chunks, inner = (1, 1, shard_rows, columns), (1, 1, INNER_ROWS, columns)
     stored, attributes = np.dtype(dtype.stored).str[1:], {"logical_dtype": dtype.logical}
     return array_json(shape, stored, chunks, dimensions, fill=dtype.fill, inner=inner, attributes=attributes)
 
@@ -183,13 +231,20 @@ def scale_json(contexts: int, layers: int, rows: int, shard_rows: int, axis: str
     return array_json(shape, "f2", (1, 1, shard_rows), dimensions, fill="NaN", inner=(1, 1, INNER_ROWS))
 
 
+def codebook_json(contexts: int, layers: int, width: int, codes: int) -> dict[str, Any]:
+    """Return the metadata of `codebook` [C, L, M, 256, D/M] of pq stores, a chunk for each view, fill NaN."""
+    book = (codes, 256, width // codes)
+    dimensions = ("context", "layer", "part", "number", "within")
+    return array_json((contexts, layers, *book), "f2", (1, 1, *book), dimensions, fill="NaN")
+
+
 def shard_rows(total_rows: int, longest: int, width: int, dtype: Dtype, longest_id: str | None = None) -> int:
     """Return S: about a sixteenth of the rows, at least 2,048 and the longest utterance, at most 128 MiB."""
 
     def up(n: int) -> int:
         return max(1, math.ceil(n / INNER_ROWS)) * INNER_ROWS
 
-    most = max(INNER_ROWS, MAX_SHARD_BYTES // (width * dtype.bytes) // INNER_ROWS * INNER_ROWS)
+    most = max(INNER_ROWS, MAX_SHARD_BYTES // dtype.row_bytes(width) // INNER_ROWS * INNER_ROWS)
     if up(longest) > most:
         what = f"an utterance with {longest} states does not fit into a shard of {most} rows"
         raise StoreError(what, where=longest_id, remedy="split the utterance in the manifest")

@@ -42,11 +42,16 @@ class Paths:
 
     def hidden(self, teacher: str, context: int, layer: int, shard: int) -> Path:
         """The shard file of `hidden` at positions on the axes C, L and N (positions, not layer numbers)."""
-        return self.chunk(teacher, "hidden", context, layer, shard, 0)
+        return self.shard_file("hidden", teacher, context, layer, shard)
 
     def scale(self, teacher: str, context: int, layer: int, shard: int) -> Path:
         """The same of `scale`, which int8 stores alone have."""
-        return self.chunk(teacher, "scale", context, layer, shard)
+        return self.shard_file("scale", teacher, context, layer, shard)
+
+    def shard_file(self, array: str, teacher: str, context: int, layer: int, shard: int) -> Path:
+        """The shard file of `hidden`, of `code`, which pq stores have instead, or of `scale`."""
+        last = () if array == "scale" else (0,)
+        return self.chunk(teacher, array, context, layer, shard, *last)
 
     def plan(self, generation: int) -> Path:
         return self.root / "plan" / str(generation) / "plan.json"

@@ -41,6 +41,8 @@ _ARRAYS: dict[tuple[int, tuple[str, ...]], tuple[str, ...]] = {
     (3, ("float32",)): ("norm_mean", "norm_std"),
     (3, ("uint32",)): ("crc32c",),
     (4, ("float16", "uint16", "float32", "int8")): ("hidden",),
+    (4, ("uint8",)): ("code",),
+    (5, ("float16",)): ("codebook",),
 }
 _KNOWN = {name: kind for kind, names in _ARRAYS.items() for name in names}
 _UNASKED = 1 << 30  # bytes that an array may declare before its files are counted

@@ -29,12 +29,13 @@ class Commit:
     """One work item that is done, or the norms of a context's layers.
 
     `files` gives each layer's bytes. `checksums` gives the crc32c of each layer's row of `crc32c`, and of the item's
-    part of `input_hash`, `context_left` and `context_right`; for norms, of "norm_mean.LAYER" and "norm_std.LAYER".
+    part of `input_hash`, `context_left` and `context_right`; for norms, of "norm_mean.LAYER", "norm_std.LAYER" and
+    "codebook.LAYER", which pq alone has.
     """
 
     teacher: str
     context: str
-    shard: int | str  # "norms": norm_mean and norm_std of these layers are on disk.
+    shard: int | str  # "norms": norm_mean, norm_std and codebook of these layers are on disk.
     generation: int
     layers: list[int]
     utterances: list[int]  # [first, last)
@@ -43,7 +44,7 @@ class Commit:
     checksums: dict[str, int] = field(default_factory=dict)
     writer: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
-    losses: dict[str, list[float]] = field(default_factory=dict)  # int8 only, by layer: sums of `Quantised.loss`
+    losses: dict[str, list[float]] = field(default_factory=dict)  # int8 and pq, by layer: sums of `Quantised.loss`
 
 
 def link_commit(paths: Paths, scratch: Path, commit: Commit) -> bool:
@@ -74,10 +75,12 @@ def publish(paths: Paths, record: Path, commit: Commit) -> bool:
         return RawArray(paths, commit.teacher, name)
 
     if commit.shard == "norms":
-        norms = [array(name).file(c, k, 0) for name in ("norm_mean", "norm_std") for k in axes.values()]
+        names = {key.partition(".")[0] for key in commit.checksums}
+        norms = [a.file(c, k, *(0 for _ in a.shape[2:])) for a in map(array, sorted(names)) for k in axes.values()]
         return paths.files.publish_commit(record, norms, None, overwrite=True)
     shard, (first, last) = int(commit.shard), commit.utterances
-    data = [where(commit.teacher, c, k, shard) for k in axes.values() for where in (paths.hidden, paths.scale)]
+    arrays = ("hidden", "code", "scale")
+    data = [paths.shard_file(name, commit.teacher, c, k, shard) for k in axes.values() for name in arrays]
     values: dict[str, Any] = {"first": first}
     for name in ("input_hash", "context_left", "context_right"):
         values[name] = array(name).read(c)[first:last]

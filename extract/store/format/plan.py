@@ -15,7 +15,7 @@ from ..disk.checksums import without_checksum
 from ..disk.durable import write_json
 from ..disk.files import StoreFiles
 from ..disk.json_records import MOST, as_record, matches_type
-from ..disk.layout import DTYPES, FORMAT, FRAME_VERSION, INNER_ROWS, VERSION, check_teacher_name
+from ..disk.layout import FORMAT, INNER_ROWS, LATER_VERSION, VERSION, check_teacher_name, dtype_of
 from ..disk.paths import Paths
 from .block_sums import Sums, inherited_sums, write_sums
 
@@ -166,8 +166,10 @@ class Plan:
 
     @property
     def version(self) -> int:
-        """The version of the format. Readers that do not know frames must not take them for tokens."""
-        return FRAME_VERSION if any(t.is_speech for t in self.teachers.values()) else VERSION
+        """The version of the format. Readers that do not know frames or codes must not take them for others."""
+        return (
+            LATER_VERSION if any(t.is_speech or t.dtype.startswith("pq") for t in self.teachers.values()) else VERSION
+        )
 
     def work_items(self, teacher: str | None = None) -> list[WorkItem]:
         """Return all work items in the order in which writers take them, without what a later generation dropped."""
@@ -232,8 +234,8 @@ def read_plan(files: StoreFiles) -> Plan:
         raise NoStoreError("there is no store", where=root, remedy="stillhouse extract CORPUS STORE …") from e
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise NoStoreError("this is not a store", where=place, expected=f"format {FORMAT!r}")
-    if head.get("version") not in (VERSION, FRAME_VERSION):
-        expected = f"version {VERSION} or {FRAME_VERSION}"
+    if head.get("version") not in (VERSION, LATER_VERSION):
+        expected = f"version {VERSION} or {LATER_VERSION}"
         raise StoreError(f"version {head.get('version')!r:.60}", where=root, expected=expected)
     for key, kind in _HEAD.items():
         if not matches_type(head.get(key), kind):
@@ -270,7 +272,7 @@ def _check_teacher(name: str, t: TeacherRecord, where: str) -> None:
         check_teacher_name(name)
     except UsageError as e:
         raise StoreError(f"the plan is damaged: {e.what}", where=where) from None
-    sound = t.name == name and t.dtype in DTYPES and 0 < t.width < 1 << 20 and 0 <= t.depth < 1 << 16
+    sound = t.name == name and 0 < t.width < 1 << 20 and 0 <= t.depth < 1 << 16
     sound &= all(c and not set(c) & set("/\\\0") and c[0] != "." for c in t.contexts)
     sound &= t.axis in ("token", "frame") and t.is_speech == (t.kind == "speech")
     if t.is_speech:
@@ -278,6 +280,11 @@ def _check_teacher(name: str, t: TeacherRecord, where: str) -> None:
         sound &= 0 < t.rate_hz <= t.sample_rate_hz and 0 <= t.offset_s < 1e6
     if not sound or len(set(t.contexts)) < len(t.contexts) or len(set(t.layers)) < len(t.layers):
         raise StoreError(f"the plan is damaged: the record of the teacher {name}", where=where)
+    try:
+        dtype_of(t.dtype).check_width(t.width)
+    except UsageError as e:
+        what = f"this version does not read the states of {name}, or the plan is damaged: {e.what}"
+        raise StoreError(what, where=where, expected=e.expected) from None
 
 
 def _generation(paths: Paths, number: int, teachers: dict[str, TeacherRecord]) -> Generation:

@@ -121,7 +121,7 @@ class TeacherRows:
         self.record, latest = plan.teachers[name], plan.latest(name)
         self.paths = plan.paths
         self.width, self.dtype = self.record.width, dtype_of(self.record.dtype)
-        self.row_bytes = self.width * self.dtype.bytes
+        self.row_bytes = self.dtype.row_bytes(self.width)
         self.shard_rows, self.shards = latest.shard_rows, latest.shards
         rows = [(s.first, s.last) for s in self.shards]
         self.start, self.length = (RawArray(self.paths, name, a).read(written=rows) for a in ("start", "length"))
@@ -158,19 +158,18 @@ class TeacherRows:
         return np.minimum(start // self.shard_rows, max(0, len(self.shards) - 1))
 
     def row_size(self, array: str) -> int:
-        """Return the bytes of a row of `hidden` or `scale`."""
+        """Return the bytes of a row of `hidden`, `code` or `scale`."""
         return SCALE_BYTES if array == "scale" else self.row_bytes
 
     def path(self, array: str, context: int, layer: int, shard: int) -> Path:
-        """Return the shard file of `hidden` or `scale`."""
+        """Return the shard file of `hidden`, `code` or `scale`."""
         key = (array, context, layer, shard)
         if key not in self._files:
-            where = self.paths.scale if array == "scale" else self.paths.hidden
-            self._files[key] = where(self.record.name, context, layer, shard)
+            self._files[key] = self.paths.shard_file(array, self.record.name, context, layer, shard)
         return self._files[key]
 
     def of_layer(self, array: str, context: int, layer: int) -> np.ndarray:
-        """Return `crc32c` [U], `norm_mean` or `norm_std` [D] of a view."""
+        """Return `crc32c` [U], or the norms, of a view."""
         key = (array, context, layer)
         if key not in self._arrays:
             self._arrays[key] = RawArray(self.paths, self.record.name, array).read(context, layer)

@@ -34,7 +34,7 @@ from .client import Conflict, Missing, Objects, no_store
 
 T = TypeVar("T")
 BY_ITEM = ("input_hash", "context_left", "context_right", "crc32c")  # arrays that work items write parts of
-BY_SHARD = ("hidden", "scale", "norm_mean", "norm_std")
+BY_SHARD = ("hidden", "code", "scale", "norm_mean", "norm_std", "codebook")
 CLAIM_S = 600.0  # a planner that has not finished this long after its claim is taken for dead
 BUILD_CLAIM = "locks/build.json"
 _OTHER_NAME = "another name, or delete what is under this one"

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ....data.errors import StillhouseError, StoreError
+from ..disk.layout import dtype_of
 from ..disk.paths import Paths
 from ..format.arrays import RawArray
 from ..format.plan import TeacherRecord
@@ -31,12 +32,13 @@ def array_damage(
     """
     teacher, group = record.name, paths.data / record.name
     planned = record.row_arrays if record.is_speech else (*record.row_arrays, *_VOCABULARY)
-    for name in sorted({p.name for p in group.iterdir() if p.is_dir()} | {"hidden", *planned, *INPUT_ARRAYS}):
+    states = dtype_of(record.dtype).array
+    for name in sorted({p.name for p in group.iterdir() if p.is_dir()} | {states, *planned, *INPUT_ARRAYS}):
         path = group / name
         try:
             array = _opened(paths, teacher, name)
             if not array.plain:
-                continue  # `hidden` and `scale` are checked by work item; others are compressed copies.
+                continue  # `hidden`, `code` and `scale` are checked by work item; others are compressed copies.
             indices = array.indices()
         except StoreError as e:
             yield e.what, path / "zarr.json"

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from ..disk.layout import dtype_of
 from ..format.arrays import RawArray
 from ..format.plan import Plan, TeacherRecord
 from ..reader import Store
@@ -28,9 +29,10 @@ def teacher_numbers(store: Store, name: str) -> Iterator[str]:
     c, k, d = len(record.contexts), len(record.layers), record.width
     n, u = len(latest.shards) * latest.shard_rows, max((s.last for s in latest.shards), default=0)
     # The least length of each axis; a string says that it must be equal, and what it is.
-    dimension = ("width", d)
+    dimension, dtype = ("width", d), dtype_of(record.dtype)
+    columns = ("codes", dtype.codes) if dtype.codes else dimension
     expected: dict[str, tuple[Any, ...]] = {
-        "hidden": (c, k, n, dimension),
+        dtype.array: (c, k, n, columns),
         "norm_mean": (c, k, dimension),
         "norm_std": (c, k, dimension),
         "crc32c": (c, k, u),
@@ -45,6 +47,8 @@ def teacher_numbers(store: Store, name: str) -> Iterator[str]:
     else:
         expected |= {"token_id": (n,), "span": (n, ("boundaries", 2))}
         expected |= {"vocab_id": (latest.vocabulary,), "embedding": (latest.vocabulary, 0)}
+    if dtype.codes:
+        expected["codebook"] = (c, k, columns, ("vectors", 256), ("dimensions a code", d // dtype.codes))
     words = ("contexts", "layers", "rows")
     for array, axes in expected.items():
         opened = RawArray(store.paths, name, array)
@@ -53,14 +57,14 @@ def teacher_numbers(store: Store, name: str) -> Iterator[str]:
                 if axis[1] != length:
                     yield f"{name} has {axis[0]} {axis[1]:,}, but {array} has {length:,}"
             elif length < axis:
-                word = words[number] if array in ("hidden", "crc32c") and number < 2 else "rows"
+                word = words[number] if array in (dtype.array, "crc32c") and number < 2 else "rows"
                 yield f"{name} has {axis:,} {word}, but {array} has {length:,}"
-        if array == "hidden":
+        if array == dtype.array:
             stored = opened.meta.get("attributes", {}).get("logical_dtype", record.dtype)
             if stored != record.dtype:
-                yield f"{name} has the dtype {record.dtype}, but hidden has {stored}"
-            if opened.chunks[2] != latest.shard_rows and opened.chunks[3] == d:
-                yield f"{name} has shards of {latest.shard_rows:,} rows, but hidden has {opened.chunks[2]:,}"
+                yield f"{name} has the dtype {record.dtype}, but {array} has {stored}"
+            if opened.chunks[2] != latest.shard_rows and opened.chunks[3] == columns[1]:
+                yield f"{name} has shards of {latest.shard_rows:,} rows, but {array} has {opened.chunks[2]:,}"
     yield from _other_record(store.plan, record)
 
 

@@ -232,8 +232,9 @@ def _states_damage(store: Store, item: WorkItem, view: View, commit: Commit, dat
     Its files are fetched again as long as other bytes come than the cache had.
     """
     files, axes = store.paths.files, (item.teacher, *store.axes(view), item.shard.number)
-    paths = [store.paths.hidden(*axes)]
-    paths += [store.paths.scale(*axes)] if dtype_of(store.plan.teachers[item.teacher].dtype).scaled else []
+    dtype = dtype_of(store.plan.teachers[item.teacher].dtype)
+    paths = [store.paths.shard_file(dtype.array, *axes)]
+    paths += [store.paths.scale(*axes)] if dtype.scaled else []
     place = f"{view.address} shard {item.shard.number}"
     found = first = _check_states(store, item, view, commit, place, data)
     for _ in range(RENEWALS if files.is_copied else 0):
@@ -250,7 +251,8 @@ def _states_damage(store: Store, item: WorkItem, view: View, commit: Commit, dat
 def _check_states(
     store: Store, item: WorkItem, view: View, commit: Commit, place: str, data: float
 ) -> list[StoreFinding]:
-    path = store.paths.hidden(item.teacher, *store.axes(view), item.shard.number)
+    array = dtype_of(store.plan.teachers[item.teacher].dtype).array
+    path = store.paths.shard_file(array, item.teacher, *store.axes(view), item.shard.number)
     where = f"{place}: {store.paths.files.place(path)}"
     try:
         fd = store.paths.files.descriptor(path, whole=bool(data))
@@ -269,7 +271,7 @@ def _check_file(
 ) -> Iterator[StoreFinding]:
     record, shard = store.teacher(view.teacher).settings, item.shard
     dtype = dtype_of(record.dtype)
-    row_bytes, rows = record.width * dtype.bytes, item.generation.shard_rows
+    row_bytes, rows = dtype.row_bytes(record.width), item.generation.shard_rows
     try:
         size, held = _size_and_rows(fd, rows, row_bytes)
     except (StillhouseError, ValueError):
@@ -309,7 +311,9 @@ def _check_file(
             name = store.index.id(shard.first + u)
             yield StoreFinding("stored bytes differ from their checksum", f"{place} utterance {name}", _REPAIR)
     padding = np.frombuffer(os.pread(fd, (held - shard.rows) * row_bytes, shard.rows * row_bytes), dtype=dtype.stored)
-    if held - shard.rows >= INNER_ROWS or padding.tobytes() != dtype.fill_rows(len(padding), 1).tobytes():
+    columns = dtype.columns(record.width)
+    fill = dtype.fill_rows(len(padding) // columns, record.width)
+    if held - shard.rows >= INNER_ROWS or padding.tobytes() != fill.tobytes():
         yield StoreFinding("rows behind its last utterance are not the fill value", place, _REPAIR)
 
 
