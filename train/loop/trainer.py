@@ -31,7 +31,15 @@ from ...data.files.stopping import StopNow, StopRequest
 from ...data.manifest import Corpus, read_manifest
 from ...data.units import load_units
 from ..config import Config, in_transfer, learning_rate, transfer_weight
-from ..model.build import build_model, build_optimiser, build_transfers, resolve_device, resolve_precision, store_shards
+from ..model.build import (
+    build_model,
+    build_optimiser,
+    build_transfers,
+    resolve_device,
+    resolve_precision,
+    store_shards,
+    student_times,
+)
 from ..run import checkpoint, folder, identity, start
 from ..run.averaging import moving_average
 from ..run.monitor import Monitor, OnProgress
@@ -75,7 +83,8 @@ class Trainer:
         self.units = load_units(data.units)
         self.features = FeatureFile(data.features)
         self.model = build_model(config, self.units.size, self.features.open().width)
-        self.transfers, targets = build_transfers(config, self.model.encoder, self.features.frame_times)
+        times = student_times(self.model.encoder, self.features.frame_times)
+        self.transfers, targets = build_transfers(config, self.model.encoder.dim, times)
         of_transfers = {in_transfer("transfer", name): module for name, module in self.transfers.items()}
         self.modules: dict[str, torch.nn.Module] = {"model": self.model} | of_transfers  # by file of a checkpoint
 

@@ -111,17 +111,23 @@ def build_optimiser(
     return torch.optim.AdamW(groups, lr=config.optim.lr, betas=config.optim.betas, fused=fused)
 
 
-def build_transfers(config: Config, encoder: Encoder, times: FrameTimes) -> tuple[dict[str, Any], dict[str, Any]]:
+def student_times(encoder: Encoder, times: FrameTimes) -> Any:
+    """Return the distill.frames.StudentTimes of an encoder that reads features of these times."""
+    from ...distill.frames import StudentTimes
+
+    return StudentTimes(encoder.subsampling, times.hz, times.start_s, encoder.front.shift)
+
+
+def build_transfers(config: Config, encoder_dim: int, student: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a distill.Transfer and a distill.TargetReader for each transfer, by its name.
 
-    `times` are those of the features that the encoder reads.
+    `student` is the StudentTimes of the encoder's states, whose width is `encoder_dim`.
     """
     transfers: dict[str, Any] = {}
     targets: dict[str, Any] = {}
     if not config.transfer.transfers:
         return transfers, targets
     from ...distill.aligners import NEED_EMBEDDINGS
-    from ...distill.frames import StudentTimes
     from ...distill.targets import TargetReader
     from ...distill.transfer import Transfer
     from ...distill.views import resolve_views
@@ -129,9 +135,8 @@ def build_transfers(config: Config, encoder: Encoder, times: FrameTimes) -> tupl
 
     stores = [Store.open(path, checksums=True) for path in config.transfer.stores]
     corpus = read_manifest(config.data.corpus)
-    student = StudentTimes(encoder.subsampling, times.hz, times.start_s, encoder.front.shift)
     for name, t in config.transfer.transfers.items():
-        drawn = t.sampled_states * encoder.subsampling / config.data.batch_frames
+        drawn = t.sampled_states * student.rows / config.data.batch_frames
         try:
             targets[name] = TargetReader(
                 resolve_views(stores, t.views),
@@ -153,7 +158,7 @@ def build_transfers(config: Config, encoder: Encoder, times: FrameTimes) -> tupl
             torch.manual_seed(config.run.seed + 1 + crc32(name.encode()))
             transfers[name] = Transfer(
                 targets[name].views,
-                encoder.dim,
+                encoder_dim,
                 **t.model_dump(include={"aligner", "distance", "temperature", "mixing"}),
                 embeddings=targets[name].embeddings if t.aligner in NEED_EMBEDDINGS else None,
                 predictor_dim=config.model.predictor_dim,

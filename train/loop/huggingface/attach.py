@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ....data.errors import ConfigError
 from ....data.manifest import read_manifest
+from ....distill.frames import StudentTimes
 from ...config import Config, in_transfer, validated
 from ...model.build import build_transfers
 from ...model.losses import transducer_costs
@@ -35,7 +36,7 @@ _OURS = ("decoder_input_ids", "decoder_cache", "use_decoder_cache", "encoder_out
 
 def attach_transfer(
     model: Any, transfer: Mapping[str, Any] | None = None, corpus: Path | str | None = None, *,
-    reduction: str | None = None, sigma: float = 0.0, fastemit: float = 0.0, seed: int = 0,
+    reduction: str | None = None, sigma: float = 0.0, fastemit: float = 0.0, seed: int = 0, frame_hz: float = 100.0,
 ) -> TransferHeads:  # fmt: skip
     """Give a model of AutoModelForRNNT or AutoModelForTDT our loss, and the heads of one or several transfers.
 
@@ -53,6 +54,7 @@ def attach_transfer(
         sigma: lowers each arc's log-probability, with durations.
         fastemit: lambda of FastEmit.
         seed: of the first weights of the heads.
+        frame_hz: rows of features in a second, which the aligner "frames" needs.
 
     Returns:
         The heads, which are the model's submodule `stillhouse`.
@@ -80,7 +82,10 @@ def attach_transfer(
     settings = given | {"model": student, "transfer": transfer or {}}
     config = validated(Config, [("attach_transfer", settings)])
     config.model.predictor_dim = int(model.config.decoder_hidden_size)
-    transfers, readers = build_transfers(config, int(model.config.encoder_config.hidden_size))
+    encoder = model.config.encoder_config
+    # A row of features is centred on a multiple of its period, and state 0 of the encoder on row 0.
+    times = StudentTimes(int(encoder.subsampling_factor), frame_hz, -0.5 / frame_hz)
+    transfers, readers = build_transfers(config, int(encoder.hidden_size), times)
     texts = {u.id: u.text for u in read_manifest(config.data.corpus).utterances} if transfers else {}
     heads = TransferHeads(config, transfers, readers, texts, paddings(model.config)).to(model.device)
     heads.train(model.training)

@@ -32,7 +32,8 @@ class TransferCollator:
         collate: makes a batch with "labels" [B, U] of a list of examples, in their order.
         id_key: the key of the utterance's id in an example.
 
-    Each example needs the utterance's id as the corpus spells it. Augmented copies have the id of their original.
+    Each example needs the utterance's id as the corpus spells it. An augmented copy has the id of its original, and for
+    the aligner "frames" its "speed".
     """
 
     def __init__(
@@ -52,10 +53,12 @@ class TransferCollator:
         padding = torch.arange(labels.shape[1]) >= counts[:, None]
         batch["labels"] = labels.masked_fill(padding, IGNORED)
         if self.readers:
-            batch["transfer"] = self._targets(examples, labels, counts)
+            batch["transfer"] = self._targets(examples, labels, counts, _rows(batch))
         return batch
 
-    def _targets(self, examples: Sequence[Mapping[str, Any]], labels: Tensor, counts: Tensor) -> dict[str, Any]:
+    def _targets(
+        self, examples: Sequence[Mapping[str, Any]], labels: Tensor, counts: Tensor, lengths: np.ndarray | None
+    ) -> dict[str, Any]:
         """Return the batch of each target reader by name, or the error that it raised."""
         try:
             ids = [self._id(example) for example in examples]
@@ -66,10 +69,11 @@ class TransferCollator:
             return dict.fromkeys(self.readers, e)
         # The views of the mixing "sample" are drawn by the batch, because a worker does not know the step.
         draw = crc32("\n".join(ids).encode())
+        speeds = [float(example.get("speed", 1.0)) for example in examples]
         targets: dict[str, Any] = {}
         for name, reader in self.readers.items():
             try:
-                targets[name] = reader.read(ids, texts, spans, step=draw)
+                targets[name] = reader.read(ids, texts, spans, step=draw, rows=lengths, speeds=speeds)
             except StillhouseError as e:
                 targets[name] = e
         return targets
@@ -97,3 +101,13 @@ class TransferCollator:
             except CorpusError as e:
                 raise CorpusError(e.what, where=utterance, expected="labels of its own transcript") from None
         return self._spans[key]
+
+
+def _rows(batch: Mapping[str, Any]) -> np.ndarray | None:
+    """Return the rows of features of each utterance, int64 [B], or None if the batch does not tell."""
+    if batch.get("attention_mask") is not None:
+        return torch.as_tensor(batch["attention_mask"]).sum(-1).long().numpy()
+    if batch.get("input_features") is not None:
+        features = torch.as_tensor(batch["input_features"])
+        return np.full(len(features), features.shape[1], np.int64)
+    return None
