@@ -51,7 +51,7 @@ STAND_INS = {
 }
 
 # Pages of docs/guide/ whose commands run in the folder of the demo
-OF_THE_DEMO = {"training.md", "models.md", "decoding.md", "score.md", "export.md"}
+OF_THE_DEMO = {"training.md", "fine-tuning.md", "models.md", "decoding.md", "score.md", "export.md"}
 
 
 @dataclass(frozen=True)

@@ -271,6 +271,8 @@ class Trainer:
                     self._checkpoint(monitor)
             if self.stopping:
                 self._stop(monitor)
+            if self.best.get("step") == 0:
+                self.on_progress("no evaluation was better than that of step 0, so the best checkpoint is the source's")
 
     def _evaluate(self, monitor: Monitor) -> None:
         """Evaluate, unless the run is to stop first. A checkpoint of a new best model is on disk on return."""

@@ -98,8 +98,8 @@ def unit_rows(config: Config, bins: int, units: Units, source: Units) -> dict[st
     """
     number = {piece: k for k, piece in enumerate(source.pieces) if k > UNKNOWN}
     index = [BLANK, UNKNOWN, *(number.get(piece, -1) for piece in units.pieces[UNKNOWN + 1 :])]
-    with torch.device("meta"):
-        few, more = (build_model(config, size, bins).state_dict() for size in (2, 3))
+    shallow = config.model_copy(update={"model": config.model.model_copy(update={"layers": 0})})
+    few, more = (build_model(shallow, size, bins).state_dict() for size in (2, 3))
     return {name: index for name, value in few.items() if value.shape != more[name].shape}
 
 

@@ -27,7 +27,7 @@ from ..model.taking import ABSENT, FRONT, UNLIKE, Taken, duration_rows, groups, 
 from ..model.transducer import Transducer
 from . import checkpoint, identity
 from .folder import SETTINGS
-from .load import EXPORT_HEAD, load_run, trained_on
+from .load import EXPORT_HEAD, TrainedOn, load_run, trained_on
 
 Say = Callable[[str], None]
 ATTEMPTS = 3  # A source that still trains deletes checkpoints.
@@ -90,11 +90,13 @@ def take_weights(
     source, their_units, theirs, step = _load(init.source, init.checkpoint)
     rows = unit_rows(config, len(model.encoder.feature_mean), units, their_units)
     rows |= duration_rows(model.durations, source.durations)
-    fitted = model.encoder.feature_mean.clone()
-    taken = take(model, source, init.parts, rows, _barred(config, theirs, init.source, features))
+    fitted, trained = model.encoder.feature_mean.clone(), trained_on(init.source)
+    taken = take(model, source, init.parts, rows, _barred(config, theirs, trained, features))
     of = f" of {theirs.optim.steps}" if step < theirs.optim.steps else ""
     weights = identity.weights_hash(source)
     say(f"init: {init.source}, {init.checkpoint} checkpoint, step {step}{of}, weights {weights}")
+    if trained.settings is None:
+        say("init: the source does not record the settings of its features, so they were not compared with these")
     left = _not_taken(taken, config, theirs)
     _report(model, taken, left, fitted, say)
     if model.size != source.size or units.pieces != their_units.pieces:
@@ -143,10 +145,9 @@ def _run_hash(source: Path) -> str | None:
         return None
 
 
-def _barred(config: Config, theirs: Config, source: Path, features: FeatureFile) -> dict[str, str]:
+def _barred(config: Config, theirs: Config, trained: TrainedOn, features: FeatureFile) -> dict[str, str]:
     """The modules that mean something else in the source, although they may have the same shapes."""
     barred: dict[str, str] = {}
-    trained = trained_on(source)
     if trained.settings is not None:
         there = {name: features.settings.get(name) for name in trained.settings}
         if differ := differing(there, trained.settings, "in the source's"):

@@ -12,6 +12,8 @@ Try: `stillhouse study STUDY`.
     [arms.none]
     [arms.single]                         # replaces settings of all arms
     transfer.views = "minilm/alone/6"
+    [arms.tuned]
+    init.source = "runs/first/single/seed-{seed}"
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from ..config import Config, ConfigSection, read_toml, validated
 from ..run.identity import flatten
 
 USUAL = ("none", "single")  # Arms are compared with these, if the study has them.
+SEED = "{seed}"  # in init.source, so that each run starts from the run of its own seed
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 # These decide the data, its order, the budget or the first weights. The runs' identities show the rest.
 _SHARED = ("data", "model", "optim.steps", "loss.kind", "run.precision")
@@ -106,6 +109,8 @@ def load_study(path: Path, out: Path) -> Study:
     runs = []
     for seed, (arm, changes) in product(definition.seeds, definition.arms.items()):
         config = validated(Config, [*shared, (f"{path}, arm {arm}", changes), (path, {"run": {"seed": seed}})])
+        if config.init.source is not None:
+            config.init.source = Path(str(config.init.source).replace(SEED, str(seed)))
         runs.append(StudyRun(arm, seed, config, out / arm / f"seed-{seed}"))
     runs.sort(key=lambda run: run.arm != _against(definition)[0])
     for run in runs:

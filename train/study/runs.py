@@ -25,6 +25,7 @@ from ...data.files.stopping import StopNow, StopRequest
 from ...data.files.trouble import in_words
 from ..config import Config, load_config
 from ..run import identity
+from ..run.start import refuse_other_source
 from .definition import Study, StudyRun
 
 
@@ -46,7 +47,11 @@ def check(study: Study) -> None:
     for run in study.runs:
         settings = run.folder / "config.toml"
         if settings.exists():
-            identity.refuse_other_settings(load_config(settings, saved=True), run.config, settings)
+            saved = load_config(settings, saved=True)
+            identity.refuse_other_settings(saved, run.config, settings)
+            if saved.init.source != run.config.init.source:
+                origin = (identity.read(run.folder) or {}).get("init")
+                refuse_other_source(run.config.init, origin, run.folder, lambda _: None)
     check_identities(study.runs)
 
 

@@ -12,6 +12,7 @@ import pytest
 import stores
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from stillhouse.data.errors import StillhouseError
 from stillhouse.data.manifest import read_manifest, write_manifest
@@ -255,3 +256,32 @@ def test_the_recipes_of_all_sizes_step_with_a_transfer(
     assert len(lines) == 2 and all(
         line["transfer"] > 0 and line["rnnt"] > 0 and "skipped" not in line for line in lines
     )
+
+
+def test_stages_are_runs_that_start_from_each_other(tones: Path, store: Path, tmp_path: Path) -> None:
+    """Transfer first and fine-tuning without it, or the other way round, and heads alone over frozen weights."""
+    transfer = [f"transfer.stores={store}", 'transfer.views=["minilm/alone/6"]', "optim.steps=4"]
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    run(tones, first, *transfer)
+    (line,) = run(tones, second, f"init.source={first}", "optim.steps=4", "run.log_every=4")
+    assert "transfer" not in line and not (second / "checkpoints/step-00000004/transfer.safetensors").exists()
+    began, ended = (load_run(second, which)[0].state_dict() for which in ("0", "4"))
+    assert all(torch.equal(value, began[name]) for name, value in load_run(first, "last")[0].state_dict().items())
+    assert not all(torch.equal(value, began[name]) for name, value in ended.items())
+    said: list[str] = []
+    frozen = [f"init.source={second}", "init.freeze=encoder", "transfer.aligner=cif", "run.log_every=4"]
+    Trainer(load_config(tones / "run.toml", [*transfer, *frozen, "data.dev=dev"]), third, said.append).run()
+    assert any("the transfer reads frozen weights alone" in line for line in said)
+    heads = [checkpoint_tensors(third, step, "transfer") for step in (0, 4)]
+    assert all(not torch.equal(heads[0][name], heads[1][name]) for name in heads[0] if "heads" in name)
+    encoders = [checkpoint_tensors(third, step, "model") for step in (0, 4)]
+    assert all(torch.equal(encoders[0][n], encoders[1][n]) == n.startswith("encoder.") for n in encoders[0])
+    for changes, reads in {("transfer.aligner=predictor",): False, ("transfer.layers=[1]",): True}.items():
+        said.clear()
+        deep = [*transfer, f"init.source={second}", "init.freeze=encoder:1", *changes]
+        Trainer(load_config(tones / "run.toml", deep), tmp_path / changes[0], said.append)
+        assert any("reads frozen weights alone" in line for line in said) == reads
+
+
+def checkpoint_tensors(out: Path, step: int, name: str) -> dict[str, torch.Tensor]:
+    return load_file(out / f"checkpoints/step-{step:08d}/{name}.safetensors")
