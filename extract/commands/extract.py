@@ -78,7 +78,10 @@ def parse_layers(ctx: click.Context, param: click.Parameter, value: str) -> list
 @opt.flag("--refresh", "Extract changed utterances again and hide those no longer in CORPUS.")
 @opt.outcome_option
 def extract(**options: Any) -> None:
-    """Run a language model over CORPUS and save its hidden states in STORE.
+    """Run a language model or a speech encoder over CORPUS and save its hidden states in STORE.
+
+    The model's configuration says which it is. A speech encoder hears the audio of each utterance alone, and has a
+    state for each frame.
 
     The same command resumes after an interruption or a kill. Several processes can run it at once and share the work.
 
@@ -173,6 +176,9 @@ def default_name(source: str) -> str:
 
 
 def progress_line(p: ExtractionProgress) -> str:
+    if p.frame_hz:
+        done, total = (rows / p.frame_hz / 3600 for rows in (p.rows, p.rows_total))
+        return f"{p.item}: {done:,.2f} of {total:,.2f} h, {p.real_time:,.1f}× real time, {p.eta_s / 60:.1f} min left"
     return (
         f"{p.item}: {p.rows:,} of {p.rows_total:,} tokens, {p.tokens_per_s:,.0f} tokens/s, "
         f"padding {p.padding_share:.1%}, {p.eta_s / 60:.1f} min left"
@@ -181,17 +187,21 @@ def progress_line(p: ExtractionProgress) -> str:
 
 def render(s: Summary) -> str:
     """Return the summary of a run as text for people."""
-    from ..teacher.passes import PADDED
+    from ..pipeline.progress import rows_text
+    from ..teacher.passes import PADDED, SPEECH_WORDS
 
+    rate_hz = s.tokens / s.audio_s if s.audio_s else 0.0
     lines = [
         f"store        {s.store}: {s.store_bytes / 1e6:,.1f} MB, of which states {s.hidden_bytes / 1e6:,.1f} MB",
-        f"corpus       {s.utterances:,} utterances, {s.tokens:,} tokens of {s.teacher}",
+        f"corpus       {s.utterances:,} utterances, {rows_text(s.tokens, rate_hz)} of {s.teacher}",
         f"views        {', '.join(s.views) or 'none complete yet'}",
         f"this run     {s.units_done_now} of {s.units} work items in {s.wall_s:,.1f} s",
     ]
-    if s.passes != PADDED.words:
+    if s.passes not in (PADDED.words, SPEECH_WORDS):
         lines.append(f"passes       {s.passes}")
-    if s.rows_done_now:
+    if s.rows_done_now and s.real_time is not None:
+        lines.append(f"speed        {s.real_time:,.1f}× real time; model busy {s.model_share:.0%}")
+    elif s.rows_done_now:
         lines.append(
             f"speed        {s.tokens_per_s:,.0f} tokens/s kept, {s.fed_tokens_per_s:,.0f} fed; "
             f"padding {s.padding_share:.1%}; model busy {s.model_share:.0%}"

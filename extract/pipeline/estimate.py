@@ -29,12 +29,12 @@ from ..store.storage import open_files
 from ..store.views import parse_context
 from ..teacher.batching import make_batches
 from ..teacher.contexts import ItemWindows
-from ..teacher.passes import passes_of
+from ..teacher.passes import SPEECH_WORDS, passes_of
 from ..teacher.replicas import TeacherPool
 from .corpus_diff import DraftedCorpus, windows_of
 from .generation import draft_plan
 from .layout import Layout, PlanDraft
-from .progress import split_committed
+from .progress import rows_text, split_committed
 from .request import Request, choose_space, teacher_record
 
 if TYPE_CHECKING:
@@ -69,6 +69,8 @@ class Sizing:
     largest_view: str | None = None
     dtype: str = "float16"
     passes: str = ""  # how texts share batches, in words
+    axis: str = "token"  # what all numbers of tokens count: "token" or "frame"
+    rate_hz: float = 0.0  # frames in a second, of a speech teacher
 
     @property
     def fits(self) -> bool:
@@ -129,7 +131,9 @@ def size_up(
         largest_value=None if measured is None else measured.largest[0],
         largest_view=None if measured is None else measured.largest[1],
         dtype=record.dtype,
-        passes=teacher.passes.words,
+        passes=SPEECH_WORDS if record.is_speech else teacher.passes.words,
+        axis=record.axis,
+        rate_hz=record.rate_hz,
     )
 
 
@@ -323,19 +327,22 @@ def _magnitudes(states: dict[int, torch.Tensor]) -> dict[int, np.ndarray]:
 def render(s: Sizing) -> str:
     """Return an estimate as text."""
     views = [f"  {address:<32} {size / 1e6:>12,.1f} MB" for address, size in s.bytes_per_view.items()]
+    longest = f"{s.longest_tokens / s.rate_hz:,.1f} s" if s.rate_hz else f"{s.longest_tokens:,}"
+    beside = "index" if s.rate_hz else "tokens, index and vocabulary"
     lines = [
-        f"corpus       {s.utterances:,} utterances, {s.tokens:,} tokens of {s.teacher}, longest {s.longest_tokens:,}",
+        f"corpus       {s.utterances:,} utterances, {rows_text(s.tokens, s.rate_hz)} of {s.teacher}, longest {longest}",
         f"passes       {s.passes}",
         f"work items   {s.units_missing} of {s.units} to do",
         *views,
-        f"to write     {s.bytes / 1e6:,.1f} MB, of which tokens, index and vocabulary {s.other_bytes / 1e6:,.1f} MB",
+        f"to write     {s.bytes / 1e6:,.1f} MB, of which {beside} {s.other_bytes / 1e6:,.1f} MB",
         f"free         {s.free_bytes / 1e6:,.1f} MB: {'enough' if s.fits else 'NOT ENOUGH'}",
     ]
     if s.seconds is not None:
-        lines.append(
-            f"time         about {s.seconds / 60:,.1f} min ({s.fed_tokens:,} tokens fed, {s.fed_tokens_per_s:,.0f} a "
-            f"second, one process, {os.cpu_count()} cores)"
-        )
+        speed = f"{s.fed_tokens:,} tokens fed, {s.fed_tokens_per_s:,.0f} a second"
+        if s.rate_hz:
+            fed = f"{s.fed_tokens / s.rate_hz / 3600:,.2f} h of audio"
+            speed = f"{fed}, {(s.fed_tokens_per_s or 0) / s.rate_hz:,.1f}× real time"
+        lines.append(f"time         about {s.seconds / 60:,.1f} min ({speed}, one process, {os.cpu_count()} cores)")
     if s.overflows:
         lines.append(
             f"overflow     {s.largest_value:,.0f} in {s.largest_view} is beyond {s.dtype}; give --dtype bfloat16"

@@ -177,7 +177,7 @@ def run_work_items(
     """
     items = plan.work_items(name)[part[0] :: part[1]]
     _, open_items = split_committed(plan, items)
-    progress.items_total = len(items)
+    progress.items_total, progress.frame_hz = len(items), plan.teachers[name].rate_hz
     progress.rows_total = sum(item.shard.rows for item in open_items)
     if not open_items:
         return

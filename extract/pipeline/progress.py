@@ -22,12 +22,15 @@ from ..store.format.plan import Plan, WorkItem
 from ..store.reader import Store
 from ..store.storage import open_files
 from ..store.verify.stale import behind, behind_text, uncompared_text
-from ..teacher.passes import passes_of
+from ..teacher.passes import SPEECH_WORDS, passes_of
 
 
 @dataclass
 class ExtractionProgress:
-    """The progress of a run. Rows are tokens of text times contexts; fed tokens include special ones and context."""
+    """The progress of a run. Rows are tokens of text times contexts; fed tokens include special ones and context.
+
+    Of a speech teacher, both are frames, of which there are `frame_hz` in a second.
+    """
 
     items: int = 0
     items_total: int = 0
@@ -39,6 +42,7 @@ class ExtractionProgress:
     worker_s: float = 0.0  # that work items were run, over all workers
     started: float = field(default_factory=time.perf_counter)
     item: str = ""
+    frame_hz: float = 0.0
 
     def add(self, other: ExtractionProgress) -> None:
         """Add what another process has done."""
@@ -52,6 +56,11 @@ class ExtractionProgress:
     @property
     def tokens_per_s(self) -> float:
         return self.rows / max(self.wall_s, 1e-9)
+
+    @property
+    def real_time(self) -> float:
+        """Seconds of audio that a second computes, of a speech teacher."""
+        return self.tokens_per_s / self.frame_hz
 
     @property
     def padding_share(self) -> float:
@@ -86,21 +95,30 @@ class Summary:
     store_bytes: int
     hidden_bytes: int
     passes: str = ""  # how texts shared batches, in words
+    axis: str = "token"  # what all numbers of tokens count: "token" or "frame"
+    audio_s: float | None = None  # of a speech teacher: seconds of all utterances, to whole frames
+    real_time: float | None = None  # of a speech teacher: seconds of audio that this run did in a second
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
+def rows_text(rows: int, rate_hz: float) -> str:
+    """Return a number of tokens, or of frames at a rate that is not 0, for people."""
+    return f"{rows / rate_hz / 3600:,.2f} h of audio in {rows:,} frames" if rate_hz else f"{rows:,} tokens"
+
+
 def summarise(plan: Plan, name: str, progress: ExtractionProgress) -> Summary:
     """Return the summary of a run of the teacher `name`."""
     files, data, wall = plan.paths.files, plan.paths.data / name, progress.wall_s
-    store = Store.open(files)
+    store, record = Store.open(files), plan.teachers[name]
+    tokens = store.teacher(name).tokens
     return Summary(
         store=store.address,
         teacher=name,
         views=[v.address for v in store.views if v.teacher == name],
         utterances=len(store.utterance_ids),
-        tokens=store.teacher(name).tokens,
+        tokens=tokens,
         units=progress.items_total,
         units_done_now=progress.items,
         rows_done_now=progress.rows,
@@ -112,7 +130,10 @@ def summarise(plan: Plan, name: str, progress: ExtractionProgress) -> Summary:
         wall_s=wall,
         store_bytes=folder_bytes(files, files.root),
         hidden_bytes=sum(folder_bytes(files, data / array) for array in ("hidden", "code", "scale")),
-        passes=passes_of(plan, name).words,
+        passes=SPEECH_WORDS if record.is_speech else passes_of(plan, name).words,
+        axis=record.axis,
+        audio_s=tokens / record.rate_hz if record.is_speech else None,
+        real_time=progress.rows / wall / record.rate_hz if record.is_speech else None,
     )
 
 
@@ -148,6 +169,7 @@ class ContextStatus:
     tokens: int
     tokens_done: int
     complete: bool  # with norms
+    rate_hz: float = 0.0  # frames in a second, where tokens are frames of a speech teacher
 
 
 @dataclass(frozen=True)
@@ -193,6 +215,7 @@ def status(root: Path) -> Status:
                     tokens=tokens(items),
                     tokens_done=tokens(items) - tokens(rest),
                     complete=not rest and Commits(plan.paths, teacher, context).has("norms", layers),
+                    rate_hz=plan.teachers[teacher].rate_hz,
                 )
             )
     uncompared = [name for name in plan.teachers if not plan.is_compared(name)]
@@ -214,7 +237,7 @@ def render_status(s: Status) -> str:
     for c in s.contexts:
         state = "complete" if c.complete else f"{c.done} done, {c.running} running, {c.missing} missing"
         view = f"{c.teacher}/{c.context}/{','.join(map(str, c.layers))}"
-        state += f" of {c.units} work items, {c.tokens_done:,} of {c.tokens:,} tokens"
+        state += f" of {c.units} work items, {c.tokens_done:,} of {rows_text(c.tokens, c.rate_hz)}"
         lines.append(f"{view}  {state}" if len(view) + len(state) < 79 else f"{view}\n  {state}")
     lines += [behind_text(*of) for of in s.behind.items()]
     return "\n".join([*lines, *map(uncompared_text, s.uncompared)])

@@ -188,6 +188,10 @@ class SpeechEncoder:
             if not 0 <= layer <= self.depth:
                 raise UsageError(f"layer {layer} of {self.source}", expected=f"0 to {self.depth}")
         samples = np.ascontiguousarray(samples, np.float32)
+        if not self.frames(len(samples)):
+            seconds = len(samples) / self.sample_rate_hz
+            what = f"the encoder gives no frame: {seconds:.4f} s of audio is too short"
+            raise AudioError(what, where=id or self.source)
         parts: dict[int, list[torch.Tensor]] = {k: [] for k in layers}
         for w in self._windows(len(samples)):
             try:
@@ -200,10 +204,8 @@ class SpeechEncoder:
             for k, states in found.items():
                 parts[k].append(states[w.first : w.last])
         joined = {k: torch.cat(states) for k, states in parts.items()}
-        whole = all(len(states) for states in joined.values())
-        if not whole or not all(bool(torch.isfinite(states).all()) for states in joined.values()):
-            what = "states that are not finite" if whole else "no frame: the audio is too short"
-            raise AudioError(f"the encoder gives {what}", where=id or self.source)
+        if not all(bool(torch.isfinite(states).all()) for states in joined.values()):
+            raise AudioError("the encoder gives states that are not finite", where=id or self.source)
         return joined
 
     def frames(self, samples: int) -> int:

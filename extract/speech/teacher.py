@@ -134,7 +134,7 @@ AnyTeacher = Teacher | SpeechTeacher
 def load_any_teacher(
     source: str,
     *,
-    corpus: Corpus | Path | None,
+    corpus: Corpus | Path | None = None,
     device: str = "auto",
     dtype: str = "float32",
     window: int | None = None,

@@ -21,14 +21,14 @@ def store_text(store: Any) -> str:
     head, rows = _store(store)
     lines = [f"<Store {head}>"]
     for teacher, width, tokens, contexts, layers, dtype in rows:
-        lines.append(f"  {teacher}: {width} wide, {tokens} tokens, {dtype}; {contexts}; layers {layers}")
+        lines.append(f"  {teacher}: {width} wide, {tokens}, {dtype}; {contexts}; layers {layers}")
     return "\n".join(lines)
 
 
 def store_html(store: Any) -> str:
     """Return a store as a table of its teachers."""
     head, rows = _store(store)
-    return _html(f"Store {head}", ("teacher", "width", "tokens", "contexts", "layers", "dtype"), rows)
+    return _html(f"Store {head}", ("teacher", "width", "states", "contexts", "layers", "dtype"), rows)
 
 
 def gathered_text(batch: Any) -> str:
@@ -56,6 +56,7 @@ def _store(store: Any) -> tuple[str, list[tuple[str, ...]]]:
     rows: list[tuple[str, ...]] = []
     for name, settings in store.plan.teachers.items():
         tokens = _or(lambda name=name: f"{store.teacher(name).tokens:,}", "?")  # type: ignore[misc]
+        tokens += f" {settings.axis}s"
         layers = ", ".join(map(str, sorted(settings.layers)))
         rows.append((name, str(settings.width), tokens, ", ".join(settings.contexts), layers, settings.dtype))
     return f"{store.address!r}: {utterances}, {state}", rows
@@ -65,7 +66,7 @@ def _gathered(batch: Any) -> tuple[str, list[tuple[str, ...]]]:
     sizes = [len(length) for length in batch.lengths.values()]
     head = f"{sizes[0] if sizes else 0} utterances"
     for teacher, length in batch.lengths.items():
-        head += f", {int(length.sum()):,} tokens of {teacher}"
+        head += f", {int(length.sum()):,} {'tokens' if teacher in batch.token_id else 'frames'} of {teacher}"
     rows: list[tuple[str, ...]] = [
         (v.address, f"[{', '.join(map(str, x.shape))}]", str(x.dtype)) for v, x in batch.states.items()
     ]

@@ -76,6 +76,7 @@ class Passes:
 
 
 PADDED = Passes()  # what suits most models
+SPEECH_WORDS = "one utterance at a time"  # of a speech teacher
 
 
 def passes_of(plan: Plan, name: str) -> Passes:

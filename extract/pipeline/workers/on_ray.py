@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ....data.errors import NoStoreError, StillhouseError, StoreError, TeacherError, UsageError
+from ....data.errors import AudioError, CorpusError, NoStoreError, StillhouseError, StoreError, TeacherError, UsageError
 from ....data.files.stopping import StopNow
 from ...store.format.plan import Plan, read_plan
 from ...store.storage import open_files
@@ -63,8 +63,8 @@ def check_address(address: str | None) -> None:
 class RayWorkers:
     """`count` tasks on the Ray cluster at `address`, where "auto" is that of this machine; None starts one for them.
 
-    Every node needs Stillhouse, the teacher under the same name, and the store under the same path or URL. If a node
-    is lost, its task runs again elsewhere and resumes from the commits.
+    Every node needs Stillhouse, the teacher under the same name, and the store under the same path or URL. A speech
+    teacher needs the corpus there, too. If a node is lost, its task runs again elsewhere and resumes from the commits.
     """
 
     def __init__(
@@ -152,6 +152,11 @@ def run_task(created: str, root: str, name: str, *arguments: Any) -> ExtractionP
         e.remedy = f"every node needs the model under this name, and the node {node} has none" + (
             f" ({e.remedy})" if e.remedy else ""
         )
+        return e
+    except AudioError as e:
+        return e
+    except CorpusError as e:
+        e.remedy = f"every node needs the corpus of a speech teacher under this path, and the node {node} has none"
         return e
     except StillhouseError as e:
         return e  # as a value: Ray would wrap an exception into a type of its own

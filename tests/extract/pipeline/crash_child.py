@@ -18,8 +18,8 @@ from stillhouse.data.errors import NoStoreError
 from stillhouse.data.manifest import read_manifest
 from stillhouse.extract.pipeline.extract import extract
 from stillhouse.extract.pipeline.request import Request
+from stillhouse.extract.speech.teacher import load_any_teacher
 from stillhouse.extract.store import Store
-from stillhouse.extract.teacher.model import load_teacher
 
 LAYERS = [0, 2]
 
@@ -58,7 +58,7 @@ def seen_by_another_process(root: Path) -> dict:
 def main() -> None:
     corpus_path, root, source, contexts, *phases = sys.argv[1:]
     corpus = read_manifest(corpus_path)
-    teacher = load_teacher(source, device="cpu")
+    teacher = load_any_teacher(source, device="cpu", corpus=Path(corpus_path))
     dtype = os.environ.get("STILLHOUSE_TEST_DTYPE", "float16")
     request = Request("t", LAYERS, contexts.split(","), dtype=dtype)
     for where in [*phases, ""]:

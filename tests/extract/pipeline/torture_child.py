@@ -18,7 +18,7 @@ from pathlib import Path
 from stillhouse.data.manifest import read_manifest
 from stillhouse.extract.pipeline.extract import extract
 from stillhouse.extract.pipeline.request import Request
-from stillhouse.extract.teacher.model import load_teacher
+from stillhouse.extract.speech.teacher import load_any_teacher
 
 sys.path.insert(0, str(Path(__file__).parent))
 from crash_child import LAYERS, seen
@@ -39,7 +39,7 @@ MOMENTS = {
 
 def main() -> None:
     corpus_path, root, source, contexts, kills, seed = sys.argv[1:]
-    corpus, teacher = read_manifest(corpus_path), load_teacher(source, device="cpu")
+    corpus, teacher = read_manifest(corpus_path), load_any_teacher(source, device="cpu", corpus=Path(corpus_path))
     dtype = os.environ.get("STILLHOUSE_TEST_DTYPE", "float16")
     request, dice = Request("t", LAYERS, contexts.split(","), dtype=dtype), random.Random(int(seed))
     alive: dict[int, str] = {}
