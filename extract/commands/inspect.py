@@ -35,7 +35,6 @@ def info(store: Path, as_json: bool) -> None:
     from ..store import Store
 
     opened = Store.open(store)
-    opt.require_text(opened)
     opt.print_fact(store_facts(opened), "info", as_json, show_facts.store)
 
 
@@ -53,7 +52,6 @@ def ls(store: Path, patterns: tuple[str, ...], utterances: bool, as_json: bool, 
     from ..store import Store
 
     opened = Store.open(store)
-    opt.require_text(opened)
     listed: list[Any]
     render: Any
     if utterances:
@@ -77,7 +75,10 @@ def ls(store: Path, patterns: tuple[str, ...], utterances: bool, as_json: bool, 
 @click.option("--corpus", type=opt.PATH, help="The manifest, to show the transcript itself.")
 @opt.json_option
 def show(store: Path, utterance: str, views: tuple[str, ...], values: bool, corpus: Path | None, as_json: bool) -> None:
-    """Show the tokens of UTTERANCE, the context that each teacher saw, and the norm of each state."""
+    """Show the tokens of UTTERANCE, the context that each teacher saw, and the norm of each state.
+
+    Of a speech teacher it shows the frames and their times.
+    """
     from ..inspect.facts import utterance as facts
 
     opened, chosen = opt.open_views(store, views, planned=True)
@@ -150,7 +151,10 @@ def tree(store: Path, as_json: bool) -> None:
 def export(
     store: Path, out: Path, patterns: tuple[str, ...], views: tuple[str, ...], float32: bool, force: bool, as_json: bool
 ) -> None:
-    """Write states, token ids and spans to OUT: .h5, .npz, .safetensors or .csv. PATTERNS match utterance ids."""
+    """Write states, token ids and spans to OUT: .h5, .npz, .safetensors or .csv. PATTERNS match utterance ids.
+
+    Frames of a speech teacher have times instead of token ids and spans.
+    """
     import numpy as np
 
     from ..inspect.facts import export as facts
@@ -174,8 +178,6 @@ def diff(a: Path, b: Path, tokens: int | None, seed: int, full: bool, as_json: b
     from ..store import Store
 
     first, second = Store.open(a), Store.open(b)
-    opt.require_text(first)
-    opt.require_text(second)
     difference = facts.diff(first, second, tokens, seed, opt.progress(), full=full)
     opt.print_fact(difference, "diff", as_json, show_numbers.difference)
     if not difference.same:

@@ -39,7 +39,10 @@ def stats(store: Path, views: tuple[str, ...], tokens: int | None, seed: int, fu
 @opt.sample_options("2,000")
 @opt.json_option
 def similarity(store: Path, views: tuple[str, ...], tokens: int | None, seed: int, as_json: bool) -> None:
-    """Show which views are redundant, by linear CKA between each two."""
+    """Show which views are redundant, by linear CKA between each two.
+
+    Views of text teachers are compared at tokens, those of speech teachers at times, so name one kind of them.
+    """
     from ..inspect.numbers.similarity import similarity as compute
 
     computed = compute(*opt.open_undamaged(store, views), tokens, seed, opt.progress())
@@ -50,30 +53,39 @@ def similarity(store: Path, views: tuple[str, ...], tokens: int | None, seed: in
     epilog="Example: stillhouse inspect neighbours corpus.zarr 84-121123-0001:staircase --view minilm/both:64/6"
 )
 @click.argument("store", type=opt.STORE)
-@click.argument("word", metavar="UTT:WORD", shell_complete=opt.complete_utterance)
+@click.argument("place", metavar="UTT:WORD", shell_complete=opt.complete_utterance)
 @click.option("--view", metavar="VIEW", help=_VIEW, shell_complete=opt.complete_view)
 @opt.number("--count", 10, "Number of tokens to show.", least=1)
 @opt.flag("--standardise", "Standardise states first, so that outlier dimensions weigh less.")
 @opt.flag("--same-utterance", "Search the utterance itself, too.")
 @opt.json_option
 def neighbours(
-    store: Path, word: str, view: str | None, count: int, standardise: bool, same_utterance: bool, as_json: bool
+    store: Path, place: str, view: str | None, count: int, standardise: bool, same_utterance: bool, as_json: bool
 ) -> None:
     """Show the tokens whose states are nearest to those of a word, with their sentences.
 
     In UTT:WORD, WORD is a word of the utterance UTT as its tokens spell it, or a token's number. Write bank#2 for the
-    second "bank".
+    second "bank". For a speech teacher give a time in seconds, as in UTT@1.25. Then the nearest frame of each other
+    utterance is shown.
     """
     from ..inspect.numbers.neighbours import nearest
 
-    utterance, colon, name = word.rpartition(":")
-    if not colon:
-        raise click.BadParameter(f"{word!r} is not UTT:WORD", param_hint="UTT:WORD")
-    opened, views = opt.open_undamaged(store, [view] if view else [])
+    utterance, time, word = _place(place)
+    opened, views = opt.open_undamaged(store, [view] if view else [], "frame" if time else "token")
     options = {"standardise": standardise, "same_utterance": same_utterance}
-    nearby = [nearest(opened, v, utterance, name, count, on_progress=opt.progress(), **options) for v in views]
+    nearby = [nearest(opened, v, utterance, word, count, on_progress=opt.progress(), **options) for v in views]
     render = show_numbers.neighbours
     opt.print_fact(nearby, "neighbours", as_json, lambda n: "\n\n".join(map(render, n)), ("neighbours", "views"))
+
+
+def _place(place: str) -> tuple[str, bool, str | float]:
+    """Split UTT@SECONDS or UTT:WORD into the utterance, whether a time is given, and the time or the word."""
+    if found := re.fullmatch(r"(.+)@(\d+(?:\.\d*)?|\.\d+)", place):
+        return found[1], True, float(found[2])
+    utterance, colon, word = place.rpartition(":")
+    if not colon:
+        raise click.BadParameter(f"{place!r} is not UTT:WORD, and not UTT@SECONDS", param_hint="UTT:WORD")
+    return utterance, False, word
 
 
 @click.command(
@@ -116,7 +128,7 @@ def plot(store: Path, out: Path, kind: str, word: str | None, views: tuple[str, 
     check_output(out, plots.SUFFIXES, force, [store])
     if kind == "word" and word is None:
         raise click.UsageError("--kind word needs --word")
-    opened, chosen = opt.open_undamaged(store, views)
+    opened, chosen = opt.open_undamaged(store, views, "token" if kind == "word" else None)
     if kind == "similarity":
         figure = plots.similarity(compute(opened, chosen, seed=seed, on_progress=opt.progress()))
     elif kind == "norms":
@@ -144,7 +156,6 @@ def report(
 
     check_output(out, (".html",), force, [store])
     opened = Store.open(store)
-    opt.require_text(opened)
     collected = page.collect(opened, words=words, tokens=tokens, seed=seed, full=full, on_progress=opt.progress())
     page.write(collected, out)
     click.echo(str(out))
@@ -185,7 +196,7 @@ def choose_views(
 
     if plot is not None:
         check_output(plot, plots.SUFFIXES, False, [store, corpus, units])
-    opened, chosen = opt.open_undamaged(store, views)
+    opened, chosen = opt.open_undamaged(store, views, "token")
     texts, symbols = read_manifest(corpus).select(split), load_units(units)
     choice = choose(opened, chosen, texts, symbols, **sample, on_progress=opt.progress())
     if plot is not None:

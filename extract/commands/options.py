@@ -140,12 +140,16 @@ class Share(click.ParamType):
         return number
 
 
-def open_views(path: Path, patterns: Sequence[str], planned: bool = False) -> tuple[Store, list[View]]:
+def open_views(
+    path: Path, patterns: Sequence[str], planned: bool = False, axis: str | None = None
+) -> tuple[Store, list[View]]:
     """Open a store, and choose the views that patterns name, or all views. Raises NoStoreError if there are none.
 
-    Views without any states are left out unless `planned` is set. A line on stderr names views that are not complete.
+    With `axis`, "token" or "frame", only views of text teachers or of speech teachers are chosen from all, and others
+    that are named are a UsageError. Views without any states are left out unless `planned` is set. A line on stderr
+    names views that are not complete.
     """
-    from ...data.errors import NoStoreError, first_few
+    from ...data.errors import NoStoreError, UsageError, first_few
     from ..store import Store
 
     store = Store.open(path)
@@ -156,8 +160,14 @@ def open_views(path: Path, patterns: Sequence[str], planned: bool = False) -> tu
             remedy = "stillhouse extract CORPUS STORE …"
             raise NoStoreError("nothing is extracted yet", where=store.address, remedy=remedy)
     chosen = store.resolve(tuple(patterns) or ("*/*/*",), among)
-    for view in chosen:
-        require_text(store, view.teacher)
+    fitting = [v for v in chosen if axis in (None, store.plan.teachers[v.teacher].axis)]
+    if not fitting or (patterns and len(fitting) < len(chosen)):
+        other = next(v for v in chosen if v not in fitting)
+        kinds = ("a speech teacher", "text teachers") if axis == "token" else ("a text teacher", "speech teachers")
+        names = " ".join(name for name, t in store.plan.teachers.items() if t.axis == axis)
+        what = f"{other.address} is of {kinds[0]}, and this needs views of {kinds[1]}"
+        raise UsageError(what, where=store.address, expected=f"views of {names}" if names else "another store")
+    chosen = fitting
     complete = set(store.views)
     partial = [v.address for v in chosen if v not in complete]
     if partial and not planned:
@@ -165,23 +175,12 @@ def open_views(path: Path, patterns: Sequence[str], planned: bool = False) -> tu
     return store, chosen
 
 
-def require_text(store: Store, *teachers: str) -> None:
-    """Raise UsageError if one of these teachers, or of all, is a speech teacher, which this command does not take."""
-    from ...data.errors import UsageError
-
-    for name in teachers or store.plan.teachers:
-        if store.plan.teachers[name].is_speech:
-            others = " ".join(t for t, record in store.plan.teachers.items() if not record.is_speech)
-            what = f"{name} is a speech teacher, and this command knows text teachers alone"
-            raise UsageError(what, where=store.address, expected=f"views of {others}" if others else "another store")
-
-
-def open_undamaged(path: Path, patterns: Sequence[str]) -> tuple[Store, list[View]]:
+def open_undamaged(path: Path, patterns: Sequence[str], axis: str | None = None) -> tuple[Store, list[View]]:
     """Open a store as `open_views`, without damaged views, which stderr names. Raises StoreError if all are damaged."""
     from ...data.errors import StoreError
     from ..inspect.sample import undamaged
 
-    store, chosen = open_views(path, patterns)
+    store, chosen = open_views(path, patterns, axis=axis)
     views, damage = undamaged(store, chosen)
     for text in damage:
         click.echo(f"left out: {text}", file=sys.stderr)

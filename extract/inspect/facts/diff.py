@@ -1,6 +1,7 @@
 """Compare two stores: `stillhouse inspect diff`.
 
-Guarantees: states are compared only where both stores have a view of the same text with the same tokens.
+Guarantees: states are compared only where both stores have a view of the same text with the same tokens, or of the same
+audio.
 Try: `stillhouse inspect diff A B`.
 """
 
@@ -11,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from ...store import Store, View, to_float32
+from ...store.format.plan import TeacherRecord
 from ...store.verify.stale import behind
 from ..sample import OnProgress, available_rows, blocks, counted, draw, ids_of, ignore, read_states, sample_size
 
@@ -37,25 +39,29 @@ class UtterancesDiffer:
     only_b_ids: list[str]
     changed_ids: list[str]
     tokenised_ids: list[str]
+    sounded: int = 0  # with other audio, or other frames, for a speech teacher
+    sounded_ids: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class NumbersDiffer:
     view: str
-    tokens: int  # common tokens that were compared
+    tokens: int  # common tokens or frames that were compared
     equal: float  # share of tokens with equal bits
     largest: float  # largest absolute difference of two numbers
     largest_share: (
         float  # the same as a share of the largest absolute number; a decoder's first tokens are counted apart
     )
     cosine: float  # smallest cosine between a token's states in both stores
+    axis: str = "token"  # or "frame"
 
 
 @dataclass(frozen=True)
 class AvailableDiffers:
     view: str
-    a: int  # tokens that store a has states of
+    a: int  # tokens or frames that store a has states of
     b: int
+    axis: str = "token"  # or "frame"
 
 
 @dataclass(frozen=True)
@@ -97,18 +103,22 @@ def diff(
         if n != m
     ]
     views_a, views_b = set(a.planned_views), set(b.planned_views)
-    shared = [v for v in a.planned_views if v in views_b and teachers_a[v.teacher].width == teachers_b[v.teacher].width]
+    shared = [v for v in a.planned_views if v in views_b and _same_axes(teachers_a[v.teacher], teachers_b[v.teacher])]
     most = None if full else tokens or sample_size(a, shared, SAMPLE_TOKENS)
     numbers = []
     for view in shared:
         on_progress(view)
         numbers += _numbers(a, b, view, common[view.teacher], most, seed)
     complete = set(a.views) & set(b.views)
-    counts = [AvailableDiffers(v.address, _tokens(a, v), _tokens(b, v)) for v in shared if v not in complete]
+    counts = [
+        AvailableDiffers(v.address, _tokens(a, v), _tokens(b, v), teachers_a[v.teacher].axis)
+        for v in shared
+        if v not in complete
+    ]
     available = [c for c in counts if c.a != c.b]
     only_a, only_b = ([v.address for v in sorted(x - y)] for x, y in ((views_a, views_b), (views_b, views_a)))
     u = utterances
-    differs = available or settings or only_a or only_b or u.only_a or u.only_b or u.changed or u.tokenised
+    differs = available or settings or only_a or only_b or u.only_a or u.only_b or u.changed or u.tokenised or u.sounded
     return StoreDifference(
         a=str(a.path),
         b=str(b.path),
@@ -135,20 +145,47 @@ def _utterances(a: Store, b: Store, teachers: list[str]) -> tuple[UtterancesDiff
     both = [i for i in ids_a if i in set_b]
     changed = a.text_hash(both) != b.text_hash(both) if both else np.zeros(0, bool)
     tokenised: set[str] = set()
+    sounded: set[str] = set()
     common: dict[str, set[str]] = {}
     for teacher in teachers:
+        speech = a.plan.teachers[teacher].is_speech
+        if speech != b.plan.teachers[teacher].is_speech:
+            common[teacher] = set()
+            continue
         # A teacher that has not been refreshed has other utterances and texts than its store's newest corpus.
         own = [i for i, x, y in zip(both, *(s.index_of(teacher).rows(both) for s in (a, b))) if x >= 0 and y >= 0]
-        own = [i for i, x, y in zip(own, a.text_hash(own, teacher), b.text_hash(own, teacher)) if x == y]
-        differs = {i for i, x in zip(own, _tokenised(a, b, own, teacher)) if x} if own else set()
-        tokenised |= differs
+        if speech:
+            differs = {i for i, x in zip(own, _sounded(a, b, own, teacher)) if x}
+            sounded |= differs
+        else:
+            own = [i for i, x, y in zip(own, a.text_hash(own, teacher), b.text_hash(own, teacher)) if x == y]
+            differs = {i for i, x in zip(own, _tokenised(a, b, own, teacher)) if x} if own else set()
+            tokenised |= differs
         common[teacher] = set(own) - differs
     only_a, only_b = [i for i in ids_a if i not in set_b], [i for i in ids_b if i not in set_a]
     changed_ids = [i for i, x in zip(both, changed) if x]
     tokenised_ids = [i for i, x in zip(both, changed) if i in tokenised and not x]
     counts = len(both), len(only_a), len(only_b), len(changed_ids), len(tokenised_ids)
     ids = only_a[:NAMED], only_b[:NAMED], changed_ids[:NAMED], tokenised_ids[:NAMED]
-    return UtterancesDiffer(*counts, *ids), common
+    sounded_ids = [i for i in both if i in sounded]
+    return UtterancesDiffer(*counts, *ids, len(sounded_ids), sounded_ids[:NAMED]), common
+
+
+def _same_axes(a: TeacherRecord, b: TeacherRecord) -> bool:
+    """Whether the states of two teachers can be subtracted."""
+    return a.width == b.width and a.axis == b.axis
+
+
+def _sounded(a: Store, b: Store, ids: list[str], teacher: str) -> np.ndarray:
+    """bool [B]: which utterances have other frames in `b`, or other samples, where both have extracted them."""
+    lengths, hashes = [], []
+    for store in (a, b):
+        rows = store.rows(ids, teacher)
+        view = next(v for v in store.planned_views if v.teacher == teacher)
+        lengths.append(store.row_lengths(teacher, rows))
+        hashes.append(np.where(store.available(view)[rows], store.inputs_seen(view)[0][rows], 0))
+    known = (hashes[0] != 0) & (hashes[1] != 0)
+    return (lengths[0] != lengths[1]) | (known & (hashes[0] != hashes[1]))
 
 
 def _tokenised(a: Store, b: Store, ids: list[str], teacher: str) -> np.ndarray:
@@ -187,4 +224,6 @@ def _numbers(a: Store, b: Store, view: View, common: set[str], tokens: int | Non
         norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
         cosine = min(cosine, float(((one * other).sum(1) / np.maximum(norms, 1e-30)).min()))
     share = float((largest / np.where(scale > 0, scale, 1)).max())
-    return [NumbersDiffer(view.address, count, equal / count, float(largest.max()), share, cosine)] if count else []
+    axis = a.plan.teachers[view.teacher].axis
+    found = NumbersDiffer(view.address, count, equal / max(1, count), float(largest.max()), share, cosine, axis)
+    return [found] if count else []

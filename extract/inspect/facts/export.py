@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from ....data.files.atomic import usual_mode
 from ....data.files.patient import PatientFile
 from ...store import Store, View
 from ...store.disk.layout import dtype_of
+from ..frames import is_speech, spans
 from ..output import check_output, output_draft
 from ..sample import available_rows, ids_of
 from .utterance import pieces_of
@@ -33,8 +34,9 @@ class ExportedStates:
     views: list[str]
     utterances: int
     left_out: int  # utterances that some view lacks
-    tokens: dict[str, int]
+    tokens: dict[str, int]  # by text teacher
     bytes: int
+    frames: dict[str, int] = field(default_factory=dict)  # by speech teacher
 
 
 def export(
@@ -50,8 +52,9 @@ def export(
 
     `rows` are those of `store.rows`; None: all. Utterances that some view lacks, or that teachers have from different
     texts, are left out.
-    Arrays are packed: `TEACHER/length` has the number of tokens of each utterance. Without `float32`, int8 and pq
-    become float16, bfloat16 becomes float32, and other dtypes stay as they are.
+    A speech teacher has the times of its frames instead, `TEACHER/time` float64 [N, 2], in seconds.
+    Arrays are packed: `TEACHER/length` has the number of tokens or frames of each utterance. Without `float32`, int8
+    and pq become float16, bfloat16 becomes float32, and other dtypes stay as they are.
     """
     check_output(path, _WRITERS, force, [store.path])
     available = available_rows(store, views)
@@ -65,12 +68,19 @@ def export(
         raise NoStoreError(what, where=store.address, remedy="name fewer views, or finish the extraction")
     arrays: dict[str, np.ndarray] = {}
     tokens: dict[str, int] = {}
+    frames: dict[str, int] = {}
     for teacher in dict.fromkeys(v.teacher for v in views):
+        if is_speech(store, teacher):
+            lengths = store.row_lengths(teacher, store.rows(ids, teacher))
+            frame = np.concatenate([np.arange(n) for n in lengths.tolist()])
+            arrays |= {f"{teacher}/length": lengths, f"{teacher}/time": spans(store.plan.teachers[teacher], frame)}
+            frames[teacher] = len(frame)
+            continue
         lengths, token_id, span = store.tokens(ids, teacher)
         tokens[teacher] = len(token_id)
         arrays |= {f"{teacher}/length": lengths, f"{teacher}/token_id": token_id, f"{teacher}/span": span}
         arrays[f"{teacher}/piece"] = np.array(pieces_of(store, teacher, token_id), dtype=np.str_)
-    size = sum(tokens[v.teacher] * store.teacher(v.teacher).width * 4 for v in views)
+    size = sum((tokens | frames)[v.teacher] * store.teacher(v.teacher).width * 4 for v in views)
     if size > MOST_BYTES:
         what, expected = f"one file would have {size / 1e9:,.1f} GB", f"at most {MOST_BYTES / 1e9:,.1f} GB"
         remedy = "name fewer views or utterances, or open data.zarr itself with zarr, xarray or tensorstore"
@@ -84,7 +94,8 @@ def export(
     with output_draft(path) as draft:
         _WRITERS[path.suffix](draft, ids, arrays)
     addresses, left_out = [v.address for v in views], asked - len(ids)
-    return ExportedStates(str(path), path.suffix[1:], addresses, len(ids), left_out, tokens, path.stat().st_size)
+    written = path.stat().st_size
+    return ExportedStates(str(path), path.suffix[1:], addresses, len(ids), left_out, tokens, written, frames)
 
 
 def _hdf5(path: Path, ids: list[str], arrays: dict[str, np.ndarray]) -> None:
@@ -117,7 +128,10 @@ def _safetensors(path: Path, ids: list[str], arrays: dict[str, np.ndarray]) -> N
 
 
 def _csv(path: Path, ids: list[str], arrays: dict[str, np.ndarray]) -> None:
-    """One line per token and view. The states' columns are d0, d1, … of the widest view."""
+    """One line per token or frame and view. The states' columns are d0, d1, … of the widest view.
+
+    A frame has its seconds in begin and end, and no token_id and piece.
+    """
     views = [k for k in arrays if k.count("/") == 2]
     width = max(arrays[v].shape[1] for v in views)
     columns = ["view", "utterance", "token", "token_id", "piece", "begin", "end", *(f"d{i}" for i in range(width))]
@@ -126,12 +140,16 @@ def _csv(path: Path, ids: list[str], arrays: dict[str, np.ndarray]) -> None:
         out.writerow(columns)
         for view in views:
             teacher = view.split("/")[0]
-            length, token_id, piece, span = (arrays[f"{teacher}/{n}"] for n in ("length", "token_id", "piece", "span"))
+            length = arrays[f"{teacher}/length"]
+            if f"{teacher}/time" in arrays:
+                rows = [["", "", *(f"{x:.6g}" for x in time)] for time in arrays[f"{teacher}/time"].tolist()]
+            else:
+                token_id, piece, span = (arrays[f"{teacher}/{n}"].tolist() for n in ("token_id", "piece", "span"))
+                rows = [[t, p, *s] for t, p, s in zip(token_id, piece, span, strict=True)]
             of = np.repeat(np.arange(len(ids)), length)
             first = np.cumsum(length) - length
             for n, (u, state) in enumerate(zip(of, arrays[view])):
-                token = [n - int(first[u]), int(token_id[n]), str(piece[n]), *span[n].tolist()]
-                out.writerow([view, ids[u], *token, *(f"{x:.6g}" for x in state.tolist())])
+                out.writerow([view, ids[u], n - int(first[u]), *rows[n], *(f"{x:.6g}" for x in state.tolist())])
 
 
 _WRITERS = {".h5": _hdf5, ".npz": _npz, ".safetensors": _safetensors, ".csv": _csv}

@@ -19,10 +19,9 @@ from ...maintain.repair import Repaired
 from ...store import Store, View
 from ...store.disk.paths import Paths
 from ...store.format.arrays import RawArray
-from ...store.format.index import same_text
 from ...store.format.plan import Shard, WorkItem
 from ...store.storage import open_files
-from ...store.verify.stale import behind
+from ...store.verify.stale import behind, is_newest
 from ...store.verify.sums import unchecked
 from ...store.verify.verify import StoreFinding, damaged_records, findings
 from ..sample import quantisation_errors
@@ -44,7 +43,7 @@ class ViewFacts:
     units_planned: int
     utterances: int  # committed, without those that a later text has replaced
     utterances_planned: int
-    tokens: int  # committed
+    tokens: int  # committed; for a speech teacher, frames
     tokens_planned: int
     bytes: int
     fingerprint: str | None
@@ -53,12 +52,13 @@ class ViewFacts:
     behind: int = 0  # utterances that differ from the newest corpus, because this teacher has not been refreshed
     pq_error: float | None = None  # for pq: as int8_error
     pq_error_standardised: float | None = None
+    axis: str = "token"  # what the states are of: "token", or "frame" for a speech teacher
 
 
 @dataclass(frozen=True)
 class TeacherFacts:
     name: str
-    kind: str
+    kind: str  # "encoder" or "decoder" of text, or "speech"
     model: str
     architecture: str
     revision: str | None
@@ -75,7 +75,7 @@ class TeacherFacts:
     contexts: list[str]
     layers: list[int]
     vocabulary: int
-    tokens: int  # of the corpus as this teacher has it, extracted or not
+    tokens: int  # of the corpus as this teacher has it, extracted or not; for a speech teacher, frames
     units: int  # committed work items, counted for each layer
     units_planned: int
     views: int
@@ -89,6 +89,10 @@ class TeacherFacts:
     compared: bool = True  # whether batches were compared with one text at a time; earlier versions did not
     pq_error: float | None = None  # largest of its views
     pq_error_standardised: float | None = None
+    axis: str = "token"  # or "frame" for a speech teacher
+    rate_hz: float = 0.0  # frames in a second
+    offset_s: float = 0.0  # time of the middle of frame 0
+    sample_rate_hz: int = 0  # of the samples that the model takes
 
 
 @dataclass(frozen=True)
@@ -99,12 +103,13 @@ class StoreFacts:
     complete: bool
     utterances: int
     sessions: int
-    tokens: int
+    tokens: int  # of text teachers
     bytes: int
     hidden_bytes: int
     generations: int
     teachers: list[TeacherFacts]
     versions: dict[str, str]
+    frames: int = 0  # of speech teachers
 
 
 @dataclass(frozen=True)
@@ -112,9 +117,10 @@ class UtteranceFacts:
     utterance: str
     row: int
     session: int
-    tokens: dict[str, int]  # number of tokens by teacher
+    tokens: dict[str, int]  # number of tokens by text teacher
     views: int  # views in which it is committed
     views_planned: int
+    frames: dict[str, int] = field(default_factory=dict)  # number of frames by speech teacher
 
 
 def store_facts(store: Store) -> StoreFacts:
@@ -129,12 +135,13 @@ def store_facts(store: Store) -> StoreFacts:
         complete=all(v.complete for v in views),
         utterances=len(store.utterance_ids),
         sessions=int(session.max(initial=-1)) + 1,
-        tokens=sum(t.tokens for t in teachers),
+        tokens=sum(t.tokens for t in teachers if t.axis == "token"),
         bytes=sum(n for _, n in store.paths.files.sizes(store.paths.root)),
         hidden_bytes=sum(t.hidden_bytes for t in teachers),
         generations=len(store.plan.generations),
         teachers=teachers,
         versions=store.plan.versions,
+        frames=sum(t.tokens for t in teachers if t.axis == "frame"),
     )
 
 
@@ -203,7 +210,7 @@ def _teacher_facts(store: Store, name: str, views: list[ViewFacts]) -> TeacherFa
     recorded = {f.name: getattr(t, f.name) for f in fields(TeacherFacts) if hasattr(t, f.name)}
     return TeacherFacts(
         **recorded | {"leading_space": t.space_choice},
-        vocabulary=RawArray(store.paths, name, "vocab_id").shape[0],
+        vocabulary=0 if t.is_speech else RawArray(store.paths, name, "vocab_id").shape[0],
         tokens=store.teacher(name).tokens,
         units=sum(v.units for v in views),
         units_planned=sum(v.units_planned for v in views),
@@ -251,6 +258,7 @@ def _view_facts(store: Store, view: View, complete: bool, late: int) -> ViewFact
         fingerprint=teacher.fingerprints.get(f"{view.context}/{view.layer}"),
         **quantisation_errors(store, view),
         behind=late,
+        axis=teacher.axis,
     )
 
 
@@ -262,7 +270,7 @@ def utterance_facts(store: Store, patterns: Sequence[str] = ()) -> Iterator[Utte
         what = f"no utterance matches {' or '.join(patterns)}"
         raise NoStoreError(what, where=store.address, remedy="stillhouse inspect ls --utterances")
     # A teacher that has not been refreshed has nothing of a changed utterance.
-    current = {name: same_text([store.index, store.index_of(name)], chosen) for name in store.plan.teachers}
+    current = {name: is_newest(store, name, chosen) for name in store.plan.teachers}
     lengths = {}
     for name, same in current.items():
         own = np.maximum(store.index_of(name).rows(chosen), 0)
@@ -270,5 +278,6 @@ def utterance_facts(store: Store, patterns: Sequence[str] = ()) -> Iterator[Utte
     held = (store.has(chosen, view) & current[view.teacher] for view in views)
     committed = sum(held, np.zeros(len(chosen), np.int64)).tolist()
     for n, (utterance, row) in enumerate(zip(chosen, store.rows(chosen).tolist())):
-        tokens = {name: length[n] for name, length in lengths.items()}
-        yield UtteranceFacts(utterance, row, int(store.index.session[row]), tokens, committed[n], len(views))
+        counts = {name: length[n] for name, length in lengths.items()}
+        frames = {name: counts.pop(name) for name, t in store.plan.teachers.items() if t.is_speech}
+        yield UtteranceFacts(utterance, row, int(store.index.session[row]), counts, committed[n], len(views), frames)

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from ....data.errors import CorpusError, NoStoreError, StaleError, StoreError
 from ...store import Store, View, hash_text, to_float32
-from ...store.format.index import same_text
-from ...store.verify.stale import REFRESH
+from ...store.verify.stale import REFRESH, is_newest
+from ..frames import FrameFacts, frames_of, is_speech
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class ShownTeacher:
     contexts: list[ContextFacts]
     views: list[ShownView]
     behind: bool = False  # it has another text of this utterance, or none: nothing of it is shown
+    frames: list[FrameFacts] = field(default_factory=list)  # of a speech teacher, which has no tokens and contexts
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Shown:
     session_row: int  # place in the session, from 0
     session_utterances: int
     text: str
-    text_from: str  # "corpus" or "tokens"
+    text_from: str  # "corpus" or "tokens"; "nothing" if no text teacher has the utterance
     teachers: list[ShownTeacher]
 
 
@@ -71,6 +72,7 @@ def show(
 ) -> Shown:
     """Return the tokens, contexts and norms of one utterance, of its newest text in the store.
 
+    Without `corpus`, the transcript is spelt from the tokens of a teacher of `views`, or else of any text teacher.
     Raises StaleError if its text in `corpus` has changed, or if all teachers of `views` are from another text.
     """
     row = int(store.rows([utterance])[0])
@@ -81,7 +83,7 @@ def show(
         what = f"the transcript of {utterance} has changed since it was extracted"
         raise StaleError(what, where=corpus, remedy="extract it again")
     names = dict.fromkeys(v.teacher for v in views)
-    current = [t for t in names if same_text([store.index, store.index_of(t)], [utterance])[0]]
+    current = [t for t in names if is_newest(store, t, [utterance])[0]]
     if names and not current:
         what = f"{', '.join(names)}: no states of the newest text of {utterance}"
         raise StaleError(what, where=store.address, remedy=REFRESH)
@@ -91,14 +93,15 @@ def show(
         else ShownTeacher(t, [], [], [], behind=True)
         for t in names
     ]
+    spelt_text = None if text is not None else newest_text(store, utterance, current)
     return Shown(
         utterance=utterance,
         row=row,
         session=int(session[row]),
         session_row=session_rows.index(row),
         session_utterances=len(session_rows),
-        text=spelt(next((t.tokens for t in teachers if not t.behind), [])) if text is None else text,
-        text_from="tokens" if text is None else "corpus",
+        text=text or spelt_text or "",
+        text_from="corpus" if text is not None else "tokens" if spelt_text is not None else "nothing",
         teachers=teachers,
     )
 
@@ -109,7 +112,9 @@ def _teacher(
     dtype = store.teacher(name).dtype
     shown: list[ShownView] = []
     contexts: dict[str, ContextFacts] = {}
-    tokens = tokens_of(store, utterance, name, text)
+    speech = is_speech(store, name)
+    tokens = [] if speech else tokens_of(store, utterance, name, text)
+    frames = frames_of(store, utterance, name) if speech else []
     for view in views:
         if not store.has([utterance], view)[0]:
             shown.append(ShownView(view.address, False, None, [], None))
@@ -119,12 +124,20 @@ def _teacher(
         except StoreError as e:
             shown.append(ShownView(view.address, False, str(e), [], None))
             continue
-        if view.context not in contexts:
+        if view.context not in contexts and not speech:
             left, right = store.context_seen([utterance], view)
             contexts[view.context] = ContextFacts(view.context, int(left[0]), int(right[0]))
         norms = np.linalg.norm(matrix, axis=1).tolist()
         shown.append(ShownView(view.address, True, None, norms, matrix.tolist() if values else None))
-    return ShownTeacher(name, tokens, list(contexts.values()), shown)
+    return ShownTeacher(name, tokens, list(contexts.values()), shown, frames=frames)
+
+
+def newest_text(store: Store, utterance: str, first: Sequence[str] = ()) -> str | None:
+    """Spell an utterance's newest text from a text teacher's tokens, if possible one of `first`. None: none has it."""
+    for name in [*first, *store.plan.teachers]:
+        if not is_speech(store, name) and is_newest(store, name, [utterance])[0]:
+            return spelt(tokens_of(store, utterance, name))
+    return None
 
 
 def tokens_of(store: Store, utterance: str, teacher: str, text: str | None = None) -> list[TokenFacts]:

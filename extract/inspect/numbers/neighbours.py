@@ -1,7 +1,7 @@
 """The tokens nearest to a word, `inspect neighbours`, and how a word moves with context, `inspect compare`.
 
-Guarantees: the search is exact. Every token of the view that is `counted` is compared, block by block, whatever the
-store's size.
+Guarantees: the search is exact. Every token of the view that is `counted`, or every frame, is compared, block by block,
+whatever the store's size.
 Try: `stillhouse inspect neighbours STORE UTT:WORD`, `stillhouse inspect compare STORE UTT --views A,B`.
 """
 
@@ -12,12 +12,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from ....data.errors import NoStoreError, UsageError
 from ...store import Gathered, Store, View, to_float32
-from ..facts.utterance import TokenFacts, plain, spelt, tokens_of
+from ..facts.utterance import TokenFacts, newest_text, plain, spelt, tokens_of
+from ..frames import find_frame, frames_of, is_speech, middles
 from ..sample import OnProgress, blocks, counted, ids_of, ignore, locate, read_states, sample_rows
 
 
@@ -25,11 +27,12 @@ from ..sample import OnProgress, blocks, counted, ids_of, ignore, locate, read_s
 class Neighbour:
     cosine: float
     utterance: str
-    token: int
+    token: int  # or frame
     piece: str
     sentence: str  # spelt from the tokens
     begin: int  # place of the token in the sentence
     end: int
+    time_s: float | None = None  # the middle of a frame, which has no piece and no place in the sentence
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Neighbours:
     begin: int = 0  # place of the word in the sentence
     end: int = 0
     first_tokens: bool = False  # whether a decoder's first tokens are compared, too: only if the word is one
+    time_s: float | None = None  # the middle of the frame that is searched for
 
 
 def words(tokens: Sequence[TokenFacts]) -> list[list[int]]:
@@ -77,7 +81,7 @@ def nearest(
     store: Store,
     view: View,
     utterance: str,
-    word: str,
+    word: str | float,
     count: int = 10,
     *,
     standardise: bool = False,
@@ -87,18 +91,24 @@ def nearest(
 ) -> Neighbours:
     """Find the `count` tokens whose states have the largest cosine with the mean state of a word (see `find_word`).
 
+    For a speech teacher, `word` is a time in seconds, and of each utterance the frame nearest to that frame is found.
     With `standardise`, outlier dimensions do not decide alone. `tokens` limits the search to a sample of that size.
-    Raises NoStoreError if the utterance is unknown or not extracted yet, or has no such word.
+    Raises NoStoreError if the utterance is unknown or not extracted yet, or has no such word or time.
     """
     if not store.has([utterance], view)[0]:
         store.rows([utterance])
         raise NoStoreError(f"{utterance} is not extracted yet", where=view.address)
-    own = tokens_of(store, utterance, view.teacher)
-    own_tokens = find_word(own, word, utterance)
+    speech = is_speech(store, view.teacher)
+    own: list[TokenFacts] = []
+    if isinstance(word, float):
+        own_tokens, length = [find_frame(store, utterance, view.teacher, word)], _length(store, view, utterance)
+    else:
+        own = tokens_of(store, utterance, view.teacher)
+        own_tokens, length = find_word(own, word, utterance), len(own)
     dtype = store.teacher(view.teacher).dtype
     mean, std = store.norm(view) if standardise else (np.float32(0), np.float32(1))
     # A word that is a decoder's first token alone is compared with all tokens.
-    counts = counted(store, view.teacher, np.array([len(own)]))
+    counts = counted(store, view.teacher, np.array([length]))
     every = not counts[own_tokens].any()
     of_query = [i for i in own_tokens if every or counts[i]]
     query = to_float32(store.gather([utterance], [view]).states[view][of_query], dtype)
@@ -119,7 +129,12 @@ def nearest(
         cosine = (states @ scaled - offset) / np.maximum(norm, 1e-30)
         if not every:
             cosine[~counted(store, view.teacher, gathered.lengths[view.teacher])] = -np.inf
-        best = np.argpartition(-cosine, min(count, len(cosine) - 1))[:count]
+        if speech:  # Neighbouring frames are much alike, so each utterance has one place in the list.
+            ends = np.cumsum(gathered.lengths[view.teacher], dtype=np.int64)
+            places = [a + int(cosine[a:b].argmax()) for a, b in pairwise([0, *ends.tolist()])]
+        else:
+            places = np.argpartition(-cosine, min(count, len(cosine) - 1))[:count].tolist()
+        best = np.array(places)[np.argsort(-cosine[places], kind="stable")][:count]
         best = best[cosine[best] > -np.inf]
         return cosine[best], *locate(block_rows, gathered.lengths[view.teacher], best)
 
@@ -129,12 +144,12 @@ def nearest(
         best = sorted([*best, *zip((-cosine).tolist(), of.tolist(), token.tolist())])[:count]
         if number % 8 == 0:
             on_progress(view)
-    sentence, begin, end = marked(own, own_tokens[0])
+    sentence, begin, end = marked(own, own_tokens[0]) if own else (newest_text(store, utterance) or "", 0, 0)
     lengths = store.lengths(view.teacher)[rows]
     return Neighbours(
         view=view.address,
         utterance=utterance,
-        word=" ".join(plain(own[i].piece) for i in own_tokens),
+        word=" ".join(plain(own[i].piece) for i in own_tokens) if own else f"{word:g} s",
         tokens=own_tokens,
         sentence=sentence,
         searched=int(lengths.sum() if every else counted(store, view.teacher, lengths).sum()),
@@ -142,6 +157,7 @@ def nearest(
         begin=begin,
         end=end,
         first_tokens=every,
+        time_s=_time(store, view, own_tokens[0]),
     )
 
 
@@ -160,8 +176,21 @@ def _in_threads(work: Callable, parts: Iterator) -> Iterator:
 
 def _neighbour(store: Store, view: View, cosine: float, row: int, token: int) -> Neighbour:
     utterance = store.index.id(row)
+    if is_speech(store, view.teacher):
+        text, time_s = newest_text(store, utterance) or "", _time(store, view, token)
+        return Neighbour(round(cosine, 6), utterance, token, "", text, 0, 0, time_s)
     tokens = tokens_of(store, utterance, view.teacher)
     return Neighbour(round(cosine, 6), utterance, token, tokens[token].piece, *marked(tokens, token))
+
+
+def _length(store: Store, view: View, utterance: str) -> int:
+    return int(store.row_lengths(view.teacher, store.rows([utterance], view.teacher))[0])
+
+
+def _time(store: Store, view: View, frame: int) -> float | None:
+    """The middle of a frame in seconds; None for a token."""
+    record = store.plan.teachers[view.teacher]
+    return round(float(middles(record, frame)), 6) if record.is_speech else None
 
 
 def marked(tokens: Sequence[TokenFacts], token: int) -> tuple[str, int, int]:
@@ -175,7 +204,7 @@ def marked(tokens: Sequence[TokenFacts], token: int) -> tuple[str, int, int]:
 @dataclass(frozen=True)
 class Moved:
     token: int
-    piece: str
+    piece: str  # or the time at which a frame begins
     cosine: float  # of the token's states in a and b
     distance: float  # norm of their difference over the norm in a
 
@@ -186,6 +215,7 @@ class NeighbourComparison:
     b: str
     cosine: float  # mean over the tokens, without a decoder's first if there are others
     tokens: list[Moved]
+    axis: str = "token"  # or "frame"
 
 
 def compare(store: Store, utterance: str, views: Sequence[View]) -> list[NeighbourComparison]:
@@ -198,7 +228,10 @@ def compare(store: Store, utterance: str, views: Sequence[View]) -> list[Neighbo
         raise UsageError(what, remedy="stillhouse inspect similarity compares teachers")
     gathered, dtype = store.gather([utterance], views), store.teacher(teacher).dtype
     first, *rest = (to_float32(gathered.states[v], dtype) for v in views)
-    pieces = [t.piece for t in tokens_of(store, utterance, teacher)]
+    if is_speech(store, teacher):
+        pieces = [f"{f.begin_s:.2f} s" for f in frames_of(store, utterance, teacher)]
+    else:
+        pieces = [t.piece for t in tokens_of(store, utterance, teacher)]
     norm = np.linalg.norm(first, axis=1)
     counts, comparisons = counted(store, teacher, np.array([len(pieces)])), []
     for view, other in zip(views[1:], rest):
@@ -207,5 +240,6 @@ def compare(store: Store, utterance: str, views: Sequence[View]) -> list[Neighbo
         moved = [Moved(i, *m) for i, m in enumerate(zip(pieces, cosine.tolist(), distance.tolist()))]
         kept = cosine[counts] if counts.any() else cosine
         mean = float(kept.mean()) if len(kept) else 1.0
-        comparisons.append(NeighbourComparison(views[0].address, view.address, mean, moved))
+        axis = store.plan.teachers[teacher].axis
+        comparisons.append(NeighbourComparison(views[0].address, view.address, mean, moved, axis))
     return comparisons

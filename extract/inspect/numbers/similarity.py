@@ -1,7 +1,8 @@
 """Compare views by linear CKA: `stillhouse inspect similarity`.
 
-Guarantees: every view is read at the same places of the same transcripts, so tokenisers and widths may differ. No place
-is a decoder's first token of an utterance (see `counted`). The estimate is unbiased: unrelated views get 0.
+Guarantees: every view is read at the same places of the same transcripts, or at the same times of the same audio, so
+tokenisers, frame rates and widths may differ. No place is a decoder's first token of an utterance (see `counted`). The
+estimate is unbiased: unrelated views get 0.
 Try: `stillhouse inspect similarity STORE`.
 """
 
@@ -14,30 +15,38 @@ import numpy as np
 
 from ....data.errors import NoStoreError
 from ...store import Store, View, to_float32
+from ..frames import frames_at, middles, one_axis
 from ..sample import OnProgress, ids_of, ignore, is_decoder, read_states, sample_rows, sample_size
 
 PLACES = 2000
+EVERY_S = 0.2  # between two places in audio, because neighbouring frames are much alike
 GRAM_NUMBERS = 1 << 27  # of all views' Gram matrices
 
 
 @dataclass(frozen=True)
 class Similarity:
     views: list[str]
-    places: int  # tokens at which views were compared, without first tokens of decoders
+    places: int  # tokens at which views were compared, without first tokens of decoders; or frames
     cka: list[list[float]]  # [V][V], in the order of `views`
+    axis: str = "token"  # or "frame", of speech teachers
 
 
 def similarity(
     store: Store, views: Sequence[View], tokens: int | None = None, seed: int = 0, on_progress: OnProgress = ignore
 ) -> Similarity:
-    """Compute linear CKA of all pairs of views at `tokens` places, at least 4. None means PLACES or fewer."""
+    """Compute linear CKA of all pairs of views at `tokens` places, at least 4. None means PLACES or fewer.
+
+    Raises UsageError for views of text teachers together with views of speech teachers.
+    """
+    speech = one_axis(store, views)
     if tokens is None:
         tokens = min(sample_size(store, views, PLACES), int((GRAM_NUMBERS / max(1, len(views))) ** 0.5))
-    ids, tokens_of = places(store, views, tokens, seed)
+    ids, tokens_of = (times if speech else places)(store, views, tokens, seed)
     _, tokens_of = without_first(store, tokens_of)
     count = sum(len(t) for t in next(iter(tokens_of.values())))
     if count < 4:
-        what, expected = f"only {count} tokens to compare views at", "at least 4, without first tokens of decoders"
+        what = f"only {count} {'frames' if speech else 'tokens'} to compare views at"
+        expected = f"at least 4, {EVERY_S} s apart" if speech else "at least 4, without first tokens of decoders"
         raise NoStoreError(what, where=store.address, expected=expected)
     gram = np.empty((len(views), count, count), np.float32)
     for number, view in enumerate(views):
@@ -47,7 +56,7 @@ def similarity(
     product = (flat @ flat.T).astype(np.float64)
     scale = np.sqrt(np.maximum(np.diag(product), 1e-30))
     cka = product / scale[:, None] / scale
-    return Similarity([v.address for v in views], count, cka.round(6).tolist())
+    return Similarity([v.address for v in views], count, cka.round(6).tolist(), "frame" if speech else "token")
 
 
 def places(
@@ -70,6 +79,29 @@ def places(
         for indices in at.values():
             indices[number] = indices[number][solid][:left]
         left -= len(at[names[0]][number])
+    return ids, at
+
+
+def times(store: Store, views: Sequence[View], frames: int, seed: int) -> tuple[list[str], dict[str, list[np.ndarray]]]:
+    """Draw utterances; return their ids, and the indices of the frames to read in each of them, by teacher.
+
+    A place is the middle of every n-th frame of the first teacher. Another teacher's frame is the one over that time.
+    Places without a frame of some teacher are left out.
+    """
+    names = list(dict.fromkeys(v.teacher for v in views))
+    records = [store.plan.teachers[name] for name in names]
+    step = max(1, round(EVERY_S * records[0].rate_hz))
+    ids = ids_of(store, sample_rows(store, views, frames * step, seed))
+    counts = [store.row_lengths(name, store.rows(ids, name)).tolist() for name in names]
+    at: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    left = frames
+    for of in zip(*counts, strict=True):
+        own = np.arange(0, of[0], step)
+        found = [own, *(frames_at(r, middles(records[0], own)) for r in records[1:])]
+        there = np.logical_and.reduce([(f >= 0) & (f < n) for f, n in zip(found, of, strict=True)])
+        for name, f in zip(names, found, strict=True):
+            at[name].append(f[there][:left])
+        left -= len(at[names[0]][-1])
     return ids, at
 
 

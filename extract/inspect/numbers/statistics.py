@@ -1,6 +1,7 @@
 """Statistics of the states of a view: `stillhouse inspect stats`.
 
-Guarantees: the states are read once. The first token of each utterance is counted apart: `counted` says why.
+Guarantees: the states are read once. The first token of each utterance is counted apart: `counted` says why. All
+frames of a speech teacher count.
 Try: `stillhouse inspect stats STORE --view 'minilm/*/*'`.
 """
 
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...store import Store, View, to_float32
+from ..frames import is_speech
 from ..sample import (
     OnProgress,
     blocks,
@@ -59,6 +61,7 @@ class Statistics:
     rank_tokens: int = 0  # tokens behind the rank, which bounds it: 1,024 in a sample of wider states
     pq_error: float | None = None  # for pq: as int8_error
     pq_error_standardised: float | None = None
+    axis: str = "token"  # or "frame": what the fields named after tokens count, of which none is a first one
 
 
 def statistics(
@@ -88,6 +91,7 @@ def statistics(
 def _of_view(store: Store, view: View, rows: np.ndarray, rank: str) -> Statistics:
     """`rank` is computed of "all" tokens, of "some", or of "none"."""
     width, dtype = store.teacher(view.teacher).width, store.teacher(view.teacher).dtype
+    speech = is_speech(store, view.teacher)
     total, direction = np.zeros(width), np.zeros(width)
     shift: np.ndarray | None = None
     square = np.zeros((width, width) if rank == "all" else width)
@@ -99,7 +103,7 @@ def _of_view(store: Store, view: View, rows: np.ndarray, rank: str) -> Statistic
     for part in blocks(store, view.teacher, rows):
         gathered = read_states(store, view, ids_of(store, part))
         lengths, states = gathered.lengths[view.teacher], to_float32(gathered.states[view], dtype)
-        first = first_tokens(lengths)
+        first = np.zeros(len(states), bool) if speech else first_tokens(lengths)
         finite = np.isfinite(states).all(1)
         not_finite += int((~finite).sum())
         first_norms.append(np.linalg.norm(states[first & finite], axis=1))
@@ -148,6 +152,7 @@ def _of_view(store: Store, view: View, rows: np.ndarray, rank: str) -> Statistic
         not_finite=not_finite,
         **quantisation_errors(store, view),
         rank_tokens=0 if rank == "none" else ranked,
+        axis="frame" if speech else "token",
     )
 
 

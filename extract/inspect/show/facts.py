@@ -12,10 +12,20 @@ from typing import TYPE_CHECKING
 from .terminal import columns, fitted, pad, pairs, share, size, table, tables, width, wrap
 
 if TYPE_CHECKING:
+    from ..facts.diff import NumbersDiffer
     from ..facts.export import ExportedStates
     from ..facts.store import StoreFacts, TeacherFacts, UtteranceFacts, Verified, ViewFacts
     from ..facts.tree import Node
     from ..facts.utterance import Shown, ShownTeacher
+    from ..numbers.statistics import Statistics
+
+
+KINDS = {"encoder": "bidirectional encoder", "decoder": "causal decoder", "speech": "speech encoder"}
+
+
+def counted(listed: Sequence[ViewFacts] | Sequence[Statistics] | Sequence[NumbersDiffer]) -> str:
+    """Return what the states of views are of: tokens, frames, or both."""
+    return " or ".join(sorted({f"{v.axis}s" for v in listed}, reverse=True)) or "tokens"
 
 
 def store(s: StoreFacts) -> str:
@@ -35,7 +45,7 @@ def store(s: StoreFacts) -> str:
 
 
 def _teacher(t: TeacherFacts) -> str:
-    kind = "bidirectional encoder" if t.kind == "encoder" else "causal decoder"
+    kind = KINDS.get(t.kind, t.kind)
     text = "the transcripts as they are" if t.transform == "none" else f"the transcripts through {t.transform}"
     join = f", utterances joined by {t.join!r}" if t.join else ""
     space = {"no": "", "yes": ", a space before each"}.get(
@@ -45,15 +55,24 @@ def _teacher(t: TeacherFacts) -> str:
     error = "" if t.int8_error is None else f" (error {t.int8_error:.2%} at most)"
     if t.pq_error is not None and t.pq_error_standardised is not None:
         error = f" (error {t.pq_error:.1%} of the states, {t.pq_error_standardised:.1%} standardised at most)"
+    if t.axis == "frame":
+        heard = [("  hears", f"audio at {t.sample_rate_hz:,} Hz; up to {t.window / t.rate_hz:.4g} s a pass")]
+        hours = f"{t.tokens / t.rate_hz / 3600:,.2f} h"
+        count = ("  frames", f"{t.tokens:,}, {t.rate_hz:g} in a second: {hours}; the first at {t.offset_s:.4g} s")
+    else:
+        heard = [
+            ("  saw", f"{text}{space}{join}; up to {t.window} tokens a pass"),
+            ("  contexts", ", ".join(t.contexts)),
+        ]
+        count = ("  tokens", f"{t.tokens:,}, of a vocabulary of {t.vocabulary:,}")
     rows = [
         ("teacher", t.name),
         ("  model", f"{t.architecture}, {kind}, {t.depth} layers, {t.width} wide"),
         ("  from", f"{t.model}{revision}"),
         *([("  about", t.about)] if t.about else []),
-        ("  saw", f"{text}{space}{join}; up to {t.window} tokens a pass"),
-        ("  contexts", ", ".join(t.contexts)),
+        *heard,
         ("  layers", ", ".join(map(str, sorted(t.layers)))),
-        ("  tokens", f"{t.tokens:,}, of a vocabulary of {t.vocabulary:,}"),
+        count,
         ("  numbers", f"{t.dtype}{error}, computed in {t.model_dtype}; {size(t.hidden_bytes)}"),
         ("  done", f"{t.work_items:,} of {t.work_items_planned:,} work items; {t.views} of {t.views_planned} views"),
     ]
@@ -66,7 +85,7 @@ def views(listed: Sequence[ViewFacts]) -> str:
          "complete" if v.complete else "norms missing" if v.tokens == v.tokens_planned else "not complete")
         for v in listed
     ]  # fmt: skip
-    drawn = fitted(rows, header=("view", "done", "utterances", "tokens", "states", ""), right="lrrrr")
+    drawn = fitted(rows, header=("view", "done", "utterances", counted(listed), "states", ""), right="lrrrr")
     return "\n".join([drawn, *(wrap(text, indent=2) for text in _behind({v.teacher: v.behind for v in listed}))])
 
 
@@ -83,18 +102,22 @@ def _behind(teachers: dict[str, int]) -> list[str]:
 
 
 def utterances(listed: Sequence[UtteranceFacts]) -> str:
-    teachers = list(listed[0].tokens) if listed else []
+    texts, speech = (list(listed[0].tokens), list(listed[0].frames)) if listed else ([], [])
     rows = [
-        (u.utterance, u.session, *(f"{u.tokens[t]:,}" for t in teachers), f"{u.views} of {u.views_planned}")
+        (u.utterance, u.session, *(f"{u.tokens[t]:,}" for t in texts), *(f"{u.frames[t]:,}" for t in speech),
+         f"{u.views} of {u.views_planned}")
         for u in listed
-    ]
-    header = ("utterance", "session", *(f"{t} tokens" for t in teachers), "views")
+    ]  # fmt: skip
+    header = ("utterance", "session", *(f"{t} tokens" for t in texts), *(f"{t} frames" for t in speech), "views")
     return fitted(rows, header=header, right="l" + "r" * (len(header) - 1))
 
 
 def shown(s: Shown) -> str:
     place = f"number {s.session_row + 1} of {s.session_utterances} in session {s.session}, row {s.row}"
-    source = "" if s.text_from == "corpus" else "\n(spelt from the tokens; --corpus shows the transcript itself)"
+    source = {
+        "tokens": "\n(spelt from the tokens; --corpus shows the transcript itself)",
+        "nothing": "(no text teacher has its text; --corpus shows it)",
+    }.get(s.text_from, "")
     head = f"{wrap(f'{s.utterance}: {place}', indent=2)}\n{wrap(s.text)}{source}"
     return "\n\n".join([head, *(_shown_teacher(t) for t in s.teachers)])
 
@@ -104,7 +127,7 @@ def _shown_teacher(t: ShownTeacher) -> str:
         return wrap(
             f"{t.name}: not from this text; extract CORPUS STORE --refresh, with this teacher, extracts it again"
         )
-    parts = [f"{t.name}: {len(t.tokens)} tokens"]
+    parts = [f"{t.name}: {len(t.frames)} frames" if t.frames else f"{t.name}: {len(t.tokens)} tokens"]
     parts += [f"  {c.context} saw {c.left} tokens before and {c.right} after" for c in t.contexts]
     parts += [f"  damaged: {v.view}: {v.problem}" for v in t.views if v.problem is not None]
     missing = [v.view for v in t.views if not v.held and v.problem is None]
@@ -113,14 +136,18 @@ def _shown_teacher(t: ShownTeacher) -> str:
     extracted = [v for v in t.views if v.held]
     with_text = bool(t.tokens) and t.tokens[0].text is not None
     # The teacher's name is above the tables, so the columns have context and layer only.
-    names = (v.view.split("/", 1)[1] for v in extracted)
-    header = ("#", "token", "span", *(["text"] if with_text else []), *names)
-    rows = []
-    for i, token in enumerate(t.tokens):
-        text = [token.text] if with_text else []
-        norms = (f"{v.norms[i]:.2f}" for v in extracted)
-        rows.append((i, token.piece, f"{token.begin}:{token.end}", *text, *norms))
-    keep = 3 + with_text
+    names = [v.view.split("/", 1)[1] for v in extracted]
+    norms = [[f"{v.norms[i]:.2f}" for v in extracted] for i in range(len(t.frames or t.tokens))]
+    if t.frames:
+        header: tuple[str, ...] = ("#", "seconds", *names)
+        rows = [(i, f"{f.begin_s:.3f}-{f.end_s:.3f}", *norms[i]) for i, f in enumerate(t.frames)]
+    else:
+        header = ("#", "token", "span", *(["text"] if with_text else []), *names)
+        rows = [
+            (i, k.piece, f"{k.begin}:{k.end}", *([k.text] if with_text else []), *norms[i])
+            for i, k in enumerate(t.tokens)
+        ]
+    keep = len(header) - len(names)
     sides = "r" + "l" * (keep - 1) + "r" * len(extracted)
     parts += [f"\n{drawn}" for drawn in tables(rows, header=header, right=sides, keep=keep, most=columns())]
     if extracted:
@@ -167,7 +194,8 @@ def tree(path: str, nodes: Sequence[Node]) -> str:
 
 
 def exported(e: ExportedStates) -> str:
-    tokens = ", ".join(f"{n:,} tokens of {name}" for name, n in e.tokens.items())
+    counts = [f"{n:,} tokens of {name}" for name, n in e.tokens.items()]
+    tokens = ", ".join(counts + [f"{n:,} frames of {name}" for name, n in e.frames.items()])
     left_out = f"; {e.left_out:,} utterances without all these views left out" if e.left_out else ""
     what = f"{e.utterances:,} utterances, {tokens}, {len(e.views)} views, {size(e.bytes)}{left_out}"
     return wrap(f"{e.path}: {what}", indent=2)

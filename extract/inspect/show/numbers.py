@@ -11,6 +11,7 @@ from itertools import accumulate, takewhile
 from typing import TYPE_CHECKING
 
 from ....data.errors import first_few
+from .facts import counted
 from .terminal import columns, fitted, pad, printable, share, table, tables, width, wrap
 
 if TYPE_CHECKING:
@@ -27,8 +28,9 @@ def statistics(listed: Sequence[Statistics]) -> str:
     rows = []
     for s in listed:
         ratio = s.first_norm_mean / s.norm_mean if s.norm_mean else 0.0
+        first = f"{ratio:.2f}x" if s.first_tokens else ""
         rows.append(
-            (s.view, f"{s.norm_mean:.2f} ±{s.norm_std:.2f}", f"{ratio:.2f}x", f"{s.anisotropy:.3f}",
+            (s.view, f"{s.norm_mean:.2f} ±{s.norm_std:.2f}", first, f"{s.anisotropy:.3f}",
              f"{s.effective_rank:.0f} of {s.width}", len(s.dead), len(s.outliers), s.not_finite)
         )  # fmt: skip
     header = ("view", "norm", "first", "alike", "rank", "dead", "outliers", "NaN")
@@ -46,9 +48,12 @@ def statistics(listed: Sequence[Statistics]) -> str:
                 lines.append(wrap(f"{s.view} {kind} error: {errors}", indent=2))
     tokens = ", ".join(dict.fromkeys(f"{s.tokens:,}" for s in listed))
     bounded = sorted({f"{s.rank_tokens:,}" for s in listed if s.rank_tokens < s.tokens})
-    rank = f"effective rank of {' or '.join(bounded)} tokens, which bounds it" if bounded else "effective rank"
-    legend = f"first: norm of first tokens over the others'; alike: mean cosine of two tokens; rank: {rank}; "
-    lines.append(wrap(f"{tokens} tokens of each view; {legend}no other column counts first tokens"))
+    what = counted(listed)
+    rank = f"effective rank of {' or '.join(bounded)} {what}, which bounds it" if bounded else "effective rank"
+    legend = f"alike: mean cosine of two {what}; rank: {rank}"
+    if any(s.first_tokens for s in listed):
+        legend = f"first: norm of first tokens over the others'; {legend}; no other column counts first tokens"
+    lines.append(wrap(f"{tokens} {what} of each view; {legend}"))
     return "\n".join(lines)
 
 
@@ -66,7 +71,8 @@ def similarity(s: Similarity) -> str:
         rows = [(*names[i], *(f"{s.cka[i][k]:.2f}" for k in numbers if k <= i)) for i in range(first, count)]
         header = ("", "linear CKA", *(str(k + 1) for k in numbers))
         drawn.append(table(rows, header=header, right="rl" + "r" * count))
-    legend = f"at {s.places:,} tokens, without first tokens of decoders; 1: the same up to rotation and scale, "
+    places = "frames" if s.axis == "frame" else "tokens, without first tokens of decoders"
+    legend = f"at {s.places:,} {places}; 1: the same up to rotation and scale, "
     return "\n\n".join(drawn) + "\n" + wrap(f"{legend}0: unrelated")
 
 
@@ -95,13 +101,17 @@ def neighbours(n: Neighbours) -> str:
     longest = max((width(x.utterance) for x in n.neighbours), default=0)
     beside = longest <= columns() // 2
     most = columns() - 7 - (longest + 2 if beside else 0)
-    sentence = around(n.sentence, n.begin, n.end, 4 * columns())
+    sentence = printable(n.sentence) if n.time_s is not None else around(n.sentence, n.begin, n.end, 4 * columns())
     lines = [wrap(f"{n.word!r} in {n.utterance} ({n.view}):", indent=2), wrap(sentence), ""]
     for x in n.neighbours:
         sentence, name = around(x.sentence, x.begin, x.end, most), printable(x.utterance)
+        if x.time_s is not None:
+            sentence = _first(f"at {x.time_s:.2f} s  {printable(x.sentence)}", most, len(x.sentence) > most)
         place = f"{pad(name, longest)}  {sentence}" if beside else f"{name}\n       {sentence}"
         lines.append(f"{x.cosine:.3f}  {place}")
     legend = f"nearest of {n.searched:,} tokens by cosine"
+    if n.time_s is not None:
+        legend = f"the nearest frame of each utterance by cosine, of {n.searched:,} frames"
     if n.first_tokens:
         legend += "; the word is a decoder's first token, whose state can be much the same in all texts"
     return "\n".join([*lines, "", wrap(legend)])
@@ -132,12 +142,12 @@ def compared(listed: Sequence[NeighbourComparison]) -> str:
         for m, *moved in zip(first.tokens, *(c.tokens for c in listed))
     ]
     names = [c.b.split("/", 1)[1] for c in listed]
-    header = ("#", "token", *(name for n in names for name in (f"cos {n}", "moved")))
+    kind = "token" if listed[0].axis == "token" else "begins"
+    header = ("#", kind, *(name for n in names for name in (f"cos {n}", "moved")))
     drawn = "\n\n".join(tables(rows, header=header, right="rl" + "rr" * len(names), keep=2, most=columns()))
     means = ", ".join(f"{c.b} {c.cosine:.3f}" for c in listed)
-    legend = wrap(
-        f"mean cosine, without a decoder's token 0: {means}; moved: norm of the difference over {first.a}'s norm"
-    )
+    without = ", without a decoder's token 0" if first.axis == "token" else ""
+    legend = wrap(f"mean cosine{without}: {means}; moved: norm of the difference over {first.a}'s norm")
     return f"compared with {first.a}\n{drawn}\n{legend}"
 
 
@@ -156,18 +166,19 @@ def difference(d: StoreDifference) -> str:
         (u.only_b, u.only_b_ids, "only in b"),
         (u.changed, u.changed_ids, "with another text"),
         (u.tokenised, u.tokenised_ids, "with other tokens"),
+        (u.sounded, u.sounded_ids, "with other audio"),
     ):
         if count:
             more = f" and {count - len(ids):,} more" if count > len(ids) else ""
             lines.append(wrap(f"{count:,} {what}: {', '.join(ids)}{more}", indent=2))
-    lines += [wrap(f"{h.view}: states of {h.a:,} tokens in a, of {h.b:,} in b", indent=2) for h in d.held]
+    lines += [wrap(f"{h.view}: states of {h.a:,} {h.axis}s in a, of {h.b:,} in b", indent=2) for h in d.held]
     if d.numbers:
         rows = [
             (n.view, f"{n.tokens:,}", share(round(n.equal * n.tokens), n.tokens), f"{n.largest:.3g}",
              f"{n.largest_share:.2g}", f"{n.cosine:.6f}")
             for n in d.numbers
         ]  # fmt: skip
-        header = ("view", "tokens", "same bits", "largest", "of max |h|", "least cosine")
+        header = ("view", counted(d.numbers), "same bits", "largest", "of max |h|", "least cosine")
         lines += ["", fitted(rows, header=header, right="lrrrrr"), ""]
     lines.append("the stores are equal" if d.same else "the stores differ")
     return "\n".join(lines)

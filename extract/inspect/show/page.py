@@ -15,15 +15,17 @@ import numpy as np
 
 from ....data.errors import NoStoreError
 from ...store import Store, View
-from ...store.format.index import same_text
+from ...store.verify.stale import is_newest
 from ..facts.store import StoreFacts, ViewFacts, store_facts, verified, view_facts
 from ..facts.utterance import Shown, pieces_of, plain, show
+from ..frames import is_speech
 from ..numbers.neighbours import Neighbours, nearest
 from ..numbers.similarity import Similarity, similarity
 from ..numbers.statistics import Statistics, statistics
 from ..numbers.word_map import Point, WordMap, occurrences, word_map
 from ..output import output_draft
 from ..sample import OnProgress, available_rows, ids_of, ignore, representative, sample_rows, sample_size, undamaged
+from .facts import KINDS, counted
 from .terminal import share, size
 
 COLOURS = 6  # that the page's style defines, and views in a word's map
@@ -32,6 +34,7 @@ MOST_READ = 5000  # utterances in the search for frequent words
 MOST_COMPARED = 24  # views in the heat map
 MOST_MEASURED = 60  # views whose states are read for the table
 MOST_SHOWN = 8  # views of each teacher in the tables of tokens
+MOST_FRAMES = 50  # of an utterance in the tables of frames
 SEARCHED = 100_000  # tokens in the search for neighbours, fewer if the view is wide
 
 
@@ -40,7 +43,7 @@ class StorePage:
     store: StoreFacts
     views: list[ViewFacts]
     statistics: list[Statistics]
-    similarity: Similarity | None
+    similarities: list[Similarity]  # of text teachers' views, and of speech teachers'
     utterances: list[Shown]
     maps: list[WordMap]  # of words in the last layer of each teacher
     neighbours: list[Neighbours]
@@ -62,7 +65,7 @@ def collect(
     listed = view_facts(store, planned)
     views, _ = undamaged(store, [v for v, f in zip(planned, listed) if f.tokens])
     maps, near = [], []
-    for view in _last_views(views):
+    for view in _last_views([v for v in views if not is_speech(store, v.teacher)]):
         among = representative([v for v in views if v.teacher == view.teacher and v.layer == view.layer], COLOURS)
         among = among if view in among else [*among[:-1], view]
         searched = None if full else sample_size(store, [view], SEARCHED)
@@ -76,15 +79,18 @@ def collect(
             row, token = places[0]
             name = store.index.id(row)
             near.append(nearest(store, view, name, str(token), 6, tokens=searched, on_progress=on_progress))
-    compared = views if full else representative(views, MOST_COMPARED)
-    comparable = len(compared) > 1 and len(available_rows(store, compared))
-    similar = similarity(store, compared, tokens, seed, on_progress) if comparable else None
+    similar = []
+    for axis in ("token", "frame"):
+        compared = [v for v in views if store.plan.teachers[v.teacher].axis == axis]
+        compared = compared if full else representative(compared, MOST_COMPARED)
+        if len(compared) > 1 and len(available_rows(store, compared)):
+            similar.append(similarity(store, compared, tokens, seed, on_progress))
     shown = []
     if views:
         by_teacher = [[v for v in views if v.teacher == t] for t in dict.fromkeys(v.teacher for v in views)]
         shown_views = [v for of in by_teacher for v in representative(of, MOST_SHOWN)]
         ids = ids_of(store, available_rows(store, views))
-        newest = same_text([store.index, store.index_of(views[0].teacher)], ids)
+        newest = is_newest(store, views[0].teacher, ids)
         shown = [show(store, ids[i], shown_views) for i in np.flatnonzero(newest)[:MOST_UTTERANCES].tolist()]
     measured = views if full else representative(views, MOST_MEASURED)
     most = tokens or sample_size(store, measured, 10_000)
@@ -92,7 +98,7 @@ def collect(
         store=store_facts(store),
         views=listed,
         statistics=statistics(store, measured, most, seed, on_progress, full=full),
-        similarity=similar,
+        similarities=similar,
         utterances=shown,
         maps=maps,
         neighbours=near,
@@ -128,7 +134,8 @@ def render(page: StorePage) -> str:
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
     environment.filters |= {"size": size}
-    environment.globals |= {"share": share, "plane": plane, "COLOURS": COLOURS}
+    environment.globals |= {"share": share, "plane": plane, "counted": counted, "COLOURS": COLOURS, "KINDS": KINDS}
+    environment.globals["MOST_FRAMES"] = MOST_FRAMES
     return environment.get_template("page.html.j2").render(r=page)
 
 

@@ -40,7 +40,7 @@ def similarity(s: Similarity) -> Figure:
         for x, value in enumerate(row):
             axes.text(x, y, f"{value:.2f}", ha="center", va="center", color="black" if value > 0.6 else "white", size=8)
     figure.colorbar(image, label="linear CKA")
-    axes.set_title(f"Similarity of views at {s.places:,} tokens")
+    axes.set_title(f"Similarity of views at {s.places:,} {s.axis}s")
     return figure
 
 

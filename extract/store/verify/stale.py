@@ -33,11 +33,17 @@ def behind(store: Store) -> dict[str, int]:
         own = store.index_of(name)
         if own.edition != store.index.edition:
             dropped = int((store.index.rows(own.ids()) < 0).sum())
-            if store.plan.teachers[name].is_speech:  # It hears no text.
-                found[name] = dropped + int((own.rows(store.utterance_ids) < 0).sum())
-            else:
-                found[name] = dropped + int((~same_text([store.index, own], store.utterance_ids)).sum())
+            found[name] = dropped + int((~is_newest(store, name, store.utterance_ids)).sum())
     return {name: count for name, count in found.items() if count}
+
+
+def is_newest(store: Store, teacher: str, ids: Sequence[str]) -> np.ndarray:
+    """Return which utterances a teacher has from the text that the store's newest corpus has, bool [B].
+
+    A speech teacher hears no text, so it has every utterance that it knows.
+    """
+    own = store.index_of(teacher)
+    return own.rows(ids) >= 0 if store.plan.teachers[teacher].is_speech else same_text([store.index, own], ids)
 
 
 def behind_text(teacher: str, count: int) -> str:
