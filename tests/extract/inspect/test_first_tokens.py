@@ -105,7 +105,7 @@ def test_words_and_neighbours(stores: tuple[Store, Store]) -> None:
 
 def test_pictures_and_the_page(stores: tuple[Store, Store]) -> None:
     pages = [page.collect(s, words=["w05"]) for s in stores]
-    assert pages[0].similarity == pages[1].similarity and pages[0].maps == pages[1].maps
+    assert pages[0].similarities == pages[1].similarities and pages[0].maps == pages[1].maps
     assert pages[0].neighbours == pages[1].neighbours
     [axes] = plots.norms(statistics(stores[0], VIEWS, full=True)).axes
     assert axes.get_title() == "known" and axes.get_yscale() == "log"

@@ -59,13 +59,14 @@ def test_a_page_of_a_large_store_is_made_from_samples(known, tmp_path, monkeypat
         monkeypatch.setattr(report, name, most)
     found = report.collect(store, tokens=30)
     text = report.render(found)
-    assert len(found.similarity.views) == 6 and "6 of 9 views" in text
+    [similarity] = found.similarities
+    assert len(similarity.views) == 6 and "6 of 9 views" in text
     assert len(found.statistics) == 3 and text.count("not measured") == 6
     assert {len(t.views) for u in found.utterances for t in u.teachers} == {2}
     assert [len(m.views) for m in found.maps] == [2] and found.maps[0].found < 9
     assert found.neighbours[0].searched < 40 and "--full" in text
     full = report.collect(store, tokens=30, full=True)
-    assert (len(full.similarity.views), len(full.statistics), full.maps[0].found) == (9, 9, 9)
+    assert (len(full.similarities[0].views), len(full.statistics), full.maps[0].found) == (9, 9, 9)
     assert full.neighbours[0].searched > 40 and "not measured" not in report.render(full)
 
 

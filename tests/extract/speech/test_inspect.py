@@ -77,7 +77,7 @@ def test_info_tells_frames_and_hours(store: Path, mixed: Path) -> None:
     )  # fmt: skip
     assert "speech encoder" in said and "audio at 16,000 Hz" in said
     assert f"{int(lengths.sum()):,}, 50 in a second" in said
-    assert "token" not in said
+    assert " tokens" not in said
     both = facts("info", mixed)
     assert both["frames"] == told["frames"] and both["tokens"] == both["teachers"][1]["tokens"] > 0
 
