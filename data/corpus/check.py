@@ -14,6 +14,7 @@ from pathlib import Path
 from ..errors import AudioError, CorpusError
 from ..files.paths import confined
 from ..manifest import BadLine, Corpus, Utterance, scan_manifest
+from .overlap import overlap_findings
 from .sound import SoundCheck
 from .text import text_findings
 
@@ -30,6 +31,7 @@ KINDS = (
         "invisible",
         "unicode",
         "script",
+        "overlap",
         "line",
         "root",
         "damaged",
@@ -110,7 +112,8 @@ def check_corpus(
         findings.append(Finding("empty", str(path), None, "the manifest is empty", remedy))
     findings += _repeats(valid)
     texts = text_findings((where, u.id, u.text) for where, u in valid)
-    findings += (Finding(kind, where, id, what, remedy) for kind, where, id, what, remedy in texts)
+    for kind, where, id, what, remedy in (*texts, *overlap_findings(valid)):
+        findings.append(Finding(kind, where, id, what, remedy))
     sound = SoundCheck(full)
     for where, u in valid:
         problems = [*_text(u)]

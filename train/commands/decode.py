@@ -14,6 +14,7 @@ import click
 from ...data.commands.paths import PATH
 from .front import front_end, given_features, is_manifest_name
 from .live import decode_live, features_of, read_samples, sample_rate, say, say_left_out, speed, telling, write_data
+from .tuning import check_request, dev_split, kept_weights, refuse_learnt, tune_weights
 
 POSITIVE = click.IntRange(min=1)
 
@@ -58,6 +59,8 @@ search_options = with_options(
                  help="Subtract this from the blank logit. Larger values give more words."),
     click.option("--ilm-weight", type=float, callback=finite, default=0.0,
                  help="Weight of the internal language model, subtracted from each unit's score."),
+    click.option("--tune", "tuned", metavar="NAMES",
+                 help="Find the best of these weights on CORPUS and keep them: lm-weight,ilm-weight,blank-penalty."),
 )  # fmt: skip
 
 
@@ -98,6 +101,7 @@ def decode(
     segment: float | None,
     endpoint: float | None,
     no_partial: bool,
+    tuned: str | None,
     **settings: Any,
 ) -> None:
     """Write a hypothesis of each utterance of CORPUS to stdout, as JSON lines {"id", "hyp", "ref", "score", "words"}.
@@ -113,11 +117,17 @@ def decode(
     If the model's features are the states of a speech encoder, the command loads the encoder, and FEATURES of CORPUS
     may be left out. Results of audio then come at its end, or after each --segment.
 
+    --tune decodes a held-out split again and again, by default the dev split of RUN. It prints the error rates and
+    keeps the best weights in RUN/tuned.json. Later calls with the same --lm take them, unless weights are given.
+
     Example: stillhouse decode runs/kathleen corpus.jsonl features.h5 --split test > hyp.jsonl
 
     Example: stillhouse decode runs/kathleen corpus.jsonl features.h5 --beam 8 --lm words.arpa.gz --format ctm
 
     Example: stillhouse decode runs/kathleen corpus.jsonl features.h5 --beam 8 --hotwords names.txt
+
+    Example: stillhouse decode runs/kathleen corpus.jsonl features.h5 --split dev --beam 8 --lm words.arpa.gz --tune
+    lm-weight,ilm-weight
 
     Example: stillhouse decode runs/kathleen - --format text < talk.wav
     """
@@ -136,9 +146,11 @@ def decode(
     if threads is not None:
         torch.set_num_threads(threads)
     where = resolve_device(device)
+    names = check_request(tuned, settings, features is not None or is_manifest_name(corpus))
     with telling(f"loading the model of {run}"):
         model, units, config, step = load_run(run, checkpoint)
         model, longest = model.to(where), config.data.max_frames
+    settings |= {"ilm_weight": 1.0} if "ilm-weight" in names else {} if names else kept_weights(run, settings)
     search, nbest = _search(model, units, kind, **settings)
     front = front_end(run, device, source) if features is None else None
     if features is not None or (front is not None and is_manifest_name(corpus)):
@@ -146,15 +158,23 @@ def decode(
         for option, value in {**live, "--no-partial": no_partial}.items():
             if value:
                 raise UsageError(f"{option} is for audio", expected="- or AUDIO, and no CORPUS")
-        with given_features(read_manifest(corpus).select(split), features, front) as (path, chosen):
+        whole = read_manifest(corpus)
+        split = dev_split(whole, split, config.data.dev) if names else split
+        with given_features(whole.select(split), features, front) as (path, chosen):
             with telling("reading the corpus, and comparing it with the features"):
-                loader = decoding_loader(chosen, path, units, untranscribed=True, trained=features_of(run))
+                loader = decoding_loader(chosen, path, units, untranscribed=not names, trained=features_of(run))
             say_left_out(loader, "decoded")
             check_ids((u.id for u in loader.utterances), kind)
             hz = loader.features.frame_times.hz
             if long := int((loader.frames > longest).sum()):
                 place = "at quiet places" if loader.features.tells_loudness else "without regard to pauses"
                 say(f"{long} utterances are cut {place}: the model's training had at most {longest / hz:g} s.")
+            if names:
+                refuse_learnt(run, loader)
+                decoded = partial(transcribe, model, loader, device=where, longest=longest)
+                facts = {"checkpoint": checkpoint, "step": step, "corpus": str(corpus), "split": split}
+                tune_weights(run, names, search, loader, lambda s: decoded(search=s), settings, **facts)
+                return
             began = time.perf_counter()
             options: Any = {"search": search, "nbest": nbest, "delay_s": delay_s, "longest": longest}
             for hypothesis in transcribe(model, loader, device=where, **options):

@@ -13,6 +13,7 @@ Try: `stillhouse export RUN --format onnx --out FOLDER`.
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from ...data.files.outputs import refuse_input
 from ...data.units import Units
 from ..config import Config, dump_config
 from ..decode.greedy import MAX_SYMBOLS
+from ..decode.lm.tuned import FILE as TUNED
 from ..model.transducer import Transducer
 from ..run.load import EXPORT_FORMAT, EXPORT_HEAD, EXPORT_VERSION, ExportKind, load_run, trained_on
 from .folder import new_folder
@@ -137,6 +139,9 @@ def export_run(
         head["files"] = {name: sha256_plain(draft / name) for name in files}
         del head["folder"]
         (draft / EXPORT_HEAD).write_text(json.dumps(head, indent=1) + "\n")
+        if kind == "safetensors" and (run / TUNED).is_file():
+            # It is no part of the model, so that `decode --tune` may change it there.
+            shutil.copyfile(run / TUNED, draft / TUNED)
     return exported
 
 

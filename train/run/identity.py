@@ -111,13 +111,24 @@ def refuse_other_data(
     _refuse("the run's data changed", differ, where, "restore the data or choose another --out")
 
 
-def _changed_texts(out: Path, now: Mapping[str, str]) -> list[str]:
-    """Return in words which transcripts differ from those that a run began with, as far as that is known."""
+def learnt_texts(out: Path, loader: BatchLoader) -> list[str]:
+    """Return the ids of a loader with transcripts that a run was trained on, as far as its folder records them."""
+    then = _recorded_texts(out)
+    return [id for id, digest in text_hashes(loader).items() if then.get(id) == digest]
+
+
+def _recorded_texts(out: Path) -> dict[str, str]:
     try:
         then = json.loads(read_plain(out / TEXTS))
     except (OSError, ValueError):
-        return []
-    if not isinstance(then, dict):
+        return {}
+    return then if isinstance(then, dict) else {}
+
+
+def _changed_texts(out: Path, now: Mapping[str, str]) -> list[str]:
+    """Return in words which transcripts differ from those that a run began with, as far as that is known."""
+    then = _recorded_texts(out)
+    if not then:
         return []
     of = {
         "other text": [id for id in now if then.get(id, now[id]) != now[id]],

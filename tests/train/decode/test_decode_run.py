@@ -22,6 +22,9 @@ from stillhouse.data.features.compute import compute_features
 from stillhouse.data.manifest import Utterance, read_manifest, write_manifest
 from stillhouse.train.config import load_config
 from stillhouse.train.decode import align as align_module
+from stillhouse.train.decode.lm import tune as tune_module
+from stillhouse.train.decode.lm.tune import Axis
+from stillhouse.train.export.export import export_run
 from stillhouse.train.loop.trainer import Trainer
 from stillhouse.train.run.load import load_run
 
@@ -117,6 +120,73 @@ def test_hotwords_are_recovered_in_a_corpus_and_in_a_stream(hearing: Path, tones
     assert "only the beginning of 'daa' (line 2) gets a score" in told
     (tmp_path / "names.txt").write_text("da\ndab e\n")
     stillhouse("decode", hearing, *dev, *hotwords, error="names.txt:2: the model's units cannot write 'dab e'")
+
+
+def test_tuned_weights_are_kept_for_their_language_model(
+    hearing: Path, tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune_module, "AXES", {"lm-weight": Axis(0.5, 2, 0.5), "ilm-weight": Axis(0.1, 2, 0.1)})
+    monkeypatch.setattr(tune_module, "FINER", 0)
+    corpus, features = tones / "corpus.jsonl", tones / "features.h5"
+    lm = language_model(tones, tmp_path / "dev.arpa")
+    fused = ("decode", hearing, corpus, features, "--beam", 4, "--lm", lm)
+    table, said = stillhouse(*fused, "--tune", "lm-weight,ilm-weight")  # of dev, the run's own
+    grid = {tuple(map(float, line.split()[:2])): line.split()[2:] for line in table.splitlines()[1:]}
+    assert list(grid) == [(0, 0), (0, 0.1), (0.5, 0), (0.5, 0.1)] and "of 12 utterances" in said
+    best = min(grid, key=lambda point: tuple(float(rate.rstrip("%")) for rate in grid[point]))
+    assert best[0] == 0.5
+
+    def rates(*options: object) -> tuple[list[str], str]:
+        out, said = stillhouse(*fused, "--split", "dev", *options)
+        (tmp_path / "hyp").write_text(out)
+        facts = json.loads(stillhouse("score", tmp_path / "hyp", "--json")[0])
+        return [f"{facts[name]['rate']:.2%}" for name in ("wer", "cer")], said
+
+    for weights, expected in grid.items():
+        assert rates("--lm-weight", weights[0], "--ilm-weight", weights[1])[0] == expected
+    again, said = rates()
+    assert again == grid[best]
+    assert f"--lm-weight {best[0]:g} --ilm-weight {best[1]:g}, tuned with --beam 4 on split dev" in said
+    # Any weight of the command line takes the place of all kept ones, and another file or kind has none.
+    assert "tuned" not in rates("--lm-weight", 0.3)[1]
+    other = language_model(tones, tmp_path / "other.arpa")
+    other.write_text(other.read_text() + "\n")
+    plain = ("decode", hearing, corpus, features, "--split", "dev")
+    stillhouse(*plain, "--lm", other, error="tuned with another language model")
+    stillhouse(*plain, "--lm", lm, "--lm-unit", "unit", error="tuned with --lm-unit word")
+    assert stillhouse(*plain, "--lm", other, "--lm-weight", 0.1)[0]
+    stillhouse(*plain)  # Without a language model there are no weights.
+    # A choice for the other file does not replace the first one.
+    stillhouse("decode", hearing, corpus, features, "--lm", other, "--tune", "ilm-weight")
+    assert "--ilm-weight" in stillhouse(*plain, "--lm", other)[1]
+    assert rates()[0] == grid[best]
+    export_run(hearing, tmp_path / "export", "safetensors")  # takes the weights along
+    exported = ("decode", tmp_path / "export", corpus, features, "--split", "dev")
+    assert "--ilm-weight" in stillhouse(*exported, "--lm", other)[1]
+    (hearing / "tuned.json").write_text("{}")
+    stillhouse(*plain, "--lm", lm, error="the tuned weights cannot be read")
+    (hearing / "tuned.json").unlink()
+
+
+def test_weights_are_not_tuned_on_what_is_measured_or_learnt(hearing: Path, tones: Path, tmp_path: Path) -> None:
+    lm = language_model(tones, tmp_path / "dev.arpa")
+    found = read_manifest(tones / "corpus.jsonl")
+    path = tmp_path / "corpus.jsonl"
+    moved = [u.model_copy(update={"audio": str(found.audio_path(u))}) for u in found.utterances]
+    write_manifest(path, [u.model_copy(update={"split": "test-x" if u.split == "dev" else "mine"}) for u in moved])
+
+    def refused(words: str, *options: object, corpus: Path = path) -> None:
+        stillhouse("decode", hearing, corpus, tones / "features.h5", "--lm", lm, *options, error=words)
+
+    tune = ("--tune", "lm-weight")
+    refused("test-x is named as a split to measure on", *tune, "--split", "test-x")
+    refused("the run was trained on 60 of the 60 utterances: u0", *tune, "--split", "mine")
+    refused("expected --split with one of mine, test-x", *tune)
+    refused("'lm' cannot be tuned", "--tune", "lm", "--split", "dev")
+    refused("expected no --lm-weight", *tune, "--lm-weight", 0.2)
+    stillhouse("decode", hearing, path, tones / "features.h5", *tune, error="--tune needs a language model")
+    stillhouse("decode", hearing, tones / "0.wav", "--lm", lm, *tune, error="--tune needs a corpus")
+    assert not (hearing / "tuned.json").exists()
 
 
 def test_long_utterances_are_cut_at_quiet_places(

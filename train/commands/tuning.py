@@ -1,0 +1,134 @@
+"""`stillhouse decode --tune`: choose weights on held-out speech, keep them beside the run, and use them later.
+
+Guarantees: nothing is written before all points are measured. Weights on the command line come before kept ones.
+Try: `stillhouse decode RUN CORPUS FEATURES --split dev --beam 8 --lm words.arpa --tune lm-weight,ilm-weight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .live import say, write_data
+
+WEIGHTS = ("lm-weight", "ilm-weight", "blank-penalty")
+
+
+def check_request(names: str | None, settings: dict[str, Any], is_corpus: bool) -> list[str]:
+    """Return the weights to tune, none without --tune. Raises UsageError if they cannot be tuned so."""
+    from ...data.errors import UsageError
+    from ..decode.lm.tune import parse_names
+
+    if names is None:
+        return []
+    chosen = parse_names(names)
+    if settings["lm"] is None:
+        raise UsageError("--tune needs a language model", expected="--lm words.arpa, and perhaps --beam 8")
+    if not is_corpus:
+        raise UsageError("--tune needs a corpus with transcripts", expected="CORPUS and FEATURES")
+    if given := [name for name in chosen if _is_given(name)]:
+        raise UsageError(f"--tune looks for --{given[0]}", expected=f"no --{given[0]}")
+    return chosen
+
+
+def kept_weights(run: Path, settings: dict[str, Any]) -> dict[str, float]:
+    """Return the settings that --tune chose for this run and its --lm, unless the command line has weights."""
+    from ..decode.lm.tuned import FILE, tuned_for
+
+    if settings["lm"] is None or any(map(_is_given, WEIGHTS)):
+        return {}
+    choice = tuned_for(run, settings["lm"], settings["lm_unit"])
+    if choice is None:
+        return {}
+    place = f"split {choice.split} of {choice.corpus}" if choice.split is not None else choice.corpus
+    how = f"tuned with --beam {choice.beam} on {place} at step {choice.step} ({run / FILE})"
+    say(f"The weights are {choice.words}, {how}.")
+    return {name.replace("-", "_"): value for name, value in choice.weights.items()}
+
+
+def _is_given(name: str) -> bool:
+    source = click.get_current_context().get_parameter_source(name.replace("-", "_"))
+    return source == click.core.ParameterSource.COMMANDLINE
+
+
+def dev_split(corpus: Any, split: str | None, dev: str | None) -> str | None:
+    """Return the split to tune on: `split`, else the `dev` split of the run. None for a corpus without splits.
+
+    Raises UsageError if a split is named as a test set, or if no split is named and the corpus has not the run's.
+    """
+    from ...data.corpus.split import is_test
+    from ...data.errors import UsageError
+
+    known = {name for name in corpus.splits() if name is not None}
+    chosen = split if split is not None else dev if dev in known else None
+    for name in (chosen or "").split(","):
+        if is_test(name.strip()):
+            what = f"{name.strip()} is named as a split to measure on, whose error rates would be too low after tuning"
+            raise UsageError(what, where=corpus.path, expected="a split of its own, such as --split dev")
+    if chosen is None and known:
+        expected = f"--split with one of {', '.join(sorted(known))}"
+        raise UsageError("--tune needs the split of held-out speech", where=corpus.path, expected=expected)
+    return chosen
+
+
+def refuse_learnt(run: Path, loader: Any) -> None:
+    """Raise UsageError if the run was trained on some of the transcripts that weights shall be tuned on."""
+    from ...data.errors import UsageError, first_few
+    from ..run.identity import learnt_texts
+
+    if learnt := learnt_texts(run, loader):
+        what = f"the run was trained on {len(learnt)} of the {len(loader.utterances)} utterances: {first_few(learnt)}"
+        raise UsageError(what, where=run, expected="speech that it has not learnt, such as --split dev")
+
+
+def tune_weights(
+    run: Path, names: list[str], search: Callable, loader: Any, decoded: Callable, settings: dict[str, Any], **of: Any
+) -> None:
+    """Measure the points of the grid, print each, and keep the best beside the run.
+
+    `search` makes the search of a batch, and `decoded` yields the hypotheses of `loader` with one. `of` are the fields
+    of `Tuned` that say what was decoded.
+    """
+    from ...data.files.atomic import sha256_plain
+    from ..decode.fusion import NGramStates
+    from ..decode.lm.tune import tune
+    from ..decode.lm.tuned import Tuned, TunedPoint, keep_tuned
+    from ..score.wer import error_counts
+
+    digest = sha256_plain(settings["lm"])
+    fusion: Any = search.keywords["fusion"]  # type: ignore[attr-defined]
+    (words,) = (part for part in getattr(fusion, "parts", [fusion]) if isinstance(part, NGramStates))
+
+    def measure(weights: dict[str, float]) -> tuple[float, float]:
+        options = {name.replace("-", "_"): value for name, value in weights.items()}
+        words.weight = options.pop("lm_weight", settings["lm_weight"])
+        pairs = [(h.ref, h.hyp) for h in decoded(partial(search, **options))]
+        tables = [error_counts(*zip(*pairs), characters=characters) for characters in (False, True)]
+        wer, cer = (float(t[:, :3].sum() / max(1, t[:, 3].sum())) for t in tables)
+        return wer, cer
+
+    write_data("".join(f"{name:>14}" for name in names) + f"{'WER':>10}{'CER':>10}")
+    points = []
+    for point in tune(names, measure):
+        points.append(point)
+        values = "".join(f"{value:14g}" for value in point.weights.values())
+        write_data(f"{values}{point.wer:9.2%} {point.cer:9.2%}")
+    best = min(points, key=lambda point: point.rank)
+    choice = Tuned(
+        lm=str(settings["lm"]),
+        lm_sha256=digest,
+        **{name: settings[name] for name in ("lm_unit", "lm_unknown", "beam", "max_symbols")},
+        **vars(best),
+        utterances=len(loader.utterances),
+        points=[TunedPoint(**vars(point)) for point in points],
+        **of,
+    )
+    file = keep_tuned(run, choice)
+    say(
+        f"{choice.words}: WER {best.wer:.2%}, CER {best.cer:.2%} of {choice.utterances} utterances, the best of "
+        f"{len(points)} points. `decode` takes these weights with the same --lm ({file})."
+    )
