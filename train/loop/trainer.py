@@ -272,7 +272,7 @@ class Trainer:
             if self.stopping:
                 self._stop(monitor)
             if self.best.get("step") == 0:
-                self.on_progress("no evaluation was better than that of step 0, so the best checkpoint is the source's")
+                self.on_progress("no evaluation was better than that of step 0, which is therefore the best checkpoint")
 
     def _evaluate(self, monitor: Monitor) -> None:
         """Evaluate, unless the run is to stop first. A checkpoint of a new best model is on disk on return."""

@@ -88,6 +88,9 @@ def take_weights(
     if init.source.resolve() == out.resolve():
         raise UsageError("a run cannot start from itself", where=out, remedy="choose another --out")
     source, their_units, theirs, step = _load(init.source, init.checkpoint)
+    if bad := [name for name, p in source.named_parameters() if not bool(torch.isfinite(p).all())]:
+        remedy = "choose an earlier one with --set init.checkpoint=STEP"
+        raise CheckpointError(f"weights are not finite: {first_few(bad)}", where=init.source, remedy=remedy)
     rows = unit_rows(config, len(model.encoder.feature_mean), units, their_units)
     rows |= duration_rows(model.durations, source.durations)
     fitted, trained = model.encoder.feature_mean.clone(), trained_on(init.source)
@@ -100,7 +103,7 @@ def take_weights(
     left = _not_taken(taken, config, theirs)
     _report(model, taken, left, fitted, say)
     if model.size != source.size or units.pieces != their_units.pieces:
-        _report_units(taken, units, their_units, say)
+        _report_units(units, their_units, say)
     if _causal(config) != _causal(theirs):
         say("init: the convolutions are taken, although they were trained with other neighbours (model.causal)")
     if not taken.whole and not taken.rows:
@@ -188,6 +191,9 @@ def _report(model: Transducer, taken: Taken, left: Sequence[str], fitted: torch.
     some = sum(sizes[name] * n // len(model.get_parameter(name)) for name, n in taken.rows.items())
     count = some + sum(sizes.get(name, 0) for name in taken.whole)
     say(f"init: taken: {count / 1e6:.2f} of {sum(sizes.values()) / 1e6:.2f} M parameters")
+    if taken.rows:
+        parts = {n.rpartition(".")[0]: f"{k} of {len(model.get_parameter(n))} rows" for n, k in taken.rows.items()}
+        say(f"init: taken in part: {', '.join(f'{module} ({rows})' for module, rows in parts.items())}")
     for line in left:
         say(f"init: not taken: {line}")
     if taken.unused:
@@ -199,19 +205,18 @@ def _report(model: Transducer, taken: Taken, left: Sequence[str], fitted: torch.
         say("init: features are normalised by this corpus")
 
 
-def _report_units(taken: Taken, units: Units, theirs: Units, say: Say) -> None:
+def _report_units(units: Units, theirs: Units, say: Say) -> None:
     new, gone = (
         [piece for piece in a.pieces[UNKNOWN + 1 :] if piece not in set(b.pieces[UNKNOWN + 1 :])]
         for a, b in ((units, theirs), (theirs, units))
     )
+    kinds = f" ({units.kind} here, {theirs.kind} there)" if units.kind != theirs.kind else ""
     say(
-        f"init: other units than in the source: {units.size - len(new)} of {units.size} have the same text there, and "
-        "the rows of those are taken by it"
+        f"init: other units than in the source{kinds}: {units.size - len(new)} of {units.size} have the same text "
+        "there, and the rows of those are taken by it"
         + (f"; new: {first_few(new)}" if new else "")
         + (f"; not here: {first_few(gone)}" if gone else "")
     )
-    if by_unit := dict.fromkeys(name.rpartition(".")[0] for name in taken.rows):
-        say(f"init: taken in part: {', '.join(by_unit)}")
 
 
 def refuse_other_source(given: InitSection, origin: Mapping[str, Any] | None, out: Path, say: Say) -> None:
@@ -222,7 +227,7 @@ def refuse_other_source(given: InitSection, origin: Mapping[str, Any] | None, ou
     """
     if given.source is None:
         return
-    remedy = f"leave out --init to resume {out}, or choose another --out"
+    remedy = f"leave out --init, or init.source, to resume {out}, or choose another --out"
     if origin is None:
         raise StaleError("the run did not start from another run's weights", where=out, remedy=remedy)
     began = Path(origin["source"])

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from stillhouse.cli import cli
 from stillhouse.data.errors import CheckpointError, ConfigError, StaleError, UsageError
 from stillhouse.data.features.compute import FeatureSettings, compute_features
+from stillhouse.data.features.file import EncoderSettings, FeatureFile
+from stillhouse.data.files.atomic import sha256_plain
 from stillhouse.data.manifest import read_manifest
 from stillhouse.data.units import Units, load_units
 from stillhouse.train.config import load_config
@@ -22,7 +26,7 @@ from stillhouse.train.loop.objective import losses
 from stillhouse.train.loop.trainer import Trainer
 from stillhouse.train.run import start
 from stillhouse.train.run.identity import weights_hash
-from stillhouse.train.run.load import load_run
+from stillhouse.train.run.load import TrainedOn, load_run
 from stillhouse.train.study.definition import load_study
 from stillhouse.train.study.runs import check, check_identities
 
@@ -162,7 +166,8 @@ def test_units_of_the_same_number_keep_their_rows(tones: Path, source: Path, beg
     assert ours["wer"] == theirs["wer"] and ours["rnnt"] == pytest.approx(theirs["rnnt"], rel=1e-5)
     more, said = begin(f"data.units={in_reverse(tones / 'units', tmp_path / 'more-units', 'xy')}", out="more")
     assert any("7 of 9 have the same text there" in line and line.endswith("new: x, y") for line in said)
-    assert "init: taken in part: predictor.embedding, joint.output, ctc" in said
+    rows = (f"{name} (7 of 9 rows)" for name in ("predictor.embedding", "joint.output", "ctc"))
+    assert f"init: taken in part: {', '.join(rows)}" in said
     more.run()
 
 
@@ -237,11 +242,45 @@ def test_features_of_other_settings_get_a_convolution_of_their_own(tones: Path, 
         assert expected in line and "init: features are normalised by this corpus" in said
 
 
+def test_states_of_another_layer_or_encoder_have_the_same_width(
+    source: Path, begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = asdict(EncoderSettings(encoder="a/model", architecture="whisper", weights="f00", layer=4))
+    for name, (changed, kept) in {
+        "moved": ({"encoder": "elsewhere"}, True),
+        "layer": ({"layer": 3}, False),
+        "weights": ({"weights": "f11"}, False),
+    }.items():
+        monkeypatch.setattr(start, "trained_on", lambda _: TrainedOn(usual))
+        monkeypatch.setattr(FeatureFile, "settings", property(lambda self, c=changed: usual | c))
+        _, said = begin(out=name)
+        assert kept == (f"init: not taken: encoder.front.convolutions.0 (the features are others: {name} is" not in
+                        " ".join(said))  # fmt: skip
+        assert kept == any("normalised as in the source" in line for line in said)
+
+
+def test_weights_that_are_not_finite_are_refused(source: Path, begin: Begin, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    export_run(source, broken, "safetensors")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["ctc.bias"][1] = float("nan")
+    save_file(tensors, broken / "model.safetensors")
+    head = json.loads((broken / "model.json").read_text())
+    head["files"]["model.safetensors"] = sha256_plain(broken / "model.safetensors")
+    (broken / "model.json").write_text(json.dumps(head))
+    with pytest.raises(CheckpointError, match=r"broken: weights are not finite: ctc\.bias; choose an earlier one"):
+        begin(init=broken)
+
+
 def test_other_heads_and_joints_mean_other_weights(begin: Begin) -> None:
     """They have the same shapes."""
     _, said = begin("model.heads=4", "model.joint=multiplicative")
     assert "init: not taken: encoder.blocks.0-1.attention (model.heads is 4 here and 2 in the source)" in said
     assert "init: not taken: joint (model.joint is multiplicative here and additive in the source)" in said
+    tdt, _ = begin("loss.kind=tdt", "optim.steps=1", out="tdt")
+    tdt.run()
+    _, said = begin("loss.kind=tdt", "loss.durations=[1,0,8]", init=tdt.out, out="durations")
+    assert "init: taken in part: joint.durations (2 of 3 rows)" in said
     _, said = begin("model.predictor=lstm", "model.subsampling=6", "model.causal=true", out="other")
     lstm = "model.predictor is lstm here and stateless in the source"
     assert f"init: not taken: predictor.embedding, joint.predictor ({lstm})" in said
@@ -274,7 +313,11 @@ def test_a_run_resumes_without_its_source(tones: Path, source: Path, tmp_path: P
     Trainer(load_config(tones / "run.toml", [*PLAIN, "run.seed=5"]), other).run()
     for broken in (other, tmp_path / "nowhere"):
         code, said = run("--init", str(broken), *options[2:])
-        assert code != 0 and "the run started from" in said and f"leave out --init to resume {out}" in said
+        assert (
+            code != 0
+            and "the run started from" in said
+            and f"leave out --init, or init.source, to resume {out}" in said
+        )
     moved = mine.rename(tmp_path / "moved")
     assert run("--init", str(moved), *options[2:])[0] == 0
     assert run(*options)[0] == 0 and run()[0] == 0
