@@ -43,12 +43,14 @@ class CorpusDiff:
     split: str | None = None  # the part of the corpus that was read
     stale: dict[str, np.ndarray] = field(default_factory=dict)  # {context: positions of utterances with another input}
     compared: str = "text"  # what was compared: the "text", or the "audio" for a speech teacher
+    # Positions of utterances with the audio of their row and another text: a row has one text, so it is copied.
+    retold: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @cached_property
     def keep(self) -> np.ndarray:
         """bool [n]: utterances whose row stays."""
         keep = self.rows >= 0
-        for positions in self.stale.values():
+        for positions in (*self.stale.values(), self.retold):
             keep[positions] = False
         return keep
 
@@ -99,12 +101,12 @@ def diff_corpus(plan: Plan, corpus: Corpus, record: TeacherRecord, teacher: AnyT
     sizes = np.array([len(s) for s in sessions])
     session = np.repeat(np.arange(len(sessions), dtype=np.int32), sizes)
     replaces = index.rows([u.id for u in utterances])
+    texts = np.array([hash_text(u.text) for u in utterances], dtype=np.uint64)
+    same = (replaces >= 0) & (index.text_hash[np.maximum(replaces, 0)] == texts)
     if isinstance(teacher, SpeechTeacher):
         rows = _rows_of_same_sound(plan, record, teacher, utterances, replaces) if known else replaces
         touched = rows < 0
     else:
-        texts = np.array([hash_text(u.text) for u in utterances], dtype=np.uint64)
-        same = (replaces >= 0) & (index.text_hash[np.maximum(replaces, 0)] == texts)
         rows = np.where(same, replaces, -1)
         touched = ~_unchanged(index, rows, session, sizes)
     in_corpus = np.zeros(len(index), dtype=bool)
@@ -115,7 +117,7 @@ def diff_corpus(plan: Plan, corpus: Corpus, record: TeacherRecord, teacher: AnyT
     ids = [index.id(row) for row in removed.tolist()]
     corpus_diff = CorpusDiff(utterances, session, rows, replaces, ids, corpus.split)
     if isinstance(teacher, SpeechTeacher):
-        return replace(corpus_diff, compared="audio")
+        return replace(corpus_diff, compared="audio", retold=np.flatnonzero((rows >= 0) & ~same))
     if known:
         corpus_diff.stale.update(_stale(plan, record, teacher.tokeniser, corpus_diff, touched))
     return corpus_diff

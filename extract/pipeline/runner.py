@@ -166,7 +166,9 @@ class ItemRunner:
         rows = np.arange(shard.first, shard.last)
         positions = self.index.position[rows]
         windows = self._windows(item, rows)
-        copies = {} if record.is_speech else self.reuse.copies(item, windows.input_hash)
+        if record.is_speech:
+            self._hash_replaced(windows, shard.first)
+        copies = self.reuse.copies(item, windows.input_hash)
         ids = [self.index.id(row) for row in range(shard.first, shard.last)]
         starts, lengths = self.rows.start[shard.first : shard.last], self.rows.length[shard.first : shard.last]
         to_run = windows_without(windows.windows, set(copies))
@@ -191,6 +193,12 @@ class ItemRunner:
             ids, source = [self.index.id(row) for row in rows.tolist()], self.rows.audio_source(rows)
             return self.teacher.windows(ids, length, source, self._known_hashes(item, rows))
         return windows_of(record, item.context, core_tokens, self.texts, self.session, positions)
+
+    def _hash_replaced(self, windows: ItemWindows, first: int) -> None:
+        """Read the audio of rows that replace others, whose states are copied if it is the same."""
+        for window in windows.windows:
+            if self.index.source_of(first + window.kept[0].utterance) >= 0:
+                window.hash_samples()
 
     def _known_hashes(self, item: WorkItem, rows: np.ndarray) -> np.ndarray:
         """uint64 [n]: hashes of the audio of rows of which a layer is committed, 0 for others."""

@@ -41,14 +41,19 @@ class SoundWindow:
     known: int = 0  # the hash that other layers of the store were extracted from; 0: there are none
     blocks: None = None
 
-    def samples(self, rate_hz: int) -> np.ndarray:
-        """Return the samples, float32 [S]. Raises AudioError, or StaleError if they have changed."""
+    def hash_samples(self) -> tuple[np.ndarray, int]:
+        """Put the hash of the samples into `hashes`, and return them and their rate. Raises as `samples`."""
         samples, own_hz, hashed = read_sound(self.corpus, self.utterance)
         if self.known and hashed != self.known:
             what = "its audio has changed since other layers of this store were extracted"
             raise StaleError(what, where=self.utterance.id, remedy=f"restore it, or {_REFRESH}")
         for kept in self.kept:
             self.hashes[kept.utterance] = hashed
+        return samples, own_hz
+
+    def samples(self, rate_hz: int) -> np.ndarray:
+        """Return the samples, float32 [S]. Raises AudioError, or StaleError if they have changed."""
+        samples, own_hz = self.hash_samples()
         return resample(samples, own_hz, rate_hz)
 
 

@@ -161,7 +161,7 @@ def test_only_what_sounds_otherwise_is_extracted_again(encoder: SpeechEncoder, s
     assert extracted(encoder, corpus, root)[1] == []
     assert len(Store.open(root).plan.generations) == 1
     # Other samples of the same length, other times, another channel, and new or missing audio do.
-    samples[4000] += 1
+    samples[4000:4100] = 0
     soundfile.write(corpus.parent / "1.wav", samples, rate_hz)
     change(corpus, "c0", start_s=0.26)
     change(corpus, "c1", channel=0)
