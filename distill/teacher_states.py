@@ -70,7 +70,7 @@ class TeacherStates:
         # int64 [U]: the row from which each row of the store gets its states, if shuffled
         self._partner = shuffled_partners(store.lengths(teacher), seed, store.index.text_hash) if shuffled else None
         # Utterances with other neighbours than their contexts saw. Controls are not checked.
-        self._stale = frozenset(() if corpus is None or control is not None else _stale(store, self.views, corpus))
+        self._stale = frozenset(() if corpus is None or control is not None else self._stale_contexts(corpus))
 
     def _read_vocabulary(self, corpus: Corpus | None) -> None:
         # A copy, because the store's array may be a memory map, which a later process could not share through a pickle.
@@ -80,6 +80,12 @@ class TeacherStates:
             rows = np.flatnonzero(self.store.lengths(self.teacher))
             lengths, token_id, span = self.store.tokens_of_rows(rows, self.teacher)
             self._words = vocabulary(word_numbers(token_id, span, lengths, self._punctuation))
+
+    def _stale_contexts(self, corpus: Corpus) -> list[str]:
+        """Return the utterances whose contexts saw other texts than the corpus has."""
+        own = corpus.select(self.store.plan.corpus.get("split"))
+        sessions = [[(u.id, u.text) for u in (own.utterances[i] for i in s)] for s in own.sessions()]
+        return list(stale(self.store, self.views, sessions))
 
     def _specs(self) -> list[ViewSpec]:
         if self._as_codes and self._control not in (None, "shuffled"):
@@ -212,6 +218,9 @@ class SpeechStates(TeacherStates):
     def _read_vocabulary(self, corpus: Corpus | None) -> None:
         self.table = np.zeros((0, 0), np.float16)
 
+    def _stale_contexts(self, corpus: Corpus) -> list[str]:
+        return []  # A speech teacher sees the utterance's own audio alone.
+
     def _unchanged(
         self, ids: Sequence[str], texts: Sequence[str], index: np.ndarray, seconds: np.ndarray | None
     ) -> tuple[str, np.ndarray]:
@@ -255,10 +264,3 @@ def _punctuation(store: Store, teacher: str, corpus: Corpus | None) -> np.ndarra
     ids = [i for i, old in zip(ids, hashes, strict=True) if int(old) == hash_text(texts[i])]
     lengths, token_id, span = store.tokens(ids, teacher)
     return punctuation_ids(token_id, span, lengths, [texts[i] for i in ids])
-
-
-def _stale(store: Store, views: Sequence[View], corpus: Corpus) -> list[str]:
-    """Return the utterances whose contexts saw other texts than the corpus has."""
-    own = corpus.select(store.plan.corpus.get("split"))
-    sessions = [[(u.id, u.text) for u in (own.utterances[i] for i in s)] for s in own.sessions()]
-    return list(stale(store, views, sessions))

@@ -1,4 +1,4 @@
-"""The corpus of tones, and a store of its transcripts."""
+"""The corpus of tones, a store of its transcripts, and one of its audio."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tones import tones
 
-__all__ = ["store", "tones"]
+from stillhouse.cli import cli
+
+__all__ = ["ears", "store", "tones"]
 
 
 @pytest.fixture(scope="session")
@@ -19,4 +22,23 @@ def store(tones: Path, minilm: Path) -> Path:
     command = [sys.executable, "-m", "stillhouse.cli", "extract", str(tones / "corpus.jsonl"), str(path)]
     command += ["--teacher", str(minilm), "--name", "minilm", "--layers", "0,3,6", "--context", "alone"]
     subprocess.run([*command, "--context", "both:8", "--device", "cpu"], check=True, capture_output=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def ears(tones: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the tones' audio, by a small random HuBERT: `ear` as codes, and `raw` as plain states."""
+    import transformers
+
+    config = transformers.HubertConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, conv_dim=(16,) * 7,
+        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4,
+    )  # fmt: skip
+    model, path = tmp_path_factory.mktemp("hubert"), tones / "ears.zarr"
+    torch.manual_seed(1)
+    transformers.HubertModel(config).save_pretrained(model)
+    transformers.Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(model)
+    for name, dtype in (("ear", "pq:4"), ("raw", "float16")):
+        own = ["--teacher", str(model), "--name", name, "--layers", "1,3", "--dtype", dtype, "--device", "cpu"]
+        cli(["extract", str(tones / "corpus.jsonl"), str(path), *own], standalone_mode=False)
     return path

@@ -191,7 +191,7 @@ def test_named_transfers_are_read_written_and_changed(tmp_path: Path) -> None:
         ),
         ("transfer.text={aligner='frames', control='static'}", "transfer.text.control = static needs the tokens"),
         ("transfer.text={distance='codes', control='words'}", "set transfer.text.control = shuffled"),
-        ("transfer.text={aligner='frames', sampled_states=-1}", "transfer.text.sampled_states"),
+        ("transfer.text={aligner='frames', state_share=0}", "transfer.text.state_share"),
     ],
 )
 def test_named_transfers_that_cannot_be(tmp_path: Path, change: str, message: str) -> None:

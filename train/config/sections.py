@@ -173,9 +173,11 @@ class TransferSettings(ConfigSection):
         "cosine",
         description="Distance between predicted and teacher states. codes predicts the codes of views of dtype pq:M.",
     )
-    sampled_states: Natural = Field(
-        500,
-        description="For frames: encoder states of a full batch that enter the loss. Each step draws others. 0: all.",
+    state_share: float = Field(
+        0.25,
+        gt=0,
+        le=1,
+        description="For frames: share of the encoder states in the loss. Each step draws others.",
     )
     temperature: float = Field(0.1, ge=1e-3, description="Temperature of contrastive. A lower one is stricter.")
     mixing: Literal["mean", "sum", "learned", "sample"] = Field(

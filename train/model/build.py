@@ -21,6 +21,8 @@ from ...data.manifest import read_manifest
 from ..config import Config, in_transfer
 from .transducer import Encoder, Transducer
 
+MOST_STATES = 4_000  # of a full batch that learn from a speech teacher, because `contrastive` compares all with all
+
 
 def resolve_device(name: str, local: int | None = None) -> torch.device:
     """Return the device auto (CUDA if there is any, else the CPU), cpu, cuda or cuda:N. Raises UsageError if absent.
@@ -136,7 +138,6 @@ def build_transfers(config: Config, encoder_dim: int, student: Any) -> tuple[dic
     stores = [Store.open(path, checksums=True) for path in config.transfer.stores]
     corpus = read_manifest(config.data.corpus)
     for name, t in config.transfer.transfers.items():
-        drawn = t.sampled_states * student.rows / config.data.batch_frames
         try:
             targets[name] = TargetReader(
                 resolve_views(stores, t.views),
@@ -148,7 +149,7 @@ def build_transfers(config: Config, encoder_dim: int, student: Any) -> tuple[dic
                 corpus=corpus,
                 codes=t.distance == "codes",
                 student=student,
-                share=min(1.0, drawn) if drawn else 1.0,
+                share=min(t.state_share, MOST_STATES * student.rows / config.data.batch_frames),
             )
         except ConfigError as e:
             where = in_transfer("transfer", name) + (f": {e.where}" if e.where else "")
