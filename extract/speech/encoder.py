@@ -156,8 +156,8 @@ class SpeechEncoder:
         self.offset_s = self.framing.middle / self.sample_rate_hz
         self.longest_s = LONGEST_S
         if self.kind == "whisper":
-            self._positions = self.encoder.embed_positions.weight.detach().clone()
-            self.longest_s = len(self._positions) * self.framing.stride / self.sample_rate_hz - SILENCE_S
+            self.positions = self.encoder.embed_positions.weight.detach().clone()
+            self.longest_s = len(self.positions) * self.framing.stride / self.sample_rate_hz - SILENCE_S
         self._lock = threading.Lock()
         self._layers: list[torch.nn.Module] | None = None
         self._stack = ""  # the name of `_layers`
@@ -249,8 +249,8 @@ class SpeechEncoder:
             hidden = self._plain(samples) if self._layers is None else self._hooked(samples, set(layers))
             return {k: hidden[k][0].float() for k in set(layers)}
 
-    def _input(self, samples: np.ndarray) -> dict[str, torch.Tensor]:
-        """What the model takes, of one utterance."""
+    def inputs(self, samples: np.ndarray) -> dict[str, torch.Tensor]:
+        """Return what the model takes, by name, of one utterance or window: samples float32 [S]."""
         options: dict[str, Any] = {}
         if self.kind == "whisper":
             stride = self.framing.stride
@@ -270,7 +270,7 @@ class SpeechEncoder:
         table = self.encoder.embed_positions
         whole = (table.weight.data, table.num_embeddings, self.encoder.config.max_source_positions)
         try:
-            table.weight.data, table.num_embeddings = self._positions[:frames].to(self.device), frames
+            table.weight.data, table.num_embeddings = self.positions[:frames].to(self.device), frames
             self.encoder.config.max_source_positions = frames
             yield
         finally:
@@ -290,7 +290,7 @@ class SpeechEncoder:
         return None
 
     def _plain(self, samples: np.ndarray) -> list[torch.Tensor]:
-        inputs = self._input(samples)
+        inputs = self.inputs(samples)
         kept = self._kept(samples, inputs)
         return [h[:, :kept] for h in self._forward(inputs, output_hidden_states=True).hidden_states]
 
@@ -318,7 +318,7 @@ class SpeechEncoder:
             if self.depth in layers and not self._last_is_normed:
                 handle = self._layers[-1].register_forward_hook(last)
                 stack.callback(handle.remove)
-            inputs, result = self._input(samples), None
+            inputs, result = self.inputs(samples), None
             with contextlib.suppress(_Enough):
                 result = self._forward(inputs)
         if self.depth in layers and self._last_is_normed:

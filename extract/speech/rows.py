@@ -37,16 +37,21 @@ class EncoderMethod:
     def __reduce__(self) -> tuple:
         return EncoderMethod, (self.settings, self.device)
 
+    @property
+    def encoder(self) -> SpeechEncoder:
+        """The encoder, loaded at the first use. Raises StaleError if it has other weights than the settings say."""
+        if self._encoder is None:
+            self._encoder = load_encoder(self.settings.encoder, self.device)
+            _refuse_other_weights(self.settings.encoder, self.settings.weights, self._encoder.weights_hash())
+        return self._encoder
+
     def rows(self, samples: np.ndarray, id: str) -> np.ndarray:
         """Return the states of an utterance, float32 [T, bins], all of which float16 can hold.
 
         Raises:
             AudioError: the audio is too short for the encoder, or a number is not finite or beyond float16.
         """
-        if self._encoder is None:
-            self._encoder = load_encoder(self.settings.encoder, self.device)
-            _refuse_other_weights(self.settings.encoder, self.settings.weights, self._encoder.weights_hash())
-        states = self._encoder.states(samples, [self.settings.layer], id=id)[0]
+        states = self.encoder.states(samples, [self.settings.layer], id=id)[0]
         if (largest := float(np.abs(states).max())) > LARGEST:
             what = f"a state of layer {self.settings.layer} has a number of {largest:.3g}, which float16 cannot hold"
             raise AudioError(what, where=id, expected=f"at most {LARGEST:.0f}", remedy="choose another --layer")

@@ -4,7 +4,7 @@ The truth is what espeak-ng says of its own samples (the demo's test voices), wo
 silences between them, and the demo's recordings joined with silences between them.
 
 Usage: python tests/bench/bench_align.py DEMO [RUN …] [--out docs/bench/align.md], DEMO made by `make demo`, and RUN the
-folders of runs in it, or elsewhere, that read its features.
+folders of runs in it, or elsewhere, that read its features or a speech encoder's states of its audio.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from stillhouse.train.demo.corpus import speak_in_new_processes
 from stillhouse.train.demo.espeak import EspeakVoice, speak_with_events
 from stillhouse.train.demo.plan import FULL, plan, voice_set
 from stillhouse.train.demo.stories import read_stories
-from stillhouse.train.run.load import load_run
+from stillhouse.train.run.load import load_run, trained_on
 
 RATE_HZ = 16000
 Truth = dict[str, dict[int, tuple[float, float | None]]]  # start and end by id and number of the word
@@ -127,6 +127,24 @@ def joined_recordings(folder: Path, demo: Path, truth: Truth) -> Truth:
     return found
 
 
+def features_for(run: Path, corpus: Path, features: Path, split: str | None, folder: Path) -> Path:
+    """Return features of a corpus for a run: `features`, or a new file in `folder` if an encoder computes them."""
+    encoder = trained_on(run).encoder
+    if encoder is None:
+        return features
+    path = folder / f"{run.name}-{corpus.parent.name}.h5"
+    command = [sys.executable, "-m", "stillhouse.cli", "corpus", "features", str(corpus), str(path)]
+    command += [
+        "--encoder",
+        encoder["encoder"],
+        "--layer",
+        str(encoder["layer"]),
+        *(["--split", split] if split else []),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    return path
+
+
 def measure(what: str, run: Path, corpus: Path, features: Path, split: str | None, truth: Truth, bar: bool) -> Row:
     """Align a corpus, and compare the words whose bounds are known."""
     model, units, _, _ = load_run(run)
@@ -174,9 +192,12 @@ def main() -> None:
         for run in args.runs or [args.demo / "run"]:
             model, units, _, _ = load_run(run)
             kind = f"{'streaming' if model.encoder.causal else 'whole utterances'}, {units.kind}"
+            if encoder := trained_on(run).encoder:
+                kind += f", states of {encoder['architecture']}, {model.encoder.subsampling} a state"
             for what, where, split, own in sets:
-                known = (where / "corpus.jsonl", where / "features.h5", split, own)
-                rows.append(measure(f"{kind}: {what}, ms", run, *known, bar=not model.encoder.causal))
+                corpus = where / "corpus.jsonl"
+                features = features_for(run, corpus, where / "features.h5", split, Path(folder))
+                rows.append(measure(f"{kind}: {what}, ms", run, corpus, features, split, own, not model.encoder.causal))
     remarks = [
         "The median distance of the start of a word from where it is known to begin. The voices are not in training. "
         "Boundaries are those of espeak-ng's own events, and of the joints.",

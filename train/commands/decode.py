@@ -206,7 +206,7 @@ def decode(
         why = "it was not trained to stream" if front is None else "a speech encoder computes its features"
         say(f"This model needs whole utterances, because {why}. Results come {when}.")
     name = name or ("stdin" if str(corpus) == "-" else corpus.stem)
-    samples = read_samples(corpus, rate_hz, raw)
+    samples = read_samples(corpus, rate_hz, raw, remedy=front is None)
     decode_live(decoder, samples, kind, nbest, name, bool(segment or endpoint), not no_partial)
 
 

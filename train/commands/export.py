@@ -27,16 +27,29 @@ from ...data.commands.paths import PATH
               help="Number of frames of 10 ms in a chunk. [default: the model's]")  # fmt: skip
 @click.option("--left-chunks", type=click.IntRange(min=0),
               help="Number of earlier chunks that the encoder sees. [default: the model's]")  # fmt: skip
+@click.option("--frontend", is_flag=True,
+              help="Also write the speech encoder that computes the model's features, up to its layer.")  # fmt: skip
+@click.option("--encoder", "source", metavar="MODEL",
+              help="With --frontend: where the speech encoder is now, if it was moved.")  # fmt: skip
 @click.option("--quantise", type=click.Choice(["int8"]), help="Also write ONNX files with 8-bit weights.")
 @click.option("--force", is_flag=True, help="Replace an earlier export in the folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON.")
 def export(
-    run: Path, kind: Any, out: Path, checkpoint: str, quantise: str | None, as_json: bool, **settings: Any
+    run: Path,
+    kind: Any,
+    out: Path,
+    checkpoint: str,
+    quantise: str | None,
+    frontend: bool,
+    source: str | None,
+    as_json: bool,
+    **settings: Any,
 ) -> None:
     """Write a trained RUN for other programs: ONNX for sherpa-onnx and onnxruntime, torch.export, or safetensors.
 
     The exported model takes plain log mel energies, because it includes the normalisation. Commands that read a RUN
-    also read a folder of safetensors, for example `stillhouse decode FOLDER`.
+    also read a folder of safetensors, for example `stillhouse decode FOLDER`. A model over a speech encoder takes the
+    encoder's states. With --frontend, the encoder is a graph of its own.
 
     Example: stillhouse export runs/kathleen --format onnx --out kathleen-onnx
     """
@@ -44,8 +57,28 @@ def export(
 
     from ..export.export import export_run
 
-    exported = export_run(run, out, kind, which=checkpoint, int8=quantise is not None, **settings)
+    front = _front(run, kind, source) if frontend or source is not None else None
+    exported = export_run(run, out, kind, which=checkpoint, int8=quantise is not None, frontend=front, **settings)
     click.echo(json.dumps(asdict(exported), ensure_ascii=False) if as_json else exported.folder)
     click.echo(f"step {exported.step}: {', '.join(exported.files)}", err=True)
     if kind == "onnx" and exported.unfit_for_sherpa:
         click.echo(f"sherpa-onnx cannot run this model: {exported.unfit_for_sherpa}", err=True)
+
+
+def _front(run: Path, kind: str, source: str | None) -> Any:
+    """Return the graph of the speech encoder of a run."""
+    from ...data.errors import UsageError
+    from ..export.front import front_metadata
+    from ..export.graphs import Graph
+    from .front import front_end
+
+    if kind == "safetensors":
+        raise UsageError("--frontend is for graphs", expected="--format onnx or torch")
+    method = front_end(run, "cpu", source)
+    if method is None:
+        raise UsageError("the features of this run are fbank", where=run, expected="no --frontend")
+    from ...extract.speech.graph import front_graph
+
+    graph = front_graph(method.encoder, method.settings.layer)
+    metadata = front_metadata(vars(method.settings)) | {"comment": "the input of the speech encoder goes in"}
+    return Graph("frontend", graph.module, graph.inputs, graph.axes, ("features",), metadata)

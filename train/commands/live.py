@@ -77,8 +77,11 @@ def sample_rate(run: Path) -> int:
     return rate_hz or 16000
 
 
-def read_samples(source: Path, rate_hz: int, raw: bool) -> Iterator[Any]:
-    """Yield mono samples of standard input as they arrive, or of a file in blocks of a second, resampled."""
+def read_samples(source: Path, rate_hz: int, raw: bool, remedy: bool = True) -> Iterator[Any]:
+    """Yield mono samples of standard input as they arrive, or of a file in blocks of a second, resampled.
+
+    `remedy`: whether a model of audio of a lower rate can be trained, which a speech encoder does not take.
+    """
     from ...data.audio.blocks import read_blocks
     from ...data.audio.pcm import PcmStream
     from ...data.audio.read import open_audio
@@ -103,10 +106,8 @@ def read_samples(source: Path, rate_hz: int, raw: bool) -> Iterator[Any]:
     with open_audio(source) as file:
         own_hz, channels, flaw = file.samplerate, file.channels, flaw_of(source, file)
     if own_hz < rate_hz:
-        say(
-            f"{source} has {own_hz} Hz and the model {rate_hz} Hz: nothing is in its upper band. Expect errors. "
-            f"A model of such audio needs features with `corpus features --rate {own_hz}`."
-        )
+        other = f" A model of such audio needs features with `corpus features --rate {own_hz}`." if remedy else ""
+        say(f"{source} has {own_hz} Hz and the model {rate_hz} Hz: nothing is in its upper band. Expect errors.{other}")
     if channels > 1:
         say(f"{source} has {channels} channels, and their mean is decoded.")
     if flaw is not None:

@@ -3,6 +3,7 @@
     FOLDER/model.json       format, step and settings, and the checksums of the other files
     onnx         encoder.onnx decoder.onnx joiner.onnx tokens.txt [*.int8.onnx]
     torch        encoder.pt2 decoder.pt2 joiner.pt2 tokens.txt
+                 and frontend.*, if asked for: the speech encoder that computes the features
     safetensors  model.safetensors config.toml units/
     README.md    what must feed the model, if its features are the states of a speech encoder
 
@@ -71,14 +72,16 @@ def export_run(
     left_chunks: int | None = None,
     int8: bool = False,
     force: bool = False,
+    frontend: Graph | None = None,
 ) -> ExportedModel:
     """Export the checkpoint `which` (see `load_run`) of a run, or a folder exported as safetensors, to `out`.
 
     `symbols` is the largest number of units that sherpa-onnx may find in one encoder state. None: as in `decode`.
     With `streaming`, the encoder is fed chunk by chunk, by chunk_frames and left_chunks if given, else the model's own.
-    int8 adds ONNX files with 8-bit weights. `force` replaces an earlier export. Raises ConfigError if the model cannot
-    stream, ExportError if a graph cannot be written or its outputs differ from the model's, and UsageError if the
-    format does not support an option or `out` may not be replaced.
+    int8 adds ONNX files with 8-bit weights. `frontend` is the speech encoder that is written beside. `force` replaces
+    an earlier export. Raises ConfigError if the model cannot stream, ExportError if a graph cannot be written or its
+    outputs differ from the model's, and UsageError if the format does not support an option or `out` may not be
+    replaced.
     """
     refuse_input(out, [run])
     if kind == "onnx":
@@ -116,9 +119,11 @@ def export_run(
             if front is not None:
                 encoder.metadata.pop("model_type", None)
                 encoder.metadata.update(front_metadata(front))
-            difference = _write_graphs([encoder, *search_graphs(model)], units, draft, kind, int8)
+            graphs = [encoder, *search_graphs(model), *([] if frontend is None else [frontend])]
+            difference = _write_graphs(graphs, units, draft, kind, int8)
         if front is not None:
-            (draft / "README.md").write_text(front_readme(front), encoding="utf-8")
+            inputs = None if frontend is None else list(frontend.axes)
+            (draft / "README.md").write_text(front_readme(front, inputs), encoding="utf-8")
         files = sorted(str(p.relative_to(draft)) for p in draft.rglob("*") if p.is_file())
         exported = ExportedModel(
             kind=kind,

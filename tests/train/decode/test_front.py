@@ -9,7 +9,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 import transformers
 from click.testing import CliRunner
@@ -21,6 +23,7 @@ from stillhouse.data.errors import PartialError, StaleError, StillhouseError
 from stillhouse.data.features.file import FeatureFile
 from stillhouse.data.manifest import read_manifest
 from stillhouse.data.units import load_units
+from stillhouse.extract.speech.rows import recorded_method
 from stillhouse.train.config import load_config
 from stillhouse.train.run.load import load_run
 
@@ -185,12 +188,55 @@ def test_export_says_what_must_feed_it(run: Path, encoder: Path, tmp_path: Path)
         assert fact in said
     assert head["bins"] == 32 and "README.md" in result.stderr
     assert len(load_run(tmp_path / "weights")[0].encoder.feature_mean) == 32
+
+
+def test_the_encoder_is_exported_beside_the_model_and_feeds_it(
+    run: Path, encoder: Path, tones: Path, tmp_path: Path
+) -> None:
+    """Audio through the feature extractor and the two graphs gives the encoder states of the model itself."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    out = tmp_path / "onnx"
     onnx = pytest.importorskip("onnx")
-    result = stillhouse("export", run, "--format", "onnx", "--out", tmp_path / "onnx")
+    result = stillhouse("export", run, "--format", "onnx", "--frontend", "--out", out)
+    assert "frontend.onnx" in result.stderr
     assert "sherpa-onnx cannot run this model: its features are states of" in result.stderr
-    metadata = {p.key: p.value for p in onnx.load(tmp_path / "onnx" / "encoder.onnx").metadata_props}
+    metadata = {p.key: p.value for p in onnx.load(out / "encoder.onnx").metadata_props}
     assert metadata["features_layer"] == "1" and metadata["features_encoder"] == str(encoder)
     assert metadata["feature_dim"] == "32" and "model_type" not in metadata
+    said = (out / "README.md").read_text()
+    assert "which is the graph `frontend`" in said and "`input_values`" in said and "All states belong" in said
+    samples, rate_hz = soundfile.read(tones / "60.wav", dtype="float32")
+    method = recorded_method(FeatureFile(features_of(run)).settings, "cpu")
+    inputs = method.encoder.inputs(samples)
+    front, transducer = (
+        onnxruntime.InferenceSession(str(out / f"{name}.onnx"), providers=["CPUExecutionProvider"])
+        for name in ("frontend", "encoder")
+    )
+    (states,) = front.run(None, {"input_values": inputs["input_values"].numpy()})
+    np.testing.assert_allclose(states[0], method.rows(samples, "x"), atol=1e-4)
+    lengths = np.array([states.shape[1]])
+    found, _ = transducer.run(None, {"x": states.astype(np.float16).astype(np.float32), "x_lens": lengths})
+    model = load_run(run)[0].eval()
+    rows = FeatureFile(features_of(run)).gather(["u60"])[0].astype(np.float32)
+    with torch.no_grad():
+        plain = model.joint.encoder(model.encode(torch.from_numpy(rows)[None], torch.from_numpy(lengths))[0])
+    np.testing.assert_allclose(found, plain.numpy(), atol=2e-3)
+    metadata = front.get_modelmeta().custom_metadata_map
+    assert metadata["features_layer"] == "1" and "speech encoder" in metadata["comment"] and rate_hz == 16000
+
+
+def features_of(run: Path) -> Path:
+    return Path(load_run(run)[2].data.features)
+
+
+def test_a_frontend_is_refused_where_there_is_none(run: Path, tones: Path, tmp_path: Path) -> None:
+    assert "--frontend is for graphs" in refused(
+        "export", run, "--format", "safetensors", "--frontend", "--out", tmp_path / "w"
+    )
+    assert "--encoder MODEL" in refused(
+        "export", run, "--format", "torch", "--encoder", tmp_path / "gone", "--out", tmp_path / "w"
+    )
+    assert not (tmp_path / "w").exists()
 
 
 def test_masks_over_time_are_as_long_in_seconds_at_every_rate(tones: Path) -> None:
