@@ -95,9 +95,17 @@ def show(store: Path, utterance: str, views: tuple[str, ...], values: bool, corp
     "--model", "models", multiple=True, metavar="TEACHER=FOLDER", help="With --repair: the folder of a moved teacher."
 )
 @click.option("--device", default="auto", show_default=True, help="With --repair: cpu, cuda, cuda:1 or auto.")
+@click.option("--corpus", type=opt.EXISTING, help="With --repair: the manifest, for the audio of speech teachers.")
 @opt.json_option
 def verify(
-    store: Path, data: bool, sample: float | None, repair: bool, models: tuple[str, ...], device: str, as_json: bool
+    store: Path,
+    data: bool,
+    sample: float | None,
+    repair: bool,
+    models: tuple[str, ...],
+    device: str,
+    corpus: Path | None,
+    as_json: bool,
 ) -> None:
     """Check that STORE is undamaged. Its states are checked with --data or --sample only. Exit code 1: findings.
 
@@ -121,7 +129,7 @@ def verify(
         folders = dict(m.split("=", 1) for m in models if "=" in m)
         if len(folders) < len(models):
             raise click.BadParameter("give TEACHER=FOLDER", param_hint="--model")
-        repaired = repair_all(store, folders, device, data=share)
+        repaired = repair_all(store, folders, device, data=share, corpus=corpus)
         verified = replace(facts.verified(Store.open(store), share, opt.progress()), mended=repaired)
     opt.print_fact(verified, "verify", as_json, show_facts.verified)
     if verified.findings:

@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...data.errors import StaleError, StoreError, first_few
+from ...data.errors import CorpusError, StaleError, StoreError, first_few
 from ...data.files.lock import FileLock
 from ..store.disk.locks import Scratch
 from ..store.disk.paths import Paths
@@ -44,7 +44,12 @@ class Repaired:
 
 
 def repair_all(
-    root: Path, models: dict[str, str], device: str = "auto", on_progress: OnProgress | None = None, data: float = 1.0
+    root: Path,
+    models: dict[str, str],
+    device: str = "auto",
+    on_progress: OnProgress | None = None,
+    data: float = 1.0,
+    corpus: Path | None = None,
 ) -> list[Repaired]:
     """Extract damaged work items of a store again with the teachers that it names, and compute damaged norms again.
 
@@ -53,14 +58,16 @@ def repair_all(
     Arguments:
         models: {teacher: folder of its model}, for models that are not where the store says.
         data: share of the utterances whose states are read to find damage.
+        corpus: the manifest, for the audio of speech teachers.
 
     Raises:
         StoreError: names the JSON records that are damaged, or do not fit the arrays.
         StaleError: a model is not the teacher that the store was made with.
         TeacherError: a model cannot be loaded.
+        CorpusError: a speech teacher is to be run, and there is no corpus.
     """
     from ..pipeline.norms import restore_norms
-    from ..teacher.model import load_teacher
+    from ..speech.teacher import load_any_teacher
 
     paths = Paths(open_files(root))
     records = [str(path.relative_to(paths.root)) for _, path in record_damage(paths)]
@@ -84,12 +91,16 @@ def repair_all(
     damaged = damaged_items(store, data, intact)
     for name in dict.fromkeys(item.teacher for item, _ in damaged):
         t = store.plan.teachers[name]
-        if t.is_speech:
-            what = f"damaged states of the speech teacher {name}, which need the corpus's audio to be extracted again"
-            remedy = f"stillhouse store rm STORE '{name}/*/*', and extract it again"
-            raise StoreError(what, where=root, remedy=remedy)
-        teacher = load_teacher(
-            models.get(name, t.model), device=device, dtype=t.model_dtype, window=t.window, revision=t.revision
+        if t.is_speech and corpus is None:
+            what = f"states of the speech teacher {name} are damaged, and need the audio to be extracted again"
+            raise CorpusError(what, where=root, remedy="give the manifest with --corpus")
+        teacher = load_any_teacher(
+            models.get(name, t.model),
+            corpus=corpus,
+            device=device,
+            dtype=t.model_dtype,
+            window=None if t.is_speech else t.window,
+            revision=t.revision,
         )
         own = [(item, findings) for item, findings in damaged if item.teacher == name]
         repaired += [Repaired(str(i), findings) for i, findings in repair(root, teacher, name, on_progress, own)]

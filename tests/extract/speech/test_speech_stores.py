@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import soundfile
 
-from stillhouse.data.errors import StaleError, StoreError, UsageError
+from stillhouse.data.errors import CorpusError, StaleError, UsageError
 from stillhouse.data.manifest import Utterance, read_manifest, write_manifest
 from stillhouse.distill.targets import TargetReader
 from stillhouse.extract.maintain.combine import copy, merge, subset
 from stillhouse.extract.maintain.gc import collect_garbage
 from stillhouse.extract.maintain.remove import remove_utterances, remove_views
-from stillhouse.extract.maintain.repair import repair, repair_all
+from stillhouse.extract.maintain.repair import repair_all
 from stillhouse.extract.pipeline.extract import extract
 from stillhouse.extract.pipeline.request import Request
 from stillhouse.extract.speech.encoder import SpeechEncoder, load_encoder
@@ -167,9 +167,9 @@ def test_damage_is_found_and_repaired(encoder: SpeechEncoder, tmp_path: Path) ->
     hidden.write_bytes(data)
     (finding,) = verify(Store.open(root))
     assert "w/alone/1" in str(finding.where)
-    with pytest.raises(StoreError, match="speech teacher w, which need the corpus's audio"):
+    with pytest.raises(CorpusError, match=r"states of the speech teacher w are damaged, .*--corpus"):
         repair_all(root, {})
-    assert len(repair(root, teacher, "w")) == 1
+    assert len(repair_all(root, {}, "cpu", corpus=corpus)) == 1
     assert verify(Store.open(root)) == [] and same(states(Store.open(root)), before)
     source = root / "data.zarr/w/audio_source/c/0/0"
     data = bytearray(source.read_bytes())

@@ -23,7 +23,8 @@ HEAD = """# Architectures
 
 <!-- the tables are written by tests/extract/teacher/test_architectures.py -->
 
-This page says which model architectures of transformers {version} work as teachers. Each row was measured with a tiny
+This page says which language models of transformers {version} work as teachers, by architecture. Speech encoders are on
+[another page](../guide/front-end.md#which-encoders). Each row was measured with a tiny
 random model. Its texts went through Stillhouse in batches of mixed lengths, and through plain transformers one at a
 time. *Exact* means that every state of every layer was equal up to rounding.
 
