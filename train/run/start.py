@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ...data.batches.loader import BatchLoader
-from ...data.errors import CheckpointError, ConfigError, StaleError, UsageError, first_few
+from ...data.errors import CheckpointError, ConfigError, StaleError, StillhouseError, UsageError, first_few
 from ...data.features.file import FeatureFile, differing
 from ...data.files.atomic import read_plain
 from ...data.units import UNKNOWN, Units
@@ -233,7 +233,7 @@ def refuse_other_source(given: InitSection, origin: Mapping[str, Any] | None, ou
     began = Path(origin["source"])
     try:
         weights = identity.weights_hash(_load(given.source, given.checkpoint)[0])
-    except CheckpointError as e:
+    except StillhouseError as e:
         if began.resolve() == given.source.resolve() and not given.source.exists():
             return
         raise StaleError(
