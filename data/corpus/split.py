@@ -24,7 +24,10 @@ def is_test(split: str | None) -> bool:
 def is_held_out(split: str | None) -> bool:
     """Return whether a split is named as one that no model learns from: those of `is_test`, and dev or validation."""
     name = (split or "").casefold()
-    return is_test(split) or re.search(r"(?<![a-z])(dev(?![a-z])|develop|valid|held.?out)", name) is not None
+    return (
+        is_test(split)
+        or re.search(r"(?<![a-z])(dev|development|valid|validation)(?![a-z])|held.?out", name) is not None
+    )
 
 
 def parse_share(text: str) -> float:

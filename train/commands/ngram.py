@@ -65,7 +65,7 @@ def ngram(
     Example: stillhouse corpus ngram corpus.jsonl words.arpa.gz --order 3 --split train,text --held-out dev
     """
     from ...data.corpus.split import is_held_out
-    from ...data.errors import UsageError
+    from ...data.errors import CorpusError, UsageError
     from ...data.files.outputs import check_file
     from ...data.manifest import Corpus, read_manifest
     from ..decode.lm.arpa import is_arpa, write_arpa
@@ -82,6 +82,8 @@ def ngram(
     if split is None and (left := sorted({u.split for u in whole.utterances if u.split and is_held_out(u.split)})):
         chosen = Corpus(whole.path, [u for u in whole.utterances if u.split not in left], whole.root)
         say(f"The splits {', '.join(left)} are not counted, because their names say that they are held out (--split).")
+    elif held := sorted(name for name in chosen.splits() if name and is_held_out(name)):
+        say(f"{', '.join(held)} is counted, whose name says that it is held out. Do not decode it with this model.")
     counted = count_ngrams(_sentences(chosen, spell), order)
     model = kneser_ney(counted, prune)
     for n in model.usual:
@@ -98,6 +100,8 @@ def ngram(
     }
     for name in held_out.replace(" ", "").split(",") if held_out is not None else []:
         found, words, unknown = perplexity(model.lm, _sentences(whole.select(name), spell))
+        if not words:
+            raise CorpusError(f"split {name} has no word", where=corpus, expected="a split with transcripts")
         facts["held_out"][name] = {"perplexity": found, "words": words, "unknown": unknown}
     write_arpa(arpa, model.lm)
     if as_json:

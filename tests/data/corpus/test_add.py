@@ -12,12 +12,14 @@ from click.testing import CliRunner, Result
 
 from stillhouse.cli import cli
 from stillhouse.data.batches.loader import BatchLoader
+from stillhouse.data.batches.sampler import BatchSampler
 from stillhouse.data.corpus.split import is_held_out, is_test
 from stillhouse.data.errors import CorpusError, LockedError, UsageError
 from stillhouse.data.features.compute import FeatureFile
 from stillhouse.data.files.lock import FileLock
 from stillhouse.data.manifest import Corpus, Utterance, read_manifest, write_manifest
 from stillhouse.data.units import train_units
+from stillhouse.train.run.identity import data_identity
 
 
 def stillhouse(*args: object, code: int = 0, error: type[Exception] | None = None, match: str = "") -> Result:
@@ -56,9 +58,12 @@ def test_text_is_added_behind_what_is_there(mixed: Corpus, tmp_path: Path) -> No
     again = stillhouse("corpus", "import", "text", tmp_path / "novel.txt", mixed.path, "--add", "--json")
     assert "0 utterances added, 2 were there already, 6 in all" in again.stderr
     assert json.loads(again.stdout)["added"] == 0 and mixed.path.read_bytes() == before
-    # A longer file of nine lines or fewer keeps its ids, so that only its new lines are added.
+    # A file that grows gives its new lines alone, also when its lines get numbers of more digits.
     longer = texts(tmp_path, "a novel", "of two lines", "and a third")
     assert "1 utterances added, 2 were" in stillhouse("corpus", "import", "text", longer, mixed.path, "--add").stderr
+    longest = texts(tmp_path, "a novel", "of two lines", "and a third", *map(str, range(4, 12)))
+    assert "8 utterances added, 3 were" in stillhouse("corpus", "import", "text", longest, mixed.path, "--add").stderr
+    assert [u.id for u in read_manifest(mixed.path).utterances[6:9]] == ["novel-3", "novel-04", "novel-05"]
 
 
 def test_ids_and_texts_that_are_there_are_refused_by_name(mixed: Corpus, tmp_path: Path) -> None:
@@ -134,9 +139,9 @@ def test_names_of_splits_that_no_model_learns_from() -> None:
     assert [is_test(s) for s in ("test", "test-clean", "Test", "dev-test", "eval2000", "latest", "train", None)] == [
         *(True, True, True, True, True, False, False, False)
     ]
-    assert [is_held_out(s) for s in ("dev", "dev-clean", "valid", "validation", "test", "train", "device-text")] == [
-        *(True, True, True, True, True, False, False)
-    ]
+    held_out = ("dev", "dev-clean", "dev2", "DEVELOPMENT", "valid", "cv_validation", "held-out", "test")
+    assert all(map(is_held_out, held_out))
+    assert not any(map(is_held_out, ("train", "text", "device", "validated", "other", "", None)))
 
 
 def test_features_skip_text_and_say_how_much(mixed: Corpus, tmp_path: Path) -> None:
@@ -147,6 +152,10 @@ def test_features_skip_text_and_say_how_much(mixed: Corpus, tmp_path: Path) -> N
     loader = BatchLoader(mixed, FeatureFile(out), units)
     assert [u.id for u in loader.utterances] == ["u000", "u001", "u002", "u003"]
     assert loader.left_out["without audio"] == 2
+    # A run goes on when its corpus gets text: its data and their order stay the same.
+    alone = BatchLoader(Corpus(mixed.path, mixed.utterances[:4]), FeatureFile(out), units)
+    one, other = (data_identity(x, BatchSampler(x.frames, max_frames=300)) for x in (alone, loader))
+    assert one == other
     with pytest.raises(CorpusError, match="none of the 2 utterances of split text has audio, for example novel-1"):
         BatchLoader(mixed.select("text"), FeatureFile(out), units)
     # Speech whose features are missing is no text.

@@ -195,4 +195,4 @@ def perplexity(lm: NGram, sentences: Iterable[Sequence[str]]) -> tuple[float, in
                 total += lm.score(context, id)
                 scored += 1
             context = () if id is None else lm.shortened((*context, id))
-    return (math.exp(-total / scored) if scored else math.nan), words, unknown
+    return math.exp(-total / max(1, scored)), words, unknown

@@ -47,7 +47,8 @@ def test_text_alone_counts_and_held_out_splits_do_not(corpus: Path, tmp_path: Pa
     assert (facts["sentences"], facts["words"], facts["ngrams"]) == (2, 5, [5, 5])
     assert (facts["held_out"]["test-new"]["words"], facts["held_out"]["test-new"]["unknown"]) == (2, 1)
     assert set(read_arpa(out).words) == {"<s>", "</s>", "<unk>", "one", "two"}
-    assert json.loads(stillhouse("corpus", "ngram", corpus, out, "--split", "test-new", "--json").stdout)["words"] == 2
+    named = stillhouse("corpus", "ngram", corpus, out, "--split", "test-new", "--json")
+    assert json.loads(named.stdout)["words"] == 2 and "Do not decode it with this model" in named.stderr
 
 
 def test_units_and_their_spelling(corpus: Path, tmp_path: Path) -> None:
