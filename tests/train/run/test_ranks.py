@@ -94,6 +94,21 @@ def test_whatever_a_run_transfers_two_ranks_compute_what_one_does(tones: Path, s
     )
 
 
+@pytest.mark.slow
+def test_towards_speech_two_ranks_compute_what_one_does(tones: Path, ears: Path, tmp_path: Path) -> None:
+    """The same states are drawn, and frames of one rank are contrasts of the other's."""
+    own = [
+        *EXACT,
+        "optim.steps=12",
+        f"transfer.stores={ears}",
+        "transfer.a.aligner=frames",
+        "transfer.a.state_share=0.4",
+    ]
+    contrast = [*own, "transfer.a.views=raw/alone/3", "transfer.a.distance=contrastive"]
+    coded = [*own, "transfer.a.views=ear/alone/*", "transfer.a.distance=codes", "data.batch_frames=250"]
+    both(tones, tmp_path, {"contrast": contrast, "coded": coded})
+
+
 def killed(command: list[str], rank: int, after: str) -> str:
     """What was said by a job of which `rank` was killed when it said `after`; it must end by itself."""
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
