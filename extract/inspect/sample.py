@@ -8,6 +8,8 @@ Try: `stillhouse inspect stats STORE`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple
+from typing import Any
 
 import numpy as np
 
@@ -45,14 +47,14 @@ def undamaged(store: Store, views: Sequence[View]) -> tuple[list[View], list[str
     return [v for v in views if v not in damage], [text for v, text in damage.items() if v in views]
 
 
-def quantisation_errors(store: Store, view: View) -> dict[str, float | None]:
+def quantisation_errors(store: Store, view: View) -> dict[str, Any]:
     """Return the errors of an int8 or pq view, under the names that they have in JSON."""
     loss = store.loss(view)
     stored = "pq" if dtype_of(store.plan.teachers[view.teacher].dtype).codes else "int8"
-    errors: dict[str, float | None] = {}
+    errors: dict[str, Any] = {}
     for kind in ("int8", "pq"):
-        own = loss if kind == stored else None
-        errors |= {f"{kind}_error": own and own.relative, f"{kind}_error_standardised": own and own.standardised}
+        relative, standardised = (None, None) if loss is None or kind != stored else astuple(loss)
+        errors |= {f"{kind}_error": relative, f"{kind}_error_standardised": standardised}
     return errors
 
 

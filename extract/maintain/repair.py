@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from ...data.errors import CorpusError, StaleError, StoreError, first_few
 from ...data.files.lock import FileLock
+from ..store.disk.layout import dtype_of
 from ..store.disk.locks import Scratch
 from ..store.disk.paths import Paths
 from ..store.format.plan import WorkItem, read_plan
@@ -26,6 +27,7 @@ from ..store.reader import Store
 from ..store.storage import open_files, writable_files
 from ..store.verify.sums import norm_damage, record_damage, table_damage, token_damage
 from ..store.verify.verify import StoreFinding, damaged_items, plan_findings
+from ..store.views import View
 
 if TYPE_CHECKING:
     from ..pipeline.progress import OnProgress
@@ -83,13 +85,10 @@ def repair_all(
     repaired = []
     # Where tables or tokens are damaged, rows lead to no utterance.
     intact = [] if any(table_damage(store)) else [n for n in store.plan.teachers if not any(token_damage(store, n))]
-    for view in [v for v in store.views if v.teacher in intact and paths.files.writable]:
-        damage = list(norm_damage(store, view))
-        if damage and restore_norms(store, view):
-            findings = [StoreFinding("stored bytes differ from their checksum", d.where, d.remedy) for d in damage]
-            repaired.append(Repaired(f"{view.address} norms", findings, "worked out again"))
+    norms = {v: found for v in _with_norms(store, intact) if (found := list(norm_damage(store, v)))}
+    learned = [v for v in norms if not restore_norms(store, v) and dtype_of(store.teacher(v.teacher).dtype).quantised]
     damaged = damaged_items(store, data, intact)
-    for name in dict.fromkeys(item.teacher for item, _ in damaged):
+    for name in dict.fromkeys([*(v.teacher for v in learned), *(item.teacher for item, _ in damaged)]):
         t = store.plan.teachers[name]
         if t.is_speech and corpus is None:
             what = f"states of the speech teacher {name} are damaged, and need the audio to be extracted again"
@@ -103,8 +102,20 @@ def repair_all(
             revision=t.revision,
         )
         own = [(item, findings) for item, findings in damaged if item.teacher == name]
-        repaired += [Repaired(str(i), findings) for i, findings in repair(root, teacher, name, on_progress, own)]
+        views = [v for v in learned if v.teacher == name]
+        repaired += [Repaired(str(i), findings) for i, findings in repair(root, teacher, name, on_progress, own, views)]
+    store = Store.open(root)
+    for view, damage in norms.items():
+        if not any(norm_damage(store, view)):
+            findings = [StoreFinding("stored bytes differ from their checksum", d.where, d.remedy) for d in damage]
+            repaired.insert(0, Repaired(f"{view.address} norms", findings, "worked out again"))
     return repaired
+
+
+def _with_norms(store: Store, teachers: Sequence[str]) -> list[View]:
+    """Return the views of these teachers whose norms are committed and could be written again."""
+    views = [v for v in store.planned_views if v.teacher in teachers and store.paths.files.writable]
+    return [v for v in views if store.commits(v.teacher, v.context).has("norms", [v.layer])]
 
 
 def repair(
@@ -113,12 +124,16 @@ def repair(
     name: str,
     on_progress: OnProgress | None = None,
     damaged: DamagedItems | None = None,
+    norms: Sequence[View] = (),
 ) -> DamagedItems:
     """Extract the damaged work items of a teacher again, and return them with what was wrong. None: look for them.
 
+    Before that, damaged `norms` of int8 and pq views are learned again. They are left alone where the model does not
+    give them any more.
     Raises StaleError if `teacher` is not the one that the store was made with.
     """
     from ..pipeline.generation import next_generation
+    from ..pipeline.norms import relearn_norms
     from ..pipeline.progress import ExtractionProgress
     from ..pipeline.request import Request, choose_space, differences, teacher_record
     from ..pipeline.runner import ItemRunner, LockedItem
@@ -136,6 +151,8 @@ def repair(
         plan = read_plan(files)
         generation, rows, progress = next_generation(plan), TeacherRows(plan, name), ExtractionProgress()
         with ItemRunner(plan, teacher, rows, scratch.folder, progress, on_progress) as runner:
+            for view in norms:
+                relearn_norms(plan, view, runner.sample)
             for item, _ in damaged:
                 with FileLock(plan.paths.lock(name, item.context, item.shard.number), wait=True):
                     runner.run_items([LockedItem(item, None, generation)])

@@ -64,16 +64,27 @@ def write_norms(plan: Plan, teacher: str, context: str, scratch: Path) -> None:
 def restore_norms(store: Store, view: View) -> bool:
     """Write a view's norms again, if its states still give the norms that were committed; return False if not.
 
-    The norms of int8 and pq come from the model's own states, and those of a part of a store from the whole store.
+    The norms of int8 and pq come from the model's own states (see `relearn_norms`), and those of a part of a store from
+    the whole store.
     """
-    record, commits = store.plan.teachers[view.teacher], store.commits(view.teacher, view.context)
-    if dtype_of(record.dtype).quantised:
-        return False
-    norms = _norms_of(store, [view])
-    recorded = commits.of["norms", view.layer].checksums
+    quantised = dtype_of(store.plan.teachers[view.teacher].dtype).quantised
+    return not quantised and _restore(store.plan, view, _norms_of(store, [view]))
+
+
+def relearn_norms(plan: Plan, view: View, sample: Sample) -> bool:
+    """Write the norms of an int8 or pq view again, if the model still gives those that were committed.
+
+    Return False if not, as after a change of the corpus.
+    """
+    items = (i for i in plan.work_items(view.teacher) if i.context == view.context and view.layer in i.layers)
+    return _restore(plan, view, _norms_of_sample(plan, next(items), sample, [view.layer]))
+
+
+def _restore(plan: Plan, view: View, norms: Norms) -> bool:
+    recorded = Commits(plan.paths, view.teacher, view.context).of["norms", view.layer].checksums
     if any(recorded.get(name) != crc for name, crc in _checksums(norms).items()):
         return False
-    sync(*_write(store.paths, record, view.context, norms))
+    sync(*_write(plan.paths, plan.teachers[view.teacher], view.context, norms))
     return True
 
 
@@ -118,9 +129,8 @@ def _norms_of_sample(plan: Plan, item: WorkItem, sample: Sample, layers: Sequenc
                 if codes:
                     kept[k].add(row, values)
         for k in part:
-            norms[k] = moments[k].result()
-            if codes:
-                norms[k] += (learn(kept.pop(k).result(), *norms[k], codes),)
+            mean, std = moments[k].result()
+            norms[k] = (mean, std, learn(kept.pop(k).result(), mean, std, codes)) if codes else (mean, std)
     return norms
 
 

@@ -147,12 +147,17 @@ class StateReader:
     def _decoder(self, view: View, dtype: Any) -> Callable[[np.ndarray, np.ndarray | None, np.ndarray], None]:
         """Return what fills an array of this dtype from rows of a view as they are stored, and their scales."""
         if (view, dtype) not in self._decoders:
-            mean, std, *book = self._norms(view.teacher, view.context, view.layer)
-            if book:
-                table = decoding_table(*book, mean, std, dtype)
-                self._decoders[view, dtype] = lambda codes, _, out: decode_pq(codes, table, out)
-            else:
-                self._decoders[view, dtype] = lambda values, scale, out: dequantise(values, scale, mean, std, out)
+            norms = self._norms(view.teacher, view.context, view.layer)
+            table = decoding_table(*norms, dtype=dtype) if len(norms) > 2 else None
+
+            def fill(values: np.ndarray, scale: np.ndarray | None, out: np.ndarray) -> None:
+                if table is not None:
+                    decode_pq(values, table, out)
+                elif scale is not None:
+                    mean, std = norms
+                    dequantise(values, scale, mean, std, out)
+
+            self._decoders[view, dtype] = fill
         return self._decoders[view, dtype]
 
     def _buffers(

@@ -63,10 +63,15 @@ def _quantise(states: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> Qu
 
 
 def _encode_pq(states: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, book: torch.Tensor) -> Quantised:
-    """`pq.encode_pq`, on a GPU as matrix products."""
+    """`pq.encode_pq` on the states' device."""
+    if states.device.type == "cpu":
+        return encode_pq(*(v.detach().contiguous().numpy() for v in (states, mean, std, book)))
+    return encode_by_products(states, mean, std, book)
+
+
+def encode_by_products(states: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, book: torch.Tensor) -> Quantised:
+    """`pq.encode_pq` as matrix products, which a GPU computes faster than it could run that loop."""
     with torch.inference_mode():
-        if states.device.type == "cpu":
-            return encode_pq(*(v.contiguous().numpy() for v in (states, mean, std, book)))
         codes, _, width = book.shape
         z = ((states - mean) / std).reshape(-1, codes, width)
         half, last = book.square().sum(-1)[:, None] / 2, book.transpose(1, 2)

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from made_up import MadeUpTeacher, made_up_corpus
 from measuring import NO_BAR, Row, at_least, at_most, write_table
 from peers import peers
+from store_codes import coded
 from store_reading import BATCH, Memmap, cold, int8, loading, reading
 
 from stillhouse.data.manifest import Corpus
@@ -162,7 +163,7 @@ def opening(store: Store) -> list[Row]:
     ]
 
 
-PARTS = ("reading", "cold", "opening", "loading", "int8", "writing", "sizes", "peers")
+PARTS = ("reading", "cold", "opening", "loading", "int8", "codes", "writing", "sizes", "peers")
 SHAPES: dict[str, dict[str, Any]] = {
     "librispeech": {"utterances": 5000, "width": 384, "layers": 7, "tokens": 38, "parts": ",".join(PARTS)},
     "wide": {"utterances": 2000, "width": 1024, "layers": 24, "tokens": 38, "parts": "reading,cold,opening,sizes"},
@@ -222,6 +223,8 @@ def main() -> None:
         if "int8" in parts:
             rows += int8(store, made("int8"), options.rounds // 2)
             shutil.rmtree(folder / "int8")
+        if "codes" in parts:
+            rows += coded(folder, options.rounds, 1000, clock)
         if "writing" in parts:
             rows += writing(folder, corpus, teacher, layers)
         if "sizes" in parts:

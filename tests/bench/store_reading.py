@@ -28,14 +28,13 @@ class Memmap:
     It does what `gather` does (ids to rows by a dict; states, token ids and spans), and nothing else.
     """
 
-    def __init__(self, store: Store, folder: Path) -> None:
+    def __init__(self, store: Store, folder: Path, dtype: str | None = None) -> None:
         self.files, self.where, at = {}, {}, 0
         ids, teacher = store.utterance_ids, store.views[0].teacher
         lengths, token_id, span = store.tokens(ids, teacher)
         for i, n in zip(ids, lengths.tolist()):
             self.where[i] = (at, n)
             at += n
-        self.width = store.teacher(teacher).width
         for name, values in (("token_id", token_id), ("span", span)):
             out = np.memmap(folder / f"{name}.raw", dtype=np.int32, mode="w+", shape=values.shape)
             out[:] = values
@@ -43,13 +42,15 @@ class Memmap:
             self.files[name] = np.memmap(folder / f"{name}.raw", dtype=np.int32, mode="r", shape=values.shape)
         for view in store.views:
             path = folder / f"{view.layer}.raw"
-            out = np.memmap(path, dtype=np.float16, mode="w+", shape=(at, self.width))
+            empty = store.gather([], [view], dtype).states[view]
+            self.width, kind = empty.shape[1], empty.dtype
+            out = np.memmap(path, dtype=kind, mode="w+", shape=(at, self.width))
             for first in range(0, len(ids), 500):
-                part = store.gather(ids[first : first + 500], [view]).states[view]
+                part = store.gather(ids[first : first + 500], [view], dtype).states[view]
                 begin = self.where[ids[first]][0]
                 out[begin : begin + len(part)] = part
             out.flush()
-            self.files[view] = np.memmap(path, dtype=np.float16, mode="r", shape=(at, self.width))
+            self.files[view] = np.memmap(path, dtype=kind, mode="r", shape=(at, self.width))
 
     def gather(self, ids: list[str], views: list) -> dict:
         rows = [self.where[i] for i in ids]

@@ -78,7 +78,7 @@ def kmeans(x: np.ndarray, draws: np.ndarray, iterations: int, book: np.ndarray) 
     rows, width = x.shape
     step = (rows + 8191) // 8192
     distance = np.full(rows, np.inf, np.float32)
-    chosen = np.int64(draws[0] * rows)
+    chosen = int(draws[0] * rows)
     for k in range(256):
         book[k] = x[chosen]
         total = 0.0
@@ -116,17 +116,35 @@ def kmeans(x: np.ndarray, draws: np.ndarray, iterations: int, book: np.ndarray) 
 
 
 @compiled
-def encode(z: np.ndarray, books: np.ndarray, codes: np.ndarray, error: np.ndarray) -> None:
-    """Fill codes [N, M] and error [N, D] for standardised states [N, D] and codebooks [M, D/M, 256]."""
-    width = books.shape[1]
-    for first in range(0, z.shape[0], 64):  # Rows stay in the processor's cache while the parts go by.
-        part, last = z[first : first + 64], min(first + 64, z.shape[0])
-        for m in range(books.shape[0]):
-            nearest(part, m * width, books[m], codes[first:last], m)
-            for n in range(first, last):
-                k = codes[n, m]
+def encode(
+    states: np.ndarray, mean: np.ndarray, std: np.ndarray, book: np.ndarray, codes: np.ndarray, loss: np.ndarray
+) -> None:
+    """Fill codes uint8 [N, M] and loss float32 [N, 4] for states [N, D], norms [D] and codebooks [M, 256, D/M]."""
+    parts, _, width = book.shape
+    by_dimension = np.empty((parts, width, 256), np.float32)
+    for m in range(parts):
+        by_dimension[m] = book[m].T
+    z = np.empty((64, parts * width), np.float32)  # Rows stay in the processor's cache while the parts go by.
+    for first in range(0, states.shape[0], 64):
+        count = min(64, states.shape[0] - first)
+        for n in range(count):
+            for i in range(parts * width):
+                z[n, i] = (states[first + n, i] - mean[i]) / std[i]
+        for m in range(parts):
+            nearest(z[:count], m * width, by_dimension[m], codes[first : first + count], m)
+        for n in range(count):
+            error = state = error_z = state_z = np.float32(0)
+            for m in range(parts):
+                k = codes[first + n, m]
                 for i in range(width):
-                    error[n, m * width + i] = z[n, m * width + i] - books[m, i, k]
+                    at = m * width + i
+                    lost = z[n, at] - book[m, k, i]
+                    error += lost * std[at] * (lost * std[at])
+                    state += states[first + n, at] * states[first + n, at]
+                    error_z += lost * lost
+                    state_z += z[n, at] * z[n, at]
+            loss[first + n, 0], loss[first + n, 1] = error, state
+            loss[first + n, 2], loss[first + n, 3] = error_z, state_z
 
 
 @compiled

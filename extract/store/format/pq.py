@@ -50,16 +50,14 @@ def encode_pq(states: np.ndarray, mean: np.ndarray, std: np.ndarray, book: np.nd
     """
     from .kernels import encode
 
-    with np.errstate(over="ignore", invalid="ignore"):
-        z = np.ascontiguousarray((states - mean) / std, np.float32).reshape(-1, states.shape[-1])
-        codes, error = np.empty((len(z), len(book)), np.uint8), np.empty_like(z)
-        encode(z, np.ascontiguousarray(book.swapaxes(1, 2), np.float32), codes, error)
-        error = error.reshape(states.shape)
-        loss = [(v**2).sum(-1) for v in (error * std, states, error, z.reshape(states.shape))]
-        return Quantised(codes.reshape(*states.shape[:-1], len(book)), None, np.stack(loss, axis=-1))
+    rows = np.ascontiguousarray(states, np.float32).reshape(-1, states.shape[-1])
+    codes, loss = np.empty((len(rows), len(book)), np.uint8), np.empty((len(rows), 4), np.float32)
+    encode(rows, *(np.array(v, np.float32) for v in (mean, std, book)), codes, loss)
+    shape = states.shape[:-1]
+    return Quantised(codes.reshape(*shape, len(book)), None, loss.reshape(*shape, 4))
 
 
-def decoding_table(book: np.ndarray, mean: np.ndarray, std: np.ndarray, dtype: Any) -> np.ndarray:
+def decoding_table(mean: np.ndarray, std: np.ndarray, book: np.ndarray, *, dtype: Any) -> np.ndarray:
     """Return what each code stands for, [M, 256, D/M] in a floating dtype: `codebook · std + mean`."""
     codes, _, width = book.shape
     wide = book.astype(np.float32) * std.reshape(codes, 1, width) + mean.reshape(codes, 1, width)

@@ -26,7 +26,7 @@ from stillhouse.extract.store.disk.layout import dtype_of
 from stillhouse.extract.store.disk.paths import Paths
 from stillhouse.extract.store.format.pq import decode_pq, decoding_table, encode_pq, learn
 from stillhouse.extract.store.verify.verify import verify
-from stillhouse.extract.teacher.forward import encode_tensor, tensors
+from stillhouse.extract.teacher.forward import encode_by_products, encode_tensor, tensors
 from stillhouse.extract.teacher.model import load_teacher
 
 from ..conftest import loaded, make_corpus
@@ -66,7 +66,7 @@ def test_by_hand() -> None:
     assert got.loss[1].tolist() == [4 + 1, 25, 1 + 1, 4]
     for dtype in (np.float32, np.float16):
         out = np.empty((2, 2), dtype)
-        decode_pq(got.values, decoding_table(book, mean, std, dtype), out)
+        decode_pq(got.values, decoding_table(mean, std, book, dtype=dtype), out)
         assert out.tolist() == [[1, 1], [3, -1]]
     assert not encode_pq(np.array([[np.nan, 0]], np.float32), mean, std, book).finite
 
@@ -86,6 +86,9 @@ def test_codes_are_those_of_a_plain_loop() -> None:
             torch.from_numpy(states)[None], dtype_of(f"pq:{codes}"), tensors((mean, std, book), "cpu")
         )
         assert np.array_equal(theirs.values[0], ours.values)
+        by_products = encode_by_products(torch.from_numpy(states)[None], *tensors((mean, std, book), "cpu"))
+        assert np.array_equal(by_products.values[0], ours.values)
+        np.testing.assert_allclose(by_products.loss[0], ours.loss, rtol=1e-4, atol=1e-5)
         decoded = np.concatenate([book[m][ours.values[:, m]].astype(np.float32) for m in range(codes)], 1)
         want = [(v.astype(np.float64) ** 2).sum(-1) for v in ((z - decoded) * std, states, z - decoded, z)]
         np.testing.assert_allclose(ours.loss, np.stack(want, -1), rtol=1e-4, atol=1e-5)
