@@ -9,6 +9,7 @@ Try: `stillhouse train CONFIG --init RUN --freeze encoder --out OTHER`.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,8 +38,8 @@ ATTEMPTS = 3  # A source that still trains deletes checkpoints.
 class Origin:
     """Where the first weights of a run are from: what its identity and its checkpoints record.
 
-    `weights` is the hash of all of the source's weights, and `run` that of its identity, or None for an export.
-    `taken` names the weights that were taken whole.
+    `weights` is the hash of all of the source's weights, and `run` that of its identity and settings, or None for an
+    export. `taken` names the weights that were taken whole.
     """
 
     source: str
@@ -141,11 +142,17 @@ def _load(source: Path, which: str) -> tuple[Transducer, Units, Config, int]:
 
 
 def _run_hash(source: Path) -> str | None:
-    """A hash that stays the same while a run trains, or None for an export and for runs that recorded no identity."""
+    """A hash that stays the same while a run trains, or None for an export and for runs that recorded no identity.
+
+    Runs of one identity may differ in settings of learning, so these count, too.
+    """
     try:
-        return hashlib.sha256(read_plain(source / identity.FILE)).hexdigest()[:16]
-    except OSError:
+        facts = json.loads(read_plain(source / identity.FILE))
+        settings = load_config(source / SETTINGS, saved=True).flat()
+    except (OSError, ValueError, ConfigError):
         return None
+    facts["settings"] = {k: v for k, v in settings.items() if not k.startswith("run.")}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _barred(config: Config, theirs: Config, trained: TrainedOn, features: FeatureFile) -> dict[str, str]:
@@ -222,7 +229,7 @@ def _report_units(units: Units, theirs: Units, say: Say) -> None:
 def refuse_other_source(given: InitSection, origin: Mapping[str, Any] | None, out: Path, say: Say) -> None:
     """Raise StaleError if a run that resumes did not start from the source that is given.
 
-    `origin` is what the run recorded. A source that is gone cannot be compared, and neither is one needed. A source
+    `origin` is what the run recorded. A source that is gone is not compared, because the run does not need it. A source
     that has trained on since the run began is reported.
     """
     if given.source is None:

@@ -341,6 +341,11 @@ def test_a_source_may_train_on(tones: Path, source: Path, begin: Begin, tmp_path
     _, said = begin("init.checkpoint=last", init=mine)
     assert any(f"{mine} has trained on since step 0" in line for line in said)
     assert any("resuming" in line for line in said)
+    alike = tmp_path / "alike"  # Its identity is the same, because it differs in a setting of learning.
+    Trainer(load_config(tones / "run.toml", [*PLAIN, "optim.lr=0.01"]), alike).run()
+    assert (alike / "identity.json").read_bytes() == (mine / "identity.json").read_bytes()
+    with pytest.raises(StaleError, match="the run started from other weights"):
+        begin("init.checkpoint=last", init=alike)
 
 
 def test_a_checkpoint_that_goes_while_it_is_read_is_no_failure(
