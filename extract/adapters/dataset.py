@@ -20,6 +20,8 @@ from ..store.batches import available_ids, require_one_text
 class States(Dataset):
     """Items {"id", "states": {address: float32 [N, D]}, "token_id": {teacher: [N]}, "span": {teacher: [N, 2]}}.
 
+    Speech teachers have no token_id and span.
+
     Use `collate` as the collate_fn of a DataLoader.
 
     Arguments:
@@ -74,7 +76,7 @@ class States(Dataset):
         first = items[0]
         return {
             "id": [i["id"] for i in items],
-            "lengths": {t: torch.tensor([len(i["token_id"][t]) for i in items]) for t in first["token_id"]},
+            "lengths": {a.split("/")[0]: torch.tensor([len(i["states"][a]) for i in items]) for a in first["states"]},
             "states": {address: padded("states", address, 0.0) for address in first["states"]},
             "token_id": {t: padded("token_id", t, 0) for t in first["token_id"]},
             "span": {t: padded("span", t, -1) for t in first["span"]},

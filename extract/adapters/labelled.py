@@ -19,7 +19,8 @@ from ..store import Store, View
 def to_xarray(store: Store, ids: Sequence[str], views: Sequence[View]) -> Any:
     """Return the states of utterances: `hidden` [view, token, dimension], float32, with coordinates.
 
-    A view has its address, context and layer. A token has its utterance, position, token_id, begin and end.
+    A view has its address, context and layer. A token has its utterance, position, token_id, begin and end. Of a speech
+    teacher the axis is `frame`, and a frame has its utterance, position and time in seconds.
 
     Arguments:
         views: views of one teacher, because teachers have different tokens.
@@ -40,19 +41,23 @@ def to_xarray(store: Store, ids: Sequence[str], views: Sequence[View]) -> Any:
     (teacher,) = teachers
     chosen = list(dict.fromkeys(views))
     batch = store.gather(ids, chosen, dtype="float32")
-    length, span = batch.lengths[teacher], batch.span[teacher]
-    begin = np.repeat(np.cumsum(length) - length, length)
+    length, record = batch.lengths[teacher], store.teacher(teacher)
+    axis, begin = record.axis, np.repeat(np.cumsum(length) - length, length)
+    position = np.arange(length.sum()) - begin
+    if record.is_speech:
+        own = {"time": (axis, record.offset_s + position / record.rate_hz)}
+    else:
+        span = batch.span[teacher]
+        own = {"token_id": (axis, batch.token_id[teacher]), "begin": (axis, span[:, 0]), "end": (axis, span[:, 1])}
     return xarray.Dataset(
-        {"hidden": (("view", "token", "dimension"), np.stack([batch.states[v] for v in chosen]))},
+        {"hidden": (("view", axis, "dimension"), np.stack([batch.states[v] for v in chosen]))},
         coords={
             "view": [v.address for v in chosen],
             "context": ("view", [v.context for v in chosen]),
             "layer": ("view", [v.layer for v in chosen]),
-            "utterance": ("token", np.repeat(np.asarray(ids, dtype=object), length)),
-            "position": ("token", np.arange(length.sum()) - begin),
-            "token_id": ("token", batch.token_id[teacher]),
-            "begin": ("token", span[:, 0]),
-            "end": ("token", span[:, 1]),
+            "utterance": (axis, np.repeat(np.asarray(ids, dtype=object), length)),
+            "position": (axis, position),
+            **own,
         },
         attrs={"teacher": teacher, "store": store.address},
     )

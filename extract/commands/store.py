@@ -162,8 +162,8 @@ def _print_removed(r: Removed, as_json: bool) -> None:
     lines = [f"{r.store}: {'done' if r.done else 'would be done'}"]
     lines += [f"views        {', '.join(r.views)}"] if r.views else []
     lines += [f"utterances   {r.utterances:,}"] if r.utterances else []
-    lines += [f"hidden       {r.tokens:,} tokens"] if r.tokens else []
-    lines += [f"moved        {r.moved_tokens:,} tokens"] if r.moved_tokens else []
+    lines += [f"hidden       {r.tokens:,} tokens or frames"] if r.tokens else []
+    lines += [f"moved        {r.moved_tokens:,} tokens or frames"] if r.moved_tokens else []
     lines += [f"freed        {r.bytes / 1e6:,.1f} MB in {r.files:,} files and folders"]
     _print(r, lines, as_json)
 

@@ -237,7 +237,8 @@ def render_status(s: Status) -> str:
     for c in s.contexts:
         state = "complete" if c.complete else f"{c.done} done, {c.running} running, {c.missing} missing"
         view = f"{c.teacher}/{c.context}/{','.join(map(str, c.layers))}"
-        state += f" of {c.units} work items, {c.tokens_done:,} of {rows_text(c.tokens, c.rate_hz)}"
+        done = f"{c.tokens_done / c.rate_hz / 3600:,.2f}" if c.rate_hz else f"{c.tokens_done:,}"
+        state += f" of {c.units} work items, {done} of {rows_text(c.tokens, c.rate_hz)}"
         lines.append(f"{view}  {state}" if len(view) + len(state) < 79 else f"{view}\n  {state}")
     lines += [behind_text(*of) for of in s.behind.items()]
     return "\n".join([*lines, *map(uncompared_text, s.uncompared)])

@@ -9,14 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import xarray
 
 from stillhouse.data.errors import CorpusError, StaleError, UsageError
 from stillhouse.data.manifest import Utterance, read_manifest, write_manifest
 from stillhouse.distill.targets import TargetReader
+from stillhouse.extract.adapters.dataset import States
+from stillhouse.extract.adapters.labelled import to_xarray
 from stillhouse.extract.maintain.combine import copy, merge, subset
 from stillhouse.extract.maintain.gc import collect_garbage
 from stillhouse.extract.maintain.remove import remove_utterances, remove_views
 from stillhouse.extract.maintain.repair import repair_all
+from stillhouse.extract.pipeline.estimate import render, size_up
 from stillhouse.extract.pipeline.extract import extract
 from stillhouse.extract.pipeline.request import Request
 from stillhouse.extract.speech.encoder import SpeechEncoder, load_encoder
@@ -196,3 +200,32 @@ def test_what_needs_tokens_refuses_a_speech_teacher(bert: Path, encoder: SpeechE
     assert head["version"] == 1 and not {"axis", "rate_hz", "offset_s", "sample_rate_hz"} & set(
         head["teachers"]["bert"]
     )
+
+
+def test_other_toolkits(bert: Path, encoder: SpeechEncoder, tmp_path: Path) -> None:
+    corpus, root = made(tmp_path / "c"), tmp_path / "s"
+    for teacher in (of(encoder, corpus), loaded(bert)):
+        add(corpus, root, teacher)
+    store = Store.open(root)
+    views = store.resolve("w/*/*") + store.resolve("bert/*/*")
+    labelled = to_xarray(store, ["b", "a"], views[:1])
+    n = [encoder.frames(6400), encoder.frames(4800)]
+    assert labelled.hidden.dims == ("view", "frame", "dimension") and labelled.sizes["frame"] == sum(n)
+    assert labelled.time.values.tolist() == pytest.approx([k / 50 for count in n for k in range(count)])
+    data = States(store, views)
+    batch = data.collate([data[i] for i in range(len(data))])
+    assert batch["token_id"].keys() == batch["span"].keys() == {"bert"} and batch["lengths"].keys() == {"w", "bert"}
+    assert batch["lengths"]["w"].tolist() == store.row_lengths("w", store.rows(data.ids, "w")).tolist()
+    plain = xarray.open_zarr(root / "data.zarr", group="w", consolidated=False)
+    assert plain.hidden.dims == ("context", "layer", "frame", "dimension") and plain.audio_source.shape[1] == 4
+
+
+def test_an_estimate_of_what_a_store_lacks(encoder: SpeechEncoder, tmp_path: Path) -> None:
+    corpus, root = made(tmp_path / "c"), tmp_path / "s"
+    add(corpus, root, of(encoder, corpus))
+    soundfile.write(corpus.parent / "c.flac", noise(0.7), 16000)
+    teacher = of(encoder, corpus)
+    for layers, refresh, frames in (((1,), True, 35), ((1, 2), True, None)):
+        sizing = size_up(root, teacher.corpus, teacher, Request("w", list(layers), ["alone"]), refresh=refresh)
+        assert sizing.axis == "frame" and sizing.rate_hz == 50 and sizing.seconds is not None and sizing.units_missing
+        assert frames in (None, sizing.fed_tokens) and "× real time, one process" in render(sizing)
