@@ -278,7 +278,9 @@ class SpeechEncoder:
 
     def _forward(self, inputs: dict[str, torch.Tensor], **options: Any) -> Any:
         autocast = torch.autocast(self.device.split(":")[0], dtype=DTYPES[self.dtype], enabled=self.dtype != "float32")
-        with torch.inference_mode(), autocast, self._fitted(inputs):
+        # On a GPU, convolutions round to 10 bits unless this is off, and rows would depend on the device.
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with torch.inference_mode(), autocast, exact, self._fitted(inputs):
             return self.encoder(**inputs, **options)
 
     def _kept(self, samples: np.ndarray, inputs: dict[str, torch.Tensor]) -> int | None:

@@ -185,6 +185,24 @@ def test_states_equal_plain_transformers(model: tuple[Path, Any, Any], seconds: 
             assert np.abs(states - plain[k]).max() <= 1e-4 * np.abs(plain[k]).max()
 
 
+def test_convolutions_do_not_round_to_ten_bits_on_a_gpu(model: tuple[Path, Any, Any]) -> None:
+    """torch allows it by default. Where there is no GPU, only the setting can be seen."""
+    encoder, seen = load_encoder(str(model[0])), []
+    convolution = next(m for m in encoder.encoder.modules() if isinstance(m, torch.nn.modules.conv._ConvNd))
+    convolution.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    before = torch.backends.cudnn.allow_tf32
+    encoder.states(np.zeros(16000, np.float32) + 0.01, [1])
+    assert seen and not any(seen) and torch.backends.cudnn.allow_tf32 == before
+
+
+@pytest.mark.gpu
+def test_states_on_a_gpu_are_those_on_the_cpu(model: tuple[Path, Any, Any]) -> None:
+    samples = RNG.standard_normal(40000).astype(np.float32) * 0.1
+    plain, found = (load_encoder(str(model[0]), device).states(samples, [0, 1, 3]) for device in ("cpu", "cuda"))
+    for a, b in zip(plain, found, strict=True):
+        assert np.abs(a - b).max() <= 1e-4 * np.abs(a).max()
+
+
 def test_frames_lie_where_their_sound_is(model: tuple[Path, Any, Any]) -> None:
     """A click changes the input of the frames around it: the middle of these is where rate and offset say."""
     encoder = load_encoder(str(model[0]))
