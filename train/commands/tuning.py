@@ -15,7 +15,7 @@ import click
 
 from .live import say, write_data
 
-WEIGHTS = ("lm-weight", "ilm-weight", "blank-penalty")
+WEIGHTS = ("lm-weight", "ilm-weight", "blank-penalty", "lm-unknown")
 
 
 def check_request(names: str | None, settings: dict[str, Any], is_corpus: bool) -> list[str]:
@@ -30,8 +30,8 @@ def check_request(names: str | None, settings: dict[str, Any], is_corpus: bool) 
         raise UsageError("--tune needs a language model", expected="--lm words.arpa, and perhaps --beam 8")
     if not is_corpus:
         raise UsageError("--tune needs a corpus with transcripts", expected="CORPUS and FEATURES")
-    if given := [name for name in chosen if _is_given(name)]:
-        raise UsageError(f"--tune looks for --{given[0]}", expected=f"no --{given[0]}")
+    for name in _given_weights(settings).keys() & set(chosen):
+        raise UsageError(f"--tune looks for --{name}", expected=f"no --{name}")
     return chosen
 
 
@@ -39,7 +39,11 @@ def kept_weights(run: Path, settings: dict[str, Any]) -> dict[str, float]:
     """Return the settings that --tune chose for this run and its --lm, unless the command line has weights."""
     from ..decode.lm.tuned import FILE, tuned_for
 
-    if settings["lm"] is None or any(map(_is_given, WEIGHTS)):
+    if settings["lm"] is None:
+        return {}
+    if given := _given_weights(settings):
+        if (run / FILE).exists():
+            say(f"{run / FILE} is not used, because the command line has --{next(iter(given))}.")
         return {}
     choice = tuned_for(run, settings["lm"], settings["lm_unit"])
     if choice is None:
@@ -50,9 +54,11 @@ def kept_weights(run: Path, settings: dict[str, Any]) -> dict[str, float]:
     return {name.replace("-", "_"): value for name, value in choice.weights.items()}
 
 
-def _is_given(name: str) -> bool:
-    source = click.get_current_context().get_parameter_source(name.replace("-", "_"))
-    return source == click.core.ParameterSource.COMMANDLINE
+def _given_weights(settings: dict[str, Any]) -> dict[str, float]:
+    """Return the weights of the command line, by the names of their options."""
+    source = click.get_current_context().get_parameter_source
+    names = [n for n in WEIGHTS if source(n.replace("-", "_")) == click.core.ParameterSource.COMMANDLINE]
+    return {name: settings[name.replace("-", "_")] for name in names}
 
 
 def dev_split(corpus: Any, split: str | None, dev: str | None) -> str | None:
@@ -121,8 +127,9 @@ def tune_weights(
     choice = Tuned(
         lm=str(settings["lm"]),
         lm_sha256=digest,
-        **{name: settings[name] for name in ("lm_unit", "lm_unknown", "beam", "max_symbols")},
-        **vars(best),
+        **{name: settings[name] for name in ("lm_unit", "beam", "max_symbols")},
+        # Weights that were given for all points belong to the choice.
+        **vars(best) | {"weights": _given_weights(settings) | best.weights},
         utterances=len(loader.utterances),
         points=[TunedPoint(**vars(point)) for point in points],
         **of,

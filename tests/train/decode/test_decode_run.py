@@ -148,7 +148,7 @@ def test_tuned_weights_are_kept_for_their_language_model(
     assert again == grid[best]
     assert f"--lm-weight {best[0]:g} --ilm-weight {best[1]:g}, tuned with --beam 4 on split dev" in said
     # Any weight of the command line takes the place of all kept ones, and another file or kind has none.
-    assert "tuned" not in rates("--lm-weight", 0.3)[1]
+    assert "tuned.json is not used, because the command line has --lm-weight" in rates("--lm-weight", 0.3)[1]
     other = language_model(tones, tmp_path / "other.arpa")
     other.write_text(other.read_text() + "\n")
     plain = ("decode", hearing, corpus, features, "--split", "dev")
@@ -157,8 +157,9 @@ def test_tuned_weights_are_kept_for_their_language_model(
     assert stillhouse(*plain, "--lm", other, "--lm-weight", 0.1)[0]
     stillhouse(*plain)  # Without a language model there are no weights.
     # A choice for the other file does not replace the first one.
-    stillhouse("decode", hearing, corpus, features, "--lm", other, "--tune", "ilm-weight")
-    assert "--ilm-weight" in stillhouse(*plain, "--lm", other)[1]
+    fixed = ("--lm-weight", 0.4, "--lm-unknown", 5)  # They hold for all points, so that they are kept as well.
+    stillhouse("decode", hearing, corpus, features, "--lm", other, *fixed, "--tune", "ilm-weight")
+    assert "--lm-weight 0.4 --lm-unknown 5 --ilm-weight" in stillhouse(*plain, "--lm", other)[1]
     assert rates()[0] == grid[best]
     export_run(hearing, tmp_path / "export", "safetensors")  # takes the weights along
     exported = ("decode", tmp_path / "export", corpus, features, "--split", "dev")

@@ -35,7 +35,6 @@ class Tuned(_TunedRecord):
     lm: str
     lm_sha256: str
     lm_unit: str
-    lm_unknown: float
     beam: int
     max_symbols: int
     weights: dict[str, float] = Field(min_length=1)
