@@ -91,6 +91,29 @@ def test_whatever_is_combined_steps(mixed: SimpleNamespace, aligner: str, positi
                 assert drawn == [view.address in batch.targets for view in reader.views], options
 
 
+def test_codes_of_a_store_are_learned_or_decoded(mixed: SimpleNamespace, bert: Path, tmp_path: Path) -> None:
+    """A pq store gives the codes to the distance `codes`, and decoded standardised states to the others."""
+    request = Request("bert", [1], ["both:4"], "sentence_case", dtype="pq:4")
+    extract(tmp_path / "s", mixed.corpus, loaded(bert), request)
+    store = Store.open(tmp_path / "s")
+    sources, lengths = [(store, store.views)], torch.full((len(mixed.ids),), 30)
+    encoder = torch.randn(len(mixed.ids), 30, H, generator=torch.manual_seed(0))
+    occupancy = torch.rand(len(mixed.ids), max(len(u) for u in mixed.units), 30)
+    got = {}
+    for distance in ("codes", "mse"):
+        reader = TargetReader(sources, "token", codes=distance == "codes", corpus=mixed.corpus)
+        batch = reader.read(mixed.ids, mixed.texts, mixed.units)
+        transfer = Transfer(reader.views, H, aligner="occupancy", distance=distance)
+        found = transfer(encoder, lengths, batch, occupancy)
+        found.loss.backward()
+        assert found.loss.isfinite() and all(p.grad is not None for p in transfer.parameters())
+        got[distance] = batch.targets[store.views[0].address]
+    codes, states = got["codes"][:, 0].long(), got["mse"]
+    book = torch.from_numpy(store.codebooks(store.views[0]))
+    decoded = torch.cat([book[m, codes[:, m]] for m in range(4)], 1)
+    torch.testing.assert_close(decoded, states, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["lower", "upper", "sentence_case", "nfd", "nfkc", "casefold+no_punct+squeeze"])
 @pytest.mark.parametrize("which", ["gpt2", "llama"])
 def test_a_word_has_the_tokens_that_spell_it(which: str, name: str, request: pytest.FixtureRequest) -> None:

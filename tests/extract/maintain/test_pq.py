@@ -8,8 +8,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import s3
 
-from stillhouse.data.errors import StaleError
+from stillhouse.data.errors import StaleError, StoreError
 from stillhouse.data.manifest import Corpus
 from stillhouse.extract.inspect.facts.diff import diff
 from stillhouse.extract.inspect.facts.export import export
@@ -179,3 +180,28 @@ def test_codes_and_codebooks_are_repaired(made: Path, bert: Path, tmp_path: Path
     assert verify(Store.open(root)) == []
     changed = [k for k, v in tree(root).items() if good.get(k) != v and "/c/" in k]
     assert changed == []
+
+
+def test_in_an_object_store(
+    proxy: s3.Proxy, server: int, made: Path, bert: Path, corpus: Corpus, tmp_path: Path
+) -> None:
+    """Codes and codebooks go there and come back, a layer is added there, and a flipped bit of either is found."""
+    copy(made, "s3://bucket/pq", ["t/alone/*"])
+    more = Request("t", [0, 1, 2], ["alone"], dtype="pq:8")
+    extract("s3://bucket/pq", corpus, loaded(bert), more)  # type: ignore[arg-type]
+    copy(made, tmp_path / "disk", ["t/alone/*"])
+    extract(tmp_path / "disk", corpus, loaded(bert), more)
+    whole = codes(tmp_path / "disk")
+    assert codes("s3://bucket/pq") == whole and books("s3://bucket/pq") == books(tmp_path / "disk")
+    store, view = Store.open("s3://bucket/pq"), View("t", "alone", 1)
+    got = store.gather(["u1", "u7"], [view]).states[view]
+    assert np.array_equal(got, Store.open(tmp_path / "disk").gather(["u1", "u7"], [view]).states[view])
+    paths = Paths(Path("pq"))
+    for path in (paths.shard_file("code", "t", 0, 1, 0), paths.chunk("t", "codebook", 0, 0, 0, 0, 0)):
+        data = bytearray(s3.get(server, str(path)))
+        data[35] ^= 4
+        s3.put(server, str(path), bytes(data))
+    found = [f.where.split(" utterance")[0] for f in verify(Store.open("s3://bucket/pq"))]
+    assert len(found) == 2 and found[1] == "t/alone/0 codebook"
+    with pytest.raises(StoreError, match="t/alone/0: stored bytes differ from their checksum: codebook"):
+        Store.open("s3://bucket/pq").gather(["u1"], [View("t", "alone", 0)])
