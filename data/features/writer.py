@@ -61,8 +61,8 @@ def write_rows(path: Path, settings: FeatureSettings, rows: Rows) -> None:
     """Write a part, whole or not at all."""
     crc = np.array([checksum(*own) for own in zip(rows.frames, rows.loudness)], np.uint32)
     records = np.array(rows.records, RECORD)
-    runs = [_Run(np.array([len(own) for own in each], np.int64), iter(each)) for each in (rows.frames, rows.loudness)]
-    _write(path, settings, list(zip(rows.ids, rows.speeds)), rows.audio, records, crc, *runs)
+    frames, loud = (_Run(np.array([*map(len, own)], np.int64), iter(own)) for own in (rows.frames, rows.loudness))
+    _write(path, settings, list(zip(rows.ids, rows.speeds)), rows.audio, records, crc, frames, loud)
 
 
 def merge(path: Path, settings: FeatureSettings, sources: Sequence[FeatureFile], drafts: Path) -> int:
@@ -83,8 +83,8 @@ def merge(path: Path, settings: FeatureSettings, sources: Sequence[FeatureFile],
     lengths = [np.array([sources[s].lengths[r] for s, r in picked], np.int64)]
     lengths.append(np.array([np.diff(sources[s].loud_offsets[r : r + 2])[0] for s, r in picked], np.int64))
     read = (FeatureFile.rows, FeatureFile.loudness)
-    runs = [_Run(own, _blocks(sources, picked, own, of)) for own, of in zip(lengths, read, strict=True)]
-    _write(path, settings, keys, audio, records, crc, *runs, drafts=drafts)
+    frames, loud = (_Run(own, _blocks(sources, picked, own, of)) for own, of in zip(lengths, read, strict=True))
+    _write(path, settings, keys, audio, records, crc, frames, loud, drafts)
     return len(picked)
 
 
