@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import CorpusError
 from ..features.file import FBANK_HZ, FeatureFile, is_encoder
 from ..manifest import Corpus, Utterance
-from ..units import Units
+from ..units import Encoded, Units
 from .sampler import BatchPlan, BatchSampler
 
 JOIN_S = 5.0  # A read from a slow disk does not keep a run from its end for longer. The thread ends after it.
@@ -29,7 +29,10 @@ JOIN_S = 5.0  # A read from a slow disk does not keep a run from its end for lon
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's part of a batch. Features are as stored, padding is 0, `share` and `part` as in `BatchPlan`."""
+    """One rank's part of a batch. Features are as stored, padding is 0, `share` and `part` as in `BatchPlan`.
+
+    A batch of texts without audio has no frames.
+    """
 
     ids: list[str]
     features: Tensor  # float32 [B, T, bins]
@@ -118,9 +121,7 @@ class BatchLoader:
         padded = torch.zeros(len(ids), int(lengths.max()), packed.shape[1])
         features = padded.numpy()
         features[np.arange(features.shape[1]) < lengths[:, None]] = packed
-        target_lengths = np.array([len(e.ids) for e in encoded], dtype=np.int32)
-        targets = np.zeros((len(ids), int(target_lengths.max())), dtype=np.int32)
-        targets[np.arange(targets.shape[1]) < target_lengths[:, None]] = np.concatenate([e.ids for e in encoded])
+        targets, target_lengths = padded_units(encoded)
         read = time.perf_counter()
         texts, spans = [u.text for u in utterances], [e.spans for e in encoded]
         at = {"step": plan.number, "rows": lengths, "speeds": speeds}
@@ -129,8 +130,8 @@ class BatchLoader:
             ids,
             padded,
             torch.from_numpy(np.asarray(lengths, dtype=np.int64)),
-            torch.from_numpy(targets),
-            torch.from_numpy(target_lengths),
+            targets,
+            target_lengths,
             transfer,
             read - begun,
             time.perf_counter() - read,
@@ -143,6 +144,14 @@ class BatchLoader:
     def references(self, plan: BatchPlan) -> list[str]:
         """Return the transcripts as the units spell them, to compare hypotheses with."""
         return [self.units.normalise(self.utterances[i].text).text for i in plan.indices]
+
+
+def padded_units(encoded: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
+    """Return the units of some utterances, int32 [B, U], and how many each has, int32 [B]."""
+    lengths = np.array([len(e.ids) for e in encoded], dtype=np.int32)
+    units = np.zeros((len(encoded), int(lengths.max())), dtype=np.int32)
+    units[np.arange(units.shape[1]) < lengths[:, None]] = np.concatenate([e.ids for e in encoded])
+    return torch.from_numpy(units), torch.from_numpy(lengths)
 
 
 def with_sound(corpus: Corpus, features: FeatureFile) -> list[Utterance]:

@@ -35,6 +35,7 @@ class BatchPlan:
 class BatchSampler:
     """Plan batches of at most `max_frames` padded frames over all ranks, from utterances of similar length.
 
+    A batch has at most `max_count` utterances (0: no limit).
     `frames`, int64 [U, S], are the lengths of every utterance at every speed. `shards`, int64 [U], are the shards of
     the utterances. About `mix` of them are mixed at a time, drawn again in each epoch, so that reads stay close (0:
     all). Without `shuffle`, every utterance comes once at speed 0, longest first, for decoding. A rank gets every
@@ -46,6 +47,7 @@ class BatchSampler:
         frames: np.ndarray,
         *,
         max_frames: int,
+        max_count: int = 0,
         seed: int = 0,
         shuffle: bool = True,
         shards: np.ndarray | None = None,
@@ -56,7 +58,7 @@ class BatchSampler:
         if not 0 <= rank < world_size:
             raise UsageError(f"rank {rank} of {world_size}", expected="a rank from 0 to world_size - 1")
         self.frames = np.asarray(frames, dtype=np.int64)
-        self.max_frames, self.seed, self.shuffle = max_frames, seed, shuffle
+        self.max_frames, self.max_count, self.seed, self.shuffle = max_frames, max_count, seed, shuffle
         self.rank, self.world_size = rank, world_size
         self._windows, self._shard = 1, None
         if shuffle and mix and shards is not None and len(shards):
@@ -102,7 +104,7 @@ class BatchSampler:
         for i, index in enumerate(order):
             longest = max(longest, int(length[index]))
             size = i - begin + 1
-            if size > 1 and longest * size > self.max_frames:
+            if size > 1 and (longest * size > self.max_frames or 0 < self.max_count < size):
                 batches.append(order[begin:i])
                 begin, longest = i, int(length[index])
         if begin < len(order):

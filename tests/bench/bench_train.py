@@ -41,7 +41,8 @@ from stillhouse.data.manifest import read_manifest, write_manifest
 from stillhouse.data.units import train_units
 from stillhouse.train.config import Config, learning_rate, load_config
 from stillhouse.train.loop.specaugment import spec_augment
-from stillhouse.train.loop.trainer import Trainer, _mix
+from stillhouse.train.loop.step import seed_of
+from stillhouse.train.loop.trainer import Trainer
 from stillhouse.train.rnnt.cpu.joint import CpuJointLoss
 from stillhouse.train.run.stopwatch import Stopwatch
 
@@ -118,7 +119,7 @@ class Ours:
         with self.watch("data"):
             _, _, batch = next(self.batches)
         self.batch = batch
-        self.loss.append(self.trainer._update(batch, self.watch)["loss"])
+        self.loss.append(self.trainer._update(batch, None, self.watch)["loss"])
         self.trainer.step += 1
         self.frames += int(batch.feature_lengths.sum())
 
@@ -204,9 +205,9 @@ class Plain:
     def step(self, _: int = 0) -> None:
         batch = self.load(self.plans[self.number % len(self.plans)])
         seed = self.config.run.seed
-        torch.manual_seed(_mix(seed, self.number))
+        torch.manual_seed(seed_of(seed, self.number))
         self.model.train()
-        loss = self.losses(batch, torch.Generator().manual_seed(_mix(seed + 7919, self.number)))
+        loss = self.losses(batch, torch.Generator().manual_seed(seed_of(seed + 7919, self.number)))
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip)

@@ -11,8 +11,9 @@ import torch
 from tones import tones
 
 from stillhouse.cli import cli
+from stillhouse.data.manifest import Utterance, read_manifest, write_manifest
 
-__all__ = ["ears", "store", "tones"]
+__all__ = ["ears", "store", "texts", "tones"]
 
 
 @pytest.fixture(scope="session")
@@ -41,4 +42,15 @@ def ears(tones: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, dtype in (("ear", "pq:4"), ("raw", "float16")):
         own = ["--teacher", str(model), "--name", name, "--layers", "1,3", "--dtype", dtype, "--device", "cpu"]
         cli(["extract", str(tones / "corpus.jsonl"), str(path), *own], standalone_mode=False)
+    return path
+
+
+@pytest.fixture(scope="session")
+def texts(tones: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A manifest of the tones, and of 150 texts without audio in the split "text": after a comes b, after b a space."""
+    corpus = read_manifest(tones / "corpus.jsonl")
+    spoken = [u.model_copy(update={"audio": str(corpus.audio_path(u))}) for u in corpus.utterances]
+    words = [" ".join("ab" if (i >> k) % 2 else "cd" for k in range(1 + i % 5)) for i in range(150)]
+    path = tmp_path_factory.mktemp("texts") / "corpus.jsonl"
+    write_manifest(path, [*spoken, *(Utterance(id=f"t{i}", text=w, split="text") for i, w in enumerate(words))])
     return path

@@ -1,7 +1,8 @@
 """The settings of a training run, and the TOML files that they come from. Imports data/errors.py and files."""
 
-from .schedules import learning_rate, transfer_weight
-from .sections import Config, ConfigSection, InitSection, flatten, in_transfer
+from .fields import ConfigSection
+from .schedules import learning_rate, transfer_weight, transfer_weights
+from .sections import Config, InitSection, flatten, in_transfer
 from .toml import dump_config, load_config, read_toml, validated, without_removed
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "load_config",
     "read_toml",
     "transfer_weight",
+    "transfer_weights",
     "validated",
     "without_removed",
 ]

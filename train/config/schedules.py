@@ -12,13 +12,26 @@ from .sections import Config, TransferSettings
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """Return the learning rate of a step, counted from 0: linear warm-up, then the schedule down to final_lr * lr."""
+    """Return the learning rate of a step, counted from 0: linear warm-up, then the schedule down to final_lr * lr.
+
+    The steps of text alone have a warm-up of their own and then lr. The schedule begins with the speech, whose encoder
+    they have not trained.
+    """
     o = config.optim
+    if step < config.text.pretrain_steps:
+        return o.lr * min(1.0, (step + 1) / max(1, o.warmup_steps))
+    step -= config.text.pretrain_steps
     if step < o.warmup_steps:
         return o.lr * (step + 1) / o.warmup_steps
     done = (step - o.warmup_steps) / max(1, o.steps - o.warmup_steps)
     shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[o.schedule]
     return o.lr * (o.final_lr + (1 - o.final_lr) * shape)
+
+
+def transfer_weights(step: int, config: Config) -> dict[str, float]:
+    """Return lambda of each transfer at a step, counted from 0. In the steps of text alone it is `weight`."""
+    spoken = step - config.text.pretrain_steps
+    return {n: t.weight if spoken < 0 else transfer_weight(spoken, t) for n, t in config.transfer.transfers.items()}
 
 
 def transfer_weight(step: int, t: TransferSettings) -> float:

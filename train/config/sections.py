@@ -10,10 +10,9 @@ import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import (
-    BaseModel,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
@@ -22,20 +21,13 @@ from pydantic import (
     model_validator,
 )
 
-Natural = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, lt=1)]
+from .fields import ConfigSection, Natural, Positive, Share
+from .text import TextSection, refuse_no_steps
 
 
 def in_transfer(what: str, name: str) -> str:
     """Return the name of a metric, a file or a section in the transfer `name`. The unnamed transfer adds nothing."""
     return f"{what}.{name}" if name else what
-
-
-class ConfigSection(BaseModel):
-    """Settings of which all are known and finite."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class DataSection(ConfigSection):
@@ -126,7 +118,7 @@ class LossSection(ConfigSection):
 class OptimSection(ConfigSection):
     """AdamW and its learning rate."""
 
-    steps: Positive = Field(2_000, description="Training steps.")
+    steps: Natural = Field(2_000, description="Training steps, those of text.pretrain_steps apart.")
     lr: float = Field(1e-3, gt=0, description="Highest learning rate.")
     warmup_steps: int = Field(200, ge=0, description="Steps over which the learning rate rises from 0 to lr.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="How lr falls after the warm-up.")
@@ -359,8 +351,28 @@ class Config(ConfigSection):
     optim: OptimSection = OptimSection()
     specaugment: SpecAugmentSection = SpecAugmentSection()
     transfer: TransferSection = TransferSection()
+    text: TextSection = TextSection()
     init: InitSection = InitSection()
     run: RunSection = RunSection()
+
+    @property
+    def steps(self) -> int:
+        """All steps of the run: those of text alone, and then those with speech."""
+        return self.text.pretrain_steps + self.optim.steps
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _has_steps(cls, values: Any, handler: Any) -> Any:
+        return refuse_no_steps(values, handler)
+
+    @model_validator(mode="after")
+    def _text_fits(self) -> Config:
+        if self.text.split is not None and self.model.joint != "additive":
+            raise ValueError(
+                f"text.split needs model.joint = additive, because a {self.model.joint} joint network has no internal "
+                "language model"
+            )
+        return self
 
     @model_validator(mode="after")
     def _layers_exist(self) -> Config:

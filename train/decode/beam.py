@@ -88,9 +88,8 @@ class Beam:
     """A Search (see greedy.py) that keeps `width` hypotheses of each of `batch` utterances.
 
     `fusion` adds a language model. blank_penalty is subtracted from the logit of the blank. ilm_weight times the score
-    of the internal language model is subtracted from the score of each unit. That model is the joint without its
-    encoder, over units that are not blank (Meng et al. 2021, arXiv 2011.01991). Raises ConfigError if the model has
-    durations.
+    of the internal language model (`Joint.internal`) is subtracted from the score of each unit. Raises ConfigError if
+    the model has durations.
     """
 
     model: Transducer
@@ -226,9 +225,7 @@ class Beam:
         if self.fusion is not None:
             added = self._fusion_rows(beams.fusion, beams.acoustic > -torch.inf)
         if self.ilm_weight:
-            inner = self.model.joint(torch.zeros_like(beams.predicted[:, :1]), beams.predicted).float()
-            inner[..., BLANK] = -torch.inf
-            inner = -self.ilm_weight * inner.log_softmax(-1)
+            inner = -self.ilm_weight * self.model.joint.internal(beams.predicted)
             inner[..., BLANK] = 0.0
             added = inner if added is None else added + inner
         return added

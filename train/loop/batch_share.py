@@ -68,7 +68,7 @@ class GlobalBatch:
 def part_sizes(model: Transducer, transfers: Mapping[str, Any], batch: Batch) -> PartSizes:
     """Return the sizes of a batch, or of the part of one. `transfers` are distill.Transfers by name."""
     band = 0
-    if model.simple is not None:
+    if model.simple is not None and batch.features.shape[1]:
         frames = model.encoder.output_lengths(batch.feature_lengths)
         band = int((-(-batch.target_lengths // frames)).max()) + 1  # T frames of w units advance by T * (w - 1)
     positions = {name: transfer.counts(batch.transfer[name]) for name, transfer in transfers.items()}
@@ -94,6 +94,7 @@ def refuse_unlike_ranks(
     own_per_machine = {"run.device", "run.threads", "run.backend", "run.timeout_s"}
     own = {name: value for name, value in config.flat().items() if name not in own_per_machine}
     own |= {f"data {k}": v for k, v in run["data"].items()}
+    own |= {f"text {k}": v for k, v in run.get("text", {}).items()}
     own |= {"first weights": run["initialisation"], "torch": torch.__version__}
     own |= {name: weights_hash(module) for name, module in modules.items() if name != "model"}
     ranks.refuse_unlike(own)

@@ -12,12 +12,11 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +29,7 @@ from ...data.files.lock import FileLock
 from ...data.files.stopping import StopNow, StopRequest
 from ...data.manifest import Corpus, read_manifest
 from ...data.units import load_units
-from ..config import Config, in_transfer, learning_rate, transfer_weight
+from ..config import Config, flatten, in_transfer, learning_rate
 from ..model.build import (
     build_model,
     build_optimiser,
@@ -47,9 +46,11 @@ from ..run.profile import Profile
 from ..run.ranks import ALONE, GradientSum, Ranks
 from ..run.stopwatch import Stopwatch
 from .bad_steps import BadSteps
-from .batch_share import GlobalBatch, part_sizes, refuse_unlike_ranks
-from .evaluation import evaluate_dev
-from .objective import gradient_norm, losses, squared_norm
+from .batch_share import refuse_unlike_ranks
+from .evaluation import evaluate_dev, in_words
+from .objective import gradient_norm, squared_norm
+from .step import StepLosses
+from .text import TextBatches, refuse_frozen, without_gradients
 
 
 class Trainer:
@@ -104,6 +105,11 @@ class Trainer:
             "budget": budget,  # what the run may spend on learning
             "initialisation": identity.weights_hash(self.model),
         }
+        self.text: TextBatches | None = None
+        if config.text.split is not None:
+            readers = {name: reader for name, reader in targets.items() if self.transfers[name].needs_predictor}
+            self.text = TextBatches(config, corpus, self.features, self.units, readers, self.on_progress)
+            self.identity["text"] = self.text.identity
         refuse_unlike_ranks(ranks, config, self.identity, self.modules, sampler, self.on_progress)
         self.sampler = sampler.shared(ranks.rank, ranks.size)
         self.step = self.epoch = self.position = 0
@@ -132,7 +138,7 @@ class Trainer:
     def _begin(self) -> None:
         """Create the run's folder, or resume the run that is in it."""
         progress = folder.resume(self.out, self.config, self.ranks, self.on_progress)
-        texts = identity.text_hashes(self.loader)
+        texts = identity.text_hashes(self.loader.utterances + (self.text.loader.utterances if self.text else []))
         if progress is None:
             start.fit_normalisation(self.model, self.loader, self.config.data.speeds[0])
             self.origin = self.ranks.from_first(self._take_weights)
@@ -144,7 +150,12 @@ class Trainer:
             refuse_other_settings(self.features, state.features, None)
             for name, module in self.modules.items():
                 checkpoint.load_weights(module, progress.of(name), where)
-            identity.refuse_other_data(state.data, self.identity["data"], where, self.out, texts)
+            read = state.text if self.text is not None else None
+            then = state.data | flatten(read.data if read else {}, "text.")
+            now = self.identity["data"] | flatten(self.identity.get("text", {}), "text.")
+            identity.refuse_other_data(then, now, where, self.out, texts)
+            if self.text is not None and read is not None:
+                self.text.epoch, self.text.position = read.epoch, read.position
             self.ranks.from_first(lambda: start.refuse_other_source(self.given, state.init, self.out, self.on_progress))
             self.origin = None if state.init is None else start.Origin(**state.init)
             self.step, self.epoch, self.position = state.step, state.epoch, state.position
@@ -160,6 +171,8 @@ class Trainer:
         for name, module in self.modules.items():
             trained = ((n, p) for n, p in module.to(self.device).named_parameters() if p.requires_grad)
             self.names |= {p: f"{name}.{n}" for n, p in trained}
+        if self.text is not None:
+            refuse_frozen(self.config, self.names, self.transfers)
         taken = {f"model.{name}" for name in (self.origin.taken if self.origin else ())}
         slow = {p for p, name in self.names.items() if name in taken}
         self.optimiser = build_optimiser(self.names, self.config, self.device, slow)
@@ -213,6 +226,7 @@ class Trainer:
             "features": self.features.settings,
             "config": self.config.model_dump(mode="json"),
             "init": None if self.origin is None else asdict(self.origin),
+            "text": None if self.text is None else self.text.state,
             "ranks": self.ranks.size,
             "versions": {"torch": torch.__version__},
         }
@@ -233,7 +247,7 @@ class Trainer:
                 self._run(profile)
 
     def _run(self, profile: Profile | None) -> None:
-        config, ranks, steps = self.config, self.ranks, self.config.optim.steps
+        config, ranks, steps = self.config, self.ranks, self.config.steps
         if self.step >= steps and not self.dev_due:
             self.on_progress(f"{self.out} is done, at step {self.step}")
             return
@@ -247,7 +261,8 @@ class Trainer:
         )
         with (
             Monitor(config, self.out, self.step, self.on_progress, self.device, profile, on=ranks.first) as monitor,
-            closing(prefetch(self.sampler, self.loader.load, epoch=self.epoch, position=self.position)) as batches,
+            closing(prefetch(self.sampler, self.loader.load, epoch=self.epoch, position=self.position)) as spoken,
+            nullcontext() if self.text is None else closing(self.text.read(ranks)) as texts,
         ):
             monitor.resume(self.window)
             # What a run starts from is evaluated, so that it can be seen whether it fits.
@@ -258,14 +273,23 @@ class Trainer:
                 try:
                     # A single process may stop while it waits. With others it must take part in the next exchange.
                     with monitor.watch("data"), self.stop.deferred(ranks.size > 1):
-                        epoch, position, batch = next(batches)
+                        alone = self.step < config.text.pretrain_steps
+                        speech = None if alone else next(spoken)
+                        text = next(texts) if texts and (alone or config.text.weight) else None
                 except StopNow:
                     self.stopping = True
                     break
-                figures = self._update(batch.to(self.device), monitor.watch)
-                self.step, self.epoch, self.position = self.step + 1, epoch, position
-                monitor.step(self.step, epoch, batch, figures)
-                if self.dev is not None and (self.step % config.run.eval_every == 0 or self.step == steps):
+                own, other = (b and b[2].to(self.device) for b in (speech, text))
+                figures = self._update(own, other, monitor.watch)
+                self.step += 1
+                if speech is not None:
+                    self.epoch, self.position = speech[:2]
+                if text is not None and self.text is not None:
+                    self.text.epoch, self.text.position = text[:2]
+                first, *beside = (batch for batch in (own, other) if batch is not None)
+                monitor.step(self.step, self.epoch, first, figures, *beside)
+                due = self.step % config.run.eval_every == 0 or self.step in (config.text.pretrain_steps, steps)
+                if self.dev is not None and due:
                     self._evaluate(monitor)
                 if self.step % config.run.checkpoint_every == 0 or self.step == steps:
                     self._checkpoint(monitor)
@@ -300,32 +324,20 @@ class Trainer:
         place = self.out / "checkpoints" / f"step-{self.step:08d}"
         kept = f"{place} is on disk" if self.step else "nothing was computed yet"
         self.on_progress(
-            f"stopped {by} at step {self.step} of {self.config.optim.steps}: {kept}. Repeat the command to resume. "
+            f"stopped {by} at step {self.step} of {self.config.steps}: {kept}. Repeat the command to resume. "
             "No step is lost."
         )
         raise StoppedError(f"stopped {by}", where=self.out, remedy="repeat the command to resume")
 
-    def _update(self, batch: Batch, watch: Stopwatch) -> dict[str, float]:
+    def _update(self, speech: Batch | None, text: Batch | None, watch: Stopwatch) -> dict[str, float]:
         """Make one step of the optimiser. A step whose loss or gradient is not finite changes nothing."""
         config, step = self.config, self.step
-        torch.manual_seed(_mix(config.run.seed, step, self.ranks.rank))
         self.model.train()
+        losses = StepLosses(self.model, self.transfers, config, self.ranks, self.precision)
         # Every rank learns with the sizes of the parts whether any of them is to stop.
-        stops, parts_of_ranks = zip(
-            *self.ranks.gather((self.stop.requested, part_sizes(self.model, self.transfers, batch)))
-        )
+        stops, sizes = zip(*self.ranks.gather((self.stop.requested, losses.sizes(speech, text))))
         self.stopping = any(stops)
-        result = losses(
-            self.model,
-            self.transfers,
-            batch,
-            config,
-            precision=self.precision,
-            weights={name: transfer_weight(step, t) for name, t in config.transfer.transfers.items()},
-            augment=torch.Generator().manual_seed(_mix(config.run.seed + 7919, step)),
-            timed=watch,
-            whole=GlobalBatch(parts_of_ranks, self.ranks),
-        )
+        result, blamed = losses(step, speech, text, sizes, watch)
         inputs = [x for of_transfer in result.transfer_inputs.values() for x in of_transfer if x.requires_grad]
         for x in inputs:
             x.retain_grad()  # The norm of each transfer's gradient is logged.
@@ -344,27 +356,21 @@ class Trainer:
             squares = {
                 in_transfer("transfer_grad_norm", n): squared_norm(xs) for n, xs in result.transfer_inputs.items()
             }
-            parts = self._over_ranks({name: float(v) for name, v in (result.parts | squares).items()})
+            parts = losses.over_ranks(result.parts | squares)
             parts |= {name: math.sqrt(parts[name]) for name in squares}
             finite = math.isfinite(norm) and math.isfinite(parts["loss"])  # This is the same on every rank.
             if finite:
                 for group in self.optimiser.param_groups:
                     group["lr"] = learning_rate(step, config) * group["lr_factor"]
-                self.optimiser.step()
+                with nullcontext() if speech is not None else without_gradients(self.names, self.transfers):
+                    self.optimiser.step()
                 if self.average is not None:
                     self.average.update_parameters(self.model)
         if not finite:
-            self.bad.skip(step, batch, result.costs)
+            self.bad.skip(step, *blamed)
             return {"skipped": 1.0}
         self.bad.count = 0
         return {"grad_norm": float(norm)} | parts
-
-    def _over_ranks(self, parts: dict[str, float]) -> dict[str, float]:
-        """The sums over ranks. The learned weights of views are the same on all ranks."""
-        of_ranks = self.ranks.gather(parts)
-        if len(of_ranks) == 1:
-            return parts
-        return {n: v if n.startswith("weight") else math.fsum(p[n] for p in of_ranks) for n, v in parts.items()}
 
     def _is_better(self, wer: float, loss: float) -> bool:
         """Whether an evaluation is better than the best so far, by the loss if the error rates are equal."""
@@ -374,23 +380,19 @@ class Trainer:
     def evaluate(self) -> dict[str, Any] | None:
         """Return a record of WER, CER and transducer loss on the dev split, by the averaged weights if there are any.
 
+        With text there is the perplexity of a unit, too, and it is alone as long as text alone was learned.
         A request to stop ends the evaluation after a batch, and the record is None.
         """
         assert self.dev is not None
         model = self.model if self.average is None else self.average.module
-        path = self.out / folder.HYPOTHESES
-        figures = evaluate_dev(model, self.dev, self.config, self.device, self.ranks, self.stop, path)
+        alone = 0 < self.step <= self.config.text.pretrain_steps
+        parts = model, self.dev, self.config, self.device, self.ranks, self.stop, self.out / folder.HYPOTHESES
+        figures = evaluate_dev(*parts, alone=alone)
         if figures is None:
             return None
-        wer, cer, loss = figures
-        if not self.best or self._is_better(wer, loss):
-            self.best = {"step": self.step, "wer": wer, "rnnt": loss if math.isfinite(loss) else None}
-        self.on_progress(f"step {self.step}  dev WER {100 * wer:.1f} %  CER {100 * cer:.1f} %  rnnt {loss:.3f}")
-        record = {"kind": "dev", "step": self.step, "wer": wer, "cer": cer}
-        return record | ({"rnnt": loss} if math.isfinite(loss) else {})  # infinite if a transcript fits no alignment
-
-
-def _mix(seed: int, step: int, rank: int = 0) -> int:
-    """A seed for a step. Rank 0 draws what a single process draws."""
-    entropy = [seed, step, rank] if rank else [seed, step]
-    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        if not alone and (not self.best or self._is_better(figures["wer"], figures["rnnt"])):
+            loss = figures["rnnt"] if math.isfinite(figures["rnnt"]) else None
+            self.best = {"step": self.step, "wer": figures["wer"], "rnnt": loss}
+        self.on_progress(f"step {self.step}  dev {in_words(figures)}")
+        # A loss is infinite if a transcript fits no alignment.
+        return {"kind": "dev", "step": self.step} | {k: v for k, v in figures.items() if math.isfinite(v)}

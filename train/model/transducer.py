@@ -259,6 +259,16 @@ class Joint(nn.Module):
         """Return logits [..., V] of projected encoder and predictor states, which broadcast against each other."""
         return self.output(self.hidden(encoder, predictor))
 
+    def internal(self, predictor: Tensor) -> Tensor:
+        """Return log-probabilities [..., V] of the next unit by the internal language model, -inf for the blank.
+
+        That model is the joint without its encoder, over units that are not blank (Meng et al. 2021,
+        arXiv 2011.01991). The predictor's states are projected. A multiplicative joint has no such model.
+        """
+        logits = self(torch.zeros_like(predictor), predictor).float()
+        blank = torch.arange(logits.shape[-1], device=logits.device) == BLANK
+        return logits.masked_fill(blank, -torch.inf).log_softmax(-1)
+
     def with_durations(self, encoder: Tensor, predictor: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits of the units [..., V] and of the durations [..., D]. Raises ValueError without durations."""
         if self.durations is None:

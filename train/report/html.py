@@ -167,16 +167,20 @@ def series(metrics: Metrics, key: str, kind: str | None = None, scale: float = 1
 
 
 def curves(metrics: Metrics) -> list[tuple[str, str]]:
-    """Return (caption, SVG) of a run's losses, transfer losses by view, and error rates."""
+    """Return (caption, SVG) of a run's losses, transfer losses by view, error rates, and of text without sound."""
     views = sorted({k for m in metrics for k in m if k.startswith("transfer") and "/" in k})
     losses = {k: series(metrics, k, "train") for k in ("rnnt", "ctc")} | {"rnnt on dev": series(metrics, "rnnt", "dev")}
     rates = {k.upper(): series(metrics, k, "dev", 100.0) for k in ("wer", "cer")}
+    text = {"text": series(metrics, "text", "train")}
+    perplexities = {"perplexity": series(metrics, "text_perplexity", "dev")}
     transfer = {v.removeprefix("transfer")[1:]: series(metrics, v, "train") for v in views}
     return draw(
         [
             ("Loss per unit", losses, "loss"),
             ("Distance to the teacher, by view", transfer, "loss"),
             ("Error rate on dev", rates, "%"),
+            ("Text without sound: loss per unit", text, "loss"),
+            ("Perplexity of a unit on dev", perplexities, "perplexity"),
         ]
     )
 

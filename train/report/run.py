@@ -100,7 +100,7 @@ def read_run(out: Path, examples: int = 24) -> RunPage:
     config = load_config(out / SETTINGS, saved=True)
     metrics = [m for m in read_metrics(out / "metrics.jsonl") if isinstance(m, dict) and "step" in m]
     steps = [m for m in metrics if m.get("kind") == "train"]
-    dev = [m for m in metrics if m.get("kind") == "dev"]
+    dev = [m for m in metrics if m.get("kind") == "dev" and "wer" in m]  # not one of text alone
     triples = read_hypotheses(out / HYPOTHESES) if (out / HYPOTHESES).exists() else []
     last = {k: v for k, v in dev[-1].items() if k != "kind"} if dev else None
     shown = section("dev", f"The hypotheses at step {last['step']}." if last else "", triples, show=examples)
@@ -108,7 +108,7 @@ def read_run(out: Path, examples: int = 24) -> RunPage:
     facts = RunFacts(
         name=out.resolve().name,
         step=max((m["step"] for m in metrics), default=0),
-        steps=config.optim.steps,
+        steps=config.steps,
         epoch=steps[-1]["epoch"] if steps else 0,
         parameters=_parameters(out),
         seconds=sum(m.get("seconds", 0.0) for m in steps),

@@ -52,6 +52,14 @@ class MeanWindow(_Strict):
     sums: dict[str, float] = {}
 
 
+class TextProgress(_Strict):
+    """How far the texts without audio are read, and their identity."""
+
+    epoch: Count
+    position: Count
+    data: dict[str, Any]
+
+
 class State(_Strict):
     """What a run resumes from, besides tensors: the part of a checkpoint's state.json that decides the next steps."""
 
@@ -67,6 +75,7 @@ class State(_Strict):
     data: dict[str, Any]
     features: dict[str, Any] | None = None
     init: dict[str, Any] | None = None  # an Origin
+    text: TextProgress | None = None  # absent without text
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """What makes two runs comparable: their data and its order, their budget, the student's first weights.
 
 Guarantees: if two runs of one seed have equal identities, they differ in settings of learning alone, such as transfer,
-learning rate, dropout, masks and the run they start from. Every run writes its identity to RUN/identity.json before the
-first step.
+learning rate, dropout, masks, text without audio and the run they start from. Every run writes its identity to
+RUN/identity.json before the first step.
 Try: `pytest tests/train/study/test_study.py`.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ...data.batches.loader import BatchLoader
 from ...data.batches.sampler import BatchSampler
 from ...data.errors import StaleError, first_few
 from ...data.files.atomic import read_plain
+from ...data.manifest import Utterance
 from ..config import Config, flatten
 
 FILE = "identity.json"
@@ -43,9 +44,19 @@ def data_identity(loader: BatchLoader, sampler: BatchSampler) -> dict[str, Any]:
     }
 
 
-def text_hashes(loader: BatchLoader) -> dict[str, str]:
-    """Return a short hash of each transcript that a run trains on, by utterance id."""
-    return {u.id: _hash(u.text.encode("utf-8", "surrogatepass"))[:8] for u in loader.utterances}
+def text_identity(utterances: Sequence[Utterance], sampler: BatchSampler) -> dict[str, Any]:
+    """Return fingerprints of the texts without audio that a run learns, and of their order, as `data_identity` does."""
+    return {
+        "texts": len(utterances),
+        "units": int(sampler.frames.sum()),
+        "transcripts": _hash(json.dumps([[u.id, u.text] for u in utterances]).encode()),
+        "order": _hash(json.dumps([b.indices.tolist() for b in sampler.epoch(0)]).encode()),
+    }
+
+
+def text_hashes(utterances: Iterable[Utterance]) -> dict[str, str]:
+    """Return a short hash of each text that a run trains on, by utterance id."""
+    return {u.id: _hash(u.text.encode("utf-8", "surrogatepass"))[:8] for u in utterances}
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -70,9 +81,10 @@ def read(out: Path) -> dict[str, Any] | None:
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """Return the differences of two identities in words, such as "budget.steps: 400 and 800".
 
-    Where runs start from other runs is a setting of learning. `initialisation` is of the weights before that.
+    Where runs start from other runs is a setting of learning, and so is text without audio. `initialisation` is of the
+    weights before that.
     """
-    left, right = ({k: v for k, v in flatten(x).items() if not k.startswith("init.")} for x in (a, b))
+    left, right = ({k: v for k, v in flatten(x).items() if not k.startswith(("init.", "text."))} for x in (a, b))
     names = (left | right).keys() - ({f"data.{SOUND}"} - (left.keys() & right.keys()))
     return [
         f"{k}: {left.get(k)} and {right.get(k)}" for k in left | right if k in names and left.get(k) != right.get(k)
@@ -106,7 +118,7 @@ def refuse_other_data(
     """Raise StaleError if the data of a run in `out`, as in `data_identity` and `text_hashes`, changed."""
     names = [k for k in new if k != SOUND or k in old]
     differ = [f"{k}: {old.get(k)} when the run began, {new[k]} now" for k in names if old.get(k) != new[k]]
-    if old.get("transcripts") != new["transcripts"]:
+    if any(old.get(k) != new[k] for k in names if k.endswith("transcripts")):
         differ += _changed_texts(out, texts)
     _refuse("the run's data changed", differ, where, "restore the data or choose another --out")
 
@@ -114,7 +126,7 @@ def refuse_other_data(
 def learnt_texts(out: Path, loader: BatchLoader) -> list[str]:
     """Return the ids of a loader with transcripts that a run was trained on, as far as its folder records them."""
     then = _recorded_texts(out)
-    return [id for id, digest in text_hashes(loader).items() if then.get(id) == digest]
+    return [id for id, digest in text_hashes(loader.utterances).items() if then.get(id) == digest]
 
 
 def _recorded_texts(out: Path) -> dict[str, str]:

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 
 from ...data.batches.loader import Batch
-from ..config import Config, in_transfer, learning_rate, transfer_weight
+from ..config import Config, in_transfer, learning_rate, transfer_weights
 from . import loggers
 from .profile import Profile
 from .stopwatch import HOST, Stopwatch, shares
 
 WIDTH = 100  # columns of a line on the terminal
-LOSSES = {"loss": 0, "rnnt": 1, "ctc": 1, "transfer": 0}  # a higher number is left out of the line earlier
+LOSSES = {"loss": 0, "rnnt": 1, "ctc": 1, "transfer": 0, "text": 1}  # a higher number is left out of the line earlier
 OnProgress = Callable[[str], None]
 
 
@@ -83,17 +83,20 @@ class Monitor:
             self.elsewhere += took
             self.left.aside[what] = took
 
-    def step(self, step: int, epoch: int, batch: Batch, figures: Mapping[str, float]) -> None:
-        """Count step number `step`, from 1, with its losses and other figures by name."""
+    def step(
+        self, step: int, epoch: int, batch: Batch, figures: Mapping[str, float], text: Batch | None = None
+    ) -> None:
+        """Count step number `step`, from 1, with its losses and other figures by name. `text` is beside the speech."""
         self.steps += 1
         if self.profile is not None:
             self.profile.step(step)
         frames = int(batch.feature_lengths.sum()) / (batch.share or 1.0)  # other ranks have the rest
         self.audio_s += frames / batch.frame_hz
-        self.watch.seconds["teacher"] += batch.teacher_s
+        self.watch.seconds["teacher"] += batch.teacher_s + (text.teacher_s if text is not None else 0.0)
         for name, value in figures.items():
             self.window[name] += value
-        if step % self.config.run.log_every == 0 or step == self.config.optim.steps:
+        # The means of a window are of steps of one kind.
+        if step % self.config.run.log_every == 0 or step in (self.config.text.pretrain_steps, self.config.steps):
             self._log(step, epoch, batch)
 
     def _log(self, step: int, epoch: int, batch: Batch) -> None:
@@ -105,15 +108,16 @@ class Monitor:
         good = steps - self.window.get("skipped", 0)
         record |= {name: value / (steps if name == "skipped" else good) for name, value in self.window.items()}
         record |= {"lr": learning_rate(step - 1, self.config), "seconds": elapsed}
-        transfers = self.config.transfer.transfers
-        record |= {in_transfer("lambda", name): transfer_weight(step - 1, t) for name, t in transfers.items()}
-        record |= {"realtime": self.audio_s / elapsed, "batch": batch.part[0] if batch.part else len(batch.ids)}
+        lambdas = transfer_weights(step - 1, self.config)
+        record |= {in_transfer("lambda", name): value for name, value in lambdas.items()}
+        record |= {"realtime": self.audio_s / elapsed} if self.audio_s else {}
+        record |= {"batch": batch.part[0] if batch.part else len(batch.ids)}
         # These are seconds a step. The prefetch thread reads the teacher beside the other parts.
         record["time"] = {part: s / self.steps for part, s in parts.items()}
         record["share"] = shares(record["time"], elapsed / self.steps)
         record["memory"] = memory(self.device)
         self.loggers.log(record)
-        self.on_progress(line(record, self.config.optim.steps, self.left(step)))
+        self.on_progress(line(record, self.config.steps, self.left(step)))
         self._restart()
 
     def state(self) -> dict[str, Any]:
@@ -130,7 +134,7 @@ class TimeLeft:
     """Predicts the seconds to the end of the run from this process's last steps, evaluations and checkpoints."""
 
     def __init__(self, config: Config) -> None:
-        self.steps = config.optim.steps
+        self.steps = config.steps
         self.every = {"checkpoint": config.run.checkpoint_every, "dev": config.run.eval_every}
         self.aside: dict[str, float] = {}  # seconds of the last evaluation and checkpoint
         self.windows: deque[tuple[float, int]] = deque(maxlen=20)
@@ -178,7 +182,7 @@ def line(record: Mapping[str, Any], steps: int, left: float) -> str:
         (0, f"step {record['step']}/{steps}"),
         (2, f"epoch {record['epoch']}"),
         *((rank, f"{n} {record[n]:.3f}") for n, rank in LOSSES.items() if n in record),
-        (1, f"{record['realtime']:.0f}x real time"),
+        (1, f"{record['realtime']:.0f}x real time" if "realtime" in record else ""),
         (2, f"{1000 * whole:.0f} ms a step"),
         (3, f"outside ASR {100 * share['transfer']:.1f} %" if share["transfer"] else ""),
         (1, f"waiting for data {100 * share['data']:.1f} %" if share["data"] > 0.05 else ""),

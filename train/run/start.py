@@ -96,7 +96,7 @@ def take_weights(
     rows |= duration_rows(model.durations, source.durations)
     fitted, trained = model.encoder.feature_mean.clone(), trained_on(init.source)
     taken = take(model, source, init.parts, rows, _barred(config, theirs, trained, features))
-    of = f" of {theirs.optim.steps}" if step < theirs.optim.steps else ""
+    of = f" of {theirs.steps}" if step < theirs.steps else ""
     weights = identity.weights_hash(source)
     say(f"init: {init.source}, {init.checkpoint} checkpoint, step {step}{of}, weights {weights}")
     if trained.settings is None:

@@ -65,7 +65,7 @@ def check_identities(runs: Iterable[StudyRun]) -> None:
     for run in runs:
         own = identity.read(run.folder)
         if own is None:
-            if (run.folder / "checkpoints" / f"step-{run.config.optim.steps:08d}").is_dir():
+            if (run.folder / "checkpoints" / f"step-{run.config.steps:08d}").is_dir():
                 raise StaleError(
                     "the run has no identity.json with its data and first weights",
                     where=run.folder,

@@ -174,6 +174,7 @@ def mean_curves(study: Study) -> dict[str, dict[str, Points]]:
         "Transducer loss": ("train", "rnnt", 1.0),
         "Transducer loss on dev": ("dev", "rnnt", 1.0),
         "Transfer loss": ("train", "transfer", 1.0),
+        "Perplexity of a unit on dev": ("dev", "text_perplexity", 1.0),
     }
     curves: dict[str, dict[str, Points]] = {caption: {} for caption in plots}
     for arm in study.definition.arms:
@@ -243,7 +244,7 @@ def _estimate(value: float, drawn: np.ndarray) -> Estimate:
 def _row(
     arm: str, split: str, runs: Sequence[StudyRun], errors: ArmErrors, others: dict[str, ArmErrors], metric: str
 ) -> ArmRow:
-    steps = runs[0].config.optim.steps
+    steps = runs[0].config.steps
     metrics = [read_metrics(run.folder / "metrics.jsonl") for run in runs]
     trained = [[m for m in records if m["kind"] == "train"] for records in metrics]
     ends = [m["transfer"] for records in trained for m in records[-max(1, len(records) // 10) :] if "transfer" in m]

@@ -49,16 +49,23 @@ def both(tones: Path, out: Path, runs: dict[str, list[str]]) -> None:
         same(metrics(out / "two" / name), metrics(out / "one" / name))
 
 
-def test_two_ranks_compute_the_losses_of_one_process_and_one_goes_on_from_two(tones: Path, tmp_path: Path) -> None:
-    """Masks of SpecAugment included; `few` has batches that leave a rank without an utterance."""
+def test_two_ranks_compute_the_losses_of_one_process_and_one_goes_on_from_two(
+    tones: Path, texts: Path, tmp_path: Path
+) -> None:
+    """Masks of SpecAugment included; `few` has batches that leave a rank without an utterance, and so has `text`."""
     short = [*EXACT, "optim.steps=8", "run.eval_every=4"]
     runs = {"plain": [*short, "optim.ema=0.9"], "few": [*short, "data.batch_frames=250", "loss.ctc_weight=0"]}
     source = tmp_path / "source"
     Trainer(load_config(tones / "run.toml", [*EXACT, "run.seed=7", "optim.steps=1"]), source).run()
     tuned = [f"init.source={source}", "init.freeze=encoder:1,predictor", "init.lr_factor=0.5", "model.layers=3"]
     runs["tuned"] = [*short, *tuned]
+    alone = ["text.split=text", "text.lines=3", "text.batch_units=30", "text.pretrain_steps=5"]
+    runs["text"] = [*short, f"data.corpus={texts}", *alone, "optim.weight_decay=0.1", "optim.steps=4", "run.keep=9"]
     both(tones, tmp_path, runs)
     assert [m["step"] for m in metrics(tmp_path / "two/tuned") if m["kind"] == "dev"] == [0, 4, 8]
+    assert [m["step"] for m in metrics(tmp_path / "two/text") if "text" in m] == list(range(1, 10))
+    encoders = [load_run(tmp_path / n / "text", "4")[0].encoder.state_dict() for n in ("one", "two")]
+    assert all(torch.equal(value, encoders[1][name]) for name, value in encoders[0].items())  # no rank decays them
     state = json.loads((tmp_path / "two/plain/checkpoints/step-00000008/state.json").read_text())
     assert state["ranks"] == 2 and state["averaged"] == 8
     # The last checkpoint but one, of two ranks, taken up by one
