@@ -69,9 +69,9 @@ def codes(prediction: Tensor, target: Tensor, share: Tensor) -> Tensor:
         share: float32 [M, K], their shares of the position, of which each row sums to 1.
     """
     count, _, codebooks = target.shape
-    logits = prediction.view(count, codebooks, CODES)
-    chosen = logits.gather(2, target.transpose(1, 2).long())  # (M, C, K)
-    return (logits.logsumexp(2) - (chosen * share[:, None]).sum(2)).mean(1)
+    logs = prediction.view(count, codebooks, CODES).log_softmax(2)
+    chosen = logs.gather(2, target.transpose(1, 2).long())  # (M, C, K)
+    return -(chosen * share[:, None]).sum(2).mean(1)
 
 
 def distance_named(name: str, *, temperature: float = 0.1) -> Distance:

@@ -8,13 +8,16 @@ Try: `pytest tests/distill/test_targets.py tests/distill/test_controls.py`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..data.errors import ConfigError, NoStoreError, StaleError, StoreError, first_few
+from ..data.features.provenance import stamp
 from ..data.manifest import Corpus
 from ..extract.store import Gathered, Store, View, hash_text, to_float32
+from ..extract.store.read.rows import TeacherRows
 from ..extract.store.verify.stale import stale
 from .controls import punctuation_ids, shuffled_partners, table_norm, vocabulary, word_codes, word_numbers
 from .distances import CODES
@@ -57,6 +60,8 @@ class TeacherStates:
         corpus: the whole manifest, with the utterances' present neighbours and the punctuation, or None.
     """
 
+    _unlike = "other neighbours than their contexts saw have"
+
     def __init__(
         self, store: Store, teacher: str, name: str, views: Sequence[View], control: str | None = None, seed: int = 0,
         corpus: Corpus | None = None, codes: bool = False,
@@ -70,7 +75,7 @@ class TeacherStates:
         # int64 [U]: the row from which each row of the store gets its states, if shuffled
         self._partner = shuffled_partners(store.lengths(teacher), seed, store.index.text_hash) if shuffled else None
         # Utterances with other neighbours than their contexts saw. Controls are not checked.
-        self._stale = frozenset(() if corpus is None or control is not None else self._stale_contexts(corpus))
+        self._stale = frozenset(() if corpus is None or control is not None else self._stale_inputs(corpus))
 
     def _read_vocabulary(self, corpus: Corpus | None) -> None:
         # A copy, because the store's array may be a memory map, which a later process could not share through a pickle.
@@ -81,7 +86,7 @@ class TeacherStates:
             lengths, token_id, span = self.store.tokens_of_rows(rows, self.teacher)
             self._words = vocabulary(word_numbers(token_id, span, lengths, self._punctuation))
 
-    def _stale_contexts(self, corpus: Corpus) -> list[str]:
+    def _stale_inputs(self, corpus: Corpus) -> list[str]:
         """Return the utterances whose contexts saw other texts than the corpus has."""
         own = corpus.select(self.store.plan.corpus.get("split"))
         sessions = [[(u.id, u.text) for u in (own.utterances[i] for i in s)] for s in own.sessions()]
@@ -138,7 +143,7 @@ class TeacherStates:
         what, fresh[index] = self._unchanged(ids, texts, index, seconds)
         refuse(StaleError, what, held & ~fresh, _REFRESH)
         stale_context = np.array([i in self._stale for i in ids], bool)
-        refuse(StaleError, "other neighbours than their contexts saw have", fresh & stale_context, _REFRESH)
+        refuse(StaleError, self._unlike, fresh & stale_context, _REFRESH)
         fresh &= ~stale_context
         if self._partner is not None:  # The longest utterances may have no partner.
             index = np.flatnonzero(fresh)
@@ -200,6 +205,8 @@ class SpeechStates(TeacherStates):
         ConfigError: the control needs the tokens of a text.
     """
 
+    _unlike = "another part of their audio than was extracted have"
+
     def __init__(
         self, store: Store, teacher: str, name: str, views: Sequence[View], control: str | None, seed: int,
         corpus: Corpus | None, codes: bool, student: StudentTimes,
@@ -218,8 +225,23 @@ class SpeechStates(TeacherStates):
     def _read_vocabulary(self, corpus: Corpus | None) -> None:
         self.table = np.zeros((0, 0), np.float16)
 
-    def _stale_contexts(self, corpus: Corpus) -> list[str]:
-        return []  # A speech teacher sees the utterance's own audio alone.
+    def _stale_inputs(self, corpus: Corpus) -> list[str]:
+        """Return the utterances that are now another part of the file that was extracted.
+
+        Of another version of a file, nothing is known without reading it.
+        """
+        rows = self.store.index_of(self.teacher).rows([u.id for u in corpus.utterances])
+        known = [
+            (u, int(row)) for u, row in zip(corpus.utterances, rows, strict=True) if row >= 0 and u.audio is not None
+        ]
+        source = TeacherRows(self.store.plan, self.teacher).audio_source(np.array([row for _, row in known], np.int64))
+        found = []
+        for (u, _), (version, start, _, channel) in zip(known, source.tolist(), strict=True):
+            if (round(u.start_s * 1e9), -1 if u.channel is None else u.channel) != (start, channel):
+                with suppress(OSError):
+                    if stamp(corpus.audio_path(u)) == version % 2**64:
+                        found.append(u.id)
+        return found
 
     def _unchanged(
         self, ids: Sequence[str], texts: Sequence[str], index: np.ndarray, seconds: np.ndarray | None

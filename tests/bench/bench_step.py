@@ -44,7 +44,7 @@ from stillhouse.extract.teacher.model import Teacher, load_teacher
 from stillhouse.train.config import Config
 from stillhouse.train.demo.stories import read_stories
 from stillhouse.train.loop.objective import losses
-from stillhouse.train.loop.trainer import build_model
+from stillhouse.train.model.build import build_model, build_optimiser
 
 UTTERANCES, FRAMES, UNITS = 10, 500, 60
 OUT = Path(__file__).resolve().parents[2] / "docs" / "bench" / "step.md"
@@ -199,7 +199,7 @@ def main(rounds: int) -> None:
                 batch_of(arm)
             reads[arm] = (time.perf_counter() - began) / 20
             parameters = [*model.parameters(), *(p for t in transfers.values() for p in t.parameters())]
-            optimiser = torch.optim.AdamW(parameters, lr=1e-4)
+            optimiser = build_optimiser(parameters, config, torch.device("cpu"))
             arms[arm] = (model.train(), transfers, batch_of(arm), optimiser, config)
 
         def step(arm: str, batch: Batch | None = None) -> None:
@@ -257,7 +257,7 @@ def main(rounds: int) -> None:
         "teacher tokens of 384 numbers each.",
         "",
         f"`{SPEECH}` has three transfers: one view by `occupancy` and `contrastive`, one by `predictor`, and a speech "
-        "teacher of 50 frames a second by `frames` and `codes`, 32 codes a frame, with a quarter of the states.",
+        "teacher of 50 frames a second by `frames` and `codes`, 32 codes a frame, with a fifth of the states.",
         "",
         "In the rows with `online`, the language models run in the step, in float32 and in the batches of the "
         "extraction. The first has MiniLM `alone`. The second has MiniLM `alone`, `past:64`, `both:64` and SmolLM2 "

@@ -166,7 +166,7 @@ class TransferSettings(ConfigSection):
         description="Distance between predicted and teacher states. codes predicts the codes of views of dtype pq:M.",
     )
     state_share: float = Field(
-        0.25,
+        0.2,
         gt=0,
         le=1,
         description="For frames: share of the encoder states in the loss. Each step draws others.",

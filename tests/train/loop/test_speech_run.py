@@ -111,18 +111,26 @@ def test_what_does_not_go_together_is_refused_before_the_first_step(
 
 def test_segments_that_have_changed_are_named(tones: Path, ears: Path, tmp_path: Path) -> None:
     """The features are those of the new segments. The store's states are of the old ones."""
+    changed = {"u7": {"duration_s": 0.2}, "u8": {"start_s": 0.05}}
     utterances = read_manifest(tones / "corpus.jsonl").utterances
-    cut = [u.model_copy(update={"duration_s": 0.2} if u.id == "u7" else {}) for u in utterances]
-    cut = [u.model_copy(update={"audio": str(tones / str(u.audio))}) for u in cut]
-    write_manifest(tmp_path / "corpus.jsonl", cut)
-    compute_features(read_manifest(tmp_path / "corpus.jsonl"), tmp_path / "features.h5", speeds=(1.0, 1.1), workers=0)
-    data = [f"data.corpus={tmp_path}/corpus.jsonl", f"data.features={tmp_path}/features.h5"]
-    with pytest.raises(StaleError, match=r"raw: the features have 0\.\d\d s of audio and the store \d\.\d\d s for u7"):
-        run(tones, tmp_path / "run", *towards(ears, "raw/alone/3"), *data)
-    lines = run(
-        tones, tmp_path / "skip", *towards(ears, "raw/alone/3"), *data, "transfer.on_missing=skip", "run.log_every=1"
-    )
-    assert max(line["transfer_skipped.speech"] for line in lines) == 1
+    for number, (name, message) in enumerate(
+        {
+            "u7": r"raw: the features have 0\.\d\d s of audio and the store \d\.\d\d s for u7",
+            "u8": "raw: another part of their audio than was extracted have u8",
+        }.items()
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        own = {u.id: {"audio": str(tones / str(u.audio))} | (changed[name] if u.id == name else {}) for u in utterances}
+        write_manifest(folder / "corpus.jsonl", [u.model_copy(update=own[u.id]) for u in utterances])
+        corpus = read_manifest(folder / "corpus.jsonl")
+        compute_features(corpus, folder / "features.h5", speeds=(1.0, 1.1), workers=0)
+        data = [f"data.corpus={folder}/corpus.jsonl", f"data.features={folder}/features.h5"]
+        with pytest.raises(StaleError, match=message):
+            run(tones, folder / "run", *towards(ears, "raw/alone/3"), *data)
+        data += ["transfer.on_missing=skip", "run.log_every=1", "optim.steps=12"]
+        lines = run(tones, folder / "skip", *towards(ears, "raw/alone/3"), *data)
+        assert max(line["transfer_skipped.speech"] for line in lines) == 1
 
 
 def test_training_towards_speech_loads_no_model(tones: Path, ears: Path, tmp_path: Path) -> None:
