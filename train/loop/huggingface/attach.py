@@ -22,12 +22,20 @@ from torch import Tensor
 
 from ....data.errors import ConfigError
 from ....data.manifest import read_manifest
-from ....distill.frames import StudentTimes
 from ...config import Config, in_transfer, validated
 from ...model.build import build_transfers
 from ...model.losses import transducer_costs
 from .heads import TransferHeads
-from .parts import IGNORED, PretrainedJoint, fused_activation, paddings, real_labels, refuse_other_models, tapped
+from .parts import (
+    IGNORED,
+    PretrainedJoint,
+    fused_activation,
+    paddings,
+    real_labels,
+    refuse_other_models,
+    state_times,
+    tapped,
+)
 
 REDUCTIONS = ("mean_volume", "mean_batch", "mean", "sum")
 _CARRIED = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")  # from the encoder's output
@@ -82,10 +90,8 @@ def attach_transfer(
     settings = given | {"model": student, "transfer": transfer or {}}
     config = validated(Config, [("attach_transfer", settings)])
     config.model.predictor_dim = int(model.config.decoder_hidden_size)
-    encoder = model.config.encoder_config
-    # A row of features is centred on a multiple of its period, and state 0 of the encoder on row 0.
-    times = StudentTimes(int(encoder.subsampling_factor), frame_hz, -0.5 / frame_hz)
-    transfers, readers = build_transfers(config, int(encoder.hidden_size), times)
+    width = int(model.config.encoder_config.hidden_size)
+    transfers, readers = build_transfers(config, width, state_times(model, frame_hz))
     texts = {u.id: u.text for u in read_manifest(config.data.corpus).utterances} if transfers else {}
     heads = TransferHeads(config, transfers, readers, texts, paddings(model.config)).to(model.device)
     heads.train(model.training)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ....data.errors import ConfigError
+from ....distill.frames import StudentTimes
 
 IGNORED = -100  # what collators of transformers put behind the labels of a short utterance
 _FUSED = {nn.ReLU: "relu", nn.Tanh: "tanh"}
@@ -61,6 +62,17 @@ def fused_activation(model: Any) -> str | None:
         expected = head(activation(states.sum(0).to(head.weight.dtype))).float()
         same = torch.allclose(joint(*states), expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
     return _FUSED[type(activation)] if same else None
+
+
+def state_times(model: Any, frame_hz: float) -> StudentTimes:
+    """Return when the encoder states are, if features have `frame_hz` rows in a second, centred on multiples of it."""
+    rows, shift = 1, 0
+    for layer in getattr(model.encoder, "subsampling", nn.Identity()).modules():
+        if isinstance(layer, nn.Conv2d) and layer.stride[0] > 1:
+            before = getattr(layer, "left_pad_init", layer.padding[0])  # of a causal convolution, or of a centred one
+            shift += rows * ((layer.kernel_size[0] - 1) // 2 - int(before))
+            rows *= layer.stride[0]
+    return StudentTimes(rows, frame_hz, -0.5 / frame_hz, shift)
 
 
 def refuse_other_models(model: Any) -> None:
