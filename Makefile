@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-quick study-demo study-kathleen test test-all lint format docs bench-loss bench-loss-gpu bench-store bench-store-shapes bench-remote bench-extract bench-features bench-inspect bench-step bench-train wheel clean
+.PHONY: demo demo-quick study-demo study-kathleen test test-all lint format docs bench-loss bench-loss-gpu bench-store bench-store-shapes bench-remote bench-extract bench-features bench-inspect bench-step bench-parakeet bench-train wheel clean
 
 $(INSTALLED): setup.cfg pyproject.toml recipes/demo-teachers.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -92,6 +92,9 @@ bench-inspect: $(INSTALLED)
 
 bench-step: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_step.py
+
+bench-parakeet: $(INSTALLED)
+	$(BIN)/python tests/bench/bench_parakeet.py
 
 bench-train: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_train.py

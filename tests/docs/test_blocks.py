@@ -28,6 +28,7 @@ from types import SimpleNamespace
 
 import click
 import numpy as np
+import parakeets
 import peers
 import pytest
 import soundfile
@@ -48,10 +49,11 @@ STAND_INS = {
     "recipes/librispeech-100.toml": "{root}/recipes/librispeech-100.toml --set optim.steps=2 --set run.eval_every=2"
     " --set model.dim=32 --set model.layers=1 --set model.inner=64 --set run.checkpoint_every=2",
     "--layers 6,12": "--layers 3,6",
+    "nvidia/parakeet-tdt-0.6b-v3": "{parakeet}",
 }
 
 # Pages of docs/guide/ whose commands run in the folder of the demo
-OF_THE_DEMO = {"training.md", "fine-tuning.md", "models.md", "decoding.md", "score.md", "export.md"}
+OF_THE_DEMO = {"training.md", "fine-tuning.md", "models.md", "decoding.md", "score.md", "export.md", "parakeet.md"}
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,13 @@ def demo_folder(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
+@pytest.fixture(scope="session")
+def parakeet(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Parakeet over the workshop's texts."""
+    lines = (workshop / "corpus.jsonl").read_text(encoding="utf-8").splitlines()
+    return parakeets.save(tmp_path_factory.mktemp("parakeet"), [json.loads(line)["text"] for line in lines])
+
+
 @pytest.fixture
 def type_it(
     workshop: Path,
@@ -223,14 +232,18 @@ def type_it(
 
     def run(block: Block) -> None:
         code = block.code
-        if block.page.name in OF_THE_DEMO and block.language != "python" and not Path("units").exists():
+        if block.page.name in OF_THE_DEMO and not Path("units").exists():
             for source in request.getfixturevalue("demo_folder").iterdir():
                 Path(source.name).unlink(missing_ok=True)
                 made_here = source.name == "run" and "--out run" in code
                 if not made_here:
                     Path(source.name).symlink_to(source)
         for told, stand_in in STAND_INS.items():
-            code = code.replace(told, stand_in.format(minilm=minilm, root=ROOT))
+            if told in code:
+                places = {"minilm": minilm, "root": ROOT}
+                if "{parakeet}" in stand_in:
+                    places["parakeet"] = request.getfixturevalue("parakeet")
+                code = code.replace(told, stand_in.format(**places))
         if block.language == "python":
             exec(compile("\n" * block.line + code, block.where, "exec"), names)
             return
