@@ -85,7 +85,7 @@ def repair_all(
     repaired = []
     # Where tables or tokens are damaged, rows lead to no utterance.
     intact = [] if any(table_damage(store)) else [n for n in store.plan.teachers if not any(token_damage(store, n))]
-    norms = {v: found for v in _with_norms(store, intact) if (found := list(norm_damage(store, v)))}
+    norms = {v: found for v in _with_norms(store, intact) if (found := _norm_findings(store, v))}
     learned = [v for v in norms if not restore_norms(store, v) and dtype_of(store.teacher(v.teacher).dtype).quantised]
     damaged = damaged_items(store, data, intact)
     for name in dict.fromkeys([*(v.teacher for v in learned), *(item.teacher for item, _ in damaged)]):
@@ -105,11 +105,23 @@ def repair_all(
         views = [v for v in learned if v.teacher == name]
         repaired += [Repaired(str(i), findings) for i, findings in repair(root, teacher, name, on_progress, own, views)]
     store = Store.open(root)
-    for view, damage in norms.items():
-        if not any(norm_damage(store, view)):
-            findings = [StoreFinding("stored bytes differ from their checksum", d.where, d.remedy) for d in damage]
+    for view, findings in norms.items():
+        if not _norm_findings(store, view):
             repaired.insert(0, Repaired(f"{view.address} norms", findings, "worked out again"))
     return repaired
+
+
+def _norm_findings(store: Store, view: View) -> list[StoreFinding]:
+    """Return what is wrong with committed norms: their checksums, or that a file cannot be read."""
+    found = [
+        StoreFinding("stored bytes differ from their checksum", d.where, d.remedy) for d in norm_damage(store, view)
+    ]
+    if not found:
+        try:
+            store.norms_stored(view)
+        except StoreError as e:
+            found.append(StoreFinding(e.what, str(e.where), e.remedy or ""))
+    return found
 
 
 def _with_norms(store: Store, teachers: Sequence[str]) -> list[View]:

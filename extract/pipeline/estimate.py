@@ -328,13 +328,15 @@ def render(s: Sizing) -> str:
     """Return an estimate as text."""
     views = [f"  {address:<32} {size / 1e6:>12,.1f} MB" for address, size in s.bytes_per_view.items()]
     longest = f"{s.longest_tokens / s.rate_hz:,.1f} s" if s.rate_hz else f"{s.longest_tokens:,}"
-    beside = "index" if s.rate_hz else "tokens, index and vocabulary"
+    books = ["codebooks"] if s.dtype.startswith("pq") else []
+    *beside, last = ["index", *books] if s.rate_hz else ["tokens", "index", "vocabulary", *books]
+    named = f"{', '.join(beside)} and {last}" if beside else last
     lines = [
         f"corpus       {s.utterances:,} utterances, {rows_text(s.tokens, s.rate_hz)} of {s.teacher}, longest {longest}",
         f"passes       {s.passes}",
         f"work items   {s.units_missing} of {s.units} to do",
         *views,
-        f"to write     {s.bytes / 1e6:,.1f} MB, of which {beside} {s.other_bytes / 1e6:,.1f} MB",
+        f"to write     {s.bytes / 1e6:,.1f} MB, of which {named} {s.other_bytes / 1e6:,.1f} MB",
         f"free         {s.free_bytes / 1e6:,.1f} MB: {'enough' if s.fits else 'NOT ENOUGH'}",
     ]
     if s.seconds is not None:

@@ -29,6 +29,7 @@ from ..views import View
 INPUT_ARRAYS = ("input_hash", "context_left", "context_right")
 TABLES = ("id_offset", "id_bytes", "id_hash", "id_row", "text_hash", "session")
 Arrays = dict[tuple[str, ...], np.ndarray]  # arrays that were read: each read of an object store is a request
+NORMS_AGAIN = "stillhouse inspect verify STORE --repair computes it again, unless the corpus has changed since"
 NORMS = ("norm_mean", "norm_std", "codebook")  # the last one is pq's
 _COMMIT = re.compile(r"(norms|\d+)\.\d+\.json")
 _UNREADABLE = (StillhouseError, OSError, ValueError)  # Such a file is a finding where the files themselves are checked.
@@ -180,7 +181,7 @@ def norm_damage(store: Store, view: View) -> Iterator[Damage]:
             None,
             crc,
         ):
-            yield Damage(name, f"{view.address} {name}")
+            yield Damage(name, f"{view.address} {name}", NORMS_AGAIN)
 
 
 def check_sound(store: Store) -> None:

@@ -29,7 +29,17 @@ from ..reader import Store
 from ..views import View
 from .arrays import array_damage, table_chunk_damage
 from .numbers import corpus_numbers, teacher_numbers
-from .sums import Arrays, Damage, committed_layers, item_damage, norm_damage, record_damage, table_damage, token_damage
+from .sums import (
+    NORMS_AGAIN,
+    Arrays,
+    Damage,
+    committed_layers,
+    item_damage,
+    norm_damage,
+    record_damage,
+    table_damage,
+    token_damage,
+)
 
 
 @dataclass(frozen=True)
@@ -207,7 +217,7 @@ def _check_items(
         try:
             mean, std = store.norm(view)
         except StoreError as e:
-            yield StoreFinding(e.what, str(e.where), _ANEW)
+            yield StoreFinding(e.what, str(e.where), NORMS_AGAIN)
             continue
         if not (np.isfinite(mean).all() and (std > 0).all()):
             yield StoreFinding("norm_mean or norm_std is not finite", view.address, _ANEW)

@@ -171,12 +171,21 @@ def test_codes_and_codebooks_are_repaired(made: Path, bert: Path, tmp_path: Path
     flip(paths.shard_file("code", "t", 0, 1, 0))
     flip(paths.chunk("t", "codebook", 1, 0, 0, 0, 0))
     flip(paths.chunk("t", "norm_std", 0, 0, 0))
+    paths.chunk("t", "codebook", 1, 1, 0, 0, 0).unlink()
     store = Store.open(root)
     found = [f.where.split(" utterance")[0] for f in verify(store)]
-    assert sorted(found) == ["t/alone/0 norm_std", "t/alone/2 shard 0", "t/both:4/0 codebook"]
-    assert undamaged(store, store.views)[0] == [View("t", "alone", 2), View("t", "both:4", 2)]
+    missing = str(paths.chunk("t", "codebook", 1, 1, 0, 0, 0))
+    assert sorted(found) == sorted([missing, "t/alone/0 norm_std", "t/alone/2 shard 0", "t/both:4/0 codebook"])
+    assert undamaged(store, store.views)[0] == [View("t", "alone", 2)]
+    with pytest.raises(StoreError, match="a chunk is missing"):
+        store.gather(["u1"], [View("t", "both:4", 2)])
     repaired = repair_all(root, {"t": str(bert)}, "cpu")
-    assert sorted(r.unit for r in repaired) == ["t/alone shard 0", "t/alone/0 norms", "t/both:4/0 norms"]
+    assert sorted(r.unit for r in repaired) == [
+        "t/alone shard 0",
+        "t/alone/0 norms",
+        "t/both:4/0 norms",
+        "t/both:4/2 norms",
+    ]
     assert verify(Store.open(root)) == []
     changed = [k for k, v in tree(root).items() if good.get(k) != v and "/c/" in k]
     assert changed == []

@@ -14,6 +14,7 @@ import pytest
 import torch
 import zarr
 
+from stillhouse.cli import main
 from stillhouse.data.errors import StaleError, StoreError, UsageError
 from stillhouse.extract.maintain.repair import repair
 from stillhouse.extract.pipeline.estimate import size_up
@@ -183,6 +184,15 @@ def test_names() -> None:
     for wrong in ("pq:0", "pq:", "pq", "pq:1000", "pq:-4", "pq:4.0", "pq: 4", "pq:08", "pq:٣", "pq4", "int9"):
         with pytest.raises(UsageError, match=re.escape(repr(wrong))):
             dtype_of(wrong)
+
+
+@pytest.mark.parametrize("wrong", ["pq:0", "pq:", "pq:1000", "float8"])
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: str) -> None:
+    """A name that is none is refused before anything is read."""
+    with pytest.raises(SystemExit) as e:
+        main(["extract", str(tmp_path / "c.jsonl"), str(tmp_path / "s"), "--teacher", "x", "--dtype", wrong])
+    told = capsys.readouterr().err
+    assert e.value.code == 2 and repr(wrong) in told and "pq:M" in told
 
 
 def test_widths_that_do_not_divide_name_those_that_do(tmp_path: Path, bert: Path) -> None:
