@@ -81,4 +81,4 @@ def _front(run: Path, kind: str, source: str | None) -> Any:
 
     graph = front_graph(method.encoder, method.settings.layer)
     metadata = front_metadata(vars(method.settings)) | {"comment": "the input of the speech encoder goes in"}
-    return Graph("frontend", graph.module, graph.inputs, graph.axes, ("features",), metadata)
+    return Graph("frontend", graph.module, graph.inputs, graph.axes, ("features",), metadata, of_largest=True)

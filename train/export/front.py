@@ -53,7 +53,10 @@ The states are rounded to float16 before they go in. The normalisation is inside
 def _graph_text(settings: Mapping[str, Any], inputs: Sequence[str]) -> str:
     """How to run the frontend graph."""
     last = {
-        "whisper": "Leave out the last states, which belong to the half second of silence: 25 at 50 states a second.",
+        "whisper": (
+            "The extractor\ngets padding=False, so that it does not fill 30 s. Leave out the last states, which belong "
+            "to the half\nsecond of silence: 25 at 50 states a second."
+        ),
         "parakeet_encoder": "Leave out states beyond the audio, which the mask's zeros give.",
     }.get(settings["architecture"], "All states belong to the audio.")
     names = ", ".join(f"`{name}`" for name in inputs)

@@ -24,7 +24,10 @@ Axes = Mapping[int, str]  # {axis of free size: its name}
 
 @dataclass(frozen=True)
 class Graph:
-    """A module with named inputs and outputs. `inputs(n)` returns random inputs for a batch of n."""
+    """A module with named inputs and outputs. `inputs(n)` returns random inputs for a batch of n.
+
+    of_largest: whether differences of outputs count as shares of the largest one, as for states of any size.
+    """
 
     name: str
     module: nn.Module
@@ -32,6 +35,7 @@ class Graph:
     axes: Mapping[str, Axes]
     outputs: tuple[str, ...]
     metadata: dict[str, str] = field(default_factory=dict)
+    of_largest: bool = False
 
 
 class EncoderGraph(nn.Module):

@@ -49,8 +49,8 @@ def write_torch(graph: Graph, path: Path) -> float:
 def checked(graph: Graph, run: Callable[[dict[str, Tensor]], list[Tensor]], path: Path) -> float:
     """Return the largest difference of a written graph's outputs from the module's, over batches of several sizes.
 
-    `run` runs the graph in the file `path`. The difference is absolute, and relative for outputs above 1. Raises
-    ExportError if it is above TOLERANCE, or if shapes differ.
+    `run` runs the graph in the file `path`. The difference is absolute, and relative for outputs above 1, or a share of
+    the largest output if the graph says so. Raises ExportError if it is above TOLERANCE, or if shapes differ.
     """
     worst = 0.0
     with seeded(1):
@@ -60,7 +60,10 @@ def checked(graph: Graph, run: Callable[[dict[str, Tensor]], list[Tensor]], path
                 if ours.shape != theirs.shape:
                     gap = torch.tensor(torch.inf)
                 else:
-                    gap = (ours.double() - theirs.double()).abs() / ours.double().abs().clamp(min=1)
+                    size = ours.double().abs()
+                    gap = (ours.double() - theirs.double()).abs() / (
+                        size.max() if graph.of_largest else size.clamp(min=1)
+                    )
                 worst = max(worst, float(gap.max()) if gap.numel() else 0.0)
     if not worst <= TOLERANCE:
         raise ExportError(f"its outputs differ from torch's by {worst:.1e}", where=path, expected=f"{TOLERANCE:.0e}")

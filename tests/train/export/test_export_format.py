@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import pytest
+import torch
 
+from stillhouse.data.errors import ExportError
 from stillhouse.train.export.export import export_run
+from stillhouse.train.export.graphs import Graph
+from stillhouse.train.export.torch import checked
 
 from .exported import untrained_run
 
@@ -58,3 +63,15 @@ def test_the_format_and_the_guide(tmp_path: Path, kind: str) -> None:
                         fits[-1] &= len(names) == len(shape)
                         fits[-1] &= all(n == "S" or sizes[n] == size for n, size in zip(names, shape))
                 assert any(fits), (path.name, value.name, shape)
+
+
+def test_states_differ_by_shares_of_their_largest_number(tmp_path: Path) -> None:
+    """Those of a speech encoder have any size, and their small numbers come from large ones."""
+    graph = Graph("frontend", torch.nn.Identity(), lambda n: {"x": torch.tensor([0.5, 200.0 * n])}, {}, ("y",))
+
+    def run(inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        return [inputs["x"] + torch.tensor([0.001, 0.0])]
+
+    assert 0 < checked(replace(graph, of_largest=True), run, tmp_path) < 1e-5
+    with pytest.raises(ExportError, match="differ from torch's by"):
+        checked(graph, run, tmp_path)
