@@ -132,6 +132,10 @@ class Units:
         text = "".join(parts).replace(SPACE_MARK, " ")
         return text.removeprefix(" ") if self.kind == "sentencepiece" else text
 
+    def score(self, unit: int) -> float:
+        """Return the log-probability by which sentencepiece chooses a piece, or 0 for a character."""
+        return float(self._processor.get_score(unit)) if self.kind == "sentencepiece" else 0.0
+
     @cached_property
     def _processor(self) -> Any:
         import sentencepiece

@@ -61,8 +61,9 @@ class BatchLoader:
     """Make a `Batch` of each `BatchPlan` over `utterances`. Plans name `speeds` by index.
 
     Utterances without audio are left out, and so are those with more than `max_frames` at some speed (0: no limit) and
-    empty texts, unless `untranscribed` keeps these for decoding. `left_out` counts them by the reason, and CorpusError
-    is raised if no utterance is left.
+    empty texts, unless `untranscribed` keeps these for decoding. With `unit_frames`, each unit needs so many frames of
+    its own, and the utterance some more: others are left out, too. `left_out` counts them by the reason, and
+    CorpusError is raised if no utterance is left.
     `targets` has the `TargetReader` of each transfer, by name.
     """
 
@@ -74,6 +75,7 @@ class BatchLoader:
         *,
         speeds: Sequence[float] = (1.0,),
         max_frames: int = 0,
+        unit_frames: int = 0,
         targets: Mapping[str, Any] | None = None,
         untranscribed: bool = False,
     ) -> None:
@@ -84,12 +86,18 @@ class BatchLoader:
         encoded = [units.encode(u.text) for u in spoken]
         empty = np.array([len(e.ids) == 0 and not untranscribed for e in encoded], dtype=bool)
         long = (frames.max(axis=1) > max_frames) if max_frames and len(ids) else np.zeros(len(ids), bool)
-        keep = np.flatnonzero(~(empty | long))
+        needed = np.array([len(e.ids) * unit_frames for e in encoded])
+        dense = (needed >= frames.min(axis=1)) & ~long if unit_frames and len(ids) else np.zeros(len(ids), bool)
+        keep = np.flatnonzero(~(empty | long | dense))
         self.left_out = {
             "without audio": len(corpus) - len(spoken),
             "empty text": int(empty.sum()),
             f"longer than {max_frames} frames": int((long & ~empty).sum()),
+            "with more units than encoder states": int((dense & ~empty).sum()),
         }
+        if not len(keep) and dense.any():
+            remedy = "use longer word pieces, or a smaller model.subsampling"
+            raise CorpusError("all transcripts have more units than encoder states", where=corpus.path, remedy=remedy)
         if not len(keep):
             expected = "one with text and fewer frames than data.max_frames"
             raise CorpusError("no utterance to use", where=corpus.path, expected=expected)

@@ -238,7 +238,7 @@ def _search(
         raise UsageError(what, expected="--beam 8")
     if beam == 1 and lm is None and not ilm_weight and not blank_penalty:
         return partial(greedy_search, max_symbols=max_symbols), 1
-    if model.durations:
+    if model.durations and not model.one_unit:
         raise UsageError(
             "this model emits tokens and durations, which only the greedy search supports",
             expected="--beam 1, without --lm, --hotwords, --ilm-weight and --blank-penalty",

@@ -98,7 +98,7 @@ class LossSection(ConfigSection):
     band: int = Field(5, ge=2, description="Units in the pruned band, or more where a transcript needs them.")
     simple_weight: float = Field(0.5, gt=0, description="Weight of the simple loss that chooses the band.")
     durations: list[Natural] = Field(
-        [0, 1, 2, 3, 4], description="Encoder states by which an arc may move on, for tdt."
+        [0, 1, 2, 3, 4], description="Encoder states by which an arc may move on, for tdt. [1]: at most a unit a state."
     )
     sigma: float = Field(0.05, ge=0, description="Amount that every arc's log-probability is lowered by, for tdt.")
 
@@ -108,9 +108,11 @@ class LossSection(ConfigSection):
             raise ValueError(
                 "loss.inter_ctc_layers needs loss.ctc_weight above 0, because its loss is a share of the CTC loss"
             )
-        if len(set(self.durations)) < len(self.durations) or not {0, 1} <= set(self.durations):
+        fits = len(set(self.durations)) == len(self.durations) and {0, 1} <= set(self.durations)
+        if not fits and self.durations != [1]:
             raise ValueError(
-                f"loss.durations = {self.durations} must differ and include 0 and 1, or some transcripts fit no frames"
+                f"loss.durations = {self.durations} must differ and include 0 and 1, or some transcripts fit no "
+                "frames. For at most one unit in an encoder state they are [1]"
             )
         return self
 

@@ -89,7 +89,7 @@ class Beam:
 
     `fusion` adds a language model. blank_penalty is subtracted from the logit of the blank. ilm_weight times the score
     of the internal language model (`Joint.internal`) is subtracted from the score of each unit. Raises ConfigError if
-    the model has durations.
+    the model has durations other than 1. With that one, a unit ends its frame, as a blank does.
     """
 
     model: Transducer
@@ -103,7 +103,7 @@ class Beam:
 
     def __post_init__(self) -> None:
         model, batch, width, fusion = self.model, self.batch, self.width, self.fusion
-        if model.durations:
+        if model.durations and not model.one_unit:
             raise ConfigError(
                 "the beam goes frame by frame, but this model was trained to skip frames (loss.kind = tdt)",
                 remedy="decode with --beam 1, which is greedy",
@@ -174,6 +174,9 @@ class Beam:
             bar = done.total.topk(self.width, dim=1).values[:, -1:]
             longer = self._extend(beams, logp, bar, t)
             if longer is None:
+                break
+            if self.model.one_unit:
+                done = _map(lambda x, y: torch.cat([x, y], dim=1), done, longer)
                 break
             beams = longer
         assert done is not None

@@ -205,7 +205,7 @@ class SumFusion(NumberedStates):
         super().reset()
 
     def row(self, state: int) -> np.ndarray:
-        return np.sum([part.row(own) for part, own in zip(self.parts, self.states[state])], axis=0, dtype=np.float32)
+        return np.stack([part.row(own) for part, own in zip(self.parts, self.states[state])]).sum(axis=0)
 
     def advance(self, state: int, unit: int) -> int:
         return self.number(tuple(part.advance(own, unit) for part, own in zip(self.parts, self.states[state])))

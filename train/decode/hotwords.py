@@ -46,7 +46,8 @@ def read_hotwords(path: Path, units: Units, score: float = SCORE) -> list[Phrase
     They have no spaces if the units have none. Raises CorpusError, which names file and line, if a score is not a
     positive number, if the units cannot write a phrase, or if there is none.
     """
-    phrases, unwritten = [], []
+    phrases: list[Phrase] = []
+    unwritten: list[Phrase] = []
     for number, line in scan_lines(path):
         if isinstance(line, CorpusError):
             raise line
@@ -149,7 +150,8 @@ class Hotwords:
         for unit, child in self._children[0].items():
             self._root[unit] = self._after[child][0]
         self.start = 0
-        if space in self._children[0]:  # One node more, with the ends of the space, and without its score.
+        if space is not None and space in self._children[0]:
+            # One node more, with the ends of the space, and without its score.
             self.start = len(self._children)
             self._children.append({})
             self._scores.append(0.0)

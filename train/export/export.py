@@ -1,7 +1,7 @@
 """Export a trained model as ONNX graphs, torch programs or safetensors.
 
     FOLDER/model.json       format, step and settings, and the checksums of the other files
-    onnx         encoder.onnx decoder.onnx joiner.onnx tokens.txt [*.int8.onnx]
+    onnx         encoder.onnx decoder.onnx joiner.onnx [joiner.beam.onnx] tokens.txt [bpe.vocab] [*.int8.onnx]
     torch        encoder.pt2 decoder.pt2 joiner.pt2 tokens.txt
                  and frontend.*, if asked for: the speech encoder that computes the features
     safetensors  model.safetensors config.toml units/
@@ -105,7 +105,10 @@ def export_run(
         sherpa = f"its features are states of {front['encoder']}, and sherpa-onnx computes fbank"
     if symbols is not None and sherpa:
         raise UsageError(f"--symbols-per-frame is for sherpa-onnx, which cannot run this: {sherpa}", where=run)
-    symbols = (symbols or MAX_SYMBOLS) if sherpa is None else 1
+    if symbols is not None and symbols > 1 and model.one_unit:
+        what = f"--symbols-per-frame {symbols} is for models of several units in a state, and this one has one at most"
+        raise UsageError(what, where=run, expected="--symbols-per-frame 1")
+    symbols = (symbols or MAX_SYMBOLS) if sherpa is None and not model.one_unit else 1
     with named(out), new_folder(out, force) as draft:
         difference = 0.0
         if kind == "safetensors":
@@ -119,7 +122,7 @@ def export_run(
             if front is not None:
                 encoder.metadata.pop("model_type", None)
                 encoder.metadata.update(front_metadata(front))
-            graphs = [encoder, *search_graphs(model), *([] if frontend is None else [frontend])]
+            graphs = [encoder, *search_graphs(model, symbols=symbols), *([] if frontend is None else [frontend])]
             difference = _write_graphs(graphs, units, draft, kind, int8)
         if front is not None:
             inputs = None if frontend is None else list(frontend.axes)
@@ -152,10 +155,12 @@ def export_run(
 
 def _write_graphs(graphs: list[Graph], units: Units, draft: Path, kind: ExportKind, int8: bool) -> float:
     """Write the graphs and tokens.txt, and return the largest difference from the model's outputs."""
-    from .onnx import tokens_txt, write_int8, write_onnx
+    from .onnx import bpe_vocab, tokens_txt, write_int8, write_onnx
     from .torch import write_torch
 
     (draft / "tokens.txt").write_text(tokens_txt(units), encoding="utf-8")
+    if kind == "onnx" and (vocabulary := bpe_vocab(units)):
+        (draft / "bpe.vocab").write_text(vocabulary, encoding="utf-8")
     worst = 0.0
     for graph in graphs:
         graph.module.eval()
@@ -165,7 +170,7 @@ def _write_graphs(graphs: list[Graph], units: Units, draft: Path, kind: ExportKi
         path = draft / f"{graph.name}.onnx"
         worst = max(worst, write_onnx(graph, path))
         if int8:
-            write_int8(path, path.with_suffix(".int8.onnx"))
+            write_int8(path, draft / f"{graph.name}.int8.onnx")
     return worst
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -80,10 +80,32 @@ class JoinerGraph(nn.Module):
         super().__init__()
         self.joint = copy.deepcopy(model.joint)
         del self.joint.encoder, self.joint.predictor  # The other graphs have these two.
+        if model.one_unit:
+            self.joint.durations = None
 
     def forward(self, encoder_out: Tensor, decoder_out: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         both = self.joint.with_durations if self.joint.durations is not None else self.joint
         return both(encoder_out, decoder_out)
+
+
+class SpreadJoinerGraph(JoinerGraph):
+    """The joiner for a beam search of one unit in each of `repeat` copies of a state.
+
+    Each copy gives blank with the root of degree `repeat` of P(blank), so that blanks in all copies have P(blank)
+    together. The units share the rest as before. A beam search over the copies then has the probabilities of the model:
+    exactly for a state without a unit, and closely for one or two units.
+    """
+
+    def __init__(self, model: Transducer, repeat: int) -> None:
+        super().__init__(model)
+        self.repeat = repeat
+
+    def forward(self, encoder_out: Tensor, decoder_out: Tensor) -> Tensor:
+        logp = self.joint(encoder_out, decoder_out).log_softmax(-1)
+        blank = logp[:, :1].clamp(max=-1e-6)  # Else the logarithm of 1 - P(blank) is infinite.
+        units = logp[:, 1:] - torch.log(-torch.expm1(blank))
+        blank = blank / self.repeat
+        return torch.cat([blank, units + torch.log(-torch.expm1(blank))], dim=-1)
 
 
 def repeat_frames(states: Tensor, times: int) -> Tensor:
@@ -112,8 +134,8 @@ def offline_graph(model: Transducer, *, symbols: int) -> Graph:
     )
 
 
-def search_graphs(model: Transducer) -> list[Graph]:
-    """Return the graphs of decoder and joiner."""
+def search_graphs(model: Transducer, *, symbols: int = 1) -> list[Graph]:
+    """Return the graphs of decoder and joiner, and with several `symbols` a joiner for a beam search over copies."""
     if isinstance(model.predictor, StatelessPredictor):
         context = model.predictor.context
         decoder = Graph(
@@ -134,7 +156,7 @@ def search_graphs(model: Transducer) -> list[Graph]:
             ("decoder_out", "next_h", "next_c"),
             {"state_dim": str(dim), "vocab_size": str(model.size)},
         )
-    joint_dim, durations = model.joint.output.in_features, model.durations
+    joint_dim, durations = model.joint.output.in_features, () if model.one_unit else model.durations
     joiner = Graph(
         "joiner",
         JoinerGraph(model),
@@ -143,14 +165,16 @@ def search_graphs(model: Transducer) -> list[Graph]:
         ("logit", "duration_logit") if durations else ("logit",),
         {"joiner_dim": str(joint_dim)} | ({"durations": ",".join(map(str, durations))} if durations else {}),
     )
-    return [decoder, joiner]
+    if symbols == 1:
+        return [decoder, joiner]
+    return [decoder, joiner, replace(joiner, name="joiner.beam", module=SpreadJoinerGraph(model, symbols))]
 
 
 def unfit_for_sherpa(model: Transducer) -> str | None:
     """Return why sherpa-onnx cannot run this model, or None if it can."""
     if isinstance(model.predictor, LstmPredictor):
         return "it needs a stateless prediction network (model.predictor), and this model has an LSTM"
-    if model.durations:
+    if model.durations and not model.one_unit:
         return "its greedy search for this kind of model has no durations, and this model is a TDT"
     return None
 

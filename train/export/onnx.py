@@ -19,6 +19,7 @@ import torch
 
 from ...data.errors import ExportError, UsageError
 from ...data.units import BLANK, UNKNOWN, UNKNOWN_TEXT, Units
+from ..decode.hotwords import space_unit
 from .graphs import Graph
 from .torch import checked, traced
 
@@ -107,6 +108,16 @@ def tokens_txt(units: Units) -> str:
             raise ExportError(f"unit {k} is {symbol!r}", expected=expected)
         lines.append(f"{symbol} {k}\n")
     return "".join(lines)
+
+
+def bpe_vocab(units: Units) -> str:
+    """Return lines `PIECE SCORE`, from which sherpa-onnx spells hotwords as these units, or "" if it needs none.
+
+    It puts a ▁ in front of each word. Units without spaces spell no ▁, and need only tokens.txt.
+    """
+    if units.kind == "characters" and space_unit(units) is None:
+        return ""
+    return "".join(f"{piece} {units.score(k):.6g}\n" for k, piece in enumerate(units.pieces) if k > UNKNOWN)
 
 
 def _tidy(proto: Any, graph: Graph) -> None:

@@ -92,7 +92,8 @@ class Trainer:
         def loader(split: str | None, **options: Any) -> BatchLoader:
             return BatchLoader(corpus.select(split), self.features, self.units, **options)
 
-        self.loader = loader(data.train, speeds=data.speeds, max_frames=data.max_frames, targets=targets)
+        own = {"speeds": data.speeds, "max_frames": data.max_frames, "targets": targets}
+        self.loader = loader(data.train, **own, unit_frames=self.model.encoder.subsampling * self.model.one_unit)
         self.dev = None if data.dev is None else loader(data.dev).shared(ranks.rank, ranks.size)
         ranks.from_first(lambda: self._refuse_other_features(corpus))
         shards = store_shards(config, [u.id for u in self.loader.utterances])

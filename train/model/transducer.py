@@ -330,6 +330,11 @@ class Transducer(nn.Module):
         self.ctc = nn.Linear(self.encoder.dim, size) if ctc else None
         self.simple = SimpleJoint(self.encoder.dim, predictor_dim, size) if pruned else None
 
+    @property
+    def one_unit(self) -> bool:
+        """Whether an encoder state emits one unit at most, because each arc moves on by one state."""
+        return self.durations == (1,)
+
     def encode(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Return encoder states [B, T', dim] and lengths [B] of plain fbank [B, T, bins], for inference."""
         states, lengths, _ = self.encoder(self.encoder.normalise(features, lengths), lengths)

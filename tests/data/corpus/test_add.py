@@ -158,6 +158,13 @@ def test_features_skip_text_and_say_how_much(mixed: Corpus, tmp_path: Path) -> N
     assert one == other
     with pytest.raises(CorpusError, match="none of the 2 utterances of split text has audio, for example novel-1"):
         BatchLoader(mixed.select("text"), FeatureFile(out), units)
+    # Units that need frames of their own, and one more, for a model of one unit in a state
+    most = max(len(e.ids) / frames for e, frames in zip(loader.encoded, loader.frames[:, 0]))
+    assert BatchLoader(mixed, FeatureFile(out), units, unit_frames=int(0.9 / most)).left_out == loader.left_out
+    with pytest.raises(CorpusError, match="all transcripts have more units than encoder states"):
+        BatchLoader(mixed, FeatureFile(out), units, unit_frames=1_000)
+    some = BatchLoader(mixed, FeatureFile(out), units, unit_frames=int(1 / most) + 1)
+    assert some.left_out["with more units than encoder states"] == 4 - len(some.utterances) > 0
     # Speech whose features are missing is no text.
     more = Corpus(mixed.path, [*mixed.utterances, Utterance(id="x", text="tone", audio="audio/ton 0.wav")])
     with pytest.raises(Exception, match="no features of x"):

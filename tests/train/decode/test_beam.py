@@ -11,14 +11,14 @@ import torch
 from torchaudio.models import RNNTBeamSearch
 
 from stillhouse.train.decode.beam import Beam
-from stillhouse.train.decode.greedy import Greedy
+from stillhouse.train.decode.greedy import Greedy, greedy_search
 from stillhouse.train.model.transducer import BLANK, Transducer
 
 
-def small_model(size: int, predictor: str = "stateless", sharp: float = 6.0) -> Transducer:
+def small_model(size: int, predictor: str = "stateless", sharp: float = 6.0, **options) -> Transducer:
     torch.manual_seed(3)
     encoder = {"dim": 16, "layers": 1, "heads": 2, "inner": 16, "kernel": 3}
-    model = Transducer(size, encoder, predictor=predictor, predictor_dim=16, joint_dim=32).eval()
+    model = Transducer(size, encoder, predictor=predictor, predictor_dim=16, joint_dim=32, **options).eval()
     with torch.no_grad():
         model.joint.output.weight.mul_(sharp)
         model.joint.output.bias[BLANK] += 1.0
@@ -205,3 +205,34 @@ def test_greedys_score_and_confidence_are_its_paths() -> None:
     assert said == len(found.units) > 3
     assert found.score == pytest.approx(score, abs=1e-4)
     assert found.confidence == pytest.approx(sure, abs=1e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_unit_ends_its_frame_in_a_model_of_one_unit_a_state(fused: bool) -> None:
+    """All paths of four frames, each with a blank or one unit, and no blank behind the unit."""
+    model = small_model(3, sharp=3.0, durations=(1,))
+    torch.manual_seed(8)
+    states = torch.randn(1, 4, 16)
+    bigram = Bigram(np.random.default_rng(0).normal(size=(3, 3))) if fused else None
+    expected: dict[tuple[int, ...], float] = {}
+    for path in itertools.product(range(3), repeat=4):
+        units: tuple[int, ...] = ()
+        score = 0.0
+        for t, unit in enumerate(path):
+            score += log_probabilities(model, states[0, t], units, 0.0)[unit]
+            units += (unit,) if unit else ()
+        expected[units] = np.logaddexp(expected.get(units, -np.inf), score)
+    assert np.exp(list(expected.values())).sum() == pytest.approx(1)
+    if bigram is not None:
+        for units in expected:
+            expected[units] += sum(float(bigram.table[a, b]) for a, b in zip((0, *units), (*units, 0)))
+    search = Beam(model, 1, width=len(expected), fusion=bigram)
+    search.feed(states, torch.tensor([4]))
+    found = {tuple(e.units): e.score for e in search.finish()[0]}
+    assert found == pytest.approx(expected, abs=1e-4) and len(found) == 31
+    greedy, units = greedy_search(model, 1), ()
+    greedy.feed(states, torch.tensor([4]))
+    for state in states[0]:
+        best = int(log_probabilities(model, state, units, 0.0).argmax())
+        units += (best,) if best else ()
+    assert tuple(greedy.finish()[0][0].units) == units

@@ -54,11 +54,11 @@ def speech(corpora: Path, source: str, count: int = 2) -> list[np.ndarray]:
     return [read_audio(p)[: 16_000 * 5] for p in paths[:: len(paths) // count][:count]]
 
 
-def sherpa_texts(folder: Path, audio: Sequence[np.ndarray], suffix: str = "") -> list[str]:
+def sherpa_texts(folder: Path, audio: Sequence[np.ndarray], suffix: str = "", **options: Any) -> list[str]:
     """What sherpa-onnx hears in each, all decoded in one batch."""
     import sherpa_onnx
 
-    recogniser = sherpa_onnx.OfflineRecognizer.from_transducer(**_files(folder, suffix))
+    recogniser = sherpa_onnx.OfflineRecognizer.from_transducer(**{**_files(folder, suffix), **options})
     streams = []
     for samples in audio:
         streams.append(recogniser.create_stream())
