@@ -52,7 +52,9 @@ class Batch:
         if device.type == "cpu":
             return self
         # Lengths and targets stay on the CPU: the loss checks them there without a synchronisation.
-        features = self.features.pin_memory().to(device, non_blocking=True)
+        features = (self.features.pin_memory() if self.features.numel() else self.features).to(
+            device, non_blocking=True
+        )
         transfer = {k: t.pin_memory().to(device, non_blocking=True) for k, t in self.transfer.items()}
         return replace(self, features=features, transfer=transfer)
 

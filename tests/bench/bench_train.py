@@ -36,7 +36,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent))
 from measuring import NO_BAR, Row, beside, ratio, rounds, write_table
 
-from stillhouse.data.batches.loader import Batch
+from stillhouse.data.batches.loader import Batch, prefetch
 from stillhouse.data.manifest import read_manifest, write_manifest
 from stillhouse.data.units import train_units
 from stillhouse.train.config import Config, learning_rate, load_config
@@ -109,7 +109,7 @@ class Ours:
 
     def __init__(self, config: Config, folder: Path) -> None:
         self.trainer = Trainer(config, folder)
-        self.batches = self.trainer._batches()
+        self.batches = prefetch(self.trainer.sampler, self.trainer.loader.load, epoch=0, position=0)
         self.watch: Any = LossWatch()
         self.frames = 0
         self.loss: list[float] = []

@@ -12,8 +12,11 @@ from tones import tones
 
 from stillhouse.cli import cli
 from stillhouse.data.manifest import Utterance, read_manifest, write_manifest
+from stillhouse.extract.pipeline.extract import extract
+from stillhouse.extract.pipeline.request import Request
+from stillhouse.extract.teacher.model import load_teacher
 
-__all__ = ["ears", "store", "texts", "tones"]
+__all__ = ["ears", "states", "store", "texts", "tones"]
 
 
 @pytest.fixture(scope="session")
@@ -53,4 +56,13 @@ def texts(tones: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = [" ".join("ab" if (i >> k) % 2 else "cd" for k in range(1 + i % 5)) for i in range(150)]
     path = tmp_path_factory.mktemp("texts") / "corpus.jsonl"
     write_manifest(path, [*spoken, *(Utterance(id=f"t{i}", text=w, split="text") for i, w in enumerate(words))])
+    return path
+
+
+@pytest.fixture(scope="session")
+def states(texts: Path, minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `store`, of the tones and of the texts without audio."""
+    path = tmp_path_factory.mktemp("states") / "teacher.zarr"
+    request = Request("minilm", [0, 3, 6], ["alone", "both:8"])
+    extract(path, read_manifest(texts), load_teacher(str(minilm), device="cpu"), request)
     return path

@@ -123,13 +123,21 @@ def hunt(tones: Path, out: Path, cases: list[tuple[str, list[str], int, int]]) -
     return told
 
 
-def test_killed_anywhere_it_ends_as_it_would_have(tones: Path, shards: Path, source: Path, tmp_path: Path) -> None:
+def of_text(texts: Path) -> dict[str, Any]:
+    """Settings of texts without audio, of which an epoch has some steps."""
+    own = {"text__split": "text", "text__lines": 40, "text__pretrain_steps": 6, "model__joint": "additive"}
+    return {"data__corpus": str(texts), "transfer__on_missing": "skip", **own}
+
+
+def test_killed_anywhere_it_ends_as_it_would_have(
+    tones: Path, texts: Path, shards: Path, source: Path, tmp_path: Path
+) -> None:
     rng = random.Random(5)
     init = {"init__source": str(source), "init__freeze": ["encoder:1"]}
     few = {"run.checkpoint_every": 2}
     several = [
         drawn(rng, shards, run__precision="bfloat16", optim__ema=0.9,
-              transfer__mixing="sample", data__mix_shards=1, transfer__aligner="attention"),
+              transfer__mixing="sample", data__mix_shards=1, transfer__aligner="attention", **of_text(texts)),
         drawn(rng, shards, run__precision="float32", optim__ema=0, transfer__mixing="learned",
               transfer__aligner="cif", run__log_every=3, **init),
     ]  # fmt: skip
@@ -147,3 +155,16 @@ def test_killed_anywhere_with_any_settings(tones: Path, shards: Path, source: Pa
     cases = [(str(i), drawn(rng, shards, **rng.choice(inits)), 8, i) for i in range(6)]
     told = hunt(tones, tmp_path, cases)
     assert sum(found["killed"] for found in told) >= 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_anywhere_with_text_and_any_settings(
+    tones: Path, texts: Path, states: Path, tmp_path: Path, seed: int
+) -> None:
+    rng = random.Random(200 + seed)
+    aligners = ["predictor", "predictor", "occupancy"]
+    settings = (of_text(texts) | {"loss__kind": "full", "transfer__aligner": aligner} for aligner in aligners)
+    cases = [(str(i), drawn(rng, states, **own), 6, i) for i, own in enumerate(settings)]
+    told = hunt(tones, tmp_path, cases)
+    assert sum(found["killed"] for found in told) >= 12

@@ -15,9 +15,6 @@ from safetensors.torch import load_file
 from stillhouse.data.errors import ConfigError, CorpusError, NoStoreError, StaleError
 from stillhouse.data.manifest import Utterance, read_manifest, write_manifest
 from stillhouse.data.units import BLANK, Units
-from stillhouse.extract.pipeline.extract import extract
-from stillhouse.extract.pipeline.request import Request
-from stillhouse.extract.teacher.model import load_teacher
 from stillhouse.train.config import learning_rate, load_config, transfer_weights
 from stillhouse.train.loop.trainer import Trainer
 from stillhouse.train.model.build import build_model
@@ -46,15 +43,6 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 def equal(ours: Path, theirs: Path) -> bool:
     a, b = weights(ours), weights(theirs)
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-@pytest.fixture(scope="module")
-def states(texts: Path, minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of the tones' and the texts' states."""
-    path = tmp_path_factory.mktemp("states") / "teacher.zarr"
-    teacher = load_teacher(str(minilm), device="cpu")
-    extract(path, read_manifest(texts), teacher, Request("minilm", [6], ["alone"]))
-    return path
 
 
 @torch.no_grad()

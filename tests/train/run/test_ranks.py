@@ -78,9 +78,13 @@ def test_two_ranks_compute_the_losses_of_one_process_and_one_goes_on_from_two(
 
 
 @pytest.mark.slow
-def test_whatever_a_run_transfers_two_ranks_compute_what_one_does(tones: Path, store: Path, tmp_path: Path) -> None:
+def test_whatever_a_run_transfers_two_ranks_compute_what_one_does(
+    tones: Path, texts: Path, states: Path, store: Path, tmp_path: Path
+) -> None:
     views = [*EXACT, "optim.steps=12", f"transfer.stores={store}", 'transfer.views=["minilm/*/3,6"]']
     few, contrast = "data.batch_frames=250", "transfer.distance=contrastive"
+    text = [f"data.corpus={texts}", "text.split=text", "text.lines=5", "text.pretrain_steps=6"]
+    text += [f"transfer.stores={states}", "transfer.aligner=predictor", "transfer.mixing=learned"]
     both(
         tones,
         tmp_path,
@@ -95,6 +99,7 @@ def test_whatever_a_run_transfers_two_ranks_compute_what_one_does(tones: Path, s
                 *("optim.steps=12", f"transfer.stores={store}", few, "transfer.a.views=minilm/*/3"),
                 *("transfer.a.distance=contrastive", "transfer.b.views=minilm/*/6", "transfer.b.aligner=predictor"),
             ],
+            "text": [*views, contrast, *text],
             "pruned": [*EXACT, "optim.steps=50", "loss.kind=pruned"],
             "chunks": [*EXACT, "optim.steps=12", "model.chunk_frames=16", "model.chunk_choices=[0,8,16]"],
         },
