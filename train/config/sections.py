@@ -108,12 +108,10 @@ class LossSection(ConfigSection):
             raise ValueError(
                 "loss.inter_ctc_layers needs loss.ctc_weight above 0, because its loss is a share of the CTC loss"
             )
-        fits = len(set(self.durations)) == len(self.durations) and {0, 1} <= set(self.durations)
-        if not fits and self.durations != [1]:
-            raise ValueError(
-                f"loss.durations = {self.durations} must differ and include 0 and 1, or some transcripts fit no "
-                "frames. For at most one unit in an encoder state they are [1]"
-            )
+        d = self.durations
+        if d != [1] and (len(set(d)) < len(d) or not {0, 1} <= set(d)):
+            rule = "must differ and include 0 and 1, or some transcripts fit no frames, or be [1]: one unit a state"
+            raise ValueError(f"loss.durations = {d} {rule}")
         return self
 
 

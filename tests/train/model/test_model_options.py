@@ -227,6 +227,7 @@ def test_a_seed_makes_the_weights_that_it_has_always_made(tmp_path: Path) -> Non
         (["loss.inter_ctc_layers=[1]", "loss.ctc_weight=0"], "loss.inter_ctc_layers needs loss.ctc_weight above 0"),
         (["loss.durations=[0, 2, 4]"], "include 0 and 1"),
         (["loss.durations=[0, 1, 1]"], "must differ"),
+        (["loss.durations=[2]"], "or be [1]: one unit a state"),
         (["model.chunk_frames=10"], "multiple of model.subsampling = 4"),
         (["model.chunk_choices=[8, -4]"], "model.chunk_choices"),
         (["model.joint=concatenated"], "model.joint"),
