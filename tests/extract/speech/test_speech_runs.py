@@ -70,6 +70,7 @@ def test_killed_at_crash_points(calm: tuple[Path, Path, Path], tmp_path: Path) -
     assert verify(Store.open(tmp_path / "s")) == []
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same_bytes(calm: tuple[Path, Path, Path], tmp_path: Path) -> None:
     corpus, model, whole = calm
     teacher = speech(corpus, model)

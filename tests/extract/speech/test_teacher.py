@@ -244,7 +244,7 @@ def test_frames_are_counted_without_the_model(name: str, tmp_path: Path) -> None
     """Of every length around the first frames, and of windows over audio that is too long for one."""
     encoder = load_encoder(str(saved(name, tmp_path)))
     encoder.longest_s = min(encoder.longest_s, 2.0)
-    sizes = [*range(395, 4200, 173), 399, 400, 401, 559, 560, 561, 719, 720, 31999, 32000, 32001, 61234, 150001]
+    sizes = [399, 400, 401, 559, 560, 561, 719, 720, 1999, 2500, 4099, 31999, 32000, 32001, 61234]
     for size in sizes:
         frames = encoder.frames(size)
         if frames:
