@@ -61,6 +61,8 @@ def export(
     exported = export_run(run, out, kind, which=checkpoint, int8=quantise is not None, frontend=front, **settings)
     click.echo(json.dumps(asdict(exported), ensure_ascii=False) if as_json else exported.folder)
     click.echo(f"step {exported.step}: {', '.join(exported.files)}", err=True)
+    if "joiner.beam.onnx" in exported.files:
+        click.echo("sherpa-onnx: joiner.onnx is for greedy_search, joiner.beam.onnx for modified_beam_search", err=True)
     if kind == "onnx" and exported.unfit_for_sherpa:
         click.echo(f"sherpa-onnx cannot run this model: {exported.unfit_for_sherpa}", err=True)
 
