@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stillhouse.data.errors import ConfigError, CorpusError, NoStoreError, StaleError
+from stillhouse.data.errors import ConfigError, CorpusError, NoStoreError, StaleError, StillhouseError
 from stillhouse.data.manifest import Utterance, read_manifest, write_manifest
 from stillhouse.data.units import BLANK, Units
 from stillhouse.train.config import learning_rate, load_config, transfer_weights
@@ -241,6 +241,21 @@ def test_texts_that_cannot_be_learned_are_counted_and_named(tones: Path, texts: 
         Trainer(load_config(tones / "run.toml", [*QUIET, "text.split=train"]), tmp_path / "other")
     with pytest.raises(CorpusError, match="no utterance has split nowhere"):
         Trainer(load_config(tones / "run.toml", [*QUIET, "text.split=nowhere"]), tmp_path / "other")
+
+
+def test_a_text_without_a_finite_loss_changes_nothing_and_is_named(tones: Path, texts: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    changes = text(texts, "text.pretrain_steps=2", "optim.steps=4", "run.bad_steps=2", "text.lines=2")
+    trainer = Trainer(load_config(tones / "run.toml", changes), tmp_path / "run", said.append)
+    with torch.no_grad():
+        trainer.model.joint.output.bias.fill_(float("nan"))
+    before = trainer.model.predictor.embedding.weight.clone()
+    with pytest.raises(StillhouseError, match="2 steps in a row have no finite loss and gradient"):
+        trainer.run()
+    assert torch.equal(trainer.model.predictor.embedding.weight, before)
+    named = next(line for line in said if line.startswith("step 0: skipped, no finite loss: t"))
+    kept = load_file(tmp_path / "run/bad/step-0.safetensors")
+    assert "step-0.safetensors" in named and kept["targets"].shape[0] == 2 and not kept["features"].numel()
 
 
 def test_other_texts_than_the_run_began_with_are_refused_by_name(tones: Path, texts: Path, tmp_path: Path) -> None:
