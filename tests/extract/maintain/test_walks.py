@@ -86,7 +86,7 @@ class Walk:
         """Compare what `extract` says has changed with what has changed."""
         fresh, store = self.fresh(), Store.open(self.root)
         record = teacher_record(self.teacher, self.request)
-        change = diff_corpus(store.plan, self.corpus, record, self.teacher.tokeniser)
+        change = diff_corpus(store.plan, self.corpus, record, self.teacher)
         texts = {u.id: hash_text(u.text) for u in self.utterances}
         known = [i for i in store.utterance_ids if i in texts]
         same = [i for i, h in zip(known, store.text_hash(known) if known else []) if int(h) == texts[i]]

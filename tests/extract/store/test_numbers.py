@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def told(root: Path, *more: str) -> tuple[int, str]:
 
 
 def advises_itself(said: str) -> bool:
-    return "inspect verify" in said.replace("inspect verify STORE --data --repair", "")
+    return "inspect verify" in re.sub("inspect verify STORE (--data )?--repair", "", said)
 
 
 def numbers(value: Any) -> list[tuple]:

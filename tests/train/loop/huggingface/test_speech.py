@@ -77,7 +77,7 @@ def heard(hf: SimpleNamespace, tmp_path: Path) -> SimpleNamespace:
     assert result.exit_code == 0, result.output
     settings = {
         "stores": [str(hf.zarr), str(tmp_path / "ear.zarr")],
-        "speech": {"views": "ear/alone/2", "aligner": "frames", "layers": [2], "sampled_states": 0, "weight": 0.2},
+        "speech": {"views": "ear/alone/2", "aligner": "frames", "layers": [2], "state_share": 1, "weight": 0.2},
     }
     return SimpleNamespace(folder=tmp_path, examples=examples, settings=settings, utterances=utterances)
 
