@@ -10,6 +10,7 @@ import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ...data.errors import StaleError, UsageError
 from ...data.text import check_transform
@@ -93,11 +94,13 @@ def teacher_record(teacher: AnyTeacher, request: Request) -> TeacherRecord:
     contexts = list(dict.fromkeys(request.contexts))
     if isinstance(teacher, SpeechTeacher):
         request.check_speech(teacher.source)
-        return _with_fingerprints(_speech_record(teacher, request, layers, contexts))
-    t = teacher.tokeniser
-    text_limit = teacher.window - len(t.prefix) - len(t.suffix)
-    for name in contexts:
-        check_context(parse_context(name), teacher.kind, text_limit)
+        reads = _audio_settings(teacher)
+    else:
+        t = teacher.tokeniser
+        text_limit = teacher.window - len(t.prefix) - len(t.suffix)
+        for name in contexts:
+            check_context(parse_context(name), teacher.kind, text_limit)
+        reads = _text_settings(t, request)
     if not layers or not contexts:
         raise UsageError("nothing to extract", expected="at least one layer and one context")
     dtype_of(request.dtype).check_width(teacher.width)
@@ -108,14 +111,6 @@ def teacher_record(teacher: AnyTeacher, request: Request) -> TeacherRecord:
         architecture=teacher.architecture,
         revision=teacher.revision,
         weights_hash=teacher.weights_hash(),
-        tokenizer_hash=t.hash,
-        transform=request.transform,
-        join=request.join,
-        join_ids=t.join_ids(request.join),
-        prefix_ids=t.prefix,
-        suffix_ids=t.suffix,
-        leading_space=t.leading_space,
-        space_by_script=isinstance(t, Tokeniser) and t.space_by_script,
         width=teacher.width,
         depth=teacher.depth,
         window=teacher.window,
@@ -124,45 +119,45 @@ def teacher_record(teacher: AnyTeacher, request: Request) -> TeacherRecord:
         contexts=contexts,
         layers=layers,
         about=teacher.about,
+        **reads,
     )
-    return _with_fingerprints(record)
-
-
-def _with_fingerprints(record: TeacherRecord) -> TeacherRecord:
     views = [(c, k) for c in record.contexts for k in record.layers]
     return replace(record, fingerprints={f"{c}/{k}": view_fingerprint(record, c, k) for c, k in views})
 
 
-def _speech_record(teacher: SpeechTeacher, request: Request, layers: list[int], contexts: list[str]) -> TeacherRecord:
-    """The record of a speech teacher. In the place of a tokenizer stands what turns audio into the model's input."""
+def _text_settings(t: Tokeniser, request: Request) -> dict[str, Any]:
+    """The fields of a record that say how a language model reads text."""
+    return {
+        "tokenizer_hash": t.hash,
+        "transform": request.transform,
+        "join": request.join,
+        "join_ids": t.join_ids(request.join),
+        "prefix_ids": t.prefix,
+        "suffix_ids": t.suffix,
+        "leading_space": t.leading_space,
+        "space_by_script": isinstance(t, Tokeniser) and t.space_by_script,  # Tests bring tokenisers of their own.
+    }
+
+
+def _audio_settings(teacher: SpeechTeacher) -> dict[str, Any]:
+    """The fields of a record that say how a speech encoder reads audio.
+
+    In the place of a tokenizer stands what turns audio into the model's input.
+    """
     encoder = teacher.encoder
-    return TeacherRecord(
-        name=check_teacher_name(request.name),
-        kind=teacher.kind,
-        model=teacher.source,
-        architecture=teacher.architecture,
-        revision=teacher.revision,
-        weights_hash=teacher.weights_hash(),
-        tokenizer_hash=encoder.input_hash(),
-        transform="none",
-        join="",
-        join_ids=[],
-        prefix_ids=[],
-        suffix_ids=[],
-        leading_space=False,
-        width=teacher.width,
-        depth=teacher.depth,
-        window=teacher.window,
-        dtype=request.dtype,
-        model_dtype=teacher.dtype,
-        contexts=contexts,
-        layers=layers,
-        about=teacher.about,
-        axis="frame",
-        rate_hz=encoder.rate_hz,
-        offset_s=encoder.offset_s,
-        sample_rate_hz=encoder.sample_rate_hz,
-    )
+    return {
+        "tokenizer_hash": encoder.input_hash(),
+        "transform": "none",
+        "join": "",
+        "join_ids": [],
+        "prefix_ids": [],
+        "suffix_ids": [],
+        "leading_space": False,
+        "axis": "frame",
+        "rate_hz": encoder.rate_hz,
+        "offset_s": encoder.offset_s,
+        "sample_rate_hz": encoder.sample_rate_hz,
+    }
 
 
 _SETTINGS = {

@@ -222,6 +222,16 @@ def test_audio_that_cannot_be_read(encoder: SpeechEncoder, sounds: Path, tmp_pat
     assert len(extracted(encoder, corpus, root)[0].views) == 1
 
 
+def test_codes_that_do_not_cut_the_states_are_refused_before_anything_is_written(
+    whisper: Path, sounds: Path, tmp_path: Path
+) -> None:
+    width = load_encoder(str(whisper)).width
+    assert width % 7
+    refused = extract(sounds, tmp_path / "s", whisper, "--layers", "1", "--dtype", "pq:7", code=1)
+    assert f"pq:7 cannot cut states of width {width} into 7 equal parts" in str(refused.exception)
+    assert not (tmp_path / "s" / "store.json").exists()
+
+
 def test_what_only_texts_have(whisper: Path, sounds: Path, tmp_path: Path) -> None:
     for options, said in {
         ("--context", "both:8"): "hears an utterance alone, and not both:8",
