@@ -43,17 +43,20 @@ def frames_at(record: TeacherRecord, seconds: np.ndarray | float) -> np.ndarray:
     return np.floor((np.asarray(seconds) - record.offset_s) * record.rate_hz + 0.5).astype(np.int64)
 
 
+def count_frames(store: Store, utterance: str, teacher: str) -> int:
+    """Return how many frames an utterance has."""
+    return int(store.row_lengths(teacher, store.rows([utterance], teacher))[0])
+
+
 def frames_of(store: Store, utterance: str, teacher: str) -> list[FrameFacts]:
     """Return when each frame of an utterance is."""
-    count = int(store.row_lengths(teacher, store.rows([utterance], teacher))[0])
-    times = spans(store.plan.teachers[teacher], np.arange(count))
+    times = spans(store.plan.teachers[teacher], np.arange(count_frames(store, utterance, teacher)))
     return [FrameFacts(begin, end) for begin, end in times.tolist()]
 
 
 def find_frame(store: Store, utterance: str, teacher: str, seconds: float) -> int:
     """Return the number of the frame at a time. Raises NoStoreError if the audio's frames end before it."""
-    count = int(store.row_lengths(teacher, store.rows([utterance], teacher))[0])
-    record = store.plan.teachers[teacher]
+    count, record = count_frames(store, utterance, teacher), store.plan.teachers[teacher]
     if not count:
         raise NoStoreError("it has no frames, because it has no audio or too little", where=utterance)
     frame, last = max(0, int(frames_at(record, seconds))), float(spans(record, count - 1)[1])

@@ -19,7 +19,7 @@ import numpy as np
 from ....data.errors import NoStoreError, UsageError
 from ...store import Gathered, Store, View, to_float32
 from ..facts.utterance import TokenFacts, newest_text, plain, spelt, tokens_of
-from ..frames import find_frame, frames_of, is_speech, middles
+from ..frames import count_frames, find_frame, frames_of, is_speech, middles
 from ..sample import OnProgress, blocks, counted, ids_of, ignore, locate, read_states, sample_rows
 
 
@@ -101,7 +101,8 @@ def nearest(
     speech = is_speech(store, view.teacher)
     own: list[TokenFacts] = []
     if isinstance(word, float):
-        own_tokens, length = [find_frame(store, utterance, view.teacher, word)], _length(store, view, utterance)
+        own_tokens = [find_frame(store, utterance, view.teacher, word)]
+        length = count_frames(store, utterance, view.teacher)
     else:
         own = tokens_of(store, utterance, view.teacher)
         own_tokens, length = find_word(own, word, utterance), len(own)
@@ -181,10 +182,6 @@ def _neighbour(store: Store, view: View, cosine: float, row: int, token: int) ->
         return Neighbour(round(cosine, 6), utterance, token, "", text, 0, 0, time_s)
     tokens = tokens_of(store, utterance, view.teacher)
     return Neighbour(round(cosine, 6), utterance, token, tokens[token].piece, *marked(tokens, token))
-
-
-def _length(store: Store, view: View, utterance: str) -> int:
-    return int(store.row_lengths(view.teacher, store.rows([utterance], view.teacher))[0])
 
 
 def _time(store: Store, view: View, frame: int) -> float | None:
