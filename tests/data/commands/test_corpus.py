@@ -8,25 +8,12 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-import pytest
-from click.testing import CliRunner, Result
+from commands import stillhouse
 
-from stillhouse.cli import cli
 from stillhouse.data.errors import CorpusError, PartialError, StaleError, UsageError
 from stillhouse.data.features.compute import FeatureFile
 from stillhouse.data.manifest import Corpus, read_manifest
 from stillhouse.data.units import load_units
-
-
-def stillhouse(*args: object, code: int = 0, error: type[Exception] | None = None, match: str = "") -> Result:
-    result = CliRunner().invoke(cli, [str(a) for a in args])
-    if error is not None:
-        with pytest.raises(error, match=match):
-            assert result.exception is not None
-            raise result.exception
-    else:
-        assert result.exit_code == code, (result.output, result.exception)
-    return result
 
 
 def test_from_a_table_to_features_and_units(make_corpus: Callable[..., Corpus], tmp_path: Path) -> None:

@@ -8,9 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from commands import stillhouse
 
-from stillhouse.cli import cli
 from stillhouse.data.batches.loader import BatchLoader
 from stillhouse.data.batches.sampler import BatchSampler
 from stillhouse.data.corpus.split import is_held_out, is_test
@@ -20,17 +19,6 @@ from stillhouse.data.files.lock import FileLock
 from stillhouse.data.manifest import Corpus, Utterance, read_manifest, write_manifest
 from stillhouse.data.units import train_units
 from stillhouse.train.run.identity import data_identity
-
-
-def stillhouse(*args: object, code: int = 0, error: type[Exception] | None = None, match: str = "") -> Result:
-    result = CliRunner().invoke(cli, [str(a) for a in args])
-    if error is not None:
-        with pytest.raises(error, match=match):
-            assert result.exception is not None
-            raise result.exception
-    else:
-        assert result.exit_code == code, (result.output, result.exception)
-    return result
 
 
 def texts(tmp_path: Path, *lines: str, name: str = "novel.txt") -> Path:

@@ -210,28 +210,33 @@ def test_extending_keeps_what_is_there(tmp_path: Path, bert: Path) -> None:
         extract(tmp_path / "a", corpus, loaded(bert), Request("t", [0], ["alone"]))
 
 
-def test_killed_at_every_phase(tmp_path: Path, bert: Path) -> None:
-    """Also before and after the norms are committed: writers that come later agree on one set of them."""
+def check_kills(folder: Path, bert: Path, dtype: str, phases: list[str]) -> None:
+    """Kill writers of a store in turn at these phases. The last one has to leave the bytes of an undisturbed run."""
     from stillhouse.data.manifest import write_manifest
 
     corpus = long_corpus()
-    write_manifest(tmp_path / "corpus.jsonl", corpus.utterances)
-    extract(tmp_path / "calm", corpus, loaded(bert), Request("t", [0, 2], ["alone", "both:4"], dtype="int8"))
-    phases = [
-        "before_link:1", "after_link:1", "mid_write:3", "before_rename:1", "mid_rename:1", "before_link:1",
-        "after_link:2",
-    ]  # fmt: skip
+    write_manifest(folder / "corpus.jsonl", corpus.utterances)
+    extract(folder / "calm", corpus, loaded(bert), Request("t", [0, 2], ["alone", "both:4"], dtype=dtype))
     driver = Path(__file__).parents[1] / "pipeline" / "crash_child.py"
-    command = [sys.executable, str(driver), str(tmp_path / "corpus.jsonl"), str(tmp_path / "s"), str(bert)]
+    command = [sys.executable, str(driver), str(folder / "corpus.jsonl"), str(folder / "s"), str(bert)]
     done = subprocess.run(
-        [*command, "alone,both:4", *phases], env=ENV | {"STILLHOUSE_TEST_DTYPE": "int8"},
+        [*command, "alone,both:4", *phases], env=ENV | {"STILLHOUSE_TEST_DTYPE": dtype},
         capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     log = [json.loads(line) for line in done.stdout.splitlines()]
     assert [entry["killed"] for entry in log] == [9] * len(phases) + [0]
-    assert tree(tmp_path / "s") == tree(tmp_path / "calm")
-    assert verify(Store.open(tmp_path / "s")) == []
+    assert tree(folder / "s") == tree(folder / "calm")
+    assert verify(Store.open(folder / "s")) == []
+
+
+def test_killed_at_every_phase(tmp_path: Path, bert: Path) -> None:
+    """Also before and after the norms are committed: writers that come later agree on one set of them."""
+    phases = [
+        "before_link:1", "after_link:1", "mid_write:3", "before_rename:1", "mid_rename:1", "before_link:1",
+        "after_link:2",
+    ]  # fmt: skip
+    check_kills(tmp_path, bert, "int8", phases)
 
 
 def test_values_that_no_float16_holds_and_values_that_are_none(tmp_path: Path, bert: Path) -> None:

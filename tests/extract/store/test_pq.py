@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +28,9 @@ from stillhouse.extract.teacher.forward import encode_by_products, encode_tensor
 from stillhouse.extract.teacher.model import load_teacher
 
 from ..conftest import loaded, make_corpus
-from ..pipeline.test_crash import ENV, tree
+from ..pipeline.test_crash import tree
 from ..pipeline.test_extract import long_corpus
+from .test_int8 import check_kills
 
 PQ = Request("bert", [0, 1, 2], ["alone", "both:4"], dtype="pq:4")
 VIEWS = [View("bert", c, k) for c in ("alone", "both:4") for k in (0, 1, 2)]
@@ -278,23 +276,8 @@ def test_samples_beyond_the_memory_are_run_by_layers(tmp_path: Path, bert: Path,
 
 def test_killed_at_every_phase(tmp_path: Path, bert: Path) -> None:
     """Also between codebooks and codes: writers that come later agree on one set of codebooks."""
-    from stillhouse.data.manifest import write_manifest
-
-    corpus = long_corpus()
-    write_manifest(tmp_path / "corpus.jsonl", corpus.utterances)
-    extract(tmp_path / "calm", corpus, loaded(bert), Request("t", [0, 2], ["alone", "both:4"], dtype="pq:4"))
     phases = ["before_link:1", "after_link:1", "mid_write:3", "before_rename:1", "mid_rename:1", "after_link:2"]
-    driver = Path(__file__).parents[1] / "pipeline" / "crash_child.py"
-    command = [sys.executable, str(driver), str(tmp_path / "corpus.jsonl"), str(tmp_path / "s"), str(bert)]
-    done = subprocess.run(
-        [*command, "alone,both:4", *phases], env=ENV | {"STILLHOUSE_TEST_DTYPE": "pq:4"},
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    log = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [entry["killed"] for entry in log] == [9] * len(phases) + [0]
-    assert tree(tmp_path / "s") == tree(tmp_path / "calm")
-    assert verify(Store.open(tmp_path / "s")) == []
+    check_kills(tmp_path, bert, "pq:4", phases)
 
 
 def test_large_states_fit_and_states_that_are_not_finite_are_named(tmp_path: Path, bert: Path, monkeypatch) -> None:

@@ -6,24 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from commands import stillhouse
 
-from stillhouse.cli import cli
 from stillhouse.data.errors import UsageError
 from stillhouse.data.manifest import Utterance, write_manifest
 from stillhouse.data.units import train_units
 from stillhouse.train.decode.ngram import read_arpa
-
-
-def stillhouse(*args: object, error: type[Exception] | None = None, match: str = "") -> Result:
-    result = CliRunner().invoke(cli, [str(a) for a in args])
-    if error is not None:
-        with pytest.raises(error, match=match):
-            assert result.exception is not None
-            raise result.exception
-    else:
-        assert result.exit_code == 0, (result.output, result.exception)
-    return result
 
 
 @pytest.fixture
