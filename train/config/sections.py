@@ -90,6 +90,12 @@ class LossSection(ConfigSection):
     ctc_weight: float = Field(0.3, ge=0, description="Weight of CTC on the encoder. With 0 there is no CTC head.")
     inter_ctc_layers: list[Positive] = Field([], description="Inner encoder layers, from 1, that get a CTC loss too.")
     inter_ctc_weight: float = Field(0.3, ge=0, le=1, description="Share of the inner layers in the CTC loss.")
+    consistency_weight: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the difference between the CTC outputs of two copies of an utterance, each with masks of "
+        "its own, such as 0.1. Each step then reads the batch twice. 0 reads it once.",
+    )
     fastemit: float = Field(0.0, ge=0, description="Lambda of FastEmit.")
     eps: Share = Field(1e-6, description="Lattice cells with a smaller occupancy get no gradient.")
     kind: Literal["full", "pruned", "tdt"] = Field(
@@ -107,6 +113,10 @@ class LossSection(ConfigSection):
         if self.inter_ctc_layers and not self.ctc_weight:
             raise ValueError(
                 "loss.inter_ctc_layers needs loss.ctc_weight above 0, because its loss is a share of the CTC loss"
+            )
+        if self.consistency_weight and not self.ctc_weight:
+            raise ValueError(
+                "loss.consistency_weight needs loss.ctc_weight above 0, because it compares the outputs of the CTC head"
             )
         d = self.durations
         if d != [1] and (len(set(d)) < len(d) or not {0, 1} <= set(d)):

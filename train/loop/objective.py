@@ -3,6 +3,10 @@
 With intermediate CTC (Lee and Watanabe 2021, arXiv 2102.03216), one head computes the CTC losses of several layers. The
 CTC term is then (1 - w) of the last layer's loss and w of the mean of the others'.
 
+With consistency (Yao et al. 2024, arXiv 2410.05101), the encoder reads two copies of each utterance, with masks of their
+own. The transducer and CTC losses are the means of the copies, and `consistency` is how far their CTC outputs differ.
+Transfers read the first copy, because the contrastive distance would take the second one's states for negatives.
+
 Guarantees: the transducer and CTC terms are sums over the batch, divided by its units. So a unit has the same weight in
 short and in long utterances.
 Try: `pytest tests/train/loop/test_trainer.py`.
@@ -23,7 +27,7 @@ from torch import Tensor
 from ...data.batches.loader import Batch, BatchLoader
 from ...data.batches.sampler import BatchSampler
 from ..config import Config, in_transfer
-from ..model.losses import ctc_cost, transducer_costs
+from ..model.losses import consistency_cost, ctc_cost, transducer_costs
 from ..model.transducer import BLANK, Transducer
 from ..rnnt import prune_ranges, rnnt_loss_simple
 from .batch_share import GlobalBatch, part_sizes
@@ -72,12 +76,16 @@ def losses(
     device = batch.features.device
     lengths = batch.feature_lengths.to(device)
     whole = whole or GlobalBatch([part_sizes(model, transfers, batch)])
-    units, settings = whole.units, config.loss
+    settings, size = config.loss, len(batch.ids)
+    copies = 2 if augment is not None and settings.consistency_weight else 1
+    units = whole.units * copies
     with timed("encoder"):
         features = model.encoder.normalise(batch.features, lengths)
         if augment is not None:
             masks = config.specaugment.masks(batch.frame_hz, batch.mel)
-            features = spec_augment(features, batch.feature_lengths, augment, part=batch.part, **masks)
+            mask = partial(spec_augment, features, batch.feature_lengths, augment, part=batch.part, **masks)
+            features = torch.cat([mask() for _ in range(copies)])
+            lengths = lengths.repeat(copies)
         layers = {name: config.transfer.transfers[name].layers for name in transfers}
         with autocast(device, precision):
             tapped = [*chain(*layers.values()), *settings.inter_ctc_layers]
@@ -85,16 +93,17 @@ def losses(
             states, state_lengths, taps = model.encoder(features, lengths, taps=tapped, generator=augment)
             e = model.joint.encoder(states)
             predicted = model.predictor(batch.targets.to(device))
-            p = model.joint.predictor(predicted)
+            p = model.joint.predictor(predicted).repeat(copies, 1, 1)
     with timed("loss"):
         # These are the numbers of state_lengths, without waiting for the device.
         on_cpu = model.encoder.output_lengths(batch.feature_lengths).to(torch.int32)
-        known = (batch.targets, on_cpu, batch.target_lengths)
+        targets, target_lengths = batch.targets.repeat(copies, 1), batch.target_lengths.repeat(copies)
+        known = (targets, on_cpu.repeat(copies), target_lengths)
         simple = ranges = None
         if model.simple is not None:
-            am, lm = model.simple(states.float(), predicted.float())
+            am, lm = model.simple(states.float(), predicted.float().repeat(copies, 1, 1))
             simple, gamma = rnnt_loss_simple(am, lm, *known, blank=BLANK, reduction="none")
-            ranges = prune_ranges(gamma, on_cpu, batch.target_lengths, max(settings.band, whole.band))
+            ranges = prune_ranges(gamma, *known[1:], max(settings.band, whole.band))
         terms = settings.model_dump(include={"eps", "fastemit", "sigma"})
         want = any(transfer.needs_occupancy for transfer in transfers.values())
         costs, occupancy = transducer_costs(model, e, p, *known, **terms, ranges=ranges, want_occupancy=want)
@@ -104,21 +113,28 @@ def losses(
             parts["simple"] = simple.detach().sum() / units
             total = total + settings.simple_weight * simple.sum() / units
         if model.ctc is not None:
-            labels = (state_lengths, batch.targets, batch.target_lengths)
-            ctc = ctc_cost(model.ctc(states), *labels)
+            labels = (state_lengths, targets, target_lengths)
+            scores = model.ctc(states)
+            ctc = ctc_cost(scores, *labels)
             parts["ctc"] = ctc.detach() / units
             if settings.inter_ctc_layers:
                 inter = torch.stack([ctc_cost(model.ctc(taps[n]), *labels) for n in settings.inter_ctc_layers]).mean()
                 parts["inter_ctc"] = inter.detach() / units
                 ctc = torch.lerp(ctc, inter, settings.inter_ctc_weight)
             total = total + settings.ctc_weight * ctc / units
+            if copies > 1:
+                unlike = consistency_cost(scores, state_lengths) / units
+                parts["consistency"] = unlike.detach()
+                total = total + settings.consistency_weight * unlike
     inputs: dict[str, list[Tensor]] = {}
     for name, transfer in transfers.items():
         with timed("transfer"):
-            states_of = [*([taps[n].float() for n in layers[name]] or [states.float()]), predicted.float()]
+            of_first = [x[:size] for x in ([taps[n] for n in layers[name]] or [states])]
+            states_of = [x.float() for x in (*of_first, predicted)]
             inputs[name] = [x.view_as(x) for x in states_of]  # The gradient of such a view is this transfer's alone.
             *encoded, after = inputs[name]
-            result = transfer(encoded, state_lengths, batch.transfer[name], occupancy, after, whole.transfer(name))
+            first = state_lengths[:size], batch.transfer[name], None if occupancy is None else occupancy[:size]
+            result = transfer(encoded, *first, after, whole.transfer(name))
             metric = partial(in_transfer, name=name)
             parts[metric("transfer")] = loss = result.loss.detach()
             parts |= {f"{metric('transfer')}/{view}": value for view, value in result.per_view.items()}
@@ -133,7 +149,7 @@ def losses(
     if not batch.share:  # A stand-in does what the other ranks do, and adds nothing.
         total = total * 0.0
         parts = {name: value if name.startswith("weight") else value * 0.0 for name, value in parts.items()}
-    return Losses(total, costs.detach(), parts, inputs)
+    return Losses(total, costs.detach().view(copies, size).mean(0), parts, inputs)
 
 
 @torch.no_grad()

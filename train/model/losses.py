@@ -131,3 +131,19 @@ def ctc_cost(scores: Tensor, lengths: Tensor, targets: Tensor, target_lengths: T
         reduction="sum",
         zero_infinity=True,
     )
+
+
+def consistency_cost(scores: Tensor, lengths: Tensor) -> Tensor:
+    """Return how far the two halves of a batch are from one another, summed over its frames (arXiv 2410.05101).
+
+    Arguments:
+        scores: [2B, T, V] before the softmax. Utterances b and B + b are two copies of one.
+        lengths: frames of each [2B].
+
+    In each frame it is the sum of the divergences KL(other || own) of the two copies. The other copy's distribution is
+    a target, to which no gradient flows.
+    """
+    own = scores.float().log_softmax(-1)
+    other = own.detach().roll(len(own) // 2, 0)
+    spoken = torch.arange(own.shape[1], device=own.device) < lengths.to(own.device)[:, None]
+    return (F.kl_div(own, other, reduction="none", log_target=True).sum(-1) * spoken).sum()

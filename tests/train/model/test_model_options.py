@@ -24,6 +24,7 @@ from stillhouse.distill.transfer import Transfer
 from stillhouse.train.config import Config, load_config
 from stillhouse.train.decode.greedy import Greedy, TdtGreedy, greedy_search
 from stillhouse.train.loop.objective import losses
+from stillhouse.train.loop.specaugment import spec_augment
 from stillhouse.train.model import losses as costs
 from stillhouse.train.model.build import build_model
 from stillhouse.train.model.losses import transducer_costs
@@ -200,6 +201,49 @@ def test_intermediate_ctc_is_a_share_of_the_ctc_loss(tmp_path: Path) -> None:
     torch.testing.assert_close(found.total, expected)
 
 
+@pytest.mark.parametrize("kind", ["full", "pruned", "tdt"])
+def test_consistency_trains_on_two_copies_with_masks_of_their_own(tmp_path: Path, kind: str) -> None:
+    """All terms and the gradient are those of the copies computed one by one, with the divergence of each frame."""
+    settings = [f"loss.kind={kind}", "loss.eps=0", "loss.ctc_weight=0.4", "loss.simple_weight=0.7"]
+    alone, both = config(tmp_path, *settings), config(tmp_path, *settings, "loss.consistency_weight=0.3")
+    assert weights_hash(build_model(alone, 9)) == weights_hash(build_model(both, 9))
+    net = build_model(both, 9).eval()  # without dropout
+    given = batch()
+    terms: dict[str, Any] = {"precision": "float32", "weights": {}}
+    found = losses(net, {}, given, both, augment=torch.Generator().manual_seed(3), **terms)
+    found.total.backward()
+    gradients = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    net.zero_grad()
+
+    generator = torch.Generator().manual_seed(3)
+    copies = [losses(net, {}, given, alone, augment=generator, **terms) for _ in range(2)]
+    generator = torch.Generator().manual_seed(3)
+    outputs = []
+    for _ in range(2):
+        features = net.encoder.normalise(given.features, given.feature_lengths)
+        masks = alone.specaugment.masks(given.frame_hz, given.mel)
+        features = spec_augment(features, given.feature_lengths, generator, **masks)
+        states, lengths, _ = net.encoder(features, given.feature_lengths)
+        assert net.ctc is not None
+        outputs.append(net.ctc(states).softmax(-1))
+    one, other = outputs
+    apart = torch.zeros(())
+    for b, frames in enumerate(lengths.tolist()):
+        for t in range(frames):
+            for own, target in ((one[b, t], other[b, t].detach()), (other[b, t], one[b, t].detach())):
+                apart = apart + (target * (target / own).log()).sum() / 2
+    assert float(apart.detach()) > 0.01
+    expected = (copies[0].total + copies[1].total) / 2 + 0.3 * apart / 11
+    torch.testing.assert_close(found.total, expected)
+    torch.testing.assert_close(found.parts["consistency"], apart.detach() / 11)
+    torch.testing.assert_close(found.costs, (copies[0].costs + copies[1].costs) / 2)
+    for name in ("rnnt", "ctc"):
+        torch.testing.assert_close(found.parts[name], (copies[0].parts[name] + copies[1].parts[name]) / 2)
+    expected.backward()
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(gradients[name], p.grad, atol=1e-5, rtol=1e-3, msg=name)
+
+
 def test_new_settings_leave_old_models_as_they_were(tmp_path: Path) -> None:
     """Chunks, intermediate CTC and causality have no weights: a seed makes the same model with and without."""
     first = weights_hash(build_model(config(tmp_path), 9))
@@ -225,6 +269,7 @@ def test_a_seed_makes_the_weights_that_it_has_always_made(tmp_path: Path) -> Non
     [
         (["loss.inter_ctc_layers=[3]"], "loss.inter_ctc_layers has 3, but with model.layers = 3 it may have 1 to 2"),
         (["loss.inter_ctc_layers=[1]", "loss.ctc_weight=0"], "loss.inter_ctc_layers needs loss.ctc_weight above 0"),
+        (["loss.consistency_weight=1", "loss.ctc_weight=0"], "loss.consistency_weight needs loss.ctc_weight above 0"),
         (["loss.durations=[0, 2, 4]"], "include 0 and 1"),
         (["loss.durations=[0, 1, 1]"], "must differ"),
         (["loss.durations=[2]"], "or be [1]: one unit a state"),
