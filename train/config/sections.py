@@ -93,8 +93,8 @@ class LossSection(ConfigSection):
     consistency_weight: float = Field(
         0.0,
         ge=0,
-        description="Weight of the difference between the CTC outputs of two copies of an utterance, each with masks of "
-        "its own, such as 0.1. Each step then reads the batch twice. 0 reads it once.",
+        description="Weight of the difference between the CTC outputs of two copies of an utterance with unlike masks, "
+        "such as 0.1. Each step then reads the batch twice. 0 reads it once.",
     )
     fastemit: float = Field(0.0, ge=0, description="Lambda of FastEmit.")
     eps: Share = Field(1e-6, description="Lattice cells with a smaller occupancy get no gradient.")

@@ -3,8 +3,8 @@
 With intermediate CTC (Lee and Watanabe 2021, arXiv 2102.03216), one head computes the CTC losses of several layers. The
 CTC term is then (1 - w) of the last layer's loss and w of the mean of the others'.
 
-With consistency (Yao et al. 2024, arXiv 2410.05101), the encoder reads two copies of each utterance, with masks of their
-own. The transducer and CTC losses are the means of the copies, and `consistency` is how far their CTC outputs differ.
+With consistency (Yao et al. 2024, arXiv 2410.05101), the encoder reads two copies of each utterance, with unlike masks.
+The transducer and CTC losses are the means of the copies, and `consistency` is how far their CTC outputs differ.
 Transfers read the first copy, because the contrastive distance would take the second one's states for negatives.
 
 Guarantees: the transducer and CTC terms are sums over the batch, divided by its units. So a unit has the same weight in
