@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from ...data.errors import TeacherError, UsageError
+from ..cpu_matmul import CpuMatmul, bfloat16_products, float32_products
 from .contexts import Window
-from .cpu_matmul import CpuMatmul, bfloat16_products, float32_products
 from .loading import DTYPES, check_folder, commit_of, first_line, read_pretrained
 from .passes import Passes, additive_mask, binary_mask, sizes_of, within_own_masks
 from .text.judge import check_vocabulary

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from stillhouse.extract.teacher import cpu_matmul as products
-from stillhouse.extract.teacher.cpu_matmul import CpuMatmul, bfloat16_products, float32_products
+from stillhouse.extract import cpu_matmul as products
+from stillhouse.extract.cpu_matmul import CpuMatmul, bfloat16_products
 from stillhouse.extract.teacher.model import Teacher, load_teacher
 
 TEACHERS = ["minilm", "bert", "gpt2", "llama"]
@@ -17,12 +17,11 @@ IDS = torch.tensor([[5, 7, 6, 8, 5, 11, 9], [9, 9, 5, 6, 7, 8, 30]])
 
 
 @pytest.fixture
-def amd(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pretend to be the processor on which float32 uses oneDNN."""
+def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretend that float32 is faster with oneDNN."""
     if not products._has_onednn():
         pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(products, "_vendor", lambda: "AuthenticAMD")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(products, "_is_onednn_faster", lambda: True)
 
 
 def plain(teacher: Teacher) -> list[torch.Tensor]:
@@ -31,7 +30,7 @@ def plain(teacher: Teacher) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("which", TEACHERS)
-def test_float32_is_float32(which: str, amd: None, request: pytest.FixtureRequest) -> None:
+def test_float32_is_float32(which: str, onednn: None, request: pytest.FixtureRequest) -> None:
     teacher = load_teacher(str(request.getfixturevalue(which)), device="cpu")
     assert teacher._products is not None
     for a, b in zip(teacher._plain(IDS), plain(teacher), strict=True):
@@ -52,12 +51,35 @@ def test_bfloat16_rounds_products_alone(which: str, request: pytest.FixtureReque
     assert [torch.equal(a, b) for a, b in zip(plain(teacher), exact)] == [True] * len(exact)  # the model is as it was
 
 
-def test_other_processors_keep_torchs_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_vendor", lambda: "GenuineIntel")
-    assert float32_products() is None
-    monkeypatch.setattr(products, "_vendor", lambda: "AuthenticAMD")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert float32_products() is None
+@pytest.mark.parametrize(
+    ("vendor", "vectors", "times_as_fast", "chosen"),
+    [
+        ("AuthenticAMD", "AVX512", 2.1, True),
+        ("AuthenticAMD", "AVX512", 0.9, True),  # as fast, within what measurements differ by
+        ("AuthenticAMD", "AVX512", 0.6, False),
+        ("AuthenticAMD", "AVX2", 1.1, False),
+        ("GenuineIntel", "AVX512", 1.1, False),
+        ("GenuineIntel", "AVX512", 1.6, True),
+        ("", "DEFAULT", 1.6, True),
+    ],
+)
+def test_a_clear_measurement_overrules_the_processor(
+    vendor: str, vectors: str, times_as_fast: float, chosen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_vendor", lambda: vendor)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
+    monkeypatch.setattr(products, "_times_as_fast", lambda *_: times_as_fast)
+    assert products._is_onednn_faster.__wrapped__() == chosen
+
+
+def test_what_is_measured() -> None:
+    def slow(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        for _ in range(20):
+            functional.linear(x, weight, bias)
+        return functional.linear(x, weight, bias)
+
+    assert products._times_as_fast(slow, functional.linear) > 2
+    assert products._times_as_fast(functional.linear, slow) < 0.5
 
 
 def test_a_model_that_does_not_run_with_them_runs_without(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
