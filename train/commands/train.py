@@ -138,10 +138,19 @@ def _train(
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Train so many runs at a time.")
 @click.option("--only", help="Run only these arms, with commas between them.")
 @click.option("--seeds", help="Run only these seeds, with commas between them.")
+@click.option("--choose", is_flag=True,
+              help="Run the alternatives of [choice] on held-out speech, and choose one for each arm.")  # fmt: skip
 @click.option("--table", "table_only", is_flag=True, help="Run nothing, and print the table of the finished runs.")
 @click.option("--json", "as_json", is_flag=True, help="Print the table as JSON instead of Markdown.")
 def study(
-    study: Path, out: Path | None, jobs: int, only: str | None, seeds: str | None, table_only: bool, as_json: bool
+    study: Path,
+    out: Path | None,
+    jobs: int,
+    only: str | None,
+    seeds: str | None,
+    choose: bool,
+    table_only: bool,
+    as_json: bool,
 ) -> None:
     """Train every arm of STUDY, a TOML file, with every seed, and compare their error rates.
 
@@ -150,21 +159,24 @@ def study(
     Each run is an ordinary run folder, OUT/ARM/seed-N. The table goes to standard output, and with plots to
     OUT/study.html.
 
+    If the study has a section [choice], start with --choose. It trains runs of other seeds in OUT/choice, decodes no
+    test set, and writes OUT/choice.json, whose settings all later runs take.
+
     Example: stillhouse study recipes/study-demo.toml --jobs 2
     """
     from dataclasses import asdict
 
     from ...data.files.outputs import check_folder
-    from ..study.definition import choose_runs, load_study
+    from ..study.choice import FILE, in_lines, make_choice
+    from ..study.definition import CHOICE, choose_runs, load_study
     from ..study.report import limit_text, markdown, write_reports
     from ..study.runs import StudyError, run_study
     from ..study.table import detectable_differences, mean_curves, tabulate
 
-    loaded = load_study(study, out or Path("runs") / study.stem)
-    own = {"study.json", *loaded.definition.arms}
-    check_folder(
-        loaded.out, lambda names: bool(names & own) or all(Path(n).suffix == ".log" for n in names), "a study's"
-    )
+    folder = out or Path("runs") / study.stem
+    loaded = load_study(study, folder, choosing=choose)
+    own = {"study.json", FILE, CHOICE, *loaded.definition.arms}
+    check_folder(folder, lambda names: bool(names & own) or all(Path(n).suffix == ".log" for n in names), "a study's")
     runs = choose_runs(loaded, only, seeds)
     failures: list[str] = []
     if not table_only:
@@ -177,6 +189,9 @@ def study(
     write_reports(table, loaded.out, mean_curves(loaded))
     click.echo(json.dumps(asdict(table), ensure_ascii=False) if as_json else markdown(table), nl=as_json)
     say(f"report: {loaded.out / 'study.html'}")
+    if loaded.choosing and not table.missing:
+        for line in in_lines(make_choice(table, loaded.choosing, folder)):
+            say(line)
     if failures:
         raise StudyError(
             f"{len(failures)} of {len(runs)} runs failed: {'; '.join(failures)}",

@@ -3,7 +3,7 @@
 from .fields import ConfigSection
 from .schedules import learning_rate, transfer_weight, transfer_weights
 from .sections import Config, InitSection, flatten, in_transfer
-from .toml import dump_config, load_config, read_toml, validated, without_removed
+from .toml import dump_config, load_config, merged, read_toml, validated, without_removed
 
 __all__ = [
     "Config",
@@ -14,6 +14,7 @@ __all__ = [
     "in_transfer",
     "learning_rate",
     "load_config",
+    "merged",
     "read_toml",
     "transfer_weight",
     "transfer_weights",

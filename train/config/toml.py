@@ -76,7 +76,7 @@ def validated(kind: type[Kind], layers: Sequence[Layer]) -> Kind:
     """
     tree: Mapping[str, Any] = {}
     for _, settings in layers:
-        tree = _merged(tree, settings)
+        tree = merged(tree, settings)
     try:
         return kind.model_validate(tree)
     except ValidationError as e:
@@ -87,11 +87,12 @@ def validated(kind: type[Kind], layers: Sequence[Layer]) -> Kind:
         raise ConfigError("; ".join(f"{source}: {'; '.join(texts)}" for source, texts in problems.items())) from None
 
 
-def _merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings, section by section, with `changes` in the place of what they replace."""
     both = dict(tree)
     for key, value in changes.items():
         below = both.get(key)
-        both[key] = _merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+        both[key] = merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
     return both
 
 

@@ -14,6 +14,12 @@ Try: `stillhouse study STUDY`.
     transfer.views = "minilm/alone/6"
     [arms.tuned]
     init.source = "runs/first/single/seed-{seed}"
+    [choice]                              # for --choose, which decodes no test set
+    seeds = [11]
+    [choice.arms.single.light]            # alternatives of the arm single, out of which one is chosen on dev
+    transfer.weight = 0.1
+    [choice.arms.single.heavy]
+    transfer.weight = 0.3
 """
 
 from __future__ import annotations
@@ -28,9 +34,10 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ...data.errors import ConfigError, UsageError
-from ..config import Config, ConfigSection, read_toml, validated
-from ..run.identity import flatten
+from ..config import Config, ConfigSection, flatten, merged, read_toml, validated
+from .choice import ChoiceSection, alternatives, chosen
 
+CHOICE = "choice"  # the folder of the runs that a choice is made by
 USUAL = ("none", "single")  # Arms are compared with these, if the study has them.
 SEED = "{seed}"  # in init.source, so that each run starts from the run of its own seed
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
@@ -51,6 +58,11 @@ class Definition(ConfigSection):
     against: list[str] | None = Field(
         None, description="Arms to compare with. By default `none` and `single`, or else the first."
     )
+    words: dict[str, Path] = Field(
+        {}, description="Classes of words with tables of their own: files of words, relative to the study's folder."
+    )
+    unseen: bool = Field(False, description="Show the words that no transcript of training has as a class of its own.")
+    choice: ChoiceSection | None = Field(None, description="Alternatives of arms, to choose from on held-out speech.")
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,12 @@ class Study:
     out: Path
     definition: Definition
     runs: tuple[StudyRun, ...]
+    choosing: ChoiceSection | None = None
+
+    def command(self, arm: str) -> str:
+        """Return the command that runs an arm."""
+        out, option = (self.out.parent, " --choose") if self.choosing else (self.out, "")
+        return f"stillhouse study {self.path}{option} --only {arm} --out {out}"
 
     @property
     def against(self) -> list[str]:
@@ -88,9 +106,28 @@ class Study:
         return sorted((run for run in self.runs if run.arm == arm), key=lambda run: run.seed)
 
 
-def load_study(path: Path, out: Path) -> Study:
-    """Read STUDY.toml, for runs in the folder `out`. Raises ConfigError, which names the file, arm and setting."""
+def load_study(path: Path, out: Path, *, choosing: bool = False) -> Study:
+    """Read STUDY.toml, for runs in the folder `out`.
+
+    With `choosing`, the arms are the alternatives of [choice], and their runs are in OUT/choice. Otherwise each arm
+    with alternatives gets those settings that were chosen.
+
+    Raises:
+        ConfigError: names the file, the arm and the setting.
+        UsageError: there is nothing to choose, or nothing was chosen yet.
+    """
     definition = validated(Definition, [(path, read_toml(path))])
+    _check_choice(definition, path)
+    choice = definition.choice
+    if choosing:
+        if choice is None:
+            raise UsageError("the study has nothing to choose", where=path, expected="a section [choice]")
+        changed = {"arms": alternatives(choice, definition.arms), "seeds": choice.seeds, "test": [choice.split]}
+        definition = definition.model_copy(update=changed | {"against": None, "choice": None})
+        out = out / CHOICE
+    elif choice is not None:
+        settled = {arm: merged(definition.arms[arm], changes) for arm, changes in chosen(choice, out).items()}
+        definition = definition.model_copy(update={"arms": definition.arms | settled})
     for arm in definition.arms:
         if not _NAME.fullmatch(arm):
             raise ConfigError(f"{arm!r} cannot be the name of an arm", where=path, expected="letters, digits, . _ + -")
@@ -115,7 +152,7 @@ def load_study(path: Path, out: Path) -> Study:
     runs.sort(key=lambda run: run.arm != _against(definition)[0])
     for run in runs:
         _check_comparable(runs[0], run, path)
-    return Study(path.stem, path, out, definition, tuple(runs))
+    return Study(path.stem, path, out, definition, tuple(runs), choice if choosing else None)
 
 
 def choose_runs(study: Study, arms: str | None, seeds: str | None) -> list[StudyRun]:
@@ -139,6 +176,23 @@ def changes_of_arms(study: Study) -> dict[str, str]:
         arm: ", ".join(f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in flatten(changes).items()) or "nothing"
         for arm, changes in study.definition.arms.items()
     }
+
+
+def _check_choice(definition: Definition, path: Path) -> None:
+    """Raise ConfigError unless a choice is made for arms of the study, with seeds and a split that do not test."""
+    choice = definition.choice
+    if choice is None:
+        return
+    if unknown := choice.arms.keys() - definition.arms.keys():
+        raise ConfigError(f"[choice] names {', '.join(sorted(unknown))}", where=path, expected="arms of the study")
+    if CHOICE in definition.arms:
+        raise ConfigError(f"an arm cannot be named {CHOICE}, beside a section [choice]", where=path)
+    if shared := set(choice.seeds) & set(definition.seeds):
+        what = f"[choice] has the study's seeds {', '.join(map(str, sorted(shared)))}"
+        raise ConfigError(what, where=path, expected="seeds of its own, or the test would favour what was chosen by it")
+    if choice.split in definition.test:
+        what = f"[choice] chooses on {choice.split}, which is a test of the study"
+        raise ConfigError(what, where=path, expected="a split that test does not have")
 
 
 def _against(definition: Definition) -> list[str]:

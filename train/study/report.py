@@ -14,7 +14,7 @@ from typing import Any
 
 from ...data.files.atomic import write_atomic
 from ..report.html import COLOURS, INK, Points, draw, figure, page
-from .table import ArmRow, Detectable, ErrorDifference, Estimate, Table
+from .table import ArmRow, ClassRow, Detectable, ErrorDifference, Estimate, Table
 
 INTERVALS = (
     "Intervals are bootstraps over utterances of the mean over seeds. Differences are paired by utterance and seed. "
@@ -41,7 +41,7 @@ def limit_text(limit: Detectable) -> str:
     )
 
 
-def difference_to(row: ArmRow, arm: str) -> ErrorDifference | None:
+def difference_to(row: ArmRow | ClassRow, arm: str) -> ErrorDifference | None:
     return next((d for d in row.differences if d.to == arm), None)
 
 
@@ -54,6 +54,23 @@ def _difference_tables(differences: Sequence[tuple[str, ErrorDifference]]) -> li
         return _markdown_table(("arm", "difference"), rows)
     by_seed = [(to, of) for (to, _), of in zip(texts, seeds, strict=True)]
     return [*_markdown_table(("arm", "difference"), texts), "", *_markdown_table(("arm", "by seed"), by_seed)]
+
+
+def _class_tables(table: Table, split: str) -> list[str]:
+    """Return a table for each class of words: how many of them are wrong, and the differences."""
+    lines: list[str] = []
+    of_split = [row for row in table.classes if row.split == split]
+    for name in dict.fromkeys(row.name for row in of_split):
+        rows = [row for row in of_split if row.name == name]
+        lines += ["", f"Words of the class “{name}”: {rows[0].words:,}. Share that is wrong, and the difference:", ""]
+        heads = ("arm", "wrong % (95 %)", *(f"to “{arm}”" for arm in table.against))
+        cells = []
+        for row in rows:
+            found = (difference_to(row, arm) for arm in table.against)
+            differences = ["" if d is None else f"{points(d.estimate, True)}; {d.verdict}" for d in found]
+            cells.append((row.arm, points(row.wrong), *differences))
+        lines += _markdown_table(heads, cells)
+    return lines
 
 
 def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -77,6 +94,7 @@ def markdown(table: Table) -> str:
             if differences:
                 lines += ["", f"{name} minus that of the arm “{arm}”: points (95 %); relative; verdict [by seed]", ""]
                 lines += _difference_tables(differences)
+        lines += _class_tables(table, split)
         losses = [["" if x is None else f"{x:.3f}" for x in (row.transfer, row.dev_loss)] for row in rows]
         training = [
             (row.arm, f"{row.steps:,}", f"{row.seconds / 60:.1f}", *of) for row, of in zip(rows, losses, strict=True)

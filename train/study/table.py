@@ -7,8 +7,9 @@ Try: `stillhouse study STUDY --table`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from ..score.hypotheses import read_hypotheses
 from ..score.wer import bootstrap_sums, error_counts
 from .definition import Study, StudyRun, changes_of_arms
 from .runs import check, done
+from .words import class_errors, word_classes
 
 RESAMPLES = 2_000
 # A two-sided test at 5 % finds a difference of so many standard errors with a probability of 4 in 5.
@@ -48,6 +50,21 @@ class ErrorDifference:
     relative: float
     by_seed: tuple[float, ...]
     verdict: str
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """How many of the reference words of a class one arm gets wrong on one split, averaged over its seeds.
+
+    words: how many words of the class the references have.
+    """
+
+    arm: str
+    split: str
+    name: str
+    words: int
+    wrong: Estimate
+    differences: tuple[ErrorDifference, ...]
 
 
 @dataclass(frozen=True)
@@ -87,6 +104,7 @@ class Table:
     """All results of a study.
 
     missing: runs that are not done.
+    classes: errors by class of words, if the study has classes.
     changes: what each arm changes, as TOML.
     commands: the command that runs each arm.
     """
@@ -97,6 +115,7 @@ class Table:
     rows: tuple[ArmRow, ...]
     detectable: tuple[Detectable, ...]
     missing: tuple[str, ...]
+    classes: tuple[ClassRow, ...]
     changes: dict[str, str]
     commands: dict[str, str]
 
@@ -110,12 +129,17 @@ class Table:
 
 @dataclass(frozen=True)
 class ArmErrors:
-    """Errors int [S, U] and reference lengths int [U] of one arm's S runs on one split, both by metric."""
+    """Errors int [S, U] and reference lengths int [U] of one arm's S runs on one split, by metric or class of words."""
 
     seeds: list[int]
     ids: list[str]
     errors: dict[str, np.ndarray]
     reference: dict[str, np.ndarray]
+
+    def estimate(self, metric: str) -> Estimate:
+        """Return the mean rate of the runs."""
+        value = self.errors[metric].sum(1).mean() / max(1, self.reference[metric].sum())
+        return _estimate(value, self.resampled_rates(metric).mean(1))
 
     def rates(self, metric: str) -> np.ndarray:
         """Return the error rate of each run, float64 [S]."""
@@ -136,9 +160,11 @@ def tabulate(study: Study) -> Table:
     check(study)
     definition = study.definition
     finished = {arm: [run for run in study.of(arm) if done(run, study)] for arm in definition.arms}
+    words = word_classes(study)
     rows: list[ArmRow] = []
+    classes: list[ClassRow] = []
     for split in definition.test:
-        arms = {arm: _read(runs, split) for arm, runs in finished.items() if runs}
+        arms = {arm: _read(runs, split, words) for arm, runs in finished.items() if runs}
         first = next(iter(arms), "")
         for arm, errors in arms.items():
             same = all(np.array_equal(errors.reference[m], arms[first].reference[m]) for m in errors.reference)
@@ -147,6 +173,7 @@ def tabulate(study: Study) -> Table:
             before = study.against[: study.against.index(arm)] if arm in study.against else study.against
             others = {to: arms[to] for to in before if to in arms}
             rows.append(_row(arm, split, finished[arm], errors, others, definition.metric))
+            classes += [_class_row(arm, split, name, errors, others) for name in words]
     return Table(
         study.name,
         definition.metric,
@@ -154,8 +181,9 @@ def tabulate(study: Study) -> Table:
         tuple(rows),
         tuple(detectable_differences(study)),
         tuple(str(run) for run in study.runs if not done(run, study)),
+        tuple(classes),
         changes_of_arms(study),
-        {arm: f"stillhouse study {study.path} --only {arm} --out {study.out}" for arm in definition.arms},
+        {arm: study.command(arm) for arm in definition.arms},
     )
 
 
@@ -212,19 +240,24 @@ def detectable(errors: ArmErrors, split: str, metric: str, arm: str, seeds: int)
     return Detectable(split, FOUND * (variance / seeds) ** 0.5, seeds, len(errors.ids), how)
 
 
-def _read(runs: Sequence[StudyRun], split: str) -> ArmErrors:
+def _read(
+    runs: Sequence[StudyRun], split: str, words: Mapping[str, frozenset[str]] = MappingProxyType({})
+) -> ArmErrors:
     texts: tuple[list[str], list[str]] | None = None  # ids, references
-    errors: dict[str, list[np.ndarray]] = {"wer": [], "cer": []}
+    errors: dict[str, list[np.ndarray]] = {}
     reference: dict[str, np.ndarray] = {}
     for run in runs:
         path = run.hypotheses(split)
         ids, refs, hyps = (list(column) for column in zip(*read_hypotheses(path)))
         if (ids, refs) != (texts := texts or (ids, refs)):
             raise _other_transcripts(path, runs[0].hypotheses(split))
-        for metric, rows in errors.items():
+        for metric in ("wer", "cer"):
             table = error_counts(refs, hyps, characters=metric == "cer")
-            rows.append(table[:, :3].sum(1))
+            errors.setdefault(metric, []).append(table[:, :3].sum(1))
             reference[metric] = table[:, 3]
+        for name, counts in class_errors(refs, hyps, words).items():
+            errors.setdefault(name, []).append(counts[:, 0])
+            reference[name] = counts[:, 1]
     return ArmErrors([run.seed for run in runs], ids, {m: np.stack(rows) for m, rows in errors.items()}, reference)
 
 
@@ -249,23 +282,25 @@ def _row(
     trained = [[m for m in records if m["kind"] == "train"] for records in metrics]
     ends = [m["transfer"] for records in trained for m in records[-max(1, len(records) // 10) :] if "transfer" in m]
     dev = [value for records in metrics for step, value in series(records, "rnnt", "dev") if step == steps]
-    wer, cer = (
-        _estimate(errors.errors[m].sum(1).mean() / max(1, errors.reference[m].sum()), errors.resampled_rates(m).mean(1))
-        for m in ("wer", "cer")
-    )
     differences = (_difference(errors, other, to, metric) for to, other in others.items())
     return ArmRow(
         arm,
         split,
         tuple(errors.seeds),
-        wer,
-        cer,
+        errors.estimate("wer"),
+        errors.estimate("cer"),
         tuple(d for d in differences if d is not None),
         steps,
         float(np.mean([sum(m["seconds"] for m in records) for records in trained])),
         float(np.mean(ends)) if ends else None,
         float(np.mean(dev)) if len(dev) == len(runs) else None,
     )
+
+
+def _class_row(arm: str, split: str, name: str, errors: ArmErrors, others: Mapping[str, ArmErrors]) -> ClassRow:
+    found = (_difference(errors, other, to, name) for to, other in others.items())
+    count = int(errors.reference[name].sum())
+    return ClassRow(arm, split, name, count, errors.estimate(name), tuple(d for d in found if d is not None))
 
 
 def _difference(own: ArmErrors, other: ArmErrors, to: str, metric: str) -> ErrorDifference | None:
