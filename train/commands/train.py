@@ -190,7 +190,8 @@ def study(
     click.echo(json.dumps(asdict(table), ensure_ascii=False) if as_json else markdown(table), nl=as_json)
     say(f"report: {loaded.out / 'study.html'}")
     if loaded.choosing and not table.missing:
-        for line in in_lines(make_choice(table, loaded.choosing, folder)):
+        found = table.values(loaded.choosing.metric)
+        for line in in_lines(make_choice(found, loaded.choosing, folder)):
             say(line)
     if failures:
         raise StudyError(

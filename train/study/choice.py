@@ -10,16 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
 from ...data.errors import ConfigError, StaleError, UsageError
 from ...data.files.atomic import read_plain, write_atomic
 from ..config import ConfigSection, merged
-
-if TYPE_CHECKING:
-    from .table import Table
 
 FILE = "choice.json"
 
@@ -35,7 +32,7 @@ class ChoiceSection(ConfigSection):
     )
 
 
-class Choice(ConfigSection):
+class ChoiceRecord(ConfigSection):
     """What was chosen: the alternatives as they were, and the name of the best of each arm."""
 
     section: ChoiceSection
@@ -50,25 +47,22 @@ def alternatives(section: ChoiceSection, arms: Mapping[str, dict[str, Any]]) -> 
     }
 
 
-def make_choice(table: Table, section: ChoiceSection, folder: Path) -> Choice:
-    """Choose the alternative of each arm with the least mean over seeds, and write it to FOLDER/choice.json.
+def make_choice(found: Mapping[str, float | None], section: ChoiceSection, folder: Path) -> ChoiceRecord:
+    """Choose the alternative of each arm with the least metric, and write it to FOLDER/choice.json.
 
-    `table` has all runs of the alternatives. Of equal ones the first is best. Raises UsageError if a run has no loss to
-    choose by.
+    `found` has the mean over seeds by ARM.ALTERNATIVE, and None for a loss that was not measured, which raises
+    UsageError. Of equal alternatives the first is best.
     """
     values: dict[str, dict[str, float]] = {}
-    rows = {row.arm: row for row in table.rows}
     for arm, of in section.arms.items():
         for name in of:
-            row = rows[f"{arm}.{name}"]
-            value = row.dev_loss if section.metric == "loss" else getattr(row, section.metric).value
+            value = found[f"{arm}.{name}"]
             if value is None:
-                what = f"{row.arm} has no loss on held-out speech"
+                what = f"{arm}.{name} has no loss on held-out speech"
                 raise UsageError(what, where=folder, remedy='set data.dev, or choice.metric = "cer"')
             values.setdefault(arm, {})[name] = value
-    choice = Choice(
-        section=section, best={arm: min(of, key=of.__getitem__) for arm, of in values.items()}, values=values
-    )
+    best = {arm: min(of, key=of.__getitem__) for arm, of in values.items()}
+    choice = ChoiceRecord(section=section, best=best, values=values)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / FILE, json.dumps(choice.model_dump(), ensure_ascii=False, indent=1) + "\n")
     return choice
@@ -81,7 +75,7 @@ def chosen(section: ChoiceSection, folder: Path) -> dict[str, dict[str, Any]]:
     """
     path, remedy = folder / FILE, "stillhouse study STUDY --choose"
     try:
-        choice = Choice.model_validate_json(read_plain(path))
+        choice = ChoiceRecord.model_validate_json(read_plain(path))
     except FileNotFoundError:
         what = f"nothing has been chosen yet for {', '.join(section.arms)}"
         raise UsageError(what, where=path, expected=f"`{remedy}` first") from None
@@ -95,7 +89,7 @@ def chosen(section: ChoiceSection, folder: Path) -> dict[str, dict[str, Any]]:
     return {arm: section.arms[arm][name] for arm, name in choice.best.items()}
 
 
-def in_lines(choice: Choice) -> list[str]:
+def in_lines(choice: ChoiceRecord) -> list[str]:
     """Return a line on the choice of each arm."""
     kind = "dev loss" if choice.section.metric == "loss" else choice.section.metric.upper()
     form = "{:.4f}" if choice.section.metric == "loss" else "{:.2%}"

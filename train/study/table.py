@@ -123,6 +123,11 @@ class Table:
     def splits(self) -> list[str]:
         return list(dict.fromkeys(row.split for row in self.rows))
 
+    def values(self, metric: str) -> dict[str, float | None]:
+        """Return "wer", "cer" or the "loss" on dev of each arm, on the split that decides."""
+        rows = self.of(self.splits[0])
+        return {row.arm: row.dev_loss if metric == "loss" else getattr(row, metric).value for row in rows}
+
     def of(self, split: str) -> list[ArmRow]:
         return [row for row in self.rows if row.split == split]
 
