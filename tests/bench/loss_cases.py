@@ -17,6 +17,7 @@ import torch
 import torchaudio
 
 from stillhouse.train.rnnt import rnnt_loss
+from stillhouse.train.rnnt.cpu.memory import release
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CORPORA = Path(os.environ.get("STILLHOUSE_CORPORA", ROOT.parent / "shared" / "corpora"))
@@ -40,6 +41,7 @@ def timed(step: Callable[[], object]) -> tuple[float, float]:
 def extra_memory(step: Callable[[], object]) -> int:
     """Return the bytes by which the peak resident set exceeds what was resident before the call."""
     gc.collect()
+    release()
     ctypes.CDLL(None).malloc_trim(0)  # Memory freed before must not be used again unmeasured.
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
