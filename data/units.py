@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import numpy as np
 from .errors import ConfigError, CorpusError
 from .files.atomic import read_plain, write_atomic
 from .files.trouble import not_written
-from .text import MARK, SPACE_MARK, MappedText, check_transform, transform, transform_around
+from .text import MARK, SPACE_MARK, MappedText, check_transform, transform, transform_around, transformed
 
 FORMAT, VERSION = "stillhouse-units", 1
 BLANK, UNKNOWN = 0, 1
@@ -76,7 +77,7 @@ class Units:
         return f"Units({self.kind}, size={self.size}, transform={self.transform!r})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_processor"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_processor", "_unit_of")}
 
     def normalise(self, text: str) -> MappedText:
         """Return the text as the units spell it, with its map to the raw text."""
@@ -85,15 +86,43 @@ class Units:
     def encode(self, text: str) -> Encoded:
         """Return the units of a raw transcript. A symbol that is not in the units becomes unit 1, `UNKNOWN`."""
         mapped = self.normalise(text)
+        if self.kind == "characters" and not self.marks:
+            return Encoded(self._characters(mapped.text), mapped.source.copy())  # The shared map is read-only.
         if self.kind == "characters":
-            names = [SPACE_MARK if c == " " else c for c in self._symbols(mapped.text)]
+            names = [SPACE_MARK if name == " " else name for name in self._symbols(mapped.text)]
             ends = np.cumsum([len(name) for name in names], dtype=np.int64)
             spans = mapped.spans(np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)) if names else mapped.source
         else:
             names = self._processor.encode(mapped.text, out_type=str)
             spans = self._spans(names, mapped)
-        # A text may hold the name of unit 0, the blank. It is unknown, too.
-        return Encoded(np.array([self._id.get(name) or UNKNOWN for name in names], np.int32), spans)
+        return Encoded(self._named(names), spans)
+
+    def ids(self, text: str) -> np.ndarray:
+        """Return the units of a raw transcript without their spans, int32 [U]. It is faster than `encode`."""
+        if self.kind == "characters" and self.marks:
+            return self.encode(text).ids
+        plain = self.normalise(text).text if self.marks else transformed(text, self._steps)
+        if self.kind == "characters":
+            return self._characters(plain)
+        return self._named(self._processor.encode(plain, out_type=str))
+
+    def _named(self, names: Iterable[str]) -> np.ndarray:
+        """Return the units with these names. A text may hold the name of unit 0, the blank, which is unknown, too."""
+        unit_of = self._id.get
+        return np.array([unit_of(name) or UNKNOWN for name in names], np.int32)
+
+    def _characters(self, text: str) -> np.ndarray:
+        """Return the unit of each character."""
+        return self._unit_of[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)]
+
+    @cached_property
+    def _unit_of(self) -> np.ndarray:
+        """int32 [code points]: the unit of each character."""
+        table = np.full(sys.maxunicode + 1, UNKNOWN, np.int32)
+        for piece, unit in self._id.items():
+            if len(piece) == 1 and unit != BLANK:
+                table[ord(" " if piece == SPACE_MARK else piece)] = unit
+        return table
 
     def _symbols(self, text: str) -> list[str]:
         """Return the characters of a text, and its marks whole."""

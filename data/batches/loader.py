@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import CorpusError
+from ..errors import CorpusError, first_few
 from ..features.file import FBANK_HZ, FeatureFile, is_encoder
 from ..manifest import Corpus, Utterance
-from ..units import Encoded, Units
+from ..units import UNKNOWN, UNKNOWN_PIECE, Encoded, Units
 from .sampler import BatchPlan, BatchSampler
 
 JOIN_S = 5.0  # A read from a slow disk does not keep a run from its end for longer. The thread ends after it.
@@ -150,6 +150,14 @@ class BatchLoader:
             self.features.frame_times.hz,
             not is_encoder(self.features.settings),
         )
+
+    @property
+    def without(self) -> str:
+        """What is left out, and which transcripts have symbols that the units lack, in words."""
+        found = ", ".join(f"{n} {why}" for why, n in self.left_out.items() if n) or "none"
+        unknown = [u.id for u, e in zip(self.utterances, self.encoded) if UNKNOWN in e.ids]
+        named = f"; {len(unknown)} learn symbols that the units lack as {UNKNOWN_PIECE}: {first_few(unknown, 3)}"
+        return f"left out: {found}{named if unknown else ''}"
 
     def references(self, plan: BatchPlan) -> list[str]:
         """Return the transcripts as the units spell them, to compare hypotheses with."""

@@ -7,6 +7,7 @@ Try: `stillhouse train CONFIG --set text.split=text`.
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from ..errors import CorpusError, first_few
 from ..manifest import Corpus, Utterance
-from ..units import UNKNOWN, Encoded, Units
+from ..units import UNKNOWN, Units
 from .loader import Batch, padded_units
 from .sampler import BatchPlan
 
@@ -45,8 +46,9 @@ class TextLoader:
         targets: Mapping[str, Any] | None = None,
     ) -> None:
         self.targets = targets or {}
+        self.units = units
         self.utterances: list[Utterance] = []
-        self.encoded: list[Encoded] = []
+        lengths = array("q")
         spoken, lacking, long = "with audio", "with symbols that the units lack", f"longer than {max_units} units"
         self.left_out: dict[str, list[str]] = {spoken: [], "empty": [], lacking: [], long: []}
         have_rows = set(rows)
@@ -54,22 +56,27 @@ class TextLoader:
             if u.audio is not None or u.id in have_rows:
                 self.left_out[spoken].append(u.id)
                 continue
-            encoded = units.encode(u.text)
-            wrong = {"empty": not len(encoded.ids), lacking: UNKNOWN in encoded.ids, long: len(encoded.ids) > max_units}
+            ids = units.ids(u.text)
+            wrong = {"empty": not len(ids), lacking: (ids == UNKNOWN).any(), long: len(ids) > max_units}
             if reason := next((reason for reason, applies in wrong.items() if applies), None):
                 self.left_out[reason].append(u.id)
                 continue
             self.utterances.append(u)
-            self.encoded.append(encoded)
+            lengths.append(len(ids))
         if not self.utterances:
             of = f" of split {corpus.split}" if corpus.split is not None else ""
+            remedies = {
+                lacking: "make units of these texts, too, or choose a --transform, with `stillhouse corpus tokenizer`",
+                long: "raise text.max_units, or import one sentence a line",
+            }
+            most = max(self.left_out, key=lambda reason: len(self.left_out[reason]))
             raise CorpusError(
                 f"none of the {len(corpus)} utterances{of} is a text without audio to train on ({self.without})",
                 where=corpus.path,
                 expected="text.split to name a split of texts without audio",
-                remedy=f"add texts with `stillhouse corpus import text TEXTS {corpus.path} --add`",
+                remedy=remedies.get(most, f"add texts with `stillhouse corpus import text TEXTS {corpus.path} --add`"),
             )
-        self.lengths = np.array([len(e.ids) for e in self.encoded], np.int64)
+        self.lengths = np.frombuffer(lengths, np.int64)
 
     @property
     def without(self) -> str:
@@ -80,8 +87,9 @@ class TextLoader:
     def load(self, plan: BatchPlan) -> Batch:
         """Read the batch of a plan. It has no frames."""
         begun = time.perf_counter()
-        chosen = plan.indices.tolist()
-        encoded, utterances = [self.encoded[i] for i in chosen], [self.utterances[i] for i in chosen]
+        utterances = [self.utterances[i] for i in plan.indices.tolist()]
+        # The units of millions of texts are gigabytes, so those of a batch are computed again.
+        encoded = [self.units.encode(u.text) for u in utterances]
         targets, target_lengths = padded_units(encoded)
         ids, texts, spans = [u.id for u in utterances], [u.text for u in utterances], [e.spans for e in encoded]
         read = time.perf_counter()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stillhouse.data.errors import ConfigError
-from stillhouse.data.text import NAMES, SPACE_MARK, transform
+from stillhouse.data.text import NAMES, SPACE_MARK, transform, transformed
 
 # Any code point but lone surrogates, and often those that change length or compose.
 TRICKY = st.sampled_from([*"ßİŉﬁÅΣσςǅΐ", "e\u0301", "\u1100\u1161\u11a8", "\u09c7\u09be", "\u0344", "😀", "\u200d"])
@@ -22,6 +22,7 @@ CHAIN = st.lists(st.sampled_from(NAMES), min_size=1, max_size=4).map("+".join)
 @given(raw=TEXT, name=CHAIN)
 def test_source_ranges_are_inside_the_text_and_never_run_backwards(raw: str, name: str) -> None:
     mapped = transform(raw, name)
+    assert transformed(raw, name) == mapped.text
     assert mapped.source.shape == (len(mapped.text), 2)
     assert mapped.source.dtype == np.int32
     if len(mapped.text):
@@ -49,7 +50,7 @@ def test_source_ranges_are_inside_the_text_and_never_run_backwards(raw: str, nam
 def test_the_text_is_that_of_the_plain_function(name: str, whole, raw: str) -> None:
     if name == "squeeze" and any(c in raw for c in "\x1c\x1d\x1e\x1f\x85"):
         raw = raw.translate(dict.fromkeys(map(ord, "\x1c\x1d\x1e\x1f\x85"), " "))
-    assert transform(raw, name).text == whole(raw)
+    assert transform(raw, name).text == transformed(raw, name) == whole(raw)
 
 
 @given(raw=TEXT, name=st.sampled_from(["lower", "upper", "casefold", "nfc", "nfkc", "nfd"]))

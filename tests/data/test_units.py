@@ -37,7 +37,8 @@ KNOWN = sorted({c for text in TEXTS for c in text} | set("ABXYZ…\t\n 😀ñ▁
 @given(raw=st.one_of(st.text(KNOWN, max_size=40), st.text(max_size=20)))
 def test_spans_are_inside_the_raw_text_and_decode_gives_the_transformed_text(units: Units, raw: str) -> None:
     encoded = units.encode(raw)
-    assert encoded.ids.dtype == encoded.spans.dtype == np.int32
+    assert encoded.ids.dtype == encoded.spans.dtype == units.ids(raw).dtype == np.int32
+    assert units.ids(raw).tolist() == encoded.ids.tolist()
     assert encoded.spans.shape == (len(encoded.ids), 2)
     assert (encoded.ids != BLANK).all()
     if len(encoded.ids):
@@ -193,3 +194,11 @@ def test_real_transcripts_round_trip(corpora: Path) -> None:
         for k, (a, b) in zip(encoded.ids, encoded.spans, strict=True):
             piece = units.pieces[k].strip("▁'")  # an apostrophe at the edge is part of a word only in context
             assert units.normalise(text[a:b]).text.strip("'") == piece
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_units_alone_are_those_with_spans_also_of_marks(kind: str) -> None:
+    units = train_units([*TEXTS, "[noise] the <noise>"], kind, size=95, transform=TRANSFORM, marks=["[noise]"])
+    for raw in ["[noise]the  WORLD [noise] é", "", " ", "<blank> [noise]", "7 <noise>▁x\n"]:
+        assert units.ids(raw).tolist() == units.encode(raw).ids.tolist()
+    assert units.pieces.index("[noise]") in units.ids("a [noise] b")

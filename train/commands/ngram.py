@@ -84,7 +84,7 @@ def ngram(
         say(f"The splits {', '.join(left)} are not counted, because their names say that they are held out (--split).")
     elif held := sorted(name for name in chosen.splits() if name and is_held_out(name)):
         say(f"{', '.join(held)} is counted, whose name says that it is held out. Do not decode it with this model.")
-    counted = count_ngrams(_sentences(chosen, spell), order)
+    counted = count_ngrams(_sentences(chosen, spell), order, corpus)
     model = kneser_ney(counted, prune)
     for n in model.usual:
         say(f"There are too few {n}-grams to estimate their discounts, so that they are 0.5, 1 and 1.5.")
@@ -116,17 +116,17 @@ def ngram(
 
 def _speller(unit: str, units: Path | None, transform: str) -> Callable[[str], Sequence[str]]:
     """Return what makes the words, or the units, of a transcript."""
-    from ...data.text import transform as transformed
+    from ...data.text import transformed
     from ...data.units import BLANK, UNKNOWN, load_units
     from ..decode.lm.kneser_ney import UNKNOWN as UNKNOWN_WORD
 
     if units is None:
-        return lambda text: transformed(text, transform).text.split()
+        return lambda text: transformed(text, transform).split()
     own = load_units(units)
     if unit == "word":
         return lambda text: own.normalise(text).text.split()
     names = [UNKNOWN_WORD if k in (BLANK, UNKNOWN) else piece for k, piece in enumerate(own.pieces)]
-    return lambda text: [names[k] for k in own.encode(text).ids.tolist()]
+    return lambda text: [names[k] for k in own.ids(text).tolist()]
 
 
 def _sentences(corpus: Corpus, spell: Callable[[str], Sequence[str]]) -> Iterator[Sequence[str]]:

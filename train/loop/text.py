@@ -24,7 +24,7 @@ from ...data.batches.text import TextLoader
 from ...data.errors import ConfigError
 from ...data.features.compute import FeatureFile
 from ...data.manifest import Corpus
-from ...data.units import Encoded, Units
+from ...data.units import UNKNOWN, Encoded, Units
 from ..config import Config, in_transfer
 from ..model.build import store_shards
 from ..model.transducer import BLANK, Transducer
@@ -97,6 +97,7 @@ def text_losses(
         device = model.joint.output.weight.device
         with autocast(device, precision):
             costs, predicted = internal_costs(model, batch.targets, device)
+            costs = costs.sum(1)
         total = costs.sum() / whole.units
         parts = {"text": total.detach()}
         for name, transfer in transfers.items():
@@ -113,7 +114,7 @@ def text_losses(
 
 
 def internal_costs(model: Transducer, units: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the negative log-probability of each text by the internal language model [B], and the predictor's states.
+    """Return the negative log-probability of each unit [B, U] by the internal language model, and predictor states.
 
     The units [B, U] are padded with blanks, which no text has.
     """
@@ -121,27 +122,28 @@ def internal_costs(model: Transducer, units: Tensor, device: torch.device) -> tu
     predicted = model.predictor(units)
     scores = model.joint.internal(model.joint.predictor(predicted[:, :-1]))
     costs = F.nll_loss(scores.flatten(0, 1), units.flatten(), ignore_index=BLANK, reduction="none")
-    return costs.view(units.shape).sum(1), predicted
+    return costs.view(units.shape), predicted
 
 
 @torch.no_grad()
 def perplexity(
     model: Transducer, encoded: Sequence[Encoded], config: Config, device: torch.device, ranks: Ranks
 ) -> float:
-    """Return exp of the internal language model's mean cross-entropy over all units of all ranks, in float32.
+    """Return exp of the internal language model's mean cross-entropy over the known units of all ranks, in float32.
 
-    Each rank gives its own texts, perhaps none.
+    Each rank gives its own texts, perhaps none. Unknown symbols do not count, but they are context. NaN without units.
     """
     model.eval()
     by_length = sorted(encoded, key=lambda e: -len(e.ids))
     cost, count = 0.0, 0
     for first in range(0, len(by_length), config.text.lines):
-        units, lengths = padded_units(by_length[first : first + config.text.lines])
-        cost += float(internal_costs(model, units, device)[0].double().sum())
-        count += int(lengths.sum())
+        units, _ = padded_units(by_length[first : first + config.text.lines])
+        counted = (units != BLANK) & (units != UNKNOWN)
+        cost += float(internal_costs(model, units, device)[0].double()[counted.to(device)].sum())
+        count += int(counted.sum())
     costs, counts = zip(*ranks.gather((cost, count)))
-    mean = math.fsum(costs) / sum(counts)
-    return math.exp(mean) if mean < 700 else math.inf
+    mean = math.fsum(costs) / sum(counts) if sum(counts) else math.nan
+    return math.exp(mean) if not mean >= 700 else math.inf
 
 
 def label_side(name: str, transfers: Mapping[str, Any]) -> bool:

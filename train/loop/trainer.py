@@ -254,10 +254,9 @@ class Trainer:
             return
         parameters = sum(p.numel() for p in self.model.parameters())
         hours = self.loader.frames[:, 0].sum() * self.loader.speeds[0] / self.features.frame_times.hz / 3600
-        left_out = ", ".join(f"{n} {why}" for why, n in self.loader.left_out.items() if n) or "none"
         self.on_progress(
             f"{parameters / 1e6:.2f} M parameters, {self.units.size} units, {len(self.loader.utterances)} utterances "
-            f"({hours:.2f} h; left out: {left_out}), {self.precision} on {self.device}"
+            f"({hours:.2f} h; {self.loader.without}), {self.precision} on {self.device}"
             + (f", {ranks.size} ranks" if ranks.size > 1 else "")
         )
         with (

@@ -16,11 +16,13 @@ from stillhouse.data.errors import ConfigError, CorpusError, NoStoreError, Stale
 from stillhouse.data.manifest import Utterance, read_manifest, write_manifest
 from stillhouse.data.units import BLANK, Units
 from stillhouse.train.config import learning_rate, load_config, transfer_weights
+from stillhouse.train.loop.text import perplexity
 from stillhouse.train.loop.trainer import Trainer
 from stillhouse.train.model.build import build_model
 from stillhouse.train.model.transducer import Transducer
 from stillhouse.train.report.run import read_run, render, run_curves
 from stillhouse.train.run.load import load_run
+from stillhouse.train.run.ranks import ALONE
 
 CLOCK = {"time", "seconds", "realtime", "share", "memory"}
 QUIET = ["run.loggers=['jsonl']", "run.eval_every=1000", "run.checkpoint_every=1000"]
@@ -79,6 +81,22 @@ def test_the_perplexity_of_dev_is_that_counted_by_hand(
         model.joint.output.weight.zero_()
         model.joint.output.bias.zero_()
     assert by_hand(model, units, dev) == pytest.approx(units.size - 1)
+
+
+@torch.no_grad()
+def test_unknown_symbols_of_dev_are_context_and_do_not_count(tones: Path, texts: Path, tmp_path: Path) -> None:
+    trainer = Trainer(load_config(tones / "run.toml", text(texts)), tmp_path / "run")
+
+    def found(*written: str) -> float:
+        encoded = [trainer.units.encode(t) for t in written]
+        return perplexity(trainer.model, encoded, trainer.config, trainer.device, ALONE)
+
+    both, first = found("ab7cd"), found("ab")
+    state = trainer.model.predictor(torch.tensor([trainer.units.encode("ab7cd").ids.tolist()]))
+    scores = trainer.model.joint.internal(trainer.model.joint.predictor(state[:, 3:5]))[0]
+    cost = -sum(float(row[unit]) for row, unit in zip(scores, trainer.units.encode("cd").ids.tolist()))
+    assert both == pytest.approx(math.exp((2 * math.log(first) + cost) / 4), rel=1e-5)
+    assert math.isnan(found("77"))
 
 
 def test_text_alone_teaches_the_counts_of_its_bigrams(tones: Path, tmp_path: Path) -> None:

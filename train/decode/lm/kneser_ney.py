@@ -57,10 +57,11 @@ class Smoothed:
     usual: list[int]
 
 
-def count_ngrams(sentences: Iterable[Sequence[str]], order: int) -> Counts:
+def count_ngrams(sentences: Iterable[Sequence[str]], order: int, where: object = None) -> Counts:
     """Count the n-grams of 1 to `order` words in sentences, with their begin and end. Empty sentences are left out.
 
-    The word <unk> is the unknown word. Raises CorpusError for the words <s> and </s>, or if there is no word.
+    The word <unk> is the unknown word. Raises CorpusError for the words <s> and </s>, or if there is no word. It names
+    the source `where`.
     """
     if order < 1:
         raise UsageError(f"an order of {order}", expected="1 or more")
@@ -78,7 +79,7 @@ def count_ngrams(sentences: Iterable[Sequence[str]], order: int) -> Counts:
         tokens.append(1)
         lengths.append(len(sentence) + 2)
     if not lengths:
-        raise CorpusError("there is no word to count", expected="transcripts that are not empty")
+        raise CorpusError("there is no word to count", where=where, expected="transcripts that are not empty")
     text, size = np.frombuffer(tokens, np.int32), len(words)
     ends = np.cumsum(np.frombuffer(lengths, np.int32), dtype=np.int64)
     behind = np.repeat(ends, np.frombuffer(lengths, np.int32)) - np.arange(1, len(text) + 1)  # tokens of the sentence
@@ -137,7 +138,10 @@ def kneser_ney(counts: Counts, prune: Sequence[int] = ()) -> Smoothed:
 
 
 def _limits(prune: Sequence[int], orders: int) -> list[int]:
-    limits = [*(prune or [0])][:orders]
+    limits = [*(prune or [0])]
+    if len(limits) > orders:
+        what = f"--prune {','.join(map(str, prune))} has numbers for {len(limits)} orders, and the model has {orders}"
+        raise UsageError(what, expected=f"{orders} numbers or fewer")
     limits += limits[-1:] * (orders - len(limits))
     if limits[0] != 0 or sorted(limits) != limits:
         given = ",".join(map(str, prune))

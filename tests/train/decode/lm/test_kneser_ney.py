@@ -179,11 +179,15 @@ def test_sentences_shorter_than_the_order(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_counted() -> None:
+    with pytest.raises(CorpusError, match=r"^mine\.jsonl: there is no word to count"):
+        count_ngrams([[]], 2, "mine.jsonl")
     with pytest.raises(CorpusError, match="no word to count"):
         count_ngrams([[], []], 3)
     with pytest.raises(CorpusError, match="the word </s>"):
         count_ngrams([["a"], ["b", "</s>", "c"]], 3)
     counts = count_ngrams(SMALL, 3)
+    with pytest.raises(UsageError, match="numbers for 4 orders, and the model has 3"):
+        kneser_ney(counts, (0, 0, 1, 1))
     for prune in ((1,), (0, 2, 1)):
         with pytest.raises(UsageError, match="numbers that do not fall"):
             kneser_ney(counts, prune)
