@@ -22,6 +22,9 @@ Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tens
 # How many times as fast a library must be measured to replace the one that the processor suggests. Measurements of
 # equally fast ones differ by less, so that each process of a machine chooses the same.
 CLEARLY = 1.3
+# Multiplications of a product with gradients below which torch's own choice is kept: oneDNN prepares each shape for 0.6
+# ms, and batches have many shapes.
+SMALLEST = 1 << 25
 
 
 class CpuMatmul(TorchFunctionMode):
@@ -50,22 +53,93 @@ def _float32(value: Any) -> Any:
 
 
 def float32_products() -> CpuMatmul | None:
-    """Return oneDNN's products, or None where those of torch's own choice are as fast."""
+    """Return oneDNN's products, which have gradients, or None where those of torch's own choice are as fast."""
     return CpuMatmul(_onednn) if _has_onednn() and _is_onednn_faster() else None
 
 
-def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    if x.dtype != torch.float32 or weight.dtype != torch.float32:
-        return functional.linear(x, weight, bias)
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if x.dtype != torch.float32 or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return functional.linear(x, weight, bias)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        if x.numel() * weight.shape[0] < SMALLEST:
+            return functional.linear(x, weight, bias)
+        return _WithGradients.apply(x, weight, bias)
+    return _linear(x, weight, bias)
+
+
+class _WithGradients(torch.autograd.Function):
+    """A linear layer whose three products in the backward pass are oneDNN's, too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return _linear(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, weight.shape[0])
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            _linear(rows, weight.t()).view(x.shape) if of_x else None,
+            _rows_product(rows, x.reshape(-1, weight.shape[1])) if of_weight else None,
+            rows.sum(0) if of_bias else None,
+        )
+
+
+def _rows_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return a.t() @ b [A, B] of a [N, A] and b [N, B]. oneDNN's first operand is copied, so it is the narrower one."""
+    if a.shape[1] <= b.shape[1]:
+        return _linear(a.t(), b.t())
+    return _linear(b.t(), a.t()).t()
+
+
+class ManyPieces:
+    """The products of one linear layer, applied to one piece of its input after another. It has no autograd.
+
+    The weight [V, H] is laid out once, for the library that is fast. Bias [V] and pieces have the weight's dtype.
+    A piece of other than `rows` rows uses torch's own choice, because oneDNN prepares each shape for 0.6 ms.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, rows: int) -> None:
+        self.weight, self.bias = weight, bias
+        self.rows = rows if weight.dtype == torch.float32 and _has_onednn() and _is_onednn_faster() else 0
+        self._transposed = weight.t().contiguous()  # A packed product takes a fifth less, in either library.
+        if self.rows:
+            reorder = torch.ops.mkldnn._reorder_linear_weight
+            self._packed, self._packed_back = reorder(weight.contiguous()), reorder(self._transposed)
+
+    def outputs(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Return x @ weight.t() + bias [N, V] of x [N, H], in `out` or in new memory."""
+        if len(x) == self.rows:
+            return _linear(x, self._packed, self.bias)
+        return torch.addmm(self.bias, x, self._transposed, out=out)
+
+    def grad_inputs(self, grad: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Return grad @ weight [N, H] of grad [N, V], in `out` or in new memory."""
+        return _linear(grad, self._packed_back) if len(grad) == self.rows else torch.mm(grad, self.weight, out=out)
+
+    def add_grad_weight(self, grad: torch.Tensor, x: torch.Tensor, total: torch.Tensor) -> None:
+        """Add grad.t() @ x to `total` [V, H]."""
+        if len(x) == self.rows:
+            total += _rows_product(grad, x)
+        else:
+            total.addmm_(grad.t(), x)
 
 
 @functools.cache
 def _is_onednn_faster() -> bool:
     """Whether to use oneDNN: on AMD processors with AVX-512, of which MKL uses half the width, unless it is slower."""
     suggested = torch.backends.cpu.get_cpu_capability() == "AVX512" and _vendor() == "AuthenticAMD"
-    times_as_fast = _times_as_fast(functional.linear, _onednn)
-    return times_as_fast > 1 / CLEARLY if suggested else times_as_fast > CLEARLY
+    least = 1 / CLEARLY if suggested else CLEARLY
+    # A disturbance must not overrule the processor, so that it takes three measurements.
+    contradicted = all((_times_as_fast(functional.linear, _linear) > least) != suggested for _ in range(3))
+    return suggested != contradicted
 
 
 def _times_as_fast(plain: Product, other: Product) -> float:

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "extract": {"extract", "data"},
     "distill": {"distill", "extract.store", "data"},
     "train": {"train", "distill", "extract.store", "extract.cpu_matmul", "data"},
-    "train.rnnt": {"train.rnnt"},
+    "train.rnnt": {"train.rnnt", "extract.cpu_matmul"},  # which imports torch alone
     # `decode` and `align` of new audio run the speech encoder that computed a run's features. Training never does.
     "train.commands": {"train", "distill", "extract.store", "extract.speech", "extract.cpu_matmul", "data"},
 }

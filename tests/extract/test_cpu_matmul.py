@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,72 @@ def test_a_clear_measurement_overrules_the_processor(
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
     monkeypatch.setattr(products, "_times_as_fast", lambda *_: times_as_fast)
     assert products._is_onednn_faster.__wrapped__() == chosen
+
+
+def test_one_disturbed_measurement_overrules_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_vendor", lambda: "AuthenticAMD")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    measured = iter([0.3, 0.3, 1.0])
+    monkeypatch.setattr(products, "_times_as_fast", lambda *_: next(measured))
+    assert products._is_onednn_faster.__wrapped__()
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(24, 40), (40, 24)])
+@pytest.mark.parametrize("shape", [(2, 7), (9,)])
+def test_gradients_are_those_of_linear(
+    inputs: int, outputs: int, shape: tuple[int, ...], onednn: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With and without a bias, of rows in any order, and of some of the operands."""
+    monkeypatch.setattr(products, "SMALLEST", 0)
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(*s, generator=generator) for s in ((*shape, inputs), (outputs, inputs), (outputs,))]
+    grad = torch.randn(*shape, outputs, generator=generator)
+    mode = products.float32_products()
+    assert mode is not None
+    for wanted in ((0, 1, 2), (0, 1), (1,), (0,)):
+        found = []
+        for context in (mode, contextlib.nullcontext()):
+            x, weight, bias = (a.clone().requires_grad_(k in wanted) for k, a in enumerate(made))
+            with context:
+                y = functional.linear(x, weight, bias if len(wanted) != 2 else None)
+            y.backward(grad.transpose(0, -1).contiguous().transpose(0, -1))
+            found.append((y, *(t.grad for k, t in enumerate((x, weight, bias)) if k in wanted and t.grad is not None)))
+        assert len(found[0]) == len(found[1]) > 1
+        assert "WithGradients" in repr(found[0][0].grad_fn)
+        for a, b in zip(*found, strict=True):
+            assert a.dtype == torch.float32 and a.shape == b.shape
+            assert (a - b).norm() <= 1e-6 * b.norm()
+
+
+def test_small_and_lower_products_are_torchs_own(onednn: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    mode = products.float32_products()
+    assert mode is not None
+    x, weight = torch.ones(2, 3, requires_grad=True), torch.ones(4, 3, requires_grad=True)
+    with mode:
+        assert "WithGradients" not in repr(functional.linear(x, weight).grad_fn)
+        monkeypatch.setattr(products, "SMALLEST", 0)
+        assert "WithGradients" in repr(functional.linear(x, weight).grad_fn)
+        assert functional.linear(x.double(), weight.double()).dtype == torch.float64
+        with torch.autocast("cpu", torch.bfloat16):
+            assert functional.linear(x, weight).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("rows", [7, 9])
+def test_pieces_of_a_layer(rows: int, onednn: None) -> None:
+    """Pieces of the announced size, here 7, are oneDNN's. All equal the plain products."""
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(24, 40, generator=generator), torch.randn(24, generator=generator)
+    x, grad = torch.randn(rows, 40, generator=generator), torch.randn(rows, 24, generator=generator)
+    layer = products.ManyPieces(weight, bias, 7)
+    total = torch.ones(24, 40)
+    layer.add_grad_weight(grad, x, total)
+    pairs = [
+        (layer.outputs(x, torch.empty(rows, 24)), functional.linear(x, weight, bias)),
+        (layer.grad_inputs(grad, torch.empty(rows, 40)), grad @ weight),
+        (total, 1 + grad.t() @ x),
+    ]
+    for a, b in pairs:
+        assert (a - b).norm() <= 1e-6 * b.norm()
 
 
 def test_what_is_measured() -> None:

@@ -1,6 +1,7 @@
 """Losses of RNN transducers, which can be used without the rest of Stillhouse.
 
-May import torch, numpy and numba alone. numba's kernels are loaded when a loss is first computed.
+May import torch, numpy, numba and `extract/cpu_matmul.py`, which imports torch alone. numba's kernels are loaded when
+a loss is first computed.
 """
 
 from .joint import rnnt_loss_joint
