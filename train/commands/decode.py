@@ -173,7 +173,7 @@ def decode(
                 refuse_learnt(run, loader)
                 decoded = partial(transcribe, model, loader, device=where, longest=longest)
                 facts = {"checkpoint": checkpoint, "step": step, "corpus": str(corpus), "split": split}
-                tune_weights(run, names, search, loader, lambda s: decoded(search=s), settings, **facts)
+                tune_weights(run, names, search, model, loader, lambda s: decoded(search=s), settings, **facts)
                 return
             began = time.perf_counter()
             options: Any = {"search": search, "nbest": nbest, "delay_s": delay_s, "longest": longest}

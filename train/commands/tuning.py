@@ -1,6 +1,6 @@
 """`stillhouse decode --tune`: choose weights on held-out speech, keep them beside the run, and use them later.
 
-Guarantees: nothing is written before all points are measured. Weights on the command line come before kept ones.
+Guarantees: no weights are kept before all points are measured. Weights on the command line come before kept ones.
 Try: `stillhouse decode RUN CORPUS FEATURES --split dev --beam 8 --lm words.arpa --tune lm-weight,ilm-weight`.
 """
 
@@ -51,14 +51,27 @@ def kept_weights(run: Path, settings: dict[str, Any]) -> dict[str, float]:
     place = f"split {choice.split} of {choice.corpus}" if choice.split is not None else choice.corpus
     how = f"tuned with --beam {choice.beam} on {place} at step {choice.step} ({run / FILE})"
     say(f"The weights are {choice.words}, {how}.")
-    return {name.replace("-", "_"): value for name, value in choice.weights.items()}
+    then = {name: getattr(choice, name) for name in ("beam", "max_symbols", "hotwords")}
+    here = {name: settings[name] for name in then} | {"hotwords": _name_of(settings["hotwords"])}
+    if other := [name for name in then if then[name] != here[name]]:
+        found = [f"--{n.replace('_', '-')} {then[n]}" if then[n] else f"no --{n}" for n in other]
+        say(f"They were tuned with {' and '.join(found)}. With the options of this call, others may be better.")
+    return {_option(name): value for name, value in choice.weights.items()}
+
+
+def _name_of(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _option(name: str) -> str:
+    return name.replace("-", "_")
 
 
 def _given_weights(settings: dict[str, Any]) -> dict[str, float]:
     """Return the weights of the command line, by the names of their options."""
     source = click.get_current_context().get_parameter_source
-    names = [n for n in WEIGHTS if source(n.replace("-", "_")) == click.core.ParameterSource.COMMANDLINE]
-    return {name: settings[name.replace("-", "_")] for name in names}
+    names = [n for n in WEIGHTS if source(_option(n)) == click.core.ParameterSource.COMMANDLINE]
+    return {name: settings[_option(name)] for name in names}
 
 
 def dev_split(corpus: Any, split: str | None, dev: str | None) -> str | None:
@@ -92,29 +105,49 @@ def refuse_learnt(run: Path, loader: Any) -> None:
 
 
 def tune_weights(
-    run: Path, names: list[str], search: Callable, loader: Any, decoded: Callable, settings: dict[str, Any], **of: Any
+    run: Path,
+    names: list[str],
+    search: Callable,
+    model: Any,
+    loader: Any,
+    decoded: Callable,
+    settings: dict[str, Any],
+    **of: Any,
 ) -> None:
     """Measure the points of the grid, print each, and keep the best beside the run.
 
-    `search` makes the search of a batch, and `decoded` yields the hypotheses of `loader` with one. `of` are the fields
-    of `Tuned` that say what was decoded.
+    `search` makes the search of a batch, and `decoded` yields the hypotheses of `loader` by `model` with one. `of` are
+    the fields of `Tuned` that say what was decoded. The points of an interrupted call are kept.
     """
     from ...data.files.atomic import sha256_plain
     from ..decode.fusion import NGramStates
     from ..decode.lm.tune import tune
-    from ..decode.lm.tuned import Tuned, TunedPoint, keep_tuned
+    from ..decode.lm.tuned import Tuned, TunedPoint, Unfinished, keep_tuned
+    from ..run.identity import weights_hash
     from ..score.wer import error_counts
 
     digest = sha256_plain(settings["lm"])
     fusion: Any = search.keywords["fusion"]  # type: ignore[attr-defined]
     (words,) = (part for part in getattr(fusion, "parts", [fusion]) if isinstance(part, NGramStates))
 
+    hotwords = settings["hotwords"]
+    ids = [u.id for u in loader.utterances]
+    fixed = {k: v for k, v in settings.items() if k not in ("lm", "hotwords", "nbest", *(_option(n) for n in names))}
+    files = [digest, hotwords and sha256_plain(hotwords)]
+    data = [loader.units.fingerprint, loader.features.fingerprint, ids, [u.text for u in loader.utterances]]
+    unfinished = Unfinished(run, [fixed, files, data, loader.features.sounds(ids).tolist(), weights_hash(model)])
+    if unfinished.points:
+        say(f"{len(unfinished.points)} points were measured by a call that did not end ({unfinished.path}).")
+
     def measure(weights: dict[str, float]) -> tuple[float, float]:
-        options = {name.replace("-", "_"): value for name, value in weights.items()}
+        if (done := unfinished.get(weights)) is not None:
+            return done
+        options = {_option(name): value for name, value in weights.items()}
         words.weight = options.pop("lm_weight", settings["lm_weight"])
         pairs = [(h.ref, h.hyp) for h in decoded(partial(search, **options))]
         tables = [error_counts(*zip(*pairs), characters=characters) for characters in (False, True)]
         wer, cer = (float(t[:, :3].sum() / max(1, t[:, 3].sum())) for t in tables)
+        unfinished.add(TunedPoint(weights=weights, wer=wer, cer=cer))
         return wer, cer
 
     write_data("".join(f"{name:>14}" for name in names) + f"{'WER':>10}{'CER':>10}")
@@ -130,11 +163,13 @@ def tune_weights(
         **{name: settings[name] for name in ("lm_unit", "beam", "max_symbols")},
         # Weights that were given for all points belong to the choice.
         **vars(best) | {"weights": _given_weights(settings) | best.weights},
+        hotwords=_name_of(hotwords),
         utterances=len(loader.utterances),
         points=[TunedPoint(**vars(point)) for point in points],
         **of,
     )
     file = keep_tuned(run, choice)
+    unfinished.end()
     say(
         f"{choice.words}: WER {best.wer:.2%}, CER {best.cer:.2%} of {choice.utterances} utterances, the best of "
         f"{len(points)} points. `decode` takes these weights with the same --lm ({file})."

@@ -169,6 +169,50 @@ def test_tuned_weights_are_kept_for_their_language_model(
     (hearing / "tuned.json").unlink()
 
 
+def test_points_that_were_measured_before_a_kill_are_kept(
+    hearing: Path, tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With hotwords, which each point decodes with as `decode` does. A process is killed behind its third point."""
+    lm = language_model(tones, tmp_path / "dev.arpa")
+    (tmp_path / "names.txt").write_text("ab :0.5\n")
+    options = ("--beam", 2, "--lm", lm, "--hotwords", tmp_path / "names.txt")
+    of = ("decode", hearing, tones / "corpus.jsonl", tones / "features.h5", *options)
+    tune = (*of, "--tune", "lm-weight,blank-penalty")
+    with subprocess.Popen(command(*tune), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        first = [process.stdout.readline() for _ in range(4)]
+        process.kill()
+    # The rest of the grid is smaller here.
+    monkeypatch.setattr(tune_module, "AXES", {"lm-weight": Axis(0.25, 2, 0.25), "blank-penalty": Axis(1.0, 3, 2.0)})
+    monkeypatch.setattr(tune_module, "FINER", 0)
+    (kept,) = hearing.glob("tuning-*.jsonl")
+    points = records(kept.read_text())
+    assert len(points) >= 3 and not (hearing / "tuned.json").exists()
+    points[0] |= {"wer": 0.0, "cer": 0.0}  # so that it can be seen that it is not measured again
+    kept.write_text("".join(json.dumps(point) + "\n" for point in points))
+    table, said = stillhouse(*tune)
+    assert f"{len(points)} points were measured by a call that did not end" in said and not kept.exists()
+    lines = table.splitlines()
+    assert lines[2:4] == [line.rstrip("\n") for line in first[2:]] and lines[1].split() == ["0", "0", "0.00%", "0.00%"]
+    tuned = json.loads((hearing / "tuned.json").read_text())["choices"][-1]
+    assert tuned["hotwords"] == str(tmp_path / "names.txt") and tuned["points"][: len(points)] == points
+    out, said = stillhouse(
+        *of, "--split", "dev", "--lm-weight", points[2]["weights"]["lm-weight"], "--blank-penalty", 2
+    )
+    (tmp_path / "hyp").write_text(out)
+    rates = json.loads(stillhouse("score", tmp_path / "hyp", "--json")[0])
+    assert points[2]["weights"]["blank-penalty"] == 2 and points[2]["wer"] == pytest.approx(rates["wer"]["rate"])
+    assert "With the options of this call" not in stillhouse(*of, "--split", "dev")[1]
+    assert "tuned with --beam 2 and --hotwords" in stillhouse(*of[:4], "--split", "dev", "--beam", 3, "--lm", lm)[1]
+    # Points of another search, or a damaged file, do not count.
+    kept.write_text("{")
+    assert "did not end" not in stillhouse(*tune)[1] and not kept.exists()
+    kept.write_text("".join(json.dumps(point) + "\n" for point in points))
+    assert "did not end" not in stillhouse(*tune, "--max-symbols", 7)[1] and kept.exists()
+    kept.unlink()
+    (hearing / "tuned.json").unlink()
+
+
 def test_weights_are_not_tuned_on_what_is_measured_or_learnt(hearing: Path, tones: Path, tmp_path: Path) -> None:
     lm = language_model(tones, tmp_path / "dev.arpa")
     found = read_manifest(tones / "corpus.jsonl")

@@ -1,13 +1,17 @@
 """The weights that `decode --tune` chose, in RUN/tuned.json, for the language model that they were chosen with.
 
-Guarantees: weights are returned only for a file of the same bytes whose n-grams are of the same kind.
+Guarantees: weights are returned only for a file of the same bytes whose n-grams are of the same kind. A point that was
+measured before a kill is not measured again.
 Try: `stillhouse decode RUN CORPUS FEATURES --beam 8 --lm words.arpa`, after `--tune`.
 """
 
 from __future__ import annotations
 
 import json
+from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -44,6 +48,7 @@ class Tuned(_TunedRecord):
     step: int
     corpus: str
     split: str | None
+    hotwords: str | None = None  # earlier versions do not have it
     utterances: int
     points: list[TunedPoint]
 
@@ -51,6 +56,33 @@ class Tuned(_TunedRecord):
     def words(self) -> str:
         """The weights as options of `decode`."""
         return " ".join(f"--{name} {value:g}" for name, value in self.weights.items())
+
+
+class Unfinished:
+    """The points that a `--tune` has measured until now, in RUN/tuning-KEY.jsonl. `end` deletes the file.
+
+    KEY is a hash of `facts`, which are all that decides the error rates of a point. Points of other facts are not seen.
+    """
+
+    def __init__(self, run: Path, facts: Any) -> None:
+        key = sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        self.path = run / f"tuning-{key}.jsonl"
+        self.points: list[TunedPoint] = []
+        with suppress(OSError, ValidationError):  # Then they are measured again.
+            self.points = [TunedPoint.model_validate_json(line) for line in read_plain(self.path).splitlines()]
+
+    def get(self, weights: dict[str, float]) -> tuple[float, float] | None:
+        """Return WER and CER of a point, None if it was not measured."""
+        return next(((p.wer, p.cer) for p in self.points if p.weights == weights), None)
+
+    def add(self, point: TunedPoint) -> None:
+        """Write one more point, which is on disk on return."""
+        self.points.append(point)
+        write_atomic(self.path, "".join(p.model_dump_json() + "\n" for p in self.points))
+
+    def end(self) -> None:
+        """Delete the file, after `keep_tuned` has written the points."""
+        self.path.unlink(missing_ok=True)
 
 
 class _File(_TunedRecord):
