@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-quick study-demo study-kathleen test test-all lint format docs bench-loss bench-loss-gpu bench-store bench-store-shapes bench-remote bench-extract bench-features bench-inspect bench-step bench-parakeet bench-train wheel clean
+.PHONY: demo demo-quick study-demo study-kathleen test test-all lint format docs bench-loss gpu bench-store bench-store-shapes bench-remote bench-extract bench-features bench-inspect bench-step bench-parakeet bench-train wheel clean
 
 $(INSTALLED): setup.cfg pyproject.toml recipes/demo-teachers.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -68,8 +68,10 @@ docs: $(INSTALLED)
 bench-loss: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_loss.py
 
-bench-loss-gpu: $(INSTALLED)
-	$(BIN)/python tests/bench/bench_loss_gpu.py
+# For whoever has a GPU: eight minutes, and docs/bench/gpu.md. The first line installs the extra `gpu`, if there is one.
+gpu: $(INSTALLED)
+	$(BIN)/python tests/bench/gpu/run.py --install
+	$(BIN)/python tests/bench/gpu/run.py
 
 bench-store: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_store.py

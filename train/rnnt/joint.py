@@ -35,7 +35,7 @@ def rnnt_loss_joint(
         ranges: int [B, T, S] from `prune_ranges`, the units of each frame that are computed at all.
 
     The other arguments, the results and the errors are those of `rnnt_loss`. The arithmetic is in float32, and in
-    float64 for float64, under autocast too.
+    float64 for float64, under autocast too. On CUDA, the products of float16 and bfloat16 inputs are of that type.
     """
     options = make_options(
         reduction, fastemit_lambda, delay_penalty, clamp, eps, relu=activation == "relu", multiply=combine == "mul"
