@@ -6,7 +6,8 @@ Try: `stillhouse decode RUN CORPUS FEATURES`.
 
 from __future__ import annotations
 
-from typing import Protocol
+import math
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from ..model.transducer import BLANK, Transducer
 from .emissions import Emissions
 
 MAX_SYMBOLS = 8  # units in one frame
+FEWEST, MOST = 4, 32  # frames that are scored at once: after a unit, and after a long row of blanks
 
 
 class Search(Protocol):
@@ -35,54 +37,100 @@ def unit_confidence(unit: Tensor, blank: Tensor) -> Tensor:
     return torch.exp(unit - torch.log(-torch.expm1(blank.clamp(max=-1e-7)))).clamp(max=1.0)
 
 
+class Scores(NamedTuple):
+    """What the joint network gives in K frames of N utterances: lists [N][K], and of durations both ways to choose."""
+
+    unit: list[list[int]]
+    best: list[list[float]]  # log-probability of the unit
+    blank: list[list[float]]
+    step: list[list[tuple[int, float]]]  # the best duration, and its log-probability
+    move: list[list[tuple[int, float]]]  # the same of the durations above 0
+
+
 class Greedy:
-    """A Search of `batch` utterances that takes the best unit, at most `max_symbols` in a frame."""
+    """A Search of `batch` utterances that takes the best unit, at most `max_symbols` in a frame.
+
+    The prediction network changes after a unit only. So one product scores several frames of each utterance, of which
+    those up to its next unit count. An utterance does not wait for the others.
+    """
 
     def __init__(self, model: Transducer, batch: int, *, max_symbols: int = MAX_SYMBOLS) -> None:
         self.model, self.max_symbols, self.batch = model, max_symbols, batch
         self.device = model.joint.output.weight.device
         self.state = model.predictor.initial(batch, self.device)
         self.predicted = model.joint.predictor(model.predictor.step(self.state))
-        self.frames = torch.zeros(batch, dtype=torch.int64, device=self.device)
-        self.score = torch.zeros(batch, dtype=torch.float64, device=self.device)
+        self.frames = [0] * batch
+        self.score = [0.0] * batch
+        self.ahead = [0] * batch  # frames into the next states
+        self.in_frame = [0] * batch  # units emitted at the frame
         self.results: list[Emissions] = [Emissions() for _ in range(batch)]
 
     @torch.no_grad()
     def feed(self, states: Tensor, lengths: Tensor) -> None:
         projected = self.model.joint.encoder(states).float()
-        lengths = lengths.to(self.device)
-        emitted: list[tuple[Tensor, ...]] = []
-        for t in range(states.shape[1]):
-            active = lengths > t
-            for symbol in range(self.max_symbols + 1):
-                logp = self.model.joint(projected[:, t], self.predicted).float().log_softmax(-1)
-                unit = logp.argmax(-1) if symbol < self.max_symbols else torch.full_like(lengths, BLANK)
-                best = logp.gather(1, unit[:, None])[:, 0]
-                self.score += torch.where(active, best, 0.0)
-                active = active & (unit != BLANK)
-                if not bool(active.any()):
-                    break
-                emitted.append((active, unit, self.frames + t, unit_confidence(best, logp[:, BLANK])))
-                self._advance(unit, active)
-        self.frames += lengths.clamp(max=states.shape[1])
-        self._keep(emitted)
+        ends = lengths.clamp(max=states.shape[1]).tolist()
+        look = FEWEST
+        while rows := [b for b in range(self.batch) if self.ahead[b] < ends[b]]:
+            look = min(look, max(ends[b] - self.ahead[b] for b in rows))
+            scores = self._scores(*self._chosen(projected, rows, look))
+            new = {
+                b: unit
+                for n, b in enumerate(rows)
+                if (unit := self._walk(scores, n, b, min(ends[b], look + self.ahead[b]))) != BLANK
+            }
+            look = FEWEST if new else min(2 * look, MOST)
+            if new:
+                self._advance(new)
+        for b, end in enumerate(ends):
+            self.frames[b] += end
+            self.ahead[b] -= end
 
-    def _advance(self, unit: Tensor, where: Tensor) -> None:
-        self.state = self.model.predictor.advance(self.state, unit, where)
+    def _chosen(self, projected: Tensor, rows: list[int], look: int) -> tuple[Tensor, Tensor]:
+        """Return `look` frames [N, K, J] of the utterances `rows` from where they are, and what is predicted there."""
+        if self.batch == 1:
+            return projected[:, self.ahead[0] : self.ahead[0] + look], self.predicted[:, None]
+        first = torch.tensor([self.ahead[b] for b in rows], device=self.device)
+        chosen = torch.tensor(rows, device=self.device)
+        frames = (first[:, None] + torch.arange(look, device=self.device)).clamp(max=projected.shape[1] - 1)
+        return projected[chosen[:, None], frames], self.predicted[chosen, None]
+
+    def _scores(self, encoded: Tensor, predicted: Tensor) -> Scores:
+        logp = self.model.joint(encoded, predicted).float().log_softmax(-1)
+        best, unit = logp.max(-1)
+        return Scores(unit.tolist(), best.tolist(), logp[..., BLANK].tolist(), [], [])
+
+    def _walk(self, scores: Scores, n: int, b: int, end: int) -> int:
+        """Take utterance b through blanks up to its next unit, which is returned, or to the frame `end`."""
+        unit, best, blank = scores.unit[n], scores.best[n], scores.blank[n]
+        first = self.ahead[b]
+        for k in range(end - first):
+            if unit[k] != BLANK and self.in_frame[b] < self.max_symbols:
+                self.score[b] += best[k]
+                self.ahead[b] = first + k
+                self.in_frame[b] += 1
+                self._emit(b, unit[k], best[k], blank[k])
+                return unit[k]
+            self.score[b] += blank[k]
+            self.in_frame[b] = 0
+        self.ahead[b] = end
+        return BLANK
+
+    def _emit(self, b: int, unit: int, best: float, blank: float) -> None:
+        result = self.results[b]
+        result.units.append(unit)
+        result.frames.append(self.frames[b] + self.ahead[b])
+        result.confidence.append(min(1.0, math.exp(best - math.log(-math.expm1(min(blank, -1e-7))))))
+
+    def _advance(self, new: dict[int, int]) -> None:
+        """Take the prediction network on by the `new` units of utterances."""
+        units = torch.tensor([new.get(b, BLANK) for b in range(self.batch)], device=self.device)
+        self.state = self.model.predictor.advance(self.state, units, units != BLANK)
         self.predicted = self.model.joint.predictor(self.model.predictor.step(self.state))
 
-    def _keep(self, emitted: list[tuple[Tensor, ...]]) -> None:
-        """Add (which utterances emit, unit, frame, confidence), each [B], to the results: one copy to the host."""
-        if emitted:
-            emits, units, frames, confidence = (torch.stack(column, dim=1).cpu() for column in zip(*emitted))
-            for b, (result, row) in enumerate(zip(self.results, emits)):
-                result.units.extend(units[b][row].tolist())
-                result.frames.extend(frames[b][row].tolist())
-                result.confidence.extend(confidence[b][row].tolist())
-
     def best(self) -> list[list[Emissions]]:
-        scores = self.score.tolist()
-        return [[Emissions([*r.units], [*r.frames], [*r.confidence], score)] for r, score in zip(self.results, scores)]
+        return [
+            [Emissions([*r.units], [*r.frames], [*r.confidence], score)] for r, score in zip(self.results, self.score)
+        ]
 
     finish = best
 
@@ -94,37 +142,32 @@ class TdtGreedy(Greedy):
     frame. A step beyond the states that have come is finished in the next ones.
     """
 
-    def __init__(self, model: Transducer, batch: int, *, max_symbols: int = MAX_SYMBOLS) -> None:
-        super().__init__(model, batch, max_symbols=max_symbols)
-        self.durations = torch.tensor(model.durations, device=self.device)
-        self.ahead = torch.zeros(batch, dtype=torch.int64, device=self.device)  # frames into the next states
-        self.in_frame = torch.zeros(batch, dtype=torch.int64, device=self.device)  # units emitted at the frame
+    def _scores(self, encoded: Tensor, predicted: Tensor) -> Scores:
+        tokens, durations = self.model.joint.with_durations(encoded, predicted)
+        logp, steps = tokens.float().log_softmax(-1), durations.float().log_softmax(-1)
+        still = torch.tensor([duration == 0 for duration in self.model.durations], device=self.device)
+        best, unit = logp.max(-1)
+        choices = []
+        for allowed in (steps, steps.masked_fill(still, -torch.inf)):
+            score, choice = allowed.max(-1)
+            choices.append([[*zip(*row)] for row in zip(choice.tolist(), score.tolist())])
+        return Scores(unit.tolist(), best.tolist(), logp[..., BLANK].tolist(), *choices)
 
-    @torch.no_grad()
-    def feed(self, states: Tensor, lengths: Tensor) -> None:
-        rows = torch.arange(self.batch, device=self.device)
-        lengths = lengths.to(self.device).clamp(max=states.shape[1])
-        projected = self.model.joint.encoder(states).float()
-        t = self.ahead
-        emitted: list[tuple[Tensor, ...]] = []
-        while bool((active := t < lengths).any()):
-            frame = projected[rows, t.clamp(max=states.shape[1] - 1)]
-            tokens, steps = self.model.joint.with_durations(frame, self.predicted)
-            logp, steps = tokens.float().log_softmax(-1), steps.float().log_softmax(-1)
-            best, unit = logp.max(-1)
-            must_move = (unit == BLANK) | (self.in_frame + 1 >= self.max_symbols)
-            forbidden = must_move[:, None] & (self.durations == 0)
-            best_step, choice = steps.masked_fill(forbidden, float("-inf")).max(-1)
-            moved = self.durations[choice]
-            self.score += torch.where(active, best + best_step, 0.0)
-            emits = active & (unit != BLANK)
-            emitted.append((emits, unit, self.frames + t, unit_confidence(best, logp[:, BLANK])))
-            self._advance(unit, emits)
-            t = torch.where(active, t + moved, t)
-            self.in_frame = torch.where(active, torch.where(moved > 0, 0, self.in_frame + 1), self.in_frame)
-        self.ahead = t - lengths
-        self.frames += lengths
-        self._keep(emitted)
+    def _walk(self, scores: Scores, n: int, b: int, end: int) -> int:
+        first = self.ahead[b]
+        while (k := self.ahead[b] - first) < end - first:
+            unit, best = scores.unit[n][k], scores.best[n][k]
+            must_move = unit == BLANK or self.in_frame[b] + 1 >= self.max_symbols
+            choice, step = (scores.move if must_move else scores.step)[n][k]
+            self.score[b] += best + step
+            if unit != BLANK:
+                self._emit(b, unit, best, scores.blank[n][k])
+            moved = self.model.durations[choice]
+            self.in_frame[b] = 0 if moved else self.in_frame[b] + 1
+            self.ahead[b] += moved
+            if unit != BLANK:
+                return unit
+        return BLANK
 
 
 def greedy_search(model: Transducer, batch: int, *, max_symbols: int = MAX_SYMBOLS) -> Greedy:
