@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CorpusError, first_few
-from ..features.file import FBANK_HZ, FeatureFile, is_encoder
+from ..features.file import FeatureFile
+from ..features.settings import FBANK_HZ, is_encoder
 from ..manifest import Corpus, Utterance
 from ..units import UNKNOWN, UNKNOWN_PIECE, Encoded, Units
 from .sampler import BatchPlan, BatchSampler
@@ -66,7 +67,8 @@ class BatchLoader:
     empty texts, unless `untranscribed` keeps these for decoding. With `unit_frames`, each unit needs so many frames of
     its own, and the utterance some more: others are left out, too. `left_out` counts them by the reason, and
     CorpusError is raised if no utterance is left.
-    `targets` has the `TargetReader` of each transfer, by name.
+    Plans name noisy copies up to `copies`, all of which have to be there. `targets` has the `TargetReader` of each
+    transfer, by name.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class BatchLoader:
         units: Units,
         *,
         speeds: Sequence[float] = (1.0,),
+        copies: int = 0,
         max_frames: int = 0,
         unit_frames: int = 0,
         targets: Mapping[str, Any] | None = None,
@@ -105,7 +108,10 @@ class BatchLoader:
             raise CorpusError("no utterance to use", where=corpus.path, expected=expected)
         self.utterances: list[Utterance] = [spoken[i] for i in keep]
         self.encoded = [encoded[i] for i in keep]
-        self.frames = frames[keep]
+        self.frames, self.copies = frames[keep], copies
+        for speed in self.speeds:
+            for copy_ in range(1, copies + 1):
+                features.numbers([u.id for u in self.utterances], speed, copy_)
 
     def shared(self, rank: int, size: int) -> BatchLoader:
         """Return a loader of every `size`-th utterance from number `rank` on. It may have none."""
@@ -126,7 +132,7 @@ class BatchLoader:
         encoded = [self.encoded[i] for i in plan.indices]
         ids = [u.id for u in utterances]
         speeds = [self.speeds[s] for s in plan.speeds]
-        packed, lengths = self.features.gather(ids, speeds)
+        packed, lengths = self.features.gather(ids, speeds, 0 if plan.copies is None else plan.copies.tolist())
         # torch aligns its memory, NumPy does not, and matrix products round differently by alignment.
         padded = torch.zeros(len(ids), int(lengths.max()), packed.shape[1])
         features = padded.numpy()

@@ -30,6 +30,7 @@ class BatchPlan:
     number: int  # of the batch: the same on all ranks and unique in a run
     share: float = 1.0
     part: tuple[int, range] | None = None  # how many utterances the batch has, and which these are; None: all
+    copies: np.ndarray | None = None  # int64 [B], which noisy copy of each utterance, 0 for the clean one; None: all 0
 
 
 class BatchSampler:
@@ -38,7 +39,8 @@ class BatchSampler:
     A batch has at most `max_count` utterances (0: no limit).
     `frames`, int64 [U, S], are the lengths of every utterance at every speed. `shards`, int64 [U], are the shards of
     the utterances. About `mix` of them are mixed at a time, drawn again in each epoch, so that reads stay close (0:
-    all). Without `shuffle`, every utterance comes once at speed 0, longest first, for decoding. A rank gets every
+    all). In an epoch, an utterance is one of its `copies` noisy copies with a probability of `noise`. Without
+    `shuffle`, every utterance comes once at speed 0 and without noise, longest first, for decoding. A rank gets every
     `world_size`-th utterance of each batch, so that parts have similar lengths.
     """
 
@@ -52,6 +54,8 @@ class BatchSampler:
         shuffle: bool = True,
         shards: np.ndarray | None = None,
         mix: int = MIX_SHARDS,
+        noise: float = 0.0,
+        copies: int = 0,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -60,6 +64,7 @@ class BatchSampler:
         self.frames = np.asarray(frames, dtype=np.int64)
         self.max_frames, self.max_count, self.seed, self.shuffle = max_frames, max_count, seed, shuffle
         self.rank, self.world_size = rank, world_size
+        self.noise, self.copies = noise, copies
         self._windows, self._shard = 1, None
         if shuffle and mix and shards is not None and len(shards):
             numbers, shard = np.unique(shards, return_inverse=True)
@@ -87,7 +92,15 @@ class BatchSampler:
         for window in self._order_by_window(order, rng):
             cut = self._cut(window, length)
             batches += [cut[i] for i in rng.permutation(len(cut)).tolist()] if self.shuffle else cut
-        return [self._part(b, speed, (number << 32) + i) for i, b in enumerate(batches)]
+        noisy = self._draw_copies(number)
+        return [self._part(b, speed, noisy, (number << 32) + i) for i, b in enumerate(batches)]
+
+    def _draw_copies(self, number: int) -> np.ndarray | None:
+        """Draw which noisy copy each utterance of an epoch is, if any, apart from the draws of all else."""
+        if not self.noise or not self.shuffle:
+            return None
+        rng, count = np.random.default_rng([self.seed, number, 1]), len(self.frames)
+        return np.where(rng.random(count) < self.noise, rng.integers(1, self.copies + 1, size=count), 0)
 
     def _order_by_window(self, order: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
         """Split `order` by a new draw of the shards that are mixed together."""
@@ -111,10 +124,11 @@ class BatchSampler:
             batches.append(order[begin:])
         return batches
 
-    def _part(self, batch: np.ndarray, speed: np.ndarray, number: int) -> BatchPlan:
+    def _part(self, batch: np.ndarray, speed: np.ndarray, noisy: np.ndarray | None, number: int) -> BatchPlan:
         places = range(self.rank, len(batch), self.world_size)
         share = len(places) / len(batch)
         if not places:
             places = range(len(batch) - 1, len(batch))
         own = batch[places.start :: places.step]
-        return BatchPlan(own, speed[own], number, share, None if share == 1 else (len(batch), places))
+        part = None if share == 1 else (len(batch), places)
+        return BatchPlan(own, speed[own], number, share, part, None if noisy is None else noisy[own])

@@ -244,6 +244,8 @@ def _show_features(path: Path, as_json: bool) -> None:
         "path": str(path),
         "utterances": len(file.ids),
         "speeds": file.speeds,
+        "copies": file.copies,
+        **({} if file.noise is None else {"noise": file.noise}),
         "rows": len(file.row_ids),
         "frames": int(file.offsets[-1]),
         "frame_hz": file.frame_times.hz,

@@ -157,8 +157,8 @@ def check_features(path: Path) -> Checked:
     remedy = "delete the file and make it again with `stillhouse corpus features CORPUS FEATURES`"
     with FeatureFile(path) as file:
         findings = [
-            Finding("damaged", str(path), id, f"the row at speed {speed:g} does not match its checksum", remedy)
-            for id, speed in file.damaged_rows()
+            Finding("damaged", str(path), id, f"the row at {variant} does not match its checksum", remedy)
+            for id, variant in file.damaged_rows()
         ]
         return Checked(findings, len(file.ids), 1)
 

@@ -17,15 +17,17 @@ from pathlib import Path
 import numpy as np
 
 from ..audio.fbank import fbank
+from ..audio.noise import NoiseRecipe
 from ..errors import ConfigError, FeatureError, PartialError, StaleError
 from ..files.atomic import sweep_drafts
 from ..files.lock import FileLock
 from ..manifest import Corpus
-from .file import FeatureFile, FeatureSettings
+from .file import FeatureFile
 from .methods import FbankMethod, FeatureMethod
 from .parts import FeatureJob, PartDone, compute_parts
 from .provenance import RowSource, compare
 from .rates import default_rate
+from .settings import FeatureSettings, Variant, differing
 from .writer import merge
 
 __all__ = ["FeatureFile", "FeatureReport", "FeatureSettings", "PartDone", "compute_features", "fbank"]
@@ -35,7 +37,10 @@ ASSUMED_S = 10.0  # the length of an utterance whose manifest does not give it
 
 @dataclass(frozen=True)
 class FeatureReport:
-    """What a run of compute_features did. Rows count (utterance, speed) pairs, `upsampled` counts utterances."""
+    """What a run of compute_features did.
+
+    A row is an utterance at one speed, or a noisy copy of it. `upsampled` counts utterances.
+    """
 
     rows_before: int
     rows_computed: int
@@ -53,6 +58,7 @@ def compute_features(
     *,
     settings: FeatureSettings | None = None,
     method: FeatureMethod | None = None,
+    noise: NoiseRecipe | None = None,
     upsample: bool | None = None,
     workers: int | None = None,
     part_s: float = 300.0,
@@ -63,7 +69,8 @@ def compute_features(
     """Compute the rows that features.h5 lacks: every utterance of the corpus at every speed.
 
     Without a `method` it computes Kaldi fbank. Without `settings`, the rate is `default_rate`. Audio of a lower rate
-    than the features fails, unless it may be upsampled, as by default if there are `settings`. With 0 workers it
+    than the features fails, unless it may be upsampled, as by default if there are `settings`. With `noise`, each
+    utterance also gets noise.copies noisy copies at every speed. With 0 workers it
     computes in this process, and None uses the cores. A kill costs each worker at most a part, of `part_s` seconds of
     features. `on_start` gets (rows in the file, rows to compute), and `on_part` each part when its rows are on disk.
     Raises PartialError if utterances failed, and StaleError if the file has other settings, or if the audio of an
@@ -78,22 +85,27 @@ def compute_features(
         raise FeatureError("no utterance of the corpus has audio", where=corpus.path)
     method = method or FbankMethod(settings or FeatureSettings(rate_hz=default_rate(corpus, path)))
     settings = method.settings
+    copies = 0 if noise is None else noise.copies
+    wanted = tuple(Variant(speed, copy) for speed in speeds for copy in range(copies + 1))
     done: list[PartDone] = []
     with FileLock(parts / "lock", f"features {path}"):
         try:
             sweep_drafts(parts)
             left = [part for part in _part_paths(parts) if _is_whole(part)]
             sources = _files(path, left)
-            stored = _stored_rows(settings, sources, parts)
+            stored = _stored_rows(settings, noise, sources, parts)
             before = sum(map(len, stored.values()))
-            jobs = _missing(corpus, speeds, stored, path, redo_changed, upsample)
+            jobs = _missing(corpus, wanted, stored, path, redo_changed, upsample)
+            if noise is None and any(v.copy for job in jobs for v in job.variants):
+                what = "noisy copies of changed audio have to be computed again"
+                raise StaleError(what, where=path, remedy="give the same --noise, --rir and --snr as before")
             if on_start is not None:
-                on_start(before, sum(len(j.speeds) for j in jobs))
+                on_start(before, sum(len(j.variants) for j in jobs))
             workers = _worker_count(workers, jobs, method.worker_s)
             first = 1 + max((int(p.stem.removeprefix("part-")) for p in left), default=-1)
             tasks = enumerate(_tasks(jobs, part_s, workers), start=first)
             named = [(parts / f"part-{number:08d}.h5", task) for number, task in tasks]
-            for part in compute_parts(named, method, workers):
+            for part in compute_parts(named, method, workers, noise):
                 done.append(part)
                 if on_part is not None and part.ids:
                     on_part(part)
@@ -150,27 +162,30 @@ def _is_whole(part: Path) -> bool:
 
 
 def _stored_rows(
-    settings: FeatureSettings, sources: Sequence[FeatureFile], parts: Path
-) -> dict[str, dict[float, RowSource]]:
-    """Return {id: {speed: source}} of all rows. Raises StaleError if a file has other settings."""
-    rows: dict[str, dict[float, RowSource]] = {}
+    settings: FeatureSettings, noise: NoiseRecipe | None, sources: Sequence[FeatureFile], parts: Path
+) -> dict[str, dict[Variant, RowSource]]:
+    """Return {id: {variant: source}} of all rows. Raises StaleError if a file has other settings or other noise."""
+    rows: dict[str, dict[Variant, RowSource]] = {}
     for source in sources:
         with source:
-            if differ := settings.differences(source.settings):
+            differ = settings.differences(source.settings)
+            if noise is not None and source.noise is not None:
+                differ += differing(source.noise, noise.facts, "here")
+            if differ:
                 unfinished = source.path.parent == parts
                 place, which = (parts, "unfinished features were") if unfinished else (source.path, "file was")
                 remedy = f"use the same settings, write to another file, or delete {place}"
                 what = f"the {which} made with other settings: {'; '.join(differ)}"
                 raise StaleError(what, where=place, remedy=remedy)
-            for (id, speed), audio, record in zip(source.keys(), source.audio.tolist(), source.records, strict=True):
-                rows.setdefault(id, {})[speed] = RowSource(audio, record)
+            for (id, variant), audio, record in zip(source.keys(), source.audio.tolist(), source.records, strict=True):
+                rows.setdefault(id, {})[variant] = RowSource(audio, record)
     return rows
 
 
 def _missing(
     corpus: Corpus,
-    speeds: tuple[float, ...],
-    have: dict[str, dict[float, RowSource]],
+    wanted: tuple[Variant, ...],
+    have: dict[str, dict[Variant, RowSource]],
     place: Path,
     redo_changed: bool,
     upsample: bool,
@@ -183,8 +198,8 @@ def _missing(
     for u in corpus.utterances:
         stored = have.get(u.id, {})
         stale = changes.changed.get(u.id, {})
-        # What has changed is computed again at every speed that is there, asked for or not.
-        todo = [s for s in dict.fromkeys([*speeds, *stale]) if s not in stored or s in stale]
+        # What has changed is computed again in every variant that is there, asked for or not.
+        todo = [v for v in dict.fromkeys([*wanted, *stale]) if v not in stored or v in stale]
         if u.audio is not None and todo:
             jobs.append(
                 FeatureJob(u.id, corpus.audio_path(u), u.start_s, u.duration_s, tuple(todo), u.channel, upsample)
@@ -193,7 +208,7 @@ def _missing(
 
 
 def _seconds(job: FeatureJob) -> float:
-    return (job.duration_s or ASSUMED_S) * sum(1 / s for s in job.speeds)
+    return (job.duration_s or ASSUMED_S) * sum(1 / v.speed for v in job.variants)
 
 
 def _worker_count(workers: int | None, jobs: list[FeatureJob], worker_s: float) -> int:

@@ -1,13 +1,14 @@
 """features.h5 and the parts that it is made of: the layout, and the fast reader. `writer.py` writes them.
 
     features    float16 [frames, bins]   contiguous: rows of one utterance are one run of bytes
-    offsets     int64 [rows + 1]         first frame of each row; a row is one (utterance, speed)
+    offsets     int64 [rows + 1]         first frame of each row; a row is one (utterance, speed, copy)
     ids, id_offsets                      UTF-8 bytes [..] and int64 [rows + 1]
     speeds      float64 [rows]           audio  uint64 [rows], identity of the sound     crc32c  uint32 [rows]
     records     RECORD [rows]            what each row was computed from; absent from older files
     loudness    float16 [..] and loudness_offsets int64 [rows + 1]   see `FeatureFile.loudness`; absent from fbank
+    copies      uint16 [rows]   which noisy copy a row is, 0 without noise; absent if all are 0
     attributes: format, version, settings (JSON), fingerprint (of the settings), tables_crc32c (of TABLES),
-    records_crc32c, loudness_crc32c (of its offsets)
+    records_crc32c, loudness_crc32c (of its offsets), copies_crc32c, noise (JSON: what copies were made with)
 
 Guarantees: a reader holds one inode from the first look to the last read.
 Try: `stillhouse corpus info features.h5`.
@@ -18,19 +19,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import google_crc32c
 import h5py
 import numpy as np
 
-from ..errors import ConfigError, FeatureError, first_few
+from ..errors import FeatureError, first_few
 from ..files.atomic import plain_descriptor
 from ..files.declared import own_dataset
+from .settings import FrameTimes, Variant, is_encoder, times_of
 
 HDF5 = b"\x89HDF\r\n\x1a\n"
 FORMAT, VERSION = "stillhouse-features", 1
@@ -46,99 +45,6 @@ TABLES = {
 # end, and channel -1 is the mean. A stamp of 0 says that nothing is recorded.
 RECORD = np.dtype([("content", "<u8"), ("stamp", "<u8"), ("start_s", "<f8"), ("duration_s", "<f8"), ("channel", "<i4")])
 MAKE = "`stillhouse corpus features CORPUS FEATURES`"
-FBANK_HZ = 100.0  # frames in a second of files that record no frame_hz
-PLACES = ("encoder",)  # Settings that say where something lies, and decide no number.
-
-
-@dataclass(frozen=True)
-class FeatureSettings:
-    """The settings that decide the numbers in a feature file. StaleError uses their names.
-
-    The other settings of fbank are fixed (see `audio.fbank`). `method` changes with them.
-    """
-
-    method: str = "kaldi fbank 1"
-    rate_hz: int = 16000
-    bins: int = 80
-
-    def __post_init__(self) -> None:
-        if not 1000 <= self.rate_hz <= 192000:
-            raise ConfigError(f"a rate of {self.rate_hz} Hz", expected="1000 to 192000 Hz")
-        self._check_width()
-
-    def _check_width(self) -> None:
-        if not 4 <= self.bins <= 256:
-            raise ConfigError(f"{self.bins} mel bins", expected="4 to 256")
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of the settings, without the place of an encoder."""
-        deciding = {name: value for name, value in asdict(self).items() if name not in PLACES}
-        return blake2b(json.dumps(deciding, sort_keys=True).encode(), digest_size=8).hexdigest()
-
-    def differences(self, stored: dict) -> list[str]:
-        """Return, as texts, what differs from the settings of a file. An encoder may lie elsewhere."""
-        return differing(stored, asdict(self), "here")
-
-
-@dataclass(frozen=True)
-class EncoderSettings(FeatureSettings):
-    """The settings of rows that are the states of a speech encoder. `bins` is the width of a state.
-
-    encoder         where it was loaded from: a folder, or its name on the Hugging Face hub
-    architecture    its model_type, such as "whisper"
-    weights         a hash of its weights and of its feature extractor's settings
-    layer           0 is what goes into the first layer
-    frame_hz        rows in a second of audio
-    offset_s        time of the middle of row 0
-    """
-
-    method: str = "encoder 1"
-    encoder: str = ""
-    architecture: str = ""
-    weights: str = ""
-    layer: int = 0
-    frame_hz: float = 50.0
-    offset_s: float = 0.0
-
-    def _check_width(self) -> None:
-        if not 1 <= self.bins <= 1 << 16:
-            raise ConfigError(f"states of {self.bins} numbers", expected="1 to 65536")
-
-
-@dataclass(frozen=True)
-class FrameTimes:
-    """When the frames of features are: `hz` in a second, and the first begins at `start_s`."""
-
-    hz: float = FBANK_HZ
-    start_s: float = 0.0
-
-
-FBANK_TIMES = FrameTimes()
-
-
-def times_of(settings: Mapping[str, Any] | None) -> FrameTimes:
-    """Return when the frames are, by the settings of a feature file. None is fbank, which begins with the audio."""
-    if settings is None or "frame_hz" not in settings:
-        return FBANK_TIMES
-    hz = float(settings["frame_hz"])
-    if not 0 < hz <= 1000:
-        raise ValueError(f"{hz} frames in a second")
-    return FrameTimes(hz, float(settings["offset_s"]) - 0.5 / hz)
-
-
-def is_encoder(settings: Mapping[str, Any] | None) -> bool:
-    """Return whether rows of these settings are the states of a speech encoder."""
-    return settings is not None and "encoder" in settings
-
-
-def differing(stored: Mapping[str, Any], own: Mapping[str, Any], place: str) -> list[str]:
-    """Return in words which settings of a file differ from `own` ones, which are those at `place`."""
-    return [
-        f"{name} is {stored.get(name)!r} there and {own.get(name)!r} {place}"
-        for name in {**own, **stored}
-        if stored.get(name) != own.get(name) and name not in PLACES
-    ]
 
 
 def sum_of_tables(tables: Mapping[str, np.ndarray]) -> int:
@@ -272,6 +178,12 @@ class FeatureFile:
             blob, cuts = tables["ids"].tobytes(), tables["id_offsets"].tolist()
             self.row_ids = [blob[a:b].decode("utf-8") for a, b in pairwise(cuts)]
             self.row_speeds, self.audio, self.crc32c = tables["speeds"], tables["audio"], tables["crc32c"]
+            self.row_copies: np.ndarray = np.zeros(len(tables["audio"]), np.uint16)
+            self._noise = json.loads(_text(file.attrs.get("noise", "null")))
+            if "copies" in file:
+                self.row_copies = _table(file, "copies", np.uint16, size)
+                if file.attrs["copies_crc32c"] != checksum(self.row_copies) or not isinstance(self._noise, dict):
+                    raise ValueError("its copies do not match their checksum")
             (_, self.width), self._offset = _place(file, "features", self.offsets, 2)
             self.loud_offsets: np.ndarray = np.zeros(len(self.offsets), np.int64)
             self._loud_at = 0
@@ -287,16 +199,26 @@ class FeatureFile:
         for offsets in (self.offsets, self.loud_offsets):
             if n and (offsets[0] != 0 or np.diff(offsets).min() < 0):
                 raise ValueError("offsets run backwards")
-        self._row: dict[float, dict[str, int]] = {}
-        for r, (id, speed) in enumerate(self.keys()):
-            self._row.setdefault(speed, {})[id] = r
+        self._row: dict[Variant, dict[str, int]] = {}
+        for r, (id, variant) in enumerate(self.keys()):
+            self._row.setdefault(variant, {})[id] = r
 
     def _columns(self) -> tuple[np.ndarray, ...]:
-        return self.row_speeds, self.audio, self.crc32c, self.records
+        return self.row_speeds, self.row_copies, self.audio, self.crc32c, self.records
 
-    def keys(self) -> Iterator[tuple[str, float]]:
-        """Return (id, speed) of every row, in file order."""
-        return zip(self.row_ids, self.row_speeds.tolist(), strict=True)
+    def keys(self) -> Iterator[tuple[str, Variant]]:
+        """Return the utterance and the variant of every row, in file order."""
+        return zip(self.row_ids, map(Variant, self.row_speeds.tolist(), self.row_copies.tolist()), strict=True)
+
+    @property
+    def noise(self) -> dict | None:
+        """What noisy copies were made with, as `NoiseRecipe.facts`. None if the file has none."""
+        return self.open()._noise
+
+    @property
+    def copies(self) -> int:
+        """How many noisy copies utterances have at most."""
+        return int(self.open().row_copies.max(initial=0))
 
     @property
     def settings(self) -> dict:
@@ -336,23 +258,31 @@ class FeatureFile:
         """Return the identity of the sound of each row, uint64 [B]. Raises FeatureError as `frames`."""
         return self.open().audio[self.numbers(ids, speeds)]
 
-    def gather(self, ids: Sequence[str], speeds: Sequence[float] | float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    def gather(
+        self, ids: Sequence[str], speeds: Sequence[float] | float = 1.0, copies: Sequence[int] | int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Return (float16 [ΣT, bins], one utterance after the other, and int64 lengths [B])."""
-        numbers = self.open().numbers(ids, speeds)
+        numbers = self.open().numbers(ids, speeds, copies)
         return self.rows(numbers), self.lengths[numbers]
 
-    def numbers(self, ids: Sequence[str], speeds: Sequence[float] | float = 1.0) -> np.ndarray:
+    def numbers(
+        self, ids: Sequence[str], speeds: Sequence[float] | float = 1.0, copies: Sequence[int] | int = 0
+    ) -> np.ndarray:
         """Return the numbers of rows, int64 [B]. Raises FeatureError as `frames`."""
-        if isinstance(speeds, (int, float)):
-            speeds = [speeds] * len(ids)
+        speeds = [speeds] * len(ids) if isinstance(speeds, (int, float)) else speeds
+        copies = [copies] * len(ids) if isinstance(copies, int) else copies
+        wanted = [Variant(*of) for of in zip(speeds, copies, strict=True)]
         rows = self.open()._row
         try:
-            return np.array([rows[s][i] for i, s in zip(ids, speeds, strict=True)], np.int64)
+            return np.array([rows[v][i] for i, v in zip(ids, wanted, strict=True)], np.int64)
         except KeyError:
-            missing = [f"{i} at speed {s:g}" for i, s in zip(ids, speeds) if i not in rows.get(s, ())]
+            missing = [f"{i} at {v}" for i, v in zip(ids, wanted) if i not in rows.get(v, ())]
             what = f"no features of {first_few(missing)}"
             expected = f"speeds {', '.join(f'{s:g}' for s in self.speeds)}"
-            remedy = "add them with `stillhouse corpus features CORPUS FEATURES --speeds …`"
+            options = "--speeds …"
+            if any(copies):
+                expected, options = f"{expected}, {self.copies} noisy copies", "--speeds … --noise … --copies …"
+            remedy = f"add them with `stillhouse corpus features CORPUS FEATURES {options}`"
             raise FeatureError(what, where=self.path, expected=expected, remedy=remedy) from None
 
     def rows(self, numbers: np.ndarray) -> np.ndarray:
@@ -385,8 +315,8 @@ class FeatureFile:
             at = end
         return out
 
-    def damaged_rows(self) -> list[tuple[str, float]]:
-        """Return (id, speed) of the rows whose bytes do not match their checksum."""
+    def damaged_rows(self) -> list[tuple[str, Variant]]:
+        """Return the utterance and the variant of the rows whose bytes do not match their checksum."""
         self.open()
         rows = [(key, np.array([r])) for r, key in enumerate(self.keys())]
         return [key for key, r in rows if checksum(self.rows(r), self.loudness(r)) != self.crc32c[r[0]]]

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..audio.fbank import fbank
 from ..errors import AudioError
-from .file import FeatureSettings
+from .settings import FeatureSettings
 
 
 class FeatureMethod(Protocol):

@@ -14,11 +14,14 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from ..audio.noise import NoiseRecipe
 from ..audio.read import change_speed, read_segment, resample
 from ..errors import AudioError, FeatureError, StillhouseError
-from .file import EncoderSettings, FeatureSettings
 from .methods import FeatureMethod
 from .provenance import identity, record
+from .settings import EncoderSettings, FeatureSettings, Variant
 from .writer import Rows, write_rows
 
 
@@ -30,7 +33,7 @@ class FeatureJob:
     path: Path
     start_s: float
     duration_s: float | None
-    speeds: tuple[float, ...]
+    variants: tuple[Variant, ...]
     channel: int | None = None
     upsample: bool = True  # whether audio of a lower rate than that of the features is used
 
@@ -46,8 +49,10 @@ class PartDone:
     upsampled: int = 0
 
 
-def compute_part(target: Path, jobs: list[FeatureJob], method: FeatureMethod) -> PartDone:
-    """Compute one part and write it to `target`."""
+def compute_part(
+    target: Path, jobs: list[FeatureJob], method: FeatureMethod, noise: NoiseRecipe | None = None
+) -> PartDone:
+    """Compute one part and write it to `target`. Copies above 0 are made with `noise`."""
     settings = method.settings
     rows = Rows()
     ids: list[str] = []
@@ -63,19 +68,27 @@ def compute_part(target: Path, jobs: list[FeatureJob], method: FeatureMethod) ->
                 raise _narrow(job.path, own_hz, settings)
             name, source = identity(*segment, excerpts), record(*segment, files)
             samples, seconds = resample(samples, own_hz, settings.rate_hz), len(samples) / own_hz
-            heard = [change_speed(samples, s) for s in job.speeds]
+            heard = [_heard(samples, settings.rate_hz, job.id, v, noise) for v in job.variants]
             rows_of = [(method.rows(own, job.id), method.loudness(own)) for own in heard]
         except (AudioError, OSError) as e:
             failures[job.id] = str(e)
             continue
-        for speed, (frames, loudness) in zip(job.speeds, rows_of):
-            rows.add(job.id, speed, name, frames, source, loudness)
+        for variant, (frames, loudness) in zip(job.variants, rows_of):
+            rows.add(job.id, variant, name, frames, source, loudness)
         ids.append(job.id)
         upsampled += own_hz < settings.rate_hz
         audio_s += seconds
     if ids:
-        write_rows(target, settings, rows)
+        write_rows(target, settings, rows, None if noise is None else noise.facts)
     return PartDone(ids, len(rows.ids), audio_s, failures, upsampled)
+
+
+def _heard(samples: np.ndarray, rate_hz: int, id: str, variant: Variant, noise: NoiseRecipe | None) -> np.ndarray:
+    own = change_speed(samples, variant.speed)
+    if not variant.copy:
+        return own
+    assert noise is not None
+    return noise.applied(own, rate_hz, f"{id} {variant}")
 
 
 def _narrow(path: Path, own_hz: int, settings: FeatureSettings) -> AudioError:
@@ -87,7 +100,7 @@ def _narrow(path: Path, own_hz: int, settings: FeatureSettings) -> AudioError:
 
 
 def compute_parts(
-    named: list[tuple[Path, list[FeatureJob]]], method: FeatureMethod, workers: int
+    named: list[tuple[Path, list[FeatureJob]]], method: FeatureMethod, workers: int, noise: NoiseRecipe | None = None
 ) -> Iterator[PartDone]:
     """Compute parts, given as (path, jobs), and yield each when it is in place, in any order.
 
@@ -101,7 +114,7 @@ def compute_parts(
         torch.set_num_threads(1)
         try:
             for target, jobs in named:
-                yield compute_part(target, jobs, method)
+                yield compute_part(target, jobs, method, noise)
         finally:
             torch.set_num_threads(threads)
         return
@@ -113,7 +126,7 @@ def compute_parts(
     try:
         for _ in range(min(workers, len(named))):
             pipe, other = context.Pipe()
-            process = context.Process(target=_work, args=(other, method), daemon=True)
+            process = context.Process(target=_work, args=(other, method, noise), daemon=True)
             process.start()
             other.close()
             busy[pipe] = process
@@ -144,7 +157,7 @@ def compute_parts(
             process.join()
 
 
-def _work(pipe: Connection, method: FeatureMethod) -> None:
+def _work(pipe: Connection, method: FeatureMethod, noise: NoiseRecipe | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent ends its workers.
     import torch
 
@@ -155,7 +168,7 @@ def _work(pipe: Connection, method: FeatureMethod) -> None:
         except (EOFError, ConnectionError):
             return
         try:
-            answer: PartDone | BaseException = compute_part(target, jobs, method)
+            answer: PartDone | BaseException = compute_part(target, jobs, method, noise)
         except StillhouseError as e:
             answer = e
         except Exception as e:

@@ -20,7 +20,8 @@ import numpy as np
 from ..errors import StaleError, first_few
 from ..files.atomic import open_plain, plain_descriptor
 from ..manifest import Corpus, Utterance
-from .file import RECORD, FeatureFile, FeatureSettings, differing, is_encoder
+from .file import RECORD, FeatureFile
+from .settings import FeatureSettings, Variant, differing, is_encoder
 
 THREADS = 16  # They wait for the disk, or for the network.
 
@@ -35,17 +36,17 @@ class RowSource:
 
 @dataclass
 class RowChanges:
-    """What differs from the rows: {id: {speed: in words}}, and how many utterances have no audio to compare."""
+    """What differs from the rows: {id: {variant: in words}}, and how many utterances have no audio to compare."""
 
-    changed: dict[str, dict[float, str]] = field(default_factory=dict)
+    changed: dict[str, dict[Variant, str]] = field(default_factory=dict)
     absent: int = 0
 
     def refuse(self, where: Path, remedy: str) -> None:
         """Raise StaleError if any row has changed."""
         if self.changed:
             what = f"the sound of {first_few(list(self.changed))} has changed since the features were made"
-            id, speeds = next(iter(self.changed.items()))
-            raise StaleError(f"{what} ({id}: {next(iter(speeds.values()))})", where=where, remedy=remedy)
+            id, variants = next(iter(self.changed.items()))
+            raise StaleError(f"{what} ({id}: {next(iter(variants.values()))})", where=where, remedy=remedy)
 
 
 def stamp(path: Path) -> int:
@@ -106,9 +107,9 @@ def record(
 
 
 def compare(
-    corpus: Corpus, rows: Mapping[str, Mapping[float, RowSource]], utterances: Sequence[Utterance], *, full: bool
+    corpus: Corpus, rows: Mapping[str, Mapping[Variant, RowSource]], utterances: Sequence[Utterance], *, full: bool
 ) -> RowChanges:
-    """Compare rows, by utterance and speed, with the manifest and the audio files.
+    """Compare rows, by utterance and variant, with the manifest and the audio files.
 
     A file that has another `stamp` than at the time is read: wholly if `full`, else its `excerpt`.
     """
@@ -122,8 +123,8 @@ def compare(
     for u, path in pairs:
         look = looked[path]
         found.absent += look is None
-        whys = {speed: _difference(u, row, path, look) for speed, row in rows[u.id].items()}
-        if stale := {speed: why for speed, why in whys.items() if why}:
+        whys = {variant: _difference(u, row, path, look) for variant, row in rows[u.id].items()}
+        if stale := {variant: why for variant, why in whys.items() if why}:
             found.changed[u.id] = stale
     return found
 
@@ -177,14 +178,14 @@ def _same(a: float | None, b: float | None) -> bool:
     return a == b if a is None or b is None else abs(a - b) < 1e-6
 
 
-def sources_of(file: FeatureFile, utterances: Sequence[Utterance]) -> dict[str, dict[float, RowSource]]:
-    """Return what the rows of some utterances were computed from, by id and speed."""
+def sources_of(file: FeatureFile, utterances: Sequence[Utterance]) -> dict[str, dict[Variant, RowSource]]:
+    """Return what the rows of some utterances were computed from, by id and variant."""
     file.open()
     wanted = {u.id for u in utterances}
-    found: dict[str, dict[float, RowSource]] = {}
-    for r, (id, speed) in enumerate(file.keys()):
+    found: dict[str, dict[Variant, RowSource]] = {}
+    for r, (id, variant) in enumerate(file.keys()):
         if id in wanted:
-            found.setdefault(id, {})[speed] = RowSource(int(file.audio[r]), file.records[r])
+            found.setdefault(id, {})[variant] = RowSource(int(file.audio[r]), file.records[r])
     return found
 
 

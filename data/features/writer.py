@@ -18,7 +18,8 @@ from ..errors import FeatureError
 from ..files.atomic import draft_of
 from ..files.patient import PatientFile
 from ..files.trouble import in_words, os_error
-from .file import FORMAT, RECORD, VERSION, FeatureFile, FeatureSettings, checksum, sum_of_tables
+from .file import FORMAT, RECORD, VERSION, FeatureFile, checksum, sum_of_tables
+from .settings import FeatureSettings, Variant
 
 # A write has so many frames: 20 MB of whole pages for any number of bins. Linux makes large folios of page cache from
 # large aligned writes. Reads copy them twice as fast as those from one write for each utterance.
@@ -27,10 +28,10 @@ WRITE_FRAMES = 1 << 17
 
 @dataclass
 class Rows:
-    """Rows to write: any number of (utterance, speed) with their frames."""
+    """Rows to write: any number of utterances and variants with their frames."""
 
     ids: list[str] = field(default_factory=list)
-    speeds: list[float] = field(default_factory=list)
+    variants: list[Variant] = field(default_factory=list)
     audio: list[int] = field(default_factory=list)
     frames: list[np.ndarray] = field(default_factory=list)
     records: list[np.void] = field(default_factory=list)
@@ -39,7 +40,7 @@ class Rows:
     def add(
         self,
         id: str,
-        speed: float,
+        variant: Variant,
         audio: int,
         frames: np.ndarray,
         record: np.void | None = None,
@@ -52,17 +53,18 @@ class Rows:
         self.loudness.append(np.zeros(0, np.float16) if loudness is None else np.asarray(loudness, np.float16))
         self.records.append(np.zeros(1, RECORD)[0] if record is None else record)
         self.ids.append(id)
-        self.speeds.append(speed)
+        self.variants.append(variant)
         self.audio.append(audio)
         self.frames.append(np.ascontiguousarray(frames, dtype=np.float16))
 
 
-def write_rows(path: Path, settings: FeatureSettings, rows: Rows) -> None:
-    """Write a part, whole or not at all."""
+def write_rows(path: Path, settings: FeatureSettings, rows: Rows, noise: dict | None = None) -> None:
+    """Write a part, whole or not at all. `noise` is what its copies were made with."""
     crc = np.array([checksum(*own) for own in zip(rows.frames, rows.loudness)], np.uint32)
     records = np.array(rows.records, RECORD)
     frames, loud = (_Run(np.array([*map(len, own)], np.int64), iter(own)) for own in (rows.frames, rows.loudness))
-    _write(path, settings, list(zip(rows.ids, rows.speeds)), rows.audio, records, crc, frames, loud)
+    keys = list(zip(rows.ids, rows.variants))
+    _write(path, settings, noise, keys, rows.audio, records, crc, frames, loud)
 
 
 def merge(path: Path, settings: FeatureSettings, sources: Sequence[FeatureFile], drafts: Path) -> int:
@@ -70,9 +72,11 @@ def merge(path: Path, settings: FeatureSettings, sources: Sequence[FeatureFile],
 
     The draft lies in the folder `drafts`.
     """
-    last: dict[tuple[str, float], tuple[int, int]] = {}
+    last: dict[tuple[str, Variant], tuple[int, int]] = {}
+    noise = None
     for s, source in enumerate(sources):
         with source:  # Only one file is open, because a large corpus has more parts than a process may open.
+            noise = source.noise or noise
             for r, key in enumerate(source.keys()):
                 last[key] = (s, r)
     keys = sorted(last, key=lambda key: last[key])
@@ -84,7 +88,7 @@ def merge(path: Path, settings: FeatureSettings, sources: Sequence[FeatureFile],
     lengths.append(np.array([np.diff(sources[s].loud_offsets[r : r + 2])[0] for s, r in picked], np.int64))
     read = (FeatureFile.rows, FeatureFile.loudness)
     frames, loud = (_Run(own, _blocks(sources, picked, own, of)) for own, of in zip(lengths, read, strict=True))
-    _write(path, settings, keys, audio, records, crc, frames, loud, drafts)
+    _write(path, settings, noise, keys, audio, records, crc, frames, loud, drafts)
     return len(picked)
 
 
@@ -122,7 +126,8 @@ class _Run:
 def _write(
     path: Path,
     settings: FeatureSettings,
-    keys: list[tuple[str, float]],
+    noise: dict | None,
+    keys: list[tuple[str, Variant]],
     audio: list[int],
     records: np.ndarray,
     crc: np.ndarray,
@@ -148,7 +153,7 @@ def _write(
                 "offsets": frames.offsets,
                 "ids": np.frombuffer(b"".join(encoded), np.uint8),
                 "id_offsets": np.concatenate([[0], np.cumsum([len(e) for e in encoded])]).astype(np.int64),
-                "speeds": np.array([speed for _, speed in keys], np.float64),
+                "speeds": np.array([v.speed for _, v in keys], np.float64),
                 "audio": np.array(audio, np.uint64),
                 "crc32c": crc,
             }
@@ -157,6 +162,11 @@ def _write(
             file["records"] = records
             file.attrs["records_crc32c"] = np.uint32(checksum(records))
             file.attrs["tables_crc32c"] = np.uint32(sum_of_tables(tables))
+            copies = np.array([v.copy for _, v in keys], np.uint16)
+            if copies.any():
+                file["copies"] = copies
+                file.attrs["copies_crc32c"] = np.uint32(checksum(copies))
+                file.attrs["noise"] = np.bytes_(json.dumps(noise, sort_keys=True))
             if loudness.offsets[-1]:
                 file["loudness_offsets"] = loudness.offsets
                 file.attrs["loudness_crc32c"] = np.uint32(checksum(loudness.offsets))

@@ -7,6 +7,7 @@ Try: `stillhouse corpus features --help`.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from dataclasses import asdict
@@ -15,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...data.commands.corpus_import import root_option, say
+from ...data.commands.corpus_import import FOLDER, root_option, say
 from ...data.commands.paths import EXISTING, PATH
 
 if TYPE_CHECKING:
+    from ...data.audio.noise import NoiseRecipe
     from ...data.features.compute import PartDone
     from ...data.features.methods import FeatureMethod
     from ...data.manifest import Corpus
@@ -74,6 +76,13 @@ class _Progress:
 @click.option(
     "--device", default="auto", show_default=True, help="With --encoder: its device, cpu, cuda, cuda:1 or auto."
 )
+@click.option("--noise", "noise_root", type=FOLDER, metavar="FOLDER",
+              help="Add noise from the audio below this folder to copies of the utterances.")  # fmt: skip
+@click.option("--rir", "rir_root", type=FOLDER, metavar="FOLDER",
+              help="Let copies sound as in the rooms whose impulse responses lie below this folder.")  # fmt: skip
+@click.option("--snr", metavar="LOW-HIGH", help="With --noise: ratio of speech to noise, in dB. [default: 5-20]")
+@click.option("--copies", type=click.IntRange(0, 1000), default=None,
+              help="Noisy copies of each utterance at each speed, beside the clean one. [default: 1]")  # fmt: skip
 @click.option("--workers", type=int, help="Worker processes. By default the cores, if that pays.")
 @click.option("--redo-changed", is_flag=True, help="Compute again utterances whose audio changed.")
 @root_option
@@ -86,6 +95,8 @@ def features(manifest: Path, features_file: Path, speeds: str, as_json: bool, **
     Example: stillhouse corpus features corpus.jsonl features.h5 --speeds 0.9,1.0,1.1
 
     Example: stillhouse corpus features corpus.jsonl whisper.h5 --encoder openai/whisper-tiny.en --layer 4
+
+    Example: stillhouse corpus features corpus.jsonl features.h5 --split train --noise musan/noise --rir rirs --copies 2
     """
     from ...data.errors import UsageError
     from ...data.features.compute import compute_features
@@ -99,6 +110,7 @@ def features(manifest: Path, features_file: Path, speeds: str, as_json: bool, **
     refuse_input(features_file, [manifest])
     chosen = read_manifest(manifest, options.pop("root")).select(options.pop("split"))
     settings = {name: options.pop(name) for name in ("rate_hz", "bins", "encoder", "layer", "device")}
+    options["noise"] = _noise(*(options.pop(name) for name in ("noise_root", "rir_root", "snr", "copies")))
     options["upsample"] = settings["rate_hz"] is not None
     method = _method(chosen, features_file, **settings)
     if options["workers"] is None and method.on_gpu:
@@ -127,6 +139,27 @@ def features(manifest: Path, features_file: Path, speeds: str, as_json: bool, **
         )
 
 
+def _noise(noise: Path | None, rir: Path | None, snr: str | None, copies: int | None) -> NoiseRecipe | None:
+    """Return what noisy copies are made with, or None for none."""
+    from ...data.audio.noise import find_noise
+    from ...data.errors import UsageError
+
+    if noise is None and snr is not None:
+        raise UsageError("--snr is of noise", expected="--noise FOLDER with it")
+    if noise is None and rir is None:
+        if copies:
+            raise UsageError("--copies needs something to make copies with", expected="--noise FOLDER or --rir FOLDER")
+        return None
+    match = re.fullmatch(r"(-?[\d.]+)(?:-(-?[\d.]+))?", snr or "5-20")
+    try:
+        low, high = (float(match[1]), float(match[2] or match[1])) if match else (1.0, 0.0)
+    except ValueError:
+        low, high = 1.0, 0.0
+    if low > high:
+        raise UsageError(f"--snr {snr}", expected="decibels from low to high, such as 5-20")
+    return find_noise(noise, rir, (low, high), 1 if copies is None else copies)
+
+
 def _method(
     chosen: Corpus,
     path: Path,
@@ -138,9 +171,9 @@ def _method(
 ) -> FeatureMethod:
     """Return what computes the rows. An encoder is loaded here, before anything is written."""
     from ...data.errors import UsageError
-    from ...data.features.file import FeatureSettings
     from ...data.features.methods import FbankMethod
     from ...data.features.rates import default_rate
+    from ...data.features.settings import FeatureSettings
 
     if encoder is None:
         if layer is not None:

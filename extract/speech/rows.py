@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from ...data.errors import AudioError, StaleError, UsageError
-from ...data.features.file import EncoderSettings
 from ...data.features.methods import mean_energy
+from ...data.features.settings import EncoderSettings
 from ..teacher.model import pick_device
 from .encoder import SpeechEncoder, load_encoder
 

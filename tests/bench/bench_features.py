@@ -20,7 +20,8 @@ from measuring import Row, at_least, rounds, write_table
 
 from stillhouse.data.audio.fbank import fbank
 from stillhouse.data.audio.read import change_speed, resample
-from stillhouse.data.features.file import FeatureFile, FeatureSettings
+from stillhouse.data.features.file import FeatureFile
+from stillhouse.data.features.settings import FeatureSettings, Variant
 from stillhouse.data.features.writer import Rows, merge, write_rows
 
 BATCH, ROUNDS = 32, 400
@@ -55,7 +56,7 @@ def made_up(folder: Path, utterances: int) -> FeatureFile:
     for first in range(0, utterances, 300):
         rows = Rows()
         for k in range(first, min(first + 300, utterances)):
-            rows.add(f"u{k:06d}", 1.0, k, noise[: int(rng.integers(200, 1700))])
+            rows.add(f"u{k:06d}", Variant(1.0), k, noise[: int(rng.integers(200, 1700))])
         part = folder / f"part-{first}.h5"
         write_rows(part, FeatureSettings(), rows)
         parts.append(part)

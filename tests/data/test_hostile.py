@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from stillhouse.cli import cli
 from stillhouse.data.corpus.check import check_corpus
 from stillhouse.data.errors import CorpusError, FeatureError, PartialError, StillhouseError
-from stillhouse.data.features.file import FeatureSettings
+from stillhouse.data.features.settings import FeatureSettings, Variant
 from stillhouse.data.features.writer import Rows, write_rows
 from stillhouse.data.manifest import Utterance, read_manifest, to_line, write_manifest
 from stillhouse.data.sources.common import Imported
@@ -242,7 +242,7 @@ for k in range(int(sys.argv[2])):
         with FeatureFile(path) as file:
             damaged = file.damaged_rows()
             same = (file.gather(["u1"])[0] == frames).all()
-            assert same or ("u1", 1.0) in damaged, k
+            assert same or any(id == "u1" for id, _ in damaged), k
             seen += bool(damaged)
     except FeatureError as e:
         refused += 1
@@ -253,7 +253,7 @@ print(refused, seen)
 def test_fuzzed_feature_files(tmp_path: Path) -> None:
     rows, rng = Rows(), np.random.default_rng(0)
     for k in range(3):
-        rows.add(f"u{k}", 1.0, k, rng.standard_normal((4 + k, 8)).astype(np.float16))
+        rows.add(f"u{k}", Variant(1.0), k, rng.standard_normal((4 + k, 8)).astype(np.float16))
     write_rows(tmp_path / "f.h5", FeatureSettings(bins=8), rows)
     command = [sys.executable, "-c", CHILD, str(tmp_path / "f.h5"), "300"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -135,7 +135,7 @@ def decode(
         import torch
 
         from ...data.errors import UsageError
-        from ...data.features.file import times_of
+        from ...data.features.settings import times_of
         from ...data.manifest import read_manifest
         from ..decode.decode import decoding_loader, transcribe
         from ..decode.stream import AudioFront, StreamDecoder, chunk_size

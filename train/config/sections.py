@@ -43,6 +43,9 @@ class DataSection(ConfigSection):
     train: str | None = Field(None, description="Splits to train on, with commas between. Without it, all utterances.")
     dev: str | None = Field(None, description="Split to evaluate on during training. Without it, no evaluation.")
     speeds: list[float] = Field([1.0], min_length=1, description="Speeds. Each utterance draws one in each epoch.")
+    noise: float = Field(
+        0.0, ge=0, le=1, description="Share of an epoch's utterances that are a noisy copy, if features has some."
+    )
     batch_frames: int = Field(16_000, ge=100, description="Largest batch, in frames, padding included.")
     mix_shards: Natural = Field(16, description="Shards of the first store to mix at a time. 0 mixes all.")
     max_frames: int = Field(3_000, ge=10, description="Longest utterance of training. Longer ones are left out.")

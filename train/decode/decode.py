@@ -18,8 +18,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ...data.batches.loader import Batch, BatchLoader
 from ...data.batches.sampler import BatchPlan, BatchSampler
-from ...data.features.file import FeatureFile, FrameTimes, is_encoder
+from ...data.features.file import FeatureFile
 from ...data.features.provenance import refuse_changed_rows
+from ...data.features.settings import FrameTimes, is_encoder
 from ...data.manifest import Corpus
 from ...data.text import SPACE_MARK
 from ...data.units import Units

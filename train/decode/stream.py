@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...data.audio.fbank import OnlineFbank
 from ...data.errors import UsageError
-from ...data.features.file import FBANK_TIMES, FrameTimes
+from ...data.features.settings import FBANK_TIMES, FrameTimes
 from ...data.units import Units
 from ..model.streaming import EncoderStream
 from ..model.transducer import Transducer

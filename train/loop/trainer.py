@@ -92,14 +92,14 @@ class Trainer:
         def loader(split: str | None, **options: Any) -> BatchLoader:
             return BatchLoader(corpus.select(split), self.features, self.units, **options)
 
-        own = {"speeds": data.speeds, "max_frames": data.max_frames, "targets": targets}
+        copies = start.noisy_copies(self.features, data.noise)
+        own = {"speeds": data.speeds, "copies": copies, "max_frames": data.max_frames, "targets": targets}
         self.loader = loader(data.train, **own, unit_frames=self.model.encoder.subsampling * self.model.one_unit)
         self.dev = None if data.dev is None else loader(data.dev).shared(ranks.rank, ranks.size)
         ranks.from_first(lambda: self._refuse_other_features(corpus))
         shards = store_shards(config, [u.id for u in self.loader.utterances])
-        sampler = BatchSampler(
-            self.loader.frames, max_frames=data.batch_frames, seed=config.run.seed, shards=shards, mix=data.mix_shards
-        )
+        mixing: dict[str, Any] = {"shards": shards, "mix": data.mix_shards, "noise": data.noise, "copies": copies}
+        sampler = BatchSampler(self.loader.frames, max_frames=data.batch_frames, seed=config.run.seed, **mixing)
         budget = {"steps": config.optim.steps, "batch_frames": data.batch_frames, "precision": self.precision}
         self.identity: dict[str, Any] = {
             "data": identity.data_identity(self.loader, sampler),

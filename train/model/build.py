@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...data.errors import ConfigError, UsageError
-from ...data.features.file import FrameTimes
+from ...data.features.settings import FrameTimes
 from ...data.manifest import read_manifest
 from ..config import Config, in_transfer
 from .transducer import Encoder, Transducer

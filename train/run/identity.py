@@ -32,8 +32,11 @@ def data_identity(loader: BatchLoader, sampler: BatchSampler) -> dict[str, Any]:
     """Return fingerprints of what a run trains on, and in which order. None of it may change when the run resumes."""
     utterances = [[u.id, u.text] for u in loader.utterances]
     ids = [u.id for u in loader.utterances]
-    batches = [[b.indices.tolist(), b.speeds.tolist()] for b in sampler.epoch(0)]
-    return {
+    batches = [
+        [part.tolist() for part in (b.indices, b.speeds, b.copies) if part is not None] for b in sampler.epoch(0)
+    ]
+    noise = {"noise": json.dumps(loader.features.noise, sort_keys=True)} if loader.copies else {}
+    return noise | {
         "units": loader.units.fingerprint,
         "features": loader.features.fingerprint,
         "utterances": len(loader.utterances),

@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ...data.errors import CheckpointError
-from ...data.features.file import FeatureFile, FeatureSettings, FrameTimes, is_encoder, times_of
+from ...data.features.file import FeatureFile
 from ...data.features.provenance import refuse_other_settings
+from ...data.features.settings import FeatureSettings, FrameTimes, is_encoder, times_of
 from ...data.files.atomic import read_plain, sha256_plain
 from ...data.units import Units, load_units
 from ..config import Config, load_config, without_removed

@@ -19,8 +19,17 @@ import numpy as np
 import torch
 
 from ...data.batches.loader import BatchLoader
-from ...data.errors import CheckpointError, ConfigError, StaleError, StillhouseError, UsageError, first_few
-from ...data.features.file import FeatureFile, differing
+from ...data.errors import (
+    CheckpointError,
+    ConfigError,
+    FeatureError,
+    StaleError,
+    StillhouseError,
+    UsageError,
+    first_few,
+)
+from ...data.features.file import FeatureFile
+from ...data.features.settings import differing
 from ...data.files.atomic import read_plain
 from ...data.units import UNKNOWN, Units
 from ..config import Config, InitSection, load_config
@@ -53,6 +62,15 @@ class Origin:
     def facts(self) -> dict[str, Any]:
         """All but the names of the weights."""
         return {k: v for k, v in asdict(self).items() if k != "taken"}
+
+
+def noisy_copies(features: FeatureFile, noise: float) -> int:
+    """Return how many noisy copies of each utterance a run reads. Raises FeatureError if it needs some and has none."""
+    if noise and not features.copies:
+        what = f"data.noise = {noise:g}, but there are no noisy copies"
+        remedy = "add them with `stillhouse corpus features CORPUS FEATURES --noise FOLDER --copies N`"
+        raise FeatureError(what, where=features.path, expected="copies, or data.noise = 0", remedy=remedy)
+    return features.copies if noise else 0
 
 
 def fit_normalisation(model: Transducer, loader: BatchLoader, speed: float) -> None:

@@ -16,6 +16,7 @@ from stillhouse.data.audio.read import change_speed, read_audio
 from stillhouse.data.errors import ConfigError, FeatureError, LockedError, PartialError, StaleError
 from stillhouse.data.features.compute import FeatureFile, FeatureSettings, PartDone, compute_features, fbank
 from stillhouse.data.features.file import FORMAT
+from stillhouse.data.features.settings import Variant
 from stillhouse.data.files.lock import FileLock
 from stillhouse.data.manifest import Corpus, Utterance
 
@@ -270,7 +271,7 @@ def test_processes_give_the_same_rows_and_a_dead_one_is_an_error_that_goes_on(
     assert FeatureFile(tmp_path / "three.h5").damaged_rows() == []
 
 
-def _dies_at_the_third(pipe, settings: FeatureSettings) -> None:
+def _dies_at_the_third(pipe, settings: FeatureSettings, noise: object) -> None:
     from stillhouse.data.features.parts import compute_part
 
     for _ in range(2):
@@ -319,7 +320,7 @@ def test_damaged_files_are_refused(make_corpus: Make, tmp_path: Path) -> None:
     flipped = bytearray(good)
     flipped[at] ^= 1
     path.write_bytes(flipped)
-    assert FeatureFile(path).damaged_rows() == [("u002", 1.0)]
+    assert FeatureFile(path).damaged_rows() == [("u002", Variant(1.0))]
     for change, match in (
         (lambda f: f.attrs.__setitem__("version", 9), "version 9"),
         (lambda f: f.attrs.__setitem__("format", "other"), "not a feature file"),
@@ -367,7 +368,7 @@ def test_gather_is_not_far_from_a_memory_map(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     rows = Rows()
     for k in range(300):
-        rows.add(f"u{k}", 1.0, k, rng.standard_normal((int(rng.integers(200, 900)), 80)).astype(np.float16))
+        rows.add(f"u{k}", Variant(1.0), k, rng.standard_normal((int(rng.integers(200, 900)), 80)).astype(np.float16))
     write_rows(tmp_path / "f.h5", FeatureSettings(), rows)
     file = FeatureFile(tmp_path / "f.h5").open()
     raw = np.memmap(tmp_path / "f.h5", np.float16, "r", file._offset, (int(file.offsets[-1]), 80))

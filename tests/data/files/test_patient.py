@@ -18,11 +18,12 @@ from pathlib import Path
 import numpy as np
 from stillhouse.data.errors import FeatureError
 from stillhouse.data.features.compute import FeatureSettings
+from stillhouse.data.features.settings import Variant
 from stillhouse.data.features.writer import Rows, write_rows
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
 rows = Rows()
 for i in range(400):
-    rows.add(f"u{i}", 1.0, 0, np.ones((50, 80)))
+    rows.add(f"u{i}", Variant(1.0), 0, np.ones((50, 80)))
 try:
     write_rows(Path(sys.argv[1]), FeatureSettings(), rows)
 except FeatureError as e:

@@ -18,7 +18,8 @@ from stillhouse.data.audio.fbank import fbank
 from stillhouse.data.batches.loader import BatchLoader
 from stillhouse.data.errors import FeatureError
 from stillhouse.data.features.compute import compute_features
-from stillhouse.data.features.file import FeatureFile, times_of
+from stillhouse.data.features.file import FeatureFile
+from stillhouse.data.features.settings import Variant, times_of
 from stillhouse.data.manifest import Corpus, Utterance, read_manifest, write_manifest
 from stillhouse.data.units import Units
 from stillhouse.extract.speech.rows import EncoderMethod, encoder_method
@@ -146,7 +147,7 @@ def test_the_file_tells_the_loudness_of_fbank_and_an_old_row_none(
     assert silences(loudness_of(file, "new", file.gather(["new"])[0]))[1] == pytest.approx((90, 140), abs=3)
     with h5py.File(path, "r+") as raw:
         raw["loudness"][100] += 1
-    assert FeatureFile(path).damaged_rows() == [("new", 1.0)]
+    assert FeatureFile(path).damaged_rows() == [("new", Variant(1.0))]
     with h5py.File(path, "r+") as raw:
         raw["loudness_offsets"][1] = 7
     with pytest.raises(FeatureError, match="loudness do not match their checksum"):

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from stillhouse.cli import cli
 from stillhouse.data.errors import CheckpointError, ConfigError, StaleError, UsageError
 from stillhouse.data.features.compute import FeatureSettings, compute_features
-from stillhouse.data.features.file import EncoderSettings, FeatureFile
+from stillhouse.data.features.file import FeatureFile
+from stillhouse.data.features.settings import EncoderSettings
 from stillhouse.data.files.atomic import sha256_plain
 from stillhouse.data.manifest import read_manifest
 from stillhouse.data.units import Units, load_units
