@@ -23,7 +23,7 @@ from runner import Row, Rows, Unable
 
 from stillhouse.data.batches.loader import prefetch
 from stillhouse.data.errors import UsageError
-from stillhouse.data.features.file import FeatureSettings
+from stillhouse.data.features.settings import FeatureSettings
 from stillhouse.data.features.writer import Rows as FeatureRows
 from stillhouse.data.features.writer import write_rows
 from stillhouse.data.manifest import Corpus, Utterance, read_manifest, write_manifest
