@@ -22,7 +22,7 @@ from ..errors import CorpusError, first_few
 from ..features.file import FeatureFile
 from ..features.settings import FBANK_HZ, is_encoder
 from ..manifest import Corpus, Utterance
-from ..units import UNKNOWN, UNKNOWN_PIECE, Encoded, Units
+from ..units import UNKNOWN, UNKNOWN_PIECE, Units
 from .sampler import BatchPlan, BatchSampler
 
 JOIN_S = 5.0  # A read from a slow disk does not keep a run from its end for longer. The thread ends after it.
@@ -137,7 +137,7 @@ class BatchLoader:
         padded = torch.zeros(len(ids), int(lengths.max()), packed.shape[1])
         features = padded.numpy()
         features[np.arange(features.shape[1]) < lengths[:, None]] = packed
-        targets, target_lengths = padded_units(encoded)
+        targets, target_lengths = padded_units([e.ids for e in encoded])
         read = time.perf_counter()
         texts, spans = [u.text for u in utterances], [e.spans for e in encoded]
         at = {"step": plan.number, "rows": lengths, "speeds": speeds}
@@ -170,11 +170,11 @@ class BatchLoader:
         return [self.units.normalise(self.utterances[i].text).text for i in plan.indices]
 
 
-def padded_units(encoded: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
+def padded_units(rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     """Return the units of some utterances, int32 [B, U], and how many each has, int32 [B]."""
-    lengths = np.array([len(e.ids) for e in encoded], dtype=np.int32)
-    units = np.zeros((len(encoded), int(lengths.max())), dtype=np.int32)
-    units[np.arange(units.shape[1]) < lengths[:, None]] = np.concatenate([e.ids for e in encoded])
+    lengths = np.array([len(row) for row in rows], dtype=np.int32)
+    units = np.zeros((len(rows), int(lengths.max())), dtype=np.int32)
+    units[np.arange(units.shape[1]) < lengths[:, None]] = np.concatenate(rows)
     return torch.from_numpy(units), torch.from_numpy(lengths)
 
 

@@ -89,9 +89,10 @@ class TextLoader:
         begun = time.perf_counter()
         utterances = [self.utterances[i] for i in plan.indices.tolist()]
         # The units of millions of texts are gigabytes, so those of a batch are computed again.
-        encoded = [self.units.encode(u.text) for u in utterances]
-        targets, target_lengths = padded_units(encoded)
-        ids, texts, spans = [u.id for u in utterances], [u.text for u in utterances], [e.spans for e in encoded]
+        ids, texts = [u.id for u in utterances], [u.text for u in utterances]
+        encoded = [self.units.encode(text) for text in texts] if self.targets else []
+        targets, target_lengths = padded_units([e.ids for e in encoded] or [self.units.ids(text) for text in texts])
+        spans = [e.spans for e in encoded]
         read = time.perf_counter()
         transfer = {k: reader.read(ids, texts, spans, step=plan.number) for k, reader in self.targets.items()}
         return Batch(

@@ -13,7 +13,18 @@ import click
 
 from ...data.commands.paths import PATH
 from .front import front_end, given_features, is_manifest_name
-from .live import decode_live, features_of, read_samples, sample_rate, say, say_left_out, speed, telling, write_data
+from .live import (
+    decode_live,
+    features_of,
+    read_samples,
+    sample_rate,
+    say,
+    say_left_out,
+    say_unheard,
+    speed,
+    telling,
+    write_data,
+)
 from .tuning import check_request, dev_split, kept_weights, refuse_learnt, tune_weights
 
 POSITIVE = click.IntRange(min=1)
@@ -150,6 +161,7 @@ def decode(
     with telling(f"loading the model of {run}"):
         model, units, config, step = load_run(run, checkpoint)
         model, longest = model.to(where), config.data.max_frames
+    say_unheard(config, step)
     settings |= {"ilm_weight": 1.0} if "ilm-weight" in names else {} if names else kept_weights(run, settings)
     search, nbest = _search(model, units, kind, **settings)
     front = front_end(run, device, source) if features is None else None
@@ -311,7 +323,8 @@ def align(
 
     where = resolve_device(device)
     with telling(f"loading the model of {run}, and comparing the corpus with the features"):
-        model, units, _, step = load_run(run, checkpoint)
+        model, units, config, step = load_run(run, checkpoint)
+    say_unheard(config, step)
     front = front_end(run, device, source) if features is None else None
     if features is None and front is None:
         raise UsageError("FEATURES is missing", where=corpus, remedy="stillhouse corpus features CORPUS features.h5")

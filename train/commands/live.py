@@ -34,6 +34,12 @@ def say_left_out(loader: Any, done: str) -> None:
         say(f"{count} utterances have no audio, so they are not {done}.")
 
 
+def say_unheard(config: Any, step: int) -> None:
+    """Say that weights have learnt text alone, as those of a run that pretrains its prediction network."""
+    if 0 < step <= config.text.pretrain_steps:
+        say(f"The weights of step {step} have learnt text alone, and no speech (text.pretrain_steps).")
+
+
 @contextmanager
 def telling(what: str) -> Iterator[None]:
     """Say what the block does, if it takes longer than TELL_S."""

@@ -137,7 +137,7 @@ def perplexity(
     by_length = sorted(encoded, key=lambda e: -len(e.ids))
     cost, count = 0.0, 0
     for first in range(0, len(by_length), config.text.lines):
-        units, _ = padded_units(by_length[first : first + config.text.lines])
+        units, _ = padded_units([e.ids for e in by_length[first : first + config.text.lines]])
         counted = (units != BLANK) & (units != UNKNOWN)
         cost += float(internal_costs(model, units, device)[0].double()[counted.to(device)].sum())
         count += int(counted.sum())

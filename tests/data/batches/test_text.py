@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from stillhouse.data.batches.loader import BatchLoader
 from stillhouse.data.batches.sampler import BatchPlan
@@ -23,16 +25,22 @@ def corpus(*texts: str) -> Corpus:
 
 
 def test_a_batch_has_the_units_of_its_texts_which_are_made_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    encode, asked = Units.encode, []
+    encode, asked, read = Units.encode, [], []
     monkeypatch.setattr(Units, "encode", lambda self, text: asked.append(text) or encode(self, text))
-    loader = TextLoader(corpus("AB  b", "", "a7", "b", "ab " * 9), [], UNITS, max_units=9)
+    reader = SimpleNamespace(read=lambda *parts, step: read.append(parts))
+    loader = TextLoader(corpus("AB  b", "", "a7", "b", "ab " * 9), [], UNITS, max_units=9, targets={"lm": reader})
     assert loader.lengths.tolist() == [4, 1] and not asked
     assert loader.left_out == {
         "with audio": [], "empty": ["t1"], "with symbols that the units lack": ["t2"], "longer than 9 units": ["t4"]
     }  # fmt: skip
-    batch = loader.load(BatchPlan(np.array([1, 0]), np.zeros(2, np.int64), 0))
+    plan = BatchPlan(np.array([1, 0]), np.zeros(2, np.int64), 0)
+    batch = loader.load(plan)
     assert batch.ids == ["t3", "t0"] and asked == ["b", "AB  b"] and batch.target_lengths.tolist() == [1, 4]
     assert ["".join(UNITS.pieces[k] for k in row if k) for row in batch.targets.tolist()] == ["b", "ab▁b"]
+    ((ids, texts, spans),) = read
+    assert (ids, texts) == (["t3", "t0"], ["b", "AB  b"]) and spans[1].tolist() == [[0, 1], [1, 2], [2, 4], [4, 5]]
+    loader.targets = {}  # Spans are for targets alone.
+    assert torch.equal(loader.load(plan).targets, batch.targets) and len(asked) == 2
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from stillhouse.cli import cli
 from stillhouse.data.errors import ConfigError, CorpusError, NoStoreError, StaleError, StillhouseError
 from stillhouse.data.manifest import Utterance, read_manifest, write_manifest
 from stillhouse.data.units import BLANK, Units
@@ -298,6 +300,10 @@ def test_a_run_of_text_alone_gives_others_its_predictor(tones: Path, texts: Path
         assert torch.allclose(ours[name], theirs[name], atol=1e-6)
     blocks = [name for name in ours if name.startswith("encoder.blocks.") and ours[name].dim() > 1]
     assert blocks and not any(torch.allclose(ours[name], theirs[name], atol=1e-3) for name in blocks)
+    for name, said in {"lm": True, "run": False}.items():
+        decoded = [tmp_path / name, texts, tones / "features.h5", "--split", "dev", "--max-symbols", 1]
+        result = CliRunner().invoke(cli, ["decode", *map(str, decoded)])
+        assert result.exception is None and ("step 20 have learnt text alone" in result.stderr) == said
     frozen = text(texts, *taken, "init.freeze=predictor,joint")
     with pytest.raises(ConfigError, match=r"text\.split has no weight to train"):
         Trainer(load_config(tones / "run.toml", frozen), tmp_path / "frozen")
