@@ -19,6 +19,7 @@ from ...data.errors import ConfigError, UsageError
 from ...data.features.settings import FrameTimes
 from ...data.manifest import read_manifest
 from ..config import Config, in_transfer
+from .adamw import CpuAdamW
 from .transducer import Encoder, Transducer
 
 MOST_STATES = 4_000  # of a full batch that learn from a speech teacher, because `contrastive` compares all with all
@@ -90,7 +91,7 @@ def build_model(config: Config, size: int, bins: int = 80) -> Transducer:
 
 def build_optimiser(
     parameters: Iterable[Tensor], config: Config, device: torch.device, taken: Collection[Tensor] = ()
-) -> torch.optim.AdamW:
+) -> torch.optim.AdamW | CpuAdamW:
     """Return an AdamW that does not decay vectors, which are biases and norms.
 
     Each of its groups has an `lr_factor`, which is init.lr_factor for the parameters that were `taken`, and else 1.
@@ -108,9 +109,9 @@ def build_optimiser(
         for matrix in (True, False)
         for was_taken in (False, True)
     ]
-    fused = True if device.type == "cpu" else None
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.optim.lr, betas=config.optim.betas, fused=fused)
+    kind = CpuAdamW if device.type == "cpu" else torch.optim.AdamW
+    return kind(groups, lr=config.optim.lr, betas=config.optim.betas)
 
 
 def student_times(encoder: Encoder, times: FrameTimes) -> Any:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ...data.errors import CheckpointError
 from ...data.files.atomic import named, read_plain, sha256_plain, sync, usual_mode
+from ..model.adamw import CpuAdamW
 
 FORMAT = 2  # In format 1, state.json has no digest of its own.
 _NAME = re.compile(r"step-(\d{8,})")
@@ -168,14 +169,14 @@ def prune(folder: Path, keep: int, best: int | None) -> None:
             shutil.rmtree(deleted, ignore_errors=True)
 
 
-def optimiser_tensors(optimiser: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:
+def optimiser_tensors(optimiser: torch.optim.Optimizer | CpuAdamW, names: dict[Tensor, str]) -> dict[str, Tensor]:
     """Return AdamW's state as flat tensors, by `PARAMETER/KEY`."""
     states = optimiser.state.items()
     return {f"{names[p]}/{key}": torch.as_tensor(value) for p, state in states for key, value in state.items()}
 
 
 def restore_optimiser(
-    optimiser: torch.optim.Optimizer, names: dict[Tensor, str], tensors: dict[str, Tensor], where: Path
+    optimiser: torch.optim.Optimizer | CpuAdamW, names: dict[Tensor, str], tensors: dict[str, Tensor], where: Path
 ) -> None:
     """Restore what `optimiser_tensors` returned. Raises CheckpointError for the state of other parameters."""
     parameters = {name: p for p, name in names.items()}

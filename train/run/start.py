@@ -78,10 +78,18 @@ def fit_normalisation(model: Transducer, loader: BatchLoader, speed: float) -> N
     count = len(loader.utterances)
     chosen = np.unique(np.linspace(0, count - 1, min(count, 500)).astype(int))
     ids = [loader.utterances[i].id for i in chosen]
-    packed = loader.features.gather(ids, [speed] * len(ids))[0].astype(np.float64)
+    packed = loader.features.gather(ids, [speed] * len(ids))[0]
     packed = packed[np.isfinite(packed).all(axis=1)]  # a bad step names the others
-    model.encoder.feature_mean.copy_(torch.from_numpy(packed.mean(axis=0)))
-    model.encoder.feature_std.copy_(torch.from_numpy(packed.std(axis=0).clip(min=1e-3)))
+    mean = _sum_rows(packed, lambda rows: rows) / len(packed)
+    variance = _sum_rows(packed, lambda rows: np.square(rows - mean)) / len(packed)
+    model.encoder.feature_mean.copy_(torch.from_numpy(mean))
+    model.encoder.feature_std.copy_(torch.from_numpy(np.sqrt(variance).clip(min=1e-3)))
+
+
+def _sum_rows(packed: np.ndarray, of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Return the sum of `of(rows)` in float64, over pieces of `packed` that stay in the processor's cache."""
+    pieces = (packed[start : start + 1024].astype(np.float64) for start in range(0, len(packed), 1024))
+    return sum((of(rows).sum(axis=0) for rows in pieces), start=np.zeros(packed.shape[1]))
 
 
 def with_recorded(out: Path, init: InitSection) -> InitSection:
