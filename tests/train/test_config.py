@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from stillhouse.data.errors import ConfigError
 from stillhouse.train.config import dump_config, load_config
+from stillhouse.train.model import Encoder
 from stillhouse.train.model import build as building
 from stillhouse.train.model.build import build_model
 from stillhouse.train.study.definition import load_study
@@ -225,9 +227,38 @@ def test_a_model_larger_than_the_memory_is_refused_in_words(tmp_path: Path) -> N
 @pytest.mark.parametrize(("bfloat16", "chosen"), [(1.0, "bfloat16"), (2.0, "bfloat16"), (2.1, "float32")])
 def test_precision_is_the_faster_one(monkeypatch: pytest.MonkeyPatch, bfloat16: float, chosen: str) -> None:
     monkeypatch.setattr(building, "_matmul_seconds", lambda dtype: bfloat16 if dtype == torch.bfloat16 else 2.0)
-    cpu = torch.device("cpu")
+    cpu, encoder = torch.device("cpu"), small_encoder()
+    monkeypatch.setattr(building, "_times_as_fast_in_bfloat16", lambda encoder: 1.0)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
-    assert building.resolve_precision("auto", cpu) == chosen
-    assert building.resolve_precision("bfloat16", cpu) == "bfloat16"
+    assert building.resolve_precision("auto", cpu, encoder) == chosen
+    assert building.resolve_precision("bfloat16", cpu, encoder) == "bfloat16"
+    monkeypatch.setattr(building, "_times_as_fast_in_bfloat16", lambda encoder: 0.3)
+    assert building.resolve_precision("auto", cpu, encoder) == "float32", "this encoder is slower in bfloat16"
+    monkeypatch.setattr(building, "_times_as_fast_in_bfloat16", lambda encoder: 1.0)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False}, raising=False)
-    assert building.resolve_precision("auto", cpu) == "float32", "elsewhere it is emulated"
+    assert building.resolve_precision("auto", cpu, encoder) == "float32", "elsewhere it is emulated"
+
+
+def small_encoder(**options: Any) -> Encoder:
+    return Encoder(bins=12, dim=8, layers=2, heads=2, inner=8, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True, "chunk_frames": 8}, {"subsampling": 1}])
+def test_an_encoder_is_measured_in_both_precisions(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block that takes long in bfloat16 is found, and neither weights, gradients nor random numbers change."""
+    encoder = small_encoder(**options)
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    state = torch.get_rng_state()
+    assert building._times_as_fast_in_bfloat16(encoder) > 0
+    plain = encoder.blocks[0].forward
+
+    def slow(*inputs: Any) -> Any:
+        for _ in range(40 if torch.is_autocast_enabled("cpu") else 0):
+            plain(*inputs)
+        return plain(*inputs)
+
+    monkeypatch.setattr(encoder.blocks[0], "forward", slow)
+    assert building._times_as_fast_in_bfloat16(encoder) < building.LEAST
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    assert all(p.grad is None for p in encoder.parameters())

@@ -57,8 +57,8 @@ class Trainer:
     """Trains a run in the folder `out`, from its newest checkpoint if it has one.
 
     `on_progress` gets each line for people, on the first of the `ranks` only. `stop` asks the run to stop after a step,
-    with a checkpoint. The constructor raises the errors of
-    settings, corpus, features and stores, and StaleError if `out` holds a run with other settings or other data.
+    with a checkpoint. The constructor raises the errors of settings, corpus, features and stores, and StaleError if
+    `out` holds a run with other settings or other data.
     """
 
     def __init__(
@@ -77,15 +77,16 @@ class Trainer:
         self.device = resolve_device(config.run.device, ranks.local if ranks.size > 1 else None)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        self.precision = ranks.from_first(lambda: resolve_precision(config.run.precision, self.device))
         torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // ranks.local_size))
         data = config.data
         corpus = read_manifest(data.corpus)
         self.units = load_units(data.units)
         self.features = FeatureFile(data.features)
         self.model = build_model(config, self.units.size, self.features.open().width)
-        times = student_times(self.model.encoder, self.features.frame_times)
-        self.transfers, targets = build_transfers(config, self.model.encoder.dim, times)
+        precision, encoder = config.run.precision, self.model.encoder
+        self.precision = ranks.from_first(lambda: resolve_precision(precision, self.device, encoder))
+        times = student_times(encoder, self.features.frame_times)
+        self.transfers, targets = build_transfers(config, encoder.dim, times)
         of_transfers = {in_transfer("transfer", name): module for name, module in self.transfers.items()}
         self.modules: dict[str, torch.nn.Module] = {"model": self.model} | of_transfers  # by file of a checkpoint
 

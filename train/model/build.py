@@ -6,6 +6,7 @@ Try: `stillhouse train CONFIG`.
 
 from __future__ import annotations
 
+import time
 import timeit
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
@@ -18,10 +19,13 @@ from torch import Tensor
 from ...data.errors import ConfigError, UsageError
 from ...data.features.settings import FrameTimes
 from ...data.manifest import read_manifest
+from ...extract.cpu_matmul import float32_products
 from ..config import Config, in_transfer
 from .adamw import CpuAdamW
+from .layers import rotary
 from .transducer import Encoder, Transducer
 
+LEAST = 0.7  # times as fast as float32 an encoder in bfloat16 is for the precision auto; measurements differ by less
 MOST_STATES = 4_000  # of a full batch that learn from a speech teacher, because `contrastive` compares all with all
 
 
@@ -45,8 +49,11 @@ def resolve_device(name: str, local: int | None = None) -> torch.device:
     return device
 
 
-def resolve_precision(name: str, device: torch.device) -> str:
-    """Return "float32" or "bfloat16". "auto" is bfloat16 where the device multiplies it no slower than float32."""
+def resolve_precision(name: str, device: torch.device, encoder: Encoder) -> str:
+    """Return "float32" or "bfloat16". "auto" is bfloat16 where the device computes it no slower than float32.
+
+    On a CPU, products of a usual size must be, and this encoder must not be clearly slower.
+    """
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -54,7 +61,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # absent from older torch
     native = device.type == "cpu" and capabilities.get("avx512_bf16", False)
     fast = native and _matmul_seconds(torch.bfloat16) <= _matmul_seconds(torch.float32)
-    return "bfloat16" if fast else "float32"
+    return "bfloat16" if fast and _times_as_fast_in_bfloat16(encoder) > LEAST else "float32"
 
 
 def _matmul_seconds(dtype: torch.dtype) -> float:
@@ -65,6 +72,33 @@ def _matmul_seconds(dtype: torch.dtype) -> float:
     """
     x, w = torch.ones(1024, 256, dtype=dtype), torch.ones(512, 256, dtype=dtype)
     return min(timeit.repeat(lambda: torch.nn.functional.linear(x, w), number=1, repeat=9))
+
+
+def _times_as_fast_in_bfloat16(encoder: Encoder) -> float:
+    """Return the CPU time of float32 over that of bfloat16, for an encoder's front and one block, with gradients.
+
+    Where products are fast, convolutions of some shapes may still be slow.
+    """
+    modules = [encoder.front, *encoder.blocks[:1]]
+    parameters = [p for module in modules for p in module.parameters()]
+    features = torch.ones(2, 100 * encoder.subsampling, len(encoder.feature_mean))
+    lengths = torch.full((2,), features.shape[1])
+    mask, bias = torch.ones(2, 100, 1), torch.zeros(2, 1, 1, 100)
+    positions = rotary(100, encoder.head_dim, lengths.device)
+
+    def step(low: bool) -> float:
+        began = time.process_time()
+        with (None if low else float32_products()) or torch.autocast("cpu", torch.bfloat16, enabled=low):
+            x, _, _ = encoder.front(features, lengths)
+            for block in modules[1:]:
+                x, _ = block(x, mask, bias, positions)
+        torch.autograd.grad(x.sum(), parameters)
+        return time.process_time() - began
+
+    with torch.random.fork_rng(devices=[]):
+        rounds = [(step(False), step(True)) for _ in range(3)][1:]  # The first one sets things up.
+    float32, bfloat16 = (min(seconds) for seconds in zip(*rounds))
+    return float32 / bfloat16
 
 
 def build_model(config: Config, size: int, bins: int = 80) -> Transducer:
