@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from stillhouse.extract import cpu_matmul as products
-from stillhouse.extract.cpu_matmul import CpuMatmul, bfloat16_products
+from stillhouse.extract.cpu_matmul import CpuMatmul, apply_linear, bfloat16_products
 from stillhouse.extract.teacher.model import Teacher, load_teacher
 
 TEACHERS = ["minilm", "bert", "gpt2", "llama"]
@@ -181,3 +181,33 @@ def test_what_is_intercepted() -> None:
         mask = torch.zeros(1, 1, 2, 2, dtype=torch.bfloat16)
         assert functional.scaled_dot_product_attention(q, q.float(), q, attn_mask=mask).dtype == torch.float32
     assert seen == ["(2, 3)(4, 3)"] * 3
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_inference_follows_the_weights_and_training_keeps_its_gradients(onednn: None, bias: bool) -> None:
+    torch.manual_seed(0)
+    layer, other = (torch.nn.Linear(96, 700, bias=bias) for _ in range(2))
+    x, known = torch.randn(2, 90, 96), len(products._laid_out)
+    # What happens to weights: a step of training, a checkpoint, an exchange
+    changes = [
+        lambda: None,
+        lambda: layer.weight.mul_(2),
+        lambda: layer.load_state_dict(other.state_dict()),
+        lambda: setattr(layer.weight, "data", torch.randn(700, 96)),
+    ]
+    apply_linear(layer, x).sum().backward()
+    assert layer.weight.grad is not None and len(products._laid_out) == known
+    with torch.no_grad():
+        for change in changes:
+            change()
+            torch.testing.assert_close(apply_linear(layer, x), layer(x), atol=1e-5, rtol=1e-5)
+            expected = functional.silu(layer(x))
+            torch.testing.assert_close(apply_linear(layer, x, "swish"), expected, atol=1e-5, rtol=1e-5)
+            assert len(products._laid_out) == known + 1
+        low, few = layer.bfloat16(), x.bfloat16()
+        assert apply_linear(low, few).equal(low(few))
+        spare = torch.nn.Linear(96, 700)
+        apply_linear(spare, x)
+        assert len(products._laid_out) == known + 2
+    del spare
+    assert len(products._laid_out) == known + 1

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...extract.cpu_matmul import apply_linear, is_plain_inference
+
 Past = tuple[Tensor, Tensor, Tensor]  # what a block keeps: keys, values [B, left, D], convolution [B, kernel - 1, D]
 
 
@@ -144,7 +146,9 @@ class SelfAttention(nn.Module):
         with every chunk.
         """
         batch, frames, dim = x.shape
-        q, k, v = self.inputs(x).view(batch, frames, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            apply_linear(self.inputs, x).view(batch, frames, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+        )
         new_past = None
         if past is not None:
             heads = (batch, past[0].shape[1], self.heads, dim // self.heads)
@@ -154,13 +158,14 @@ class SelfAttention(nn.Module):
         cosine, sine = positions[0].to(q.dtype), positions[1].to(q.dtype)
         left = k.shape[2] - frames
         q, k = rotate(q, cosine[left:], sine[left:]), rotate(k, cosine, sine)
-        if x.device.type == "cpu":
-            # On a CPU, the fused kernel is 2.7 times slower than two products in bfloat16, and no faster in float32.
+        if x.device.type == "cpu" and not is_plain_inference(q):
+            # With gradients, the fused kernel of a CPU is 2.7 times slower than two products in bfloat16, and no faster
+            # in float32.
             weights = torch.softmax(q @ (k * q.shape[-1] ** -0.5).transpose(-1, -2) + bias.to(q.dtype), dim=-1)
             y = weights.to(v.dtype) @ v
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
-        return self.output(y.transpose(1, 2).reshape(batch, frames, dim)), new_past
+        return apply_linear(self.output, y.transpose(1, 2).reshape(batch, frames, dim)), new_past
 
 
 class ConvolutionModule(nn.Module):
@@ -180,7 +185,7 @@ class ConvolutionModule(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Return the output and, if causal, the past of the next frames. `past` [B, kernel - 1, dim] precedes x."""
-        x = F.glu(self.inputs(x), dim=-1) * mask
+        x = F.glu(apply_linear(self.inputs, x), dim=-1) * mask
         if x.device.type == "cpu":
             # In bfloat16, oneDNN (torch 2.14) never finds its depthwise kernel for some shapes, and is no faster
             # for others.
@@ -199,7 +204,7 @@ class ConvolutionModule(nn.Module):
         padding = 0 if self.causal else self.kernel // 2
         with torch.autocast("cpu", enabled=False):
             y = F.conv2d(image, weight, bias, padding=(0, padding), groups=self.depthwise.groups)
-        return self.output(F.silu(self.norm(y.squeeze(2).transpose(1, 2)))), new_past
+        return apply_linear(self.output, F.silu(self.norm(y.squeeze(2).transpose(1, 2)))), new_past
 
 
 class FeedForward(nn.Module):
@@ -211,7 +216,7 @@ class FeedForward(nn.Module):
         self.output = nn.Linear(inner, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.output(F.silu(self.inputs(x)))
+        return apply_linear(self.output, apply_linear(self.inputs, x, "swish"))
 
 
 class ConformerBlock(nn.Module):
@@ -232,10 +237,10 @@ class ConformerBlock(nn.Module):
 
         `mask` [B, T, 1] is 1 inside the utterance, and `bias` [B, 1, 1 or T, keys] is -inf on keys that are not seen.
         """
-        x = x + 0.5 * self.drop(self.first(self.norms[0](x)))
+        x = torch.add(x, self.drop(self.first(self.norms[0](x))), alpha=0.5)
         attended, keys_values = self.attention(self.norms[1](x), bias, positions, past and past[:2])
         x = x + self.drop(attended)
         convolved, before = self.convolution(self.norms[2](x), mask, past and past[2])
         x = x + self.drop(convolved)
-        x = self.norms[4](x + 0.5 * self.drop(self.second(self.norms[3](x))))
+        x = self.norms[4](torch.add(x, self.drop(self.second(self.norms[3](x))), alpha=0.5))
         return x, None if keys_values is None or before is None else (*keys_values, before)

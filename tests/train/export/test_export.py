@@ -160,9 +160,9 @@ def test_the_program_of_torch_takes_any_batch_and_length(subsampling: int) -> No
     program = traced(offline_graph(model, symbols=1)).module()
     for n, t in ((1, 97), (4, subsampling + 1), (2, 64)):
         x, x_lens = torch.randn(n, t, 80), torch.randint(1, t + 1, (n,)).index_fill(0, torch.tensor([0]), t)
-        with torch.no_grad():
-            for mine, theirs in zip(program(x, x_lens), EncoderGraph(model, 1)(x, x_lens), strict=True):
-                assert torch.equal(mine, theirs)
+        # Without gradients, the module itself would use kernels that no program has.
+        for mine, theirs in zip(program(x, x_lens), EncoderGraph(model, 1)(x, x_lens), strict=True):
+            assert torch.equal(mine, theirs)
 
 
 def test_safetensors_load_as_a_run_does(run: Path, tmp_path: Path, corpora: Path) -> None:

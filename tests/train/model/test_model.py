@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from stillhouse.extract import cpu_matmul
 from stillhouse.train.model.layers import ConvolutionModule, Subsampling, dropout
 from stillhouse.train.model.transducer import LstmPredictor, StatelessPredictor, Transducer
 
@@ -120,3 +121,24 @@ def test_an_lstm_on_the_cpu_trains_in_bfloat16() -> None:
     assert torch.equal(found, expected)
     found.sum().backward()
     assert net.lstm.weight_hh_l0.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True, "chunk_frames": 16, "left_chunks": 2}, {"causal": True}], ids=str
+)
+def test_states_without_gradients_are_those_with_them(monkeypatch: pytest.MonkeyPatch, options: dict) -> None:
+    """The kernels of inference, over products large enough for them, in a batch and alone."""
+    monkeypatch.setattr(cpu_matmul, "_is_onednn_faster", cpu_matmul._has_onednn)
+    torch.manual_seed(0)
+    net = Transducer(9, {"dim": 96, "layers": 2, "heads": 4, "inner": 384, "kernel": 15, **options}).eval()
+    lengths = torch.tensor([1200, 1003, 3])
+    features = torch.randn(3, 1200, 80)
+    with torch.no_grad():
+        found, _ = net.encode(features, lengths)
+        alone, _ = net.encode(features[1:2, :1003], lengths[1:2])
+    expected, _ = net.encode(features, lengths)
+    assert expected.requires_grad
+    torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(alone[0], expected[1, : alone.shape[1]].detach(), atol=1e-5, rtol=1e-5)
+    laid_out = [module for module in net.modules() if module in cpu_matmul._laid_out]
+    assert bool(laid_out) == cpu_matmul._has_onednn()
