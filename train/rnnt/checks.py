@@ -7,20 +7,22 @@ Try: `pytest tests/train/rnnt/test_guards.py`.
 
 from __future__ import annotations
 
+import math
 import warnings
-from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32)
+_ANY = 2**63 - 1
 REDUCTIONS = ("none", "mean", "sum", "mean_volume", "mean_batch")
 
 
-@dataclass(frozen=True)
-class LossBatch:
+class LossBatch(NamedTuple):
     """A batch's integers on the CPU: targets int64 [B, Umax], frames T and units U int64 [B], blank in 0..V-1."""
 
     y: np.ndarray
@@ -29,8 +31,7 @@ class LossBatch:
     blank: int
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """The options of a loss, by the names that the kernels have for them."""
 
     clamp: float = -1.0  # limit of each element of a cost's gradient, or none if it is not positive
@@ -52,10 +53,10 @@ def make_options(
     """Return the options of a loss. Raises ValueError for a number or a reduction that no loss has."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"rnnt loss: reduction {reduction!r} is unknown. Expected one of {', '.join(REDUCTIONS)}.")
-    for name, value in (("fastemit_lambda", fastemit_lambda), ("eps", eps)):
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"rnnt loss: {name} {value} is out of range. Expected 0 or more.")
-    if not -float("inf") < delay_penalty < float("inf"):
+    if not (0 <= fastemit_lambda < math.inf and 0 <= eps < math.inf):
+        name, value = ("eps", eps) if 0 <= fastemit_lambda < math.inf else ("fastemit_lambda", fastemit_lambda)
+        raise ValueError(f"rnnt loss: {name} {value} is out of range. Expected 0 or more.")
+    if not -math.inf < delay_penalty < math.inf:
         raise ValueError(f"rnnt loss: delay_penalty {delay_penalty} is out of range. Expected a finite number.")
     return Options(
         float(clamp), fastemit=float(fastemit_lambda), delay=float(delay_penalty), eps=float(eps), sigma=float(sigma),
@@ -65,18 +66,20 @@ def make_options(
 
 def reduce(costs: Tensor, target_lengths: Tensor, reduction: str) -> Tensor:
     """Return the costs [B] as they are for "none", or else as a scalar, which is 0 for an empty batch."""
-    if reduction == "none":
-        return costs
-    total = costs.sum()
-    if reduction == "sum":
-        return total
+    return costs if reduction == "none" else divide(costs.sum(), costs.shape[0], target_lengths, reduction)
+
+
+def divide(total: Tensor, count: int, target_lengths: Tensor, reduction: str) -> Tensor:
+    """Return the share of a total, or of its gradient, that the reduction counts for a batch of `count` utterances."""
     if reduction == "mean_volume":
-        return total / target_lengths.sum().clamp(min=1).to(costs.device)
-    return total / max(1, costs.shape[0])
+        return total / target_lengths.sum().clamp(min=1).to(total.device)
+    return total / max(1, count) if reduction.startswith("mean") else total
 
 
 def warn_nan(costs: np.ndarray, batch: LossBatch) -> None:
     """Warn of each utterance with a cost of NaN."""
+    if not any(cost != cost for cost in costs.tolist()):  # For a small batch numpy takes several times as long.
+        return
     for b in np.flatnonzero(np.isnan(costs)):
         warnings.warn(
             f"rnnt loss: row {b} of the batch (logit length {batch.T[b]}, target length {batch.U[b]}) has a loss of "
@@ -89,11 +92,19 @@ def warn_nan(costs: np.ndarray, batch: LossBatch) -> None:
 def _integers(name: str, tensor: Tensor, dim: int) -> np.ndarray:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"rnnt loss: {name} is a {type(tensor).__name__}. Expected a tensor.")
-    if tensor.dtype not in (torch.int32, torch.int64):
+    if tensor.dtype not in INTEGERS:
         raise TypeError(f"rnnt loss: {name} is of {tensor.dtype}. Expected int32 or int64.")
     if tensor.dim() != dim:
         raise ValueError(f"rnnt loss: {name} has shape {tuple(tensor.shape)}. Expected {dim} dimension(s).")
-    return np.ascontiguousarray(tensor.detach().cpu().numpy(), dtype=np.int64)
+    return np.ascontiguousarray((tensor if tensor.is_cpu else tensor.cpu()).numpy(), np.int64)
+
+
+@cache
+def _kernels() -> Any:
+    """Return the module with `sound`. numba is loaded when a loss is first computed."""
+    from .cpu import plan
+
+    return plan
 
 
 def check_batch(
@@ -105,8 +116,6 @@ def check_batch(
     Raises TypeError for a tensor of another type, and ValueError for a length, a target or a blank out of range. The
     text names the row and its lengths.
     """
-    from .cpu.plan import sound
-
     y = _integers("targets", targets, 2)
     T = _integers("logit_lengths", logit_lengths, 1)
     U = _integers("target_lengths", target_lengths, 1)
@@ -121,10 +130,10 @@ def check_batch(
     if not -vocabulary <= blank < vocabulary:
         raise ValueError(f"rnnt loss: blank {blank} is outside a vocabulary of {vocabulary}.")
     blank %= vocabulary
-    most_frames = np.iinfo(np.int64).max if max_frames is None else max_frames
+    most_frames = _ANY if max_frames is None else max_frames
     most_units = y.shape[1] if max_units is None else min(y.shape[1], max_units)
     clean = np.empty_like(y)
-    if sound(y, T, U, blank, vocabulary, most_frames, most_units, clean):
+    if _kernels().sound(y, T, U, blank, vocabulary, most_frames, most_units, clean):
         return LossBatch(clean, T, U, blank)
     # The kernel only finds that something is wrong. This names it.
     for b in np.flatnonzero((T < 1) | (most_frames < T) | (U < 0) | (most_units < U))[:1]:

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from .autograd import BoundLoss, LossComputation
-from .checks import check_band, check_batch, check_joint, make_options, reduce
+from .autograd import BoundLoss, LossComputation, ReducedLoss
+from .checks import check_band, check_batch, check_joint, make_options
 
 
 def rnnt_loss_joint(
@@ -63,6 +63,6 @@ def rnnt_loss_joint(
         computation = CpuJointLoss(batch, padded, band, width, options, return_occupancy)
     else:
         raise ValueError(f"rnnt loss: there is no fused joint for the device {encoder.device}.")
-    costs, occupancy = BoundLoss.apply(computation, encoder, predictor, weight, bias)
-    loss = reduce(costs, target_lengths, reduction)
+    reduced = ReducedLoss(computation, target_lengths, reduction)
+    loss, occupancy = BoundLoss.apply(reduced, encoder, predictor, weight, bias)
     return (loss, occupancy) if return_occupancy else loss

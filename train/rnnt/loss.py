@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .autograd import BoundLoss, LossComputation
-from .checks import DTYPES, check_band, check_batch, check_packed_rows, make_options, reduce
+from .autograd import BoundLoss, LossComputation, ReducedLoss
+from .checks import DTYPES, check_band, check_batch, check_packed_rows, make_options
 
 
 def rnnt_loss(
@@ -93,11 +93,11 @@ def rnnt_loss(
     elif device == "cpu":
         from .cpu.launch import CpuLoss
 
-        computation = CpuLoss(batch, padded, band, options, return_occupancy)
+        computation = CpuLoss(batch, padded, band, options, return_occupancy, logits.shape[-1])
     else:
         raise ValueError(f"rnnt loss: there is no implementation for the device {logits.device}.")
-    costs, occupancy = BoundLoss.apply(computation, logits)
-    loss = reduce(costs, target_lengths, reduction)
+    reduced = ReducedLoss(computation, target_lengths, reduction)
+    loss, occupancy = BoundLoss.apply(reduced, logits)
     return (loss, occupancy) if return_occupancy else loss
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .autograd import BoundLoss, LossComputation
-from .checks import DTYPES, check_batch, make_options, reduce
+from .autograd import BoundLoss, LossComputation, ReducedLoss
+from .checks import DTYPES, check_batch, make_options
 
 
 def tdt_loss(
@@ -62,13 +62,13 @@ def tdt_loss(
     if token_logits.device.type == "cpu":
         from .cpu.launch import CpuTdtLoss
 
-        computation = CpuTdtLoss(batch, padded, None, options, return_occupancy)
+        computation = CpuTdtLoss(batch, padded, None, options, return_occupancy, token_logits.shape[3])
     elif token_logits.device.type == "cuda":
         from .cuda.launch import CudaTdtLoss
 
         computation = CudaTdtLoss(token_logits, batch, blank, padded, None, options, return_occupancy)
     else:
         raise ValueError(f"tdt loss: there is no implementation for the device {token_logits.device}.")
-    costs, occupancy = BoundLoss.apply(computation, *inputs)
-    loss = reduce(costs, target_lengths, reduction)
+    reduced = ReducedLoss(computation, target_lengths, reduction)
+    loss, occupancy = BoundLoss.apply(reduced, *inputs)
     return (loss, occupancy) if return_occupancy else loss

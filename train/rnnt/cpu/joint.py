@@ -73,7 +73,7 @@ class CpuJointLoss:
 
     def backward(self, grad_costs: Tensor, encoder: Tensor, predictor: Tensor, weight: Tensor, bias: Tensor | None):
         kind = torch.float64 if encoder.dtype == torch.float64 else torch.float32
-        scale = grad_costs.double().contiguous().numpy()
+        scale = grad_costs.numpy().astype(np.float64)
         with torch.autocast("cpu", enabled=False):
             return self.gradients(scale, *joint_inputs(kind, encoder, predictor, weight, bias))
 

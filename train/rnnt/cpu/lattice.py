@@ -143,8 +143,8 @@ def lattice_stage(T, U, base, blank_lp, label_lp, alpha, exact):
 
 @kernel
 def forward(
-    thread, x, y, T, U, first, per_frame, band, at, base, tasks, counter, left, lse, blank_lp, label_lp, alpha,
-    work, work64, costs, blank, delay, fused, exact,
+    thread, x, y, T, U, first, per_frame, band, at, base, tasks, counter, left, lse, blank_lp, label_lp, longest,
+    width, costs, blank, delay, fused, exact,
 ):  # fmt: skip
     """Run stages 1 and 2. tasks int64 [K, 3]: utterance, frames from, to.
 
@@ -152,12 +152,11 @@ def forward(
     utterance's rows computes its lattice. The last task is first: the end of the logits, just written, is still in a
     cache, and the backward pass will then find their beginning there.
 
-    alpha [threads, most cells of an utterance], work [threads, 2, Umax+1], of the type that is computed in, and work64
-    [threads, Umax+1] are memory to work in.
+    longest is the most cells of an utterance, and width Umax+1 or more.
     """
     x, y, base, tasks, band = borrow(x), borrow(y), borrow(base), borrow(tasks), borrow(band)
-    lse, blank_lp, label_lp, own_alpha = borrow(lse), borrow(blank_lp), borrow(label_lp), borrow(alpha)[thread]
-    own_work, own_work64 = borrow(work)[thread], borrow(work64)[thread]
+    lse, blank_lp, label_lp = borrow(lse), borrow(blank_lp), borrow(label_lp)
+    alpha, work, work64 = np.empty(longest), np.empty((2, width), lse.dtype), np.empty(width)
     while True:
         k = tasks.shape[0] - 1 - fetch_add(counter, 0, 1)
         if k < 0:
@@ -166,10 +165,10 @@ def forward(
         own = base[at[b] : at[b + 1]]
         row_stage(
             tasks[k, 1], tasks[k, 2], x, y[b], T[b], U[b], first[b], per_frame[b], band[b], own, lse, blank_lp,
-            label_lp, blank, delay, fused, own_work, own_work64,
+            label_lp, blank, delay, fused, work, work64,
         )  # fmt: skip
         if fetch_add(left, b, -1) == 1:
-            costs[b] = lattice_stage(T[b], U[b], own, blank_lp, label_lp, own_alpha, exact)
+            costs[b] = lattice_stage(T[b], U[b], own, blank_lp, label_lp, alpha, exact)
 
 
 @kernel

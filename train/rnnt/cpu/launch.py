@@ -18,7 +18,7 @@ from ..checks import LossBatch, Options, warn_nan
 from . import threads
 from .lattice import backward, forward, lattices, unpack_occupancy
 from .memory import as_rows, fresh_like
-from .plan import LatticePlan, make_plan, make_tasks
+from .plan import LatticePlan, make_plan
 from .pruned import to_dense, to_diagonals
 from .tdt import duration_backward, tdt_forward
 
@@ -47,7 +47,7 @@ def results(
     if frames is not None:
         occupancy = torch.zeros(batch.T.size, batch.y.shape[1], frames)
         unpack_occupancy(batch.T, batch.U, plan.at, plan.base, label, occupancy.numpy())
-    return torch.from_numpy(costs).to(torch.float64 if label.dtype == np.float64 else torch.float32), occupancy
+    return torch.from_numpy(costs.astype(label.dtype)), occupancy
 
 
 class CpuLoss:
@@ -58,44 +58,37 @@ class CpuLoss:
 
     def __init__(
         self, batch: LossBatch, padded: tuple[int, int] | None, band: np.ndarray | None, options: Options,
-        want_occupancy: bool,
+        want_occupancy: bool, vocabulary: int,
     ) -> None:  # fmt: skip
         self.batch, self.options, self.inplace = batch, options, options.inplace
-        self.plan = make_plan(batch.T, batch.U, padded, band)
-        longest = padded[0] if padded else int(batch.T.max(initial=0))
-        self.frames = longest if want_occupancy else None
+        self.plan = make_plan(batch.T, batch.U, padded, band, vocabulary)
+        self.frames = self.plan.band.shape[1] if want_occupancy else None
 
     def forward(self, logits: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor | None]:
-        batch, plan, x = self.batch, self.plan, as_rows(logits)
+        batch, plan = self.batch, self.plan
         exact = logits.dtype == torch.float64
-        self.kept = plan.arrays(exact)
-        tasks, left = make_tasks(batch.T, batch.U + 1, x.shape[1])
-        count, width = min(threads.thread_count(), len(tasks)), int(batch.U.max(initial=0)) + 1
-        work, work64 = np.empty((count, 2, width), self.kept[0].dtype), np.empty((count, width))
-        costs = np.zeros(batch.T.size)
-        self.run_forward(
-            count, x, rest, (plan.first, plan.per_frame, plan.band, plan.at, plan.base, tasks, counter(), left),
-            (work, work64, costs), exact,
-        )  # fmt: skip
+        self.kept, costs = plan.arrays(exact), np.zeros(batch.T.size)
+        where = (plan.first, plan.per_frame, plan.band, plan.at, plan.base, plan.tasks, counter(), plan.left)
+        self.run_forward(min(threads.thread_count(), len(plan.tasks)), as_rows(logits), rest, where, costs, exact)
         warn_nan(costs, batch)
         return results(batch, plan, costs, self.kept[2], self.frames)
 
-    def run_forward(self, count: int, x, rest, where: tuple, buffers: tuple, exact: bool) -> None:
+    def run_forward(self, count: int, x, rest, where: tuple, costs: np.ndarray, exact: bool) -> None:
         """Run stages 1 and 2 on `count` threads."""
-        b, o = self.batch, self.options
+        b, o, plan = self.batch, self.options, self.plan
         threads.run(
-            forward, count, x, b.y, b.T, b.U, *where, *self.kept, np.empty((count, self.plan.longest)), *buffers,
-            b.blank, o.delay, o.fused, exact,
+            forward, count, x, b.y, b.T, b.U, *where, *self.kept, plan.longest, plan.most_units + 1, costs, b.blank,
+            o.delay, o.fused, exact,
         )  # fmt: skip
 
     def backward(self, grad_costs: Tensor, logits: Tensor, *_: Tensor) -> Sequence[Tensor]:
         b, plan, o = self.batch, self.plan, self.options
         gradient = logits.detach() if self.inplace else fresh_like(logits)
-        tasks = make_tasks(plan.frames, plan.per_frame, logits.shape[-1])[0]
+        count = min(threads.thread_count(), len(plan.padded_tasks))
         threads.run(
-            backward, threads.thread_count(), as_rows(logits), as_rows(gradient), self.inplace, b.y, b.T, b.U,
-            plan.first, plan.per_frame, plan.band, plan.at, plan.base, tasks, counter(), *self.kept,
-            grad_costs.double().contiguous().numpy(), b.blank, o.clamp, o.fused, o.fastemit, o.eps,
+            backward, count, as_rows(logits), as_rows(gradient), self.inplace, b.y, b.T, b.U, plan.first,
+            plan.per_frame, plan.band, plan.at, plan.base, plan.padded_tasks, counter(), *self.kept,
+            grad_costs.numpy().astype(np.float64), b.blank, o.clamp, o.fused, o.fastemit, o.eps,
         )  # fmt: skip
         return [gradient]
 
@@ -103,13 +96,13 @@ class CpuLoss:
 class CpuTdtLoss(CpuLoss):
     """The token-and-duration loss of token and duration logits."""
 
-    def run_forward(self, count: int, x, rest, where: tuple, buffers: tuple, exact: bool) -> None:
-        b, o, total = self.batch, self.options, self.plan.total
+    def run_forward(self, count: int, x, rest, where: tuple, costs: np.ndarray, exact: bool) -> None:
+        b, o, total, width = self.batch, self.options, self.plan.total, self.plan.most_units + 1
         durations = np.array(o.durations, np.int64)
         self.dur = np.empty((durations.size, total), self.kept[0].dtype)
         threads.run(
             tdt_forward, count, x, as_rows(rest[0]), b.y, b.T, b.U, *where, *self.kept, self.dur, durations,
-            np.empty(total), np.empty(total), *buffers, b.blank, o.delay, o.sigma, o.fastemit, exact,
+            np.empty(total), np.empty(total), width, costs, b.blank, o.delay, o.sigma, o.fastemit, exact,
         )  # fmt: skip
 
     def backward(self, grad_costs: Tensor, logits: Tensor, *rest: Tensor) -> Sequence[Tensor]:
@@ -118,7 +111,7 @@ class CpuTdtLoss(CpuLoss):
         threads.run(
             duration_backward, threads.thread_count(), as_rows(duration_logits), as_rows(gradient), b.T, b.U,
             plan.first, plan.per_frame, plan.at, plan.base, counter(), self.dur,
-            grad_costs.double().contiguous().numpy(),
+            grad_costs.numpy().astype(np.float64),
         )  # fmt: skip
         return [*super().backward(grad_costs, logits), gradient]
 

@@ -88,9 +88,7 @@ def fresh_like(tensor: torch.Tensor) -> torch.Tensor:
 
 def as_rows(tensor: torch.Tensor) -> np.ndarray:
     """Return a contiguous tensor [..., V] as a matrix [rows, V], half precision as the integers of its bits."""
-    rows = tensor.detach().view(-1, tensor.shape[-1])
-    if tensor.dtype == torch.bfloat16:
-        return rows.view(torch.int16).numpy().view(np.uint16)
-    if tensor.dtype == torch.float16:
-        return rows.view(torch.int16).numpy()
-    return rows.numpy()
+    tensor = tensor.detach() if tensor.requires_grad else tensor
+    bits = tensor.view(torch.int16) if tensor.element_size() == 2 else tensor
+    rows = bits.numpy().reshape(-1, bits.shape[-1])  # torch's own view takes several times as long
+    return rows.view(np.uint16) if tensor.dtype == torch.bfloat16 else rows

@@ -9,7 +9,7 @@ Try: `pytest tests/train/rnnt/test_threads.py tests/train/rnnt/test_guards.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,8 +19,7 @@ from .numeric import kernel
 TASK_ELEMENTS = 1 << 18  # logits of one task, a megabyte: long beside taking a task, short beside a batch
 
 
-@dataclass(frozen=True)
-class LatticePlan:
+class LatticePlan(NamedTuple):
     """Where the rows and cells of a batch are.
 
     Cell (t, u) of utterance b is row first[b] + t*per_frame[b] + u - band[b, t] of the logits. In the lattice's arrays
@@ -29,21 +28,16 @@ class LatticePlan:
 
     first: np.ndarray  # int64 [B]
     per_frame: np.ndarray  # int64 [B]
-    frames: np.ndarray  # int64 [B]: frames that the logits have, padding included
     band: np.ndarray  # int64 [B, Tmax]: the first unit that has a row at a frame, 0 unless pruned
-    pruned: bool
     at: np.ndarray  # int64 [B+1]
-    cells: np.ndarray  # int64 [B+1]
     base: np.ndarray  # int64 [sum of T+U]
-
-    @property
-    def total(self) -> int:
-        return int(self.cells[-1])
-
-    @property
-    def longest(self) -> int:
-        """The most cells of an utterance."""
-        return int(np.diff(self.cells).max(initial=0))
+    tasks: np.ndarray  # of `share_out`: frames of the utterances
+    left: np.ndarray  # int64 [B]: the number of each utterance's tasks
+    padded_tasks: np.ndarray  # of `share_out`: frames that the logits have, padding included
+    total: int  # cells
+    longest: int  # the most cells of an utterance
+    most_units: int
+    pruned: bool
 
     def arrays(self, exact: bool) -> list[np.ndarray]:
         """Return arrays for lse, blank and label of each cell, float64 if `exact`. Arcs outside a band are closed."""
@@ -55,19 +49,15 @@ class LatticePlan:
 
 
 def make_plan(
-    T: np.ndarray, U: np.ndarray, padded: tuple[int, int] | None, band: np.ndarray | None = None
+    T: np.ndarray, U: np.ndarray, padded: tuple[int, int] | None, band: np.ndarray | None = None, vocabulary: int = 1
 ) -> LatticePlan:
-    """Return the plan of a batch. Its logits have `padded` = (Tmax, rows of a frame), or None if they are packed."""
-    first, per_frame, frames, at, cells, base = lay_out(T, U, *(padded or (0, 0)))
-    pruned = band is not None
-    if band is None:
-        band = np.zeros((T.size, int(frames.max(initial=0))), np.int64)
-    return LatticePlan(first, per_frame, frames, band, pruned, at, cells, base)
+    """Return the plan of a batch. Its logits have `padded` = (Tmax, rows of a frame), or None if they are packed.
 
-
-def make_tasks(frames: np.ndarray, per_frame: np.ndarray, V: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return `share_out`'s tasks of about TASK_ELEMENTS logits, and their number per utterance."""
-    return share_out(frames, per_frame, V, TASK_ELEMENTS)
+    A task has about TASK_ELEMENTS logits of a `vocabulary`.
+    """
+    frames, width = padded or (0, 0)
+    first, per_frame, zeros, *rest = lay_out(T, U, frames, width, vocabulary, TASK_ELEMENTS)
+    return LatticePlan(first, per_frame, zeros if band is None else band, *rest, band is not None)
 
 
 @kernel
@@ -85,28 +75,6 @@ def sound(y, T, U, blank, vocabulary, room_t, room_u, clean):
 
 
 @kernel
-def lay_out(T, U, frames, width):
-    """Return first, per_frame, frames, at, cells and base of a LatticePlan. With width 0 rows are packed."""
-    B = T.size
-    first, per_frame, room = np.empty(B, np.int64), np.empty(B, np.int64), np.empty(B, np.int64)
-    at, cells = np.zeros(B + 1, np.int64), np.zeros(B + 1, np.int64)
-    for b in range(B):
-        at[b + 1] = at[b] + T[b] + U[b]
-        cells[b + 1] = cells[b] + T[b] * (U[b] + 1)
-        first[b] = b * frames * width if width > 0 else cells[b]
-        per_frame[b] = width if width > 0 else U[b] + 1
-        room[b] = frames if width > 0 else T[b]
-    base = np.empty(at[B], np.int64)
-    for b in range(B):
-        position = cells[b]
-        for n in range(T[b] + U[b]):
-            low, high = max(0, n - T[b] + 1), min(n, U[b])
-            base[at[b] + n] = position - low
-            position += high - low + 1
-    return first, per_frame, room, at, cells, base
-
-
-@kernel
 def share_out(frames, per_frame, V, elements):
     """Return tasks int64 [K, 3] (utterance, frames from, to) of about `elements` logits, and the number of each [B]."""
     counts = np.empty(frames.size, np.int64)
@@ -120,3 +88,31 @@ def share_out(frames, per_frame, V, elements):
             tasks[k, 0], tasks[k, 1], tasks[k, 2] = b, i * step, min((i + 1) * step, frames[b])
             k += 1
     return tasks, counts
+
+
+@kernel
+def lay_out(T, U, frames, width, V, elements):
+    """Return the fields of a LatticePlan but the last, with a band of zeros. With width 0 rows are packed."""
+    B = T.size
+    first, per_frame, room = np.empty(B, np.int64), np.empty(B, np.int64), np.empty(B, np.int64)
+    at = np.zeros(B + 1, np.int64)
+    total, longest, most_units, most_frames = 0, 0, 0, 0
+    for b in range(B):
+        cells = T[b] * (U[b] + 1)
+        at[b + 1] = at[b] + T[b] + U[b]
+        first[b] = b * frames * width if width > 0 else total
+        per_frame[b] = width if width > 0 else U[b] + 1
+        room[b] = frames if width > 0 else T[b]
+        total += cells
+        longest, most_units = max(longest, cells), max(most_units, U[b])
+        most_frames = max(most_frames, room[b])
+    base, position = np.empty(at[B], np.int64), 0
+    for b in range(B):
+        for n in range(T[b] + U[b]):
+            low, high = max(0, n - T[b] + 1), min(n, U[b])
+            base[at[b] + n] = position - low
+            position += high - low + 1
+    tasks, left = share_out(T, U + 1, V, elements)
+    padded_tasks, _ = share_out(room, per_frame, V, elements)
+    band = np.zeros((B, most_frames), np.int64)
+    return first, per_frame, band, at, base, tasks, left, padded_tasks, total, longest, most_units

@@ -165,12 +165,13 @@ def duration_stage(t0, t1, d_rows, U, first, per_frame, base, dur, sigma):
 @kernel
 def tdt_forward(
     thread, x, d_rows, y, T, U, first, per_frame, band, at, base, tasks, counter, left, lse, blank_lp, label_lp, dur,
-    durations, alpha, beta, work, work64, costs, blank, delay, sigma, fastemit, exact,
+    durations, alpha, beta, width, costs, blank, delay, sigma, fastemit, exact,
 ):  # fmt: skip
     """Run stages 1 and 2, as `forward` in lattice.py."""
     x, d_rows, y, base, tasks, band = borrow(x), borrow(d_rows), borrow(y), borrow(base), borrow(tasks), borrow(band)
     lse, blank_lp, label_lp, dur = borrow(lse), borrow(blank_lp), borrow(label_lp), borrow(dur)
-    alpha, beta, own_work, own_work64 = borrow(alpha), borrow(beta), borrow(work)[thread], borrow(work64)[thread]
+    alpha, beta = borrow(alpha), borrow(beta)
+    work, work64 = np.empty((2, width), lse.dtype), np.empty(width)
     while True:
         k = tasks.shape[0] - 1 - fetch_add(counter, 0, 1)
         if k < 0:
@@ -179,7 +180,7 @@ def tdt_forward(
         own = base[at[b] : at[b + 1]]
         row_stage(
             tasks[k, 1], tasks[k, 2], x, y[b], T[b], U[b], first[b], per_frame[b], band[b], own, lse, blank_lp,
-            label_lp, blank, delay, True, own_work, own_work64,
+            label_lp, blank, delay, True, work, work64,
         )  # fmt: skip
         duration_stage(tasks[k, 1], tasks[k, 2], d_rows, U[b], first[b], per_frame[b], own, dur, sigma)
         if fetch_add(left, b, -1) == 1:
