@@ -7,7 +7,6 @@ Try: `stillhouse decode RUN CORPUS FEATURES --split dev --beam 8 --lm words.arpa
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,63 +113,22 @@ def tune_weights(
     settings: dict[str, Any],
     **of: Any,
 ) -> None:
-    """Measure the points of the grid, print each, and keep the best beside the run.
+    """Choose weights as `choose_weights` does, and print each point."""
+    from ..decode.lm.choose import choose_weights
 
-    `search` makes the search of a batch, and `decoded` yields the hypotheses of `loader` by `model` with one. `of` are
-    the fields of `Tuned` that say what was decoded. The points of an interrupted call are kept.
-    """
-    from ...data.files.atomic import sha256_plain
-    from ..decode.fusion import NGramStates
-    from ..decode.lm.tune import tune
-    from ..decode.lm.tuned import Tuned, TunedPoint, Unfinished, keep_tuned
-    from ..run.identity import weights_hash
-    from ..score.wer import error_counts
-
-    digest = sha256_plain(settings["lm"])
-    fusion: Any = search.keywords["fusion"]  # type: ignore[attr-defined]
-    (words,) = (part for part in getattr(fusion, "parts", [fusion]) if isinstance(part, NGramStates))
-
-    hotwords = settings["hotwords"]
-    ids = [u.id for u in loader.utterances]
-    fixed = {k: v for k, v in settings.items() if k not in ("lm", "hotwords", "nbest", *(_option(n) for n in names))}
-    files = [digest, hotwords and sha256_plain(hotwords)]
-    data = [loader.units.fingerprint, loader.features.fingerprint, ids, [u.text for u in loader.utterances]]
-    unfinished = Unfinished(run, [fixed, files, data, loader.features.sounds(ids).tolist(), weights_hash(model)])
-    if unfinished.points:
-        say(f"{len(unfinished.points)} points were measured by a call that did not end ({unfinished.path}).")
-
-    def measure(weights: dict[str, float]) -> tuple[float, float]:
-        if (done := unfinished.get(weights)) is not None:
-            return done
-        options = {_option(name): value for name, value in weights.items()}
-        words.weight = options.pop("lm_weight", settings["lm_weight"])
-        pairs = [(h.ref, h.hyp) for h in decoded(partial(search, **options))]
-        tables = [error_counts(*zip(*pairs), characters=characters) for characters in (False, True)]
-        wer, cer = (float(t[:, :3].sum() / max(1, t[:, 3].sum())) for t in tables)
-        unfinished.add(TunedPoint(weights=weights, wer=wer, cer=cer))
-        return wer, cer
-
-    write_data("".join(f"{name:>14}" for name in names) + f"{'WER':>10}{'CER':>10}")
-    points = []
-    for point in tune(names, measure):
-        points.append(point)
+    def show(point: Any) -> None:
         values = "".join(f"{value:14g}" for value in point.weights.values())
         write_data(f"{values}{point.wer:9.2%} {point.cer:9.2%}")
-    best = min(points, key=lambda point: point.rank)
-    choice = Tuned(
-        lm=str(settings["lm"]),
-        lm_sha256=digest,
-        **{name: settings[name] for name in ("lm_unit", "beam", "max_symbols")},
-        # Weights that were given for all points belong to the choice.
-        **vars(best) | {"weights": _given_weights(settings) | best.weights},
-        hotwords=_name_of(hotwords),
-        utterances=len(loader.utterances),
-        points=[TunedPoint(**vars(point)) for point in points],
-        **of,
-    )
-    file = keep_tuned(run, choice)
-    unfinished.end()
+
+    def begin(kept: int, path: Path) -> None:
+        if kept:
+            say(f"{kept} points were measured by a call that did not end ({path}).")
+        write_data("".join(f"{name:>14}" for name in names) + f"{'WER':>10}{'CER':>10}")
+
+    hooks = {"on_begin": begin, "on_point": show}
+    given = _given_weights(settings)
+    choice, file = choose_weights(run, names, search, model, loader, decoded, settings, given=given, **hooks, **of)
     say(
-        f"{choice.words}: WER {best.wer:.2%}, CER {best.cer:.2%} of {choice.utterances} utterances, the best of "
-        f"{len(points)} points. `decode` takes these weights with the same --lm ({file})."
+        f"{choice.words}: WER {choice.wer:.2%}, CER {choice.cer:.2%} of {choice.utterances} utterances, the best of "
+        f"{len(choice.points)} points. `decode` takes these weights with the same --lm ({file})."
     )

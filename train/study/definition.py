@@ -36,6 +36,7 @@ from pydantic import Field
 from ...data.errors import ConfigError, UsageError
 from ..config import Config, ConfigSection, flatten, merged, read_toml, validated
 from .choice import ChoiceSection, alternatives, chosen
+from .fusion import WITH_LM, FusionSection, hypotheses
 
 CHOICE = "choice"  # the folder of the runs that a choice is made by
 USUAL = ("none", "single")  # Arms are compared with these, if the study has them.
@@ -62,6 +63,7 @@ class Definition(ConfigSection):
         {}, description="Classes of words with tables of their own: files of words, relative to the study's folder."
     )
     unseen: bool = Field(False, description="Show the words that no transcript of training has as a class of its own.")
+    fusion: FusionSection | None = Field(None, description="Decode every test split with an n-gram model, too.")
     choice: ChoiceSection | None = Field(None, description="Alternatives of arms, to choose from on held-out speech.")
 
 
@@ -77,8 +79,9 @@ class StudyRun:
     def __str__(self) -> str:
         return f"{self.arm}/{self.seed}"
 
-    def hypotheses(self, split: str) -> Path:
-        return self.folder / f"hyp-{split}.jsonl"
+    def hypotheses(self, column: str) -> Path:
+        """Return the file of a column of `Study.columns`."""
+        return hypotheses(self.folder, column)
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,12 @@ class Study:
         """Return the command that runs an arm."""
         out, option = (self.out.parent, " --choose") if self.choosing else (self.out, "")
         return f"stillhouse study {self.path}{option} --only {arm} --out {out}"
+
+    @property
+    def columns(self) -> list[str]:
+        """What each run is decoded to: every test split, and with fusion each a second time."""
+        fused = [split + WITH_LM for split in self.definition.test] if self.definition.fusion else []
+        return [*self.definition.test, *fused]
 
     @property
     def against(self) -> list[str]:
@@ -123,7 +132,7 @@ def load_study(path: Path, out: Path, *, choosing: bool = False) -> Study:
         if choice is None:
             raise UsageError("the study has nothing to choose", where=path, expected="a section [choice]")
         changed = {"arms": alternatives(choice, definition.arms), "seeds": choice.seeds, "test": [choice.split]}
-        definition = definition.model_copy(update=changed | {"against": None, "choice": None})
+        definition = definition.model_copy(update=changed | {"against": None, "choice": None, "fusion": None})
         out = out / CHOICE
     elif choice is not None:
         settled = {arm: merged(definition.arms[arm], changes) for arm, changes in chosen(choice, out).items()}
@@ -179,8 +188,11 @@ def changes_of_arms(study: Study) -> dict[str, str]:
 
 
 def _check_choice(definition: Definition, path: Path) -> None:
-    """Raise ConfigError unless a choice is made for arms of the study, with seeds and a split that do not test."""
-    choice = definition.choice
+    """Raise ConfigError unless all choices are made for arms of the study, with seeds and a split that do not test."""
+    choice, fusion = definition.choice, definition.fusion
+    if fusion is not None and fusion.dev in definition.test:
+        what = f"[fusion] chooses weights on {fusion.dev}, which is a test of the study"
+        raise ConfigError(what, where=path, expected="a split that test does not have")
     if choice is None:
         return
     if unknown := choice.arms.keys() - definition.arms.keys():

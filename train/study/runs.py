@@ -23,10 +23,19 @@ from ...data.errors import StaleError, StillhouseError
 from ...data.files.atomic import read_plain, write_atomic
 from ...data.files.stopping import StopNow, StopRequest
 from ...data.files.trouble import in_words
-from ..config import Config, load_config
+from ..config import Config, ConfigSection, load_config
 from ..run import identity
 from ..run.start import refuse_other_source
 from .definition import Study, StudyRun
+from .fusion import WITH_LM, FusionSection, fused_search, hypotheses
+
+
+class _Decoding(ConfigSection):
+    """What a run decodes, out of the study's definition."""
+
+    test: list[str]
+    checkpoint: str
+    fusion: FusionSection | None = None
 
 
 class StudyError(StillhouseError):
@@ -37,7 +46,9 @@ def done(run: StudyRun, study: Study) -> bool:
     """Return whether a run is trained and decoded as the study needs it."""
     try:
         result = json.loads(read_plain(run.folder / "result.json"))
-        return result["checkpoint"] == study.definition.checkpoint and set(study.definition.test) <= set(result["test"])
+        definition = study.definition
+        same = definition.fusion is None or result["fusion"] == definition.fusion.facts
+        return same and result["checkpoint"] == definition.checkpoint and set(definition.test) <= set(result["test"])
     except (OSError, ValueError, LookupError, TypeError):  # The file is missing, or no study wrote it.
         return False
 
@@ -125,8 +136,8 @@ def run_study(
             while waiting and len(working) < jobs:
                 run = waiting.popleft()
                 ours, theirs = context.Pipe(duplex=False)
-                config = run.config.model_dump_json()
-                arguments = (theirs, config, run.folder, study.definition.test, study.definition.checkpoint, threads)
+                definition = study.definition.model_dump_json(include={"test", "checkpoint", "fusion"})
+                arguments = (theirs, run.config.model_dump_json(), run.folder, definition, threads)
                 process = context.Process(target=_train_and_decode, args=arguments, name=str(run))
                 process.start()
                 theirs.close()
@@ -163,9 +174,7 @@ def run_study(
     return failures
 
 
-def _train_and_decode(
-    out: Connection, config: str, folder: Path, test: list[str], checkpoint: str, threads: int
-) -> None:
+def _train_and_decode(out: Connection, config: str, folder: Path, decoding: str, threads: int) -> None:
     """Train a run and decode the test splits, in the process of the run."""
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
@@ -183,10 +192,11 @@ def _train_and_decode(
             send(begun=True)
             trainer.run()
             del trainer
-            for split in test:
-                send(line=f"decoding {split}")
-                _decode(settings, folder, split, checkpoint)
-            write_atomic(folder / "result.json", json.dumps({"checkpoint": checkpoint, "test": test}) + "\n")
+            how = _Decoding.model_validate_json(decoding)
+            _decode(settings, folder, how, lambda what: send(line=f"decoding {what}"))
+            result = {"checkpoint": how.checkpoint, "test": how.test}
+            result |= {"fusion": how.fusion.facts} if how.fusion else {}
+            write_atomic(folder / "result.json", json.dumps(result) + "\n")
             send(end=None)
     except StopNow:
         send(end=f"stopped by {stop.signal}")
@@ -199,7 +209,8 @@ def _train_and_decode(
         send(end=traceback.format_exc() if trouble is None else str(trouble))
 
 
-def _decode(config: Config, folder: Path, split: str, checkpoint: str) -> None:
+def _decode(config: Config, folder: Path, how: _Decoding, on_progress: Callable[[str], None]) -> None:
+    """Decode every test split, greedily and, with fusion, in beam search."""
     from ...data.manifest import read_manifest
     from ..decode.decode import decoding_loader, transcribe
     from ..model.build import resolve_device
@@ -207,12 +218,26 @@ def _decode(config: Config, folder: Path, split: str, checkpoint: str) -> None:
     from ..score.hypotheses import write_hypotheses
 
     device = resolve_device(config.run.device)
-    model, units, _, _ = load_run(folder, checkpoint)
-    corpus = read_manifest(config.data.corpus).select(split)
-    loader = decoding_loader(corpus, config.data.features, units, trained=trained_on(folder))
-    decoded = transcribe(model.to(device), loader, device=device, longest=config.data.max_frames)
-    triples = sorted((h.id, h.ref, h.hyp) for h in decoded)
-    write_hypotheses(folder / f"hyp-{split}.jsonl", triples)
+    model, units, _, step = load_run(folder, how.checkpoint)
+    model, corpus = model.to(device), read_manifest(config.data.corpus)
+
+    def loader(split: str) -> Any:
+        return decoding_loader(corpus.select(split), config.data.features, units, trained=trained_on(folder))
+
+    def decoded(of: Any, search: Any = None) -> Iterable[Any]:
+        own = {} if search is None else {"search": search}
+        return transcribe(model, of, device=device, longest=config.data.max_frames, **own)
+
+    searches: dict[str, Any] = {"": None}
+    if how.fusion is not None:
+        on_progress(f"{how.fusion.dev} with {how.fusion.lm}, to choose its weights")
+        of = {"checkpoint": how.checkpoint, "step": step, "corpus": str(config.data.corpus)}
+        searches[WITH_LM] = fused_search(how.fusion, folder, of, model, loader(how.fusion.dev), decoded)
+    for suffix, search in searches.items():
+        for split in how.test:
+            on_progress(split + suffix)
+            triples = sorted((h.id, h.ref, h.hyp) for h in decoded(loader(split), search))
+            write_hypotheses(hypotheses(folder, split + suffix), triples)
 
 
 def _exit_with_parent() -> None:

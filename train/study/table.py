@@ -168,7 +168,7 @@ def tabulate(study: Study) -> Table:
     words = word_classes(study)
     rows: list[ArmRow] = []
     classes: list[ClassRow] = []
-    for split in definition.test:
+    for split in study.columns:
         arms = {arm: _read(runs, split, words) for arm, runs in finished.items() if runs}
         first = next(iter(arms), "")
         for arm, errors in arms.items():
@@ -196,7 +196,7 @@ def detectable_differences(study: Study) -> list[Detectable]:
     """Return what each test split can show, from the runs of the reference arm that are done."""
     arm, definition = study.against[0], study.definition
     runs = [run for run in study.of(arm) if done(run, study)]
-    splits = definition.test if runs else []
+    splits = study.columns if runs else []
     return [detectable(_read(runs, s), s, definition.metric, arm, len(definition.seeds)) for s in splits]
 
 
