@@ -28,6 +28,26 @@ def test_in_the_simulator(case):
     assert run.stdout.strip().endswith("ok")
 
 
+def test_numba_does_not_warn_of_our_small_grids():
+    """Its warning comes where a launch is configured, and would be an error where warnings are."""
+    from numba.cuda.dispatcher import config
+
+    from stillhouse.train.rnnt.cuda.launch import _configured
+
+    class Kernel:
+        def __getitem__(self, given):
+            if given[0] is None:
+                raise ValueError("no grid")
+            return given, config.CUDA_LOW_OCCUPANCY_WARNINGS
+
+    before = config.CUDA_LOW_OCCUPANCY_WARNINGS
+    assert before
+    assert _configured(Kernel(), (1, 2), 8, "stream") == (((1, 2), 8, "stream"), 0)
+    with pytest.raises(ValueError, match="no grid"):
+        _configured(Kernel(), None, 8, "stream")
+    assert before == config.CUDA_LOW_OCCUPANCY_WARNINGS
+
+
 @pytest.mark.slow
 def test_kernels_compile_for_ampere_and_hopper(tmp_path):
     """Needs the extra `gpu` in this interpreter (or one named by STILLHOUSE_CUDA_PYTHON) and ptxas on the path."""

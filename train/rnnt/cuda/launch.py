@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,15 +84,45 @@ def device_batch(
 
 
 def _array(tensor: Tensor) -> Any:
-    """Return a tensor as the kernels take it, without a copy. bfloat16 becomes int16."""
-    tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.view(torch.int16)
-    if tensor.device.type == "cpu":  # in the simulator
-        return tensor.numpy()
+    """Return a tensor as the kernels take it, without a copy. bfloat16 becomes int16.
+
+    The tensor keeps its array, because numba needs longer to make one than torch to launch a kernel, and the kernels of
+    a loss share most of their arrays.
+    """
+    array = getattr(tensor, "_stillhouse_array", None)
+    if array is not None:
+        return array
+    plain = tensor.detach()
+    if plain.dtype == torch.bfloat16:
+        plain = plain.view(torch.int16)
+    if plain.device.type == "cpu":  # in the simulator
+        return plain.numpy()
     from numba import cuda
 
-    return cuda.as_cuda_array(tensor, sync=False)
+    array = tensor._stillhouse_array = cuda.as_cuda_array(plain, sync=False)  # type: ignore[attr-defined]
+    return array
+
+
+@lru_cache(maxsize=64)
+def _stream(index: int, handle: int) -> Any:
+    """Return one object for a stream of torch's: by it numba finds launches again that it has configured."""
+    from numba import cuda
+
+    with cuda.gpus[index]:
+        return cuda.external_stream(handle)
+
+
+def _configured(kernel: Any, grid: tuple[int, int], block: Any, stream: Any) -> Any:
+    """Return the configured kernel, without numba's warning of small grids, which is for those who choose them."""
+    from numba.cuda import dispatcher
+
+    config: Any = dispatcher.config
+    warns = getattr(config, "CUDA_LOW_OCCUPANCY_WARNINGS", 0)
+    config.CUDA_LOW_OCCUPANCY_WARNINGS = 0
+    try:
+        return kernel[grid, block, stream]
+    finally:
+        config.CUDA_LOW_OCCUPANCY_WARNINGS = warns
 
 
 class Launcher:
@@ -108,18 +139,19 @@ class Launcher:
         if tensor.shape[-1] >= 4096 and not SIMULATED:
             self.lanes, self.at_once = 128, 2
         if SIMULATED:
-            self.stream: Any = 0
             self.guard: Any = nullcontext
+            self.configured: Any = lambda kernel, grid, block: kernel[grid, block]
         else:
             index = tensor.device.index
-            self.stream = cuda.external_stream(torch.cuda.current_stream(tensor.device).cuda_stream)
+            stream = _stream(index, torch.cuda.current_stream(tensor.device).cuda_stream)
             self.guard = lambda: cuda.gpus[index]
+            self.configured = lambda kernel, grid, block: _configured(kernel, grid, block, stream)
 
     def __call__(self, name: str, grid: tuple[int, int], block: Any, *args: Any) -> None:
-        values = [_array(a) if isinstance(a, Tensor) else a for a in args]
         if grid[0] > 0:
             with self.guard():
-                getattr(self.kernels, name)[grid, block, self.stream](*values)
+                values = [_array(a) if isinstance(a, Tensor) else a for a in args]
+                self.configured(getattr(self.kernels, name), grid, block)(*values)
 
 
 class RowTile(NamedTuple):
