@@ -36,14 +36,15 @@ class Gathered:
     """A batch out of a store. N is the number of tokens of the batch's utterances, or frames, for each teacher.
 
     lengths: {teacher: int32 [B]}; states: {view: [N, D]}; token_id: {teacher: int32 [N]};
-    span: {teacher: int32 [N, 2]}, code points of the manifest's raw text. Views of one teacher share its tokens.
+    span: {teacher: int32 [N, 2]}, code points of the manifest's raw text. Views of one teacher share its tokens, which
+    are copied out of the store's memory maps when they are first looked at.
     Speech teachers have no token_id and span: the middle of frame k is at offset_s + k / rate_hz seconds.
     """
 
     lengths: dict[str, np.ndarray]
     states: dict[View, np.ndarray]
-    token_id: dict[str, np.ndarray]
-    span: dict[str, np.ndarray]
+    token_id: Mapping[str, np.ndarray]
+    span: Mapping[str, np.ndarray]
 
     def __repr__(self) -> str:
         return display.gathered_text(self)
@@ -171,9 +172,7 @@ class StateReader:
             if array is None:
                 continue
             handles: dict[int, Handle] = {}
-            for number in ranges.shards:
-                path, used = t.path(name, *axes, number), t.shards[number].rows
-                handle = self.handles.open(path, t.shard_rows, t.row_size(name), used)
+            for number, handle in zip(ranges.shards, self._handles(t, name, axes, ranges.shards)):
                 if handle is None:
                     self._read_with_zarr(t, name, axes, ranges, number, array)
                 else:
@@ -181,6 +180,13 @@ class StateReader:
             if handles:
                 reads.append(ShardRead(handles, ranges, t.row_size(name), array))
         return out, scale, reads
+
+    def _handles(self, t: TeacherRows, name: str, axes: tuple[int, int], shards: list[int]) -> list[Handle | None]:
+        paths, size = t.shard_files(name, *axes, shards), t.row_size(name)
+        opened = self.handles.opened(paths)
+        if opened is None:
+            opened = [self.handles.open(p, t.shard_rows, size, t.shards[n].rows) for n, p in zip(shards, paths)]
+        return opened
 
     def _fill(self, views: list[list[ShardRead]], finish: Callable[[int], None] = lambda _: None) -> None:
         """Fill the arrays of several views, and call `finish` with the number of each."""

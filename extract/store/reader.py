@@ -27,6 +27,7 @@ from .format.quantised import QuantisationError
 from .gather import Allocate, DamagedRowError, Gathered, StateReader
 from .read.buffers import BATCH_BUFFERS
 from .read.committed import CommittedWork
+from .read.late import LateArrays
 from .read.norms import StoredNorms
 from .read.rows import RowRanges, TeacherRows
 from .read.vocabulary import Vocabulary
@@ -181,7 +182,8 @@ class Store:
         """
         if dtype not in (None, "float32", "float16", "codes"):
             raise UsageError(f"states as {dtype!r}", expected="float32, float16, codes or None")
-        batch = Gathered({}, {}, {}, {})
+        token_id, span = LateArrays(), LateArrays()
+        batch = Gathered({}, {}, token_id, span)
         rows_of: dict[int, np.ndarray] = {}  # by edition: most teachers share one
         try:
             for name in dict.fromkeys(v.teacher for v in views):
@@ -192,7 +194,8 @@ class Store:
                 ranges = t.ranges(rows)
                 batch.lengths[name] = t.length[rows]
                 if not t.record.is_speech:
-                    batch.token_id[name], batch.span[name] = t.tokens(t.token_id, ranges), t.tokens(t.span, ranges)
+                    token_id.makers[name] = t.open_tokens(t.token_id, ranges)
+                    span.makers[name] = t.open_tokens(t.span, ranges)
                 axes = {v: self.axes(v) for v in views if v.teacher == name}
                 for view in axes:
                     self._require_committed(view, rows, ranges)
@@ -227,7 +230,7 @@ class Store:
 
     def _require_committed(self, view: View, rows: np.ndarray, ranges: RowRanges) -> None:
         committed = self._committed_shards(view)
-        if not committed[ranges.shards].all():
+        if not (np.logical_and.reduce(committed) or committed[ranges.shards].all()):
             missing = [self.index.id(int(r)) for r, s in zip(rows, ranges.shard) if not committed[s]]
             remedy = "finish it: stillhouse extract"
             raise NoStoreError(f"not extracted yet: {first_few(missing)}", where=view.address, remedy=remedy)
@@ -314,7 +317,7 @@ class Store:
         Raises NoStoreError with the ids that the store does not know.
         """
         rows = (self.index if teacher is None else self.index_of(teacher)).rows(ids)
-        if (rows < 0).any():
+        if np.count_nonzero(rows < 0):
             unknown = first_few([i for i, r in zip(ids, rows) if r < 0])
             what, remedy = f"not in this store: {unknown}", "extract this corpus into it"
             raise NoStoreError(what, where=self.address, remedy=remedy)
@@ -381,10 +384,10 @@ class Store:
 
     def inputs_seen(self, view: View) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return, for every row's pass, input hash uint64 [U], and tokens of context seen left and right int32 [U]."""
-        names = ("input_hash", "context_left", "context_right")
         shards = self._teacher_rows(view.teacher).shards
         done = [(s.first, s.last) for s, there in zip(shards, self._committed_shards(view)) if there]
-        hashes, left, right = (self._array(view, name, self.axes(view)[0], written=done) for name in names)
+        arrays = (RawArray(self.paths, view.teacher, a) for a in ("input_hash", "context_left", "context_right"))
+        hashes, left, right = (array.read(self.axes(view)[0], written=done) for array in arrays)
         return hashes, left, right
 
     def context_seen(self, ids: Sequence[str], view: View) -> tuple[np.ndarray, np.ndarray]:
@@ -395,6 +398,3 @@ class Store:
     def input_hash(self, ids: Sequence[str], view: View) -> np.ndarray:
         """Return hashes of the exact ids and mask that the model was fed for each utterance, uint64 [B]."""
         return self.inputs_seen(view)[0][self.rows(ids, view.teacher)]
-
-    def _array(self, view: View, name: str, *lead: int, written: Sequence[tuple[int, int]]) -> np.ndarray:
-        return RawArray(self.paths, view.teacher, name).read(*lead, written=written)

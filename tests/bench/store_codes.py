@@ -18,7 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from made_up import MadeUpTeacher, made_up_corpus
 from measuring import NO_BAR, Row, at_least, rounds
-from store_reading import BATCH, Memmap, batches
+from store_reading import BATCH, Memmap, batches, ours_of
 
 from stillhouse.extract.pipeline.extract import extract
 from stillhouse.extract.pipeline.request import Request
@@ -85,8 +85,17 @@ def coded(folder: Path, n: int, utterances: int, clock: Callable[[], float]) -> 
         assert np.array_equal(ours, by_numpy(i)) and np.array_equal(ours, by_numba(i))
         assert np.array_equal(codes, flat.gather(picks[i], [view])[view])
     what = f"pq:{CODES} of {WIDTH}, {BATCH} random utterances of {FRAMES} rows"
-    times = rounds(lambda i: store.gather(picks[i], [view], "codes"), lambda i: flat.gather(picks[i], [view]), n, clock)
+    times = rounds(
+        lambda i: ours_of(store, picks[i], [view], "codes"), lambda i: flat.gather(picks[i], [view]), n, clock
+    )
     rows = [at_least(f"{what}: codes vs np.memmap of the codes", *times, 0.9)]
+    times = rounds(
+        lambda i: store.gather(picks[i], [view], "codes"),
+        lambda i: flat.gather(picks[i], [view], tokens=False),
+        n,
+        clock,
+    )
+    rows.append(at_least("the same, codes alone", *times, 0.85))
     for name, peer in (("numpy's take", by_numpy), ("a numba loop", by_numba)):
         times = rounds(lambda i: store.gather(picks[i], [view]), peer, n, clock)
         rows.append(at_least(f"the same decoded to float32, vs np.memmap of the codes and {name}", *times, 0.9))

@@ -17,7 +17,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 from measuring import Row, at_least, at_most, beside, rounds
 
-from stillhouse.extract.store import Store
+from stillhouse.extract.store import Gathered, Store
 
 BATCH = 64
 
@@ -52,11 +52,11 @@ class Memmap:
             out.flush()
             self.files[view] = np.memmap(path, dtype=kind, mode="r", shape=(at, self.width))
 
-    def gather(self, ids: list[str], views: list) -> dict:
+    def gather(self, ids: list[str], views: list, tokens: bool = True) -> dict:
         rows = [self.where[i] for i in ids]
         total = sum(n for _, n in rows)
         result = {}
-        for view in ("token_id", "span", *views):
+        for view in (*(("token_id", "span") if tokens else ()), *views):
             source, at = self.files[view], 0
             out = np.empty((total, *source.shape[1:]), dtype=source.dtype)
             for s, n in rows:
@@ -64,6 +64,13 @@ class Memmap:
                 at += n
             result[view] = out
         return result
+
+
+def ours_of(store: Store, ids: list[str], views: list, dtype: str | None = None) -> Gathered:
+    """Read states, token ids and spans, as `Memmap.gather` does."""
+    batch = store.gather(ids, views, dtype)
+    assert all(len(batch.token_id[t]) == len(batch.span[t]) for t in batch.lengths)
+    return batch
 
 
 def batches(ids: list[str], count: int) -> list[list[str]]:
@@ -100,12 +107,18 @@ def reading(store: Store, flat: Memmap, n: int, clock: Callable[[], float]) -> l
         flat.gather(p, every)
     rows = []
     for views, name, bar, checked_bar in ((one, "1 layer", 0.85, 0.60), (every, f"{len(every)} layers", 0.90, 0.60)):
-        ours, theirs = rounds(lambda i: store.gather(picks[i], views), lambda i: flat.gather(picks[i], views), n, clock)
+        ours, theirs = rounds(
+            lambda i: ours_of(store, picks[i], views), lambda i: flat.gather(picks[i], views), n, clock
+        )
         rows.append(at_least(f"gather {BATCH} random utterances, hot, {name}, vs np.memmap", ours, theirs, bar))
         payload = sum(flat.where[i][1] for i in picks[5]) * flat.width * 2 * len(views)
         rows[-1] = Row(**(vars(rows[-1]) | {"note": f"{payload / np.median(ours) / 1e9:.2f} GB/s"}))
         ours, theirs = rounds(
-            lambda i: checked.gather(picks[i], views), lambda i: flat.gather(picks[i], views), n, clock
+            lambda i: store.gather(picks[i], views), lambda i: flat.gather(picks[i], views, tokens=False), n, clock
+        )
+        rows.append(at_least(f"the same, states alone, {name}", ours, theirs, 0.85))
+        ours, theirs = rounds(
+            lambda i: ours_of(checked, picks[i], views), lambda i: flat.gather(picks[i], views), n, clock
         )
         rows.append(at_least(f"the same with checksums, {name}", ours, theirs, checked_bar))
     import zarr

@@ -220,7 +220,7 @@ class Index:
         """Return the rows of ids, int64 [B], -1 where an id is unknown."""
         known = self._known
         try:
-            return np.array([known[i] for i in ids], dtype=np.int64)
+            return np.array(list(map(known.__getitem__, ids)), dtype=np.int64)
         except KeyError:
             pass
         rows = self._rows(ids)

@@ -273,3 +273,28 @@ def test_cold_reading_equals_hot(small_store: Path) -> None:
         patch.setattr(os, "preadv", lambda fd, buffers, at, *rest: whole(fd, [buffers[0][:7]], at, *rest))
         short = store.gather(ids, VIEWS).states
     assert all(np.array_equal(got[v], want[v]) and np.array_equal(short[v], want[v]) for v in VIEWS)
+
+
+def test_tokens_come_when_looked_at_and_from_files_found_before(small_store: Path, tmp_path: Path) -> None:
+    """A batch that is pickled, or looked at after its store is gone, has the tokens that `tokens` reads."""
+    whole = shutil.copytree(small_store, tmp_path / "store")
+    store = Store.open(whole)
+    ids = store.utterance_ids[:5][::-1]
+    lengths, token_id, span = store.tokens(ids, "bert")
+    batch = store.gather(ids, store.views[:1])
+    assert batch.token_id.keys() == batch.span.keys() == batch.lengths.keys() == {"bert"}
+    shutil.rmtree(whole)
+    assert np.array_equal(batch.token_id["bert"], token_id) and batch.token_id["bert"] is batch.token_id["bert"]
+    sent = pickle.loads(pickle.dumps(batch))
+    assert type(sent.span) is dict and np.array_equal(sent.span["bert"], span)
+    assert np.array_equal(sent.token_id["bert"], token_id) and np.array_equal(sent.lengths["bert"], lengths)
+
+
+def test_missing_tokens_are_named_at_once(small_store: Path, tmp_path: Path) -> None:
+    whole = shutil.copytree(small_store, tmp_path / "store")
+    for path in (whole / "data.zarr" / "bert" / "span" / "c").rglob("*"):
+        if path.is_file():
+            path.unlink()
+    store = Store.open(whole)
+    with pytest.raises(StoreError, match="a chunk is missing"):
+        store.gather(store.utterance_ids[:5], store.views[:1])
