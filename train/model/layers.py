@@ -9,6 +9,7 @@ Try: `pytest tests/train/model/test_model.py tests/train/model/test_streaming.py
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -168,6 +169,41 @@ class SelfAttention(nn.Module):
         return apply_linear(self.output, y.transpose(1, 2).reshape(batch, frames, dim)), new_past
 
 
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
+    """Convolve each channel of x [B, T, D] over time with its row of `weight` [D, 1, K]."""
+    # As a channels-last image of height 1, [B, T, D] needs no transposed copy, and is 3 times as fast as conv1d.
+    image = x.transpose(1, 2).unsqueeze(2)
+    y = F.conv2d(image, weight.unsqueeze(2), bias, padding=(0, padding), groups=weight.shape[0])
+    return y.squeeze(2).transpose(1, 2)
+
+
+class _Depthwise(torch.autograd.Function):
+    """The function `depthwise` with a gradient for the CPU.
+
+    oneDNN (torch 2.14) takes 16 ms for the weight's gradient of 1,500 frames, 256 channels and a kernel of 31, and its
+    convolution 0.4 ms. One product and sum for each place of the kernel takes 2.6 ms.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.padding = padding
+        return depthwise(x, weight, bias, padding)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        size, padding, (of_x, of_weight, of_bias, _) = weight.shape[2], ctx.padding, ctx.needs_input_grad
+        before = depthwise(grad, weight.flip(2), None, size - 1 - padding) if of_x else None
+        sums = None
+        if of_weight:
+            padded, frames = F.pad(x, (0, 0, padding, padding)), grad.shape[1]
+            places = [(padded[:, k : k + frames] * grad).sum(dim=(0, 1)) for k in range(size)]
+            sums = torch.stack(places, dim=1).unsqueeze(1)
+        return before, sums, grad.sum(dim=(0, 1)) if of_bias else None, None
+
+
 class ConvolutionModule(nn.Module):
     """Pointwise, GLU, depthwise over time, LayerNorm, SiLU, pointwise.
 
@@ -198,13 +234,10 @@ class ConvolutionModule(nn.Module):
             else:
                 x = torch.cat([past.to(x.dtype), x], dim=1)
                 new_past = x[:, frames:].to(past.dtype)
-        # As a channels-last image of height 1, [B, T, D] needs no transposed copy, and is 3 times as fast as conv1d.
-        image = x.transpose(1, 2).unsqueeze(2)
-        weight, bias = self.depthwise.weight.unsqueeze(2), self.depthwise.bias
-        padding = 0 if self.causal else self.kernel // 2
+        convolve = _Depthwise.apply if self.training and x.device.type == "cpu" else depthwise
         with torch.autocast("cpu", enabled=False):
-            y = F.conv2d(image, weight, bias, padding=(0, padding), groups=self.depthwise.groups)
-        return apply_linear(self.output, F.silu(self.norm(y.squeeze(2).transpose(1, 2)))), new_past
+            y = convolve(x, self.depthwise.weight, self.depthwise.bias, 0 if self.causal else self.kernel // 2)
+        return apply_linear(self.output, F.silu(self.norm(y))), new_past
 
 
 class FeedForward(nn.Module):

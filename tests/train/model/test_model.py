@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from stillhouse.extract import cpu_matmul
+from stillhouse.train.model import layers
 from stillhouse.train.model.layers import ConvolutionModule, Subsampling, dropout
 from stillhouse.train.model.transducer import LstmPredictor, StatelessPredictor, Transducer
 
@@ -142,3 +144,36 @@ def test_states_without_gradients_are_those_with_them(monkeypatch: pytest.Monkey
     torch.testing.assert_close(alone[0], expected[1, : alone.shape[1]].detach(), atol=1e-5, rtol=1e-5)
     laid_out = [module for module in net.modules() if module in cpu_matmul._laid_out]
     assert bool(laid_out) == cpu_matmul._has_onednn()
+
+
+@pytest.mark.parametrize(("kernel", "padding"), [(5, 2), (5, 0), (1, 0), (4, 0)])
+def test_gradients_of_the_depthwise_convolution(kernel: int, padding: int) -> None:
+    """Those of conv1d, with and without padding, for all inputs and for the weight alone."""
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((3, 9, 6), (6, 1, kernel), (6,))]
+    for wanted in ((0, 1, 2), (1,), (0, 2)):
+        found = []
+        for ours in (True, False):
+            x, weight, bias = (a.clone().requires_grad_(k in wanted) for k, a in enumerate(made))
+            if ours:
+                y = layers._Depthwise.apply(x, weight, bias, padding)
+            else:
+                y = F.conv1d(x.transpose(1, 2), weight, bias, padding=padding, groups=6).transpose(1, 2)
+            (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape)).sum().backward()
+            found.append([y, *(a.grad for a in (x, weight, bias))])
+        for a, b in zip(*found, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None and b is not None:
+                assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_training_uses_the_gradient_of_the_depthwise_convolution() -> None:
+    module = layers.ConvolutionModule(8, 5)
+    for training, name in ((True, "_DepthwiseBackward"), (False, "ConvolutionBackward")):
+        nodes, seen = [module.train(training)(torch.randn(2, 7, 8), torch.ones(2, 7, 1))[0].grad_fn], set()
+        while nodes:
+            node = nodes.pop()
+            if node is not None:
+                seen.add(type(node).__name__)
+                nodes += [following for following, _ in node.next_functions]
+        assert any(n.startswith(name) for n in seen), seen
