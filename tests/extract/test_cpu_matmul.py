@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -155,7 +157,7 @@ def test_a_model_that_does_not_run_with_them_runs_without(bert: Path, monkeypatc
     def refuse(*_: object) -> torch.Tensor:
         raise RuntimeError("mat1 and mat2 must have the same dtype")
 
-    monkeypatch.setattr(module, "float32_products", lambda: CpuMatmul(refuse))
+    monkeypatch.setattr(module, "float32_products", lambda **_: CpuMatmul(refuse))
     monkeypatch.setattr(module, "bfloat16_products", lambda: CpuMatmul(refuse))
     for dtype in ("float32", "bfloat16"):
         teacher = load_teacher(str(bert), device="cpu", dtype=dtype)
@@ -211,3 +213,65 @@ def test_inference_follows_the_weights_and_training_keeps_its_gradients(onednn: 
         assert len(products._laid_out) == known + 2
     del spare
     assert len(products._laid_out) == known + 1
+
+
+@pytest.mark.parametrize(
+    "activation", [functional.gelu, lambda y: functional.gelu(y, approximate="tanh"), functional.silu]
+)
+def test_an_activation_is_computed_with_its_product(activation: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """From the second call on: once the output goes elsewhere, it is the plain output again, and stays that."""
+    if not products._has_onednn():
+        pytest.skip("this torch has no oneDNN")
+    product, applied = products._LaidOut(torch.float32), []
+
+    def activated(*operands: Any) -> torch.Tensor:
+        applied.append(operands[3])
+        return product(*operands)
+
+    x, linear = torch.linspace(-3, 3, 12).reshape(2, 6), torch.nn.Linear(6, 5)
+    with torch.inference_mode():
+        plain = functional.linear(x, linear.weight, linear.bias)
+        wanted, mode = activation(plain), CpuMatmul(product, activated)
+        with mode:
+            for _ in range(3):
+                assert torch.allclose(activation(linear(x)), wanted, rtol=1e-6, atol=1e-6)
+        assert len(applied) == 2
+        with mode:
+            kept = linear(x)
+        assert torch.allclose(kept, plain, rtol=1e-6, atol=1e-6) and len(applied) == 3
+        with mode:
+            assert torch.allclose(activation(linear(x)), wanted, rtol=1e-6, atol=1e-6)
+        assert len(applied) == 3
+
+
+def test_an_activation_of_something_else_is_not_skipped() -> None:
+    """The next call may be another activation, may take the output apart, or may take another tensor."""
+    if not products._has_onednn():
+        pytest.skip("this torch has no oneDNN")
+    x, uses = (
+        torch.linspace(-3, 3, 12).reshape(2, 6),
+        [
+            lambda y: functional.gelu(y, approximate="tanh"),
+            functional.silu,
+            lambda y: functional.gelu(y[:, 1:]),
+            lambda y: functional.gelu(x) + y.sum(),
+            lambda y: functional.linear(y, torch.eye(5)),
+        ],
+    )
+    for use in uses:
+        product, linear = products._LaidOut(torch.float32), torch.nn.Linear(6, 5)
+        with torch.inference_mode(), CpuMatmul(product, product):
+            for _ in range(2):
+                functional.gelu(linear(x))
+            got = use(linear(x))
+        with torch.inference_mode():
+            assert torch.allclose(got, use(linear(x)), rtol=1e-6, atol=1e-6)
+
+
+def test_weights_laid_out_give_the_same_bits(onednn: None, minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = load_teacher(str(minilm), device="cpu")
+    assert teacher._products is not None and teacher._products._activated is not None
+    laid_out = teacher._plain(IDS)
+    monkeypatch.setattr(products, "MOST_LAID_OUT", 0)
+    for a, b in zip(load_teacher(str(minilm), device="cpu")._plain(IDS), laid_out, strict=True):
+        assert torch.equal(a, b)
