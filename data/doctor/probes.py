@@ -23,10 +23,19 @@ TRIES = {
 if google_crc32c.implementation == "python":
     facts["low"] = "without its compiled part, checksums are some hundred times slower"
 """,
-    # numba looks for a folder that it can write its cache to when a function with a cache is made.
+    # numba looks for a folder that it can write its cache to when a function with a cache is made. It raises
+    # RuntimeError where there is none, and the kernels of the loss then go to a temporary folder.
     "numba": f"""
 assert numba.njit(lambda: 7)() == 7
-numba.njit(cache=True)(eval(compile("lambda: 7", {__file__!r}, "eval")))
+try:
+    numba.njit(cache=True)(eval(compile("lambda: 7", {__file__!r}, "eval")))
+except RuntimeError:
+    from stillhouse.train.rnnt.cache import private_folder
+    folder = private_folder()
+    if folder is None:
+        facts["low"] = "no folder can keep compiled kernels, so each process compiles them: set NUMBA_CACHE_DIR"
+    else:
+        facts["what"] = f"kernels are kept in {{folder}}: NUMBA_CACHE_DIR names another folder"
 """,
     "soundfile": """
 import io

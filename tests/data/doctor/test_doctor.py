@@ -94,12 +94,21 @@ def test_chatter_does_not_hide_the_facts() -> None:
     assert ask(program) == Answer({"a": [1]})
 
 
-def test_a_cache_that_numba_cannot_write_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("works", [True, False])
+def test_where_numba_cannot_write_its_cache_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, works: bool
+) -> None:
     (tmp_path / "file").touch()
     for name in ("HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "file"))
     program = "import numba\n" + TRIES["numba"].replace(probes.__file__, "/proc/version")
-    assert "cannot cache function" in str(ask(program).error)
+    folder = tmp_path / f"stillhouse-numba-{os.getuid()}"
+    if not works:
+        folder.touch()
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    answer = ask(program)
+    assert "NUMBA_CACHE_DIR" in str(answer.get("what" if works else "low")) and answer.error is None
+    assert (str(folder) in str(answer.get("what"))) == works
 
 
 def gpu(

@@ -1,1 +1,4 @@
-"""The losses on the CPU: numba kernels, and the threads that run them. May import `checks` and `autograd` above it."""
+"""The losses on the CPU: numba kernels, and the threads that run them.
+
+May import `cache`, `checks` and `autograd` above it.
+"""

@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as _intrinsic
+
+from ..cache import compiled
 
 f32 = np.float32
 intrinsic: Any = _intrinsic  # An intrinsic is called with fewer arguments than it is written with.
@@ -55,11 +57,11 @@ _STAMP = _fingerprint()
 
 
 def kernel(function, **options):
-    """Compile a function with njit, without the interpreter's lock, cached on disk until any kernel's source changes.
+    """Compile a function with `compiled`, cached on disk until any kernel's source changes.
 
     numba by itself looks at a function's own file only, and would keep what it has inlined from another file.
     """
-    dispatcher = njit(cache=True, nogil=True, **options)(function)
+    dispatcher = compiled(function, **options)
     index = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
     if index is not None and hasattr(index, "_source_stamp"):
         index._source_stamp = _STAMP
