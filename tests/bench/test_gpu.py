@@ -251,6 +251,13 @@ def test_a_part_that_does_not_exist_is_refused():
     assert done.returncode == 1 and "no part sound" in done.stderr and "extraction" in done.stderr
 
 
+def test_steps_of_the_recipe_are_rehearsed(tmp_path):
+    """Quick, because it calls more of the package than the other parts, with the names of today."""
+    done = run_command("--device", "cpu", "--only", "training", "--out", str(tmp_path / "gpu.md"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| a step with six views | ok |" in (tmp_path / "gpu.md").read_text()
+
+
 @pytest.mark.slow
 def test_the_rehearsal_runs_every_part(tmp_path):
     out = tmp_path / "gpu.md"

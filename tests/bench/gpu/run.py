@@ -100,7 +100,7 @@ PARTS = {
     ),
     "extraction": Part(
         "Extraction", "models", "extraction", 120,
-        "From text to files. The card's product is that of 8192 × 8192 above. Reading, packing and writing count.",
+        "From text to files, without the hash of the weights. The card's product is that of 8192 × 8192 above.",
     ),
 }  # fmt: skip
 
