@@ -251,7 +251,9 @@ def main() -> None:
             "Hot reading is timed in processor seconds. The rest is timed in wall seconds on a busy machine."
         )
     given = [
-        f"--{k} {getattr(options, k)}" for k in ("utterances", "rounds", "parts") if getattr(options, k) != whole[k]
+        f"--{k} {getattr(options, k)}"
+        for k in ("utterances", "width", "layers", "rounds", "parts")
+        if getattr(options, k) != whole[k]
     ]
     given += ["--cpu-time"] * options.cpu_time
     command = "make bench-store"
