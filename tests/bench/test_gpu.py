@@ -209,6 +209,35 @@ def test_batches_of_the_field_table():
         assert frames <= 10_000 < frames + after[0][0]
 
 
+def test_a_rehearsal_reaches_the_kernels_through_the_losses_themselves(monkeypatch):
+    import torch
+    import values
+
+    from stillhouse.train.rnnt import rnnt_loss, rnnt_loss_joint, tdt_loss
+    from stillhouse.train.rnnt.checks import LossBatch, Options
+
+    made = []
+    for where, name in (("launch", "CudaLoss"), ("launch", "CudaTdtLoss"), ("joint", "CudaJointLoss")):
+
+        def init(self, *given, name=name):
+            made.append((name, *given))
+
+        members = {"__init__": init, "forward": lambda self, *parts: (torch.zeros(2), None)}
+        monkeypatch.setattr(f"stillhouse.train.rnnt.cuda.{where}.{name}", type(name, (), members))
+    x, z = torch.zeros(2, 3, 2, 5), torch.zeros(2, 3, 2, 2)
+    e, p, w = torch.zeros(2, 3, 4), torch.zeros(2, 2, 4), torch.zeros(5, 4)
+    batch = torch.ones(2, 1).int(), torch.tensor([3, 3]).int(), torch.tensor([1, 1]).int()
+    with values.simulated():
+        rnnt_loss(x, *batch, blank=0)
+        tdt_loss(x, z, *batch, 0, (0, 1))
+        rnnt_loss_joint(e, p, w, None, *batch, 0)
+    assert [name for name, *_ in made] == ["CudaLoss", "CudaTdtLoss", "CudaJointLoss"]
+    for (_, *first, own, blank, padded, band, options, occupancy), inputs in zip(made, ([x], [x], [e, w]), strict=True):
+        assert all(a is b for a, b in zip(first, inputs, strict=True))
+        assert isinstance(own, LossBatch) and isinstance(options, Options)
+        assert (blank, tuple(padded), band, occupancy) == (0, (3, 2), None, False)
+
+
 # --- the command ---
 
 

@@ -21,6 +21,7 @@ from runner import Row, Rows, Unable
 from torch import Tensor
 
 from stillhouse.train.rnnt import prune_ranges, rnnt_loss, rnnt_loss_joint, rnnt_loss_simple, tdt_loss
+from stillhouse.train.rnnt.checks import Options
 
 # Of gradients: a unit in the last place of the type near 1, some times. Costs are float32 on either side.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -33,7 +34,8 @@ class Simulated:
     """Stands for a loss of the CPU, and runs the kernels for CUDA on its tensors, in the simulator."""
 
     def __init__(self, make: Callable[..., Any], batch: Any, padded: Any, band: Any, *rest: Any) -> None:
-        *width, self.options, self.occupancy = rest
+        at = next(i for i, value in enumerate(rest) if isinstance(value, Options))
+        width, (self.options, self.occupancy, *_) = rest[:at], rest[at:]
         self.make, self.batch, self.band, self.inplace = make, batch, band, self.options.inplace
         self.padded = (padded[0], width[0]) if width and band is not None else padded
 
