@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-quick study-demo study-kathleen test test-all lint format docs bench-loss gpu bench-store bench-store-shapes bench-remote bench-extract bench-features bench-inspect bench-step bench-parakeet bench-train wheel clean
+.PHONY: demo demo-quick study-demo study-kathleen test test-all lint format docs bench-loss gpu bench-store bench-store-shapes bench-remote bench-extract bench-features bench-inspect bench-step bench-parakeet bench-decode bench-train wheel clean
 
 $(INSTALLED): setup.cfg pyproject.toml recipes/demo-teachers.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -97,6 +97,9 @@ bench-step: $(INSTALLED)
 
 bench-parakeet: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_parakeet.py
+
+bench-decode: $(INSTALLED)
+	$(BIN)/python tests/bench/bench_decode.py
 
 bench-train: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_train.py
