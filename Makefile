@@ -85,6 +85,7 @@ bench-remote: $(INSTALLED)
 
 bench-extract: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_extract.py
+	$(BIN)/python tests/bench/bench_extract_peers.py
 
 bench-features: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_features.py
