@@ -23,6 +23,7 @@ import torchaudio
 from loss_cases import (
     ROOT,
     agree,
+    drawn,
     extra_memory,
     interleaved,
     librispeech,
@@ -36,6 +37,8 @@ from stillhouse.train.rnnt import precompile, prune_ranges, rnnt_loss, rnnt_loss
 
 RECTANGLES = [(8, 200, 40, 256), (16, 250, 60, 500), (4, 400, 100, 1024)]
 CHARACTERS = (16, 400, 120, 32)
+TINY = [(4, 12, 4, 30), (32, 30, 8, 40), (1, 50, 10, 30)]
+CALLS = 100
 H = 512
 SLOW = int(os.environ.get("BENCH_SLOW_ROUNDS", "2"))  # rounds of peers that take seconds; 0: one, without a warm-up
 
@@ -77,6 +80,55 @@ def part_loss(out: list[str], rounds: int) -> None:
             best, ours = min(peers, key=lambda name: found[name]), found["ours, packed, in place"]
             out.append(f"\nOurs, packed, is {found[best][0] / ours[0]:.1f}× the best C++ loss, {best}.")
         print(*out[-16:], sep="\n", file=sys.stderr)
+
+
+def part_ragged(out: list[str], rounds: int) -> None:
+    """Time random batches of real length pairs: torchaudio computes no padding, so padding must cost us nothing."""
+    out += ["\n### LibriSpeech length pairs drawn at random, V=500", ""]
+    out += ["| | logits, MiB | of which padding | ms | × torchaudio | ms of CPU | × torchaudio |"]
+    out += ["|---|--:|--:|--:|--:|--:|--:|"]
+    for B, seed in ((4, 2), (8, 0), (16, 1)):
+        case = drawn(B, seed)
+        x, _, T, U = case
+        names = ("torchaudio", "ours, own gradient", "ours, in place", "warprnnt_pytorch")
+        makers = {n: m for n, m in loss_steps(case).items() if n in names}
+        steps = {n: (lambda m=m, x=x: m(x.clone())) for n, m in makers.items()}
+        found = interleaved(steps, rounds, {"torchaudio": SLOW})
+        base, padding = found["torchaudio"], 1 - float((T * (U + 1)).sum()) / (x.numel() / x.shape[3])
+        out += [
+            f"| {B} utterances, {name} | {x.numel() * 4 / 2**20:.0f} | {padding:.0%} | {wall * 1e3:.1f} | "
+            f"{base[0] / wall:.1f} | {cpu * 1e3:.1f} | {base[1] / cpu:.1f} |"
+            for name, (wall, cpu) in found.items()
+        ]
+
+
+def part_tiny(out: list[str], rounds: int) -> None:
+    """Time lattices so small that the fixed cost of a call counts."""
+    out += [f"\n### Tiny lattices, mean of {CALLS} calls", ""]
+    out += ["| B×T×U×V | | µs | µs of CPU | × warp-transducer, CPU |", "|---|---|--:|--:|--:|"]
+    for shape in TINY:
+        case = rectangle(*shape)
+        title = "×".join(map(str, shape))
+        names = ("torchaudio", "plain torch", "ours, own gradient", "fast_rnnt", "warprnnt_pytorch")
+        makers = {n: m for n, m in loss_steps(case).items() if n in names}
+
+        def many(make, x=case[0]):
+            z = x.clone()
+            step = make(z)
+
+            def calls():
+                for _ in range(CALLS):
+                    z.grad = None
+                    step()
+
+            return calls
+
+        steps = {n: (lambda m=m, many=many: many(m)) for n, m in makers.items()}
+        found = interleaved(steps, 2 * rounds, {"torchaudio": SLOW, "plain torch": SLOW})
+        warp = found.get("warprnnt_pytorch")
+        for name, (wall, cpu) in found.items():
+            ratio = f"{warp[1] / cpu:.2f}" if warp else "not installed"
+            out.append(f"| {title} | {name} | {wall / CALLS * 1e6:.0f} | {cpu / CALLS * 1e6:.0f} | {ratio} |")
 
 
 def joint_parts(B, T, U, V):
@@ -237,8 +289,8 @@ def part_start(out: list[str], rounds: int) -> None:
 
 
 PARTS = {
-    "loss": part_loss, "joint": part_joint, "pruned": part_pruned, "tdt": part_tdt, "precision": part_precision,
-    "start": part_start,
+    "loss": part_loss, "ragged": part_ragged, "tiny": part_tiny, "joint": part_joint, "pruned": part_pruned,
+    "tdt": part_tdt, "precision": part_precision, "start": part_start,
 }  # fmt: skip
 
 

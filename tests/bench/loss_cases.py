@@ -99,6 +99,14 @@ def librispeech(B: int = 8, V: int = 500) -> tuple[Case, str]:
     return (x, y, T, U), source
 
 
+def drawn(B: int, seed: int, V: int = 500) -> Case:
+    """Return a batch of B utterances drawn at random from `length_pairs`."""
+    pairs = length_pairs()[0]
+    T, U = torch.tensor([pairs[k] for k in np.random.default_rng(seed).permutation(len(pairs))[:B]]).int().t()
+    x, y, _, _ = rectangle(B, int(T.max()), int(U.max()), V)
+    return x, y, T.contiguous(), U.contiguous()
+
+
 def packed_of(x, T, U):
     return torch.cat([x[b, :t, : u + 1].reshape(-1, x.shape[3]) for b, (t, u) in enumerate(zip(T, U))])
 
