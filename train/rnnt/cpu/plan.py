@@ -9,7 +9,7 @@ Try: `pytest tests/train/rnnt/test_threads.py tests/train/rnnt/test_guards.py`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,7 @@ class LatticePlan(NamedTuple):
     """Where the rows and cells of a batch are.
 
     Cell (t, u) of utterance b is row first[b] + t*per_frame[b] + u - band[b, t] of the logits. In the lattice's arrays
-    it is number base[at[b] + t + u] + u, and the utterance's cells begin at cells[b].
+    it is number base[at[b] + t + u] + u.
     """
 
     first: np.ndarray  # int64 [B]
@@ -56,8 +56,9 @@ def make_plan(
     A task has about TASK_ELEMENTS logits of a `vocabulary`.
     """
     frames, width = padded or (0, 0)
-    first, per_frame, zeros, *rest = lay_out(T, U, frames, width, vocabulary, TASK_ELEMENTS)
-    return LatticePlan(first, per_frame, zeros if band is None else band, *rest, band is not None)
+    fields: Any = lay_out(T, U, frames, width, vocabulary, TASK_ELEMENTS)
+    plan = LatticePlan(*fields, pruned=band is not None)
+    return plan if band is None else plan._replace(band=band)
 
 
 @kernel
