@@ -125,9 +125,8 @@ def tune_weights(
             say(f"{kept} points were measured by a call that did not end ({path}).")
         write_data("".join(f"{name:>14}" for name in names) + f"{'WER':>10}{'CER':>10}")
 
-    hooks = {"on_begin": begin, "on_point": show}
-    given = _given_weights(settings)
-    choice, file = choose_weights(run, names, search, model, loader, decoded, settings, given=given, **hooks, **of)
+    what: dict[str, Any] = {"given": _given_weights(settings), "on_begin": begin, "on_point": show, **of}
+    choice, file = choose_weights(run, names, search, model, loader, decoded, settings, **what)
     say(
         f"{choice.words}: WER {choice.wer:.2%}, CER {choice.cer:.2%} of {choice.utterances} utterances, the best of "
         f"{len(choice.points)} points. `decode` takes these weights with the same --lm ({file})."

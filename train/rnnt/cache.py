@@ -12,6 +12,7 @@ import functools
 import os
 import stat
 import tempfile
+from typing import Any
 
 from numba import config, njit
 
@@ -24,11 +25,12 @@ def compiled(function, **options):
         folder = private_folder()
     if folder is None:
         return njit(nogil=True, **options)(function)
-    before, config.CACHE_DIR = config.CACHE_DIR, folder
+    settings: Any = config  # It gets its names when it is imported.
+    before, settings.CACHE_DIR = settings.CACHE_DIR, folder
     try:
         return njit(cache=True, nogil=True, **options)(function)
     finally:
-        config.CACHE_DIR = before
+        settings.CACHE_DIR = before
 
 
 @functools.cache

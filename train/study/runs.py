@@ -194,7 +194,7 @@ def _train_and_decode(out: Connection, config: str, folder: Path, decoding: str,
             del trainer
             how = _Decoding.model_validate_json(decoding)
             _decode(settings, folder, how, lambda what: send(line=f"decoding {what}"))
-            result = {"checkpoint": how.checkpoint, "test": how.test}
+            result: dict[str, Any] = {"checkpoint": how.checkpoint, "test": how.test}
             result |= {"fusion": how.fusion.facts} if how.fusion else {}
             write_atomic(folder / "result.json", json.dumps(result) + "\n")
             send(end=None)

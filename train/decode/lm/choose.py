@@ -25,10 +25,10 @@ from .tuned import Tuned, TunedPoint, Unfinished, keep_tuned
 def choose_weights(
     run: Path,
     names: Sequence[str],
-    search: partial,
+    search: Callable,
     model: Transducer,
     loader: BatchLoader,
-    decoded: Callable[[partial], Iterable[Any]],
+    decoded: Callable[[Callable], Iterable[Any]],
     settings: Mapping[str, Any],
     *,
     given: Mapping[str, float],
@@ -39,7 +39,7 @@ def choose_weights(
     """Measure the points of the grid of `names`, and keep the best one beside the run. Return it and the file.
 
     Arguments:
-        search: makes the search of a batch, with the fusion in its keywords.
+        search: a functools.partial that makes the search of a batch, with the fusion in its keywords.
         decoded: returns the hypotheses of `loader` by `model` with a search.
         settings: the search options of `stillhouse decode` by name, all of which decide the error rates.
         given: weights that belong to the choice and are the same for all points.
@@ -47,7 +47,7 @@ def choose_weights(
         on_point: called with each point.
         of: the fields of `Tuned` that say what was decoded.
     """
-    fusion: Any = search.keywords["fusion"]
+    fusion: Any = search.keywords["fusion"]  # type: ignore[attr-defined]
     (words,) = (part for part in getattr(fusion, "parts", [fusion]) if isinstance(part, NGramStates))
     digest, hotwords = sha256_plain(settings["lm"]), settings["hotwords"]
     ids = [u.id for u in loader.utterances]
