@@ -49,7 +49,8 @@ def stoppable() -> Iterator[StopRequest]:
 @click.option("--init-parts", metavar="PARTS",
               help="Take these parts alone, with commas between: encoder, predictor, joint. [all]")  # fmt: skip
 @click.option("--freeze", metavar="PARTS",
-              help="Do not train what was taken of these parts. encoder:N is its front and N blocks.")  # fmt: skip
+              help="Do not train what was taken of these parts. encoder:N is its front and N blocks. "
+                   "[none]")  # fmt: skip
 @click.option("--profile", type=click.IntRange(min=1), is_flag=False, flag_value=10, metavar="[STEPS]",
               help="Profile STEPS steps, from the fourth on, and write a trace and a table to RUN/profile. "
                    "[10 without a number]")  # fmt: skip

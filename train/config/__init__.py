@@ -1,8 +1,9 @@
 """The settings of a training run, and the TOML files that they come from. Imports data/errors.py and files."""
 
 from .fields import ConfigSection
+from .init import InitSection
 from .schedules import learning_rate, transfer_weight, transfer_weights
-from .sections import Config, InitSection, flatten, in_transfer
+from .sections import Config, flatten, in_transfer
 from .toml import dump_config, load_config, merged, read_toml, validated, without_removed
 
 __all__ = [

@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from .fields import ConfigSection, Natural, Positive, Share
+from .init import InitSection
 from .loss import LossSection
 from .text import TextSection, refuse_no_steps
 
@@ -248,48 +249,6 @@ class TransferSection(TransferSettings):
     def transfers(self) -> dict[str, TransferSettings]:
         """The settings of the transfers that have views, by name."""
         return {name: t for name, t in self.settings.items() if t.views}
-
-
-class InitSection(ConfigSection):
-    """What a run takes from another run, or from an export as safetensors, and what of it never changes.
-
-    A weight is taken if it has the same place, shape and meaning there. Rows of units are taken by the unit's text.
-    """
-
-    source: Path | None = Field(None, description="Folder of the run or export. Without it, weights are random.")
-    checkpoint: str = Field(
-        "best", description="Weights of a run: best, last, a step, raw, or average:N, as in `decode`."
-    )
-    parts: list[Literal["encoder", "predictor", "joint"]] = Field(
-        ["encoder", "predictor", "joint"],
-        min_length=1,
-        description="Parts to take. The CTC head goes with the joint network.",
-    )
-    freeze: list[str] = Field(
-        [],
-        description="Parts whose taken weights are not trained: encoder, encoder:N (its front and first N blocks), "
-        "predictor, joint.",
-    )
-    lr_factor: float = Field(1.0, gt=0, description="Learning rate of what was taken, as a multiple of optim.lr.")
-
-    @field_validator("checkpoint", mode="before")
-    @classmethod
-    def _step(cls, value: Any) -> Any:
-        return str(value) if type(value) is int else value
-
-    @field_validator("parts", "freeze", mode="before")
-    @classmethod
-    def _with_commas(cls, value: Any) -> Any:
-        return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _parts_exist(self) -> Self:
-        for name in self.freeze:
-            if not re.fullmatch(r"encoder(:[0-9]+)?|predictor|joint", name):
-                raise ValueError(f"init.freeze has {name!r}; expected encoder, encoder:N, predictor or joint")
-            if name.partition(":")[0] not in self.parts:
-                raise ValueError(f"init.freeze has {name}, which init.parts = {', '.join(self.parts)} does not take")
-        return self
 
 
 class RunSection(ConfigSection):

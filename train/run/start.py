@@ -106,11 +106,16 @@ def take_weights(
 ) -> Origin | None:
     """Take the weights that the settings of init name, and report what was taken and what was not.
 
-    Raises CheckpointError if the source has no weights, ConfigError if nothing of it fits, and UsageError if it is the
-    run itself.
+    Raises CheckpointError if the source has no weights, ConfigError if nothing of it fits or if other settings of init
+    have no source, and UsageError if it is the run itself.
     """
     init = config.init
     if init.source is None:
+        usual = InitSection()
+        if given := [n for n in type(usual).model_fields if getattr(init, n) != getattr(usual, n)]:
+            raise ConfigError(
+                f"init.{given[0]} is set, but no weights are taken", expected="init.source, or --init RUN"
+            )
         return None
     if init.source.resolve() == out.resolve():
         raise UsageError("a run cannot start from itself", where=out, remedy="choose another --out")
@@ -129,7 +134,7 @@ def take_weights(
         say("init: the source does not record the settings of its features, so they were not compared with these")
     left = _not_taken(taken, config, theirs)
     _report(model, taken, left, fitted, say)
-    if model.size != source.size or units.pieces != their_units.pieces:
+    if units.pieces != their_units.pieces and rows.keys() & {*taken.rows, *taken.whole}:
         _report_units(units, their_units, say)
     if _causal(config) != _causal(theirs):
         say("init: the convolutions are taken, although they were trained with other neighbours (model.causal)")
@@ -147,10 +152,12 @@ def _load(source: Path, which: str) -> tuple[Transducer, Units, Config, int]:
     expected = "a run's folder, or an export as safetensors"
     if not source.exists():
         raise CheckpointError("there is no such run", where=source, expected=expected)
-    folder = source.parent if source.is_file() else source
-    if folder.parent.name == "checkpoints" and folder.name.startswith("step-"):
-        remedy = f"use --init {folder.parent.parent} --set init.checkpoint={checkpoint.step_of(folder)}"
-        raise CheckpointError("this is a checkpoint of a run", where=source, remedy=remedy)
+    run = next((p for p in source.parents[:3] if (p / SETTINGS).is_file()), None)
+    if run is not None and not (source / SETTINGS).is_file():
+        remedy, of = f"use --init {run}", source.relative_to(run).parts[:2]
+        if len(of) == 2 and of[1].removeprefix("step-").isdigit():
+            remedy += f" --set init.checkpoint={checkpoint.step_of(Path(of[1]))}"
+        raise CheckpointError("this is a part of a run or of an export", where=source, remedy=remedy)
     if not any((source / name).is_file() for name in (EXPORT_HEAD, SETTINGS)):
         what = "this holds no weights of Stillhouse, and weights of other programs cannot be read"
         raise CheckpointError(what, where=source, expected=expected)
@@ -292,10 +299,8 @@ def freeze(model: Transducer, transfers: Mapping[str, Any], config: Config, orig
     Raises ConfigError if there is nothing to freeze, or nothing left to train.
     """
     init, taken = config.init, set(origin.taken if origin else ())
-    if not init.freeze:
+    if not init.freeze or origin is None:
         return
-    if origin is None:
-        raise ConfigError("init.freeze keeps weights that were taken", expected="init.source, or --init RUN")
     parameters = dict(model.named_parameters())
     frozen: list[str] = []
     for part in init.freeze:

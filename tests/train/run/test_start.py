@@ -149,6 +149,8 @@ def test_what_holds_no_weights_is_refused_in_words(source: Path, begin: Begin, t
         tmp_path / "pretrained.pt": "weights of other programs cannot be read",
         step: rf"use --init {source} --set init\.checkpoint=4$",
         step / "model.safetensors": rf"use --init {source} --set init\.checkpoint=4$",
+        source / "config.toml": rf"this is a part of a run or of an export; use --init {source}$",
+        source / "checkpoints": rf"use --init {source}$",
     }.items():
         with pytest.raises(CheckpointError, match=message):
             begin(init=given)
@@ -170,6 +172,8 @@ def test_units_of_the_same_number_keep_their_rows(tones: Path, source: Path, beg
     rows = (f"{name} (7 of 9 rows)" for name in ("predictor.embedding", "joint.output", "ctc"))
     assert f"init: taken in part: {', '.join(rows)}" in said
     more.run()
+    _, said = begin(f"data.units={tmp_path / 'more-units'}", "init.parts=encoder", out="encoder")
+    assert not any("units" in line for line in said)  # nothing of them was taken
 
 
 def test_what_is_frozen_never_changes_and_the_rest_does(source: Path, begin: Begin) -> None:
@@ -198,8 +202,34 @@ def test_what_cannot_be_frozen_is_refused(begin: Begin, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=message):
             begin(*changes)
         assert not (tmp_path / "run/config.toml").exists()
-    with pytest.raises(ConfigError, match=r"init\.freeze keeps weights that were taken \(expected init\.source"):
-        begin("init.freeze=encoder", init=None)
+
+
+def test_settings_of_init_are_not_ignored_where_no_weights_are_taken(begin: Begin, tmp_path: Path) -> None:
+    for change in ("freeze=encoder", "parts=encoder", "lr_factor=0.1", "checkpoint=last"):
+        name = change.partition("=")[0]
+        expected = rf"init\.{name} is set, but no weights are taken \(expected init\.source, or --init RUN\)"
+        with pytest.raises(ConfigError, match=expected):
+            begin(f"init.{change}", init=None)
+        assert not (tmp_path / "run/config.toml").exists()
+
+
+def test_parts_have_no_order_and_a_later_stage_may_take_and_train_all(begin: Begin) -> None:
+    """The settings of a stage are those of the next one, which may have other parts."""
+    first, said = begin("init.parts=predictor,encoder,encoder", "init.freeze=encoder:1,encoder,predictor", out="first")
+    assert first.config.init.parts == ["encoder", "predictor"]
+    assert first.config.init.freeze == ["encoder", "encoder:1", "predictor"]
+    assert any("init: not taken: joint, ctc (not named" in line for line in said)
+    first.run()
+    assert (
+        "resuming"
+        in begin("init.parts=encoder,predictor", "init.freeze=predictor,encoder,encoder:1", out="first")[1][0]
+    )
+    recorded = load_config(first.out / "config.toml", ["init.parts=all", "init.freeze=none"], saved=True)
+    assert (recorded.init.parts, recorded.init.freeze) == (["encoder", "predictor", "joint"], [])
+    changes = ("init.parts=all", "init.freeze=none", "init.checkpoint=last")
+    second, said = begin(*changes, out="second", init=first.out)
+    assert not any("not taken" in line or "frozen" in line for line in said)
+    assert all(torch.equal(value, weights(first.out)[name]) for name, value in second.model.state_dict().items())
 
 
 def test_new_blocks_over_a_frozen_encoder_are_trained(begin: Begin) -> None:
