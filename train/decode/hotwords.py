@@ -15,6 +15,7 @@ Try: `stillhouse decode RUN CORPUS FEATURES --beam 8 --hotwords hotwords.txt`.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ def read_hotwords(path: Path, units: Units, score: float = SCORE) -> list[Phrase
 
     Phrases are spelled as transcripts are, by the transform of the units, with a space in front if spaces are units.
     They have no spaces if the units have none. Raises CorpusError, which names file and line, if a score is not a
-    positive number, if the units cannot write a phrase, or if there is none.
+    positive number, if a line has a comment, if the units cannot write a phrase, or if there is none.
     """
     phrases: list[Phrase] = []
     unwritten: list[Phrase] = []
@@ -57,8 +58,7 @@ def read_hotwords(path: Path, units: Units, score: float = SCORE) -> list[Phrase
             own = _score(words.pop()[1:], where)
         if not words:
             raise CorpusError("a score without a phrase", where=where, expected="PHRASE :SCORE")
-        if wrong := [word for word in words if word.startswith(":")]:
-            what = f"{wrong[0]!r} is not the last word, but a colon starts the score"
+        if what := _no_word(words, units):
             raise CorpusError(what, where=where, expected="PHRASE :SCORE")
         text = " ".join(words)
         phrase = Phrase(text, _spelled(text, units), own, number)
@@ -68,6 +68,18 @@ def read_hotwords(path: Path, units: Units, score: float = SCORE) -> list[Phrase
     if not phrases:
         raise CorpusError("the file holds no phrase", where=path, expected="one phrase a line, with or without :SCORE")
     return phrases
+
+
+def _no_word(words: list[str], units: Units) -> str | None:
+    """Return what is wrong with the words of a phrase, which a transform without punctuation would hide."""
+    for word in words:
+        if word.startswith(":"):
+            return f"{word!r} is not the last word, but a colon starts the score"
+        if word[0] in "#@" and not any(word[0] in piece for piece in units.pieces):
+            return f"{word!r} is no word, and a file of hotwords has no comments, thresholds or names of phrases"
+    if re.fullmatch(r".*[^\d:]:\d*\.?\d+", words[-1]):
+        return f"{words[-1]!r} has no space in front of its score"
+    return None
 
 
 def _score(text: str, where: str) -> float:

@@ -158,6 +158,13 @@ def test_units_without_a_space_take_phrases_in_separate_characters(tmp_path: Pat
         ("mill :\n", "lower", "the score is ''"),
         ("mill :2 water\n", "lower", "':2' is not the last word"),
         ("mill :2 :3\n", "lower", "':2' is not the last word"),
+        ("mill\n# all names\n", "lower+no_punct", "names.txt:2: '#' is no word, and a file of hotwords has no"),
+        ("#mill\n", "lower+no_punct", "names.txt:1: '#mill' is no word"),
+        ("mill #0.35 :2\n", "lower+no_punct", "'#0.35' is no word"),
+        ("mill :2 @MILL\n", "lower+no_punct", "':2' is not the last word"),
+        ("mill @MILL\n", "lower+no_punct", "'@MILL' is no word"),
+        ("old mill:2.5\n", "lower+no_punct", "'mill:2.5' has no space in front of its score"),
+        ("mill:.5\n", "lower+no_punct", "'mill:.5' has no space"),
         ("mill\nroute 66\n", "lower", "names.txt:2: the model's units cannot write 'route 66': they have no unit for"),
         ("mill\nroute 6\nwall\n7 :1\n8\n", "lower", "It is the same with lines 4, 5"),
         ("route 6\n7\n", "lower", "It is the same with line 2"),
@@ -171,6 +178,13 @@ def test_files_that_are_wrong(tmp_path: Path, kind: str, text: str, transform: s
     with pytest.raises(CorpusError) as caught:
         read_hotwords(tmp_path / "names.txt", units)
     assert words in str(caught.value), str(caught.value)
+
+
+def test_signs_that_the_units_write_are_words(tmp_path: Path) -> None:
+    units = train_units(["#1 at 10:30", "a:b @home"], "characters", transform="none")
+    (tmp_path / "names.txt").write_text("#1 :2\n@home\n10:30\nb 1:03\n")
+    spelled = [units.decode(p.units).strip() for p in read_hotwords(tmp_path / "names.txt", units)]
+    assert spelled == ["#1", "@home", "10:30", "b 1:03"]
 
 
 def test_capital_units_and_bytes_that_are_no_text(tmp_path: Path) -> None:
