@@ -33,6 +33,7 @@ MOST_LAID_OUT = 1 << 30
 # Multiplications of a product with gradients below which torch's own choice is kept: oneDNN prepares each shape for 0.6
 # ms, and batches have many shapes.
 SMALLEST = 1 << 25
+SMALLEST_IN_PIECES = 1 << 27  # To lay out a weight for both directions takes 0.8 ms.
 SMALLEST_IN_INFERENCE = 1 << 23  # Each block of a model has the same shapes.
 
 
@@ -224,12 +225,14 @@ class ManyPieces:
     """The products of one linear layer, applied to one piece of its input after another. It has no autograd.
 
     The weight [V, H] is laid out once, for the library that is fast. Bias [V] and pieces have the weight's dtype.
-    A piece of other than `rows` rows uses torch's own choice, because oneDNN prepares each shape for 0.6 ms.
+    A piece of other than `rows` rows uses torch's own choice, because oneDNN prepares each shape for 0.6 ms. So do all
+    pieces if their `total` of rows is small.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, rows: int) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, rows: int, total: int) -> None:
         self.weight, self.bias = weight, bias
-        self.rows = rows if weight.dtype == torch.float32 and _has_onednn() and _is_onednn_faster() else 0
+        pays = weight.dtype == torch.float32 and total * weight.numel() >= SMALLEST_IN_PIECES
+        self.rows = rows if pays and _has_onednn() and _is_onednn_faster() else 0
         self._transposed = weight.t().contiguous()  # A packed product takes a fifth less, in either library.
         if self.rows:
             reorder = torch.ops.mkldnn._reorder_linear_weight

@@ -123,19 +123,20 @@ def test_small_and_lower_products_are_torchs_own(onednn: None, monkeypatch: pyte
             assert functional.linear(x, weight).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("rows", [7, 9])
-def test_pieces_of_a_layer(rows: int, onednn: None) -> None:
-    """Pieces of the announced size, here 7, are oneDNN's. All equal the plain products."""
+@pytest.mark.parametrize(("rows", "total", "used"), [(7, 1 << 20, True), (9, 1 << 20, True), (7, 1 << 10, False)])
+def test_pieces_of_a_layer(rows: int, total: int, used: bool, onednn: None) -> None:
+    """Pieces of the announced size, here 7, are oneDNN's, if there are many. All equal the plain products."""
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(24, 40, generator=generator), torch.randn(24, generator=generator)
     x, grad = torch.randn(rows, 40, generator=generator), torch.randn(rows, 24, generator=generator)
-    layer = products.ManyPieces(weight, bias, 7)
-    total = torch.ones(24, 40)
-    layer.add_grad_weight(grad, x, total)
+    layer = products.ManyPieces(weight, bias, 7, total)
+    assert bool(layer.rows) == used
+    added = torch.ones(24, 40)
+    layer.add_grad_weight(grad, x, added)
     pairs = [
         (layer.outputs(x, torch.empty(rows, 24)), functional.linear(x, weight, bias)),
         (layer.grad_inputs(grad, torch.empty(rows, 40)), grad @ weight),
-        (total, 1 + grad.t() @ x),
+        (added, 1 + grad.t() @ x),
     ]
     for a, b in pairs:
         assert (a - b).norm() <= 1e-6 * b.norm()

@@ -87,7 +87,7 @@ class CpuJointLoss:
             for start in range(0, int(n), rows)
         ]
         number = itertools.count()
-        layer = ManyPieces(weight, bias, rows)
+        layer = ManyPieces(weight, bias, rows, sum(stop - start for _, start, stop in tiles))
 
         def work(thread: int) -> None:
             buffers = TileBuffers(rows, weight)
@@ -118,7 +118,7 @@ class CpuJointLoss:
         shares = frame_runs(batch, counts, threads.thread_count())
         grad_e, grad_p = torch.zeros_like(e), torch.zeros_like(p)
         sums: list[Any] = [None] * len(shares)
-        layer = ManyPieces(weight, bias, rows)
+        layer = ManyPieces(weight, bias, rows, int(counts.sum()))
 
         def work(thread: int) -> None:
             if not shares[thread]:

@@ -57,7 +57,7 @@ def make_plan(
     """
     frames, width = padded or (0, 0)
     fields: Any = lay_out(T, U, frames, width, vocabulary, TASK_ELEMENTS)
-    plan = LatticePlan(*fields, band is not None)
+    plan = LatticePlan._make([*fields, band is not None])
     return plan if band is None else plan._replace(band=band)
 
 
