@@ -57,19 +57,19 @@ def _difference_tables(differences: Sequence[tuple[str, ErrorDifference]]) -> li
 
 
 def _class_tables(table: Table, split: str) -> list[str]:
-    """Return a table for each class of words: how many of them are wrong, and the differences."""
+    """Return for each class of words how many are wrong, in a table for each arm to compare with."""
     lines: list[str] = []
     of_split = [row for row in table.classes if row.split == split]
     for name in dict.fromkeys(row.name for row in of_split):
         rows = [row for row in of_split if row.name == name]
-        lines += ["", f"Words of the class “{name}”: {rows[0].words:,}. Share that is wrong, and the difference:", ""]
-        heads = ("arm", "wrong % (95 %)", *(f"to “{arm}”" for arm in table.against))
-        cells = []
-        for row in rows:
-            found = (difference_to(row, arm) for arm in table.against)
-            differences = ["" if d is None else f"{points(d.estimate, True)}; {d.verdict}" for d in found]
-            cells.append((row.arm, points(row.wrong), *differences))
-        lines += _markdown_table(heads, cells)
+        lines += ["", f"Words of the class “{name}”: {rows[0].words:,}. Share that is wrong:"]
+        for arm in table.against:
+            cells = []
+            for row in rows:
+                found = difference_to(row, arm)
+                difference = "" if found is None else f"{points(found.estimate, True)}; {found.verdict}"
+                cells.append((row.arm, points(row.wrong), difference))
+            lines += ["", *_markdown_table(("arm", "wrong % (95 %)", f"minus that of “{arm}”"), cells)]
     return lines
 
 

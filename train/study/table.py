@@ -104,9 +104,9 @@ class Table:
     """All results of a study.
 
     missing: runs that are not done.
-    classes: errors by class of words, if the study has classes.
     changes: what each arm changes, as TOML.
     commands: the command that runs each arm.
+    classes: errors by class of words, if the study has classes.
     """
 
     study: str
@@ -115,9 +115,9 @@ class Table:
     rows: tuple[ArmRow, ...]
     detectable: tuple[Detectable, ...]
     missing: tuple[str, ...]
-    classes: tuple[ClassRow, ...]
     changes: dict[str, str]
     commands: dict[str, str]
+    classes: tuple[ClassRow, ...] = ()
 
     @property
     def splits(self) -> list[str]:
@@ -186,9 +186,9 @@ def tabulate(study: Study) -> Table:
         tuple(rows),
         tuple(detectable_differences(study)),
         tuple(str(run) for run in study.runs if not done(run, study)),
-        tuple(classes),
         changes_of_arms(study),
         {arm: study.command(arm) for arm in definition.arms},
+        tuple(classes),
     )
 
 

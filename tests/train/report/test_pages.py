@@ -17,7 +17,7 @@ from stillhouse.train.loop.trainer import Trainer
 from stillhouse.train.report import html as report
 from stillhouse.train.report.run import read_run, render
 from stillhouse.train.study import report as study_report
-from stillhouse.train.study.table import ArmRow, Detectable, ErrorDifference, Estimate, Table
+from stillhouse.train.study.table import ArmRow, ClassRow, Detectable, ErrorDifference, Estimate, Table
 
 NASTY = "<script>alert(1)</script> &amp; <b>"
 
@@ -186,14 +186,20 @@ def study() -> Table:
         row.arm: f"stillhouse train base.toml --set 'transfer.views={9 * ['minilm/both:32/6']}'" for row in rows
     }
     found = Detectable("test-new", 0.012, 5, 225, "from the 5 runs of none, which differ in the seed alone")
-    return Table("a-study", "wer", ("none", "single"), rows, [found], [], changes, commands)
+    classes = tuple(
+        ClassRow(row.arm, row.split, name, 1_234, Estimate(0.223, 0.212, 0.234), row.differences)
+        for row in rows
+        for name in ("homophones", "unseen")
+    )
+    return Table("a-study", "wer", ("none", "single"), rows, [found], [], changes, commands, classes)
 
 
 def test_a_study_in_a_terminal_of_80_columns() -> None:
     """Tables are not wider, and an arm called none is no absence of a difference."""
     shown = study_report.markdown(study())
     rows = [line for line in shown.splitlines() if line.startswith("|")]
-    assert max(map(len, rows)) <= 80 and shown.count("| planted-shuffled-3 |") == 1 + 2 * 2 + 1
+    assert max(map(len, rows)) <= 80 and shown.count("| planted-shuffled-3 |") == 1 + 2 * 2 + 2 * 2 + 1
+    assert "Words of the class “unseen”: 1,234. Share that is wrong:" in shown
     assert "WER minus that of the arm “none”: points (95 %)" in shown
     assert "-12.3 (-23.4 to -1.2); -42 %; not shown |" in shown
     assert "| [-10.1, -12.3, -14.5, -12.3, -14.5] |" in shown and "`stillhouse train base.toml --set" in shown
