@@ -58,37 +58,31 @@ class StepLosses:
         """
         on_cpu = next(self.model.parameters()).device.type == "cpu"
         with (float32_products() if on_cpu else None) or nullcontext():
-            return self._losses(step, speech, text, sizes, timed)
-
-    def _losses(
-        self,
-        step: int,
-        speech: Batch | None,
-        text: Batch | None,
-        sizes: Sequence[Sequence[PartSizes | None]],
-        timed: Timed,
-    ) -> tuple[Losses, tuple[Batch, Tensor]]:
-        config, seed = self.config, self.config.run.seed
-        of_speech, of_text = (GlobalBatch([p for p in parts if p is not None], self.ranks) for parts in zip(*sizes))
-        terms: dict[str, Any] = {"precision": self.precision, "timed": timed, "weights": transfer_weights(step, config)}
-        read: Losses | None = None
-        if text is not None:
-            torch.manual_seed(seed_of(seed + 104_729, step, self.ranks.rank))
-            read = text_losses(self.model, self.of_text, text, whole=of_text, **terms)
-        if speech is None:
-            assert read is not None and text is not None
-            alone = Losses(read.total, read.costs, read.parts | {"loss": read.total.detach()}, {})
-            return alone, (text, read.costs)
-        torch.manual_seed(seed_of(seed, step, self.ranks.rank))
-        augment = torch.Generator().manual_seed(seed_of(seed + 7919, step))
-        result = losses(self.model, self.transfers, speech, config, augment=augment, whole=of_speech, **terms)
-        if read is None or text is None:
-            return result, (speech, result.costs)
-        total = result.total + config.text.weight * read.total
-        parts = result.parts | read.parts | {"loss": total.detach()}
-        of_text_alone = bool(result.costs.isfinite().all()) and not bool(read.costs.isfinite().all())
-        blamed = (text, read.costs) if of_text_alone else (speech, result.costs)
-        return Losses(total, result.costs, parts, result.transfer_inputs), blamed
+            config, seed = self.config, self.config.run.seed
+            of_speech, of_text = (GlobalBatch([p for p in parts if p is not None], self.ranks) for parts in zip(*sizes))
+            terms: dict[str, Any] = {
+                "precision": self.precision,
+                "timed": timed,
+                "weights": transfer_weights(step, config),
+            }
+            read: Losses | None = None
+            if text is not None:
+                torch.manual_seed(seed_of(seed + 104_729, step, self.ranks.rank))
+                read = text_losses(self.model, self.of_text, text, whole=of_text, **terms)
+            if speech is None:
+                assert read is not None and text is not None
+                alone = Losses(read.total, read.costs, read.parts | {"loss": read.total.detach()}, {})
+                return alone, (text, read.costs)
+            torch.manual_seed(seed_of(seed, step, self.ranks.rank))
+            augment = torch.Generator().manual_seed(seed_of(seed + 7919, step))
+            result = losses(self.model, self.transfers, speech, config, augment=augment, whole=of_speech, **terms)
+            if read is None or text is None:
+                return result, (speech, result.costs)
+            total = result.total + config.text.weight * read.total
+            parts = result.parts | read.parts | {"loss": total.detach()}
+            of_text_alone = bool(result.costs.isfinite().all()) and not bool(read.costs.isfinite().all())
+            blamed = (text, read.costs) if of_text_alone else (speech, result.costs)
+            return Losses(total, result.costs, parts, result.transfer_inputs), blamed
 
     def over_ranks(self, parts: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the sums over ranks. The learned weights of views are the same on all ranks."""
