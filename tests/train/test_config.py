@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from stillhouse.data.errors import ConfigError
-from stillhouse.train.config import dump_config, load_config
+from stillhouse.train.config import dump_config, load_config, read_toml
 from stillhouse.train.model import Encoder
 from stillhouse.train.model import build as building
 from stillhouse.train.model.build import build_model
+from stillhouse.train.study.choice import make_choice
 from stillhouse.train.study.definition import load_study
 
 MINIMAL = '[data]\ncorpus = "c.jsonl"\nfeatures = "f.h5"\nunits = "u"\n'
@@ -125,12 +126,16 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_config(tmp_path / "gone.toml")
 
 
-def test_every_recipe_is_valid(root: Path) -> None:
+def test_every_recipe_is_valid(root: Path, tmp_path: Path) -> None:
     recipes = [*root.glob("recipes/*.toml"), *root.glob("data/demo/*.toml")]
     assert recipes
     for path in recipes:
         if path.stem.startswith("study-"):
-            load_study(path, root / "runs")
+            if "choice" in read_toml(path):
+                choosing = load_study(path, tmp_path, choosing=True)
+                assert choosing.choosing is not None
+                make_choice(dict.fromkeys(choosing.definition.arms, 0.0), choosing.choosing, tmp_path)
+            load_study(path, tmp_path)
         else:
             load_config(path)
 
