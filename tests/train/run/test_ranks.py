@@ -55,6 +55,7 @@ def test_two_ranks_compute_the_losses_of_one_process_and_one_goes_on_from_two(
     """Masks of SpecAugment included; `few` has batches that leave a rank without an utterance, and so has `text`."""
     short = [*EXACT, "optim.steps=8", "run.eval_every=4"]
     runs = {"plain": [*short, "optim.ema=0.9"], "few": [*short, "data.batch_frames=250", "loss.ctc_weight=0"]}
+    runs["copies"] = [*short, "data.batch_frames=250", "loss.consistency_weight=0.2", "run.eval_every=100"]
     source = tmp_path / "source"
     Trainer(load_config(tones / "run.toml", [*EXACT, "run.seed=7", "optim.steps=1"]), source).run()
     tuned = [f"init.source={source}", "init.freeze=encoder:1,predictor", "init.lr_factor=0.5", "model.layers=3"]
