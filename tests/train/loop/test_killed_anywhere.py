@@ -57,6 +57,8 @@ def drawn(rng: random.Random, store: Path, **fixed: Any) -> list[str]:
     """Settings of a run, those of `fixed` (section__key) among them."""
     found = {name: rng.choice(values) for name, values in CHOICES.items()}
     found |= {name.replace("__", "."): value for name, value in fixed.items()}
+    if "init.source" not in found:
+        del found["init.lr_factor"]  # It is refused where nothing is taken.
     if found["transfer.mixing"] == "sample":
         found["transfer.sample"] = rng.choice([1, 2])
         if found["transfer.control"] in ("static", "words"):  # one view a teacher, so nothing to choose two of
