@@ -70,9 +70,9 @@ def compute_features(
 
     Without a `method` it computes Kaldi fbank. Without `settings`, the rate is `default_rate`. Audio of a lower rate
     than the features fails, unless it may be upsampled, as by default if there are `settings`. With `noise`, each
-    utterance also gets noise.copies noisy copies at every speed. With 0 workers it
-    computes in this process, and None uses the cores. A kill costs each worker at most a part, of `part_s` seconds of
-    features. `on_start` gets (rows in the file, rows to compute), and `on_part` each part when its rows are on disk.
+    utterance also gets noise.copies noisy copies at every speed. With 0 workers it computes in this process, and None
+    uses the cores. A kill costs each worker at most a part, of `part_s` seconds of features. `on_start` gets (rows in
+    the file, rows to compute), and `on_part` each part when its rows are on disk.
     Raises PartialError if utterances failed, and StaleError if the file has other settings, or if the audio of an
     utterance changed and `redo_changed` is not set.
     """

@@ -68,7 +68,8 @@ def compute_part(
                 raise _narrow(job.path, own_hz, settings)
             name, source = identity(*segment, excerpts), record(*segment, files)
             samples, seconds = resample(samples, own_hz, settings.rate_hz), len(samples) / own_hz
-            heard = [_heard(samples, settings.rate_hz, job.id, v, noise) for v in job.variants]
+            at_speed = {speed: change_speed(samples, speed) for speed in {v.speed for v in job.variants}}
+            heard = [_heard(at_speed[v.speed], settings.rate_hz, job.id, v, noise) for v in job.variants]
             rows_of = [(method.rows(own, job.id), method.loudness(own)) for own in heard]
         except (AudioError, OSError) as e:
             failures[job.id] = str(e)
@@ -84,11 +85,11 @@ def compute_part(
 
 
 def _heard(samples: np.ndarray, rate_hz: int, id: str, variant: Variant, noise: NoiseRecipe | None) -> np.ndarray:
-    own = change_speed(samples, variant.speed)
+    """Return samples at the variant's speed as they are, or as its noisy copy."""
     if not variant.copy:
-        return own
+        return samples
     assert noise is not None
-    return noise.applied(own, rate_hz, f"{id} {variant}")
+    return noise.applied(samples, rate_hz, f"{id} {variant}")
 
 
 def _narrow(path: Path, own_hz: int, settings: FeatureSettings) -> AudioError:

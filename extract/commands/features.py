@@ -7,6 +7,7 @@ Try: `stillhouse corpus features --help`.
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import time
@@ -150,12 +151,10 @@ def _noise(noise: Path | None, rir: Path | None, snr: str | None, copies: int | 
         if copies:
             raise UsageError("--copies needs something to make copies with", expected="--noise FOLDER or --rir FOLDER")
         return None
-    match = re.fullmatch(r"(-?[\d.]+)(?:-(-?[\d.]+))?", snr or "5-20")
-    try:
-        low, high = (float(match[1]), float(match[2] or match[1])) if match else (1.0, 0.0)
-    except ValueError:
-        low, high = 1.0, 0.0
-    if low > high:
+    number = r"(-?(?:\d+\.?\d*|\.\d+))"
+    match = re.fullmatch(f"{number}(?:-{number})?", snr or "5-20")
+    low, high = map(float, (match[1], match[2] or match[1])) if match else (math.nan, math.nan)
+    if not low <= high:
         raise UsageError(f"--snr {snr}", expected="decibels from low to high, such as 5-20")
     return find_noise(noise, rir, (low, high), 1 if copies is None else copies)
 

@@ -56,15 +56,11 @@ class StepLosses:
 
         `sizes` are those of all ranks. On a CPU, float32 products are those of the faster library.
         """
+        config, seed = self.config, self.config.run.seed
+        of_speech, of_text = (GlobalBatch([p for p in parts if p is not None], self.ranks) for parts in zip(*sizes))
+        terms: dict[str, Any] = {"precision": self.precision, "timed": timed, "weights": transfer_weights(step, config)}
         on_cpu = next(self.model.parameters()).device.type == "cpu"
         with (float32_products() if on_cpu else None) or nullcontext():
-            config, seed = self.config, self.config.run.seed
-            of_speech, of_text = (GlobalBatch([p for p in parts if p is not None], self.ranks) for parts in zip(*sizes))
-            terms: dict[str, Any] = {
-                "precision": self.precision,
-                "timed": timed,
-                "weights": transfer_weights(step, config),
-            }
             read: Losses | None = None
             if text is not None:
                 torch.manual_seed(seed_of(seed + 104_729, step, self.ranks.rank))

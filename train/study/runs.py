@@ -23,19 +23,11 @@ from ...data.errors import StaleError, StillhouseError
 from ...data.files.atomic import read_plain, write_atomic
 from ...data.files.stopping import StopNow, StopRequest
 from ...data.files.trouble import in_words
-from ..config import Config, ConfigSection, load_config
+from ..config import Config, load_config
 from ..run import identity
 from ..run.start import refuse_other_source
-from .definition import Study, StudyRun
-from .fusion import WITH_LM, FusionSection, fused_search, hypotheses
-
-
-class _Decoding(ConfigSection):
-    """What a run decodes, out of the study's definition."""
-
-    test: list[str]
-    checkpoint: str
-    fusion: FusionSection | None = None
+from .definition import Definition, Study, StudyRun
+from .fusion import WITH_LM, fused_search, hypotheses
 
 
 class StudyError(StillhouseError):
@@ -136,8 +128,8 @@ def run_study(
             while waiting and len(working) < jobs:
                 run = waiting.popleft()
                 ours, theirs = context.Pipe(duplex=False)
-                definition = study.definition.model_dump_json(include={"test", "checkpoint", "fusion"})
-                arguments = (theirs, run.config.model_dump_json(), run.folder, definition, threads)
+                sent = (run.config.model_dump_json(), run.folder, study.definition.model_dump_json())
+                arguments = (theirs, *sent, threads)
                 process = context.Process(target=_train_and_decode, args=arguments, name=str(run))
                 process.start()
                 theirs.close()
@@ -174,7 +166,7 @@ def run_study(
     return failures
 
 
-def _train_and_decode(out: Connection, config: str, folder: Path, decoding: str, threads: int) -> None:
+def _train_and_decode(out: Connection, config: str, folder: Path, definition: str, threads: int) -> None:
     """Train a run and decode the test splits, in the process of the run."""
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
@@ -192,7 +184,7 @@ def _train_and_decode(out: Connection, config: str, folder: Path, decoding: str,
             send(begun=True)
             trainer.run()
             del trainer
-            how = _Decoding.model_validate_json(decoding)
+            how = Definition.model_validate_json(definition)
             _decode(settings, folder, how, lambda what: send(line=f"decoding {what}"))
             result: dict[str, Any] = {"checkpoint": how.checkpoint, "test": how.test}
             result |= {"fusion": how.fusion.facts} if how.fusion else {}
@@ -209,10 +201,11 @@ def _train_and_decode(out: Connection, config: str, folder: Path, decoding: str,
         send(end=traceback.format_exc() if trouble is None else str(trouble))
 
 
-def _decode(config: Config, folder: Path, how: _Decoding, on_progress: Callable[[str], None]) -> None:
+def _decode(config: Config, folder: Path, how: Definition, on_progress: Callable[[str], None]) -> None:
     """Decode every test split, greedily and, with fusion, in beam search."""
     from ...data.manifest import read_manifest
     from ..decode.decode import decoding_loader, transcribe
+    from ..decode.greedy import greedy_search
     from ..model.build import resolve_device
     from ..run.load import load_run, trained_on
     from ..score.hypotheses import write_hypotheses
@@ -224,11 +217,10 @@ def _decode(config: Config, folder: Path, how: _Decoding, on_progress: Callable[
     def loader(split: str) -> Any:
         return decoding_loader(corpus.select(split), config.data.features, units, trained=trained_on(folder))
 
-    def decoded(of: Any, search: Any = None) -> Iterable[Any]:
-        own = {} if search is None else {"search": search}
-        return transcribe(model, of, device=device, longest=config.data.max_frames, **own)
+    def decoded(of: Any, search: Any) -> Iterable[Any]:
+        return transcribe(model, of, device=device, longest=config.data.max_frames, search=search)
 
-    searches: dict[str, Any] = {"": None}
+    searches: dict[str, Any] = {"": greedy_search}
     if how.fusion is not None:
         on_progress(f"{how.fusion.dev} with {how.fusion.lm}, to choose its weights")
         of = {"checkpoint": how.checkpoint, "step": step, "corpus": str(config.data.corpus)}

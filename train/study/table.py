@@ -19,7 +19,7 @@ from ..score.hypotheses import read_hypotheses
 from ..score.wer import bootstrap_sums, error_counts
 from .definition import Study, StudyRun, changes_of_arms
 from .runs import check, done
-from .words import class_errors, word_classes
+from .words import Holds, class_errors, word_classes
 
 RESAMPLES = 2_000
 # A two-sided test at 5 % finds a difference of so many standard errors with a probability of 4 in 5.
@@ -245,9 +245,7 @@ def detectable(errors: ArmErrors, split: str, metric: str, arm: str, seeds: int)
     return Detectable(split, FOUND * (variance / seeds) ** 0.5, seeds, len(errors.ids), how)
 
 
-def _read(
-    runs: Sequence[StudyRun], split: str, words: Mapping[str, frozenset[str]] = MappingProxyType({})
-) -> ArmErrors:
+def _read(runs: Sequence[StudyRun], split: str, words: Mapping[str, Holds] = MappingProxyType({})) -> ArmErrors:
     texts: tuple[list[str], list[str]] | None = None  # ids, references
     errors: dict[str, list[np.ndarray]] = {}
     reference: dict[str, np.ndarray] = {}

@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from studies import pretend, write
 
 from stillhouse.data.errors import ConfigError, StaleError, UsageError
 from stillhouse.data.manifest import read_manifest
 from stillhouse.data.units import load_units
 from stillhouse.train.config import load_config
-from stillhouse.train.study.definition import Study, load_study
+from stillhouse.train.study.definition import Study, StudyRun, load_study
 from stillhouse.train.study.report import markdown
 from stillhouse.train.study.table import tabulate
 
@@ -37,27 +38,14 @@ model.dropout = 0.9
 """
 
 
-def write(tones: Path, name: str, text: str) -> Path:
-    path = tones / f"{name}.toml"
-    path.write_text(text)
-    return path
+def decoded_to(path: Path, out: Path, hypotheses: dict[str, list[str]], references: list[str], choosing: bool) -> Study:
+    """A study whose runs were decoded to the hypotheses of their arm, the same for each seed."""
 
+    def metrics(run: StudyRun) -> list[dict]:
+        loss = {"slow.dry": 2.0, "slow.wet": 1.0}.get(run.arm, 3.0)
+        return [{"kind": "train", "step": 6, "seconds": 1.0}, {"kind": "dev", "step": 6, "rnnt": loss}]
 
-def pretend(path: Path, out: Path, hypotheses: dict[str, list[str]], references: list[str], choosing: bool) -> Study:
-    """Decode the runs of a study to the hypotheses of their arm, the same for each seed."""
-    study = load_study(path, out, choosing=choosing)
-    for run in study.runs:
-        run.folder.mkdir(parents=True)
-        for split in study.definition.test:
-            triples = zip(range(len(references)), references, hypotheses[run.arm], strict=True)
-            lines = [json.dumps({"id": f"u{n}", "ref": ref, "hyp": hyp}) + "\n" for n, ref, hyp in triples]
-            run.hypotheses(split).write_text("".join(lines))
-        result = {"checkpoint": study.definition.checkpoint, "test": study.definition.test}
-        (run.folder / "result.json").write_text(json.dumps(result))
-        step = {"kind": "train", "step": 6, "seconds": 1.0}
-        loss = {"kind": "dev", "step": 6, "rnnt": {"slow.dry": 2.0, "slow.wet": 1.0}.get(run.arm, 3.0)}
-        (run.folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in (step, loss)))
-    return study
+    return pretend(load_study(path, out, choosing=choosing), lambda run: hypotheses[run.arm], references, metrics)
 
 
 def choose(path: Path, out: Path) -> subprocess.CompletedProcess:
@@ -76,7 +64,7 @@ def test_the_best_alternative_of_an_arm_is_what_the_study_runs(
     with pytest.raises(UsageError, match=r"nothing has been chosen yet for slow.*--choose"):
         load_study(path, tmp_path)
     said = {"slow.dry": ["abcd "], "slow.wet": ["abcz wxyy"]}
-    pretend(path, tmp_path, said, ["abcd wxyz"], choosing=True)
+    decoded_to(path, tmp_path, said, ["abcd wxyz"], choosing=True)
     done = choose(path, tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"slow: {best}, " in done.stderr and f"study {path} --choose --only slow.dry --out {tmp_path}" in done.stdout
@@ -89,7 +77,7 @@ def test_the_best_alternative_of_an_arm_is_what_the_study_runs(
 def test_a_choice_counts_for_its_alternatives_alone_and_is_made_when_all_are_done(tones: Path, tmp_path: Path) -> None:
     text = STUDY.replace("{metric}", "wer")
     path = write(tones, "choice-other", text)
-    study = pretend(path, tmp_path, {"slow.dry": ["a"], "slow.wet": ["b"]}, ["a"], choosing=True)
+    study = decoded_to(path, tmp_path, {"slow.dry": ["a"], "slow.wet": ["b"]}, ["a"], choosing=True)
     kept = study.runs[0].folder / "result.json"
     result = kept.read_text()
     kept.unlink()
@@ -150,7 +138,7 @@ def test_errors_by_class_of_words_worked_by_hand(tones: Path, tmp_path: Path) ->
     spelt = load_units(tones / "units").normalise(known).text
     refs = [f"{spelt} qq {spelt}", f"{spelt} qq"]
     said = {"none": [f"{spelt} qq", f"{spelt} x qq x"], "slow": [spelt, "qq"]}
-    table = tabulate(pretend(path, tmp_path, said, refs, choosing=False))
+    table = tabulate(decoded_to(path, tmp_path, said, refs, choosing=False))
     found = {(row.arm, row.name): (row.words, row.wrong.value) for row in table.classes}
     # Of three known words, none deletes one, and slow two. Of two others, slow deletes one. Insertions are in no class.
     assert found == {
@@ -166,3 +154,7 @@ def test_errors_by_class_of_words_worked_by_hand(tones: Path, tmp_path: Path) ->
     (tones / "classes.txt").write_text("  ")
     with pytest.raises(ConfigError, match="no words of the class known"):
         tabulate(load_study(path, tmp_path))
+    for name in ("wer", "cer", "unseen"):
+        path = write(tones, "classes", text.replace("{ known", f"{{ {name}"))
+        with pytest.raises(ConfigError, match=f"cannot be named {name}"):
+            tabulate(load_study(path, tmp_path))

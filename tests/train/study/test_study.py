@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from studies import pretend, write
 
 from stillhouse.data.errors import ConfigError, CorpusError, StaleError, UsageError
 from stillhouse.train.loop.trainer import Trainer
 from stillhouse.train.model.build import build_model
 from stillhouse.train.run import identity
 from stillhouse.train.run.load import load_run
-from stillhouse.train.study.definition import choose_runs, load_study
+from stillhouse.train.study.definition import Study, choose_runs, load_study
 from stillhouse.train.study.report import markdown
 from stillhouse.train.study.runs import check_identities, done, run_study
 from stillhouse.train.study.table import FOUND, ArmErrors, detectable, detectable_differences, tabulate
@@ -37,16 +38,10 @@ optim.lr = 1e-5
 """
 
 
-def write(tones: Path, name: str, text: str = STUDY) -> Path:
-    path = tones / f"{name}.toml"
-    path.write_text(text)
-    return path
-
-
 @pytest.fixture(scope="module")
 def finished(tones: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[str]]:
     """A study that was killed in its first run and gone on with, two runs at a time: (STUDY, OUT, what it said)."""
-    path, out = write(tones, "study"), tmp_path_factory.mktemp("study")
+    path, out = write(tones, "study", STUDY), tmp_path_factory.mktemp("study")
     command = [sys.executable, "-m", "stillhouse.cli", "study", str(path), "--out", str(out)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         assert process.stderr is not None
@@ -179,29 +174,21 @@ def test_dropout_is_an_arm_of_its_own_right_and_arms_are_chosen_by_name(tones: P
         choose_runs(study, "fast,slow", "3")
 
 
-def pretend(tones: Path, out: Path, hypotheses: dict[tuple[str, int], list[str]], references: list[str]):
+def decoded_to(tones: Path, out: Path, hypotheses: dict[tuple[str, int], list[str]], references: list[str]) -> Study:
     """A study whose runs were decoded to these hypotheses."""
     arms = dict.fromkeys(arm for arm, _ in hypotheses)
     seeds = sorted({seed for _, seed in hypotheses})
     text = f'base = "run.toml"\nseeds = {seeds}\ntest = ["dev"]\n' + "".join(f"[arms.{arm}]\n" for arm in arms)
     study = load_study(write(tones, "pretend", text), out)
-    for run in study.runs:
-        run.folder.mkdir(parents=True)
-        triples = zip(range(len(references)), references, hypotheses[run.arm, run.seed], strict=True)
-        lines = [json.dumps({"id": f"u{n}", "ref": ref, "hyp": hyp}) + "\n" for n, ref, hyp in triples]
-        (run.folder / "hyp-dev.jsonl").write_text("".join(lines))
-        (run.folder / "result.json").write_text('{"checkpoint": "last", "test": ["dev"]}')
-        metrics = [{"kind": "train", "step": n, "seconds": 30.0, "transfer": 1 / n} for n in range(1, 21)]
-        (run.folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
-        assert done(run, study)
-    return study
+    metrics = [{"kind": "train", "step": n, "seconds": 30.0, "transfer": 1 / n} for n in range(1, 21)]
+    return pretend(study, lambda run: hypotheses[run.arm, run.seed], references, lambda _: metrics)
 
 
 @pytest.mark.parametrize(
     "text", ["", "[]", "3", '{"test": 3}', '{"checkpoint": "last", "test": [{}]}', '{"test": ["dev"]}']
 )
 def test_a_result_of_another_hand_is_none(tones: Path, tmp_path: Path, text: str) -> None:
-    study = pretend(tones, tmp_path, {("none", 1): ["a"]}, ["a"])
+    study = decoded_to(tones, tmp_path, {("none", 1): ["a"]}, ["a"])
     (run,) = study.runs
     (run.folder / "result.json").write_text(text)
     assert not done(run, study)
@@ -216,7 +203,7 @@ def test_figures_worked_by_hand(tones: Path, tmp_path: Path) -> None:
         ("single", 1): ["a b c d", "a b c d a"],
         ("single", 2): ["a b c d", "a b c d"],
     }
-    table = tabulate(pretend(tones, tmp_path, said, refs))
+    table = tabulate(decoded_to(tones, tmp_path, said, refs))
     none, single = table.rows
     assert none.wer.value == pytest.approx(0.4) and single.wer.value == pytest.approx(0.15)
     # Drawn are both of the first, both of the second, or one of each: none 1.5/4, 2.5/6, single 0, 1.5/6
@@ -235,9 +222,9 @@ def test_a_difference_that_seeds_contradict_is_not_shown(tones: Path, tmp_path: 
     refs = ["a b c d"] * 50
     said = {("none", s): ["a b c"] * 50 for s in (1, 2, 3)} | {("all", 1): ["a b c d"] * 50}
     said |= {("all", s): ["a b c"] * 45 + ["a b c d"] * 5 for s in (2, 3)}
-    found = tabulate(pretend(tones, tmp_path, said, refs)).rows[1].differences[0]
+    found = tabulate(decoded_to(tones, tmp_path, said, refs)).rows[1].differences[0]
     assert found.estimate.high < 0 and found.verdict == "not shown"
-    lone = pretend(tones, tmp_path / "lone", {key: value for key, value in said.items() if key[1] == 1}, refs)
+    lone = decoded_to(tones, tmp_path / "lone", {key: value for key, value in said.items() if key[1] == 1}, refs)
     found = tabulate(lone).rows[1].differences[0]
     assert found.estimate.high < 0 and found.verdict == "one seed"
 
@@ -269,7 +256,7 @@ def test_the_detectable_difference_is_what_a_test_finds_four_times_in_five(tones
 
 
 def test_other_transcripts_are_refused(tones: Path, tmp_path: Path) -> None:
-    study = pretend(tones, tmp_path, {("none", 1): ["a"], ("all", 1): ["a"]}, ["a"])
+    study = decoded_to(tones, tmp_path, {("none", 1): ["a"], ("all", 1): ["a"]}, ["a"])
     line = json.dumps({"id": "u0", "ref": "a b", "hyp": "a"}) + "\n"
     (study.of("all")[0].folder / "hyp-dev.jsonl").write_text(line)
     with pytest.raises(CorpusError, match="all, dev: the transcripts differ from those of none, dev"):
